@@ -1,0 +1,46 @@
+"""Errors of the application.
+
+PipelineError
+├── UserError            the user's own mistake: one screen, no traceback, exit code 1
+├── OutputError          the output folder cannot be written: exit code 2
+├── ShardError           a shard could not be read as a whole: retried, then given up
+│   └── ShortReadError   fewer bytes came than the object holds
+└── SampleFailure        one sample (or one of its prompts) could not be annotated: an error row
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class UserError(PipelineError):
+    """A mistake in a config, a path or an argument, told in one screen."""
+
+
+class OutputError(PipelineError):
+    """The output could not be written (disk full, permission denied)."""
+
+
+class ShardError(PipelineError):
+    """A shard could not be opened or read to its end; worth another attempt."""
+
+
+class ShortReadError(ShardError):
+    """A connection ended before all the bytes of an object had come."""
+
+
+class SampleFailure(PipelineError):
+    """A sample that cannot be annotated; the annotator adds key and index.
+
+    Attributes:
+        stage: where it happened: open, read, decode, caption, model or mask.
+        kind: short machine-readable name, such as ``truncated``.
+    """
+
+    def __init__(self, stage: str, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.kind = kind
+        self.message = message
