@@ -1,0 +1,260 @@
+"""The job's configuration: YAML, validated on load, overridable by ``key=value``."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from pipeline.errors import UserError
+
+MEBIBYTE = 1 << 20
+
+
+class Section(BaseModel):
+    """Settings that refuse unknown keys and never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputConfig(Section):
+    """Where samples come from and which of their fields are read."""
+
+    shards: str | list[str] = Field(
+        description="One pattern or a list: braces, globs, @file; local paths, s3://, gs://, http(s)://."
+    )
+    image: str = Field("jpg;jpeg;png;webp", description="Field of the image; the first one present counts.")
+    caption: str = Field(
+        "txt", description="Field of the caption: txt, or json:NAME for a key of a JSON field."
+    )
+    max_image_pixels: PositiveInt = Field(
+        100_000_000, description="Larger images become error rows; looked at before decoding."
+    )
+    max_member_bytes: PositiveInt = Field(64 * MEBIBYTE, description="Larger members become error rows.")
+
+
+class ModelConfig(Section):
+    """Which model explains the samples, and how."""
+
+    name: str = Field(description="Name of an open_clip model; `legrad models` lists them.")
+    pretrained: str = Field(description="Hub tag, path of a local checkpoint, or demo.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Precision of weights and activations."
+    )
+    layers: PositiveInt | Literal["all"] = Field(
+        2, description="How many of the last blocks are explained, or all."
+    )
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="Model input in pixels: side, or [height, width]; null: the model's own."
+    )
+    fit: Literal["stretch"] = Field(
+        "stretch", description="How an image fills the input. stretch: never cropped."
+    )
+
+
+class PromptsConfig(Section):
+    """Which texts are explained for a sample."""
+
+    source: Literal["caption", "captions"] = Field(
+        "caption", description="caption: the whole text. captions: every element of a JSON list."
+    )
+    max_per_sample: PositiveInt = Field(
+        32,
+        description="Where a sample has more, the most similar are kept and the others counted.",
+    )
+
+
+class MasksConfig(Section):
+    """How a heat map becomes a mask."""
+
+    rule: Literal["fixed", "otsu"] = Field("otsu", description="Threshold of the heat map in [0, 1].")
+    value: float = Field(0.5, ge=0, le=1, description="The threshold of rule fixed.")
+    max_side: PositiveInt | None = Field(
+        None, description="Longest side of the mask frame in pixels; null: the image's original size."
+    )
+    min_similarity: float | None = Field(
+        None, ge=-1, le=1, description="Prompts with a smaller cosine are rejected_similarity."
+    )
+    min_peak: float | None = Field(
+        None, ge=0, description="Raw maps with a smaller maximum are rejected_peak."
+    )
+    min_area: float | None = Field(
+        None, ge=0, le=1, description="Masks that cover a smaller share of the frame are rejected_area."
+    )
+
+
+class OutputConfig(Section):
+    """Where results go and what they hold."""
+
+    dir: str = Field(description="Output folder: local path, s3:// or gs://.")
+    heatmap: bool = Field(False, description="Also store each relevance grid as uint8.")
+    rows: Literal["all", "accepted"] = Field(
+        "all", description="all: rejected prompts keep a row without mask."
+    )
+    on_mismatch: Literal["refuse", "overwrite"] = Field(
+        "refuse", description="What to do where the folder holds results of another configuration."
+    )
+
+
+class RunConfig(Section):
+    """How the work is spread; changes nothing of the results."""
+
+    workers: PositiveInt | None = Field(
+        None, description="Ray actors; null: as many as the cluster's devices allow."
+    )
+    gpus_per_worker: float = Field(1, ge=0, description="GPUs of one worker; 0: CPU workers.")
+    cpus_per_worker: PositiveInt | None = Field(
+        None, description="CPU cores of one worker; null: the cluster's cores shared out, at most 8."
+    )
+    batch_size: PositiveInt = Field(32, description="Images of one forward pass.")
+    decode_threads: PositiveInt | None = Field(
+        None, description="Threads of one worker; null: its CPU cores."
+    )
+    max_attempts: PositiveInt = Field(3, description="Attempts at a shard before it is given up.")
+    retry_failed: bool = Field(True, description="Whether a rerun tries given-up shards again.")
+    error_budget: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.2, description="Share of failed samples that stops the job, looked at after 1000 samples."
+    )
+    max_failed_shards: int | None = Field(
+        None, ge=0, description="More shards given up than this stop the job; null: no limit."
+    )
+    progress_interval_s: float = Field(10.0, gt=0, description="Seconds between two progress lines in a log.")
+
+
+class JobConfig(Section):
+    """A whole job."""
+
+    input: InputConfig
+    model: ModelConfig
+    prompts: PromptsConfig = PromptsConfig()
+    masks: MasksConfig = MasksConfig()
+    output: OutputConfig
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _captions_need_json(self) -> JobConfig:
+        if self.prompts.source == "captions" and not self.input.caption.startswith("json:"):
+            raise ValueError(
+                f"prompts.source captions reads a list from a JSON field: input.caption must be json:NAME, "
+                f"got {self.input.caption!r}"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
+    """Read and validate a job's YAML file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value`` strings; values are parsed as YAML, later ones win.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        UserError: unreadable file, invalid YAML, unknown key (the nearest known one is named), bad value.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(
+            f"{path}: expected a mapping with sections input, model, output; got {type(document).__name__}"
+        )
+    for override in overrides:
+        document = _with_override(document, override)
+    return parse_config(document, where=str(path))
+
+
+def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobConfig:
+    """Validate a configuration given as nested mappings; raises UserError like `load_config`."""
+    try:
+        return JobConfig.model_validate(document)
+    except ValidationError as error:
+        lines = [_told(problem) for problem in error.errors()]
+        raise UserError("\n".join([f"{where}: {len(lines)} problem(s)", *lines])) from None
+
+
+def config_hash(config: JobConfig, weights_digest: str) -> str:
+    """Hash of what changes the rows: neither run.* nor the list of shards counts.
+
+    Args:
+        config: the job's configuration.
+        weights_digest: digest of the model's weights.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    relevant = {
+        "input": config.input.model_dump(mode="json", exclude={"shards"}),
+        "model": config.model.model_dump(mode="json", exclude={"pretrained"}),
+        "prompts": config.prompts.model_dump(mode="json"),
+        "masks": config.masks.model_dump(mode="json"),
+        "output": config.output.model_dump(mode="json", include={"heatmap", "rows"}),
+        "weights": weights_digest,
+    }
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:
+    dotted_key, separator, text = override.partition("=")
+    if not separator or not all(dotted_key.split(".")):
+        raise UserError(f"expected an override of the form section.key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    return _set(document, dotted_key.split("."), value, override)
+
+
+def _set(document: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> dict[str, Any]:
+    if len(keys) == 1:
+        return {**document, keys[0]: value}
+    nested = document.get(keys[0]) or {}
+    if not isinstance(nested, dict):
+        raise UserError(f"override {override!r}: {keys[0]} is not a section")
+    return {**document, keys[0]: _set(nested, keys[1:], value, override)}
+
+
+def _told(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location) or "config"
+    if problem["type"] == "extra_forbidden":
+        return f"  {dotted}: unknown key{_suggestion(location)}"
+    if problem["type"] == "missing":
+        return f"  {dotted}: required, but missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if dotted == "config":
+        return f"  {message}"
+    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def _suggestion(location: Sequence[str]) -> str:
+    known = known_keys()
+    dotted = ".".join(location)
+    candidates = [key for key in known if len(key.split(".")) == len(location)]
+    nearest = difflib.get_close_matches(dotted, candidates, n=1) or difflib.get_close_matches(
+        dotted, known, n=1
+    )
+    return f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(candidates)}"
+
+
+def known_keys() -> list[str]:
+    """All keys, sections first as ``input``, then as ``input.shards``."""
+    sections = list(JobConfig.model_fields)
+    nested = [
+        f"{name}.{key}"
+        for name, section in JobConfig.model_fields.items()
+        if isinstance(section.annotation, type) and issubclass(section.annotation, Section)
+        for key in section.annotation.model_fields
+    ]
+    return sections + nested
