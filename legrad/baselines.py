@@ -1,98 +1,57 @@
-"""Maps that LeGrad has to beat, from the same model on the same images.
+"""Maps that LeGrad has to beat, from the same forward pass of the same model.
 
-All give one grid a prompt on the patch grid, raw (not normalised), so that they go through the same
-upsampling, normalisation and thresholds as LeGrad's own. The model is read by a hook on its last block, which
-is gone when the call ends, also after an exception; nothing else touches it.
+All are raw grids on the patch grid, one a prompt, so that they go through the same upsampling, normalisation
+and thresholds as LeGrad's own. They are computed from a `Trace`, whose last block is run again where its
+attention or its gradient is needed; the model is not touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from open_clip.transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from legrad.errors import LeGradError
+from legrad.errors import InputError
+from legrad.towers import Tower
+from legrad.trace import Trace
 
 CENTRE_PRIOR_SIGMA = 0.25  # standard deviation of the centre prior, as a share of each side
-PREFIX_TOKENS = 1  # open_clip's VisionTransformer: the class token
-
-
-@dataclass(frozen=True)
-class LastBlock:
-    """What goes into the last block of an image tower, and what is needed to go on from there.
-
-    Attributes:
-        visual: the image tower.
-        tokens: input of the last block, class token first, patches in row-major order.
-        grid_height: rows of the patch grid.
-        grid_width: columns of the patch grid.
-    """
-
-    visual: VisionTransformer
-    tokens: Float[Tensor, "batch tokens width"]
-    grid_height: int
-    grid_width: int
-
-    @property
-    def block(self) -> Any:
-        """The last residual attention block."""
-        return self.visual.transformer.resblocks[-1]
 
 
 def baseline_grids(
-    model: nn.Module,
-    images: Float[Tensor, "batch 3 height width"],
-    text_embeddings: Float[Tensor, "prompts dim"],
+    tower: Tower,
+    trace: Trace,
+    text_embeddings: Float[Tensor, "prompts embed_dim"],
     image_index: Int[Tensor, " prompts"],
     *,
     generator: torch.Generator,
 ) -> dict[str, Float[Tensor, "prompts grid_height grid_width"]]:
-    """Every baseline for the given (image, prompt) pairs, from one forward pass.
+    """Every baseline for the given (image, prompt) pairs.
 
     Args:
-        model: an open_clip model whose image tower is a `VisionTransformer` without attentional pooling.
-        images: preprocessed images, on the model's device and in its precision.
+        tower: description of the tower that made the trace.
+        trace: the encoded images, with the last two blocks at least.
         text_embeddings: unit rows, one a prompt.
-        image_index: the row of ``images`` that each prompt belongs to.
+        image_index: for each prompt, the row of its image in the trace.
         generator: of the random grids; on the CPU.
 
     Returns:
         Name of the baseline to its grids, in float32.
 
     Raises:
-        LeGradError: the image tower is of another family.
+        InputError: the trace holds one block alone.
     """
-    last_block = read_last_block(model, images)
-    grid = (last_block.grid_height, last_block.grid_width)
+    grid = (trace.grid_height, trace.grid_width)
+    device = image_index.device
     return {
-        "GradCAM, last block": gradcam(last_block, text_embeddings, image_index),
-        "patch-text similarity": patch_text_similarity(last_block, text_embeddings, image_index),
-        "mean-query attention": mean_query_attention(last_block)[image_index],
-        "CLS attention": cls_attention(last_block)[image_index],
-        "centre prior": centre_prior(*grid).to(images.device).expand(len(image_index), *grid),
-        "random": random_grids(len(image_index), *grid, generator=generator).to(images.device),
+        "GradCAM, last block": gradcam(tower, trace, text_embeddings, image_index),
+        "patch-text similarity": patch_text_similarity(tower, trace, text_embeddings, image_index),
+        "mean-query attention": mean_query_attention(tower, trace)[image_index],
+        "CLS attention": cls_attention(tower, trace)[image_index],
+        "centre prior": centre_prior(*grid).to(device).expand(len(image_index), *grid),
+        "random": random_grids(len(image_index), *grid, generator=generator).to(device),
     }
-
-
-def read_last_block(model: nn.Module, images: Float[Tensor, "batch 3 height width"]) -> LastBlock:
-    """Encode the images up to the input of the last block.
-
-    Raises:
-        LeGradError: the image tower is of another family.
-    """
-    visual = _plain_vision_transformer(model)
-    captured: list[Tensor] = []
-    with _seeing_input(visual.transformer.resblocks[-1], captured), torch.no_grad():
-        visual(images)
-    patch_height, patch_width = visual.patch_size
-    return LastBlock(visual, captured[0], images.shape[2] // patch_height, images.shape[3] // patch_width)
 
 
 def random_grids(
@@ -105,29 +64,30 @@ def random_grids(
 def centre_prior(grid_height: int, grid_width: int) -> Float[Tensor, "grid_height grid_width"]:
     """A Gaussian around the centre, its deviation a quarter of each side; knows neither image nor prompt."""
     rows, columns = (
-        (torch.arange(cells) + 0.5) / cells / CENTRE_PRIOR_SIGMA - 0.5 / CENTRE_PRIOR_SIGMA
+        ((torch.arange(cells) + 0.5) / cells - 0.5) / CENTRE_PRIOR_SIGMA
         for cells in (grid_height, grid_width)
     )
     return torch.exp(-(rows[:, None] ** 2 + columns[None, :] ** 2) / 2)
 
 
-def cls_attention(last_block: LastBlock) -> Float[Tensor, "batch grid_height grid_width"]:
+def cls_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_height grid_width"]:
     """How much the class token attends to each patch in the last block, averaged over heads; knows no prompt.
 
     Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, figure 1
         (there one map a head).
     """
-    return _patch_grid(_attention(last_block)[:, 0], last_block)
+    return _patch_grid(_attention(tower, trace)[:, 0], tower, trace)
 
 
-def mean_query_attention(last_block: LastBlock) -> Float[Tensor, "batch grid_height grid_width"]:
+def mean_query_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_height grid_width"]:
     """How much all tokens attend to each patch in the last block, averaged over heads; knows no prompt."""
-    return _patch_grid(_attention(last_block).mean(dim=1), last_block)
+    return _patch_grid(_attention(tower, trace).mean(dim=1), tower, trace)
 
 
 def patch_text_similarity(
-    last_block: LastBlock,
-    text_embeddings: Float[Tensor, "prompts dim"],
+    tower: Tower,
+    trace: Trace,
+    text_embeddings: Float[Tensor, "prompts embed_dim"],
     image_index: Int[Tensor, " prompts"],
 ) -> Float[Tensor, "prompts grid_height grid_width"]:
     """Cosine of each output patch token, through the model's final norm and projection, with the text.
@@ -135,16 +95,16 @@ def patch_text_similarity(
     Source: the direct reading of dense features that Zhou et al., "Extract Free Dense Labels from CLIP",
         ECCV 2022, improve on by changing the last attention, which this baseline does not.
     """
-    visual = last_block.visual
     with torch.no_grad():
-        features = visual.ln_post(last_block.block(last_block.tokens)) @ visual.proj
+        features = tower.head.norm(trace.layers[-1].outputs) @ tower.head.projection()
     unit_features = F.normalize(features.float(), dim=-1)[image_index]
-    return _patch_grid(torch.einsum("ptd,pd->pt", unit_features, text_embeddings.float()), last_block)
+    return _patch_grid(torch.einsum("ptd,pd->pt", unit_features, text_embeddings.float()), tower, trace)
 
 
 def gradcam(
-    last_block: LastBlock,
-    text_embeddings: Float[Tensor, "prompts dim"],
+    tower: Tower,
+    trace: Trace,
+    text_embeddings: Float[Tensor, "prompts embed_dim"],
     image_index: Int[Tensor, " prompts"],
 ) -> Float[Tensor, "prompts grid_height grid_width"]:
     """GradCAM of the model's own image-text cosine, at the last block's normalised input.
@@ -156,61 +116,37 @@ def gradcam(
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, equations 1 and 2; the layer is the one commonly taken
         for vision transformers (Gildenblat et al., pytorch-grad-cam).
     """
-    block = last_block.block
-    residual = last_block.tokens[image_index]
+    block = tower.blocks[-1]
+    residual = _last_block_input(trace)[image_index]
     with torch.enable_grad():
-        activations = block.ln_1(residual).detach().requires_grad_()
-        attended = block.attn(activations, activations, activations, need_weights=False)[0]
-        tokens = residual + block.ls_1(attended)
-        features = _pooled_features(last_block.visual, tokens + block.ls_2(block.mlp(block.ln_2(tokens))))
+        activations = block.attention_norm(residual).detach().requires_grad_()
+        mixed = block.attention(activations, activations, activations, need_weights=False)[0]
+        attended = residual + block.attention_scale(mixed)
+        hidden = block.activation(block.mlp_in(block.mlp_norm(attended)))
+        features = tower.own_feature(attended + block.mlp_scale(block.mlp_out(hidden)))
         score = (F.normalize(features.float(), dim=-1) * text_embeddings.float()).sum()
         gradient = torch.autograd.grad(score, activations)[0]
-    channel_weights = gradient[:, PREFIX_TOKENS:].float().mean(dim=1)
+    channel_weights = gradient[:, tower.prefix_tokens :].float().mean(dim=1)
     weighted_sum = torch.einsum("ptc,pc->pt", activations.detach().float(), channel_weights)
-    return _patch_grid(weighted_sum.relu(), last_block)
+    return _patch_grid(weighted_sum.relu(), tower, trace)
 
 
-def _pooled_features(visual: VisionTransformer, tokens: Tensor) -> Tensor:
-    """The model's own way from the last block's output to the shared space, before unit norm."""
-    pooled, _ = visual._pool(tokens)
-    features: Tensor = pooled @ visual.proj
-    return features
-
-
-def _attention(last_block: LastBlock) -> Float[Tensor, "batch queries keys"]:
+@torch.no_grad()
+def _attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch queries keys"]:
     """The last block's attention, averaged over heads."""
-    with torch.no_grad():
-        normalised = last_block.block.ln_1(last_block.tokens)
-        weights: Tensor = last_block.block.attn(normalised, normalised, normalised, need_weights=True)[1]
+    block = tower.blocks[-1]
+    normalised = block.attention_norm(_last_block_input(trace))
+    weights: Tensor = block.attention(normalised, normalised, normalised, need_weights=True)[1]
     return weights.float()
 
 
+def _last_block_input(trace: Trace) -> Float[Tensor, "batch tokens width"]:
+    if len(trace.layers) < 2:
+        raise InputError(f"baselines: expected a trace of at least 2 blocks, received {len(trace.layers)}")
+    return trace.layers[-2].outputs
+
+
 def _patch_grid(
-    per_token: Float[Tensor, "maps tokens"], last_block: LastBlock
+    per_token: Float[Tensor, "maps tokens"], tower: Tower, trace: Trace
 ) -> Float[Tensor, "maps grid_height grid_width"]:
-    return per_token[:, PREFIX_TOKENS:].reshape(-1, last_block.grid_height, last_block.grid_width)
-
-
-def _plain_vision_transformer(model: nn.Module) -> VisionTransformer:
-    visual = getattr(model, "visual", None)
-    supported = "an open_clip VisionTransformer with plain attention, a projection and no attentional pooling"
-    if not isinstance(visual, VisionTransformer):
-        raise LeGradError(f"baselines: expected {supported}, received {type(visual or model).__name__}")
-    attention = visual.transformer.resblocks[-1].attn
-    if (
-        visual.attn_pool is not None
-        or visual.proj is None
-        or not isinstance(attention, nn.MultiheadAttention)
-    ):
-        raise LeGradError(f"baselines: expected {supported}, received one with another attention or pooling")
-    return visual
-
-
-@contextmanager
-def _seeing_input(block: nn.Module, captured: list[Tensor]) -> Iterator[None]:
-    """Append the block's first argument to ``captured`` on every call, inside the context alone."""
-    handle = block.register_forward_pre_hook(lambda _, arguments: captured.append(arguments[0].detach()))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return per_token[:, tower.prefix_tokens :].reshape(-1, trace.grid_height, trace.grid_width)

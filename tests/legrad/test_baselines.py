@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from legrad.errors import LeGradError
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -18,8 +17,10 @@ from legrad.baselines import (
     gradcam,
     mean_query_attention,
     patch_text_similarity,
-    read_last_block,
 )
+from legrad.errors import InputError
+from legrad.towers import describe_tower
+from legrad.trace import Trace, trace_images
 
 DIM, WIDTH, HEADS, GRID = 6, 16, 4, (2, 3)
 IMAGE_INDEX = torch.tensor([0, 2, 2, 1])
@@ -69,28 +70,26 @@ def explicit_attention(block: nn.Module, normalised: Tensor) -> Tensor:
     return (query @ key.mT / (WIDTH / HEADS) ** 0.5).softmax(dim=-1)
 
 
-def test_the_last_block_receives_what_the_earlier_blocks_give(model, images):
-    visual = model.visual
-    expected = visual.transformer.resblocks[1](visual.transformer.resblocks[0](visual._embeds(images)))
-    last_block = read_last_block(model, images)
-    torch.testing.assert_close(last_block.tokens, expected)
-    assert (last_block.grid_height, last_block.grid_width) == GRID
+def traced(model: nn.Module, images: Tensor) -> Trace:
+    return trace_images(describe_tower(model), images, layers=2)
 
 
 def test_attention_maps_are_rows_of_the_explicit_attention_matrix(model, images):
-    last_block = read_last_block(model, images)
-    attention = explicit_attention(last_block.block, last_block.block.ln_1(last_block.tokens)).mean(dim=1)
+    visual = model.visual
+    first, second, last = visual.transformer.resblocks
+    tokens = last.ln_1(second(first(visual._embeds(images))))
+    attention = explicit_attention(last, tokens).mean(dim=1)
+    tower, trace = describe_tower(model), traced(model, images)
     for grids, expected in (
-        (cls_attention(last_block), attention[:, 0, 1:]),
-        (mean_query_attention(last_block), attention.mean(dim=1)[:, 1:]),
+        (cls_attention(tower, trace), attention[:, 0, 1:]),
+        (mean_query_attention(tower, trace), attention.mean(dim=1)[:, 1:]),
     ):
         torch.testing.assert_close(grids, expected.reshape(3, *GRID).float())
 
 
 def test_patch_text_similarity_is_the_cosine_of_each_patch_token(model, images, texts):
-    last_block = read_last_block(model, images)
     tokens = model.visual.transformer(model.visual._embeds(images))
-    grids = patch_text_similarity(last_block, texts, IMAGE_INDEX)
+    grids = patch_text_similarity(describe_tower(model), traced(model, images), texts, IMAGE_INDEX)
     for prompt, image in enumerate(IMAGE_INDEX.tolist()):
         patches = model.visual.ln_post(tokens[image, 1:]) @ model.visual.proj
         expected = F.cosine_similarity(patches, texts[prompt][None]).reshape(GRID)
@@ -98,7 +97,7 @@ def test_patch_text_similarity_is_the_cosine_of_each_patch_token(model, images, 
 
 
 def test_gradcam_weighs_channels_by_gradients_of_the_models_own_score(model, images, texts):
-    grids = gradcam(read_last_block(model, images), texts, IMAGE_INDEX)
+    grids = gradcam(describe_tower(model), traced(model, images), texts, IMAGE_INDEX)
     assert (grids > 0).any()
     for prompt, image in enumerate(IMAGE_INDEX.tolist()):
         activations: list[Tensor] = []
@@ -122,7 +121,8 @@ def test_the_centre_prior_is_highest_in_the_middle_and_symmetric():
 def all_grids(
     model: nn.Module, images: Tensor, texts: Tensor, index: Tensor, seed: int = 0
 ) -> dict[str, Tensor]:
-    return baseline_grids(model, images, texts, index, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return baseline_grids(describe_tower(model), traced(model, images), texts, index, generator=generator)
 
 
 def test_every_baseline_has_one_finite_grid_a_prompt(model, images, texts):
@@ -174,17 +174,14 @@ def test_the_model_is_left_as_it_was_found(model, images, texts):
         assert torch.equal(weight, weights[name]), name
 
 
-def test_no_hook_is_left_when_the_forward_pass_fails(model, images):
+def test_a_text_of_another_dimension_fails_and_leaves_the_model_as_it_was(model, images):
     before = fingerprint(model)
-    model.visual.ln_post = nn.LayerNorm(WIDTH + 1).double()
     with pytest.raises(RuntimeError):
-        read_last_block(model, images)
-    assert fingerprint(model)[0] == before[0]
+        all_grids(model, images, torch.ones(4, DIM + 1, dtype=torch.float64), IMAGE_INDEX)
+    assert fingerprint(model) == before
 
 
-def test_other_image_towers_are_refused_by_name():
-    with pytest.raises(LeGradError, match=r"VisionTransformer.*received Linear"):
-        read_last_block(nn.Linear(1, 1), torch.zeros(1, 3, 8, 12))
-    pooled = TinyClip(attentional_pool=True, attn_pooler_heads=2)
-    with pytest.raises(LeGradError, match="another attention or pooling"):
-        read_last_block(pooled, torch.zeros(1, 3, 8, 12))
+def test_a_trace_of_one_block_is_refused(model, images, texts):
+    trace = trace_images(describe_tower(model), images, layers=1)
+    with pytest.raises(InputError, match="at least 2 blocks, received 1"):
+        gradcam(describe_tower(model), trace, texts, IMAGE_INDEX)
