@@ -1,0 +1,1 @@
+"""The application: shards of captioned images in, pseudo-masks as Parquet out."""

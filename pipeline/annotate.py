@@ -1,0 +1,284 @@
+"""One shard from tar to Parquet: read, decode, explain, mask, publish. Runs without ray."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+import legrad
+from legrad.masks import ImageMasks, MaskRule, grid_to_masks
+from pipeline import storage
+from pipeline.config import JobConfig
+from pipeline.decode import decode_image, find_field, read_captions
+from pipeline.engine import Engine, ExplainedSample, PreparedSample, Prompt
+from pipeline.errors import SampleFailure
+from pipeline.records import SampleError, ShardCounts
+from pipeline.shards import RawSample, read_samples
+from pipeline.storage import ShardSource
+from pipeline.writer import ShardWriter
+
+logger = logging.getLogger(__name__)
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class SampleOutcome:
+    """What became of a sample: rows, error rows, or neither where no prompt applies."""
+
+    rows: tuple[dict[str, Any], ...] = ()
+    errors: tuple[SampleError, ...] = ()
+    dropped_prompts: int = 0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A sample to be explained, or one already at its end; errors of single prompts stay with it."""
+
+    sample: PreparedSample | None
+    errors: tuple[SampleError, ...]
+
+
+@dataclass(frozen=True)
+class _Explained:
+    explained: ExplainedSample | None
+    errors: tuple[SampleError, ...]
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """A shard that was annotated and published, and how long that took in seconds."""
+
+    counts: ShardCounts
+    duration_s: float
+
+
+class ShardAnnotator:
+    """Annotates shards with one model; several threads may call it at once, the device takes turns.
+
+    Args:
+        config: the job's configuration.
+        explainer: the loaded model.
+        decode_threads: threads that decode images and encode masks, shared by all shards in hand.
+        metadata: written into every file beside the counts, such as the config hash and versions.
+    """
+
+    def __init__(
+        self, config: JobConfig, explainer: legrad.LeGrad, *, decode_threads: int, metadata: Mapping[str, Any]
+    ) -> None:
+        self._config = config
+        self._explainer = explainer
+        self._engine = Engine(explainer, config.prompts.max_per_sample)
+        self._metadata = metadata
+        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._window = 2 * config.run.batch_size + decode_threads
+
+    def annotate(self, shard: ShardSource) -> ShardReport:
+        """Read, explain and publish one shard; memory is bounded by batches, not by the shard.
+
+        Returns:
+            The counts as published, and the time taken.
+
+        Raises:
+            ShardError: the shard cannot be opened or was cut while it was read.
+            OutputError: the result cannot be written.
+        """
+        started_s = time.monotonic()
+        metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
+        with ShardWriter(shard.canonical_url, metadata) as writer:
+            with storage.open_shard(shard) as stream:
+                items = read_samples(stream, max_member_bytes=self._config.input.max_member_bytes)
+                for outcome in self._outcomes(_without_strays(items, writer)):
+                    writer.add_sample(outcome.rows, outcome.errors, outcome.dropped_prompts)
+            counts = writer.publish(self._config.output.dir, shard.shard_id)
+        return ShardReport(counts, time.monotonic() - started_s)
+
+    def close(self) -> None:
+        """Stop the decode threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _outcomes(self, items: Iterable[RawSample | SampleError]) -> Iterator[SampleOutcome]:
+        prepared = self._mapped(self._prepare, items)
+        return self._mapped(self._finish, self._explained(prepared))
+
+    def _mapped(self, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
+        """Apply a function on the pool, in order, with a bounded number of items in flight."""
+        in_flight: deque[Future[Out]] = deque()
+        try:
+            for item in items:
+                in_flight.append(self._pool.submit(function, item))
+                if len(in_flight) > self._window:
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
+        finally:
+            for future in in_flight:
+                future.cancel()
+
+    def _prepare(self, item: RawSample | SampleError) -> _Prepared:
+        if isinstance(item, SampleError):
+            return _Prepared(None, (item,))
+        try:
+            prompts, errors = self._prompts(item)
+            if not prompts:
+                return _Prepared(None, tuple(errors))
+            image = decode_image(
+                find_field(item.fields, self._config.input.image),
+                self._explainer.transform,
+                max_image_pixels=self._config.input.max_image_pixels,
+            )
+        except SampleFailure as failure:
+            return _Prepared(None, (_error_row(failure, item.key, item.index),))
+        return _Prepared(PreparedSample(item.index, item.key, image, tuple(prompts)), tuple(errors))
+
+    def _prompts(self, item: RawSample) -> tuple[list[Prompt], list[SampleError]]:
+        captions = read_captions(
+            item.fields, self._config.input.caption, several=self._config.prompts.source == "captions"
+        )
+        prompts = [Prompt(index, text) for index, text in enumerate(captions) if isinstance(text, str)]
+        failures = [
+            _error_row(failure, item.key, item.index, index)
+            for index, failure in enumerate(captions)
+            if isinstance(failure, SampleFailure)
+        ]
+        return prompts, failures
+
+    def _explained(self, prepared: Iterable[_Prepared]) -> Iterator[_Explained]:
+        for batch in _batches(prepared, self._config.run.batch_size):
+            waiting = [item.sample for item in batch if item.sample is not None]
+            explained = iter(self._engine.explain(waiting) if waiting else [])
+            for item in batch:
+                yield _Explained(next(explained) if item.sample is not None else None, item.errors)
+
+    def _finish(self, item: _Explained) -> SampleOutcome:
+        if item.explained is None:
+            return SampleOutcome(errors=item.errors)
+        sample = item.explained.sample
+        finite = item.explained.relevance_grids.isfinite().flatten(1).all(dim=1)
+        errors = [
+            SampleError(
+                "model",
+                "non_finite",
+                "the relevance map is not finite",
+                sample.key,
+                sample.index,
+                kept.prompt.index,
+            )
+            for kept, is_finite in zip(item.explained.prompts, finite.tolist(), strict=True)
+            if not is_finite
+        ]
+        rows = self._rows(item.explained, finite.nonzero().flatten())
+        if not rows and not errors and not item.errors:
+            return SampleOutcome(dropped_prompts=item.explained.dropped_prompts)
+        return SampleOutcome(tuple(rows), (*item.errors, *errors), item.explained.dropped_prompts)
+
+    def _rows(self, explained: ExplainedSample, positions: torch.Tensor) -> list[dict[str, Any]]:
+        sample = explained.sample
+        grids = explained.relevance_grids[positions]
+        if not len(grids):
+            return []
+        masks_config = self._config.masks
+        height, width = mask_frame(sample.image.image_height, sample.image.image_width, masks_config.max_side)
+        masks = grid_to_masks(grids, height, width, MaskRule(masks_config.rule, masks_config.value))
+        rows = []
+        for row, position in enumerate(positions.tolist()):
+            kept = explained.prompts[position]
+            peak = float(grids[row].max())
+            status = self._status(kept.similarity, peak, int(masks.areas[row]) / (height * width))
+            if status != "ok" and self._config.output.rows == "accepted":
+                continue
+            rows.append(
+                {
+                    "key": sample.key,
+                    "sample_index": sample.index,
+                    "prompt_index": kept.prompt.index,
+                    "prompt": kept.prompt.text,
+                    "prompt_truncated": kept.truncated,
+                    "status": status,
+                    "image_height": sample.image.image_height,
+                    "image_width": sample.image.image_width,
+                    "similarity": kept.similarity,
+                    "peak": peak,
+                    "threshold": float(masks.thresholds[row]),
+                    **_mask_columns(masks, row, accepted=status == "ok"),
+                    **(_heatmap_columns(grids[row], peak) if self._config.output.heatmap else {}),
+                }
+            )
+        return rows
+
+    def _status(self, similarity: float, peak: float, area_share: float) -> str:
+        masks = self._config.masks
+        if masks.min_similarity is not None and similarity < masks.min_similarity:
+            return "rejected_similarity"
+        if masks.min_peak is not None and peak < masks.min_peak:
+            return "rejected_peak"
+        if masks.min_area is not None and area_share < masks.min_area:
+            return "rejected_area"
+        return "ok"
+
+
+def mask_frame(image_height: int, image_width: int, max_side: int | None) -> tuple[int, int]:
+    """Height and width of the masks: the image's own, or scaled down to a longest side of `max_side`."""
+    longest = max(image_height, image_width)
+    if max_side is None or longest <= max_side:
+        return image_height, image_width
+    return max(1, round(image_height * max_side / longest)), max(1, round(image_width * max_side / longest))
+
+
+def _mask_columns(masks: ImageMasks, row: int, *, accepted: bool) -> dict[str, Any]:
+    if not accepted:
+        return {"area": 0, "bbox_xywh": None, "mask": None}
+    return {
+        "area": int(masks.areas[row]),
+        "bbox_xywh": masks.bboxes_xywh[row].tolist(),
+        "mask": masks.rles[row],
+    }
+
+
+def _heatmap_columns(relevance_grid: torch.Tensor, peak: float) -> dict[str, Any]:
+    scaled = relevance_grid.numpy() * (255 / peak) if peak > 0 else np.zeros_like(relevance_grid.numpy())
+    grid_height, grid_width = relevance_grid.shape
+    return {
+        "heatmap": np.rint(scaled).astype(np.uint8).tobytes(),
+        "heatmap_height": grid_height,
+        "heatmap_width": grid_width,
+    }
+
+
+def _error_row(failure: SampleFailure, key: str, index: int, prompt_index: int | None = None) -> SampleError:
+    return SampleError(failure.stage, failure.kind, failure.message, key, index, prompt_index)
+
+
+def _without_strays(
+    items: Iterable[RawSample | SampleError], writer: ShardWriter
+) -> Iterator[RawSample | SampleError]:
+    """Record errors that belong to no sample at once; pass on what is a sample's."""
+    for item in items:
+        if isinstance(item, SampleError) and item.sample_index is None:
+            writer.add_error(item)
+        else:
+            yield item
+
+
+def _batches(prepared: Iterable[_Prepared], batch_size: int) -> Iterator[Sequence[_Prepared]]:
+    """Group so that each batch has `batch_size` samples for the device; items without one ride along."""
+    batch: list[_Prepared] = []
+    waiting = 0
+    for item in prepared:
+        batch.append(item)
+        waiting += item.sample is not None
+        if waiting == batch_size or len(batch) >= 4 * batch_size:
+            yield batch
+            batch, waiting = [], 0
+    if batch:
+        yield batch

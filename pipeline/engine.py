@@ -1,0 +1,171 @@
+"""The device step: a batch of images and their prompts in, similarities and relevance grids out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import legrad
+from legrad.prompts import is_truncated
+from pipeline.decode import DecodedImage
+
+logger = logging.getLogger(__name__)
+
+CACHED_TEXTS = 50_000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to explain: its ordinal in the sample and the text itself."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class PreparedSample:
+    """A decoded sample that waits for its turn on the device.
+
+    Attributes:
+        index: ordinal in the shard.
+        key: sample key.
+        image: decoded and resized image.
+        prompts: texts to explain, at least one.
+    """
+
+    index: int
+    key: str
+    image: DecodedImage
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class ExplainedPrompt:
+    """A prompt with its cosine similarity to the image, in [-1, 1]."""
+
+    prompt: Prompt
+    truncated: bool
+    similarity: float
+
+
+@dataclass(frozen=True)
+class ExplainedSample:
+    """What the device step says of a sample.
+
+    Attributes:
+        sample: the sample.
+        prompts: the prompts kept, in the sample's order.
+        relevance_grids: raw relevance, float32 on the CPU, [prompts, grid_height, grid_width].
+        dropped_prompts: prompts left out because the sample had too many.
+    """
+
+    sample: PreparedSample
+    prompts: tuple[ExplainedPrompt, ...]
+    relevance_grids: torch.Tensor
+    dropped_prompts: int
+
+
+class Engine:
+    """Explains batches on one device; one batch at a time, however many threads ask.
+
+    Args:
+        explainer: the loaded model.
+        max_prompts_per_sample: of more prompts the most similar ones are kept.
+    """
+
+    def __init__(self, explainer: legrad.LeGrad, max_prompts_per_sample: int) -> None:
+        self._explainer = explainer
+        self._max_prompts_per_sample = max_prompts_per_sample
+        self._text_cache: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._device_lock = threading.Lock()
+        self._said_out_of_memory = False
+
+    def explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
+        """Explain every prompt of every sample; a batch too large for the device is halved.
+
+        Raises:
+            torch.OutOfMemoryError: not even a single sample fits.
+        """
+        try:
+            with self._device_lock:
+                return self._explain(samples)
+        except torch.OutOfMemoryError:
+            if len(samples) == 1:
+                raise
+            self._say_out_of_memory(len(samples))
+        middle = len(samples) // 2
+        return self.explain(samples[:middle]) + self.explain(samples[middle:])
+
+    def _say_out_of_memory(self, samples: int) -> None:
+        if not self._said_out_of_memory:
+            logger.warning(
+                "out of device memory with %d images: halving batches; lower run.batch_size", samples
+            )
+            self._said_out_of_memory = True
+
+    def _explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
+        explainer = self._explainer
+        pixels = torch.from_numpy(np.stack([sample.image.pixels for sample in samples])).to(explainer.device)
+        trace = explainer.encode(explainer.transform.normalise(pixels, explainer.dtype))
+        prompts = [prompt for sample in samples for prompt in sample.prompts]
+        image_index = torch.repeat_interleave(
+            torch.arange(len(samples)), torch.tensor([len(sample.prompts) for sample in samples])
+        )
+        texts = self._embed([prompt.text for prompt in prompts])
+        similarities = explainer.similarity(trace, texts, image_index.to(texts.device)).float().cpu()
+        kept = _most_similar(similarities, image_index, self._max_prompts_per_sample)
+        owners = image_index[kept]
+        grids = (
+            explainer.relevance(trace, texts[kept.to(texts.device)], owners.to(texts.device)).float().cpu()
+        )
+        explained = [self._explained_prompt(prompts[row], float(similarities[row])) for row in kept.tolist()]
+        return [
+            _gathered(sample, explained, grids, (owners == position).nonzero().flatten())
+            for position, sample in enumerate(samples)
+        ]
+
+    def _explained_prompt(self, prompt: Prompt, similarity: float) -> ExplainedPrompt:
+        return ExplainedPrompt(prompt, is_truncated(self._explainer.tokenizer, prompt.text), similarity)
+
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit text embeddings [prompts, dim]; a text is embedded once while it stays in the cache."""
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
+        if unknown:
+            self._text_cache.update(zip(unknown, self._explainer.embed_text(unknown), strict=True))
+        rows = []
+        for text in texts:
+            self._text_cache.move_to_end(text)
+            rows.append(self._text_cache[text])
+        while len(self._text_cache) > CACHED_TEXTS:
+            self._text_cache.popitem(last=False)
+        return torch.stack(rows)
+
+
+def _gathered(
+    sample: PreparedSample,
+    explained: Sequence[ExplainedPrompt],
+    relevance_grids: torch.Tensor,
+    rows: torch.Tensor,
+) -> ExplainedSample:
+    return ExplainedSample(
+        sample=sample,
+        prompts=tuple(explained[row] for row in rows.tolist()),
+        relevance_grids=relevance_grids[rows],
+        dropped_prompts=len(sample.prompts) - len(rows),
+    )
+
+
+def _most_similar(similarities: torch.Tensor, image_index: torch.Tensor, limit: int) -> torch.Tensor:
+    """Positions of each image's most similar prompts, at most `limit` an image, in ascending order."""
+    by_similarity = torch.argsort(similarities, descending=True, stable=True)
+    grouped = by_similarity[torch.argsort(image_index[by_similarity], stable=True)]
+    counts = torch.bincount(image_index)
+    starts = torch.cumsum(counts, 0) - counts
+    rank = torch.arange(len(grouped)) - starts[image_index[grouped]]
+    return grouped[rank < limit].sort().values
