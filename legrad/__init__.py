@@ -1,0 +1,29 @@
+"""LeGrad for open_clip: which patches of an image speak for which text, in closed form.
+
+    explainer = legrad.LeGrad.from_open_clip("ViT-B-16", "laion2b_s34b_b88k")
+    trace = explainer.encode(explainer.preprocess(images))
+    relevance_grids = explainer.relevance(trace, explainer.embed_text(["a dog", "a car"]))
+
+Source: Bousselham et al., "LeGrad: An Explainability Method for Vision Transformers via Feature Formation
+Sensitivity", https://arxiv.org/abs/2404.03214.
+"""
+
+from legrad.errors import InputError, LeGradError, ModelLoadError, TokenizerError, UnsupportedModelError
+from legrad.explainer import LeGrad
+from legrad.images import ImageTransform
+from legrad.towers import ModelSupport, supported_models
+from legrad.trace import LayerTrace, Trace
+
+__all__ = [
+    "ImageTransform",
+    "InputError",
+    "LayerTrace",
+    "LeGrad",
+    "LeGradError",
+    "ModelLoadError",
+    "ModelSupport",
+    "TokenizerError",
+    "Trace",
+    "UnsupportedModelError",
+    "supported_models",
+]

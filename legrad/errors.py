@@ -1,0 +1,29 @@
+"""The exceptions of the method.
+
+LeGradError
+ ├── UnsupportedModelError   a vision tower whose structure this method does not cover
+ ├── ModelLoadError          a name, tag or checkpoint from which no model could be made
+ ├── InputError              a tensor, index or option that does not fit the model or the other inputs
+ ├── TokenizerError          texts given to an explainer that has no tokenizer
+ └── MaskError               (in `legrad.masks`) grids or rules from which no masks can be made
+"""
+
+
+class LeGradError(Exception):
+    """Anything that `legrad` refuses to do."""
+
+
+class UnsupportedModelError(LeGradError):
+    """A vision tower whose structure this method does not cover."""
+
+
+class ModelLoadError(LeGradError):
+    """A model name, tag or checkpoint from which no model could be made."""
+
+
+class InputError(LeGradError):
+    """A tensor, an index or an option that does not fit the model or the other inputs."""
+
+
+class TokenizerError(LeGradError):
+    """Texts given to an explainer that has no tokenizer."""

@@ -1,0 +1,320 @@
+"""The public face of the method: one class that explains an open_clip model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Literal
+
+import open_clip
+import torch
+from jaxtyping import Float, Int
+from open_clip.pretrained import get_pretrained_cfg
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from legrad.errors import ModelLoadError, TokenizerError, UnsupportedModelError
+from legrad.images import ImageTransform, transform_of
+from legrad.inputs import (
+    as_ragged,
+    check_image_size,
+    check_images,
+    check_layers,
+    neutral_patches,
+    pooled_tokens,
+)
+from legrad.masks import minmax_normalise, upsample_grid
+from legrad.prompts import Tokenizer, embed_texts, truncated
+from legrad.relevance import relevance_grids
+from legrad.towers import SUPPORTED, describe_tower, model_support
+from legrad.trace import Trace, trace_images
+
+PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
+
+
+class LeGrad:
+    """Relevance maps of an open_clip model: which patches of an image speak for which text.
+
+    The model is left as it is found: its weights, its flags for gradients and training, the random state. It may be
+    in training mode; patch dropout never acts.
+
+    Attributes:
+        model: the explained model.
+        tower: description of its vision tower.
+        transform: its preprocessing.
+
+    Source: Bousselham et al., https://arxiv.org/abs/2404.03214.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Tokenizer | None = None,
+        layers: int | Literal["all"] = 2,
+        pool: Literal["reference", "model"] = "reference",
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Prepare to explain a model.
+
+        Args:
+            model: an open_clip model; its vision tower decides whether it is supported.
+            tokenizer: needed by `embed_text` alone.
+            layers: how many of the last blocks to explain, or "all".
+            pool: how a layer is scored. "reference": mean over all tokens, the authors' way; "model": over the tokens
+                that the model's own pooling takes.
+            image_size: of the model's input as preprocessed, (height, width) or one number, in pixels; multiples of the
+                patch size. None: the model's own.
+
+        Raises:
+            UnsupportedModelError: the vision tower's structure is not covered.
+            InputError: an option does not fit the model.
+        """
+        self.model = model
+        self.tower = describe_tower(model)
+        self._tokenizer = tokenizer
+        self._layers = check_layers(layers, self.tower)
+        self._pooled_tokens = pooled_tokens(pool, self.tower)
+        self.transform = _sized(transform_of(model.visual), image_size)  # type: ignore[arg-type]
+        check_image_size(self.tower, self.transform.height, self.transform.width, "preprocessing")
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        name: str,
+        pretrained: str | None = None,
+        *,
+        layers: int | Literal["all"] = 2,
+        pool: Literal["reference", "model"] = "reference",
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        image_size: int | tuple[int, int] | None = None,
+    ) -> "LeGrad":
+        """Make a model by open_clip's own factory, and its tokenizer, and explain it.
+
+        Args:
+            name: open_clip model name; also `hf-hub:...` and `local-dir:...`.
+            pretrained: a tag, whose activation and preprocessing are followed, or the path of a checkpoint. Checkpoints are
+                read without executing code. None: random weights, unless the name brings its own.
+            layers: see `LeGrad`.
+            pool: see `LeGrad`.
+            device: None: CUDA where there is one, else CPU.
+            precision: one of fp32, fp16, bf16, pure_fp16, pure_bf16, as in open_clip.
+            image_size: see `LeGrad`.
+
+        Raises:
+            ModelLoadError: name, tag, checkpoint or precision give no model.
+            UnsupportedModelError: the vision tower's structure is not covered; found before anything is downloaded.
+            InputError: an option does not fit the model.
+        """
+        _check_request(name, precision)
+        tag = get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}
+        try:
+            model = open_clip.create_model(
+                name,
+                pretrained=pretrained,
+                precision=precision,
+                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                force_quick_gelu=bool(tag.get("quick_gelu", False)),
+            ).eval()
+            tokenizer = open_clip.get_tokenizer(name)
+        except (RuntimeError, OSError, ImportError, ValueError) as error:
+            raise ModelLoadError(_load_failure(name, pretrained, error)) from error
+        return cls(model, tokenizer=tokenizer, layers=layers, pool=pool, image_size=image_size)
+
+    @property
+    def embed_dim(self) -> int:
+        """Dimension of the joint image-text space."""
+        return self.tower.embed_dim
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a square patch, in pixels."""
+        return self.tower.patch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vision tower is."""
+        return self.tower.parameter().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the vision tower takes images."""
+        return self.tower.parameter().dtype
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
+        """Stretch images to the model's size and normalise them; nothing is cropped.
+
+        Args:
+            images: of any sizes and modes.
+
+        Returns:
+            The model's input, on the model's device.
+        """
+        pixels = torch.empty(len(images), self.transform.height, self.transform.width, 3, dtype=torch.uint8)
+        for row, image in zip(pixels, images, strict=True):
+            row.copy_(torch.from_numpy(self.transform.resize(image)))
+        return self.transform.normalise(pixels.to(self.device), self.dtype)
+
+    def embed_text(self, texts: Sequence[str]) -> Float[Tensor, "prompts embed_dim"]:
+        """Embed texts as unit rows, in order; a text longer than the context is cut as the tokenizer does.
+
+        Raises:
+            TokenizerError: the explainer was made without a tokenizer.
+            InputError: the text tower is in training mode with active dropout.
+        """
+        return embed_texts(self.model, self._require_tokenizer(), texts, self.embed_dim, self.device)
+
+    def truncated(self, texts: Sequence[str]) -> list[bool]:
+        """Say for each text whether `embed_text` cuts it at the context length.
+
+        Raises:
+            TokenizerError: the explainer was made without a tokenizer.
+        """
+        return truncated(self._require_tokenizer(), texts)
+
+    def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Trace:
+        """Run one forward pass.
+
+        Args:
+            images: preprocessed, in the model's dtype and on its device; any height and width that are multiples of the
+                patch size.
+
+        Returns:
+            All that any number of prompts need.
+
+        Raises:
+            InputError: the images do not fit the model.
+        """
+        check_images(self.tower, images)
+        return trace_images(self.tower, images, self._layers)
+
+    def relevance(
+        self,
+        images: Float[Tensor, "batch 3 height width"] | Trace,
+        text_embeddings: Float[Tensor, "*prompts embed_dim"],
+        image_index: Int[Tensor, " prompts"] | None = None,
+        *,
+        per_layer: bool = False,
+    ) -> Float[Tensor, "*maps grid_height grid_width"]:
+        """Compute raw relevance grids: at least zero, on the patch grid, not normalised.
+
+        Args:
+            images: preprocessed images, or their trace.
+            text_embeddings: [batch, prompts, embed_dim]: prompts of each image; [prompts, embed_dim]: every prompt for
+                every image; the same with `image_index`: prompts of any number for each image. Rows of any length are
+                brought to unit length.
+            image_index: for each prompt, the row of its image. On the CPU it is checked without waiting for the device.
+            per_layer: keep the layers apart.
+
+        Returns:
+            [batch, prompts, grid_height, grid_width], or with `image_index` [prompts, grid_height, grid_width]; summed
+            over layers, or with a leading axis of layers, first to last. float32, or float64 for a float64 model.
+
+        Raises:
+            InputError: shapes, dtypes, devices or indices do not fit.
+        """
+        trace = self._as_trace(images)
+        prompts = as_ragged(trace, text_embeddings, image_index)
+        grids = relevance_grids(
+            self.tower, trace, prompts.unit_rows, prompts.image_index, self._pooled_tokens
+        )
+        merged = grids if per_layer else grids.sum(dim=0)
+        return merged.unflatten(-3, prompts.leading)
+
+    def heatmaps(
+        self,
+        images: Float[Tensor, "batch 3 height width"] | Trace,
+        text_embeddings: Float[Tensor, "*prompts embed_dim"],
+        image_index: Int[Tensor, " prompts"] | None = None,
+        *,
+        neutral_embedding: Float[Tensor, "*one embed_dim"] | None = None,
+        neutral_threshold: float = 0.8,
+    ) -> Float[Tensor, "*maps height width"]:
+        """Compute heat maps from 0 to 1 at the pixel size of the model's input.
+
+        Args:
+            images: as in `relevance`.
+            text_embeddings: as in `relevance`.
+            image_index: as in `relevance`.
+            neutral_embedding: one embedding of a text that names nothing, such as "a photo of a"; where its own map is
+                high, every prompt's map is set to zero before it is normalised. None: no correction.
+            neutral_threshold: from 0 to 1; how high is high.
+
+        Returns:
+            [batch, prompts, height, width], or with `image_index` [prompts, height, width]. A constant map is zeros.
+
+        Raises:
+            InputError: shapes, dtypes, devices, indices or the threshold do not fit.
+        """
+        trace = self._as_trace(images)
+        grids = self.relevance(trace, text_embeddings, image_index)
+        if neutral_embedding is not None:
+            neutral_grids = self.relevance(trace, neutral_embedding.reshape(1, -1))
+            neutral = neutral_patches(neutral_grids, neutral_threshold)
+            grids = grids.masked_fill(neutral[:, None] if image_index is None else neutral[image_index], 0)
+        height, width = trace.grid_height * self.patch_size, trace.grid_width * self.patch_size
+        return minmax_normalise(upsample_grid(grids, height, width))
+
+    def similarity(
+        self,
+        trace: Trace,
+        text_embeddings: Float[Tensor, "*prompts embed_dim"],
+        image_index: Int[Tensor, " prompts"] | None = None,
+    ) -> Float[Tensor, "*prompts"]:
+        """Compute the cosine of image and text, by the model's own image features, without a second encode.
+
+        Args:
+            trace: the encoded images.
+            text_embeddings: as in `relevance`.
+            image_index: as in `relevance`.
+
+        Returns:
+            [batch, prompts], or with `image_index` [prompts]; from -1 to 1.
+
+        Raises:
+            InputError: shapes, dtypes, devices or indices do not fit.
+        """
+        prompts = as_ragged(trace, text_embeddings, image_index)
+        features = F.normalize(trace.image_features.to(prompts.unit_rows.dtype), dim=-1)
+        return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1).unflatten(0, prompts.leading)
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise TokenizerError(
+                "this LeGrad has no tokenizer; pass tokenizer=open_clip.get_tokenizer(model_name), "
+                "or make it with LeGrad.from_open_clip"
+            )
+        return self._tokenizer
+
+    def _as_trace(self, images: Float[Tensor, "batch 3 height width"] | Trace) -> Trace:
+        return images if isinstance(images, Trace) else self.encode(images)
+
+
+def _check_request(name: str, precision: str) -> None:
+    """Refuse what needs no download to be refused."""
+    if precision not in PRECISIONS:
+        raise ModelLoadError(f"precision: expected one of {', '.join(PRECISIONS)}, received {precision!r}")
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return
+    known = open_clip.list_models()
+    plain_name = name.replace("/", "-")
+    if plain_name not in known:
+        nearest = ", ".join(get_close_matches(plain_name, known)) or "none is near"
+        raise ModelLoadError(f"open_clip has no model named {name!r}; nearest: {nearest}")
+    support = model_support(plain_name)
+    if support.reason is not None:
+        raise UnsupportedModelError(f"{name}: {support.reason}. Supported: {SUPPORTED}")
+
+
+def _load_failure(name: str, pretrained: str | None, error: Exception) -> str:
+    if isinstance(error, ImportError) or "transformers" in str(error):
+        return f"{name} needs a tokenizer or text tower of Hugging Face: pip install 'legrad-pipeline[hf]' ({error})"
+    return f"open_clip could not make {name!r} with pretrained={pretrained!r}: {error}"
+
+
+def _sized(transform: ImageTransform, image_size: int | tuple[int, int] | None) -> ImageTransform:
+    if image_size is None:
+        return transform
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return replace(transform, height=height, width=width)

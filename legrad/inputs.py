@@ -1,0 +1,165 @@
+"""What a caller may pass, checked, and brought to the one form that the method computes with."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from legrad.errors import InputError
+from legrad.masks import minmax_normalise
+from legrad.relevance import accumulation_dtype
+from legrad.towers import Tower
+from legrad.trace import Trace
+
+
+@dataclass(frozen=True)
+class RaggedPrompts:
+    """Prompts in flat form, each with the image it belongs to.
+
+    Attributes:
+        unit_rows: one unit text embedding for each prompt.
+        image_index: for each prompt, the row of its image.
+        leading: the shape in which the caller gave the prompts: (batch, prompts) or (prompts,).
+    """
+
+    unit_rows: Float[Tensor, "prompts embed_dim"]
+    image_index: Int[Tensor, " prompts"]
+    leading: tuple[int, ...]
+
+
+def as_ragged(trace: Trace, text_embeddings: Tensor, image_index: Tensor | None) -> RaggedPrompts:
+    """Bring the three forms of text embeddings to one, with unit rows.
+
+    Args:
+        trace: the encoded images.
+        text_embeddings: [batch, prompts, embed_dim], [prompts, embed_dim], or that with `image_index`.
+        image_index: for each prompt the row of its image, on any device, or None.
+
+    Raises:
+        InputError: shapes, dtypes, devices or indices do not fit; names what was expected and what received.
+    """
+    unit_rows = _unit_rows(trace, text_embeddings)
+    device, batch = unit_rows.device, trace.batch_size
+    if image_index is not None:
+        checked = _check_image_index(image_index, text_embeddings, batch)
+        return RaggedPrompts(unit_rows, checked.to(device), (len(checked),))
+    if unit_rows.ndim == 3 and len(unit_rows) != batch:
+        raise InputError(
+            f"text_embeddings [batch, prompts, embed_dim]: expected {batch} images, as encoded, "
+            f"received {_shape(text_embeddings)}"
+        )
+    prompts = unit_rows.shape[-2]
+    rows = unit_rows.expand(batch, -1, -1).flatten(0, 1)
+    every_image = torch.arange(batch, device=device).repeat_interleave(prompts)
+    return RaggedPrompts(rows, every_image, (batch, prompts))
+
+
+def check_images(tower: Tower, images: Tensor) -> None:
+    """Raise an InputError where images do not fit the tower."""
+    parameter = tower.parameter()
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"images: expected [batch, 3, height, width], received {_shape(images)}")
+    if images.dtype != parameter.dtype:
+        raise InputError(
+            f"images: expected {parameter.dtype}, as the model's weights, received {images.dtype}"
+        )
+    if images.device != parameter.device:
+        raise InputError(
+            f"images: expected device {parameter.device}, as the model, received {images.device}"
+        )
+    check_image_size(tower, images.shape[2], images.shape[3], "images")
+
+
+def check_image_size(tower: Tower, height: int, width: int, where: str) -> None:
+    """Raise an InputError where a size in pixels is not made of whole patches."""
+    patch = tower.patch_size
+    if height < patch or width < patch or height % patch or width % patch:
+        raise InputError(
+            f"{where}: expected height and width as multiples of {patch}, received {height} x {width}"
+        )
+
+
+def check_layers(layers: int | Literal["all"], tower: Tower) -> int:
+    """Return the number of blocks to explain, or raise an InputError."""
+    available = len(tower.blocks)
+    if layers == "all":
+        return available
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= available:
+        raise InputError(f"layers: expected 'all' or a number from 1 to {available}, received {layers!r}")
+    return layers
+
+
+def pooled_tokens(pool: Literal["reference", "model"], tower: Tower) -> slice:
+    """Return the tokens whose mean a layer's score looks at, or raise an InputError."""
+    if pool == "reference":
+        return slice(0, None)
+    if pool != "model":
+        raise InputError(f"pool: expected 'reference' or 'model', received {pool!r}")
+    if tower.own_pool is None:
+        raise InputError(
+            "pool='model': this tower norms its tokens before it averages them, which is not covered; "
+            "use pool='reference'"
+        )
+    return tower.own_pool
+
+
+def neutral_patches(
+    neutral_grids: Float[Tensor, "batch 1 grid_height grid_width"], threshold: float
+) -> Bool[Tensor, "batch grid_height grid_width"]:
+    """Find the patches where a neutral text's own map is high.
+
+    Args:
+        neutral_grids: raw relevance of the neutral text for each image.
+        threshold: from 0 to 1.
+
+    Raises:
+        InputError: the threshold is out of range.
+    """
+    if not 0 <= threshold <= 1:
+        raise InputError(f"neutral_threshold: expected a value from 0 to 1, received {threshold!r}")
+    return minmax_normalise(neutral_grids)[:, 0] > threshold
+
+
+def _unit_rows(trace: Trace, text_embeddings: Tensor) -> Tensor:
+    features = trace.image_features
+    embed_dim = features.shape[-1]
+    if text_embeddings.ndim not in (2, 3) or text_embeddings.shape[-1] != embed_dim:
+        raise InputError(
+            f"text_embeddings: expected [batch, prompts, {embed_dim}] or [prompts, {embed_dim}], "
+            f"received {_shape(text_embeddings)}"
+        )
+    if not text_embeddings.is_floating_point():
+        raise InputError(
+            f"text_embeddings: expected a floating-point dtype, received {text_embeddings.dtype}"
+        )
+    if text_embeddings.device != features.device:
+        raise InputError(
+            f"text_embeddings: expected device {features.device}, as the images, "
+            f"received {text_embeddings.device}"
+        )
+    rows = text_embeddings.detach().to(accumulation_dtype(features.dtype))
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    if not bool(((lengths > 0) & lengths.isfinite()).all()):
+        raise InputError("text_embeddings: expected rows of finite length above zero, received others")
+    return rows / lengths
+
+
+def _check_image_index(image_index: Tensor, text_embeddings: Tensor, batch: int) -> Tensor:
+    if text_embeddings.ndim != 2 or image_index.shape != text_embeddings.shape[:1]:
+        raise InputError(
+            "image_index: expected text_embeddings [prompts, embed_dim] and image_index [prompts], "
+            f"received {_shape(text_embeddings)} and {_shape(image_index)}"
+        )
+    if image_index.is_floating_point() or image_index.is_complex() or image_index.dtype == torch.bool:
+        raise InputError(f"image_index: expected an integer dtype, received {image_index.dtype}")
+    if len(image_index) and not 0 <= (extremes := image_index.aminmax())[0] <= extremes[1] < batch:
+        raise InputError(
+            f"image_index: expected rows from 0 to {batch - 1}, received {int(extremes[0])} to {int(extremes[1])}"
+        )
+    return image_index.to(torch.int64)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
