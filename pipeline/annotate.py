@@ -8,6 +8,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from pipeline.config import JobConfig
 from pipeline.decode import decode_image, find_field, read_captions
 from pipeline.engine import Engine, ExplainedSample, PreparedSample, Prompt
 from pipeline.errors import SampleFailure
-from pipeline.records import SampleError, ShardCounts
+from pipeline.records import SampleError, ShardCounts, total_counts
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource
 from pipeline.writer import ShardWriter
@@ -81,6 +82,7 @@ class ShardAnnotator:
         self._engine = Engine(explainer, config.prompts.max_per_sample)
         self._metadata = metadata
         self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._in_hand: set[ShardWriter] = set()
         self._window = 2 * config.run.batch_size + decode_threads
 
     def annotate(self, shard: ShardSource) -> ShardReport:
@@ -95,13 +97,25 @@ class ShardAnnotator:
         """
         started_s = time.monotonic()
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
-        with ShardWriter(shard.canonical_url, metadata) as writer:
+        with ShardWriter(shard.canonical_url, metadata) as writer, self._listed(writer):
             with storage.open_shard(shard) as stream:
                 items = read_samples(stream, max_member_bytes=self._config.input.max_member_bytes)
                 for outcome in self._outcomes(_without_strays(items, writer)):
                     writer.add_sample(outcome.rows, outcome.errors, outcome.dropped_prompts)
             counts = writer.publish(self._config.output.dir, shard.shard_id)
         return ShardReport(counts, time.monotonic() - started_s)
+
+    def live_counts(self) -> ShardCounts:
+        """Outcomes so far of the shards in hand."""
+        return total_counts(writer.counts() for writer in tuple(self._in_hand))
+
+    @contextmanager
+    def _listed(self, writer: ShardWriter) -> Iterator[None]:
+        self._in_hand.add(writer)
+        try:
+            yield
+        finally:
+            self._in_hand.discard(writer)
 
     def close(self) -> None:
         """Stop the decode threads."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import legrad
-from legrad.prompts import is_truncated
+from legrad.prompts import truncated
 from pipeline.decode import DecodedImage
 
 logger = logging.getLogger(__name__)
@@ -124,14 +124,15 @@ class Engine:
         grids = (
             explainer.relevance(trace, texts[kept.to(texts.device)], owners.to(texts.device)).float().cpu()
         )
-        explained = [self._explained_prompt(prompts[row], float(similarities[row])) for row in kept.tolist()]
+        cut = truncated(explainer.tokenizer, [prompts[row].text for row in kept.tolist()])
+        explained = [
+            ExplainedPrompt(prompts[row], is_cut, float(similarities[row]))
+            for row, is_cut in zip(kept.tolist(), cut, strict=True)
+        ]
         return [
             _gathered(sample, explained, grids, (owners == position).nonzero().flatten())
             for position, sample in enumerate(samples)
         ]
-
-    def _explained_prompt(self, prompt: Prompt, similarity: float) -> ExplainedPrompt:
-        return ExplainedPrompt(prompt, is_truncated(self._explainer.tokenizer, prompt.text), similarity)
 
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit text embeddings [prompts, dim]; a text is embedded once while it stays in the cache."""

@@ -58,6 +58,14 @@ def canonical_url(url: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
+def without_credentials(pattern: str) -> str:
+    """A path or URL pattern as it may be written down: user info, query and fragment removed from URLs."""
+    parts = urlsplit(pattern)
+    if parts.scheme not in (*OBJECT_SCHEMES, *WEB_SCHEMES):
+        return pattern
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
 def _local_path(url: str) -> Path:
     is_url = url.startswith("file://")
     return Path(unquote(urlsplit(url).path) if is_url else url).absolute()
@@ -283,6 +291,12 @@ def _publish_local(folder: Path, name: str, stream: IO[bytes]) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def exists(folder_url: str, name: str) -> bool:
+    """Whether a file of that name is there."""
+    filesystem, folder = resolve(folder_url)
+    return bool(filesystem.get_file_info(posixpath.join(folder, name)).is_file)
 
 
 def remove(folder_url: str, name: str) -> None:

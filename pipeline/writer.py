@@ -26,7 +26,7 @@ class _TableSpool:
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
         self._rows: list[dict[str, Any]] = []
-        self.file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))
+        self.file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))  # noqa: SIM115 (the writer closes it)
         dictionary_columns = [name for name in ("shard", "prompt") if name in schema.names]
         self._writer = pq.ParquetWriter(
             self.file, schema, compression="zstd", compression_level=3, use_dictionary=dictionary_columns
@@ -153,3 +153,10 @@ def read_footer(url: str) -> dict[str, Any]:
     with filesystem.open_input_file(path) as file:
         metadata = pq.ParquetFile(file).metadata.metadata
     return cast("dict[str, Any]", json.loads(metadata[METADATA_KEY]))
+
+
+def published_counts(output_dir: str, shard_id: str) -> ShardCounts:
+    """The counts in the footer of a shard's published annotations; raises like `read_footer`."""
+    return counts_from_metadata(
+        read_footer(storage.join_url(output_dir, "annotations", f"{shard_id}.parquet"))
+    )

@@ -1,0 +1,257 @@
+"""A job's output folder: what it belongs to, what is done in it, and when it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.config import JobConfig, config_hash
+from pipeline.errors import UserError
+from pipeline.model import weights_digest
+from pipeline.records import ShardCounts
+from pipeline.storage import ShardSource
+from pipeline.writer import counts_as_metadata
+
+JOB_FILE = "job.json"
+SHARDS_FILE = "shards.parquet"
+SUCCESS_FILE = "_SUCCESS"
+VERSIONED_PACKAGES = ("legrad-pipeline", "torch", "open_clip_torch", "ray", "pyarrow", "pillow", "webdataset")
+STALE_AFTER_S = 3600.0
+
+SHARDS_SCHEMA = pa.schema([("shard_id", pa.string()), ("shard", pa.string()), ("size_bytes", pa.int64())])
+
+
+@dataclass(frozen=True)
+class JobStamp:
+    """What identifies the results of a configuration.
+
+    Attributes:
+        config_hash: hash of what changes the rows.
+        weights_digest: digest of the model's weights.
+        versions: installed versions; recorded, not part of the hash.
+    """
+
+    config_hash: str
+    weights_digest: str
+    versions: Mapping[str, str]
+
+    def as_metadata(self) -> dict[str, Any]:
+        """For the footers of the Parquet files."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job whose output folder is ready.
+
+    Attributes:
+        config: the configuration.
+        stamp: identifies the results.
+        shards: every shard of the job.
+        done: ids of shards that need no work.
+        given_up: ids of shards that an earlier run gave up on and that are left alone.
+        warnings: what the user should know before the work starts.
+    """
+
+    config: JobConfig
+    stamp: JobStamp
+    shards: tuple[ShardSource, ...]
+    done: frozenset[str]
+    given_up: frozenset[str]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def todo(self) -> list[ShardSource]:
+        """The shards that are left, in order."""
+        return [shard for shard in self.shards if shard.shard_id not in self.done | self.given_up]
+
+
+def prepare_job(config: JobConfig) -> Job:
+    """Expand the shard list, check that the output folder is this configuration's, and see what is left.
+
+    Raises:
+        UserError: no shard matches, or the folder holds results of another configuration.
+        OutputError: the folder cannot be written.
+    """
+    shards = storage.list_shards(config.input.shards)
+    digest = weights_digest(config.model)
+    stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
+    out = config.output.dir
+    warnings = _checked_against_earlier(config, stamp)
+    storage.publish(out, JOB_FILE, _job_document(config, stamp))
+    storage.publish(out, SHARDS_FILE, _shard_list(shards))
+    for folder in ("annotations", "errors", "failed"):
+        storage.sweep_temporary_files(
+            storage.join_url(out, folder), older_than_s=STALE_AFTER_S, now_s=time.time()
+        )
+    done = shard_ids_in(out, "annotations", ".parquet")
+    failed = shard_ids_in(out, "failed", ".json") - done
+    job = Job(config, stamp, tuple(shards), frozenset(done), frozenset(_left_alone(config, failed)), warnings)
+    if job.todo:
+        storage.remove(out, SUCCESS_FILE)
+    return job
+
+
+def shard_ids_in(output_dir: str, folder: str, suffix: str) -> set[str]:
+    """Ids of the shards that have a file in a folder of the output."""
+    names = storage.list_names(storage.join_url(output_dir, folder))
+    return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that matter to the results."""
+    found = {}
+    for package in VERSIONED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_job(output_dir: str) -> dict[str, Any]:
+    """The content of OUT/job.json.
+
+    Raises:
+        UserError: the folder has none, or it is not readable.
+    """
+    url = storage.join_url(output_dir, JOB_FILE)
+    try:
+        document = json.loads(storage.read_bytes(url))
+    except FileNotFoundError:
+        raise UserError(
+            f"{output_dir}: holds no {JOB_FILE}; is it the output folder of `legrad annotate`?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{url}: cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{url}: expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def read_shard_list(output_dir: str) -> list[dict[str, Any]]:
+    """The frozen list in OUT/shards.parquet: shard_id, shard (canonical URL), size_bytes.
+
+    Raises:
+        UserError: it is not there or not readable.
+    """
+    url = storage.join_url(output_dir, SHARDS_FILE)
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(BytesIO(storage.read_bytes(url))).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{url}: cannot be read: {error}") from error
+    return rows
+
+
+def record_failure(output_dir: str, shard: ShardSource, attempts: int, last_error: str) -> None:
+    """Write OUT/failed/<shard-id>.json for a shard that is given up."""
+    document = {
+        "shard_id": shard.shard_id,
+        "shard": shard.canonical_url,
+        "attempts": attempts,
+        "last_error": last_error,
+        "when": _now(),
+    }
+    storage.publish(storage.join_url(output_dir, "failed"), f"{shard.shard_id}.json", _json(document))
+
+
+def forget_failure(output_dir: str, shard_id: str) -> None:
+    """Remove the failure record of a shard that is done after all."""
+    storage.remove(storage.join_url(output_dir, "failed"), f"{shard_id}.json")
+
+
+def record_success(output_dir: str, shards: int, counts: ShardCounts) -> None:
+    """Write OUT/_SUCCESS with the totals; only for a job whose every shard is done."""
+    document = {"shards": shards, **counts_as_metadata(counts), "when": _now()}
+    storage.publish(output_dir, SUCCESS_FILE, _json(document))
+
+
+def _left_alone(config: JobConfig, failed: set[str]) -> set[str]:
+    return set() if config.run.retry_failed else failed
+
+
+def _checked_against_earlier(config: JobConfig, stamp: JobStamp) -> tuple[str, ...]:
+    out = config.output.dir
+    if JOB_FILE not in storage.list_names(out):
+        return ()
+    earlier = read_job(out)
+    if earlier.get("config_hash") != stamp.config_hash:
+        return _mismatch(config, stamp, earlier)
+    changed = [
+        f"{package} {earlier.get('versions', {}).get(package)} -> {now}"
+        for package, now in stamp.versions.items()
+        if earlier.get("versions", {}).get(package) != now
+    ]
+    return (f"other versions than in the earlier run: {', '.join(changed)}",) if changed else ()
+
+
+def _mismatch(config: JobConfig, stamp: JobStamp, earlier: Mapping[str, Any]) -> tuple[str, ...]:
+    out = config.output.dir
+    if config.output.on_mismatch == "refuse":
+        differing = differing_keys(earlier.get("config", {}), config.model_dump(mode="json"))
+        what = ", ".join(differing) or "the model's weights"
+        raise UserError(
+            f"{out}: holds results of another configuration "
+            f"({earlier.get('config_hash')}, now {stamp.config_hash}).\n"
+            f"  changed: {what}\n"
+            f"  choose another output.dir, or set output.on_mismatch=overwrite to delete what is there"
+        )
+    removed = 0
+    storage.remove(out, SUCCESS_FILE)
+    for folder in ("annotations", "errors", "failed"):
+        url = storage.join_url(out, folder)
+        for name in storage.list_names(url):
+            storage.remove(url, name)
+            removed += 1
+    return (f"removed {removed} files of another configuration",)
+
+
+def differing_keys(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two configurations and that change the rows."""
+    keys = []
+    for section in ("input", "model", "prompts", "masks", "output"):
+        before, after = earlier.get(section) or {}, now.get(section) or {}
+        for key in sorted(set(before) | set(after)):
+            counts = (section, key) not in {("input", "shards"), ("output", "dir"), ("output", "on_mismatch")}
+            if counts and before.get(key) != after.get(key):
+                keys.append(f"{section}.{key}")
+    return keys
+
+
+def _job_document(config: JobConfig, stamp: JobStamp) -> bytes:
+    document = config.model_dump(mode="json")
+    listed = config.input.shards
+    urls = [listed] if isinstance(listed, str) else listed
+    document["input"]["shards"] = [
+        url if url.startswith("@") else storage.without_credentials(url) for url in urls
+    ]
+    return _json({**stamp.as_metadata(), "config": document, "started": _now(), "pid": os.getpid()})
+
+
+def _shard_list(shards: Sequence[ShardSource]) -> bytes:
+    rows = [
+        {"shard_id": shard.shard_id, "shard": shard.canonical_url, "size_bytes": shard.size_bytes}
+        for shard in shards
+    ]
+    sink = BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

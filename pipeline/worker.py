@@ -1,0 +1,125 @@
+"""What runs in a worker process: a plain class around one annotator. Knows nothing of ray."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from pipeline.annotate import ShardAnnotator, ShardReport
+from pipeline.config import JobConfig
+from pipeline.errors import OutputError, ShardError, UserError
+from pipeline.model import load_explainer
+from pipeline.records import ShardCounts
+from pipeline.storage import ShardSource
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """How an attempt at a shard ended.
+
+    Attributes:
+        status: done; retry: worth another attempt; fatal: no other shard would fare better.
+        report: counts and duration, where done.
+        message: what went wrong, where not.
+    """
+
+    status: Literal["done", "retry", "fatal"]
+    report: ShardReport | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class LoadOutcome:
+    """Whether a worker is ready: an empty message, or the user's mistake that keeps it from loading."""
+
+    message: str = ""
+
+
+class Annotator(Protocol):
+    """What a worker drives: annotates one shard, and tells how far it is with those in hand."""
+
+    def annotate(self, shard: ShardSource) -> ShardReport:
+        """Read, explain and publish one shard."""
+
+    def live_counts(self) -> ShardCounts:
+        """Outcomes so far of the shards in hand."""
+
+
+class AnnotatorFactory(Protocol):
+    """Builds the annotator inside the worker process."""
+
+    def __call__(self, config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> Annotator:
+        """Load whatever is needed; raises UserError for the user's own mistakes."""
+
+
+def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> Annotator:
+    """The real annotator: its own model on its own device."""
+    torch.set_num_threads(cpus)
+    explainer = load_explainer(config.model, device)
+    return ShardAnnotator(
+        config, explainer, decode_threads=config.run.decode_threads or cpus, metadata=metadata
+    )
+
+
+class Worker:
+    """Loads once, then annotates shards, several at a time where its threads allow; never raises.
+
+    Args:
+        config: the job's configuration.
+        metadata: goes into every file beside the counts.
+        cpus: CPU cores that belong to this worker.
+        device: torch device of the model.
+        factory: builds the annotator.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        metadata: Mapping[str, Any],
+        *,
+        cpus: int,
+        device: str,
+        factory: AnnotatorFactory,
+    ) -> None:
+        self._arguments = (config, metadata, cpus, device)
+        self._factory = factory
+        self._annotator: Annotator | None = None
+        self._loading = threading.Lock()
+
+    def load(self) -> LoadOutcome:
+        """Build the annotator; says so where the configuration is at fault."""
+        try:
+            with self._loading:
+                self._annotator = self._factory(*self._arguments)
+        except UserError as error:
+            return LoadOutcome(str(error))
+        return LoadOutcome()
+
+    def annotate(self, shard: ShardSource) -> ShardOutcome:
+        """Annotate one shard and tell how it ended."""
+        if self._annotator is None:
+            return ShardOutcome("retry", message="the worker has not loaded its model")
+        try:
+            return ShardOutcome("done", self._annotator.annotate(shard))
+        except OutputError as error:
+            return ShardOutcome("fatal", message=str(error))
+        except ShardError as error:
+            return ShardOutcome("retry", message=str(error))
+        except Exception as error:
+            logger.exception("%s: unexpected error", shard.canonical_url)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            return ShardOutcome(
+                "retry", message=f"{type(error).__name__}: {error} ({where.name}:{where.lineno})"
+            )
+
+    def live_counts(self) -> ShardCounts:
+        """Outcomes so far of the shards in hand."""
+        return self._annotator.live_counts() if self._annotator is not None else ShardCounts()
