@@ -35,8 +35,8 @@ PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
 class LeGrad:
     """Relevance maps of an open_clip model: which patches of an image speak for which text.
 
-    The model is left as it is found: its weights, its flags for gradients and training, the random state. It may be
-    in training mode; patch dropout never acts.
+    The model is left as it is found: its weights, its flags for gradients and training, the random state. It
+    may be in training mode; patch dropout never acts.
 
     Attributes:
         model: the explained model.
@@ -61,10 +61,10 @@ class LeGrad:
             model: an open_clip model; its vision tower decides whether it is supported.
             tokenizer: needed by `embed_text` alone.
             layers: how many of the last blocks to explain, or "all".
-            pool: how a layer is scored. "reference": mean over all tokens, the authors' way; "model": over the tokens
-                that the model's own pooling takes.
-            image_size: of the model's input as preprocessed, (height, width) or one number, in pixels; multiples of the
-                patch size. None: the model's own.
+            pool: how a layer is scored. "reference": mean over all tokens, the authors' way; "model": over
+                the tokens that the model's own pooling takes.
+            image_size: of the model's input as preprocessed, (height, width) or one number, in pixels;
+                multiples of the patch size. None: the model's own.
 
         Raises:
             UnsupportedModelError: the vision tower's structure is not covered.
@@ -94,8 +94,9 @@ class LeGrad:
 
         Args:
             name: open_clip model name; also `hf-hub:...` and `local-dir:...`.
-            pretrained: a tag, whose activation and preprocessing are followed, or the path of a checkpoint. Checkpoints are
-                read without executing code. None: random weights, unless the name brings its own.
+            pretrained: a tag, whose activation and preprocessing are followed, or the path of a checkpoint.
+                Checkpoints are read without executing code. None: random weights, unless the name brings its
+                own.
             layers: see `LeGrad`.
             pool: see `LeGrad`.
             device: None: CUDA where there is one, else CPU.
@@ -104,7 +105,8 @@ class LeGrad:
 
         Raises:
             ModelLoadError: name, tag, checkpoint or precision give no model.
-            UnsupportedModelError: the vision tower's structure is not covered; found before anything is downloaded.
+            UnsupportedModelError: the vision tower's structure is not covered; for open_clip's own names
+                this is found before anything is downloaded.
             InputError: an option does not fit the model.
         """
         _check_request(name, precision)
@@ -177,8 +179,8 @@ class LeGrad:
         """Run one forward pass.
 
         Args:
-            images: preprocessed, in the model's dtype and on its device; any height and width that are multiples of the
-                patch size.
+            images: preprocessed, in the model's dtype and on its device; any height and width that are
+                multiples of the patch size.
 
         Returns:
             All that any number of prompts need.
@@ -201,15 +203,16 @@ class LeGrad:
 
         Args:
             images: preprocessed images, or their trace.
-            text_embeddings: [batch, prompts, embed_dim]: prompts of each image; [prompts, embed_dim]: every prompt for
-                every image; the same with `image_index`: prompts of any number for each image. Rows of any length are
-                brought to unit length.
-            image_index: for each prompt, the row of its image. On the CPU it is checked without waiting for the device.
+            text_embeddings: [batch, prompts, embed_dim]: prompts of each image; [prompts, embed_dim]: every
+                prompt for every image; the same with `image_index`: prompts of any number for each image.
+                Rows of any length above zero are brought to unit length.
+            image_index: for each prompt, the row of its image.
             per_layer: keep the layers apart.
 
         Returns:
-            [batch, prompts, grid_height, grid_width], or with `image_index` [prompts, grid_height, grid_width]; summed
-            over layers, or with a leading axis of layers, first to last. float32, or float64 for a float64 model.
+            [batch, prompts, grid_height, grid_width], or with `image_index` [prompts, grid_height,
+            grid_width]; summed over layers, or with a leading axis of layers, first to last. float32, or
+            float64 for a float64 model.
 
         Raises:
             InputError: shapes, dtypes, devices or indices do not fit.
@@ -217,10 +220,10 @@ class LeGrad:
         trace = self._as_trace(images)
         prompts = as_ragged(trace, text_embeddings, image_index)
         grids = relevance_grids(
-            self.tower, trace, prompts.unit_rows, prompts.image_index, self._pooled_tokens
+            self.tower, trace, prompts.unit_rows, prompts.image_index, pooled_tokens=self._pooled_tokens
         )
         merged = grids if per_layer else grids.sum(dim=0)
-        return merged.unflatten(-3, prompts.leading)
+        return merged.reshape(*merged.shape[:-3], *prompts.leading, *merged.shape[-2:])
 
     def heatmaps(
         self,
@@ -237,12 +240,14 @@ class LeGrad:
             images: as in `relevance`.
             text_embeddings: as in `relevance`.
             image_index: as in `relevance`.
-            neutral_embedding: one embedding of a text that names nothing, such as "a photo of a"; where its own map is
-                high, every prompt's map is set to zero before it is normalised. None: no correction.
+            neutral_embedding: one embedding of a text that names nothing, such as "a photo of a"; where its
+                own map is high, every prompt's map is set to zero before it is normalised. None: no
+                correction.
             neutral_threshold: from 0 to 1; how high is high.
 
         Returns:
-            [batch, prompts, height, width], or with `image_index` [prompts, height, width]. A constant map is zeros.
+            [batch, prompts, height, width], or with `image_index` [prompts, height, width]. A constant map is
+            zeros.
 
         Raises:
             InputError: shapes, dtypes, devices, indices or the threshold do not fit.
@@ -277,7 +282,7 @@ class LeGrad:
         """
         prompts = as_ragged(trace, text_embeddings, image_index)
         features = F.normalize(trace.image_features.to(prompts.unit_rows.dtype), dim=-1)
-        return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1).unflatten(0, prompts.leading)
+        return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1).reshape(prompts.leading)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -309,7 +314,7 @@ def _check_request(name: str, precision: str) -> None:
 
 def _load_failure(name: str, pretrained: str | None, error: Exception) -> str:
     if isinstance(error, ImportError) or "transformers" in str(error):
-        return f"{name} needs a tokenizer or text tower of Hugging Face: pip install 'legrad-pipeline[hf]' ({error})"
+        return f"{name} needs Hugging Face's text tower: pip install 'legrad-pipeline[hf]' ({error})"
     return f"open_clip could not make {name!r} with pretrained={pretrained!r}: {error}"
 
 

@@ -1,4 +1,4 @@
-"""From PIL images to the model's input, bit for bit as open_clip's own transform with `resize_mode="squash"`."""
+"""From PIL images to the model's input, bit for bit as open_clip does with `resize_mode="squash"`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,8 +59,8 @@ class ImageTransform:
 
 
 def transform_of(visual: nn.Module) -> ImageTransform:
-    """Read the preprocessing that an open_clip vision tower carries, or open_clip's defaults where it carries none."""
-    defaults = PreprocessCfg(size=visual.image_size)  # type: ignore[arg-type]
+    """Read the preprocessing that an open_clip vision tower carries, or else open_clip's defaults."""
+    defaults = PreprocessCfg(size=visual.image_size)
     config: Mapping[str, Any] = getattr(visual, "preprocess_cfg", None) or vars(defaults)
     height, width = _pair(config["size"])
     # open_clip's "random" is for training; it resamples bicubically otherwise.

@@ -143,7 +143,7 @@ def _unit_rows(trace: Trace, text_embeddings: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     if not bool(((lengths > 0) & lengths.isfinite()).all()):
         raise InputError("text_embeddings: expected rows of finite length above zero, received others")
-    return rows / lengths
+    return rows.div(lengths)
 
 
 def _check_image_index(image_index: Tensor, text_embeddings: Tensor, batch: int) -> Tensor:
@@ -154,10 +154,11 @@ def _check_image_index(image_index: Tensor, text_embeddings: Tensor, batch: int)
         )
     if image_index.is_floating_point() or image_index.is_complex() or image_index.dtype == torch.bool:
         raise InputError(f"image_index: expected an integer dtype, received {image_index.dtype}")
-    if len(image_index) and not 0 <= (extremes := image_index.aminmax())[0] <= extremes[1] < batch:
-        raise InputError(
-            f"image_index: expected rows from 0 to {batch - 1}, received {int(extremes[0])} to {int(extremes[1])}"
-        )
+    if not len(image_index):
+        return image_index.to(torch.int64)
+    lowest, highest = (int(extreme) for extreme in image_index.aminmax())
+    if lowest < 0 or highest >= batch:
+        raise InputError(f"image_index: expected rows from 0 to {batch - 1}, received {lowest} to {highest}")
     return image_index.to(torch.int64)
 
 

@@ -23,16 +23,17 @@ def embed_texts(
 
     Args:
         model: an open_clip model.
-        tokenizer: as `open_clip.get_tokenizer` gives it; longer texts are cut at the context length, as it does.
+        tokenizer: as `open_clip.get_tokenizer` gives it; it cuts longer texts at its context length.
         texts: any number of texts, also none.
         embed_dim: dimension of the joint space.
         device: of the model.
 
     Returns:
-        One unit row for each text, in order; float32 (float64 for a float64 model), whatever the model's precision.
+        One unit row for each text, in order; float32 (float64 for a float64 model) at any precision of the
+        model.
 
     Raises:
-        InputError: the text tower is in training mode with active dropout, so that embeddings would be random.
+        InputError: the text tower is in training mode with active dropout; embeddings would be random.
     """
     refuse_active_dropout(model)
     batches = [

@@ -1,7 +1,8 @@
 """What a vision tower is made of, as far as the method needs to know.
 
 Everything that depends on a model family is here: a `Tower` describes one tower, and `legrad.trace` and
-`legrad.relevance` work on the description alone. The family is decided by the tower's structure, never by its name.
+`legrad.relevance` work on the description alone. The family is decided by the tower's structure, not by its
+name.
 """
 
 from collections.abc import Callable
@@ -73,7 +74,8 @@ class Tower:
         own_feature: tokens leaving the last block -> the model's own pooled feature, before unit norm.
         blocks: every block, first to last.
         head: what follows pooling.
-        own_pool: the tokens that the model's own pooling averages before `head`; None where it cannot be put so.
+        own_pool: the tokens that the model's own pooling averages before `head`; None where it does
+            otherwise.
         parameter: one parameter of the patch embedding; its dtype and device are those of the images.
     """
 
@@ -110,7 +112,7 @@ def describe_tower(model: nn.Module) -> Tower:
         model: a model with a `visual` tower, as `open_clip.create_model` gives it. It is not changed.
 
     Raises:
-        UnsupportedModelError: the tower's structure is not covered; names the model, the tower and the reason.
+        UnsupportedModelError: the tower's structure is not covered; names model, tower and reason.
     """
     visual = getattr(model, "visual", None)
     if visual is None:
@@ -120,7 +122,8 @@ def describe_tower(model: nn.Module) -> Tower:
     reason = refusal(visual)
     if reason is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} with vision tower {type(visual).__name__}: {reason}. Supported: {SUPPORTED}"
+            f"{type(model).__name__} with a vision tower {type(visual).__name__}: {reason}. "
+            f"Supported: {SUPPORTED}"
         )
     return _describe_vision_transformer(visual)
 
@@ -146,7 +149,7 @@ def refusal(visual: nn.Module) -> str | None:
 def supported_models() -> dict[str, ModelSupport]:
     """List every model that open_clip knows by name, with its family or the reason for its refusal.
 
-    Vision towers are built without memory for their weights, so the first call takes a few seconds. Nothing is
+    Vision towers are built without memory for their weights; the first call takes seconds. Nothing is
     downloaded.
     """
     return {name: model_support(name) for name in open_clip.list_models()}
@@ -183,7 +186,7 @@ def _class_name(visual: nn.Module) -> str:
     return type(visual).__name__ + (f"({type(trunk).__name__})" if trunk is not None else "")
 
 
-def _block_refusal(block: nn.Module) -> str | None:
+def _block_refusal(block: Any) -> str | None:
     if type(block) is not ResidualAttentionBlock:
         return f"it is a {type(block).__name__}, not a ResidualAttentionBlock"
     attention, parts = block.attn, dict(block.mlp.named_children())

@@ -35,7 +35,8 @@ class Trace:
 
     Attributes:
         layers: the explained blocks, first to last.
-        image_features: the model's own image features, unit rows, as `model.encode_image(normalize=True)` gives them.
+        image_features: the model's own, unit rows, as `model.encode_image(images, normalize=True)` gives
+            them.
         grid_height: patches down.
         grid_width: patches across.
     """
@@ -55,8 +56,8 @@ class Trace:
 def trace_images(tower: Tower, images: Float[Tensor, "batch 3 height width"], layers: int) -> Trace:
     """Encode images once, keeping what the last blocks computed.
 
-    The forward pass is written over the tower's own submodules: nothing is hooked, no state of the model is read
-    that training mode would change, and attention stays fused. Autocast does not act.
+    The forward pass is written over the tower's own submodules: nothing is hooked, no state that training
+    mode would change is used, and attention stays fused. Autocast does not act.
 
     Args:
         tower: description of the tower.
@@ -86,7 +87,7 @@ def trace_images(tower: Tower, images: Float[Tensor, "batch 3 height width"], la
 def _run_block(block: Block, index: int, tokens: Float[Tensor, "batch tokens width"]) -> LayerTrace:
     attention = block.attention
     joint = F.linear(block.attention_norm(tokens), attention.in_proj_weight, attention.in_proj_bias)
-    queries, keys, values = joint.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    queries, keys, values = torch.unflatten(joint, -1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
     attended = tokens + block.attention_scale(attention.out_proj(mixed))
     hidden = block.mlp_in(block.mlp_norm(attended))
