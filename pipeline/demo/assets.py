@@ -1,0 +1,57 @@
+"""Where the demo model and the demo shards are, and how open_clip learns of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DEMO_MODEL_NAME = "legrad_demo_clip"
+SHARD_SETS = ("heldout", "newartist")
+
+_FOLDER = Path(__file__).parent
+
+
+def demo_model_config_path() -> Path:
+    """The open_clip JSON configuration of the demo model."""
+    return _FOLDER / f"{DEMO_MODEL_NAME}.json"
+
+
+def demo_weights_path() -> Path:
+    """The weights of the demo model, safetensors in fp16."""
+    return _FOLDER / f"{DEMO_MODEL_NAME}.safetensors"
+
+
+def demo_shard_folder() -> Path:
+    """The folder of the sample shards."""
+    return _FOLDER / "shards"
+
+
+def demo_shard_paths(set_name: str) -> list[Path]:
+    """The sample shards of a set, in order.
+
+    Args:
+        set_name: "heldout" (artists of the training, new backgrounds) or "newartist" (an artist never trained on as well).
+
+    Raises:
+        ValueError: There is no such set.
+    """
+    if set_name not in SHARD_SETS:
+        raise ValueError(f"unknown set of demo shards {set_name!r}; expected one of {', '.join(SHARD_SETS)}")
+    return sorted(demo_shard_folder().glob(f"{set_name}-*.tar"))
+
+
+def demo_classes() -> list[str]:
+    """The names of the classes; class id 1 is the first."""
+    return (_FOLDER / "classes.txt").read_text(encoding="utf-8").splitlines()
+
+
+def register_demo_model() -> str:
+    """Tell open_clip of the demo model, once.
+
+    Returns:
+        The name to give to `open_clip.create_model`, along with `pretrained=str(demo_weights_path())`.
+    """
+    import open_clip
+
+    if DEMO_MODEL_NAME not in open_clip.list_models():
+        open_clip.add_model_config(demo_model_config_path())
+    return DEMO_MODEL_NAME

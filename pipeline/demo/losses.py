@@ -1,0 +1,62 @@
+"""Contrastive losses over images that show several concepts at once. No mask enters here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def concept_labels(class_sets: Sequence[Sequence[int]], class_count: int) -> Tensor:
+    """Which concepts each image shows, float [images, class_count + 1]; the last column is "none"."""
+    labels = torch.zeros(len(class_sets), class_count + 1)
+    for row, class_ids in enumerate(class_sets):
+        columns = [class_id - 1 for class_id in class_ids] or [class_count]
+        labels[row, columns] = 1.0
+    return labels
+
+
+def multi_positive_loss(logits: Tensor, positives: Tensor, ignored: Tensor | None = None) -> Tensor:
+    """Symmetric cross-entropy whose target is uniform over a row's, then a column's, positives.
+
+    Args:
+        logits: Scaled similarities [rows, columns].
+        positives: 1 where row and column belong together, else 0 [rows, columns].
+        ignored: True where a pair is neither positive nor negative [rows, columns].
+    """
+    if ignored is not None:
+        logits = logits.masked_fill(ignored, -1e4)
+    return 0.5 * (_soft_cross_entropy(logits, positives) + _soft_cross_entropy(logits.T, positives.T))
+
+
+def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
+    counts = positives.sum(dim=1)
+    has_positive = counts > 0
+    targets = positives[has_positive] / counts[has_positive, None]
+    return -(targets * F.log_softmax(logits[has_positive], dim=1)).sum(dim=1).mean()
+
+
+def caption_relations(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Between every image and every caption of a batch, which pairs match and which are to be ignored.
+
+    A caption of the same set of concepts matches. One that names only some of an image's concepts is true of it as well, and is ignored.
+
+    Args:
+        labels: From `concept_labels`.
+
+    Returns:
+        Positives as float and ignored pairs as bool, both [images, captions].
+    """
+    named = labels[:, :-1]
+    shared, sizes = named @ named.T, named.sum(dim=1)
+    is_subset = shared == sizes[None]
+    is_same = is_subset & (shared == sizes[:, None])
+    return is_same.float(), is_subset & ~is_same & (sizes[None] > 0)
+
+
+def decorrelation_loss(unit_texts: Tensor) -> Tensor:
+    """Squared distance of the texts' similarities from the identity, per text."""
+    count = unit_texts.shape[0]
+    return (unit_texts @ unit_texts.T - torch.eye(count)).square().sum() / count

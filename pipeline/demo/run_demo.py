@@ -1,0 +1,89 @@
+"""The `demo` command: the whole pipeline on what the package ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.dataset as ds
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.annotate_job import annotate_with_config
+from pipeline.config import JobConfig, load_config
+from pipeline.contact_sheet import write_contact_sheet
+from pipeline.demo import assets
+from pipeline.evaluate import evaluate_output, render_evaluation
+
+SHOWN_ROWS = 6
+ROW_COLUMNS = ("key", "prompt", "similarity", "threshold", "area", "bbox_xywh")
+SET_TITLES = {
+    "heldout": "Held-out scenes: artists of the training, new scenes, new backgrounds",
+    "newartist": "Another artist: neither sprites nor backgrounds were ever trained on",
+}
+
+
+def run_demo(out: Path, console: Console) -> int:
+    """Annotate the shipped shards, evaluate them, and draw a contact sheet.
+
+    Returns:
+        The exit code of the annotation.
+
+    Raises:
+        PipelineError: as the annotation and the evaluation do.
+    """
+    config = demo_config(out)
+    exit_code = annotate_with_config(config, console)
+    if exit_code:
+        return exit_code
+    _show_rows(out, console)
+    for set_name, title in SET_TITLES.items():
+        console.rule(title)
+        shards = [str(path) for path in assets.demo_shard_paths(set_name)]
+        console.print(render_evaluation(evaluate_output(str(out), shards, assets.demo_classes_path())))
+    picture = write_contact_sheet(str(out), assets.demo_shard_paths("heldout"), out / "contact_sheet.png")
+    _show_written(out, picture, console)
+    return exit_code
+
+
+def demo_config(out: Path) -> JobConfig:
+    """The shipped configuration, on the shipped shards, writing into `out`."""
+    config = load_config(assets.demo_config_path())
+    shards = [str(path) for name in SET_TITLES for path in assets.demo_shard_paths(name)]
+    return config.model_copy(
+        update={
+            "input": config.input.model_copy(update={"shards": shards}),
+            "output": config.output.model_copy(update={"dir": str(out)}),
+        }
+    )
+
+
+def _show_rows(out: Path, console: Console) -> None:
+    rows = (
+        ds.dataset(out / "annotations", format="parquet")
+        .head(SHOWN_ROWS, columns=list(ROW_COLUMNS))
+        .to_pylist()
+    )
+    table = Table(*ROW_COLUMNS, title=f"A few rows of {out}/annotations", title_justify="left")
+    for row in rows:
+        box = ", ".join(f"{value:g}" for value in row["bbox_xywh"])
+        figures = (f"{row['similarity']:.3f}", f"{row['threshold']:.3f}", f"{row['area']:,}", box)
+        table.add_row(row["key"], row["prompt"], *figures)
+    console.print(table)
+
+
+def _show_written(out: Path, picture: Path, console: Console) -> None:
+    table = Table("file", "bytes", "what it is", title="Written", title_justify="left")
+    kinds = {
+        "job.json": "configuration, versions, digests",
+        "shards.parquet": "the list of shards",
+        "annotations": "one file a shard: masks, scores, heat maps",
+        "errors": "one file a shard: what went wrong",
+        "_SUCCESS": "totals",
+    }
+    for name, meaning in kinds.items():
+        path = out / name
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        shown = f"{path}/ ({len(files)} files)" if path.is_dir() else str(path)
+        table.add_row(shown, f"{sum(file.stat().st_size for file in files):,}", meaning)
+    console.print(table)
+    console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
