@@ -1,0 +1,291 @@
+"""From a sample's untrusted bytes to pixels at model size, and to captions.
+
+Content is told by its first bytes and by nothing else: a field's name is only where to look. The formats opened are
+JPEG, PNG, WebP, BMP and GIF, with a single frame; TIFF is left out for the size of its decoders.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from legrad.images import ImageTransform
+from pipeline.errors import SampleFailure
+
+MAX_JSON_BYTES = 4 * 2**20
+MAX_CAPTION_CHARACTERS = 2**16
+# what the column prompt_index can count
+MAX_CAPTIONS = 2**15 - 1
+
+_EXIF_ORIENTATION_TAG = 0x0112
+_EXIF_SHORT = 3
+_TRANSPOSE_BY_EXIF_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MODES_WITH_A_WAY_TO_RGB = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image as the model takes it, and the size it came in.
+
+    Attributes:
+        pixels: RGB, uint8 [height, width, 3] at the model's input size.
+        image_height: rows of the original, after EXIF orientation.
+        image_width: columns of the original, after EXIF orientation.
+    """
+
+    pixels: np.ndarray
+    image_height: int
+    image_width: int
+
+
+def decode_image(data: bytes, transform: ImageTransform, *, max_image_pixels: int) -> DecodedImage:
+    """Decode an image and stretch it to the model's size, bit for bit as open_clip's own transform does.
+
+    Args:
+        data: a file's content.
+        transform: the model's own.
+        max_image_pixels: larger images are refused before any pixel is decoded.
+
+    Raises:
+        SampleFailure: as `open_image`.
+    """
+    image = open_image(data, max_image_pixels=max_image_pixels)
+    with _faults_as_failures():
+        return DecodedImage(transform.resize(image), image.height, image.width)
+
+
+def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
+    """Decode an image completely, upright, in a mode that Pillow converts to RGB.
+
+    Palette, alpha and CMYK images stay what they are, since open_clip resamples before it converts. Grey of 16
+    bits becomes grey of 8 by its high byte, which is also how Pillow reads colour of 16 bits.
+
+    Args:
+        data: a file's content.
+        max_image_pixels: larger images are refused before any pixel is decoded.
+
+    Raises:
+        SampleFailure: stage `decode`; kind `empty`, `format_not_allowed`, `too_many_pixels`, `animated`,
+            `unsupported_mode`, `truncated` or `unreadable`.
+    """
+    with _faults_as_failures():
+        header = _read_header(data)
+        if header.width * header.height > max_image_pixels:
+            raise SampleFailure(
+                "decode",
+                "too_many_pixels",
+                f"the image has {header.width} x {header.height} pixels, allowed are {max_image_pixels}",
+            )
+        if getattr(header, "is_animated", False):
+            raise SampleFailure("decode", "animated", "the image has several frames, expected is one")
+        orientation = _exif_orientation(header.info.get("exif", b""))
+        image = _as_convertible(_decoded(header, data))
+        transpose = _TRANSPOSE_BY_EXIF_ORIENTATION.get(orientation)
+        return image if transpose is None else image.transpose(transpose)
+
+
+def _read_header(data: bytes) -> ImageFile:
+    # The formats' own classes rather than Image.open, whose limit on pixels is global and speaks in warnings.
+    if not data:
+        raise SampleFailure("decode", "empty", "the image has no bytes")
+    reader = _reader_of(data)
+    if reader is None:
+        message = f"expected a JPEG, PNG, WebP, BMP or GIF, received bytes that begin with {data[:12]!r}"
+        raise SampleFailure("decode", "format_not_allowed", message)
+    return reader(io.BytesIO(data))
+
+
+def _reader_of(data: bytes) -> Callable[[io.BytesIO], ImageFile] | None:
+    if data.startswith(b"\xff\xd8\xff"):
+        return JpegImageFile
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImageFile
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return WebPImageFile
+    if data.startswith(b"BM"):
+        return BmpImageFile
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return GifImageFile
+    return None
+
+
+def _decoded(header: ImageFile, data: bytes) -> Image.Image:
+    if isinstance(header, JpegImageFile) and header.mode == "RGB":
+        try:
+            pixels = simplejpeg.decode_jpeg(data, "RGB")
+        except ValueError:
+            # it is stricter than Pillow; what both refuse is refused, and nothing else
+            pixels = None
+        if pixels is not None and pixels.shape == (header.height, header.width, 3):
+            return Image.fromarray(pixels)
+    header.load()
+    return header
+
+
+def _as_convertible(image: Image.Image) -> Image.Image:
+    # Transparency never reaches RGB, but Pillow would warn of it there.
+    image.info.pop("transparency", None)
+    if image.mode in _MODES_WITH_A_WAY_TO_RGB:
+        return image
+    # of the formats opened, only PNG has grey of more than 8 bits, and never more than 16
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    raise SampleFailure("decode", "unsupported_mode", f"no defined way from mode {image.mode} to RGB")
+
+
+def _exif_orientation(exif: bytes) -> int:
+    """Read the orientation, from 1 (upright) to 8; 1 where there is none or the EXIF data is corrupt.
+
+    Source: Exif 2.32, sections 4.5.2 and 4.6.4.A. Pillow's own reader warns of corrupt data, which is no error here.
+    """
+    tiff = exif.removeprefix(b"Exif\0\0")
+    byte_order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if byte_order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(f"{byte_order}I", tiff, 4)
+        (entries,) = struct.unpack_from(f"{byte_order}H", tiff, directory)
+        for entry in range(entries):
+            start = directory + 2 + 12 * entry
+            tag, data_type, _, value = struct.unpack_from(f"{byte_order}HHIH", tiff, start)
+            if tag == _EXIF_ORIENTATION_TAG:
+                return int(value) if data_type == _EXIF_SHORT else 1
+    except struct.error:
+        return 1
+    return 1
+
+
+@contextmanager
+def _faults_as_failures() -> Iterator[None]:
+    try:
+        yield
+    except (SampleFailure, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise SampleFailure("decode", "too_many_pixels", str(error)) from error
+    # Decoders raise about any type on crafted bytes, and none of it may end more than the sample.
+    except Exception as error:
+        is_cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        message = f"{type(error).__name__}: {error}"
+        raise SampleFailure("decode", "truncated" if is_cut else "unreadable", message) from error
+
+
+def find_field(fields: Mapping[str, bytes], spec: str, *, stage: str = "decode") -> bytes:
+    """Find the first of several fields that a sample has.
+
+    Args:
+        fields: the sample's, by lower-cased extension.
+        spec: extensions by preference, separated by semicolons, such as `jpg;png;webp`.
+        stage: what a missing field is reported under.
+
+    Raises:
+        SampleFailure: kind `missing_field`: the sample has none of them.
+    """
+    for name in spec.lower().split(";"):
+        if name in fields:
+            return fields[name]
+    present = ", ".join(sorted(fields)) or "none at all"
+    raise SampleFailure(stage, "missing_field", f"expected a field {spec}, received {present}"[:300])
+
+
+def read_captions(fields: Mapping[str, bytes], spec: str, *, several: bool) -> list[str | SampleFailure]:
+    """Read a sample's caption, or its list of captions.
+
+    Args:
+        fields: the sample's, by lower-cased extension.
+        spec: `txt`, or `json:NAME` for a key of a JSON object.
+        several: the value is a list of captions (JSON only); otherwise it is one text.
+
+    Returns:
+        One caption without surrounding white space; with `several`, for each element in order its caption, or
+        the failure of that element alone, so that positions are prompt indices. An empty list stays empty.
+
+    Raises:
+        SampleFailure: stage `caption`; kind `missing_field`, `missing_key`, `empty`, `not_utf8`, `not_json`,
+            `wrong_type`, `too_long` or `too_many`: the sample as a whole has no caption that can be used.
+    """
+    field_spec, _, name = spec.partition(":")
+    content = find_field(fields, field_spec, stage="caption")
+    value: Any = _json_value(content, name) if name else _text(content, MAX_CAPTION_CHARACTERS * 4)
+    if not several:
+        return [_caption(value)]
+    if not isinstance(value, list):
+        raise _failure("wrong_type", f"expected a list of captions in {spec}, received {_type_name(value)}")
+    if len(value) > MAX_CAPTIONS:
+        raise _failure("too_many", f"the sample has {len(value)} captions, allowed are {MAX_CAPTIONS}")
+    return [_caption_or_failure(element) for element in value]
+
+
+def _caption_or_failure(value: object) -> str | SampleFailure:
+    try:
+        return _caption(value)
+    except SampleFailure as failure:
+        return failure
+
+
+def _caption(value: object) -> str:
+    if not isinstance(value, str):
+        raise _failure("wrong_type", f"expected a text as caption, received {_type_name(value)}")
+    caption = value.strip()
+    if not caption:
+        raise _failure("empty", "the caption is empty")
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        raise _failure(
+            "too_long", f"the caption has {len(caption)} characters, allowed are {MAX_CAPTION_CHARACTERS}"
+        )
+    # JSON can spell half a surrogate pair, which no file could hold
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        raise _failure("not_utf8", "the caption holds half of a surrogate pair")
+    return caption
+
+
+def _json_value(content: bytes, name: str) -> object:
+    try:
+        document = json.loads(_text(content, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise _failure("not_json", f"{type(error).__name__}: {error}") from error
+    if not isinstance(document, dict):
+        raise _failure("wrong_type", f"expected a JSON object, received {_type_name(document)}")
+    if name not in document:
+        raise _failure("missing_key", f"the JSON object has no {name!r}")
+    return document[name]
+
+
+def _text(content: bytes, max_bytes: int) -> str:
+    if len(content) > max_bytes:
+        raise _failure("too_long", f"the field has {len(content)} bytes, allowed are {max_bytes}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _failure("not_utf8", f"the field is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _type_name(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _failure(kind: str, message: str) -> SampleFailure:
+    return SampleFailure("caption", kind, message)
