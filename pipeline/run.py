@@ -1,8 +1,8 @@
 """The job on Ray: one actor per device, shards handed out one by one, every shard's fate known.
 
 Ray's own retries are off: they would hide which shard killed a worker. The driver replaces workers itself,
-suspects the shards that a dead worker had in hand, and runs suspects alone, so that a shard which kills its worker
-every time is found and given up while all others go on.
+suspects the shards that a dead worker had in hand, and runs suspects alone, so that a shard which kills its
+worker every time is found and given up while all others go on.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ class GivenUp:
 class ShardQueue:
     """Hands shards out, and remembers attempts and suspicions.
 
-    A worker that dies says nothing of which of its shards killed it. So all that it had in hand become suspects,
-    and a suspect runs alone on its worker: then the next death names it. An innocent shard is struck once at most.
+    A worker that dies says nothing of which of its shards killed it. So all that it had in hand become
+    suspects, and a suspect runs alone on its worker: then the next death names it.
 
     Args:
         shards: the work, in order.

@@ -1,0 +1,124 @@
+"""The command line: `legrad annotate | status | evaluate | models | demo`.
+
+Exit codes: 0 done; 1 the user's mistake; 2 the environment's or our own fault; 3 finished with shards failed
+or left; 130 Ctrl-C; 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import load_config
+from pipeline.errors import PipelineError, UserError
+
+USAGE_EXIT_CODE = 2  # typer's own
+USER_MISTAKE, FAULT, INCOMPLETE = 1, 2, 3
+
+app = typer.Typer(
+    name="legrad",
+    help="LeGrad pseudo-masks for corpora of captioned images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+error_console = Console(stderr=True)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")]
+TruthShards = Annotated[
+    list[str], typer.Argument(metavar="SHARDS...", help="Annotated shards, with seg.png.")
+]
+OutputDir = Annotated[
+    str, typer.Argument(metavar="OUT", help="Output folder of a job: local path, s3:// or gs://.")
+]
+
+
+@app.command()
+def annotate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The job's configuration.")],
+    overrides: Overrides = None,
+) -> None:
+    """Annotate shards: the main job. Runs here, or on the cluster that RAY_ADDRESS names."""
+    from pipeline.annotate_job import annotate_with_config
+
+    raise typer.Exit(annotate_with_config(load_config(config, overrides or ()), console))
+
+
+@app.command()
+def status(out: OutputDir) -> None:
+    """Show shards done, failed and left, samples and errors. Exit code 0: complete, 3: incomplete."""
+    from pipeline.status import read_status, render_status
+
+    found = read_status(out)
+    console.print(render_status(found))
+    raise typer.Exit(0 if found.complete else INCOMPLETE)
+
+
+@app.command()
+def evaluate(
+    out: OutputDir,
+    shards: TruthShards,
+    classes: Annotated[Path | None, typer.Option(help="File whose line i names class id i.")] = None,
+) -> None:
+    """Score masks and maps against ground truth in the shards, beside baselines on the same model."""
+    from pipeline.evaluate import evaluate_output, render_evaluation
+
+    console.print(render_evaluation(evaluate_output(out, shards, classes)))
+
+
+@app.command()
+def models(
+    refused: Annotated[bool, typer.Option("--refused", help="Also list the others, and why.")] = False,
+) -> None:
+    """List the open_clip models that can be explained, with their family."""
+    import legrad
+
+    table = Table("model", "family" if not refused else "family, or why it is refused")
+    supported = legrad.supported_models()
+    for name, support in supported.items():
+        if support.family is not None:
+            table.add_row(name, support.family)
+        elif refused:
+            table.add_row(name, f"[dim]{support.reason}[/dim]")
+    console.print(table)
+    counts = Counter(support.family is not None for support in supported.values())
+    console.print(
+        f"{counts[True]} of {len(supported)} open_clip models are supported; --refused shows the others"
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("out/demo"),
+) -> None:
+    """Annotate the shipped shards with the shipped model, then evaluate and draw a contact sheet."""
+    from pipeline.demo.run_demo import run_demo
+
+    raise typer.Exit(run_demo(out, console))
+
+
+def main() -> None:
+    """Run the command line; mistakes of the user's take one screen, without a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except SystemExit as ending:
+        sys.exit(USER_MISTAKE if ending.code == USAGE_EXIT_CODE else ending.code)
+    except UserError as error:
+        error_console.print(f"legrad: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(USER_MISTAKE)
+    except PipelineError as error:
+        error_console.print(f"legrad: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(FAULT)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(FAULT)

@@ -1,0 +1,121 @@
+"""The configuration: validated on load, overridable, hashed by what changes the rows."""
+
+import pytest
+import yaml
+
+from pipeline.config import config_hash, load_config, parse_config
+from pipeline.errors import UserError
+
+MINIMAL = {
+    "input": {"shards": "a.tar"},
+    "model": {"name": "ViT-B-32", "pretrained": "openai"},
+    "output": {"dir": "out"},
+}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def changed(section, **values):
+    return parse_config({**MINIMAL, section: {**MINIMAL.get(section, {}), **values}})
+
+
+def test_a_minimal_file_loads_with_the_documented_defaults(config_file):
+    config = load_config(config_file)
+    assert (config.model.layers, config.model.precision, config.prompts.max_per_sample) == (2, "fp32", 32)
+    assert (config.run.error_budget, config.output.on_mismatch, config.output.rows) == (0.2, "refuse", "all")
+
+
+def test_an_override_wins_over_the_file_and_is_parsed_as_yaml(config_file):
+    config = load_config(config_file, ["model.layers=all", "input.shards=[x.tar, y.tar]", "masks.max_side=null"])
+    assert config.model.layers == "all"
+    assert config.input.shards == ["x.tar", "y.tar"]
+    assert config.masks.max_side is None
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [("model.layer=3", "model.layers"), ("run.batchsize=4", "run.batch_size"), ("outptu.dir=x", "output")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(config_file, override, nearest):
+    with pytest.raises(UserError, match=f"did you mean {nearest}"):
+        load_config(config_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.precision=fp8", "model.precision.*'fp8'"),
+        ("run.error_budget=1.5", "run.error_budget.*1.5"),
+        ("masks.value=-1", "masks.value"),
+        ("run.batch_size=0", "run.batch_size"),
+        ("prompts.source=captions", "input.caption must be json:NAME, got 'txt'"),
+    ],
+)
+def test_a_bad_value_is_told_with_its_key_and_what_came(config_file, override, told):
+    with pytest.raises(UserError, match=told):
+        load_config(config_file, [override])
+
+
+@pytest.mark.parametrize("override", ["model.layers", "=3", "model..layers=2", "model.layers=[1"])
+def test_a_malformed_override_is_refused(config_file, override):
+    with pytest.raises(UserError):
+        load_config(config_file, [override])
+
+
+def test_every_problem_is_told_at_once():
+    with pytest.raises(UserError) as told:
+        parse_config({"input": {}, "model": {"name": "x"}, "output": {"dir": "o"}})
+    assert "2 problem(s)" in str(told.value)
+    assert "input.shards: required" in str(told.value)
+    assert "model.pretrained: required" in str(told.value)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "just text", "a: [", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
+    path = tmp_path / "job.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"job\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file_is_told_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.yaml.*No such file"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("run", {"batch_size": 7, "workers": 3}),
+        ("input", {"shards": ["b.tar"]}),
+        ("output", {"dir": "elsewhere", "on_mismatch": "overwrite"}),
+    ],
+)
+def test_the_hash_ignores_what_does_not_change_the_rows(section, values):
+    assert config_hash(changed(section, **values), "w") == config_hash(parse_config(MINIMAL), "w")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("model", {"layers": 3}),
+        ("masks", {"rule": "fixed"}),
+        ("masks", {"min_area": 0.1}),
+        ("prompts", {"max_per_sample": 2}),
+        ("input", {"caption": "json:text"}),
+        ("output", {"heatmap": True}),
+        ("output", {"rows": "accepted"}),
+    ],
+)
+def test_the_hash_changes_with_whatever_changes_the_rows(section, values):
+    assert config_hash(changed(section, **values), "w") != config_hash(parse_config(MINIMAL), "w")
+
+
+def test_the_hash_follows_the_weights_not_their_path():
+    assert config_hash(changed("model", pretrained="a.pt"), "w") == config_hash(changed("model", pretrained="b.pt"), "w")
+    assert config_hash(parse_config(MINIMAL), "w") != config_hash(parse_config(MINIMAL), "other")
