@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+.PHONY: help setup demo test test-all check fix demo-model clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml configs/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(STAMP)  ## make .venv and install, where something changed
+
+demo: $(STAMP)  ## annotate the shipped shards with the shipped model, evaluate, draw
+	$(BIN)/legrad demo
+
+test: $(STAMP)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## format, lint and types, nothing changed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+fix: $(STAMP)  ## format, and mend what the linter can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+demo-model: $(STAMP)  ## train the demo model and render its shards again (needs npm; see pipeline/demo/README.md)
+	$(BIN)/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[train-demo-model]'
+	$(BIN)/python -m pipeline.demo.train
+	$(BIN)/python -m pipeline.demo.make_shards
+
+clean:  ## remove what was built or written here
+	rm -rf $(VENV) out .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
