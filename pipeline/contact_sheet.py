@@ -1,0 +1,179 @@
+"""One picture of a job's results: which samples it shows, and where their parts come from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+from legrad.masks import decode_rle, minmax_normalise
+from legrad.metrics import foreground_iou
+from pipeline import storage
+from pipeline.config import InputConfig, JobConfig, parse_config
+from pipeline.decode import find_field, open_image
+from pipeline.errors import UserError
+from pipeline.ground_truth import Scene, list_truth_shards, scene_of
+from pipeline.job import JOB_FILE, read_job
+from pipeline.shards import RawSample, read_samples
+from pipeline.sheet_drawing import CARDS_PER_LINE, Card, draw_sheet
+from pipeline.storage import ShardSource
+from pipeline.written_masks import in_frame, match_annotations, prompt_targets, read_rows
+
+COLUMNS = [
+    "key",
+    "sample_index",
+    "prompt_index",
+    "prompt",
+    "similarity",
+    "peak",
+    "mask",
+    "heatmap",
+    "heatmap_height",
+    "heatmap_width",
+]
+
+Row = Mapping[str, Any]
+SampleRows = tuple[Row, ...]
+
+
+def write_contact_sheet(
+    out_dir: str,
+    shard_patterns: str | Sequence[str],
+    destination: str | Path,
+    *,
+    rows: int = 6,
+    seed: int = 0,
+) -> Path:
+    """Draw samples of a job, chosen at random, into a PNG.
+
+    Two prompts of one sample stand side by side; samples of a single prompt are put together in pairs.
+
+    Args:
+        out_dir: the job's output folder.
+        shard_patterns: the tars that the job annotated.
+        destination: path of the PNG; its folder is made.
+        rows: lines of the sheet, two prompts each.
+        seed: of the choice; nothing else decides what is shown.
+
+    Returns:
+        The path of the PNG.
+
+    Raises:
+        UserError: no job in the folder, or no accepted mask in the given shards.
+        ShardError: a tar cannot be read.
+    """
+    config = parse_config(read_job(out_dir)["config"], where=storage.join_url(out_dir, JOB_FILE))
+    shards = list_truth_shards(shard_patterns)
+    candidates = _candidates(out_dir, shards, 2 * rows, np.random.default_rng(seed))
+    cards = _cards(_fill_lines(candidates, rows), config)
+    if not cards:
+        raise UserError(
+            f"{out_dir}: no accepted mask belongs to the given shards, so there is nothing to draw"
+        )
+    target = Path(destination)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(cards, note=f"Samples chosen at random, seed {seed}.").save(target, optimize=True)
+    return target
+
+
+def _candidates(
+    out_dir: str, shards: Sequence[ShardSource], max_shards: int, generator: np.random.Generator
+) -> list[tuple[ShardSource, SampleRows]]:
+    """Samples with accepted masks, shuffled, from as many shards as are needed at most."""
+    folder = storage.join_url(out_dir, "annotations")
+    matched = match_annotations(shards, storage.list_names(folder))
+    known = [shard for shard in shards if shard.canonical_url in matched]
+    candidates: list[tuple[ShardSource, SampleRows]] = []
+    for position in generator.permutation(len(known))[:max_shards]:
+        shard = known[position]
+        by_sample: dict[int, list[Row]] = defaultdict(list)
+        for row in read_rows(storage.join_url(folder, matched[shard.canonical_url]), COLUMNS):
+            if row["mask"] is not None:
+                by_sample[row["sample_index"]].append(row)
+        candidates += [(shard, tuple(rows)) for rows in by_sample.values()]
+    return [candidates[position] for position in generator.permutation(len(candidates))]
+
+
+def _fill_lines(
+    candidates: Sequence[tuple[ShardSource, SampleRows]], line_count: int
+) -> list[tuple[ShardSource, Row]]:
+    """Rows in the order in which they are drawn, a sample's prompts never broken over two lines."""
+    lines: list[list[tuple[ShardSource, Row]]] = []
+    open_line: list[tuple[ShardSource, Row]] = []
+    for shard, rows in candidates:
+        if len(lines) == line_count:
+            break
+        shown = [(shard, row) for row in sorted(rows, key=lambda row: row["prompt_index"])[:CARDS_PER_LINE]]
+        if len(shown) == CARDS_PER_LINE:
+            lines.append(shown)
+            continue
+        open_line += shown
+        if len(open_line) == CARDS_PER_LINE:
+            lines.append(open_line)
+            open_line = []
+    if len(lines) < line_count:
+        lines.append(open_line)
+    return [pair for line in lines for pair in line]
+
+
+def _cards(chosen: Sequence[tuple[ShardSource, Row]], config: JobConfig) -> list[Card]:
+    wanted: dict[str, set[int]] = defaultdict(set)
+    for shard, row in chosen:
+        wanted[shard.canonical_url].add(row["sample_index"])
+    sources = {shard.canonical_url: shard for shard, _ in chosen}
+    samples = {
+        (url, sample.index): sample
+        for url, indices in wanted.items()
+        for sample in _read_wanted(sources[url], indices, config.input)
+    }
+    found = [(samples.get((shard.canonical_url, row["sample_index"])), row) for shard, row in chosen]
+    return [
+        _card(sample, row, config) for sample, row in found if sample is not None and sample.key == row["key"]
+    ]
+
+
+def _read_wanted(shard: ShardSource, indices: set[int], settings: InputConfig) -> Iterator[RawSample]:
+    with storage.open_shard(shard) as stream:
+        for sample in read_samples(stream, max_member_bytes=settings.max_member_bytes):
+            if isinstance(sample, RawSample) and sample.index in indices:
+                yield sample
+                indices = indices - {sample.index}
+                if not indices:
+                    return
+
+
+def _card(sample: RawSample, row: Row, config: JobConfig) -> Card:
+    image = open_image(
+        find_field(sample.fields, config.input.image), max_image_pixels=config.input.max_image_pixels
+    ).convert("RGB")
+    mask = decode_rle(row["mask"])
+    scene = scene_of(sample, config.input.image)
+    truth, iou = None, None
+    if isinstance(scene, Scene):
+        truth = prompt_targets(scene, config.prompts.source).get(row["prompt_index"])
+        iou = None if truth is None else _iou(mask, truth, scene.valid)
+    return Card(image, row["prompt"], row["similarity"], _relevance(row), mask, truth, iou)
+
+
+def _relevance(row: Row) -> Float[np.ndarray, "grid_height grid_width"] | None:
+    """The stored grid, stretched to the range from 0 to 1."""
+    if row["heatmap"] is None:
+        return None
+    levels = np.frombuffer(row["heatmap"], dtype=np.uint8).reshape(
+        row["heatmap_height"], row["heatmap_width"]
+    )
+    grid: np.ndarray = minmax_normalise(torch.from_numpy(levels.astype(np.float32))).numpy()
+    return grid
+
+
+def _iou(
+    mask: Bool[np.ndarray, "mask_height mask_width"],
+    truth: Bool[np.ndarray, "height width"],
+    valid: Bool[np.ndarray, "height width"],
+) -> float:
+    return float(foreground_iou(in_frame(mask, truth.shape)[None], truth[None], valid[None])[0])

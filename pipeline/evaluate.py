@@ -1,0 +1,274 @@
+"""Evaluation against ground truth: masks as written, the model's maps beside baselines, recognition."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+import legrad
+from legrad import metrics
+from pipeline import storage
+from pipeline.config import InputConfig, parse_config
+from pipeline.decode import decode_image
+from pipeline.errors import SampleFailure, ShardError, UserError
+from pipeline.evaluation_result import EvaluationResult, MapScores, RecognitionScores, render_evaluation
+from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
+from pipeline.job import JOB_FILE, read_job
+from pipeline.map_figures import (
+    AVERAGE_PRECISION,
+    FIRST_IOU,
+    IOU_AT_HALF,
+    IOU_OTSU,
+    OWN_OBJECT,
+    POINTING,
+    THRESHOLDS,
+    DecodedScene,
+    ExaminedBatch,
+    Examiner,
+    legrad_name,
+)
+from pipeline.model import load_explainer
+from pipeline.records import SampleError
+from pipeline.storage import ShardSource
+from pipeline.written_masks import score_written_masks
+
+__all__ = [
+    "EvaluationOptions",
+    "EvaluationResult",
+    "evaluate_output",
+    "evaluate_scenes",
+    "evaluate_shards",
+    "render_evaluation",
+]
+
+EVALUATION_FILE = "evaluation.json"
+SCENES_PER_BATCH = 32
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How maps are evaluated.
+
+    Attributes:
+        layers: numbers of last blocks for which LeGrad is scored; all of them is scored in any case.
+        configured_layers: the number that a job used: scored as well, and marked.
+        class_template: text that class names are put into.
+        label: what to call the model.
+        seed: of the random maps and the bootstrap.
+    """
+
+    layers: tuple[int, ...] = (1, 2, 4)
+    configured_layers: int | Literal["all"] | None = None
+    class_template: str = "a photo of a {}"
+    label: str = "the model"
+    seed: int = 0
+
+
+def evaluate_output(
+    out_dir: str,
+    shard_patterns: str | Path | Sequence[str | Path],
+    classes_file: str | Path | None = None,
+    *,
+    result_name: str = EVALUATION_FILE,
+) -> EvaluationResult:
+    """Evaluate a job: its masks as written, and the maps of its model; also written into the folder as JSON.
+
+    Args:
+        out_dir: the job's output folder.
+        shard_patterns: the tars that the job annotated, with ground truth in them.
+        classes_file: line i names class id i; given, recognition is measured as well.
+        result_name: of the JSON file in the output folder.
+
+    Raises:
+        UserError: no job in the folder, nothing to evaluate, unreadable shards or class list.
+        OutputError: the result cannot be written.
+    """
+    config = parse_config(read_job(out_dir)["config"], where=storage.join_url(out_dir, JOB_FILE))
+    class_names = None if classes_file is None else _class_names(classes_file)
+    shards = list_truth_shards(shard_patterns)
+    explainer = load_explainer(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    options = EvaluationOptions(
+        configured_layers=config.model.layers, label=f"{config.model.name} ({config.model.pretrained})"
+    )
+    try:
+        written = score_written_masks(out_dir, shards, config.input, config.prompts.source, seed=options.seed)
+        scenes = _read_all(shards, config.input)
+        maps = evaluate_scenes(explainer, scenes, class_names, settings=config.input, options=options)
+    except ShardError as error:
+        raise UserError(str(error)) from error
+    result = replace(maps, written=written)
+    storage.publish(out_dir, result_name, result.to_json().encode())
+    return result
+
+
+def evaluate_shards(
+    explainer: legrad.LeGrad,
+    shard_paths: Sequence[str | Path],
+    class_names: Sequence[str] | None = None,
+    options: EvaluationOptions = EvaluationOptions(),
+) -> EvaluationResult:
+    """Evaluate a model's maps on tars with ground truth, without any job; see `evaluate_scenes`."""
+    settings = InputConfig(shards=[str(path) for path in shard_paths])
+    scenes = _read_all(list_truth_shards(shard_paths), settings)
+    return evaluate_scenes(explainer, scenes, class_names, settings=settings, options=options)
+
+
+def evaluate_scenes(
+    explainer: legrad.LeGrad,
+    scenes: Iterable[Scene | SampleError],
+    class_names: Sequence[str] | None = None,
+    *,
+    settings: InputConfig,
+    options: EvaluationOptions,
+) -> EvaluationResult:
+    """Score LeGrad's maps and every baseline's, one map for each visible object's caption.
+
+    Args:
+        explainer: the model; the number of layers that it was made with plays no part.
+        scenes: ground truth, as `read_scenes` gives it; what cannot be used is counted, never hidden.
+        class_names: name of class id 1, 2, ...; given, recognition is measured as well.
+        settings: size limits of images.
+        options: what is scored.
+
+    Raises:
+        UserError: no scene could be scored, or a class id that the class list does not have.
+    """
+    left_out: Counter[str] = Counter()
+    depth = len(explainer.tower.blocks)
+    configured = (
+        min(options.configured_layers, depth) if isinstance(options.configured_layers, int) else depth
+    )
+    configured_name = None if options.configured_layers is None else legrad_name(configured, depth)
+    layer_counts = {count for count in (*options.layers, configured, depth) if count <= depth}
+    class_texts = [options.class_template.format(name) for name in class_names or ()]
+    examiner = Examiner(explainer, class_texts, sorted(layer_counts), options.seed)
+    decoded = _decoded(scenes, explainer, settings, left_out)
+    batches = [examiner.examine(batch) for batch in _batched(decoded, SCENES_PER_BATCH)]
+    if not batches:
+        raise UserError(
+            f"no scene with ground truth could be scored; left out: {dict(left_out) or 'nothing'}"
+        )
+    return EvaluationResult(
+        model=options.label,
+        scenes=sum(len(batch.present) for batch in batches),
+        pairs=sum(len(batch.scene_of_pair) for batch in batches),
+        left_out=dict(left_out),
+        maps=_all_map_scores(batches, configured_name, options.seed),
+        recognition=_recognition(batches, class_names, options),
+    )
+
+
+def _read_all(shards: Iterable[ShardSource], settings: InputConfig) -> Iterator[Scene | SampleError]:
+    return itertools.chain.from_iterable(read_scenes(shard, settings) for shard in shards)
+
+
+def _class_names(classes_file: str | Path) -> list[str]:
+    try:
+        return Path(classes_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{classes_file}: the class list cannot be read: {error}") from error
+
+
+def _decoded(
+    scenes: Iterable[Scene | SampleError],
+    explainer: legrad.LeGrad,
+    settings: InputConfig,
+    left_out: Counter[str],
+) -> Iterator[DecodedScene]:
+    """Scenes that can be scored; the others are counted by reason."""
+    for scene in scenes:
+        if isinstance(scene, SampleError):
+            left_out[f"samples: {scene.stage}/{scene.kind}"] += 1
+            continue
+        objects = scene.visible_objects()
+        hidden = len(scene.class_ids) - len(objects)
+        if hidden:
+            left_out["objects without a visible pixel"] += hidden
+        if not objects:
+            left_out["scenes without a visible object"] += 1
+            continue
+        try:
+            image = decode_image(scene.image, explainer.transform, max_image_pixels=settings.max_image_pixels)
+        except SampleFailure as failure:
+            left_out[f"samples: {failure.stage}/{failure.kind}"] += 1
+            continue
+        yield DecodedScene(scene, objects, image.pixels)
+
+
+def _batched(scenes: Iterator[DecodedScene], size: int) -> Iterator[list[DecodedScene]]:
+    while batch := list(itertools.islice(scenes, size)):
+        yield batch
+
+
+def _all_map_scores(
+    batches: Sequence[ExaminedBatch], configured_name: str | None, seed: int
+) -> tuple[MapScores, ...]:
+    offsets = np.cumsum([0, *(len(batch.present) for batch in batches[:-1])])
+    figures = np.concatenate([batch.figures for batch in batches], axis=1)
+    scene_of_pair = np.concatenate(
+        [batch.scene_of_pair + offset for batch, offset in zip(batches, offsets, strict=True)]
+    )
+    return tuple(
+        _map_scores(method, method == configured_name, rows, scene_of_pair, seed)
+        for method, rows in zip(batches[0].methods, figures, strict=True)
+    )
+
+
+def _map_scores(
+    method: str,
+    configured: bool,
+    figures: Float[np.ndarray, "pairs figures"],
+    scene_of_pair: Int[np.ndarray, " pairs"],
+    seed: int,
+) -> MapScores:
+    def estimate(column: int) -> metrics.Estimate:
+        defined = ~np.isnan(figures[:, column])
+        return metrics.bootstrap_mean(figures[defined, column], scene_of_pair[defined], seed=seed)
+
+    threshold, best_column = metrics.best_threshold(figures[:, FIRST_IOU:], THRESHOLDS)
+    return MapScores(
+        method=method,
+        configured=configured,
+        pointing=estimate(POINTING),
+        iou_at_half=estimate(IOU_AT_HALF),
+        iou_otsu=estimate(IOU_OTSU),
+        iou_best=estimate(FIRST_IOU + best_column),
+        best_threshold=threshold,
+        average_precision=estimate(AVERAGE_PRECISION),
+        own_object=None if np.isnan(figures[:, OWN_OBJECT]).all() else estimate(OWN_OBJECT),
+    )
+
+
+def _recognition(
+    batches: Sequence[ExaminedBatch], class_names: Sequence[str] | None, options: EvaluationOptions
+) -> RecognitionScores | None:
+    if not class_names:
+        return None
+    scores = np.concatenate([batch.class_scores for batch in batches])
+    present = np.concatenate([batch.present for batch in batches])
+    scene, seed = np.arange(len(scores)), options.seed
+    top1 = metrics.top1_hits(scores, present).astype(np.float64)
+    return RecognitionScores(
+        classes=len(class_names),
+        template=options.class_template,
+        top1=metrics.bootstrap_mean(top1, scene, seed=seed),
+        recall_at_n=metrics.bootstrap_mean(
+            metrics.recall_at_present_count(scores, present), scene, seed=seed
+        ),
+        mean_average_precision=metrics.bootstrap_statistic(
+            lambda rows: metrics.mean_average_precision(scores[rows], present[rows]), len(scores), seed=seed
+        ),
+        auroc=None
+        if present.all()
+        else metrics.bootstrap_statistic(
+            lambda rows: metrics.presence_auroc(scores[rows], present[rows]), len(scores), seed=seed
+        ),
+    )

@@ -1,0 +1,325 @@
+"""The evaluation on tiny shards, held against figures worked out separately."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from ground_truth_shards import (
+    LAYERS,
+    MODEL_NAME,
+    job_document,
+    label_map,
+    save_tiny_model,
+    scene_fields,
+    two_object_shard,
+    write_shard,
+)
+from PIL import Image
+from rich.console import Console
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import legrad
+from legrad.masks import encode_rle
+from pipeline.config import InputConfig
+from pipeline.errors import UserError
+from pipeline.evaluate import EvaluationOptions, evaluate_output, evaluate_shards, render_evaluation
+from pipeline.ground_truth import Scene, read_scenes
+from pipeline.records import ANNOTATION_SCHEMA
+from pipeline.storage import list_shards
+
+CLASSES = ["dog", "car", "tree"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def explainer(weights) -> legrad.LeGrad:
+    return legrad.LeGrad.from_open_clip(MODEL_NAME, str(weights), layers=2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> Path:
+    return two_object_shard(tmp_path_factory.mktemp("shards") / "scenes-000.tar")
+
+
+def scenes_of(path: Path) -> list[Scene]:
+    (source,) = list_shards(str(path))
+    return [scene for scene in read_scenes(source, InputConfig(shards=str(path))) if isinstance(scene, Scene)]
+
+
+def figures_by_hand(explainer: legrad.LeGrad, shard: Path) -> dict[str, float]:
+    """LeGrad's figures with one image and one prompt at a time and plain definitions."""
+    hits, ious, precisions, preferences = [], [], [], []
+    for scene in scenes_of(shard):
+        from io import BytesIO
+
+        images = explainer.preprocess([Image.open(BytesIO(scene.image))])
+        valid = scene.label_map != 255
+        maps = []
+        for caption, class_id in zip(scene.captions, scene.class_ids, strict=True):
+            grid = explainer.relevance(images, explainer.embed_text([caption]))
+            heat = F.interpolate(grid, size=scene.label_map.shape, mode="bilinear")[0, 0].numpy()
+            heat = (heat - heat.min()) / (heat.max() - heat.min())
+            truth = scene.label_map == class_id
+            hits.append(truth[np.unravel_index(np.where(valid, heat, -1).argmax(), heat.shape)])
+            ious.append(((heat > 0.5) & truth & valid).sum() / (((heat > 0.5) | truth) & valid).sum())
+            precisions.append(average_precision_score(truth[valid], heat[valid]))
+            maps.append(heat)
+        if len(maps) == 2:
+            own, other = (scene.label_map == class_id for class_id in scene.class_ids)
+            preferences += [
+                maps[0][own].mean() > maps[0][other].mean(),
+                maps[1][other].mean() > maps[1][own].mean(),
+            ]
+    return {
+        "pointing": float(np.mean(hits)),
+        "iou_at_half": float(np.mean(ious)),
+        "average_precision": float(np.mean(precisions)),
+        "own_object": float(np.mean(preferences)),
+    }
+
+
+def test_the_maps_of_legrad_have_the_figures_of_plain_definitions(explainer, shard):
+    result = evaluate_shards(explainer, [shard])
+    scores = {scores.method: scores for scores in result.maps}["LeGrad, last 2"]
+    for name, expected in figures_by_hand(explainer, shard).items():
+        # Pixels whose values differ only by rounding may swap ranks, hence not tighter.
+        assert getattr(scores, name).value == pytest.approx(expected, abs=2e-4), name
+
+
+def test_every_method_is_scored_on_every_prompt_and_the_configured_one_is_marked(explainer, shard):
+    result = evaluate_shards(explainer, [shard], options=EvaluationOptions(configured_layers=2))
+    assert [scores.method for scores in result.maps] == [
+        "LeGrad, last 1",
+        "LeGrad, last 2",
+        f"LeGrad, all {LAYERS}",
+        "GradCAM, last block",
+        "patch-text similarity",
+        "mean-query attention",
+        "CLS attention",
+        "centre prior",
+        "random",
+    ]
+    assert [scores.method for scores in result.maps if scores.configured] == ["LeGrad, last 2"]
+    assert (result.scenes, result.pairs, result.left_out) == (5, 8, {})
+
+
+def test_maps_that_ignore_the_prompt_prefer_their_object_half_of_the_time(explainer, shard):
+    by_method = {scores.method: scores for scores in evaluate_shards(explainer, [shard]).maps}
+    for method in ("mean-query attention", "CLS attention", "centre prior"):
+        assert by_method[method].own_object.value == 0.5
+
+
+def test_the_best_threshold_is_never_worse_than_a_half(explainer, shard):
+    for scores in evaluate_shards(explainer, [shard]).maps:
+        assert scores.iou_best.value >= scores.iou_at_half.value
+        assert scores.best_threshold in (np.arange(1, 20) / 20)
+
+
+def test_the_same_seed_gives_the_same_result_and_another_one_other_noise(explainer, shard):
+    first, again = (evaluate_shards(explainer, [shard], CLASSES) for _ in range(2))
+    assert first == again
+    other = evaluate_shards(explainer, [shard], CLASSES, EvaluationOptions(seed=1))
+    assert other.maps[-1].average_precision.value != first.maps[-1].average_precision.value
+
+
+def test_recognition_ranks_the_classes_by_the_models_own_cosine(explainer, shard):
+    recognition = evaluate_shards(explainer, [shard], CLASSES).recognition
+    scores, present = [], []
+    from io import BytesIO
+
+    texts = explainer.embed_text([f"a photo of a {name}" for name in CLASSES])
+    for scene in scenes_of(shard):
+        with torch.no_grad():
+            image = explainer.preprocess([Image.open(BytesIO(scene.image))])
+            scores.append((explainer.model.encode_image(image, normalize=True) @ texts.T)[0].numpy())
+        present.append([class_id in scene.class_ids for class_id in (1, 2, 3)])
+    scores, present = np.array(scores), np.array(present)
+    assert recognition.top1.value == pytest.approx(present[np.arange(5), scores.argmax(1)].mean())
+    assert recognition.auroc.value == pytest.approx(roc_auc_score(present.ravel(), scores.ravel()), abs=1e-6)
+    expected = np.mean([average_precision_score(present[:, c], scores[:, c]) for c in (0, 1)])
+    assert recognition.mean_average_precision.value == pytest.approx(expected)
+
+
+def test_a_class_id_beyond_the_class_list_is_a_user_error(explainer, shard):
+    with pytest.raises(UserError, match="class id 2, but the class list has 1 lines"):
+        evaluate_shards(explainer, [shard], ["dog"])
+
+
+def test_what_cannot_be_scored_is_counted_by_reason(explainer, tmp_path):
+    good = scene_fields(label_map({1: (2, 9, 2, 9)}), ["a dog"], [1])
+    unaligned = json.dumps({"captions": ["a dog", "a car"], "class_ids": [1]}).encode()
+    path = write_shard(
+        tmp_path / "odd.tar",
+        {
+            "good": good,
+            "no-truth": {"png": good["png"], "json": good["json"]},
+            "unaligned": {**good, "json": unaligned},
+            "not-json": {**good, "json": b"{"},
+            "colour-truth": {**good, "seg.png": good["png"]},
+            "broken-truth": {**good, "seg.png": b"nothing"},
+            "broken-image": {**good, "png": good["png"][:60]},
+            "empty": scene_fields(label_map({}), ["a dog"], [1]),
+            "half-hidden": scene_fields(label_map({1: (2, 9, 2, 9)}), ["a dog", "a car"], [1, 2]),
+        },
+    )
+    result = evaluate_shards(explainer, [path])
+    assert (result.scenes, result.pairs) == (2, 2)
+    decode_failures = {kind: n for kind, n in result.left_out.items() if kind.startswith("samples: decode/")}
+    assert sum(decode_failures.values()) == 1
+    assert {kind: n for kind, n in result.left_out.items() if kind not in decode_failures} == {
+        "samples: read/no_ground_truth": 1,
+        "samples: read/bad_ground_truth": 4,
+        "scenes without a visible object": 1,
+        "objects without a visible pixel": 2,
+    }
+
+
+def test_shards_without_any_ground_truth_are_a_user_error(explainer, tmp_path):
+    fields = scene_fields(label_map({1: (2, 9, 2, 9)}), ["a dog"], [1])
+    path = write_shard(tmp_path / "plain.tar", {"a": {"png": fields["png"]}})
+    with pytest.raises(UserError, match=r"no scene with ground truth.*no_ground_truth"):
+        evaluate_shards(explainer, [path])
+
+
+def annotation(key: str, index: int, prompt: int, mask: np.ndarray | None, **columns: Any) -> dict[str, Any]:
+    rle = None if mask is None else encode_rle(torch.from_numpy(mask[None]))[0]
+    return {"key": key, "sample_index": index, "prompt_index": prompt, "status": "ok", "mask": rle, **columns}
+
+
+def write_output(
+    out: Path, weights: Path, rows_by_name: Mapping[str, list[dict[str, Any]]], **prompts: Any
+) -> str:
+    (out / "annotations").mkdir(parents=True)
+    (out / "job.json").write_text(json.dumps(job_document(out, weights, **prompts)))
+    for name, rows in rows_by_name.items():
+        columns = [{name: row.get(name) for name in ANNOTATION_SCHEMA.names} for row in rows]
+        pq.write_table(
+            pa.Table.from_pylist(columns, schema=ANNOTATION_SCHEMA), out / "annotations" / f"{name}.parquet"
+        )
+    return str(out)
+
+
+LABELS = label_map({1: (2, 10, 2, 12), 2: (12, 20, 20, 30), 255: (0, 24, 0, 4)})
+DOG, CAR = LABELS == 1, LABELS == 2
+
+
+@pytest.fixture
+def truth_shard(tmp_path) -> Path:
+    fields = scene_fields(LABELS, ["a dog", "a car"], [1, 2])
+    return write_shard(
+        tmp_path / "truth.tar", {"first": fields, "second": fields, "third": {"png": fields["png"]}}
+    )
+
+
+def shard_id(path: Path) -> str:
+    return list_shards(str(path))[0].shard_id
+
+
+def test_written_masks_are_joined_and_every_other_row_is_accounted_for(weights, truth_shard, tmp_path):
+    half_dog = DOG.copy()
+    half_dog[6:] = False
+    wild = np.zeros_like(DOG)
+    wild[:, :4] = True  # on ignored pixels alone
+    rows = [
+        annotation("first", 0, 0, DOG | wild),
+        annotation("first", 0, 1, None, status="rejected_peak"),
+        annotation("first", 0, 2, CAR),
+        annotation("second", 1, 0, half_dog),
+        annotation("another key", 1, 1, CAR),
+        annotation("third", 2, 0, DOG),
+        annotation("fourth", 3, 0, DOG),
+    ]
+    others = [annotation("x", 0, 0, DOG)] * 3
+    out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): rows, "elsewhere-12345678": others})
+    missing = two_object_shard(tmp_path / "missing.tar")
+    written = evaluate_output(out, [str(truth_shard), str(missing)]).written
+    assert written.iou.value == pytest.approx((1.0 + 0.5) / 2)
+    assert written.iou.images == 2
+    assert (written.rows_scored, written.rows_rejected, written.rows_without_object) == (2, 1, 1)
+    assert (written.rows_without_scene, written.rows_of_other_shards, written.objects_without_row) == (
+        3,
+        3,
+        1,
+    )
+    assert written.shards_without_annotations == (missing.as_uri(),)
+
+
+def test_a_whole_caption_is_held_against_all_its_objects(weights, truth_shard, tmp_path):
+    rows = [annotation("first", 0, 0, DOG | CAR), annotation("second", 1, 0, CAR)]
+    out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): rows}, source="caption")
+    written = evaluate_output(out, str(truth_shard)).written
+    assert written.iou.value == pytest.approx((1 + CAR.sum() / (DOG | CAR).sum()) / 2)
+
+
+def test_masks_in_a_smaller_frame_are_enlarged(weights, tmp_path):
+    labels = label_map({1: (2, 10, 2, 12)})
+    path = write_shard(tmp_path / "truth.tar", {"first": scene_fields(labels, ["a dog"], [1])})
+    rows = [annotation("first", 0, 0, (labels == 1)[::2, ::2])]
+    out = write_output(tmp_path / "out", weights, {shard_id(path): rows})
+    assert evaluate_output(out, str(path)).written.iou.value == 1.0
+
+
+def test_a_moved_shard_is_found_by_its_stem_unless_that_is_ambiguous(weights, truth_shard, tmp_path):
+    rows = [annotation("first", 0, 0, DOG)]
+    moved = write_output(tmp_path / "moved", weights, {"truth-00000000": rows})
+    assert evaluate_output(moved, str(truth_shard)).written.rows_scored == 1
+    twice = write_output(tmp_path / "twice", weights, {"truth-00000000": rows, "truth-11111111": rows})
+    written = evaluate_output(twice, str(truth_shard)).written
+    assert (written.rows_scored, written.rows_of_other_shards, written.iou) == (0, 2, None)
+    assert written.shards_without_annotations == (truth_shard.as_uri(),)
+
+
+def test_two_shards_of_one_stem_never_share_a_file(weights, truth_shard, tmp_path):
+    out = write_output(tmp_path / "out", weights, {"truth-00000000": [annotation("first", 0, 0, DOG)]})
+    (tmp_path / "copy").mkdir()
+    copy = tmp_path / "copy" / "truth.tar"
+    copy.write_bytes(truth_shard.read_bytes())
+    written = evaluate_output(out, [str(truth_shard), str(copy)]).written
+    assert (written.rows_scored, written.rows_of_other_shards) == (0, 1)
+
+
+def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard, tmp_path):
+    out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): [annotation("first", 0, 0, DOG)]})
+    classes = tmp_path / "classes.txt"
+    classes.write_text("dog\ncar\n")
+    result = evaluate_output(out, str(truth_shard), classes)
+    assert result.recognition.auroc is None, "every class of the list is in every scene"
+    document = json.loads((Path(out) / "evaluation.json").read_text())
+    assert document["written"]["rows_scored"] == 1
+    assert document["maps"][0]["pointing"]["value"] == result.maps[0].pointing.value
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(render_evaluation(result))
+    text = console.export_text()
+    for scores in result.maps:
+        line = next(line for line in text.splitlines() if scores.method in line)
+        for figure in (scores.pointing, scores.iou_at_half, scores.iou_otsu, scores.average_precision):
+            assert f"{figure.value:.3f}" in line
+    assert "LeGrad, last 2 *" in text
+    assert "1 rows scored" in text
+    assert "R@n" in text
+
+
+def test_a_folder_without_a_job_is_a_user_error(truth_shard, tmp_path):
+    with pytest.raises(UserError, match=r"job\.json"):
+        evaluate_output(str(tmp_path), str(truth_shard))
+
+
+def test_a_missing_shard_or_class_list_is_a_user_error(weights, truth_shard, tmp_path):
+    out = write_output(tmp_path / "out", weights, {})
+    with pytest.raises(UserError, match=r"gone\.tar"):
+        evaluate_output(out, str(tmp_path / "gone.tar"))
+    with pytest.raises(UserError, match=r"gone\.txt"):
+        evaluate_output(out, str(truth_shard), tmp_path / "gone.txt")
