@@ -194,7 +194,7 @@ class LeGrad:
     def relevance(
         self,
         images: Float[Tensor, "batch 3 height width"] | Trace,
-        text_embeddings: Float[Tensor, "*prompts embed_dim"],
+        text_embeddings: Float[Tensor, "*leading embed_dim"],
         image_index: Int[Tensor, " prompts"] | None = None,
         *,
         per_layer: bool = False,
@@ -228,7 +228,7 @@ class LeGrad:
     def heatmaps(
         self,
         images: Float[Tensor, "batch 3 height width"] | Trace,
-        text_embeddings: Float[Tensor, "*prompts embed_dim"],
+        text_embeddings: Float[Tensor, "*leading embed_dim"],
         image_index: Int[Tensor, " prompts"] | None = None,
         *,
         neutral_embedding: Float[Tensor, "*one embed_dim"] | None = None,
@@ -264,9 +264,9 @@ class LeGrad:
     def similarity(
         self,
         trace: Trace,
-        text_embeddings: Float[Tensor, "*prompts embed_dim"],
+        text_embeddings: Float[Tensor, "*leading embed_dim"],
         image_index: Int[Tensor, " prompts"] | None = None,
-    ) -> Float[Tensor, "*prompts"]:
+    ) -> Float[Tensor, "*cosines"]:
         """Compute the cosine of image and text, by the model's own image features, without a second encode.
 
         Args:

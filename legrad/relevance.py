@@ -199,9 +199,9 @@ def standardise(
     inputs: Float[Tensor, "*rows width"], norm: nn.LayerNorm
 ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows 1"]]:
     """Return (inputs - mean) / std as the norm computes them, and 1 / std."""
-    variance, mean = torch.var_mean(inputs, dim=-1, correction=0, keepdim=True)
-    inverse_std = torch.rsqrt(variance + norm.eps)
-    return (inputs - mean) * inverse_std, inverse_std
+    centred = inputs - inputs.mean(dim=-1, keepdim=True)
+    inverse_std = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + norm.eps)
+    return centred * inverse_std, inverse_std
 
 
 def layer_norm_backward(

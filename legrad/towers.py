@@ -7,7 +7,7 @@ name.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -155,7 +155,6 @@ def supported_models() -> dict[str, ModelSupport]:
     return {name: model_support(name) for name in open_clip.list_models()}
 
 
-@cache
 def model_support(name: str) -> ModelSupport:
     """Say whether the open_clip model of this name can be explained, from its configuration alone."""
     config = open_clip.get_model_config(name)
