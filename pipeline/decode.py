@@ -1,7 +1,7 @@
 """From a sample's untrusted bytes to pixels at model size, and to captions.
 
-Content is told by its first bytes and by nothing else: a field's name is only where to look. The formats opened are
-JPEG, PNG, WebP, BMP and GIF, with a single frame; TIFF is left out for the size of its decoders.
+Content is told by its first bytes and by nothing else: a field's name is only where to look. The formats
+opened are JPEG, PNG, WebP, BMP and GIF, with a single frame; TIFF is left out for the size of its decoders.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def decode_image(data: bytes, transform: ImageTransform, *, max_image_pixels: in
 def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
     """Decode an image completely, upright, in a mode that Pillow converts to RGB.
 
-    Palette, alpha and CMYK images stay what they are, since open_clip resamples before it converts. Grey of 16
-    bits becomes grey of 8 by its high byte, which is also how Pillow reads colour of 16 bits.
+    Palette, alpha and CMYK images stay what they are, since open_clip resamples before it converts. Grey of
+    16 bits becomes grey of 8 by its high byte, which is also how Pillow reads colour of 16 bits.
 
     Args:
         data: a file's content.
@@ -107,6 +107,13 @@ def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
         return image if transpose is None else image.transpose(transpose)
 
 
+class _JpegHeader(JpegImageFile):
+    """A JPEG whose resolution is of no interest: Pillow would look for it in the EXIF data, and warn."""
+
+    def _read_dpi_from_exif(self) -> None:
+        pass
+
+
 def _read_header(data: bytes) -> ImageFile:
     # The formats' own classes rather than Image.open, whose limit on pixels is global and speaks in warnings.
     if not data:
@@ -120,7 +127,7 @@ def _read_header(data: bytes) -> ImageFile:
 
 def _reader_of(data: bytes) -> Callable[[io.BytesIO], ImageFile] | None:
     if data.startswith(b"\xff\xd8\xff"):
-        return JpegImageFile
+        return _JpegHeader
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImageFile
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
@@ -159,7 +166,9 @@ def _as_convertible(image: Image.Image) -> Image.Image:
 def _exif_orientation(exif: bytes) -> int:
     """Read the orientation, from 1 (upright) to 8; 1 where there is none or the EXIF data is corrupt.
 
-    Source: Exif 2.32, sections 4.5.2 and 4.6.4.A. Pillow's own reader warns of corrupt data, which is no error here.
+    Pillow's own reader warns of corrupt data, which is no error here.
+
+    Source: Exif 2.2, section 4.6.4, tag Orientation.
     """
     tiff = exif.removeprefix(b"Exif\0\0")
     byte_order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
