@@ -1,4 +1,4 @@
-"""Shared by all tests: shapes in `legrad` are checked at run time, and random numbers are the same in any order."""
+"""Shared by all tests: shapes in `legrad` are checked when called, and random numbers do not depend on order."""
 
 from jaxtyping import install_import_hook
 

@@ -57,5 +57,5 @@ def unit_texts(*leading: int, dtype=torch.float32, seed: int = 2) -> Tensor:
 
 def relative_error(received: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference, over that of what was expected."""
-    difference = received.double() - expected.double()
-    return float(difference.norm() / expected.double().norm())
+    difference = received.detach().double() - expected.detach().double()
+    return float(difference.norm() / expected.detach().double().norm())

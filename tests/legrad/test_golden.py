@@ -1,0 +1,62 @@
+"""The published package's maps, on weights and images that are filled by recipe; see tests/golden/README.md."""
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from tiny_models import relative_error
+
+import legrad
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+
+
+@cache
+def _recipe() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("golden_recipe", GOLDEN / "recipe.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def _explainer_by_recipe(name: str, layers: int) -> legrad.LeGrad:
+    config = open_clip.get_model_config(name)
+    # Without memory for weights: the recipe fills the vision tower, and nothing runs the text tower.
+    with torch.device("meta"):
+        model = open_clip.CLIP(
+            config["embed_dim"],
+            config["vision_cfg"],
+            config["text_cfg"],
+            quick_gelu=config.get("quick_gelu", False),
+        )
+    model.visual.load_state_dict(_recipe().recipe_weights(model.visual.state_dict()), assign=True)
+    return legrad.LeGrad(model, layers=layers)
+
+
+def test_all_cases_of_the_published_package_for_clip_are_here():
+    assert CASES == [
+        "ViT-B-16-224px-last4",
+        "ViT-B-16-448px-last2",
+        "ViT-B-32-224px-last2",
+        "ViT-B-32-quickgelu-224px-last12",
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_heatmaps_equal_those_of_the_published_package(name):
+    golden = np.load(GOLDEN / f"{name}.npz")
+    case = json.loads(str(golden["case"]))
+    explainer = _explainer_by_recipe(case["model"], case["layers"])
+    images, texts = _recipe().golden_inputs(
+        case["seed"], case["batch"], case["image_size"], case["prompts"], explainer.embed_dim
+    )
+    heatmaps = explainer.heatmaps(images, texts)
+    assert heatmaps.shape == (case["batch"], case["prompts"], case["image_size"], case["image_size"])
+    assert relative_error(heatmaps[..., ::4, ::4], torch.from_numpy(golden["maps"])) < 1e-5

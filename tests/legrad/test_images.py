@@ -1,0 +1,84 @@
+"""Preprocessing, bit for bit against open_clip's own transform."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip import image_transform
+from PIL import Image
+from tiny_models import tiny_clip
+
+import legrad
+from legrad.images import ImageTransform, transform_of
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def _picture(width: int, height: int, mode: str) -> Image.Image:
+    noise = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    picture = Image.fromarray(noise, "RGBA")
+    return picture if mode == "RGBA" else picture.convert("RGB").convert(mode)
+
+
+def _open_clip(transform: ImageTransform):
+    return image_transform(
+        (transform.height, transform.width),
+        is_train=False,
+        mean=transform.mean,
+        std=transform.std,
+        resize_mode="squash",
+        interpolation=transform.interpolation,
+    )
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"])
+@settings(deadline=None, max_examples=8)
+@given(
+    width=st.integers(1, 97), height=st.integers(1, 97), size=st.sampled_from([(32, 32), (24, 56), (1, 3)])
+)
+def test_resize_and_normalise_are_bit_equal_to_open_clip(mode, interpolation, width, height, size):
+    transform = ImageTransform(*size, MEAN, STD, interpolation)
+    picture = _picture(width, height, mode)
+    pixels = torch.from_numpy(transform.resize(picture))
+    received = transform.normalise(pixels[None], torch.float32)
+    assert torch.equal(received[0], _open_clip(transform)(picture))
+
+
+def test_palettes_with_transparency_are_bit_equal_to_open_clip():
+    transform = ImageTransform(16, 24, MEAN, STD)
+    picture = _picture(40, 30, "P")
+    picture.info["transparency"] = 3
+    pixels = torch.from_numpy(transform.resize(picture))
+    assert torch.equal(transform.normalise(pixels[None], torch.float32)[0], _open_clip(transform)(picture))
+
+
+def test_preprocess_equals_open_clip_for_a_batch_of_odd_sizes():
+    explainer = legrad.LeGrad(tiny_clip())
+    pictures = [_picture(31, 17, "RGB"), _picture(5, 90, "L"), _picture(20, 12, "RGBA")]
+    expected = torch.stack([_open_clip(explainer.transform)(picture) for picture in pictures])
+    assert torch.equal(explainer.preprocess(pictures), expected)
+    assert explainer.preprocess([]).shape == (0, 3, 12, 20)
+
+
+def test_preprocess_gives_the_dtype_of_the_model():
+    explainer = legrad.LeGrad(tiny_clip().to(torch.bfloat16))
+    images = explainer.preprocess([_picture(31, 17, "RGB")])
+    assert images.dtype == torch.bfloat16
+    assert explainer.encode(images).batch_size == 1
+
+
+def test_the_models_own_preprocessing_is_followed():
+    visual = tiny_clip().visual
+    assert transform_of(visual) == ImageTransform(12, 20, MEAN, STD, "bicubic")
+    visual.preprocess_cfg = {"size": 64, "mean": 0.5, "std": (0.1, 0.2, 0.3), "interpolation": "bilinear"}
+    assert transform_of(visual) == ImageTransform(64, 64, (0.5, 0.5, 0.5), (0.1, 0.2, 0.3), "bilinear")
+
+
+def test_another_image_size_can_be_asked_for():
+    assert (legrad.LeGrad(tiny_clip(), image_size=16).transform.height) == 16
+    transform = legrad.LeGrad(tiny_clip(), image_size=(8, 24)).transform
+    assert (transform.height, transform.width) == (8, 24)
+    with pytest.raises(legrad.InputError, match="multiples of 4, received 10 x 10"):
+        legrad.LeGrad(tiny_clip(), image_size=10)
