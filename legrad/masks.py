@@ -6,7 +6,7 @@ frame (height, width), which need not be the model's input size.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class MaskRule:
         value: the cut in heat-map units, from 0 to 1.
     """
 
-    rule: Literal["fixed", "otsu"] = "fixed"
+    rule: str = "fixed"
     value: float = 0.5
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ def upsample_grid(
     # rounding would leave a ripple, which min-max normalisation would blow up to a full-range map.
     lowest = columns_first.amin(dim=(-2, -1), keepdim=True)
     pixels = F.interpolate(columns_first - lowest, size=(width, height), mode="bilinear", align_corners=False)
-    return (pixels + lowest).reshape(*leading, width, height).mT
+    return pixels.add_(lowest).reshape(*leading, width, height).mT
 
 
 def otsu_threshold(heatmaps: Float[Tensor, "*leading height width"]) -> Float[Tensor, "*leading"]:
@@ -123,8 +123,9 @@ def otsu_threshold(heatmaps: Float[Tensor, "*leading height width"]) -> Float[Te
     leading = heatmaps.shape[:-2]
     # mT first: maps from upsample_grid are stored column by column, and flattening them so takes no copy.
     values = heatmaps.mT.reshape(leading.numel(), -1)
-    lowest, highest = torch.aminmax(values, dim=1, keepdim=True)
-    span = highest - lowest
+    # one after the other: torch.aminmax along a dimension is eight times slower
+    lowest = values.amin(dim=1, keepdim=True)
+    span = values.amax(dim=1, keepdim=True) - lowest
     counts = _histograms((values - lowest).div_(torch.where(span > 0, span, 1)))
     centres = (torch.arange(OTSU_BINS, dtype=torch.float64, device=values.device) + 0.5) / OTSU_BINS
     best_bin = _between_class_variance(counts, centres).argmax(dim=1)
@@ -159,7 +160,7 @@ def encode_rle(
     Args:
         masks: boolean or integer; whatever is not zero is foreground.
     """
-    foreground = torch.as_tensor(masks) != 0
+    foreground = torch.as_tensor(masks).to(torch.bool)
     # [prompts, width, height] in C order is [height, width, prompts] in Fortran order, as pycocotools wants.
     fortran = foreground.mT.contiguous().view(torch.uint8).cpu().numpy().T
     return [

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -102,7 +101,9 @@ def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
         if getattr(header, "is_animated", False):
             raise SampleFailure("decode", "animated", "the image has several frames, expected is one")
         orientation = _exif_orientation(header.info.get("exif", b""))
-        image = _as_convertible(_decoded(header, data))
+        # Not simplejpeg: into a PIL image, which resizing needs, it is no faster and for large images slower.
+        header.load()
+        image = _as_convertible(header)
         transpose = _TRANSPOSE_BY_EXIF_ORIENTATION.get(orientation)
         return image if transpose is None else image.transpose(transpose)
 
@@ -137,19 +138,6 @@ def _reader_of(data: bytes) -> Callable[[io.BytesIO], ImageFile] | None:
     if data.startswith((b"GIF87a", b"GIF89a")):
         return GifImageFile
     return None
-
-
-def _decoded(header: ImageFile, data: bytes) -> Image.Image:
-    if isinstance(header, JpegImageFile) and header.mode == "RGB":
-        try:
-            pixels = simplejpeg.decode_jpeg(data, "RGB")
-        except ValueError:
-            # it is stricter than Pillow; what both refuse is refused, and nothing else
-            pixels = None
-        if pixels is not None and pixels.shape == (header.height, header.width, 3):
-            return Image.fromarray(pixels)
-    header.load()
-    return header
 
 
 def _as_convertible(image: Image.Image) -> Image.Image:

@@ -113,13 +113,6 @@ def test_jpegs_decode_bit_for_bit_as_with_pillow(size, subsampling, progressive,
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(by_pillow(data)))
 
 
-def test_a_jpeg_stored_as_rgb_decodes_as_with_pillow():
-    data = encoded(rgb(), "JPEG", keep_rgb=True, subsampling=0)
-    np.testing.assert_array_equal(
-        np.asarray(open_image(data, max_image_pixels=LIMIT)), np.asarray(by_pillow(data))
-    )
-
-
 MODES = {
     "JPEG of colour": encoded(rgb(), "JPEG"),
     "JPEG of grey": encoded(rgb().convert("L"), "JPEG"),
