@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from pickle import UnpicklingError
 from typing import Literal
 
 import open_clip
@@ -24,7 +25,7 @@ from legrad.inputs import (
     pooled_tokens,
 )
 from legrad.masks import minmax_normalise, upsample_grid
-from legrad.prompts import Tokenizer, embed_texts, truncated
+from legrad.prompts import Tokenizer, embed_texts
 from legrad.relevance import relevance_grids
 from legrad.towers import SUPPORTED, describe_tower, model_support
 from legrad.trace import Trace, trace_images
@@ -41,6 +42,7 @@ class LeGrad:
     Attributes:
         model: the explained model.
         tower: description of its vision tower.
+        tokenizer: what `embed_text` tokenises with, or None.
         transform: its preprocessing.
 
     Source: Bousselham et al., https://arxiv.org/abs/2404.03214.
@@ -72,7 +74,7 @@ class LeGrad:
         """
         self.model = model
         self.tower = describe_tower(model)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._layers = check_layers(layers, self.tower)
         self._pooled_tokens = pooled_tokens(pool, self.tower)
         self.transform = _sized(transform_of(model.visual), image_size)  # type: ignore[arg-type]
@@ -120,7 +122,9 @@ class LeGrad:
                 force_quick_gelu=bool(tag.get("quick_gelu", False)),
             ).eval()
             tokenizer = open_clip.get_tokenizer(name)
-        except (RuntimeError, OSError, ImportError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # open_clip, torch and the readers of checkpoints share no base class
             raise ModelLoadError(_load_failure(name, pretrained, error)) from error
         return cls(model, tokenizer=tokenizer, layers=layers, pool=pool, image_size=image_size)
 
@@ -165,15 +169,12 @@ class LeGrad:
             TokenizerError: the explainer was made without a tokenizer.
             InputError: the text tower is in training mode with active dropout.
         """
-        return embed_texts(self.model, self._require_tokenizer(), texts, self.embed_dim, self.device)
-
-    def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """Say for each text whether `embed_text` cuts it at the context length.
-
-        Raises:
-            TokenizerError: the explainer was made without a tokenizer.
-        """
-        return truncated(self._require_tokenizer(), texts)
+        if self.tokenizer is None:
+            raise TokenizerError(
+                "embed_text: this LeGrad has no tokenizer; make it with LeGrad.from_open_clip, "
+                "or pass tokenizer=open_clip.get_tokenizer(model_name)"
+            )
+        return embed_texts(self.model, self.tokenizer, texts, self.embed_dim, self.device)
 
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Trace:
         """Run one forward pass.
@@ -284,14 +285,6 @@ class LeGrad:
         features = F.normalize(trace.image_features.to(prompts.unit_rows.dtype), dim=-1)
         return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1).reshape(prompts.leading)
 
-    def _require_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise TokenizerError(
-                "this LeGrad has no tokenizer; pass tokenizer=open_clip.get_tokenizer(model_name), "
-                "or make it with LeGrad.from_open_clip"
-            )
-        return self._tokenizer
-
     def _as_trace(self, images: Float[Tensor, "batch 3 height width"] | Trace) -> Trace:
         return images if isinstance(images, Trace) else self.encode(images)
 
@@ -313,9 +306,12 @@ def _check_request(name: str, precision: str) -> None:
 
 
 def _load_failure(name: str, pretrained: str | None, error: Exception) -> str:
-    if isinstance(error, ImportError) or "transformers" in str(error):
-        return f"{name} needs Hugging Face's text tower: pip install 'legrad-pipeline[hf]' ({error})"
-    return f"open_clip could not make {name!r} with pretrained={pretrained!r}: {error}"
+    cause = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, UnpicklingError):  # its own message advises how to run the code
+        cause = "the checkpoint is damaged, or holds more than weights; code in it is never run"
+    if isinstance(error, ImportError) or "transformers" in cause:
+        return f"{name} needs the text tower of Hugging Face: pip install 'legrad-pipeline[hf]' ({cause})"
+    return f"open_clip could not make {name!r} with pretrained={pretrained!r}: {cause}"
 
 
 def _sized(transform: ImageTransform, image_size: int | tuple[int, int] | None) -> ImageTransform:

@@ -1,6 +1,6 @@
 """From PIL images to the model's input, bit for bit as open_clip does with `resize_mode="squash"`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,9 +68,10 @@ def transform_of(visual: nn.Module) -> ImageTransform:
     return ImageTransform(height, width, _triple(config["mean"]), _triple(config["std"]), interpolation)
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _triple(values: float | tuple[float, float, float]) -> tuple[float, float, float]:
-    return (values, values, values) if isinstance(values, int | float) else (values[0], values[1], values[2])
+def _triple(values: int | float | Sequence[int | float]) -> tuple[float, float, float]:
+    red, green, blue = values if isinstance(values, Sequence) else (values, values, values)
+    return float(red), float(green), float(blue)

@@ -1,4 +1,4 @@
-"""Shared by all tests: shapes in `legrad` are checked when called, and random numbers do not depend on order."""
+"""Shared by all tests: shapes in `legrad` are checked, and random numbers do not depend on the order."""
 
 from jaxtyping import install_import_hook
 

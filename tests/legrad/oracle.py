@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def oracle_relevance(
     model: nn.Module, images: Tensor, texts: Tensor, layers: int, pool: str = "reference"
 ) -> Tensor:
-    """Relevance [layers, batch, prompts, patches] for unit texts [batch, prompts, dim]; images of native size."""
+    """Relevance [layers, batch, prompts, patches] for unit texts; images of native size."""
     visual = model.visual
     tokens = visual._embeds(images)
     maps = []

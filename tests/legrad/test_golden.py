@@ -1,4 +1,4 @@
-"""The published package's maps, on weights and images that are filled by recipe; see tests/golden/README.md."""
+"""The published package's maps, on weights and images made by recipe; see tests/golden/README.md."""
 
 import importlib.util
 import json

@@ -1,0 +1,70 @@
+"""Texts to unit rows."""
+
+from types import SimpleNamespace
+
+import open_clip
+import pytest
+import torch
+from tiny_models import EMBED_DIM, TEXT, tiny_clip
+from torch import nn
+
+import legrad
+from legrad.prompts import TEXT_BATCH_SIZE, truncated
+
+TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
+
+
+def _explainer() -> legrad.LeGrad:
+    return legrad.LeGrad(tiny_clip(vocab_size=49408), tokenizer=TOKENIZER)
+
+
+def test_texts_become_the_models_own_unit_rows_in_order():
+    explainer = _explainer()
+    texts = [f"a photo of {i} dogs" for i in range(TEXT_BATCH_SIZE + 3)]
+    expected = explainer.model.encode_text(TOKENIZER(texts), normalize=True)
+    received = explainer.embed_text(texts)
+    torch.testing.assert_close(received, expected.detach())
+    assert not received.requires_grad
+
+
+def test_no_texts_give_no_rows():
+    assert _explainer().embed_text([]).shape == (0, EMBED_DIM)
+
+
+def test_rows_of_a_half_precision_model_have_unit_length_in_float32():
+    explainer = legrad.LeGrad(tiny_clip(vocab_size=49408).to(torch.bfloat16), tokenizer=TOKENIZER)
+    rows = explainer.embed_text(["a dog", "a cat"])
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2))
+
+
+def test_without_a_tokenizer_texts_are_refused_with_the_way_out():
+    with pytest.raises(legrad.TokenizerError, match=r"open_clip\.get_tokenizer"):
+        legrad.LeGrad(tiny_clip()).embed_text(["a dog"])
+
+
+def test_dropout_that_would_make_embeddings_random_is_refused_and_named():
+    explainer = _explainer()
+    explainer.model.transformer.resblocks[0].mlp.add_module("drop", nn.Dropout(0.1).eval())
+    assert explainer.embed_text(["a dog"]).shape == (1, EMBED_DIM)
+    explainer.model.train()
+    with pytest.raises(legrad.InputError, match=r"transformer.resblocks.0.mlp.drop .* call model.eval\(\)"):
+        explainer.embed_text(["a dog"])
+
+
+def test_only_texts_beyond_the_context_count_as_truncated():
+    # 14 words and two marks fill the context of 16.
+    assert truncated(TOKENIZER, ["dog " * 14, "dog " * 15, "", "a dog"]) == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("mode", "cut"), [("", [False, False, True]), ("clips", [False, True, True])])
+def test_tokenizers_of_hugging_face_are_asked_for_uncut_tokens(mode, cut):
+    def pretrained(texts, truncation):
+        assert not truncation
+        return {"input_ids": [[1, *range(len(text.split())), 2] for text in texts]}
+
+    tokenizer = SimpleNamespace(
+        tokenizer=pretrained, clean_fn=str.strip, context_length=6, tokenizer_mode=mode
+    )
+    assert truncated(tokenizer, ["a b c ", "a b c d", "a b c d e"]) == cut
+    assert truncated(tokenizer, []) == []
