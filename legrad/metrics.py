@@ -238,7 +238,7 @@ def bootstrap_statistic(
     statistic: Callable[[NDArray[np.intp]], float],
     image_count: int,
     *,
-    resamples: int = 200,
+    resamples: int = 100,
     seed: int = 0,
 ) -> Estimate:
     """Any statistic of a set of images, with its interval over resampled sets.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +22,7 @@ THRESHOLDS = np.arange(1, 20) / 20
 # Columns of a figures table; the IoU at every threshold comes after them.
 POINTING, IOU_OTSU, AVERAGE_PRECISION, OWN_OBJECT, FIRST_IOU = range(5)
 IOU_AT_HALF = FIRST_IOU + 9  # threshold 0.5
+MAX_PIXELS_AT_ONCE = 2**24  # bounds the heat maps of a scene that are held together
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ class Examiner:
         scene_of_pair = np.repeat(np.arange(len(batch)), prompt_counts)
         grids = self._grids(trace, batch, torch.from_numpy(scene_of_pair).to(explainer.device))
         grids_by_scene = torch.split(torch.stack(list(grids.values()), dim=1).float().cpu(), prompt_counts)
-        with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="measure") as pool:
-            figures = list(pool.map(_measure, batch, grids_by_scene))
+        figures = [_measure(*scene) for scene in zip(batch, grids_by_scene, strict=True)]
         class_scores = trace.image_features.float() @ self._class_embeddings.float().T
         return ExaminedBatch(
             methods=tuple(grids),
@@ -136,25 +135,29 @@ def _measure(
     """Figures of every map of a scene, at the size of its label map."""
     scene = decoded.scene
     truth = np.stack([scene.object_mask(index) for index in decoded.objects])
-    valid = np.broadcast_to(scene.valid, truth.shape)
-    return np.stack([_measure_maps(maps, truth, valid) for maps in grids.unbind(dim=1)])
+    methods_at_once = max(1, MAX_PIXELS_AT_ONCE // truth.size)
+    chunks = grids.transpose(0, 1).contiguous().split(methods_at_once)
+    return np.concatenate([_measure_methods(chunk, truth, scene.valid) for chunk in chunks])
 
 
-def _measure_maps(
-    grids: Float[Tensor, "prompts grid_height grid_width"],
+def _measure_methods(
+    grids: Float[Tensor, "methods prompts grid_height grid_width"],
     truth: Bool[np.ndarray, "prompts height width"],
-    valid: Bool[np.ndarray, "prompts height width"],
-) -> Float[np.ndarray, "prompts figures"]:
-    heat = minmax_normalise(upsample_grid(grids, *truth.shape[1:]))
-    otsu_masks = (heat > otsu_threshold(heat)[:, None, None]).numpy()
+    valid: Bool[np.ndarray, "height width"],
+) -> Float[np.ndarray, "methods prompts figures"]:
+    heat = minmax_normalise(upsample_grid(grids, *valid.shape))
+    otsu_masks = (heat > otsu_threshold(heat)[..., None, None]).numpy()
     heatmaps = heat.contiguous().numpy()
-    figures = np.full((len(truth), FIRST_IOU + len(THRESHOLDS)), np.nan)
-    figures[:, POINTING] = metrics.pointing_hits(heatmaps, truth, valid)
-    figures[:, IOU_OTSU] = metrics.foreground_iou(otsu_masks, truth, valid)
-    figures[:, AVERAGE_PRECISION] = [
-        metrics.average_precision(*pair) for pair in zip(heatmaps, truth, valid, strict=True)
-    ]
-    if len(truth) == 2:
-        figures[:, OWN_OBJECT] = metrics.own_object_preference(heatmaps, truth, valid)
-    figures[:, FIRST_IOU:] = metrics.iou_at_thresholds(heatmaps, truth, valid, THRESHOLDS)
+    everywhere = np.broadcast_to(valid, truth.shape)
+    figures = np.full((*heatmaps.shape[:2], FIRST_IOU + len(THRESHOLDS)), np.nan)
+    for method, (maps, masks) in enumerate(zip(heatmaps, otsu_masks, strict=True)):
+        rows = figures[method]
+        rows[:, POINTING] = metrics.pointing_hits(maps, truth, everywhere)
+        rows[:, IOU_OTSU] = metrics.foreground_iou(masks, truth, everywhere)
+        rows[:, FIRST_IOU:] = metrics.iou_at_thresholds(maps, truth, everywhere, THRESHOLDS)
+        rows[:, AVERAGE_PRECISION] = [
+            metrics.average_precision(heatmap, mask, valid) for heatmap, mask in zip(maps, truth, strict=True)
+        ]
+        if len(truth) == 2:
+            rows[:, OWN_OBJECT] = metrics.own_object_preference(maps, truth, everywhere)
     return figures
