@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -127,20 +128,19 @@ def render_evaluation(result: EvaluationResult) -> RenderableType:
 
 
 def _map_table(result: EvaluationResult) -> Table:
-    table = Table(
-        title=f"Maps of {result.model} on {result.pairs} prompts in {result.scenes} scenes",
-        title_justify="left",
-    )
-    for column in ("map", "pointing", "IoU at 0.5", "IoU Otsu", "IoU best cut", "AP", "own object"):
-        table.add_column(column, justify="left" if column == "map" else "right")
+    title = f"Maps of {result.model} for {result.pairs} prompts in {result.scenes} scenes"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("map", no_wrap=True)
+    for column in ("pointing", "IoU at .5", "IoU Otsu", "IoU best", "cut", "AP", "own object"):
+        table.add_column(column, justify="right")
     for scores in result.maps:
-        best = Text.assemble(_cell(scores.iou_best), (f" at {scores.best_threshold:.2f}", "dim"))
         table.add_row(
             f"{scores.method} *" if scores.configured else scores.method,
             _cell(scores.pointing),
             _cell(scores.iou_at_half),
             _cell(scores.iou_otsu),
-            best,
+            _cell(scores.iou_best),
+            Text(_short(scores.best_threshold, digits=2), style="dim"),
             _cell(scores.average_precision),
             _cell(scores.own_object),
             style="bold" if scores.configured else None,
@@ -149,7 +149,8 @@ def _map_table(result: EvaluationResult) -> Table:
 
 
 def _recognition_table(recognition: RecognitionScores) -> Table:
-    table = Table(title=f"Recognition of {recognition.classes} classes", title_justify="left")
+    title = f"Recognition of {recognition.classes} classes"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     figures = {
         "top-1": recognition.top1,
         "R@n": recognition.recall_at_n,
@@ -181,7 +182,9 @@ def _written_lines(written: WrittenMaskScores) -> Text:
 
 
 def _notes(result: EvaluationResult) -> Sequence[str]:
-    notes = ["± half the 95 % bootstrap interval over scenes; the best cut was chosen on these very scenes"]
+    notes = [
+        "± half the 95 % bootstrap interval over scenes; the cut of IoU best was chosen on these very scenes"
+    ]
     if any(scores.configured for scores in result.maps):
         notes.append("* the layers that this job used")
     notes += [f"left out: {count} {reason}" for reason, count in result.left_out.items()]
@@ -191,7 +194,12 @@ def _notes(result: EvaluationResult) -> Sequence[str]:
 def _cell(estimate: Estimate | None) -> Text:
     if estimate is None:
         return Text("-")
-    return Text.assemble(f"{estimate.value:.3f}", (f" ±{(estimate.high - estimate.low) / 2:.3f}", "dim"))
+    return Text.assemble(_short(estimate.value), (f" ±{_short((estimate.high - estimate.low) / 2)}", "dim"))
+
+
+def _short(value: float, *, digits: int = 3) -> str:
+    """A share without its leading zero, as tables of this field have it."""
+    return f"{value:.{digits}f}".removeprefix("0")
 
 
 def _plain(estimate: Estimate) -> str:

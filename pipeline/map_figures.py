@@ -136,7 +136,7 @@ def _measure(
     scene = decoded.scene
     truth = np.stack([scene.object_mask(index) for index in decoded.objects])
     methods_at_once = max(1, MAX_PIXELS_AT_ONCE // truth.size)
-    chunks = grids.transpose(0, 1).contiguous().split(methods_at_once)
+    chunks = torch.split(grids.transpose(0, 1).contiguous(), methods_at_once)
     return np.concatenate([_measure_methods(chunk, truth, scene.valid) for chunk in chunks])
 
 
