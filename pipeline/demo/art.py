@@ -1,7 +1,7 @@
 """Sprites and background photos: fetched with npm, read from the packages' archives, cached as arrays.
 
-Sprites are images with alpha, so every scene composed of them has exact masks, and their code points name them. The packages'
-licences stand in README.md beside this file.
+Sprites are images with alpha, so every scene composed of them has exact masks, and their code points name
+them. The packages' licences stand in README.md beside this file.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ UNSEEN_ARTISTS: dict[str, Artist] = {
     "twemoji": Artist("emoji-datasource-twitter", "16.0.0", "package/img/twitter/64/", ".png"),
 }
 
-# scikit-image's bundled photos whose statement is CC0, public domain or "no known copyright restrictions", and which show none of the
-# named concepts. What is evaluated on is never trained on.
+# scikit-image's bundled photos whose statement is CC0, public domain or "no known copyright restrictions",
+# and which show none of the named concepts. What is evaluated on is never trained on.
 TRAIN_PHOTOS = ("brick", "grass", "gravel", "coins", "hubble_deep_field", "immunohistochemistry", "retina")
 HELDOUT_PHOTOS = ("camera", "cell", "coffee")
 
-# The photographer's camera and himself are cut away: "camera" is a named concept. left, top, right, bottom in px.
+# The photographer and his camera are cut away: "camera" is a named concept. Left, top, right, bottom in px.
 _PHOTO_BOXES = {"camera": (352, 0, 512, 512)}
 _MAX_PHOTO_SIDE = 384
 _MAX_MEMBER_BYTES = 1 << 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 DEMO_MODEL_NAME = "legrad_demo_clip"
@@ -29,7 +31,8 @@ def demo_shard_paths(set_name: str) -> list[Path]:
     """The sample shards of a set, in order.
 
     Args:
-        set_name: "heldout" (artists of the training, new backgrounds) or "newartist" (an artist never trained on as well).
+        set_name: "heldout" (artists of the training, new backgrounds) or "newartist" (an artist never
+            trained on as well).
 
     Raises:
         ValueError: There is no such set.
@@ -39,9 +42,39 @@ def demo_shard_paths(set_name: str) -> list[Path]:
     return sorted(demo_shard_folder().glob(f"{set_name}-*.tar"))
 
 
+def demo_config_path() -> Path:
+    """The job's configuration for `legrad demo`."""
+    return _FOLDER / "demo.yaml"
+
+
+def demo_classes_path() -> Path:
+    """The names of the classes, one a line; line 1 is class id 1."""
+    return _FOLDER / "classes.txt"
+
+
 def demo_classes() -> list[str]:
     """The names of the classes; class id 1 is the first."""
-    return (_FOLDER / "classes.txt").read_text(encoding="utf-8").splitlines()
+    return demo_classes_path().read_text(encoding="utf-8").splitlines()
+
+
+def demo_checksums_path() -> Path:
+    """SHA-256 of the weights and the shards, by path relative to this folder."""
+    return _FOLDER / "checksums.json"
+
+
+def actual_checksums() -> dict[str, str]:
+    """SHA-256 of the weights and the shards as they lie on disk, by path relative to this folder."""
+    files = [demo_weights_path(), *(path for name in SHARD_SETS for path in demo_shard_paths(name))]
+    return {
+        path.relative_to(_FOLDER).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.exists()
+    }
+
+
+def write_checksums() -> None:
+    """Record the checksums of what has been made."""
+    demo_checksums_path().write_text(json.dumps(actual_checksums(), indent=2) + "\n", encoding="utf-8")
 
 
 def register_demo_model() -> str:

@@ -45,7 +45,7 @@ def _photo_crop(rng: np.random.Generator, photo: np.ndarray, height: int, width:
 
 
 def _gradient(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    return _grid_of_colours(rng, 2, 3, Image.Resampling.BICUBIC, height, width)
+    return _grid_of_colours(rng, height, width, counts=(2, 3), resampling=Image.Resampling.BICUBIC)
 
 
 def _plain(rng: np.random.Generator, height: int, width: int) -> Image.Image:
@@ -53,11 +53,11 @@ def _plain(rng: np.random.Generator, height: int, width: int) -> Image.Image:
 
 
 def _blobs(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    return _grid_of_colours(rng, 3, 14, Image.Resampling.BICUBIC, height, width)
+    return _grid_of_colours(rng, height, width, counts=(3, 14), resampling=Image.Resampling.BICUBIC)
 
 
 def _tiles(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    return _grid_of_colours(rng, 3, 12, Image.Resampling.NEAREST, height, width)
+    return _grid_of_colours(rng, height, width, counts=(3, 12), resampling=Image.Resampling.NEAREST)
 
 
 def _shapes(rng: np.random.Generator, height: int, width: int) -> Image.Image:
@@ -125,9 +125,14 @@ def draw_shape(
 
 
 def _grid_of_colours(
-    rng: np.random.Generator, fewest: int, most: int, resampling: Image.Resampling, height: int, width: int
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    *,
+    counts: tuple[int, int],
+    resampling: Image.Resampling,
 ) -> Image.Image:
-    rows, columns = (int(count) for count in rng.integers(fewest, most + 1, 2))
+    rows, columns = (int(count) for count in rng.integers(counts[0], counts[1] + 1, 2))
     spread = rng.uniform(20, 128)
     colours = rng.uniform(40, 215, 3) + rng.uniform(-spread, spread, (rows, columns, 3))
     small = Image.fromarray(np.uint8(np.clip(colours, 0, 255)))

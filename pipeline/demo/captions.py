@@ -1,4 +1,4 @@
-"""Captions for scenes: templates, articles, adjectives, plurals, synonyms, and words the model never learns."""
+"""Captions for scenes: templates, articles, adjectives, plurals, synonyms, and words never learnt."""
 
 from __future__ import annotations
 
@@ -40,13 +40,16 @@ _ADJECTIVES = ("small", "big", "cute", "nice", "bright", "shiny", "funny", "pret
 _CONNECTORS = ("and", "next to", "with", "beside", "near")
 _COUNTS = ("two", "some", "a pair of", "several")
 
-# Filler that is mapped to the untrained, all-zero row of the token table, so that words never learnt do no harm.
+# Filler, mapped to the untrained, all-zero row of the token table, so that words never learnt do no harm.
 UNKNOWN_WORDS = tuple(
-    "really quiet morning under soft light old town street where someone left yesterday yellowish velvet winter summer holiday garden "
-    "studio vintage modern random object thing wooden metal plastic table outside during festival market popular famous best free "
-    "design style stock download sale gift shop kitchen office travel family happy sad angry sleepy running jumping sitting standing "
-    "large tiny huge red blue green purple orange brown black white silver golden person child woman man city river mountain beach "
-    "ocean forest sky cloud rain snow".split()
+    """
+    really quiet morning under soft light old town street where someone left yesterday yellowish velvet
+    winter summer holiday garden studio vintage modern random object thing wooden metal plastic table
+    outside during festival market popular famous best free design style stock download sale gift shop
+    kitchen office travel family happy sad angry sleepy running jumping sitting standing large tiny huge
+    red blue green purple orange brown black white silver golden person child woman man city river
+    mountain beach ocean forest sky cloud rain snow
+    """.split()  # noqa: SIM905
 )
 
 
@@ -114,7 +117,7 @@ def _phrase(rng: np.random.Generator, class_id: int, *, is_several: bool) -> str
 
 
 def _with_article(noun: str) -> str:
-    if noun.split()[-1] in MASS_NOUNS:
+    if noun.rsplit(maxsplit=1)[-1] in MASS_NOUNS:
         return noun
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 

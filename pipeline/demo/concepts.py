@@ -26,7 +26,7 @@ class Concept:
         return f"{self.name}s"
 
 
-# In the order of class ids, from 1. Code points are hexadecimal, joined by "-", without the variation selector fe0f.
+# In the order of class ids, from 1. Code points are hexadecimal, without the variation selector fe0f.
 CONCEPTS: tuple[Concept, ...] = (
     Concept("dog", ("1f436", "1f415", "1f429"), ("puppy", "hound")),
     Concept("cat", ("1f431", "1f408"), ("kitten", "kitty")),
@@ -100,8 +100,9 @@ MASS_NOUNS = frozenset({"grapes", "corn", "broccoli", "scissors", "glasses", "ch
     "spectacles",
 }
 
-# Sprites that appear in scenes and are never named: key, bell, gem, gift, trophy, bulb, laptop, battery, magnet, telescope, drum,
-# trumpet, hot beverage, cup with straw, croissant, egg, lollipop, shoe, hat, droplet, star, globe, joystick, anchor, hammer, fire.
+# Sprites that appear in scenes and are never named: key, bell, gem, gift, trophy, bulb, laptop, battery,
+# magnet, telescope, drum, trumpet, hot beverage, cup with straw, croissant, egg, lollipop, shoe, hat,
+# droplet, star, globe, joystick, anchor, hammer, fire.
 DISTRACTOR_CODES: tuple[str, ...] = (
     *(
         "1f511",

@@ -41,7 +41,8 @@ def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
 def caption_relations(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Between every image and every caption of a batch, which pairs match and which are to be ignored.
 
-    A caption of the same set of concepts matches. One that names only some of an image's concepts is true of it as well, and is ignored.
+    A caption of the same set of concepts matches. One that names only some of an image's concepts is true of
+    it as well, and is ignored.
 
     Args:
         labels: From `concept_labels`.
@@ -59,4 +60,4 @@ def caption_relations(labels: Tensor) -> tuple[Tensor, Tensor]:
 def decorrelation_loss(unit_texts: Tensor) -> Tensor:
     """Squared distance of the texts' similarities from the identity, per text."""
     count = unit_texts.shape[0]
-    return (unit_texts @ unit_texts.T - torch.eye(count)).square().sum() / count
+    return (unit_texts @ unit_texts.T - torch.eye(count, device=unit_texts.device)).square().sum() / count

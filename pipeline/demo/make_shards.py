@@ -1,6 +1,7 @@
 """Render the demo's sample shards with ground truth: `python -m pipeline.demo.make_shards`.
 
-Two sets: "heldout" has the artists of the training on backgrounds never trained on; "newartist" has an artist never trained on as well.
+Two sets: "heldout" has the artists of the training on backgrounds never trained on; "newartist" has an artist
+never trained on as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.demo.art import HELDOUT_PHOTOS, TRAIN_ARTISTS, UNSEEN_ARTISTS, ArtBox, Artist, load_art
-from pipeline.demo.assets import demo_shard_folder
+from pipeline.demo.assets import demo_shard_folder, write_checksums
 from pipeline.demo.backgrounds import HELDOUT_PATTERNS
 from pipeline.demo.captions import canonical_caption
 from pipeline.demo.concepts import CONCEPTS
@@ -49,7 +50,7 @@ SETS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A scene as it stands in a shard: image, ground truth at the image's size, and what the captions name."""
+    """A scene as it stands in a shard: image, ground truth of the image's size, what the captions name."""
 
     pixels: np.ndarray
     seg: np.ndarray
@@ -136,6 +137,7 @@ def main() -> None:
         art = load_art(options.art, shard_set.artists, HELDOUT_PHOTOS)
         for path in write_shards(shard_set, art, options.out):
             print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
+    write_checksums()
 
 
 if __name__ == "__main__":

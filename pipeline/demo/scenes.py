@@ -1,7 +1,8 @@
 """Scenes: objects on backgrounds, first as a plan, then as pixels and visible masks at any size.
 
-A plan holds every choice, so one plan renders alike at 48, 96 or 256 px. Lengths are in scene units: the scene has area 1 and sides
-sqrt(aspect) and 1/sqrt(aspect), so squashing a scene of another aspect to a square stretches what is in it, as it does with photos.
+A plan holds every choice, so one plan renders alike at 48, 96 or 256 px. Lengths are in scene units: the
+scene has area 1 and sides sqrt(aspect) and 1/sqrt(aspect), so squashing a scene of another aspect to a square
+stretches what is in it, as it does with photos.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ UNNAMED = 0
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A sprite in a scene. Its centre is in shares of the sides, its long side in scene units, its angle in radians."""
+    """A sprite in a scene: centre in shares of the sides, long side in scene units, angle in radians."""
 
     class_id: int
     sprite: tuple[str, str]
@@ -70,7 +71,7 @@ class SceneStyle:
 
 
 class SpriteMips:
-    """Every sprite at halving sizes, premultiplied, so that an affine map never shrinks one more than twofold."""
+    """Every sprite at halving sizes, premultiplied, so that no affine map shrinks one more than twofold."""
 
     def __init__(self, art: ArtBox) -> None:
         self._levels = {key: _halvings(pixels) for key, pixels in art.sprites.items()}
@@ -101,15 +102,21 @@ def _halvings(pixels: np.ndarray) -> list[Image.Image]:
 
 
 def sample_scene(rng: np.random.Generator, style: SceneStyle, mips: SpriteMips) -> Scene:
-    """Plan a scene: one to three named objects or none, perhaps a duplicate and an unnamed one, on a background."""
+    """Plan a scene: up to three named concepts, perhaps a duplicate and an unnamed object, a background."""
     class_ids = _sample_class_ids(rng, style)
     objects: list[SceneObject] = []
     for class_id in class_ids:
-        objects.append(_sample_object(rng, style, mips, class_id, objects, len(class_ids)))
+        objects.append(
+            _sample_object(rng, style, mips, class_id=class_id, placed=objects, crowd=len(class_ids))
+        )
     if class_ids and rng.random() < 0.12:
-        objects.append(_sample_object(rng, style, mips, class_ids[0], objects, len(class_ids) + 1))
+        objects.append(
+            _sample_object(rng, style, mips, class_id=class_ids[0], placed=objects, crowd=len(class_ids) + 1)
+        )
     if rng.random() < (0.15 if class_ids else 0.5):
-        objects.append(_sample_object(rng, style, mips, UNNAMED, objects, len(class_ids) + 1))
+        objects.append(
+            _sample_object(rng, style, mips, class_id=UNNAMED, placed=objects, crowd=len(class_ids) + 1)
+        )
     order = rng.permutation(len(objects))
     aspect = float(rng.choice(style.aspects)) if style.aspects else math.exp(rng.uniform(-0.29, 0.29))
     return Scene(
@@ -134,6 +141,7 @@ def _sample_object(
     rng: np.random.Generator,
     style: SceneStyle,
     mips: SpriteMips,
+    *,
     class_id: int,
     placed: Sequence[SceneObject],
     crowd: int,
@@ -163,7 +171,7 @@ def _sample_gains(rng: np.random.Generator) -> tuple[float, float, float]:
 def _sample_place(
     rng: np.random.Generator, placed: Sequence[SceneObject], crowd: int
 ) -> tuple[float, float, float]:
-    """A centre and a long side whose disc hardly meets the discs of what is placed; the last try is taken as it is."""
+    """A centre and a long side whose disc hardly meets the placed discs; the last try is taken as it is."""
     largest = {1: 0.8, 2: 0.62, 3: 0.52}.get(crowd, 0.46)
     for attempt in range(14):
         long_side = rng.uniform(0.25, max(0.3, largest * (1 - 0.035 * attempt)))
@@ -256,7 +264,9 @@ def _paint(pixels: np.ndarray, item: SceneObject, mips: SpriteMips, aspect: floa
         layer, rows, columns = warped
         opacity = layer[..., 3:] * np.float32(1 / 255)
         pixels[rows, columns] *= 1 - opacity
-        pixels[rows, columns] += np.minimum(layer[..., :3] * np.float32(item.colour_gains), 255 * opacity)
+        pixels[rows, columns] += np.minimum(
+            layer[..., :3] * np.array(item.colour_gains, np.float32), 255 * opacity
+        )
 
 
 def _warp(
@@ -269,7 +279,7 @@ def _warp(
     offset: float = 0.0,
     max_level_pixels: float = math.inf,
 ) -> tuple[np.ndarray, slice, slice] | None:
-    """The object's premultiplied RGBA float32 within its box on the canvas, and that box; None outside the canvas."""
+    """The object's premultiplied RGBA float32 within its box on the canvas, and the box; None outside."""
     target_pixels = item.long_side * math.sqrt(height * width)
     level = mips.level(item.sprite, min(target_pixels, max_level_pixels))
     matrix = _sprite_to_canvas(item, aspect, height, width) / max(level.size)
@@ -298,4 +308,6 @@ def _sprite_to_canvas(item: SceneObject, aspect: float, height: int, width: int)
     cos, sin = math.cos(item.angle), math.sin(item.angle)
     turn = np.array([[cos, -sin], [sin, cos]])
     stretch = np.diag([width / math.sqrt(aspect), height * math.sqrt(aspect)])
-    return stretch @ turn @ np.diag([-1.0 if item.is_mirrored else 1.0, 1.0]) * item.long_side
+    mirror = np.diag([-1.0 if item.is_mirrored else 1.0, 1.0])
+    matrix: np.ndarray = stretch @ turn @ mirror * item.long_side
+    return matrix

@@ -1,17 +1,19 @@
 """Train the demo model from image-caption pairs alone, and export it: `python -m pipeline.demo.train`.
 
-About half an hour on two cores. Steps, not minutes, are scheduled, and everything is seeded, so load changes only the time taken. An
-interrupted run goes on from its last checkpoint. No mask is ever rendered here: the model's masks are what is evaluated later.
+Under an hour on two cores. Steps, not minutes, are scheduled, and everything is seeded, so load changes only
+the time taken. An interrupted run goes on from its last checkpoint. No mask is ever rendered here: masks are
+what is evaluated later.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,62 +23,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.demo.art import TRAIN_ARTISTS, TRAIN_PHOTOS, ArtBox, load_art
-from pipeline.demo.assets import demo_model_config_path, demo_weights_path
+from pipeline.demo.assets import demo_model_config_path, demo_weights_path, write_checksums
 from pipeline.demo.backgrounds import TRAIN_PATTERNS
 from pipeline.demo.captions import neutral_caption, one_concept_caption, scene_caption
 from pipeline.demo.concepts import CONCEPTS
+from pipeline.demo.curriculum import FULL_PLAN, Phase, Plan, scaled, schedule
 from pipeline.demo.losses import caption_relations, concept_labels, decorrelation_loss, multi_positive_loss
 from pipeline.demo.scenes import SceneStyle, SpriteMips, render, sample_scene
 from pipeline.demo.vocabulary import UNKNOWN_ROW, CompactVocabulary
 
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of the curriculum. `single_share` is the extra share of scenes with one object; batches are per process."""
-
-    image_side: int
-    steps: int
-    batch_size: int
-    single_share: float
-    clutter_share: float
-    neutral_share: float
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that decides the trained weights."""
-
-    phases: tuple[Phase, ...]
-    seed: int = 1
-    processes: int = 2
-    warmup_steps: int = 150
-    cosine_start: float = 0.5
-    average_decay: float = 0.995
-    weight_decay: float = 0.05
-    decorrelation_weight: float = 0.3
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of all phases."""
-        return sum(phase.steps for phase in self.phases)
-
-
-# Small images of single objects first: from scratch on crowded scenes almost nothing is learnt for minutes.
-FULL_PLAN = Plan(
-    phases=(
-        Phase(48, 680, 64, single_share=1.0, clutter_share=0.0, neutral_share=0.04, learning_rate=1e-3),
-        Phase(64, 330, 64, single_share=0.3, clutter_share=0.0, neutral_share=0.08, learning_rate=1e-3),
-        Phase(48, 920, 64, single_share=0.6, clutter_share=0.35, neutral_share=0.08, learning_rate=1.2e-3),
-        Phase(64, 2100, 48, single_share=0.25, clutter_share=0.35, neutral_share=0.08, learning_rate=1.2e-3),
-        Phase(96, 780, 40, single_share=0.0, clutter_share=0.35, neutral_share=0.08, learning_rate=1.2e-3),
-    )
-)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -88,23 +52,34 @@ class Batch:
     caption_rows: Tensor
     concept_rows: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(
+            self.images.to(device),
+            self.labels.to(device),
+            self.caption_rows.to(device),
+            self.concept_rows.to(device),
+        )
 
-def scaled(plan: Plan, scale: float) -> Plan:
-    """The plan with every phase's steps scaled; at least one step each."""
-    phases = tuple(replace(phase, steps=max(1, round(phase.steps * scale))) for phase in plan.phases)
-    return replace(plan, phases=phases, warmup_steps=max(1, min(plan.warmup_steps, phases[0].steps // 2)))
 
+@dataclass(frozen=True)
+class StepBatches(Dataset[tuple[Batch, tuple[int, int]]]):
+    """The batches of one process, by step: where they are rendered, and in which order, changes nothing."""
 
-def schedule(plan: Plan) -> Iterator[tuple[int, Phase, float]]:
-    """Step, its phase and its learning rate: warm-up, constant, then a cosine to 1 % over the last part."""
-    step, cosine_from = 0, plan.cosine_start * plan.total_steps
-    for phase in plan.phases:
-        for _ in range(phase.steps):
-            warmth = min(1.0, (step + 1) / plan.warmup_steps)
-            progress = max(0.0, (step - cosine_from) / (plan.total_steps - cosine_from))
-            decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
-            yield step, phase, phase.learning_rate * warmth * decay
-            step += 1
+    plan: Plan
+    rank: int
+    mips: SpriteMips
+    art: ArtBox
+    vocabulary: CompactVocabulary
+    native_grid_side: int
+    patch_size: int
+
+    def __getitem__(self, step: int) -> tuple[Batch, tuple[int, int]]:
+        phase = self.plan.phase_of(step)
+        rng = np.random.default_rng((self.plan.seed, step, self.rank))
+        batch = make_batch(rng, phase, self.mips, self.art, self.vocabulary)
+        spare = self.native_grid_side - phase.image_side // self.patch_size + 1
+        return batch, (int(rng.integers(spare)), int(rng.integers(spare)))
 
 
 def build_model(vocabulary: CompactVocabulary) -> open_clip.CLIP:
@@ -155,15 +130,15 @@ def batch_loss(
     model: open_clip.CLIP, batch: Batch, window: tuple[int, int], plan: Plan
 ) -> tuple[Tensor, float]:
     """The loss of a batch, and how often an image's most similar concept is one that it shows."""
-    # Plain products are a quarter faster here than the fused kernel: so few tokens make its backward pass expensive.
-    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    # Plain products are a quarter faster here than the fused kernel, which suits longer sequences.
+    with torch.autocast(batch.images.device.type, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         image_features = encode_window(model.visual, batch.images, window)
         text_features = model.encode_text(torch.cat([batch.concept_rows, batch.caption_rows]))
     unit_images, unit_texts = (
         F.normalize(image_features.float(), dim=-1),
         F.normalize(text_features.float(), dim=-1),
     )
-    unit_concepts, unit_captions = unit_texts.split([len(batch.concept_rows), len(batch.caption_rows)])
+    unit_concepts, unit_captions = unit_texts.tensor_split([len(batch.concept_rows)])
     scale = model.logit_scale.exp().clamp(max=100)
     concept_logits = scale * unit_images @ unit_concepts.T
     same, ignored = caption_relations(batch.labels)
@@ -176,16 +151,16 @@ def batch_loss(
     return loss, top1
 
 
-def encode_window(visual: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
-    """Encode images no larger than the model's, with a window of its position grid instead of an interpolated one.
+def encode_window(visual: VisionTransformer, images: Tensor, window: tuple[int, int]) -> Tensor:
+    """Encode images no larger than the model's, with a window of its position grid, not an interpolated one.
 
     Args:
         visual: open_clip's VisionTransformer.
         images: Normalised, square [batch, 3, side, side].
         window: First row and column of the window in the grid of positions.
     """
-    grid_side, grid_width = images.shape[-1] // visual.patch_size[0], visual.grid_size[1]
-    rows = torch.arange(window[0], window[0] + grid_side)[:, None] * grid_width
+    grid_side = images.shape[-1] // visual.patch_size[0]
+    rows = torch.arange(window[0], window[0] + grid_side)[:, None] * visual.grid_size[1]
     patches = (rows + torch.arange(window[1], window[1] + grid_side)).flatten() + 1
     positions = visual.positional_embedding[torch.cat([torch.zeros(1, dtype=torch.int64), patches])]
     features: Tensor = torch.func.functional_call(visual, {"positional_embedding": positions}, (images,))
@@ -238,7 +213,7 @@ class Training:
         """Go on from a checkpoint, if there is one of the same plan."""
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.model.logit_scale.device)
         if state["plan"] != json.dumps(asdict(plan)):
             return
         self.model.load_state_dict(state["model"])
@@ -246,10 +221,10 @@ class Training:
         self.average, self.next_step = state["average"], state["next_step"]
 
 
-def start_training(plan: Plan, vocabulary: CompactVocabulary) -> Training:
+def start_training(plan: Plan, vocabulary: CompactVocabulary, device: torch.device) -> Training:
     """An untrained model and its optimizer; the same in every process."""
     torch.manual_seed(plan.seed)
-    model = build_model(vocabulary)
+    model = build_model(vocabulary).to(device)
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return Training(model, average, make_optimizer(model, plan))
 
@@ -260,13 +235,14 @@ def train_step(
     """One optimizer step on the mean gradient of all processes; returns this process's loss and top-1."""
     parameters = list(training.model.parameters())
     loss, top1 = batch_loss(training.model, batch, window, plan)
-    loss.backward()
-    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    gradients = torch.autograd.grad(loss, parameters)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     if dist.is_initialized():
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
     flat *= (1.0 / flat.norm()).clamp(max=1.0)
-    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    ends = np.cumsum([parameter.numel() for parameter in parameters])[:-1].tolist()
+    for parameter, gradient in zip(parameters, flat.tensor_split(ends), strict=True):
         parameter.grad = gradient.view_as(parameter)
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate * group["rate"]
@@ -281,35 +257,48 @@ def train_step(
 
 
 def train(
-    plan: Plan, art: ArtBox, checkpoint: Path, *, rank: int = 0, report: Callable[[str], None] = print
+    plan: Plan,
+    art: ArtBox,
+    checkpoint: Path,
+    *,
+    rank: int = 0,
+    device: torch.device = CPU,
+    render_workers: int = 0,
+    checkpoint_every: int = 200,
+    report: Callable[[str], None] = print,
 ) -> Training:
     """Run the plan, or what is left of it, in this process.
 
     Args:
         plan: Decides the result, together with the art.
         art: Sprites and photos of the training.
-        checkpoint: Written every 200 steps and at the end, by rank 0.
+        checkpoint: Where rank 0 writes, also at the end, and every rank goes on from.
         rank: Of this process; scenes differ from rank to rank.
+        device: Where the model is trained.
+        render_workers: Processes that render ahead; 0 renders in this one.
+        checkpoint_every: In steps.
         report: Takes lines on the progress, from rank 0.
     """
     vocabulary = CompactVocabulary(
         json.loads(demo_model_config_path().read_text())["text_cfg"]["context_length"]
     )
-    training = start_training(plan, vocabulary)
+    training = start_training(plan, vocabulary, device)
     training.restore(checkpoint, plan)
-    mips, grid_side = SpriteMips(art), training.model.visual.grid_size[0]
+    visual = training.model.visual
+    batches = StepBatches(
+        plan, rank, SpriteMips(art), art, vocabulary, visual.grid_size[0], visual.patch_size[0]
+    )
+    steps_left = range(training.next_step, plan.total_steps)
+    loader = DataLoader(batches, batch_size=None, sampler=steps_left, num_workers=render_workers)
     meter = _Meter(plan, report if rank == 0 else _silent)
-    for step, phase, learning_rate in schedule(plan):
-        if step < training.next_step:
-            continue
-        rng = np.random.default_rng((plan.seed, step, rank))
-        batch = make_batch(rng, phase, mips, art, vocabulary)
-        spare = grid_side - phase.image_side // training.model.visual.patch_size[0] + 1
-        window = (int(rng.integers(spare)), int(rng.integers(spare)))
-        loss, top1 = train_step(training, batch, window, learning_rate, plan)
+    remaining = itertools.islice(schedule(plan), training.next_step, None)
+    for (step, phase, learning_rate), (batch, window) in zip(remaining, loader, strict=True):
+        loss, top1 = train_step(training, batch.to(device), window, learning_rate, plan)
         training.next_step = step + 1
         meter.add(step, phase, loss, top1)
-        if rank == 0 and (training.next_step % 200 == 0 or training.next_step == plan.total_steps):
+        if rank == 0 and (
+            training.next_step % checkpoint_every == 0 or training.next_step == plan.total_steps
+        ):
             training.save(checkpoint, plan)
     return training
 
@@ -329,8 +318,8 @@ class _Meter:
         if (step + 1) % 50 == 0 or step + 1 == self._plan.total_steps:
             rate = self._images / (time.monotonic() - self._started_s)
             self._report(
-                f"step {step + 1}/{self._plan.total_steps}  {phase.image_side} px  loss {np.mean(self._losses):.3f}  "
-                f"top-1 {np.mean(self._top1s):.3f}  {rate:.0f} images/s"
+                f"step {step + 1}/{self._plan.total_steps}  {phase.image_side} px  "
+                f"loss {np.mean(self._losses):.3f}  top-1 {np.mean(self._top1s):.3f}  {rate:.0f} images/s"
             )
             self._losses, self._top1s, self._images, self._started_s = [], [], 0, time.monotonic()
 
@@ -340,8 +329,8 @@ def _silent(_: str) -> None:
 
 
 def export(checkpoint: Path, weights_path: Path) -> None:
-    """Write the averaged weights of a checkpoint as open_clip loads them: full token table, fp16, safetensors."""
-    state = torch.load(checkpoint, weights_only=True)
+    """Write a checkpoint's averaged weights as open_clip loads them: full token table, fp16, safetensors."""
+    state = torch.load(checkpoint, weights_only=True, map_location=CPU)
     config = json.loads(demo_model_config_path().read_text(encoding="utf-8"))
     vocabulary = CompactVocabulary(config["text_cfg"]["context_length"])
     weights = dict(state["average"])
@@ -358,7 +347,17 @@ def _train_process(rank: int, plan: Plan, cache_dir: Path, checkpoint: Path) -> 
         "gloo", init_method=f"file://{rendezvous.resolve()}", rank=rank, world_size=plan.processes
     )
     art = load_art(cache_dir, TRAIN_ARTISTS, TRAIN_PHOTOS)
-    train(plan, art, checkpoint, rank=rank, report=_report_flushed)
+    device = torch.device("cuda") if torch.cuda.is_available() else CPU
+    render_workers = max(0, (os.cpu_count() or 1) // plan.processes - 1)
+    train(
+        plan,
+        art,
+        checkpoint,
+        rank=rank,
+        device=device,
+        render_workers=render_workers,
+        report=_report_flushed,
+    )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -392,8 +391,10 @@ def main() -> None:
         load_art(options.art, TRAIN_ARTISTS, TRAIN_PHOTOS)
         plan = scaled(replace(FULL_PLAN, seed=options.seed), options.scale)
         (options.work / "rendezvous").unlink(missing_ok=True)
-        torch.multiprocessing.spawn(_train_process, (plan, options.art, checkpoint), nprocs=plan.processes)
+        arguments = (plan, options.art, checkpoint)
+        spawn(_train_process, arguments, nprocs=plan.processes)  # type: ignore[no-untyped-call]
     export(checkpoint, options.out)
+    write_checksums()
     print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
 
 

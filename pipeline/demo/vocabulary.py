@@ -1,7 +1,8 @@
 """The rows of the token table that training uses: a compact table while training, the full one on export.
 
-Nearly all of CLIP's 49408 tokens never occur in the demo's captions. Their rows are zero in the exported table, and while training
-they share one row that is kept at zero, so that unknown words carry no meaning, in training as later.
+Nearly all of CLIP's 49408 tokens never occur in the demo's captions. Their rows are zero in the exported
+table, and while training they share one row that is kept at zero, so that unknown words carry no meaning, in
+training as later.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ UNKNOWN_ROW = 1
 
 
 class CompactVocabulary:
-    """Maps captions to rows of a compact token table; the end-of-text token keeps the highest row, as CLIP's pooling needs."""
+    """Maps captions to rows of a compact token table; end-of-text keeps the highest row, as pooling needs."""
 
     def __init__(self, context_length: int) -> None:
         self._tokenizer = SimpleTokenizer(context_length=context_length)

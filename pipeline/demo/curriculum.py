@@ -1,0 +1,84 @@
+"""What is trained on in which order: phases, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the curriculum.
+
+    `single_share` is the extra share of scenes with one object; batches are per process.
+    """
+
+    image_side: int
+    steps: int
+    batch_size: int
+    single_share: float
+    clutter_share: float
+    neutral_share: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the trained weights."""
+
+    phases: tuple[Phase, ...]
+    seed: int = 1
+    processes: int = 2
+    warmup_steps: int = 150
+    cosine_start: float = 0.5
+    average_decay: float = 0.995
+    weight_decay: float = 0.05
+    decorrelation_weight: float = 0.3
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def phase_of(self, step: int) -> Phase:
+        """The phase that a step belongs to.
+
+        Raises:
+            IndexError: the plan has no such step.
+        """
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        raise IndexError(f"the plan has {self.total_steps} steps only")
+
+
+# Small images of single objects first: from scratch on crowded scenes almost nothing is learnt for minutes.
+FULL_PLAN = Plan(
+    phases=(
+        Phase(48, 700, 96, single_share=1.0, clutter_share=0.0, neutral_share=0.04, learning_rate=1e-3),
+        Phase(64, 340, 96, single_share=0.3, clutter_share=0.0, neutral_share=0.08, learning_rate=1e-3),
+        Phase(48, 950, 96, single_share=0.6, clutter_share=0.35, neutral_share=0.08, learning_rate=1.2e-3),
+        Phase(64, 2200, 72, single_share=0.25, clutter_share=0.35, neutral_share=0.08, learning_rate=1.2e-3),
+        Phase(96, 1000, 60, single_share=0.0, clutter_share=0.35, neutral_share=0.08, learning_rate=1.2e-3),
+    )
+)
+
+
+def scaled(plan: Plan, scale: float) -> Plan:
+    """The plan with every phase's steps scaled; at least one step each."""
+    phases = tuple(replace(phase, steps=max(1, round(phase.steps * scale))) for phase in plan.phases)
+    return replace(plan, phases=phases, warmup_steps=max(1, min(plan.warmup_steps, phases[0].steps // 2)))
+
+
+def schedule(plan: Plan) -> Iterator[tuple[int, Phase, float]]:
+    """Step, its phase and its learning rate: warm-up, constant, then a cosine to 1 % over the last part."""
+    step, cosine_from = 0, plan.cosine_start * plan.total_steps
+    for phase in plan.phases:
+        for _ in range(phase.steps):
+            warmth = min(1.0, (step + 1) / plan.warmup_steps)
+            progress = max(0.0, (step - cosine_from) / (plan.total_steps - cosine_from))
+            decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+            yield step, phase, phase.learning_rate * warmth * decay
+            step += 1
