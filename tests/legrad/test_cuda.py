@@ -1,0 +1,49 @@
+"""The same numbers on a CUDA device as on the CPU."""
+
+import pytest
+import torch
+from tiny_models import relative_error, tiny_clip, tiny_images, unit_texts
+
+import legrad
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("pool", ["reference", "model"])
+def test_grids_and_features_on_cuda_equal_those_on_the_cpu(pool):
+    model, images, texts = tiny_clip(), tiny_images(3, size=(24, 40)), unit_texts(5)
+    image_index = torch.tensor([2, 0, 0, 1, 2])
+    on_cpu = legrad.LeGrad(model, pool=pool).encode(images)
+    expected = legrad.LeGrad(model, pool=pool).relevance(on_cpu, texts, image_index)
+    explainer = legrad.LeGrad(model.cuda(), pool=pool)
+    trace = explainer.encode(images.cuda())
+    assert relative_error(trace.image_features.cpu(), on_cpu.image_features) < 1e-5
+    for index in (image_index, image_index.cuda()):
+        received = explainer.relevance(trace, texts.cuda(), index)
+        assert received.device == trace.image_features.device
+        assert relative_error(received.cpu(), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
+def test_half_precision_on_cuda_is_right_to_its_own_rounding(dtype, tolerance):
+    model, images, texts = tiny_clip(), tiny_images(2, size=(64, 64)), unit_texts(2, 3)
+    expected = legrad.LeGrad(model).relevance(images, texts)
+    received = legrad.LeGrad(model.cuda().to(dtype)).relevance(images.cuda().to(dtype), texts.cuda())
+    assert received.dtype == torch.float32
+    assert relative_error(received.cpu(), expected) < tolerance
+
+
+def test_texts_of_the_cpu_are_refused_by_a_model_on_cuda():
+    explainer = legrad.LeGrad(tiny_clip().cuda())
+    with pytest.raises(legrad.InputError, match="expected device cuda:0, as the images, received cpu"):
+        explainer.relevance(tiny_images().cuda(), unit_texts(2))
+
+
+def test_preprocessing_on_cuda_is_bit_equal_to_the_cpu():
+    transform = legrad.LeGrad(tiny_clip()).transform
+    pixels = torch.randint(0, 256, (2, transform.height, transform.width, 3), dtype=torch.uint8)
+    on_cuda = transform.normalise(pixels.cuda(), torch.float32)
+    assert torch.equal(on_cuda.cpu(), transform.normalise(pixels, torch.float32))
