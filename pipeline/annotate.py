@@ -18,7 +18,7 @@ import torch
 import legrad
 from legrad.masks import ImageMasks, MaskRule, grid_to_masks
 from pipeline import storage
-from pipeline.config import JobConfig
+from pipeline.config import InputConfig, JobConfig
 from pipeline.decode import decode_image, find_field, read_captions
 from pipeline.engine import Engine, ExplainedSample, PreparedSample, Prompt
 from pipeline.errors import SampleFailure
@@ -82,6 +82,7 @@ class ShardAnnotator:
         self._engine = Engine(explainer, config.prompts.max_per_sample)
         self._metadata = metadata
         self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._wanted_fields = wanted_fields(config.input)
         self._in_hand: set[ShardWriter] = set()
         self._window = 2 * config.run.batch_size + decode_threads
 
@@ -99,7 +100,11 @@ class ShardAnnotator:
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         with ShardWriter(shard.canonical_url, metadata) as writer, self._listed(writer):
             with storage.open_shard(shard) as stream:
-                items = read_samples(stream, max_member_bytes=self._config.input.max_member_bytes)
+                items = read_samples(
+                    stream,
+                    max_member_bytes=self._config.input.max_member_bytes,
+                    wanted_fields=self._wanted_fields,
+                )
                 for outcome in self._outcomes(_without_strays(items, writer)):
                     writer.add_sample(outcome.rows, outcome.errors, outcome.dropped_prompts)
             counts = writer.publish(self._config.output.dir, shard.shard_id)
@@ -239,6 +244,11 @@ class ShardAnnotator:
         if masks.min_area is not None and area_share < masks.min_area:
             return "rejected_area"
         return "ok"
+
+
+def wanted_fields(settings: InputConfig) -> frozenset[str]:
+    """The fields of a sample that are read at all."""
+    return frozenset([*settings.image.lower().split(";"), settings.caption.lower().split(":")[0]])
 
 
 def mask_frame(image_height: int, image_width: int, max_side: int | None) -> tuple[int, int]:

@@ -147,7 +147,7 @@ def _ray() -> Iterator[None]:
     # ray then leaves CUDA_VISIBLE_DEVICES of CPU workers alone, its coming default
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(address=address, logging_level=logging.WARNING, **(local if address == "local" else {}))
+        ray.init(address=address, logging_level=logging.ERROR, **(local if address == "local" else {}))
     except (ConnectionError, RayError) as error:
         raise UserError(f"RAY_ADDRESS {address}: no ray cluster answers: {error}") from error
     try:
@@ -174,11 +174,8 @@ def _concluded(job: Job, result: JobResult) -> JobResult:
     )
     out = job.config.output.dir
     if result.complete and not storage.exists(out, jobs.SUCCESS_FILE):
-        annotations = storage.join_url(out, "annotations")
-        footers = (
-            read_footer(storage.join_url(annotations, f"{shard.shard_id}.parquet")) for shard in job.shards
-        )
-        jobs.record_success(out, len(job.shards), total_counts(map(counts_from_metadata, footers)))
+        counts = total_counts(published_counts(out, shard.shard_id) for shard in job.shards)
+        jobs.record_success(out, len(job.shards), counts)
     return result
 
 
@@ -250,7 +247,7 @@ class _Dispatcher:
             # one thread more than shards in hand answers the pulse
             "max_concurrency": SHARDS_IN_HAND + 1,
         }
-        actor = (
+        actor: Any = (
             ray.remote(_RayWorker)
             .options(**options)
             .remote(

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import braceexpand
@@ -213,7 +213,7 @@ class _CountedStream(io.RawIOBase):
 
 
 @contextmanager
-def open_shard(shard: ShardSource) -> Iterator[IO[bytes]]:
+def open_shard(shard: ShardSource) -> Iterator[BinaryIO]:
     """Stream a shard from its first byte.
 
     Raises:

@@ -40,7 +40,8 @@ def run_demo(out: Path, console: Console) -> int:
         console.rule(title)
         shards = [str(path) for path in assets.demo_shard_paths(set_name)]
         console.print(render_evaluation(evaluate_output(str(out), shards, assets.demo_classes_path())))
-    picture = write_contact_sheet(str(out), assets.demo_shard_paths("heldout"), out / "contact_sheet.png")
+    shown = [str(path) for path in assets.demo_shard_paths("heldout")]
+    picture = write_contact_sheet(str(out), shown, out / "contact_sheet.png")
     _show_written(out, picture, console)
     return exit_code
 
