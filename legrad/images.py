@@ -50,7 +50,9 @@ class ImageTransform:
             pixels: RGB values from 0 to 255.
             dtype: of the result; the arithmetic is in float32.
         """
-        channels_first = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
+        # By a tensor: CUDA multiplies by the reciprocal of a plain number, which is off by a bit.
+        most = torch.tensor(255, dtype=torch.float32, device=pixels.device)
+        channels_first = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(most)
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
             for values in (self.mean, self.std)

@@ -84,7 +84,7 @@ def test_prompts_without_a_batch_axis_are_explained_for_every_image():
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=4), data=st.data())
 def test_ragged_prompts_in_any_order_equal_padded_ones(counts, data):
     explainer = legrad.LeGrad(tiny_clip())
@@ -102,7 +102,7 @@ def test_ragged_prompts_in_any_order_equal_padded_ones(counts, data):
     torch.testing.assert_close(similarity, explainer.similarity(trace, padded)[rows, columns])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(budget=st.integers(1, 40_000))
 def test_no_memory_budget_changes_the_result(budget):
     explainer = legrad.LeGrad(tiny_clip())
@@ -132,7 +132,7 @@ class _Operations(TorchDispatchMode):
 def test_the_product_of_queries_and_keys_is_never_held_for_all_prompts():
     explainer = legrad.LeGrad(tiny_clip())
     trace = explainer.encode(tiny_images(1, size=(64, 64)))
-    prompts = as_ragged(trace, unit_texts(1, 64), None)
+    prompts = as_ragged(trace, unit_texts(1, 32), None)
     budget, tokens, heads = 300_000, 257, 4
     with _Operations() as operations:
         relevance_grids(
@@ -143,7 +143,7 @@ def test_the_product_of_queries_and_keys_is_never_held_for_all_prompts():
             pooled_tokens=slice(0, None),
             memory_budget_bytes=budget,
         )
-    assert 64 * heads * tokens * tokens * 4 > 200 * budget
+    assert 32 * heads * tokens * tokens * 4 > 100 * budget
     assert operations.largest_bytes <= budget
 
 
@@ -207,11 +207,11 @@ def test_half_precision_is_right_to_its_own_rounding(dtype, tolerance, pure):
 
 
 def test_tiny_gradients_survive_half_precision():
-    # Pooling 4097 tokens leaves each a gradient below what float16 can hold as it is.
+    # A mean over 1025 tokens and a head that hardly looks at it: gradients too small for float16 as they are.
     model = tiny_clip()
-    model.visual.ln_post.weight.data *= 1e-3
+    model.visual.ln_post.weight.data *= 3e-4
     model.visual.ln_post.bias.data += 1
-    images, texts = tiny_images(1, size=(256, 256)), unit_texts(1)
+    images, texts = tiny_images(1, size=(128, 128)), unit_texts(1)
     expected = legrad.LeGrad(model).relevance(images, texts)
     received = legrad.LeGrad(model.half()).relevance(images.half(), texts)
     assert expected.max() < torch.finfo(torch.float16).tiny
