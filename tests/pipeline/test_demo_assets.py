@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.demo import art, assets, backgrounds, captions, losses, make_shards, train, vocabulary
+from pipeline.demo import art, assets, backgrounds, batches, captions, losses, make_shards, train, vocabulary
 from pipeline.demo.concepts import CONCEPTS, DISTRACTOR_CODES
 from pipeline.demo.curriculum import FULL_PLAN, Phase, Plan, scaled, schedule
 from pipeline.demo.scenes import Scene, SceneObject, SceneStyle, SpriteMips, render, render_seg, sample_scene
@@ -358,7 +358,7 @@ def test_the_learning_rate_warms_up_stays_and_falls_to_a_hundredth() -> None:
 def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     box, plan = synthetic_art(), tiny_plan(8)
     vocab = vocabulary.CompactVocabulary(24)
-    batch = train.make_batch(np.random.default_rng(9), plan.phases[0], SpriteMips(box), box, vocab)
+    batch = batches.make_batch(np.random.default_rng(9), plan.phases[0], SpriteMips(box), box, vocab)
     untrained = train.batch_loss(
         train.start_training(plan, vocab, torch.device("cpu")).model, batch, (0, 0), plan
     )[0]
@@ -373,7 +373,7 @@ def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_weights(tmp_p
 def test_an_interrupted_training_goes_on_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    box, plan, real_make_batch = synthetic_art(), tiny_plan(5), train.make_batch
+    box, plan, real_make_batch = synthetic_art(), tiny_plan(5), batches.make_batch
     straight = train.train(plan, box, tmp_path / "straight.pt")
     calls = []
 
@@ -383,7 +383,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
             raise KeyboardInterrupt
         return real_make_batch(*arguments)
 
-    monkeypatch.setattr(train, "make_batch", failing_make_batch)
+    monkeypatch.setattr(batches, "make_batch", failing_make_batch)
     with pytest.raises(KeyboardInterrupt):
         train.train(plan, box, tmp_path / "cut.pt", checkpoint_every=1)
     resumed = train.train(plan, box, tmp_path / "cut.pt", checkpoint_every=1)
