@@ -1,7 +1,7 @@
 """Train the demo model from image-caption pairs alone, and export it: `python -m pipeline.demo.train`.
 
 Five minutes on a GPU with 16 cores to render beside it; an estimated hour and a half on two cores alone,
-which `--scale` shortens. Steps are scheduled and everything is seeded, so load changes only the time taken. An
+which `--scale` shortens. Steps are scheduled and all is seeded, so load changes only the time taken. An
 interrupted run goes on from its last checkpoint. No mask is ever rendered here: masks are what is evaluated
 later.
 """
