@@ -48,6 +48,11 @@ class _TableSpool:
         self._writer.close()
         return self.file
 
+    def close(self) -> None:
+        # the writer first: it would write its footer into a closed file when it is collected
+        self._writer.close()
+        self.file.close()
+
 
 class ShardWriter:
     """Collects a shard's rows and errors, counts outcomes, and commits both files.
@@ -71,8 +76,8 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._annotations.file.close()
-        self._errors.file.close()
+        self._annotations.close()
+        self._errors.close()
 
     def add_sample(
         self, rows: Sequence[dict[str, Any]], errors: Sequence[SampleError], dropped_prompts: int = 0

@@ -31,7 +31,9 @@ def test_a_minimal_file_loads_with_the_documented_defaults(config_file):
 
 
 def test_an_override_wins_over_the_file_and_is_parsed_as_yaml(config_file):
-    config = load_config(config_file, ["model.layers=all", "input.shards=[x.tar, y.tar]", "masks.max_side=null"])
+    config = load_config(
+        config_file, ["model.layers=all", "input.shards=[x.tar, y.tar]", "masks.max_side=null"]
+    )
     assert config.model.layers == "all"
     assert config.input.shards == ["x.tar", "y.tar"]
     assert config.masks.max_side is None
@@ -117,5 +119,7 @@ def test_the_hash_changes_with_whatever_changes_the_rows(section, values):
 
 
 def test_the_hash_follows_the_weights_not_their_path():
-    assert config_hash(changed("model", pretrained="a.pt"), "w") == config_hash(changed("model", pretrained="b.pt"), "w")
+    assert config_hash(changed("model", pretrained="a.pt"), "w") == config_hash(
+        changed("model", pretrained="b.pt"), "w"
+    )
     assert config_hash(parse_config(MINIMAL), "w") != config_hash(parse_config(MINIMAL), "other")

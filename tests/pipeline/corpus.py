@@ -1,0 +1,69 @@
+"""Small corpora for tests: shards of generated images with captions."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+from pipeline.config import parse_config
+from pipeline.demo.assets import DEMO_MODEL_NAME
+
+
+def image_bytes(seed, height=48, width=64, file_format="JPEG"):
+    """A smooth random picture, so that JPEG keeps it and models see structure."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    sink = io.BytesIO()
+    picture.save(sink, file_format)
+    return sink.getvalue()
+
+
+def sample(key, seed=0, caption="a dog", **members):
+    """A sample's members by name; None leaves one out."""
+    fields = {"jpg": image_bytes(seed), "txt": caption.encode()} | members
+    return [(f"{key}.{field.replace('_', '.')}", data) for field, data in fields.items() if data is not None]
+
+
+def captions_json(captions):
+    """A JSON member with a list of captions."""
+    return json.dumps({"captions": captions}).encode()
+
+
+def write_shard(path, samples):
+    """A tar of samples as `sample` makes them."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in (member for members in samples for member in members):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_corpus(folder, shards, samples_per_shard, caption="a dog"):
+    """Shards 0000.tar, 0001.tar, ... of good samples; no image stands twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        write_shard(
+            folder / f"{shard:04d}.tar",
+            [
+                sample(f"{shard:04d}{index:04d}", seed=shard * samples_per_shard + index, caption=caption)
+                for index in range(samples_per_shard)
+            ],
+        )
+        for shard in range(shards)
+    ]
+
+
+def demo_job(shards, out, **sections):
+    """A configuration on the demo model; further sections are merged in."""
+    document = {
+        "input": {"shards": [str(path) for path in shards]},
+        "model": {"name": DEMO_MODEL_NAME, "pretrained": "demo"},
+        "output": {"dir": str(out)},
+        "run": {"batch_size": 8, "cpus_per_worker": 1},
+    }
+    for name, values in sections.items():
+        document[name] = {**document.get(name, {}), **values}
+    return parse_config(document)
