@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def average_precision(
 ) -> float:
     """Average precision of the map as a ranking of all valid pixels; no pixel is subsampled.
 
-    Only the order of the values matters, so a map and its min-max normalisation have the same one.
+    Only the order of the values matters, so a map and its min-max normalisation have the same one. The
+    definition is scikit-learn's: precision at every distinct value, weighted by the recall it adds.
 
     Raises:
         ValueError: no valid pixel belongs to the object, and the figure is undefined.
@@ -117,7 +118,7 @@ def average_precision(
         raise ValueError(
             f"expected at least one valid pixel of the object, received {valid.sum()} without any"
         )
-    return float(average_precision_score(labels, heatmap[valid]))
+    return _average_precision(labels, heatmap[valid])
 
 
 def own_object_preference(
@@ -189,7 +190,8 @@ def mean_average_precision(
         raise ValueError(
             f"expected a class that occurs, received {present.shape[1]} classes without any image"
         )
-    return float(average_precision_score(present[:, occurring], scores[:, occurring], average="macro"))
+    columns = np.flatnonzero(occurring)
+    return float(np.mean([_average_precision(present[:, column], scores[:, column]) for column in columns]))
 
 
 def presence_auroc(
@@ -270,6 +272,17 @@ def _draws_per_image(image_count: int, resamples: int, seed: int) -> Int[np.ndar
     """How often each image stands in each resample."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(image_count, np.full(image_count, 1.0 / image_count), size=resamples)
+
+
+def _average_precision(labels: Bool[np.ndarray, " items"], scores: Float[np.ndarray, " items"]) -> float:
+    """Average precision of a ranking with at least one positive label; equal scores stand or fall together."""
+    # scikit-learn's own function spends four fifths of its time on checks for a map of 96 x 96 pixels.
+    order = np.argsort(scores)[::-1]
+    ranked_scores = scores[order]
+    last_of_value = np.append(np.flatnonzero(ranked_scores[1:] != ranked_scores[:-1]), len(scores) - 1)
+    found = labels[order].cumsum()[last_of_value]
+    precision = found / (last_of_value + 1)
+    return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
 
 
 def _pixels_above(

@@ -22,7 +22,8 @@ THRESHOLDS = np.arange(1, 20) / 20
 # Columns of a figures table; the IoU at every threshold comes after them.
 POINTING, IOU_OTSU, AVERAGE_PRECISION, OWN_OBJECT, FIRST_IOU = range(5)
 IOU_AT_HALF = FIRST_IOU + 9  # threshold 0.5
-MAX_PIXELS_AT_ONCE = 2**24  # bounds the heat maps of a scene that are held together
+# Below this torch stays in one thread; on small maps its thread pool costs several times the work.
+MAX_PIXELS_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True)

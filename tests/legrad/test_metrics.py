@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn.metrics import average_precision_score
 
 from legrad.metrics import (
     average_precision,
@@ -33,17 +34,6 @@ def iou_by_sets(mask: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> float
     predicted = {tuple(p) for p in np.argwhere(mask & valid)}
     actual = {tuple(p) for p in np.argwhere(truth & valid)}
     return len(predicted & actual) / len(predicted | actual) if predicted | actual else 1.0
-
-
-def average_precision_by_rank(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The step-wise area under precision over recall, one distinct score at a time."""
-    total, previous_recall = 0.0, 0.0
-    for cut in sorted(set(scores.tolist()), reverse=True):
-        chosen = scores >= cut
-        recall = (labels & chosen).sum() / labels.sum()
-        total += (recall - previous_recall) * (labels & chosen).sum() / chosen.sum()
-        previous_recall = recall
-    return total
 
 
 @given(heatmaps, masks, masks)
@@ -97,13 +87,24 @@ def test_a_constant_map_points_at_the_first_pixel():
 
 
 @given(heatmaps, masks, masks)
-def test_average_precision_equals_precision_summed_over_recall_steps(heat, truth, valid):
+def test_average_precision_is_scikit_learns(heat, truth, valid):
     if not (truth[0] & valid[0]).any():
         with pytest.raises(ValueError, match="at least one valid pixel"):
             average_precision(heat[0], truth[0], valid[0])
         return
-    expected = average_precision_by_rank(heat[0][valid[0]], truth[0][valid[0]])
-    assert average_precision(heat[0], truth[0], valid[0]) == pytest.approx(expected, abs=1e-6)
+    expected = average_precision_score(truth[0][valid[0]], heat[0][valid[0]])
+    assert average_precision(heat[0], truth[0], valid[0]) == pytest.approx(expected, abs=1e-9)
+
+
+@given(
+    hnp.arrays(np.float32, (6, 4), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0])),
+    hnp.arrays(np.bool_, (6, 4)),
+)
+def test_mean_average_precision_is_scikit_learns_over_the_classes_that_occur(scores, present):
+    occurring = present.any(axis=0)
+    if occurring.any():
+        expected = average_precision_score(present[:, occurring], scores[:, occurring], average="macro")
+        assert mean_average_precision(scores, present) == pytest.approx(expected, abs=1e-9)
 
 
 @given(heatmaps, masks)
