@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import legrad
 from legrad.inputs import as_ragged
-from legrad.relevance import activation_derivative, relevance_grids
+from legrad.relevance import activation_derivative, rectified_column_sums, relevance_grids
 
 GRID = (GRID_HEIGHT, GRID_WIDTH)
 CLIPA = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
@@ -216,6 +216,14 @@ def test_tiny_gradients_survive_half_precision():
     received = legrad.LeGrad(model.half()).relevance(images.half(), texts)
     assert expected.max() < torch.finfo(torch.float16).tiny
     assert relative_error(received, expected) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_over_many_queries_are_kept_in_float32(dtype):
+    # 4097 * 64 is beyond float16's range, and between two numbers of bfloat16.
+    gradients, values = torch.ones(1, 1, 4097, 8, dtype=dtype), torch.full((1, 1, 3, 8), 8, dtype=dtype)
+    sums = rectified_column_sums(gradients, values, memory_budget_bytes=2**20)
+    assert torch.equal(sums, torch.full((1, 3), 4097.0 * 64))
 
 
 def open_clip_convert(model, dtype):
