@@ -275,14 +275,12 @@ def _draws_per_image(image_count: int, resamples: int, seed: int) -> Int[np.ndar
 
 
 def _average_precision(labels: Bool[np.ndarray, " items"], scores: Float[np.ndarray, " items"]) -> float:
-    """Average precision of a ranking with at least one positive label; equal scores stand or fall together."""
-    # scikit-learn's own function spends four fifths of its time on checks for a map of 96 x 96 pixels.
-    order = np.argsort(scores)[::-1]
-    ranked_scores = scores[order]
-    last_of_value = np.append(np.flatnonzero(ranked_scores[1:] != ranked_scores[:-1]), len(scores) - 1)
-    found = labels[order].cumsum()[last_of_value]
-    precision = found / (last_of_value + 1)
-    return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
+    """Average precision of a ranking with a positive label at least; equal scores stand or fall together."""
+    # scikit-learn's own function takes several times as long, most of it for checks.
+    positives, negatives = np.sort(scores[labels]), np.sort(scores[~labels])
+    true_alarms = len(positives) - np.searchsorted(positives, positives, side="left")
+    false_alarms = len(negatives) - np.searchsorted(negatives, positives, side="left")
+    return float(np.mean(true_alarms / (true_alarms + false_alarms)))
 
 
 def _pixels_above(

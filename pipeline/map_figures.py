@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +24,7 @@ THRESHOLDS = np.arange(1, 20) / 20
 # Columns of a figures table; the IoU at every threshold comes after them.
 POINTING, IOU_OTSU, AVERAGE_PRECISION, OWN_OBJECT, FIRST_IOU = range(5)
 IOU_AT_HALF = FIRST_IOU + 9  # threshold 0.5
-# Below this torch stays in one thread; on small maps its thread pool costs several times the work.
-MAX_PIXELS_AT_ONCE = 2**15
+MAX_PIXELS_AT_ONCE = 2**23  # bounds the heat maps that are held at a time
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,12 @@ class Examiner:
         pixels = torch.from_numpy(np.stack([decoded.pixels for decoded in batch])).to(explainer.device)
         images = explainer.transform.normalise(pixels, explainer.dtype)
         trace = trace_images(explainer.tower, images, len(explainer.tower.blocks))
-        prompt_counts = [len(decoded.objects) for decoded in batch]
-        scene_of_pair = np.repeat(np.arange(len(batch)), prompt_counts)
+        scene_of_pair = np.repeat(np.arange(len(batch)), [len(decoded.objects) for decoded in batch])
         grids = self._grids(trace, batch, torch.from_numpy(scene_of_pair).to(explainer.device))
-        grids_by_scene = torch.split(torch.stack(list(grids.values()), dim=1).float().cpu(), prompt_counts)
-        figures = [_measure(*scene) for scene in zip(batch, grids_by_scene, strict=True)]
         class_scores = trace.image_features.float() @ self._class_embeddings.float().T
         return ExaminedBatch(
             methods=tuple(grids),
-            figures=np.concatenate(figures, axis=1),
+            figures=_measure(batch, torch.stack(list(grids.values())).float().cpu(), scene_of_pair),
             scene_of_pair=scene_of_pair,
             class_scores=class_scores.cpu().numpy(),
             present=present,
@@ -131,34 +129,59 @@ def _present(scene: Scene, class_count: int) -> Bool[np.ndarray, " classes"]:
 
 
 def _measure(
-    decoded: DecodedScene, grids: Float[Tensor, "prompts methods grid_height grid_width"]
-) -> Float[np.ndarray, "methods prompts figures"]:
-    """Figures of every map of a scene, at the size of its label map."""
-    scene = decoded.scene
-    truth = np.stack([scene.object_mask(index) for index in decoded.objects])
-    methods_at_once = max(1, MAX_PIXELS_AT_ONCE // truth.size)
-    chunks = torch.split(grids.transpose(0, 1).contiguous(), methods_at_once)
-    return np.concatenate([_measure_methods(chunk, truth, scene.valid) for chunk in chunks])
+    batch: Sequence[DecodedScene],
+    grids: Float[Tensor, "methods pairs grid_height grid_width"],
+    scene_of_pair: Int[np.ndarray, " pairs"],
+) -> Float[np.ndarray, "methods pairs figures"]:
+    """Figures of every map, each at the size of its scene's label map."""
+    truth = [decoded.scene.object_mask(index) for decoded in batch for index in decoded.objects]
+    valid = [decoded.scene.valid for decoded in batch for _ in decoded.objects]
+    figures = np.full((*grids.shape[:2], FIRST_IOU + len(THRESHOLDS)), np.nan)
+    for pairs in _chunks_of_one_size(truth, scene_of_pair):
+        chunk_truth, chunk_valid = (np.stack([masks[pair] for pair in pairs]) for masks in (truth, valid))
+        for method, maps in enumerate(grids):
+            figures[method, pairs] = _measure_maps(
+                maps[pairs], chunk_truth, chunk_valid, scene_of_pair[pairs]
+            )
+    return figures
 
 
-def _measure_methods(
-    grids: Float[Tensor, "methods prompts grid_height grid_width"],
-    truth: Bool[np.ndarray, "prompts height width"],
-    valid: Bool[np.ndarray, "height width"],
-) -> Float[np.ndarray, "methods prompts figures"]:
-    heat = minmax_normalise(upsample_grid(grids, *valid.shape))
-    otsu_masks = (heat > otsu_threshold(heat)[..., None, None]).numpy()
+def _chunks_of_one_size(
+    truth: Sequence[Bool[np.ndarray, "height width"]], scene_of_pair: Int[np.ndarray, " pairs"]
+) -> Iterator[list[int]]:
+    """Pairs whose label maps have one size, few enough to be upsampled together; scenes stay whole."""
+    by_scene = [
+        list(group) for _, group in itertools.groupby(range(len(truth)), key=scene_of_pair.__getitem__)
+    ]
+    by_scene.sort(key=lambda pairs: truth[pairs[0]].shape)
+    for shape, scenes in itertools.groupby(by_scene, key=lambda pairs: truth[pairs[0]].shape):
+        chunk: list[int] = []
+        for pairs in scenes:
+            if chunk and (len(chunk) + len(pairs)) * math.prod(shape) > MAX_PIXELS_AT_ONCE:
+                yield chunk
+                chunk = []
+            chunk = chunk + pairs
+        yield chunk
+
+
+def _measure_maps(
+    grids: Float[Tensor, "pairs grid_height grid_width"],
+    truth: Bool[np.ndarray, "pairs height width"],
+    valid: Bool[np.ndarray, "pairs height width"],
+    scene_of_pair: Int[np.ndarray, " pairs"],
+) -> Float[np.ndarray, "pairs figures"]:
+    heat = minmax_normalise(upsample_grid(grids, *truth.shape[1:]))
+    otsu_masks = (heat > otsu_threshold(heat)[:, None, None]).numpy()
     heatmaps = heat.contiguous().numpy()
-    everywhere = np.broadcast_to(valid, truth.shape)
-    figures = np.full((*heatmaps.shape[:2], FIRST_IOU + len(THRESHOLDS)), np.nan)
-    for method, (maps, masks) in enumerate(zip(heatmaps, otsu_masks, strict=True)):
-        rows = figures[method]
-        rows[:, POINTING] = metrics.pointing_hits(maps, truth, everywhere)
-        rows[:, IOU_OTSU] = metrics.foreground_iou(masks, truth, everywhere)
-        rows[:, FIRST_IOU:] = metrics.iou_at_thresholds(maps, truth, everywhere, THRESHOLDS)
-        rows[:, AVERAGE_PRECISION] = [
-            metrics.average_precision(heatmap, mask, valid) for heatmap, mask in zip(maps, truth, strict=True)
-        ]
-        if len(truth) == 2:
-            rows[:, OWN_OBJECT] = metrics.own_object_preference(maps, truth, everywhere)
+    figures = np.full((len(truth), FIRST_IOU + len(THRESHOLDS)), np.nan)
+    figures[:, POINTING] = metrics.pointing_hits(heatmaps, truth, valid)
+    figures[:, IOU_OTSU] = metrics.foreground_iou(otsu_masks, truth, valid)
+    figures[:, FIRST_IOU:] = metrics.iou_at_thresholds(heatmaps, truth, valid, THRESHOLDS)
+    figures[:, AVERAGE_PRECISION] = [
+        metrics.average_precision(*pair) for pair in zip(heatmaps, truth, valid, strict=True)
+    ]
+    scenes, prompt_counts = np.unique(scene_of_pair, return_counts=True)
+    for scene in scenes[prompt_counts == 2]:
+        both = scene_of_pair == scene
+        figures[both, OWN_OBJECT] = metrics.own_object_preference(heatmaps[both], truth[both], valid[both])
     return figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,9 +64,7 @@ def figures_by_hand(explainer: legrad.LeGrad, shard: Path) -> dict[str, float]:
     """LeGrad's figures with one image and one prompt at a time and plain definitions."""
     hits, ious, precisions, preferences = [], [], [], []
     for scene in scenes_of(shard):
-        from io import BytesIO
-
-        images = explainer.preprocess([Image.open(BytesIO(scene.image))])
+        images = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
         valid = scene.label_map != 255
         maps = []
         for caption, class_id in zip(scene.captions, scene.class_ids, strict=True):
@@ -138,12 +137,10 @@ def test_the_same_seed_gives_the_same_result_and_another_one_other_noise(explain
 def test_recognition_ranks_the_classes_by_the_models_own_cosine(explainer, shard):
     recognition = evaluate_shards(explainer, [shard], CLASSES).recognition
     scores, present = [], []
-    from io import BytesIO
-
     texts = explainer.embed_text([f"a photo of a {name}" for name in CLASSES])
     for scene in scenes_of(shard):
         with torch.no_grad():
-            image = explainer.preprocess([Image.open(BytesIO(scene.image))])
+            image = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
             scores.append((explainer.model.encode_image(image, normalize=True) @ texts.T)[0].numpy())
         present.append([class_id in scene.class_ids for class_id in (1, 2, 3)])
     scores, present = np.array(scores), np.array(present)
@@ -300,7 +297,7 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
     document = json.loads((Path(out) / "evaluation.json").read_text())
     assert document["written"]["rows_scored"] == 1
     assert document["maps"][0]["pointing"]["value"] == result.maps[0].pointing.value
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(render_evaluation(result))
     text = console.export_text()
     for scores in result.maps:
