@@ -118,12 +118,10 @@ class Engine:
             torch.arange(len(samples)), torch.tensor([len(sample.prompts) for sample in samples])
         )
         texts = self._embed([prompt.text for prompt in prompts])
-        similarities = explainer.similarity(trace, texts, image_index.to(texts.device)).float().cpu()
+        similarities = explainer.similarity(trace, texts, image_index).float().cpu()
         kept = _most_similar(similarities, image_index, self._max_prompts_per_sample)
         owners = image_index[kept]
-        grids = (
-            explainer.relevance(trace, texts[kept.to(texts.device)], owners.to(texts.device)).float().cpu()
-        )
+        grids = explainer.relevance(trace, texts[kept.to(texts.device)], owners).float().cpu()
         cut = truncated(explainer.tokenizer, [prompts[row].text for row in kept.tolist()])
         explained = [
             ExplainedPrompt(prompts[row], is_cut, float(similarities[row]))

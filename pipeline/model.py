@@ -34,6 +34,7 @@ def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeG
             layers=model.layers,
             device=torch.device(device),
             precision=model.precision,
+            image_size=model.image_size,
         )
     except (LeGradError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):

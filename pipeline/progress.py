@@ -10,6 +10,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from pipeline.records import ShardCounts
 
@@ -90,7 +91,7 @@ class _TerminalProgress:
         self._live = live
 
     def update(self, state: RunState) -> None:
-        self._live.update(state.as_line())
+        self._live.update(Text(state.as_line()))
 
     def say(self, message: str) -> None:
         self._live.console.print(message, markup=False, highlight=False)

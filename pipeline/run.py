@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, NoReturn
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -150,10 +152,17 @@ def _ray() -> Iterator[None]:
         ray.init(address=address, logging_level=logging.ERROR, **(local if address == "local" else {}))
     except (ConnectionError, RayError) as error:
         raise UserError(f"RAY_ADDRESS {address}: no ray cluster answers: {error}") from error
+    # only now: a handler that is there before ray.init() is never called
+    earlier_handler = signal.signal(signal.SIGTERM, _end_on_sigterm)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, earlier_handler)
         ray.shutdown()
+
+
+def _end_on_sigterm(_signal_number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _first_state(job: Job) -> RunState:

@@ -39,7 +39,10 @@ def run_demo(out: Path, console: Console) -> int:
     for set_name, title in SET_TITLES.items():
         console.rule(title)
         shards = [str(path) for path in assets.demo_shard_paths(set_name)]
-        console.print(render_evaluation(evaluate_output(str(out), shards, assets.demo_classes_path())))
+        found = evaluate_output(
+            str(out), shards, assets.demo_classes_path(), result_name=f"evaluation-{set_name}.json"
+        )
+        console.print(render_evaluation(found))
     shown = [str(path) for path in assets.demo_shard_paths("heldout")]
     picture = write_contact_sheet(str(out), shown, out / "contact_sheet.png")
     _show_written(out, picture, console)
@@ -80,6 +83,8 @@ def _show_written(out: Path, picture: Path, console: Console) -> None:
         "annotations": "one file a shard: masks, scores, heat maps",
         "errors": "one file a shard: what went wrong",
         "_SUCCESS": "totals",
+        "evaluation-heldout.json": "scores on the held-out scenes",
+        "evaluation-newartist.json": "scores on the other artist's scenes",
     }
     for name, meaning in kinds.items():
         path = out / name

@@ -136,7 +136,7 @@ def test_a_published_file_replaces_an_earlier_one_and_leaves_nothing_beside_it(t
     storage.publish(str(tmp_path / "a"), "x.bin", b"one")
     storage.publish(str(tmp_path / "a"), "x.bin", b"two")
     assert (tmp_path / "a" / "x.bin").read_bytes() == b"two"
-    assert os.listdir(tmp_path / "a") == ["x.bin"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.bin"]
 
 
 class BreaksHalfway:
@@ -160,7 +160,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_file_and_no_part_of_the_new_one
     with pytest.raises(OutputError, match=r"x\.bin.*No space left"):
         storage.publish(str(tmp_path), "x.bin", BreaksHalfway())
     assert (tmp_path / "x.bin").read_bytes() == b"before"
-    assert os.listdir(tmp_path) == ["x.bin"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
 def test_a_folder_that_cannot_be_made_is_told_with_its_path(tmp_path):

@@ -1,0 +1,115 @@
+"""Samples/s of the shard annotator beside the bare engine on the same images in memory, in one run.
+
+    python tests/bench/annotate_throughput.py [--rounds 5]
+
+The engine: decoded images in memory, text embedding included, relevance grids out. The annotator: tar,
+decoding, engine, masks, RLE, Parquet, published on the local disk; no ray. Rounds alternate after one warm-up of
+each; medians. Prints one JSON row.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import legrad
+from pipeline import storage
+from pipeline.annotate import ShardAnnotator
+from pipeline.config import JobConfig
+from pipeline.decode import decode_image, find_field, read_captions
+from pipeline.demo.run_demo import demo_config
+from pipeline.engine import Engine, PreparedSample, Prompt
+from pipeline.job import installed_versions
+from pipeline.model import load_explainer
+from pipeline.shards import RawSample, read_samples
+
+
+def samples_in_memory(config: JobConfig, explainer: legrad.LeGrad) -> list[PreparedSample]:
+    samples = []
+    for shard in storage.list_shards(config.input.shards):
+        with storage.open_shard(shard) as stream:
+            for item in read_samples(stream, max_member_bytes=config.input.max_member_bytes):
+                assert isinstance(item, RawSample)
+                captions = read_captions(item.fields, config.input.caption, several=True)
+                image = decode_image(
+                    find_field(item.fields, config.input.image),
+                    explainer.transform,
+                    max_image_pixels=config.input.max_image_pixels,
+                )
+                prompts = tuple(Prompt(i, text) for i, text in enumerate(captions) if isinstance(text, str))
+                samples.append(PreparedSample(item.index, item.key, image, prompts))
+    return samples
+
+
+def engine_seconds(config: JobConfig, explainer: legrad.LeGrad, samples: list[PreparedSample]) -> float:
+    engine = Engine(explainer, config.prompts.max_per_sample)
+    started_s = time.perf_counter()
+    for start in range(0, len(samples), config.run.batch_size):
+        engine.explain(samples[start : start + config.run.batch_size])
+    return time.perf_counter() - started_s
+
+
+def annotator_seconds(config: JobConfig, explainer: legrad.LeGrad) -> float:
+    with tempfile.TemporaryDirectory() as out:
+        here = config.model_copy(update={"output": config.output.model_copy(update={"dir": out})})
+        annotator = ShardAnnotator(here, explainer, decode_threads=torch.get_num_threads(), metadata={})
+        shards = storage.list_shards(config.input.shards)
+        started_s = time.perf_counter()
+        for shard in shards:
+            annotator.annotate(shard)
+        elapsed_s = time.perf_counter() - started_s
+        annotator.close()
+    return elapsed_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    config = demo_config(Path("unused"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    explainer = load_explainer(config.model, device)
+    samples = samples_in_memory(config, explainer)
+    engine_s, annotator_s = [], []
+    for round_number in range(rounds + 1):
+        timings = engine_seconds(config, explainer, samples), annotator_seconds(config, explainer)
+        if round_number:
+            engine_s.append(timings[0])
+            annotator_s.append(timings[1])
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    engine_rate, annotator_rate = (
+        len(samples) / statistics.median(seconds) for seconds in (engine_s, annotator_s)
+    )
+    print(
+        json.dumps(
+            {
+                "commit": commit,
+                "device": device,
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "versions": installed_versions(),
+                "model": config.model.model_dump(),
+                "batch_size": config.run.batch_size,
+                "samples": len(samples),
+                "prompts": sum(len(sample.prompts) for sample in samples),
+                "rounds": rounds,
+                "engine_samples_per_s": round(engine_rate, 1),
+                "annotator_samples_per_s": round(annotator_rate, 1),
+                "annotator_over_engine": round(annotator_rate / engine_rate, 3),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

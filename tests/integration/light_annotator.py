@@ -1,0 +1,49 @@
+"""An annotator without a model, for tests of how shards are handed out; some shards misbehave by name."""
+
+import os
+import signal
+import time
+
+from pipeline.annotate import ShardReport
+from pipeline.errors import OutputError, ShardError
+from pipeline.records import SampleError, ShardCounts
+from pipeline.writer import ShardWriter
+
+
+class LightAnnotator:
+    """Publishes one row a shard without any model; some shards misbehave, as their names say."""
+
+    def __init__(self, config, metadata):
+        self.config, self.metadata = config, metadata
+
+    def annotate(self, shard):
+        name = shard.canonical_url.rsplit("/", 1)[1]
+        if name.startswith("poison"):
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name.startswith("unreadable"):
+            raise ShardError(f"{name}: connection refused")
+        if name.startswith("full"):
+            raise OutputError(f"{self.config.output.dir}: No space left on device")
+        if name.startswith("bug"):
+            raise ZeroDivisionError("division by zero")
+        with ShardWriter(shard.canonical_url, {**self.metadata, "attempt": "a"}) as writer:
+            if name.startswith("errors"):
+                for index in range(1500):
+                    writer.add_sample([], [SampleError("decode", "truncated", "m", str(index), index)])
+            else:
+                writer.add_sample(
+                    [{"key": name, "sample_index": 0, "prompt_index": 0, "prompt": "p", "status": "ok"}], []
+                )
+            return ShardReport(writer.publish(self.config.output.dir, shard.shard_id), 0.1)
+
+    def live_counts(self):
+        return ShardCounts()
+
+
+def light(config, metadata, cpus, device):
+    return LightAnnotator(config, metadata)
+
+
+def dies_while_loading(config, metadata, cpus, device):
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,275 @@
+"""Jobs on a real local Ray: workers die, runs are cut short, shards are poison; no row is lost or doubled."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+import yaml
+from corpus import demo_job, write_corpus
+from light_annotator import LightAnnotator, dies_while_loading, light
+from rich.console import Console
+
+from pipeline.annotate import ShardAnnotator
+from pipeline.config import RunConfig
+from pipeline.errors import OutputError, UserError
+from pipeline.job import prepare_job
+from pipeline.progress import open_progress
+from pipeline.run import WorkersDied, plan_workers, run_job
+from pipeline.status import read_status
+
+LEGRAD = str(Path(sys.executable).with_name("legrad"))
+
+
+def named_shards(folder, *names):
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{name}.tar" for name in names]
+    for path in paths:
+        path.write_bytes(b"")
+    return paths
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a job with the light annotator; returns its result and what its log said."""
+    # workers import the light annotator by name
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+    def start(*names, factory=light, **settings):
+        shards = named_shards(tmp_path / "in", *names)
+        config = demo_job(shards, tmp_path / "out", run={"progress_interval_s": 0.1, **settings})
+        with (
+            (tmp_path / "log").open("w") as log,
+            open_progress(Console(file=log, width=200), 0.1) as progress,
+        ):
+            result = run_job(prepare_job(config), progress, factory)
+        return result, (tmp_path / "log").read_text()
+
+    return start
+
+
+def published(out):
+    return sorted(ds.dataset(out / "annotations", format="parquet").to_table()["key"].to_pylist())
+
+
+def test_a_poison_shard_among_good_ones_is_given_up_and_all_others_finish(run, tmp_path):
+    result, log = run("a", "b", "poison", "c", "d", "e", workers=1, max_attempts=2)
+    assert published(tmp_path / "out") == ["a.tar", "b.tar", "c.tar", "d.tar", "e.tar"]
+    assert [url.rsplit("/", 1)[1] for url, _ in result.failed] == ["poison.tar"]
+    assert (result.state.shards_done, result.state.shards_failed, result.state.shards_left) == (5, 1, 0)
+    assert not result.complete
+    assert "a worker died and is replaced" in log
+    status = read_status(str(tmp_path / "out"))
+    assert (len(status.done), len(status.failed), len(status.left)) == (5, 1, 0)
+    assert "the worker died" in status.failed[0][1]
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    failure = yaml.safe_load(next((tmp_path / "out" / "failed").iterdir()).read_text())
+    assert failure["attempts"] == 2
+
+
+def test_a_rerun_does_only_what_is_left_and_then_the_job_succeeds(run, tmp_path):
+    first, _ = run("a", "unreadable", "bug", workers=1, max_attempts=1)
+    assert (first.state.shards_done, first.state.shards_failed) == (1, 2)
+    assert any("connection refused" in message for _, message in first.failed)
+    assert any("ZeroDivisionError" in message for _, message in first.failed)
+    before = next((tmp_path / "out" / "annotations").glob("a-*")).stat().st_mtime_ns
+    second, _ = run("a", "b", workers=1)
+    assert (second.state.shards_skipped, second.state.shards_done) == (1, 1)
+    assert next((tmp_path / "out" / "annotations").glob("a-*")).stat().st_mtime_ns == before
+    assert second.complete
+    assert yaml.safe_load((tmp_path / "out" / "_SUCCESS").read_text())["annotated"] == 2
+
+
+def test_a_full_disk_stops_the_job_with_the_cause(run):
+    with pytest.raises(OutputError, match="No space left on device"):
+        run("a", "full", workers=1)
+
+
+def test_more_errors_than_the_budget_allows_stop_the_job_early(run, tmp_path):
+    result, _ = run("errors", *[f"z{index}" for index in range(30)], workers=1, error_budget=0.5)
+    assert "1500 of 150" in result.stopped
+    assert "decode/truncated: 1500" in result.stopped
+    assert result.state.shards_left > 0
+
+
+def test_too_many_failed_shards_stop_the_job_early(run):
+    result, _ = run(
+        *[f"unreadable{index}" for index in range(4)], workers=1, max_attempts=1, max_failed_shards=1
+    )
+    assert "run.max_failed_shards is 1" in result.stopped
+
+
+def test_workers_that_die_while_they_load_end_the_job(run):
+    with pytest.raises(WorkersDied, match="3 workers in a row"):
+        run("a", factory=dies_while_loading, workers=1)
+
+
+def test_the_users_mistake_is_found_by_the_workers_and_told_once(tmp_path):
+    config = demo_job(named_shards(tmp_path / "in", "a"), tmp_path / "out")
+    wrong = config.model_copy(
+        update={"model": config.model.model_copy(update={"name": "RN50", "pretrained": "openai"})}
+    )
+    with open_progress(Console(file=sys.stderr), 1.0) as progress, pytest.raises(UserError, match="RN50"):
+        run_job(prepare_job(wrong), progress)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "settings", "planned"),
+    [
+        ({"CPU": 64, "GPU": 8}, {}, (8, 8, 1.0)),
+        ({"CPU": 16, "GPU": 8}, {}, (8, 2, 1.0)),
+        ({"CPU": 64, "GPU": 8}, {"gpus_per_worker": 0.5}, (16, 4, 0.5)),
+        ({"CPU": 64, "GPU": 8}, {"workers": 3}, (3, 8, 1.0)),
+        ({"CPU": 64, "GPU": 8}, {"gpus_per_worker": 0, "cpus_per_worker": 4, "workers": 4}, (4, 4, 0.0)),
+        ({"CPU": 4}, {}, (1, 4, 0.0)),
+        ({"CPU": 32}, {}, (4, 8, 0.0)),
+        ({"CPU": 8}, {"workers": 99, "cpus_per_worker": 2}, (4, 2, 0.0)),
+    ],
+)
+def test_workers_are_planned_for_what_the_cluster_has(cluster, settings, planned):
+    plan = plan_workers(RunConfig(**settings), cluster, shards=100)
+    assert (plan.workers, plan.cpus, plan.gpus) == planned
+
+
+def test_no_more_workers_than_shards_are_planned():
+    assert plan_workers(RunConfig(), {"CPU": 64, "GPU": 8}, shards=2).workers == 2
+
+
+def test_a_worker_larger_than_the_cluster_is_refused():
+    with pytest.raises(UserError, match="cpus_per_worker: 16 asked for, the cluster has 4"):
+        plan_workers(RunConfig(cpus_per_worker=16), {"CPU": 4}, shards=1)
+    with pytest.raises(UserError, match="gpus_per_worker: 4 asked for, the cluster has 2"):
+        plan_workers(RunConfig(gpus_per_worker=4), {"CPU": 4, "GPU": 2}, shards=1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), shards=6, samples_per_shard=40)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """Rows of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    finished = annotate(corpus, out)
+    assert finished.wait(timeout=240) == 0
+    return rows_of(out)
+
+
+def annotate(corpus, out):
+    config = demo_job(corpus, out, run={"workers": 1, "batch_size": 4, "progress_interval_s": 0.5})
+    path = out.parent / f"{out.name}.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    with (out.parent / "log").open("a") as log:
+        return subprocess.Popen(
+            [LEGRAD, "annotate", str(path)], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def rows_of(out):
+    table = ds.dataset(out / "annotations", format="parquet").to_table(
+        columns=["shard", "sample_index", "prompt_index", "key", "prompt", "area"]
+    )
+    return sorted(tuple(row.values()) for row in table.to_pylist())
+
+
+def wait_for_first_shard(out, process):
+    deadline_s = time.monotonic() + 200
+    while time.monotonic() < deadline_s:
+        if list((out / "annotations").glob("*.parquet")):
+            return
+        assert process.poll() is None, (out.parent / "log").read_text()
+        time.sleep(0.02)
+    raise TimeoutError((out.parent / "log").read_text())
+
+
+def worker_pids(process):
+    """Worker processes of the ray that belongs to a driver: those whose ancestors lead to it."""
+    parents, names = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            names[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+    return [
+        pid for pid, name in names.items() if "_RayWorker" in name and descends(pid, process.pid, parents)
+    ]
+
+
+def descends(pid, ancestor, parents):
+    while pid in parents:
+        if pid == ancestor:
+            return True
+        pid = parents[pid]
+    return False
+
+
+def assert_nothing_lost_or_doubled(out, undisturbed):
+    rows = rows_of(out)
+    identities = [row[:3] for row in rows]
+    assert len(identities) == len(set(identities))
+    assert rows == undisturbed
+    status = read_status(str(out))
+    assert status.complete
+    assert status.succeeded
+    counts = status.counts
+    assert counts.samples_in == counts.annotated + counts.empty + counts.failed == 240
+    stray = [path for path in out.rglob("*") if path.name.startswith(".tmp-")]
+    assert stray == []
+
+
+def test_a_worker_killed_in_mid_shard_costs_no_row_and_doubles_none(corpus, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    process = annotate(corpus, out)
+    wait_for_first_shard(out, process)
+    pids = worker_pids(process)
+    assert len(pids) == 1
+    os.kill(pids[0], signal.SIGKILL)
+    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert "a worker died and is replaced" in (tmp_path / "log").read_text()
+    assert_nothing_lost_or_doubled(out, undisturbed)
+
+
+def test_ctrl_c_then_the_same_command_again_costs_no_row_and_doubles_none(corpus, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    process = annotate(corpus, out)
+    wait_for_first_shard(out, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130, (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "interrupted" in log
+    assert "Traceback" not in log
+    assert len(list((out / "annotations").glob("*.parquet"))) < 6
+    assert annotate(corpus, out).wait(timeout=240) == 0
+    assert_nothing_lost_or_doubled(out, undisturbed)
+
+
+def test_sigterm_ends_with_its_own_exit_code_and_a_rerun_completes(corpus, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    process = annotate(corpus, out)
+    wait_for_first_shard(out, process)
+    process.terminate()
+    assert process.wait(timeout=60) == 143, (tmp_path / "log").read_text()
+    assert annotate(corpus, out).wait(timeout=240) == 0
+    assert_nothing_lost_or_doubled(out, undisturbed)
+
+
+def test_a_driver_killed_with_9_leaves_what_a_rerun_completes(corpus, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    process = annotate(corpus, out)
+    wait_for_first_shard(out, process)
+    process.kill()
+    process.wait(timeout=60)
+    assert annotate(corpus, out).wait(timeout=240) == 0
+    assert_nothing_lost_or_doubled(out, undisturbed)
+
+
+def test_the_real_annotator_and_the_light_one_keep_the_same_contract():
+    for name in ("annotate", "live_counts"):
+        assert callable(getattr(ShardAnnotator, name))
+        assert callable(getattr(LightAnnotator, name))

@@ -1,0 +1,178 @@
+"""The command line: what it prints, and with which code it ends."""
+
+import sys
+
+import pytest
+import yaml
+from corpus import demo_job, write_corpus
+from rich.console import Console
+
+from pipeline import cli
+from pipeline.demo.run_demo import demo_config
+from pipeline.job import prepare_job
+from pipeline.progress import RunState, as_duration, open_progress
+from pipeline.records import ShardCounts
+from pipeline.run import JobResult
+
+
+@pytest.fixture
+def legrad(monkeypatch, capsys):
+    """Runs the command line in this process; returns exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["legrad", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    config = demo_job(write_corpus(tmp_path / "in", 2, 1), tmp_path / "out")
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["annotate"], ["nonsense"], ["status"], ["annotate", "a.yaml", "--no-such-option"], ["evaluate", "out"]],
+)
+def test_usage_errors_end_with_1(legrad, arguments):
+    code, _, err = legrad(*arguments)
+    assert code == 1
+    assert "Traceback" not in err
+
+
+def test_help_names_every_command_and_ends_with_0(legrad):
+    code, out, _ = legrad("--help")
+    assert code == 0
+    assert all(command in out for command in ("annotate", "status", "evaluate", "models", "demo"))
+
+
+def test_a_wrong_key_is_told_on_one_screen_without_a_traceback(legrad, config_file):
+    code, _, err = legrad("annotate", config_file, "run.batchsize=3")
+    assert code == 1
+    assert "did you mean run.batch_size?" in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) < 24
+
+
+def test_a_model_that_cannot_be_explained_is_told_before_any_work(legrad, config_file, tmp_path):
+    code, _, err = legrad("annotate", config_file, "model.name=RN50", "model.pretrained=openai")
+    assert code == 1
+    assert "RN50" in err
+    assert "Traceback" not in err
+
+
+def test_weights_that_are_not_there_are_told(legrad, config_file, tmp_path):
+    code, _, err = legrad(
+        "annotate", config_file, f"model.pretrained={tmp_path}/gone.pt", "model.name=ViT-B-32"
+    )
+    assert code == 1
+    assert "gone.pt" in err
+
+
+@pytest.mark.parametrize(("complete", "code"), [(True, 0), (False, 3)])
+def test_annotate_ends_with_0_where_all_is_done_and_3_where_something_is_left(
+    legrad, config_file, monkeypatch, complete, code
+):
+    state = RunState(shards_total=2, shards_skipped=0, shards_done=2 if complete else 1)
+    result = JobResult(state, () if complete else (("file:///x.tar", "it kills its worker"),))
+    monkeypatch.setattr("pipeline.annotate_job.run_job", lambda job, progress: result)
+    ended, out, _ = legrad("annotate", config_file)
+    assert ended == code
+    assert ("file:///x.tar: it kills its worker" in out) is not complete
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(legrad, config_file, monkeypatch):
+    def interrupted(job, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.annotate_job.run_job", interrupted)
+    code, out, err = legrad("annotate", config_file)
+    assert code == 130
+    assert "interrupted; the same command goes on" in out
+    assert "Traceback" not in err
+
+
+def test_a_bug_of_ours_ends_with_2_and_a_traceback(legrad, config_file, monkeypatch):
+    def broken(job, progress):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pipeline.annotate_job.run_job", broken)
+    code, _, err = legrad("annotate", config_file)
+    assert code == 2
+    assert "ZeroDivisionError" in err
+
+
+def test_an_output_that_cannot_be_written_ends_with_2_and_its_path(legrad, config_file, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = legrad("annotate", config_file, f"output.dir={tmp_path}/file/out")
+    assert code == 2
+    assert f"{tmp_path}/file/out" in err
+    assert "Traceback" not in err
+
+
+def test_status_ends_with_3_while_shards_are_left_and_1_without_a_job(legrad, tmp_path):
+    prepare_job(demo_job(write_corpus(tmp_path / "in", 2, 1), tmp_path / "out"))
+    code, out, _ = legrad("status", tmp_path / "out")
+    assert code == 3
+    assert "incomplete" in out
+    assert legrad("status", tmp_path / "in")[0] == 1
+
+
+def test_models_lists_what_is_supported_and_on_request_why_the_rest_is_not(legrad):
+    code, out, _ = legrad("models")
+    assert code == 0
+    assert "ViT-B-16" in out
+    assert "RN50" not in out
+    assert "RN50" in legrad("models", "--refused")[1]
+
+
+def test_the_demo_config_points_at_what_the_package_ships(tmp_path):
+    config = demo_config(tmp_path)
+    assert len(config.input.shards) == 7
+    assert config.output.dir == str(tmp_path)
+    assert config.prompts.source == "captions"
+
+
+def test_a_log_gets_plain_lines_no_more_often_than_asked(tmp_path):
+    state = RunState(
+        shards_total=10,
+        shards_skipped=2,
+        shards_done=3,
+        shards_failed=1,
+        counts=ShardCounts(annotated=290, failed=10, rows=600, errors_by_kind={"decode/truncated": 10}),
+        elapsed_s=30.0,
+    )
+    with (tmp_path / "log").open("w") as log, open_progress(Console(file=log, width=80), 0.0) as progress:
+        progress.update(state)
+    line = (tmp_path / "log").read_text()
+    assert line.count("\n") == 1
+    assert "\x1b" not in line
+    for told in ("shards 5/10, 1 failed", "samples 300 (10.0/s)", "decode/truncated 10", "left 40s"):
+        assert told in line
+    with (tmp_path / "log").open("w") as log, open_progress(Console(file=log), 3600.0) as progress:
+        progress.update(state)
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_terminal_gets_a_live_display(tmp_path):
+    with (tmp_path / "screen").open("w") as screen:
+        console = Console(file=screen, force_terminal=True, width=120)
+        with open_progress(console, 1.0) as progress:
+            progress.update(RunState(shards_total=4, shards_skipped=0))
+            progress.say("a worker died")
+    shown = (tmp_path / "screen").read_text()
+    assert "shards 0/4" in shown
+    assert "a worker died" in shown
+    assert "\x1b[" in shown
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.4, "0s"), (59.6, "1m00s"), (200, "3m20s"), (3720, "1h02m")])
+def test_durations_are_told_briefly(seconds, told):
+    assert as_duration(seconds) == told

@@ -1,0 +1,163 @@
+"""The output folder: whose it is, what is done in it, when it is complete."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from corpus import demo_job, write_corpus
+
+from pipeline import job as jobs
+from pipeline.errors import UserError
+from pipeline.records import SampleError
+from pipeline.status import read_status
+from pipeline.storage import list_shards
+from pipeline.writer import ShardWriter
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "in", 3, 2)
+
+
+def row(index):
+    return {"key": f"k{index}", "sample_index": index, "prompt_index": 0, "prompt": "p", "status": "ok"}
+
+
+def commit(job, shard, rows=2, failures=0):
+    with ShardWriter(shard.canonical_url, {**job.stamp.as_metadata(), "attempt": shard.shard_id}) as writer:
+        for index in range(rows):
+            writer.add_sample([row(index)], [])
+        for index in range(failures):
+            writer.add_sample([], [SampleError("decode", "truncated", "m", f"f{index}", rows + index)])
+        writer.publish(job.config.output.dir, shard.shard_id)
+
+
+def test_a_new_folder_gets_its_job_file_and_the_frozen_list_of_shards(corpus, tmp_path):
+    job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    assert [shard.canonical_url for shard in job.todo] == [path.as_uri() for path in corpus]
+    document = jobs.read_job(str(tmp_path / "out"))
+    assert document["config_hash"] == job.stamp.config_hash
+    assert document["weights_digest"].startswith("sha256:")
+    assert document["versions"]["torch"]
+    table = pq.read_table(tmp_path / "out" / "shards.parquet")
+    assert table["shard"].to_pylist() == [path.as_uri() for path in corpus]
+    assert table["size_bytes"].to_pylist() == [path.stat().st_size for path in corpus]
+
+
+def test_done_shards_are_known_by_their_annotations_alone(corpus, tmp_path):
+    config = demo_job(corpus, tmp_path / "out")
+    job = jobs.prepare_job(config)
+    commit(job, job.shards[1])
+    assert [shard.shard_id for shard in jobs.prepare_job(config).todo] == [
+        job.shards[0].shard_id,
+        job.shards[2].shard_id,
+    ]
+
+
+def test_new_shards_are_taken_in_and_the_job_is_no_longer_complete(corpus, tmp_path):
+    config = demo_job(corpus[:2], tmp_path / "out")
+    job = jobs.prepare_job(config)
+    for shard in job.shards:
+        commit(job, shard)
+    jobs.record_success(config.output.dir, 2, read_status(config.output.dir).counts)
+    assert jobs.prepare_job(config).todo == []
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    grown = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    assert [shard.canonical_url for shard in grown.todo] == [corpus[2].as_uri()]
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_another_configuration_is_refused_and_what_differs_is_named(corpus, tmp_path):
+    jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    with pytest.raises(UserError, match=r"changed: masks\.rule, masks\.value"):
+        jobs.prepare_job(demo_job(corpus, tmp_path / "out", masks={"rule": "fixed", "value": 0.3}))
+
+
+def test_another_configuration_may_overwrite_where_that_is_asked_for(corpus, tmp_path):
+    first = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    commit(first, first.shards[0])
+    changed = demo_job(corpus, tmp_path / "out", masks={"rule": "fixed"}, output={"on_mismatch": "overwrite"})
+    job = jobs.prepare_job(changed)
+    assert len(job.todo) == 3
+    assert any("removed 2 files" in warning for warning in job.warnings)
+    assert list((tmp_path / "out" / "annotations").iterdir()) == []
+
+
+def test_run_settings_may_change_between_runs(corpus, tmp_path):
+    jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    assert jobs.prepare_job(demo_job(corpus, tmp_path / "out", run={"batch_size": 3})).warnings == ()
+
+
+def test_other_versions_are_a_warning_not_a_refusal(corpus, tmp_path):
+    config = demo_job(corpus, tmp_path / "out")
+    jobs.prepare_job(config)
+    path = tmp_path / "out" / "job.json"
+    document = json.loads(path.read_text())
+    document["versions"]["torch"] = "0.0.1"
+    path.write_text(json.dumps(document))
+    assert any("torch 0.0.1 ->" in warning for warning in jobs.prepare_job(config).warnings)
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_given_up_shards_are_tried_again_unless_told_not_to(corpus, tmp_path, retry):
+    config = demo_job(corpus, tmp_path / "out", run={"retry_failed": retry})
+    job = jobs.prepare_job(config)
+    jobs.record_failure(config.output.dir, job.shards[0], 3, "killed")
+    again = jobs.prepare_job(config)
+    assert (job.shards[0] in again.todo) is retry
+    assert (job.shards[0].shard_id in again.given_up) is not retry
+
+
+def test_no_secret_of_a_url_is_written_down(corpus, tmp_path):
+    signed = f"file://{corpus[0]}"
+    config = demo_job([signed], tmp_path / "out")
+    hidden = config.model_copy(
+        update={
+            "input": config.input.model_copy(update={"shards": ["s3://id:hunter2@bucket/{0..1}.tar?sig=abc"]})
+        }
+    )
+    written = jobs._job_document(hidden, jobs.prepare_job(config).stamp).decode()
+    assert "hunter2" not in written
+    assert "sig=abc" not in written
+    assert "s3://bucket/{0..1}.tar" in written
+
+
+def test_status_counts_what_is_done_failed_and_left(corpus, tmp_path):
+    config = demo_job(corpus, tmp_path / "out")
+    job = jobs.prepare_job(config)
+    commit(job, job.shards[0], rows=3, failures=2)
+    jobs.record_failure(config.output.dir, job.shards[1], 3, "it kills its worker")
+    status = read_status(config.output.dir)
+    assert (status.shards_total, status.done, status.left) == (
+        3,
+        (job.shards[0].shard_id,),
+        (job.shards[2].shard_id,),
+    )
+    assert status.failed == ((job.shards[1].canonical_url, "it kills its worker"),)
+    assert (status.counts.samples_in, status.counts.annotated, status.counts.failed) == (5, 3, 2)
+    assert status.counts.errors_by_kind == {"decode/truncated": 2}
+    assert not status.complete
+
+
+def test_status_names_a_shard_whose_two_files_are_of_different_attempts(corpus, tmp_path):
+    config = demo_job(corpus, tmp_path / "out")
+    job = jobs.prepare_job(config)
+    for shard in job.shards:
+        commit(job, shard)
+    name = f"{job.shards[0].shard_id}.parquet"
+    other = f"{job.shards[1].shard_id}.parquet"
+    (tmp_path / "out" / "errors" / name).write_bytes((tmp_path / "out" / "errors" / other).read_bytes())
+    (tmp_path / "out" / "errors" / other).write_bytes(b"torn")
+    status = read_status(config.output.dir)
+    assert set(status.mismatched) == {job.shards[0].shard_id, job.shards[1].shard_id}
+    assert not status.complete
+
+
+def test_status_of_a_folder_without_a_job_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"holds no job\.json"):
+        read_status(str(tmp_path))
+
+
+def test_the_list_of_shards_that_is_frozen_is_the_one_that_is_worked_on(corpus, tmp_path):
+    config = demo_job([str(corpus[0].parent / "*.tar")], tmp_path / "out")
+    assert list(jobs.prepare_job(config).shards) == list_shards(config.input.shards)
