@@ -7,6 +7,7 @@ or left; 130 Ctrl-C; 143 SIGTERM.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections import Counter
@@ -108,6 +109,8 @@ def demo(
 
 def main() -> None:
     """Run the command line; mistakes of the user's take one screen, without a traceback."""
+    # torch's threads share the cores with decoding; spinning while they wait costs more than it saves
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()

@@ -3,8 +3,8 @@
     python tests/bench/annotate_throughput.py [--rounds 5]
 
 The engine: decoded images in memory, text embedding included, relevance grids out. The annotator: tar,
-decoding, engine, masks, RLE, Parquet, published on the local disk; no ray. Rounds alternate after one warm-up of
-each; medians. Prints one JSON row.
+decoding, engine, masks, RLE, Parquet, published on the local disk; no ray. Rounds alternate after one warm-up
+of each; medians. Prints one JSON row.
 """
 
 import argparse
@@ -84,9 +84,7 @@ def main() -> None:
         if round_number:
             engine_s.append(timings[0])
             annotator_s.append(timings[1])
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
     engine_rate, annotator_rate = (
         len(samples) / statistics.median(seconds) for seconds in (engine_s, annotator_s)
     )
