@@ -197,8 +197,6 @@ class ShardAnnotator:
             if not is_finite
         ]
         rows = self._rows(item.explained, finite.nonzero().flatten())
-        if not rows and not errors and not item.errors:
-            return SampleOutcome(dropped_prompts=item.explained.dropped_prompts)
         return SampleOutcome(tuple(rows), (*item.errors, *errors), item.explained.dropped_prompts)
 
     def _rows(self, explained: ExplainedSample, positions: torch.Tensor) -> list[dict[str, Any]]:
@@ -270,7 +268,7 @@ def _mask_columns(masks: ImageMasks, row: int, *, accepted: bool) -> dict[str, A
 
 
 def _heatmap_columns(relevance_grid: torch.Tensor, peak: float) -> dict[str, Any]:
-    scaled = relevance_grid.numpy() * (255 / peak) if peak > 0 else np.zeros_like(relevance_grid.numpy())
+    scaled = relevance_grid.numpy() / (peak or 1.0) * 255
     grid_height, grid_width = relevance_grid.shape
     return {
         "heatmap": np.rint(scaled).astype(np.uint8).tobytes(),

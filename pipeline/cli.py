@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.config import load_config
 from pipeline.errors import PipelineError, UserError
@@ -89,7 +90,7 @@ def models(
         if support.family is not None:
             table.add_row(name, support.family)
         elif refused:
-            table.add_row(name, f"[dim]{support.reason}[/dim]")
+            table.add_row(name, Text(support.reason or "", style="dim"))
     console.print(table)
     counts = Counter(support.family is not None for support in supported.values())
     console.print(

@@ -8,9 +8,18 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import UserError
 
@@ -101,6 +110,13 @@ class OutputConfig(Section):
         "refuse", description="What to do where the folder holds results of another configuration."
     )
 
+    @field_validator("dir")
+    @classmethod
+    def _no_credentials(cls, url: str) -> str:
+        if "@" in urlsplit(url).netloc:
+            raise ValueError("credentials come from the environment, never from a URL")
+        return url
+
 
 class RunConfig(Section):
     """How the work is spread; changes nothing of the results."""
@@ -180,7 +196,7 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobCo
     try:
         return JobConfig.model_validate(document)
     except ValidationError as error:
-        lines = [_told(problem) for problem in error.errors()]
+        lines = list(dict.fromkeys(_told(problem) for problem in error.errors()))
         raise UserError("\n".join([f"{where}: {len(lines)} problem(s)", *lines])) from None
 
 
@@ -210,7 +226,8 @@ def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:
     if not separator or not all(dotted_key.split(".")):
         raise UserError(f"expected an override of the form section.key=value, got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        # @FILE and *.tar are patterns of input.shards, and no YAML
+        value = text if text.startswith(("@", "*")) else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
     return _set(document, dotted_key.split("."), value, override)
@@ -226,7 +243,8 @@ def _set(document: dict[str, Any], keys: Sequence[str], value: Any, override: st
 
 
 def _told(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
+    # deeper parts name alternatives of a type, not keys
+    location = [str(part) for part in problem["loc"]][:2]
     dotted = ".".join(location) or "config"
     if problem["type"] == "extra_forbidden":
         return f"  {dotted}: unknown key{_suggestion(location)}"

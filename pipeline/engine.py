@@ -136,7 +136,8 @@ class Engine:
         """Unit text embeddings [prompts, dim]; a text is embedded once while it stays in the cache."""
         unknown = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
         if unknown:
-            self._text_cache.update(zip(unknown, self._explainer.embed_text(unknown), strict=True))
+            rows_of_unknown = (row.clone() for row in self._explainer.embed_text(unknown))
+            self._text_cache.update(zip(unknown, rows_of_unknown, strict=True))
         rows = []
         for text in texts:
             self._text_cache.move_to_end(text)

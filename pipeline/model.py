@@ -36,9 +36,7 @@ def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeG
             precision=model.precision,
             image_size=model.image_size,
         )
-    except (LeGradError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (LeGradError, OSError, ValueError) as error:
         raise UserError(f"model.name {model.name}, model.pretrained {model.pretrained}: {error}") from error
 
 

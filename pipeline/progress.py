@@ -48,9 +48,10 @@ class RunState:
         """One line for a log: shards, samples, rate, errors and the time left."""
         counts = self.counts + self.live_counts
         rate = counts.samples_in / self.elapsed_s if self.elapsed_s > 0 else 0.0
+        waiting = "" if self.workers_ready else "waiting for workers | "
         failed = f", {self.shards_failed} failed" if self.shards_failed else ""
         return (
-            f"shards {self.shards_skipped + self.shards_done}/{self.shards_total}{failed} | "
+            f"{waiting}shards {self.shards_skipped + self.shards_done}/{self.shards_total}{failed} | "
             f"samples {counts.samples_in:,} ({rate:,.1f}/s) | masks {counts.rows:,} | "
             f"failed samples {counts.failed:,}{_kinds(counts)} | left {self._time_left()}"
         )

@@ -11,22 +11,23 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from pipeline import job as jobs
 from pipeline import storage
-from pipeline.config import RunConfig
 from pipeline.errors import OutputError, PipelineError, UserError
 from pipeline.job import Job
-from pipeline.progress import Progress, RunState
+from pipeline.plan import WorkerPlan, plan_workers
+from pipeline.progress import Progress
 from pipeline.records import ShardCounts, total_counts
+from pipeline.result import JobResult, concluded, first_state
 from pipeline.shard_queue import GivenUp, ShardQueue
 from pipeline.storage import ShardSource
 from pipeline.worker import AnnotatorFactory, LoadOutcome, ShardOutcome, Worker, build_annotator
@@ -38,49 +39,11 @@ SHARDS_IN_HAND = 2
 PULSE_INTERVAL_S = 2.0
 WAIT_S = 0.5
 MAX_LOAD_DEATHS = 3
+PATIENCE_S = 60.0
+NODE_LOSS_S = 10.0
 RETRY_BACKOFF_S = 2.0
 BUDGET_SAMPLES = 1000
 LOCAL_OBJECT_STORE_BYTES = 128 << 20
-
-
-@dataclass(frozen=True)
-class WorkerPlan:
-    """How many workers, and what each one holds.
-
-    Attributes:
-        workers: number of actors.
-        cpus: CPU cores of each.
-        gpus: GPUs of each; 0 for CPU workers.
-    """
-
-    workers: int
-    cpus: int
-    gpus: float
-
-    @property
-    def device(self) -> str:
-        """The torch device of each worker; ray shows a GPU worker its own device alone."""
-        return "cuda" if self.gpus else "cpu"
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """How a run ended.
-
-    Attributes:
-        state: shard and sample counts of this run.
-        failed: canonical URL and last error of every shard given up.
-        stopped: why the run stopped early; empty where it did not.
-    """
-
-    state: RunState
-    failed: tuple[tuple[str, str], ...] = ()
-    stopped: str = ""
-
-    @property
-    def complete(self) -> bool:
-        """Whether every shard of the job is done."""
-        return not self.state.shards_failed and not self.state.shards_left
 
 
 class WorkersDied(PipelineError):
@@ -104,47 +67,29 @@ def run_job(job: Job, progress: Progress, factory: AnnotatorFactory = build_anno
         WorkersDied: workers die again and again while they load.
     """
     if not job.todo:
-        return _concluded(job, JobResult(_first_state(job)))
+        return concluded(job, JobResult(first_state(job)))
     with _ray():
-        plan = plan_workers(job.config.run, ray.cluster_resources(), len(job.todo))
+        todo = len(job.todo)
+        plan = plan_workers(job.config.run, _machines(), todo)
         progress.say(
-            f"{len(job.todo)} shard(s) to do, {len(job.shards) - len(job.todo)} done before; "
+            f"{todo} shard(s) to do, {first_state(job).shards_skipped} done before; "
             f"{plan.workers} worker(s) on {plan.device} with {plan.cpus} CPU core(s) each"
         )
         dispatcher = _Dispatcher(job, plan, progress, factory)
         try:
-            return _concluded(job, dispatcher.run())
+            result = dispatcher.run()
         finally:
             dispatcher.stop_workers()
+        return concluded(job, result)
 
 
-def plan_workers(run: RunConfig, cluster: dict[str, float], shards: int) -> WorkerPlan:
-    """Share the cluster's devices out: GPU workers where it has GPUs, else CPU workers.
-
-    Args:
-        run: the configuration's run section.
-        cluster: ray's cluster resources.
-        shards: no more workers than shards are planned.
-
-    Raises:
-        UserError: the cluster cannot hold a single worker as configured.
-    """
-    cluster_cpus, cluster_gpus = int(cluster.get("CPU", 0)), cluster.get("GPU", 0.0)
-    gpus = run.gpus_per_worker if cluster_gpus else 0.0
-    if gpus > cluster_gpus:
-        raise UserError(f"run.gpus_per_worker: {gpus:g} asked for, the cluster has {cluster_gpus:g}")
-    by_gpu = int(cluster_gpus // gpus) if gpus else None
-    wanted = min(run.workers or by_gpu or max(1, cluster_cpus // 8), shards)
-    cpus = run.cpus_per_worker or max(1, min(8, cluster_cpus // wanted))
-    if cpus > cluster_cpus:
-        raise UserError(f"run.cpus_per_worker: {cpus} asked for, the cluster has {cluster_cpus}")
-    workers = min(wanted, cluster_cpus // cpus, by_gpu if by_gpu is not None else wanted)
-    return WorkerPlan(workers, cpus, gpus)
+def _machines() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     # ray then leaves CUDA_VISIBLE_DEVICES of CPU workers alone, its coming default
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -152,40 +97,19 @@ def _ray() -> Iterator[None]:
         ray.init(address=address, logging_level=logging.ERROR, **(local if address == "local" else {}))
     except (ConnectionError, RayError) as error:
         raise UserError(f"RAY_ADDRESS {address}: no ray cluster answers: {error}") from error
-    # only now: a handler that is there before ray.init() is never called
-    earlier_handler = signal.signal(signal.SIGTERM, _end_on_sigterm)
     try:
-        yield
+        # only now: a handler that is there before ray.init() is never called
+        earlier_handler = signal.signal(signal.SIGTERM, _end_on_sigterm)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, earlier_handler)
     finally:
-        signal.signal(signal.SIGTERM, earlier_handler)
         ray.shutdown()
 
 
 def _end_on_sigterm(_signal_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
-
-
-def _first_state(job: Job) -> RunState:
-    given_up = sum(shard.shard_id in job.given_up for shard in job.shards)
-    return RunState(shards_total=len(job.shards), shards_skipped=len(job.shards) - len(job.todo) - given_up)
-
-
-def _concluded(job: Job, result: JobResult) -> JobResult:
-    left_alone = [
-        (shard.canonical_url, "given up in an earlier run")
-        for shard in job.shards
-        if shard.shard_id in job.given_up
-    ]
-    result = replace(
-        result,
-        state=replace(result.state, shards_failed=result.state.shards_failed + len(left_alone)),
-        failed=(*result.failed, *left_alone),
-    )
-    out = job.config.output.dir
-    if result.complete and not storage.exists(out, jobs.SUCCESS_FILE):
-        counts = total_counts(published_counts(out, shard.shard_id) for shard in job.shards)
-        jobs.record_success(out, len(job.shards), counts)
-    return result
 
 
 @dataclass(eq=False)
@@ -228,8 +152,9 @@ class _Dispatcher:
         self._calls: dict[Any, _Call] = {}
         self._load_deaths = 0
         self._next_pulse_s = 0.0
-        self._state = _first_state(job)
+        self._state = first_state(job)
         self._started_s = time.monotonic()
+        self._next_complaint_s = self._started_s + PATIENCE_S
 
     def run(self) -> JobResult:
         for _ in range(self._plan.workers):
@@ -239,6 +164,7 @@ class _Dispatcher:
             self._hand_out()
             self._ask_for_pulse()
             self._collect()
+            self._complain_if_no_worker_comes()
             self._show()
             stopped = self._reason_to_stop()
         return JobResult(self._state, tuple(self._failed), stopped)
@@ -272,13 +198,20 @@ class _Dispatcher:
         self._calls[actor.load.remote()] = _Call("load", seat)
 
     def _hand_out(self) -> None:
-        for seat in self._seats:
-            while seat.ready and len(seat.in_hand) < SHARDS_IN_HAND:
-                shard = self._queue.take(seat.in_hand, time.monotonic())
-                if shard is None:
-                    break
-                seat.in_hand.append(shard)
-                self._calls[seat.actor.annotate.remote(shard)] = _Call("annotate", seat, shard)
+        # everybody's first shard before anybody's second
+        for already_in_hand in range(SHARDS_IN_HAND):
+            for seat in self._seats:
+                if seat.ready and len(seat.in_hand) == already_in_hand:
+                    self._give_next(seat)
+
+    def _give_next(self, seat: _Seat) -> None:
+        waiting_for_a_first = sum(not other.in_hand for other in self._seats)
+        if seat.in_hand and len(self._queue) <= waiting_for_a_first:
+            return
+        shard = self._queue.take(seat.in_hand, time.monotonic())
+        if shard is not None:
+            seat.in_hand.append(shard)
+            self._calls[seat.actor.annotate.remote(shard)] = _Call("annotate", seat, shard)
 
     def _ask_for_pulse(self) -> None:
         if time.monotonic() < self._next_pulse_s:
@@ -290,19 +223,26 @@ class _Dispatcher:
                 self._calls[seat.actor.live_counts.remote()] = _Call("pulse", seat)
 
     def _collect(self) -> None:
+        if not self._calls:
+            time.sleep(WAIT_S)
+            return
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=WAIT_S)
         for reference in ready:
             call = self._calls.pop(reference)
             try:
                 self._settle(call, ray.get(reference))
-            except RayActorError as error:
-                self._worker_lost(call.seat, str(error))
+            except RayTaskError:
+                raise
+            except RayError as error:
+                # also what is no RayActorError: ray's memory monitor kills a worker with an OutOfMemoryError
+                self._worker_lost(call.seat, error)
 
     def _settle(self, call: _Call, answer: Any) -> None:
         if isinstance(answer, LoadOutcome):
             self._loaded(call.seat, answer)
         elif isinstance(answer, ShardOutcome) and call.shard is not None:
             call.seat.in_hand.remove(call.shard)
+            call.seat.live_counts, self._next_pulse_s = ShardCounts(), 0.0
             self._attempted(call.shard, answer)
         else:
             call.seat.live_counts = answer
@@ -311,6 +251,7 @@ class _Dispatcher:
         if outcome.message:
             raise UserError(outcome.message)
         self._load_deaths = 0
+        self._next_complaint_s = time.monotonic() + PATIENCE_S
         seat.node_id = ray.get(seat.actor.node_id.remote())
         seat.ready = True
 
@@ -337,7 +278,7 @@ class _Dispatcher:
         self._state = replace(self._state, shards_failed=self._state.shards_failed + 1)
         self._progress.say(f"{shard.canonical_url}: given up after {given_up.attempts} attempt(s)")
 
-    def _worker_lost(self, seat: _Seat, message: str) -> None:
+    def _worker_lost(self, seat: _Seat, error: RayError) -> None:
         if seat not in self._seats:
             return
         ray.kill(seat.actor)
@@ -345,21 +286,22 @@ class _Dispatcher:
         self._calls = {reference: call for reference, call in self._calls.items() if call.seat is not seat}
         if not seat.ready:
             self._load_deaths += 1
-            if self._load_deaths >= MAX_LOAD_DEATHS:
-                raise WorkersDied(f"{self._load_deaths} workers in a row died while they loaded: {message}")
-        self._take_back(seat, message.strip().splitlines()[0] if message.strip() else "the worker died")
+            if self._load_deaths >= max(MAX_LOAD_DEATHS, 2 * self._plan.workers):
+                raise WorkersDied(f"{self._load_deaths} workers in a row died while they loaded: {error}")
+        self._take_back(seat, error)
         self._hire()
 
-    def _take_back(self, seat: _Seat, message: str) -> None:
+    def _take_back(self, seat: _Seat, error: RayError) -> None:
         unpublished = [shard for shard in seat.in_hand if not self._found_published(shard)]
-        if seat.ready and not _is_alive(seat.node_id):
+        if seat.ready and _machine_was_lost(seat.node_id, error):
             self._progress.say("a machine was lost; its shards go to other workers")
             self._queue.node_lost(unpublished)
             return
         if unpublished:
             names = ", ".join(shard.canonical_url for shard in unpublished)
             self._progress.say(f"a worker died and is replaced; it had in hand: {names}")
-        for given_up in self._queue.worker_died(unpublished, f"the worker died: {message}"):
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        for given_up in self._queue.worker_died(unpublished, f"the worker died: {cause}"):
             self._give_up(given_up)
 
     def _found_published(self, shard: ShardSource) -> bool:
@@ -368,6 +310,17 @@ class _Dispatcher:
             return False
         self._done(shard, published_counts(out, shard.shard_id))
         return True
+
+    def _complain_if_no_worker_comes(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self._next_complaint_s or any(seat.ready for seat in self._seats):
+            return
+        self._next_complaint_s = now_s + PATIENCE_S
+        plan = self._plan
+        self._progress.say(
+            f"still no worker is ready: each needs {plan.cpus} CPU core(s) and {plan.gpus:g} GPU(s) free "
+            f"on one machine, and time to load {self._job.config.model.name}"
+        )
 
     def _show(self) -> None:
         live = total_counts(seat.live_counts for seat in self._seats if seat.in_hand)
@@ -389,5 +342,11 @@ class _Dispatcher:
         )
 
 
-def _is_alive(node_id: str) -> bool:
-    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+def _machine_was_lost(node_id: str, error: RayError) -> bool:
+    """Whether a worker's machine went away; where that is not clear yet, after a while."""
+    until_s = time.monotonic() + (NODE_LOSS_S if isinstance(error, ActorUnavailableError) else 0.0)
+    while any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(WAIT_S)
+    return True

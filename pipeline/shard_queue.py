@@ -65,8 +65,9 @@ class ShardQueue:
         """
         given_up = []
         for shard in in_hand:
-            attempts = self._struck(shard)
-            if len(in_hand) == 1 and attempts >= self._max_attempts:
+            # only a shard that was alone is known to be guilty
+            attempts = self._struck(shard) if len(in_hand) == 1 else 0
+            if attempts >= self._max_attempts:
                 given_up.append(GivenUp(shard, attempts, message))
             else:
                 self._suspects.append(shard)

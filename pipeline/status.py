@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import job as jobs
 from pipeline import storage
 from pipeline.records import ShardCounts, total_counts
-from pipeline.writer import counts_from_metadata, read_footer
-
-READERS = 16
+from pipeline.writer import checked_counts
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,7 @@ def read_status(output_dir: str) -> OutputStatus:
     jobs.read_job(output_dir)
     listed = {row["shard_id"]: row["shard"] for row in jobs.read_shard_list(output_dir)}
     published = sorted(jobs.shard_ids_in(output_dir, "annotations", ".parquet") & set(listed))
-    with ThreadPoolExecutor(READERS) as pool:
-        counts = dict(
-            zip(published, pool.map(lambda shard: _checked_counts(output_dir, shard), published), strict=True)
-        )
+    counts = checked_counts(output_dir, published)
     done = {shard: found for shard, found in counts.items() if found is not None}
     failed = sorted((jobs.shard_ids_in(output_dir, "failed", ".json") & set(listed)) - set(done))
     return OutputStatus(
@@ -73,22 +67,12 @@ def read_status(output_dir: str) -> OutputStatus:
     )
 
 
-def _checked_counts(output_dir: str, shard_id: str) -> ShardCounts | None:
-    name = f"{shard_id}.parquet"
-    try:
-        annotations = read_footer(storage.join_url(output_dir, "annotations", name))
-        errors = read_footer(storage.join_url(output_dir, "errors", name))
-    except (OSError, KeyError, ValueError, pa.ArrowInvalid):
-        return None
-    return counts_from_metadata(annotations) if annotations["attempt"] == errors["attempt"] else None
-
-
 def _last_error(output_dir: str, shard_id: str) -> str:
     url = storage.join_url(output_dir, "failed", f"{shard_id}.json")
     try:
         return str(json.loads(storage.read_bytes(url))["last_error"])
     except (OSError, ValueError, KeyError) as error:
-        return f"({url} cannot be read: {error})"
+        return f"({storage.without_credentials(url)} cannot be read: {error})"
 
 
 def render_status(status: OutputStatus) -> RenderableType:
@@ -99,7 +83,8 @@ def render_status(status: OutputStatus) -> RenderableType:
     if status.failed:
         parts.append(_pairs_table("shards given up", "last error", status.failed))
     if status.mismatched:
-        parts.append(f"files that do not belong together, rerun to redo: {', '.join(status.mismatched)}")
+        names = ", ".join(status.mismatched)
+        parts.append(Text(f"files that do not belong together; rerun the job to redo them: {names}"))
     return Group(*parts)
 
 
@@ -127,5 +112,5 @@ def _counts_table(status: OutputStatus) -> Table:
 def _pairs_table(title: str, heading: str, pairs: Iterable[tuple[str, object]]) -> Table:
     table = Table("", heading, title=title, title_justify="left")
     for name, value in pairs:
-        table.add_row(name, str(value))
+        table.add_row(Text(name), Text(str(value)))
     return table

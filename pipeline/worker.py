@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import threading
 import traceback
 from collections.abc import Mapping
@@ -19,6 +21,8 @@ from pipeline.records import ShardCounts
 from pipeline.storage import ShardSource
 
 logger = logging.getLogger(__name__)
+
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Worker:
         factory: AnnotatorFactory,
     ) -> None:
         self._arguments = (config, metadata, cpus, device)
+        self._device = device
         self._factory = factory
         self._annotator: Annotator | None = None
         self._loading = threading.Lock()
@@ -113,7 +118,12 @@ class Worker:
             return ShardOutcome("fatal", message=str(error))
         except ShardError as error:
             return ShardOutcome("retry", message=str(error))
+        except OSError as error:
+            return ShardOutcome("fatal" if error.errno in FULL_DISK_ERRORS else "retry", message=str(error))
         except Exception as error:
+            if not _device_answers(self._device):
+                # a broken device fails every later shard too: only a new process gets a new one
+                os._exit(1)
             logger.exception("%s: unexpected error", shard.canonical_url)
             where = traceback.extract_tb(error.__traceback__)[-1]
             return ShardOutcome(
@@ -123,3 +133,13 @@ class Worker:
     def live_counts(self) -> ShardCounts:
         """Outcomes so far of the shards in hand."""
         return self._annotator.live_counts() if self._annotator is not None else ShardCounts()
+
+
+def _device_answers(device: str) -> bool:
+    if device == "cpu":
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

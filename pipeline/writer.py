@@ -6,6 +6,8 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any, cast
 
@@ -16,6 +18,7 @@ from pipeline import storage
 from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, SampleError, ShardCounts
 
 ROWS_PER_GROUP = 1000
+FOOTER_READERS = 16
 SPOOL_BYTES = 64 << 20
 METADATA_KEY = b"legrad"
 
@@ -50,7 +53,8 @@ class _TableSpool:
 
     def close(self) -> None:
         # the writer first: it would write its footer into a closed file when it is collected
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()
         self.file.close()
 
 
@@ -165,3 +169,24 @@ def published_counts(output_dir: str, shard_id: str) -> ShardCounts:
     return counts_from_metadata(
         read_footer(storage.join_url(output_dir, "annotations", f"{shard_id}.parquet"))
     )
+
+
+def checked_counts(output_dir: str, shard_ids: Sequence[str]) -> dict[str, ShardCounts | None]:
+    """The counts of published shards, footers read concurrently.
+
+    Returns:
+        By shard id; None where the two files are not of the same attempt, or one of them cannot be read.
+    """
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        found = pool.map(lambda shard_id: _checked(output_dir, f"{shard_id}.parquet"), shard_ids)
+        return dict(zip(shard_ids, found, strict=True))
+
+
+def _checked(output_dir: str, name: str) -> ShardCounts | None:
+    try:
+        annotations = read_footer(storage.join_url(output_dir, "annotations", name))
+        errors = read_footer(storage.join_url(output_dir, "errors", name))
+        belong_together = annotations["attempt"] == errors["attempt"]
+        return counts_from_metadata(annotations) if belong_together else None
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid):
+        return None

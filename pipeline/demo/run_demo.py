@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.dataset as ds
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.annotate_job import annotate_with_config
 from pipeline.config import JobConfig, load_config
@@ -71,7 +72,7 @@ def _show_rows(out: Path, console: Console) -> None:
     for row in rows:
         box = ", ".join(f"{value:g}" for value in row["bbox_xywh"])
         figures = (f"{row['similarity']:.3f}", f"{row['threshold']:.3f}", f"{row['area']:,}", box)
-        table.add_row(row["key"], row["prompt"], *figures)
+        table.add_row(Text(row["key"]), Text(row["prompt"]), *figures)
     console.print(table)
 
 

@@ -10,7 +10,6 @@ from pipeline import job as jobs
 from pipeline.errors import UserError
 from pipeline.records import SampleError
 from pipeline.status import read_status
-from pipeline.storage import list_shards
 from pipeline.writer import ShardWriter
 
 
@@ -160,4 +159,6 @@ def test_status_of_a_folder_without_a_job_is_the_users_mistake(tmp_path):
 
 def test_the_list_of_shards_that_is_frozen_is_the_one_that_is_worked_on(corpus, tmp_path):
     config = demo_job([str(corpus[0].parent / "*.tar")], tmp_path / "out")
-    assert list(jobs.prepare_job(config).shards) == list_shards(config.input.shards)
+    job = jobs.prepare_job(config)
+    frozen = [(row["shard_id"], row["shard"]) for row in jobs.read_shard_list(config.output.dir)]
+    assert frozen == [(shard.shard_id, shard.canonical_url) for shard in job.shards]
