@@ -9,7 +9,6 @@ from pipeline.job import prepare_job
 from pipeline.progress import as_duration, open_progress
 from pipeline.result import JobResult
 from pipeline.run import run_job
-from pipeline.storage import without_credentials
 
 DONE, INCOMPLETE = 0, 3
 NAMED_FAILURES = 10
@@ -25,16 +24,15 @@ def annotate_with_config(config: JobConfig, console: Console) -> int:
         PipelineError: as `prepare_job` and `run_job` do.
     """
     job = prepare_job(config)
-    out = without_credentials(config.output.dir)
     try:
         with open_progress(console, config.run.progress_interval_s) as progress:
             for warning in job.warnings:
                 progress.say(f"warning: {warning}")
             result = run_job(job, progress)
     except KeyboardInterrupt:
-        _say(console, f"interrupted; the same command goes on where {out} ends")
+        _say(console, f"interrupted; the same command goes on where {config.output.dir} ends")
         raise
-    _tell(result, out, console)
+    _tell(result, config.output.dir, console)
     return DONE if result.complete else INCOMPLETE
 
 

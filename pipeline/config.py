@@ -24,6 +24,7 @@ from pydantic import (
 from pipeline.errors import UserError
 
 MEBIBYTE = 1 << 20
+URL_KEYS = ("input.shards", "output.dir")
 
 
 class Section(BaseModel):
@@ -253,7 +254,9 @@ def _told(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if dotted == "config":
         return f"  {message}"
-    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+    # URLs may carry credentials or signatures
+    received = type(problem["input"]).__name__ if dotted in URL_KEYS else repr(problem["input"])
+    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {received}"
 
 
 def _suggestion(location: Sequence[str]) -> str:
