@@ -12,13 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from typing import Any
 
+import braceexpand
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.config import JobConfig, config_hash
 from pipeline.errors import UserError
-from pipeline.model import weights_digest
+from pipeline.model import is_local_checkpoint, weights_digest
 from pipeline.records import ShardCounts
 from pipeline.storage import ShardSource
 from pipeline.writer import counts_as_metadata
@@ -74,7 +75,8 @@ class Job:
     @property
     def todo(self) -> list[ShardSource]:
         """The shards that are left, in order."""
-        return [shard for shard in self.shards if shard.shard_id not in self.done | self.given_up]
+        settled = self.done | self.given_up
+        return [shard for shard in self.shards if shard.shard_id not in settled]
 
 
 def prepare_job(config: JobConfig) -> Job:
@@ -84,14 +86,13 @@ def prepare_job(config: JobConfig) -> Job:
         UserError: no shard matches, or the folder holds results of another configuration.
         OutputError: the folder cannot be written.
     """
+    config = _with_absolute_paths(config)
     shards = storage.list_shards(config.input.shards)
     digest = weights_digest(config.model)
     stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
     out = config.output.dir
     warnings = _checked_against_earlier(config, stamp)
-    storage.publish(out, JOB_FILE, _job_document(config, stamp))
-    storage.publish(out, SHARDS_FILE, _shard_list(shards))
-    for folder in ("annotations", "errors", "failed"):
+    for folder in ("", "annotations", "errors", "failed"):
         storage.sweep_temporary_files(
             storage.join_url(out, folder), older_than_s=STALE_AFTER_S, now_s=time.time()
         )
@@ -99,8 +100,20 @@ def prepare_job(config: JobConfig) -> Job:
     failed = shard_ids_in(out, "failed", ".json") - done
     job = Job(config, stamp, tuple(shards), frozenset(done), frozenset(_left_alone(config, failed)), warnings)
     if job.todo:
+        # before the new list is there: a crash in between must not leave a success that was never reached
         storage.remove(out, SUCCESS_FILE)
+    storage.publish(out, JOB_FILE, _job_document(config, stamp))
+    storage.publish(out, SHARDS_FILE, _shard_list(shards))
     return job
+
+
+def _with_absolute_paths(config: JobConfig) -> JobConfig:
+    # workers on a cluster have another working directory than the driver
+    output = config.output.model_copy(update={"dir": storage.absolute(config.output.dir)})
+    if not is_local_checkpoint(config.model):
+        return config.model_copy(update={"output": output})
+    model = config.model.model_copy(update={"pretrained": storage.absolute(config.model.pretrained)})
+    return config.model_copy(update={"output": output, "model": model})
 
 
 def shard_ids_in(output_dir: str, folder: str, suffix: str) -> set[str]:
@@ -131,12 +144,14 @@ def read_job(output_dir: str) -> dict[str, Any]:
         document = json.loads(storage.read_bytes(url))
     except FileNotFoundError:
         raise UserError(
-            f"{output_dir}: holds no {JOB_FILE}; is it the output folder of `legrad annotate`?"
+            f"{storage.without_credentials(output_dir)}: holds no {JOB_FILE}; "
+            "is it the output folder of `legrad annotate`?"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{url}: cannot be read: {error}") from error
+        raise UserError(f"{storage.without_credentials(url)}: cannot be read: {error}") from error
     if not isinstance(document, dict):
-        raise UserError(f"{url}: expected a JSON object, got {type(document).__name__}")
+        where = storage.without_credentials(url)
+        raise UserError(f"{where}: expected a JSON object, got {type(document).__name__}")
     return document
 
 
@@ -150,7 +165,7 @@ def read_shard_list(output_dir: str) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pq.read_table(BytesIO(storage.read_bytes(url))).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{url}: cannot be read: {error}") from error
+        raise UserError(f"{storage.without_credentials(url)}: cannot be read: {error}") from error
     return rows
 
 
@@ -202,7 +217,7 @@ def _mismatch(config: JobConfig, stamp: JobStamp, earlier: Mapping[str, Any]) ->
         differing = differing_keys(earlier.get("config", {}), config.model_dump(mode="json"))
         what = ", ".join(differing) or "the model's weights"
         raise UserError(
-            f"{out}: holds results of another configuration "
+            f"{storage.without_credentials(out)}: holds results of another configuration "
             f"({earlier.get('config_hash')}, now {stamp.config_hash}).\n"
             f"  changed: {what}\n"
             f"  choose another output.dir, or set output.on_mismatch=overwrite to delete what is there"
@@ -232,11 +247,17 @@ def differing_keys(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 def _job_document(config: JobConfig, stamp: JobStamp) -> bytes:
     document = config.model_dump(mode="json")
     listed = config.input.shards
-    urls = [listed] if isinstance(listed, str) else listed
+    patterns = [listed] if isinstance(listed, str) else listed
     document["input"]["shards"] = [
-        url if url.startswith("@") else storage.without_credentials(url) for url in urls
+        storage.without_credentials(url) for pattern in patterns for url in _with_scheme_first(pattern)
     ]
+    document["output"]["dir"] = storage.without_credentials(config.output.dir)
     return _json({**stamp.as_metadata(), "config": document, "started": _now(), "pid": os.getpid()})
+
+
+def _with_scheme_first(pattern: str) -> list[str]:
+    """Spell braces out where they hide the scheme, and with it what must not be written down."""
+    return list(braceexpand.braceexpand(pattern)) if pattern.startswith("{") else [pattern]
 
 
 def _shard_list(shards: Sequence[ShardSource]) -> bytes:

@@ -47,7 +47,7 @@ def weights_digest(model: ModelConfig) -> str:
         UserError: the demo weights are asked for under another model's name, or the file cannot be read.
     """
     checkpoint = _checkpoint(model)
-    if not _is_local(checkpoint):
+    if not _names_a_file(checkpoint):
         return f"open_clip:{model.name}:{checkpoint}"
     digest = hashlib.sha256()
     try:
@@ -73,5 +73,10 @@ def _checkpoint(model: ModelConfig) -> str:
     return str(assets.demo_weights_path())
 
 
-def _is_local(checkpoint: str) -> bool:
+def is_local_checkpoint(model: ModelConfig) -> bool:
+    """Whether `model.pretrained` is a path, neither a hub tag nor the demo's weights."""
+    return model.pretrained != DEMO and _names_a_file(model.pretrained)
+
+
+def _names_a_file(checkpoint: str) -> bool:
     return os.sep in checkpoint or Path(checkpoint).exists()

@@ -108,10 +108,15 @@ def _local_path(url: str) -> Path:
     return Path(unquote(urlsplit(url).path) if is_url else url).absolute()
 
 
+def absolute(url: str) -> str:
+    """A path that means the same file whatever the working directory; URLs stay as they are."""
+    return str(_local_path(url)) if _parts(url).scheme in ("", "file") else url
+
+
 def shard_id(url: str) -> str:
     """The name of a shard's output files: reduced stem, dash, 8 hexadecimal digits of the URL's digest."""
     canonical = canonical_url(url)
-    stem = posixpath.basename(_parts(canonical).path).split(".", 1)[0]
+    stem = posixpath.splitext(posixpath.basename(unquote(_parts(canonical).path)))[0]
     reduced = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[:80] or "shard"
     return f"{reduced}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
@@ -140,7 +145,7 @@ def list_shards(patterns: str | list[str]) -> list[ShardSource]:
     sizes |= _sizes_bytes(url for url in dict.fromkeys(unsized) if url not in sizes)
     urls = {canonical_url(url): url for url in sizes}
     return [
-        ShardSource(shard_id(known), known_url, known, sizes[known_url])
+        ShardSource(shard_id(known), absolute(known_url), known, sizes[known_url])
         for known, known_url in sorted(urls.items())
     ]
 
@@ -204,7 +209,8 @@ def _glob_regex(glob: str) -> str:
     tokens = re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", glob)
     known = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
     return "".join(
-        known.get(token) or (token if token.startswith("[") and token.endswith("]") else re.escape(token))
+        known.get(token)
+        or (token.replace("[!", "[^", 1) if re.fullmatch(r"\[[^\]]+\]", token) else re.escape(token))
         for token in tokens
     )
 
@@ -437,11 +443,11 @@ def sweep_temporary_files(folder_url: str, *, older_than_s: float, now_s: float)
     filesystem, folder = resolve(folder_url)
     if not isinstance(filesystem, pafs.LocalFileSystem) or not Path(folder).is_dir():
         return 0
-    stale = [
-        path
-        for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*")
-        if path.stat().st_mtime < now_s - older_than_s
-    ]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+    swept = 0
+    for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
+        # another job may just have renamed its own
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < now_s - older_than_s:
+                path.unlink()
+                swept += 1
+    return swept

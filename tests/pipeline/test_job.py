@@ -162,3 +162,16 @@ def test_the_list_of_shards_that_is_frozen_is_the_one_that_is_worked_on(corpus, 
     job = jobs.prepare_job(config)
     frozen = [(row["shard_id"], row["shard"]) for row in jobs.read_shard_list(config.output.dir)]
     assert frozen == [(shard.shard_id, shard.canonical_url) for shard in job.shards]
+
+
+def test_relative_paths_mean_the_same_files_for_workers_elsewhere(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = jobs.prepare_job(demo_job(["in/*.tar"], "out"))
+    assert job.config.output.dir == str(tmp_path / "out")
+    assert [shard.url for shard in job.shards] == [str(path) for path in corpus]
+
+
+def test_credentials_in_the_output_folder_are_refused(corpus):
+    with pytest.raises(UserError, match="credentials come from the environment") as told:
+        demo_job(corpus, "s3://id:hunter2@bucket/out")
+    assert "hunter2" not in str(told.value)

@@ -46,6 +46,10 @@ def test_shards_of_one_name_in_two_folders_have_different_ids():
     assert storage.shard_id("/a/0.tar") != storage.shard_id("/b/0.tar")
 
 
+def test_a_shard_id_keeps_the_whole_stem():
+    assert storage.shard_id("/a/train.0001.tar").startswith("train.0001-")
+
+
 def test_a_signature_does_not_change_a_shard_id():
     assert storage.shard_id("s3://b/0.tar?sig=1") == storage.shard_id("s3://b/0.tar?sig=2")
 
@@ -66,6 +70,7 @@ def names_of(shards):
         ("{0..2}.tar", ["0.tar", "1.tar", "2.tar"]),
         ("*.tar", ["0.tar", "1.tar", "2.tar", "ten.tar"]),
         ("[01].tar", ["0.tar", "1.tar"]),
+        ("[!0].tar", ["1.tar", "2.tar"]),
         ("?.tar", ["0.tar", "1.tar", "2.tar"]),
         ("**/*.tar", ["0.tar", "1.tar", "2.tar", "deep.tar", "ten.tar"]),
         ("{0,ten}.tar", ["0.tar", "ten.tar"]),
