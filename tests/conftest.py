@@ -5,10 +5,19 @@ from jaxtyping import install_import_hook
 # Before anything imports legrad; a module imported earlier would go unchecked.
 install_import_hook("legrad", "beartype.beartype")
 
+import signal  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_arrives() -> Iterator[None]:
+    """Take SIGINT, also in child processes: shells start background jobs with SIGINT ignored."""
+    earlier_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier_handler)
 
 
 @pytest.fixture(autouse=True)
