@@ -44,6 +44,9 @@ def _tell(result: JobResult, output_dir: str, console: Console) -> None:
         _say(console, f"given up: {url}: {message}")
     if len(result.failed) > NAMED_FAILURES:
         _say(console, f"... and {len(result.failed) - NAMED_FAILURES} more; see {output_dir}/failed/")
+    if result.complete and not state.shards_done:
+        _say(console, f"nothing to do: all {state.shards_total} shard(s) were done before; see {output_dir}")
+        return
     counts = state.counts
     rate = counts.samples_in / state.elapsed_s if state.elapsed_s else 0.0
     _say(
@@ -52,7 +55,7 @@ def _tell(result: JobResult, output_dir: str, console: Console) -> None:
         f"{state.shards_failed} failed, {state.shards_left} left\n"
         f"samples: {counts.samples_in:,} in {as_duration(state.elapsed_s)} ({rate:,.1f}/s): "
         f"{counts.annotated:,} annotated, {counts.empty:,} empty, {counts.failed:,} failed\n"
-        f"masks: {counts.rows:,} in {output_dir}/annotations",
+        f"rows: {counts.rows:,} in {output_dir}/annotations",
     )
 
 

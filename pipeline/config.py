@@ -227,8 +227,8 @@ def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:
     if not separator or not all(dotted_key.split(".")):
         raise UserError(f"expected an override of the form section.key=value, got {override!r}")
     try:
-        # @FILE and *.tar are patterns of input.shards, and no YAML
-        value = text if text.startswith(("@", "*")) else yaml.safe_load(text)
+        # @FILE, *.tar and {0..9}.tar are patterns of input.shards, and no YAML
+        value = text if text.startswith(("@", "*", "{")) else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
     return _set(document, dotted_key.split("."), value, override)

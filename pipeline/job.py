@@ -27,6 +27,7 @@ from pipeline.writer import counts_as_metadata
 JOB_FILE = "job.json"
 SHARDS_FILE = "shards.parquet"
 SUCCESS_FILE = "_SUCCESS"
+RESULT_FOLDERS = ("annotations", "errors", "failed")
 VERSIONED_PACKAGES = ("legrad-pipeline", "torch", "open_clip_torch", "ray", "pyarrow", "pillow", "webdataset")
 STALE_AFTER_S = 3600.0
 
@@ -92,7 +93,7 @@ def prepare_job(config: JobConfig) -> Job:
     stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
     out = config.output.dir
     warnings = _checked_against_earlier(config, stamp)
-    for folder in ("", "annotations", "errors", "failed"):
+    for folder in ("", *RESULT_FOLDERS):
         storage.sweep_temporary_files(
             storage.join_url(out, folder), older_than_s=STALE_AFTER_S, now_s=time.time()
         )
@@ -198,7 +199,7 @@ def _left_alone(config: JobConfig, failed: set[str]) -> set[str]:
 
 def _checked_against_earlier(config: JobConfig, stamp: JobStamp) -> tuple[str, ...]:
     out = config.output.dir
-    if JOB_FILE not in storage.list_names(out):
+    if JOB_FILE not in storage.list_names(out) or not _has_results(out):
         return ()
     earlier = read_job(out)
     if earlier.get("config_hash") != stamp.config_hash:
@@ -209,6 +210,10 @@ def _checked_against_earlier(config: JobConfig, stamp: JobStamp) -> tuple[str, .
         if earlier.get("versions", {}).get(package) != now
     ]
     return (f"other versions than in the earlier run: {', '.join(changed)}",) if changed else ()
+
+
+def _has_results(out: str) -> bool:
+    return any(storage.list_names(storage.join_url(out, folder)) for folder in RESULT_FOLDERS)
 
 
 def _mismatch(config: JobConfig, stamp: JobStamp, earlier: Mapping[str, Any]) -> tuple[str, ...]:
@@ -224,7 +229,7 @@ def _mismatch(config: JobConfig, stamp: JobStamp, earlier: Mapping[str, Any]) ->
         )
     removed = 0
     storage.remove(out, SUCCESS_FILE)
-    for folder in ("annotations", "errors", "failed"):
+    for folder in RESULT_FOLDERS:
         url = storage.join_url(out, folder)
         for name in storage.list_names(url):
             storage.remove(url, name)

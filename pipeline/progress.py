@@ -52,7 +52,7 @@ class RunState:
         failed = f", {self.shards_failed} failed" if self.shards_failed else ""
         return (
             f"{waiting}shards {self.shards_skipped + self.shards_done}/{self.shards_total}{failed} | "
-            f"samples {counts.samples_in:,} ({rate:,.1f}/s) | masks {counts.rows:,} | "
+            f"samples {counts.samples_in:,} ({rate:,.1f}/s) | rows {counts.rows:,} | "
             f"failed samples {counts.failed:,}{_kinds(counts)} | left {self._time_left()}"
         )
 

@@ -100,7 +100,7 @@ def _counts_table(status: OutputStatus) -> Table:
         "annotated",
         "empty",
         "failed samples",
-        "masks",
+        "rows",
     ):
         table.add_column(column, justify="right")
     shards = (status.shards_total, len(status.done), len(status.failed), len(status.left))

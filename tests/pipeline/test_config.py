@@ -30,6 +30,11 @@ def test_a_minimal_file_loads_with_the_documented_defaults(config_file):
     assert (config.run.error_budget, config.output.on_mismatch, config.output.rows) == (0.2, "refuse", "all")
 
 
+@pytest.mark.parametrize("pattern", ["@list.txt", "*.tar", "{0..3}.tar"])
+def test_a_pattern_of_shards_can_be_an_override(config_file, pattern):
+    assert load_config(config_file, [f"input.shards={pattern}"]).input.shards == pattern
+
+
 def test_an_override_wins_over_the_file_and_is_parsed_as_yaml(config_file):
     config = load_config(
         config_file, ["model.layers=all", "input.shards=[x.tar, y.tar]", "masks.max_side=null"]

@@ -67,9 +67,16 @@ def test_new_shards_are_taken_in_and_the_job_is_no_longer_complete(corpus, tmp_p
 
 
 def test_another_configuration_is_refused_and_what_differs_is_named(corpus, tmp_path):
-    jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    commit(job, job.shards[0])
     with pytest.raises(UserError, match=r"changed: masks\.rule, masks\.value"):
         jobs.prepare_job(demo_job(corpus, tmp_path / "out", masks={"rule": "fixed", "value": 0.3}))
+
+
+def test_a_folder_without_results_takes_a_corrected_configuration(corpus, tmp_path):
+    jobs.prepare_job(demo_job(corpus, tmp_path / "out", model={"layers": 99}))
+    corrected = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    assert jobs.read_job(str(tmp_path / "out"))["config_hash"] == corrected.stamp.config_hash
 
 
 def test_another_configuration_may_overwrite_where_that_is_asked_for(corpus, tmp_path):
@@ -83,13 +90,15 @@ def test_another_configuration_may_overwrite_where_that_is_asked_for(corpus, tmp
 
 
 def test_run_settings_may_change_between_runs(corpus, tmp_path):
-    jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    commit(job, job.shards[0])
     assert jobs.prepare_job(demo_job(corpus, tmp_path / "out", run={"batch_size": 3})).warnings == ()
 
 
 def test_other_versions_are_a_warning_not_a_refusal(corpus, tmp_path):
     config = demo_job(corpus, tmp_path / "out")
-    jobs.prepare_job(config)
+    job = jobs.prepare_job(config)
+    commit(job, job.shards[0])
     path = tmp_path / "out" / "job.json"
     document = json.loads(path.read_text())
     document["versions"]["torch"] = "0.0.1"
