@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
 from collections import deque
@@ -26,8 +25,6 @@ from pipeline.records import SampleError, ShardCounts, total_counts
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource
 from pipeline.writer import ShardWriter
-
-logger = logging.getLogger(__name__)
 
 In = TypeVar("In")
 Out = TypeVar("Out")

@@ -33,8 +33,6 @@ from pipeline.storage import ShardSource
 from pipeline.worker import AnnotatorFactory, LoadOutcome, ShardOutcome, Worker, build_annotator
 from pipeline.writer import published_counts
 
-logger = logging.getLogger(__name__)
-
 SHARDS_IN_HAND = 2
 PULSE_INTERVAL_S = 2.0
 WAIT_S = 0.5

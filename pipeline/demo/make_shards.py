@@ -24,7 +24,6 @@ from pipeline.demo.captions import canonical_caption
 from pipeline.demo.concepts import CONCEPTS
 from pipeline.demo.scenes import Scene, SceneStyle, SpriteMips, render, render_seg, sample_scene
 
-IGNORE = 255
 LONG_SIDE_PIXELS = 256
 # What is smaller than 40 px of the model's 96 x 96 cannot be judged on a grid of patches of 8 px.
 MIN_VISIBLE_SHARE = 40 / 96**2
