@@ -1,25 +1,28 @@
-"""From texts to unit embeddings."""
+"""From texts to unit embeddings: each text once, in batches of similar length, without needless padding."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
+from open_clip import CLIP
+from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import get_clean_fn
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from legrad.errors import InputError
+from legrad.errors import InputError, TokenizerError
 
 # open_clip's tokenizers share no class: called with texts they give tokens, and they have a context_length.
 Tokenizer: TypeAlias = Any
 TEXT_BATCH_SIZE = 256
 
 
-@torch.no_grad()
 def embed_texts(
     model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], embed_dim: int, device: torch.device
 ) -> Float[Tensor, "prompts embed_dim"]:
-    """Embed texts with a model's text tower, in batches.
+    """Embed texts with a model's text tower, in batches; a text that repeats is embedded once.
 
     Args:
         model: an open_clip model.
@@ -33,51 +36,205 @@ def embed_texts(
         model.
 
     Raises:
-        InputError: the text tower is in training mode with active dropout; embeddings would be random.
+        InputError: the text tower is in training mode with active dropout; embeddings would be random. Or
+            the tokenizer is not the model's.
     """
     refuse_active_dropout(model)
-    batches = [
-        F.normalize(
-            _encode(model, tokenizer(list(texts[start : start + TEXT_BATCH_SIZE])).to(device)), dim=-1
-        )
-        for start in range(0, len(texts), TEXT_BATCH_SIZE)
-    ]
-    return torch.cat(batches) if batches else torch.zeros(0, embed_dim, device=device)
+    if not texts:
+        return torch.zeros(0, embed_dim, device=device)
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    unit_rows = embed_tokens(model, tokenizer(list(row_of)), device)
+    return unit_rows[torch.tensor([row_of[text] for text in texts], device=device)]
 
 
-def truncated(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
+@torch.no_grad()
+def embed_tokens(
+    model: nn.Module,
+    token_ids: Int[Tensor, "prompts context"],
+    device: torch.device,
+    batch_size: int = TEXT_BATCH_SIZE,
+) -> Float[Tensor, "prompts embed_dim"]:
+    """Embed tokenised texts, in batches of similar length.
+
+    A batch is cut where the embeddings of all its texts stop depending on what follows. For towers that look
+    at padding, such as SigLIP's, that is nowhere.
+
+    Args:
+        model: an open_clip model.
+        token_ids: as the model's tokenizer gives them, padded; at least one text.
+        device: of the model.
+        batch_size: texts that pass the tower at once.
+
+    Returns:
+        Unit rows, as `embed_texts` gives them.
+
+    Raises:
+        InputError: the tokens do not fit the text tower.
+    """
+    tower = _text_tower(model)
+    _check_tokens(tower, token_ids)
+    lengths = _needed_lengths(tower, token_ids)
+    by_length = lengths.argsort()
+    batches = []
+    for rows in torch.split(by_length, batch_size):
+        batch = token_ids[rows, : int(lengths[rows[-1]])].to(device)
+        embeddings = _encode(model, tower, batch, token_ids.shape[1])
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        batches.append(F.normalize(embeddings, dim=-1))
+    return torch.cat(batches)[by_length.argsort().to(device)]
+
+
+def truncated(
+    tokenizer: Tokenizer, texts: Sequence[str], token_ids: Int[Tensor, "prompts context"] | None = None
+) -> list[bool]:
     """Say for each text whether the tokenizer cuts it at its context length.
 
     Args:
         tokenizer: as `open_clip.get_tokenizer` gives it.
         texts: any number of texts.
+        token_ids: what the tokenizer gave for the texts, where that is at hand: saves tokenising most again.
     """
-    return [count > tokenizer.context_length for count in _token_counts(tokenizer, texts)]
+    suspects = range(len(texts)) if token_ids is None else _rows_without_padding(tokenizer, token_ids)
+    counts = _uncut_token_counts(tokenizer, [texts[row] for row in suspects])
+    cut = {row for row, count in zip(suspects, counts, strict=True) if count > tokenizer.context_length}
+    return [row in cut for row in range(len(texts))]
 
 
 def refuse_active_dropout(model: nn.Module) -> None:
     """Raise an InputError where dropout would make the model's text embeddings random."""
     for name, module in model.named_modules():
-        active = module.training and float(getattr(module, "p", 0)) > 0 and "Dropout" in type(module).__name__
-        if active and not name.startswith("visual."):
+        if module.training and not name.startswith("visual.") and _drops(module):
             raise InputError(
                 f"embed_text: {name} drops activations in training mode; call model.eval() first"
             )
 
 
-def _encode(model: Any, tokens: Int[Tensor, "prompts context"]) -> Float[Tensor, "prompts embed_dim"]:
-    embeddings: Tensor = model.encode_text(tokens)
-    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """Return the tokenizer of an explainer, or raise a TokenizerError that names the way out."""
+    if tokenizer is None:
+        raise TokenizerError(
+            "embed_text: this LeGrad has no tokenizer; make it with LeGrad.from_open_clip, "
+            "or pass tokenizer=open_clip.get_tokenizer(model_name)"
+        )
+    return tokenizer
 
 
-def _token_counts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops in training mode: by its class, or by the rates that it keeps."""
+    rates = [getattr(module, "p", 0)] if "Dropout" in type(module).__name__ else []
+    rates += [value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]
+    return any(rate > 0 for rate in rates)
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    """The module that holds the text tower; in open_clip's plain CLIP that is the model itself."""
+    tower = getattr(model, "text", None)
+    return tower if isinstance(tower, nn.Module) else model
+
+
+def _check_tokens(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> None:
+    context = tower.context_length if isinstance(tower, CLIP | TextTransformer) else token_ids.shape[1]
+    vocabulary = int(getattr(tower, "vocab_size", 0)) or int(token_ids.max()) + 1
+    if token_ids.shape[1] > context or token_ids.max() >= vocabulary:
+        raise InputError(
+            f"embed_text: the text tower takes {context} tokens with ids below {vocabulary}, "
+            f"the tokenizer gives {token_ids.shape[1]} with ids up to {int(token_ids.max())}; "
+            "the model's own is open_clip.get_tokenizer(model_name)"
+        )
+
+
+def _needed_lengths(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> Int[Tensor, " prompts"]:
+    """For each text, how many of its tokens, from the first, its embedding depends on."""
+    everything = torch.full_like(token_ids[:, 0], token_ids.shape[1])
+    if isinstance(tower, HFTextEncoder):  # padding is masked, and left out when tokens are averaged
+        pad_id = tower.config.pad_token_id
+        return everything if pad_id is None else _length_before_padding(token_ids, pad_id)
+    if not isinstance(tower, CLIP | TextTransformer):
+        return everything
+    if getattr(tower, "cls_emb", None) is not None:  # as in CoCa: padding is masked
+        # the uncorrected mask is shifted by one, so that one token of padding is seen
+        seen_padding = int(not tower.correct_cls_mask)
+        return (_length_before_padding(token_ids, tower.pad_id) + seen_padding).minimum(everything)
+    pooled_position = _pooled_position(tower, token_ids)
+    if tower.attn_mask is None or pooled_position is None:  # every token sees all, padding too
+        return everything
+    return pooled_position + 1
+
+
+def _length_before_padding(token_ids: Int[Tensor, "prompts context"], pad_id: int) -> Int[Tensor, " prompts"]:
+    """Number of tokens up to the last one that is no padding, at least one."""
+    positions = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device)
+    return (positions * (token_ids != pad_id)).amax(dim=1).clamp(min=1)
+
+
+def _pooled_position(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> Int[Tensor, " prompts"] | None:
+    """Position of the token that the tower pools, where the token itself marks it; else None."""
+    is_clip = isinstance(tower, CLIP)
+    pool_type = tower.text_pool_type if is_clip else tower.pool_type
+    eos_id: int = tower.text_eos_id if is_clip else tower.eos_id
+    if pool_type == "argmax":
+        return token_ids.argmax(dim=1)
+    return (token_ids == eos_id).int().argmax(dim=1) if pool_type == "eos" else None
+
+
+def _encode(
+    model: Any, tower: Any, token_ids: Int[Tensor, "prompts length"], context: int
+) -> Float[Tensor, "prompts embed_dim"]:
+    if token_ids.shape[1] == context or isinstance(tower, HFTextEncoder):
+        whole: Tensor = model.encode_text(token_ids)
+        return whole
+    return _encode_cut(tower, token_ids, context)
+
+
+def _encode_cut(
+    tower: Any, token_ids: Int[Tensor, "prompts length"], context: int
+) -> Float[Tensor, "prompts embed_dim"]:
+    """Embed tokens that were cut, by open_clip's own text transformer, which takes whole contexts alone.
+
+    Source: `CLIP.encode_text` and `TextTransformer.forward` of open_clip 3.3.
+    """
+    dtype = tower.transformer.get_cast_dtype()
+    length = token_ids.shape[1]
+    positions = tower.positional_embedding.to(dtype)
+    x = tower.token_embedding(token_ids).to(dtype) + positions[:length]
+    mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
+    if getattr(tower, "cls_emb", None) is None:
+        pooled_position = _pooled_position(tower, token_ids)
+        x = tower.transformer(x, attn_mask=mask)
+        pooled = x[torch.arange(len(x), device=x.device), pooled_position]
+    else:  # the class token stands behind the whole context, and keeps its position there
+        class_token = (tower.cls_emb.to(dtype) + positions[context]).expand(len(x), 1, -1)
+        padding_mask = tower._build_additive_mask(token_ids, length + 1, dtype)
+        if tower.attn_mask is not None:
+            padding_mask = padding_mask + tower.attn_mask[: length + 1, : length + 1]
+        pooled = tower.transformer(torch.cat([x, class_token], dim=1), attn_mask=padding_mask)[:, -1]
+    pooled = tower.ln_final(pooled)
+    projection = tower.text_projection
+    if projection is not None:
+        pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+    embeddings: Tensor = pooled
+    return embeddings
+
+
+def _rows_without_padding(tokenizer: Tokenizer, token_ids: Int[Tensor, "prompts context"]) -> list[int]:
+    """Rows of texts that may have been cut: what is cut ends in a token, not in padding."""
+    pretrained = getattr(tokenizer, "tokenizer", None)
+    if getattr(tokenizer, "strip_sep_token", False):  # its last token may have been made to look like padding
+        return list(range(len(token_ids)))
+    pad_id = 0 if pretrained is None else pretrained.pad_token_id
+    return (token_ids[:, -1] != pad_id).nonzero().flatten().tolist()
+
+
+def _uncut_token_counts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
     """Count the tokens of each uncut text, start and end marks included."""
     pretrained = getattr(tokenizer, "tokenizer", None)
     if pretrained is None:
         return [len(tokenizer.encode(text)) + 2 for text in texts]
     if not texts:
         return []
-    # open_clip's "clips" mode puts a class token behind the two marks.
-    class_tokens = int(getattr(tokenizer, "tokenizer_mode", "") == "clips")
-    token_ids = pretrained([tokenizer.clean_fn(text) for text in texts], truncation=False)["input_ids"]
-    return [len(ids) + class_tokens for ids in token_ids]
+    clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn("canonicalize")  # SigLipTokenizer's only way
+    own_marks = getattr(tokenizer, "tokenizer_mode", "") == "clips"  # start, end, class
+    token_ids = pretrained(
+        [clean(text) for text in texts], truncation=False, add_special_tokens=not own_marks, verbose=False
+    )["input_ids"]
+    return [len(ids) + 3 * own_marks for ids in token_ids]

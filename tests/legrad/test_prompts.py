@@ -1,7 +1,5 @@
 """Texts to unit rows."""
 
-from types import SimpleNamespace
-
 import open_clip
 import pytest
 import torch
@@ -55,16 +53,3 @@ def test_dropout_that_would_make_embeddings_random_is_refused_and_named():
 def test_only_texts_beyond_the_context_count_as_truncated():
     # 14 words and two marks fill the context of 16.
     assert truncated(TOKENIZER, ["dog " * 14, "dog " * 15, "", "a dog"]) == [False, True, False, False]
-
-
-@pytest.mark.parametrize(("mode", "cut"), [("", [False, False, True]), ("clips", [False, True, True])])
-def test_tokenizers_of_hugging_face_are_asked_for_uncut_tokens(mode, cut):
-    def pretrained(texts, truncation):
-        assert not truncation
-        return {"input_ids": [[1, *range(len(text.split())), 2] for text in texts]}
-
-    tokenizer = SimpleNamespace(
-        tokenizer=pretrained, clean_fn=str.strip, context_length=6, tokenizer_mode=mode
-    )
-    assert truncated(tokenizer, ["a b c ", "a b c d", "a b c d e"]) == cut
-    assert truncated(tokenizer, []) == []

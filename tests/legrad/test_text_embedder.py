@@ -1,0 +1,134 @@
+"""Embeddings that are kept."""
+
+import functools
+import threading
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import EMBED_DIM, TEXT, tiny_clip
+
+import legrad
+from legrad.text_embedder import TextEmbedder
+
+TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
+
+
+class CountingTokenizer:
+    """Remembers every text that it was asked to tokenise."""
+
+    def __init__(self):
+        self.context_length = TOKENIZER.context_length
+        self.encode = TOKENIZER.encode
+        self.seen = []
+
+    def __call__(self, texts):
+        self.seen += texts
+        return TOKENIZER(texts)
+
+
+def _explainer() -> legrad.LeGrad:
+    return legrad.LeGrad(tiny_clip(vocab_size=49408), tokenizer=CountingTokenizer())
+
+
+EXPLAINER = _explainer()
+TEXTS = ["a dog", "dog " * 15, "", "a cat on a mat", "dog " * 14]
+
+
+@functools.cache
+def _row(text):
+    """One text alone, by the model itself, untouched by batches and caches."""
+    return EXPLAINER.model.encode_text(TOKENIZER([text]), normalize=True).detach()
+
+
+def _expected(texts):
+    return torch.cat([_row(text) for text in texts])
+
+
+def test_rows_and_flags_are_those_of_each_text_alone_in_order():
+    received = TextEmbedder(EXPLAINER).embed(TEXTS)
+    torch.testing.assert_close(received.unit_rows, _expected(TEXTS))
+    assert received.truncated == (False, True, False, False, False)
+
+
+def test_a_text_that_comes_again_is_tokenised_and_embedded_once():
+    explainer = _explainer()
+    embedder = TextEmbedder(explainer)
+    first = embedder.embed(["a dog", "dog " * 15, "a dog"])
+    again = embedder.embed(["a cat", "dog " * 15, "a dog"])
+    assert explainer.tokenizer.seen == ["a dog", "dog " * 15, "a cat"]
+    torch.testing.assert_close(first.unit_rows[0], first.unit_rows[2], rtol=0, atol=0)
+    torch.testing.assert_close(again.unit_rows[1:], first.unit_rows[[1, 0]], rtol=0, atol=0)
+    assert again.truncated == (False, True, False)
+
+
+def test_what_was_used_last_is_kept_when_the_memory_is_full():
+    explainer = _explainer()
+    one_text = TextEmbedder(explainer)
+    one_text.embed(["a dog"])
+    embedder = TextEmbedder(explainer, max_cache_bytes=2 * one_text.cached_bytes)
+    for text in ("a dog", "a cat", "a dog", "a cow"):
+        embedder.embed([text])
+    explainer.tokenizer.seen.clear()
+    embedder.embed(["a dog", "a cow"])
+    assert explainer.tokenizer.seen == []
+    embedder.embed(["a cat"])
+    assert explainer.tokenizer.seen == ["a cat"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batches=st.lists(st.lists(st.sampled_from(TEXTS), max_size=6), max_size=4),
+    max_cache_bytes=st.integers(0, 5000),
+    batch_size=st.integers(1, 4),
+)
+def test_neither_a_full_memory_nor_the_batches_change_what_comes_out(batches, max_cache_bytes, batch_size):
+    embedder = TextEmbedder(EXPLAINER, max_cache_bytes=max_cache_bytes, batch_size=batch_size)
+    for texts in batches:
+        received = embedder.embed(texts)
+        assert received.unit_rows.shape == (len(texts), EMBED_DIM)
+        if texts:
+            torch.testing.assert_close(received.unit_rows, _expected(texts))
+        assert received.truncated == tuple(text == TEXTS[1] for text in texts)
+        assert embedder.cached_bytes <= max_cache_bytes
+
+
+def test_long_texts_count_towards_the_memory():
+    embedder = TextEmbedder(EXPLAINER)
+    embedder.embed(["dog " * 100_000])
+    assert embedder.cached_bytes > 400_000
+
+
+def test_threads_that_share_an_embedder_get_their_own_rows():
+    embedder = TextEmbedder(EXPLAINER, max_cache_bytes=3000, batch_size=2)
+    received = {}
+    orders = [TEXTS, TEXTS[::-1], TEXTS[2:], TEXTS[:3]]
+    threads = [
+        threading.Thread(target=lambda i=i, texts=texts: received.update({i: embedder.embed(texts * 5)}))
+        for i, texts in enumerate(orders)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, texts in enumerate(orders):
+        torch.testing.assert_close(received[i].unit_rows, _expected(texts * 5))
+
+
+def test_a_failed_batch_leaves_the_embedder_as_it_was():
+    explainer = _explainer()
+    embedder = TextEmbedder(explainer)
+    explainer.model.transformer.resblocks[0].add_module("drop", torch.nn.Dropout(0.1))
+    explainer.model.train()
+    with pytest.raises(legrad.InputError, match="drops activations"):
+        embedder.embed(["a dog"])
+    explainer.model.eval()
+    assert embedder.cached_bytes == 0
+    torch.testing.assert_close(embedder.embed(["a dog"]).unit_rows, _expected(["a dog"]))
+
+
+def test_an_explainer_without_a_tokenizer_is_refused_at_once():
+    with pytest.raises(legrad.TokenizerError, match=r"open_clip\.get_tokenizer"):
+        TextEmbedder(legrad.LeGrad(tiny_clip()))
