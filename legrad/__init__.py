@@ -11,7 +11,7 @@ Sensitivity", https://arxiv.org/abs/2404.03214.
 from legrad.errors import InputError, LeGradError, ModelLoadError, TokenizerError, UnsupportedModelError
 from legrad.explainer import LeGrad
 from legrad.images import ImageTransform
-from legrad.towers import ModelSupport, supported_models
+from legrad.support import ModelSupport, supported_models
 from legrad.trace import LayerTrace, Trace
 
 __all__ = [

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from legrad.errors import InputError
-from legrad.towers import Tower
-from legrad.trace import Trace
+from legrad.stages import run_stages
+from legrad.towers import Block, Scoring, Tower
+from legrad.trace import Trace, run_block, run_normed_block, score_features
 
 CENTRE_PRIOR_SIGMA = 0.25  # standard deviation of the centre prior, as a share of each side
 
@@ -48,10 +49,17 @@ def baseline_grids(
         "GradCAM, last block": gradcam(tower, trace, text_embeddings, image_index),
         "patch-text similarity": patch_text_similarity(tower, trace, text_embeddings, image_index),
         "mean-query attention": mean_query_attention(tower, trace)[image_index],
-        "CLS attention": cls_attention(tower, trace)[image_index],
+        **{name: grids[image_index] for name, grids in _pooling_attention(tower, trace).items()},
         "centre prior": centre_prior(*grid).to(device).expand(len(image_index), *grid),
         "random": random_grids(len(image_index), *grid, generator=generator).to(device),
     }
+
+
+def _pooling_attention(tower: Tower, trace: Trace) -> dict[str, Tensor]:
+    """The attention by which the tower gathers its feature, where there is such a thing."""
+    if tower.own.pooler is not None:
+        return {"pooler attention": pooler_attention(tower.own.pooler, tower, trace)}
+    return {"CLS attention": cls_attention(tower, trace)} if tower.prefix_tokens else {}
 
 
 def random_grids(
@@ -76,12 +84,20 @@ def cls_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_heigh
     Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, figure 1
         (there one map a head).
     """
-    return _patch_grid(_attention(tower, trace)[:, 0], tower, trace)
+    return _patch_grid(_last_attention(tower, trace)[:, 0], tower, trace)
+
+
+def pooler_attention(
+    pooler: Block, tower: Tower, trace: Trace
+) -> Float[Tensor, "batch grid_height grid_width"]:
+    """How much an attentional pooler looks at each patch, averaged over heads; knows no prompt."""
+    attention = _attention(pooler, trace.layers[-1].block_outputs, None)
+    return _patch_grid(attention[:, 0], tower, trace)
 
 
 def mean_query_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_height grid_width"]:
     """How much all tokens attend to each patch in the last block, averaged over heads; knows no prompt."""
-    return _patch_grid(_attention(tower, trace).mean(dim=1), tower, trace)
+    return _patch_grid(_last_attention(tower, trace).mean(dim=1), tower, trace)
 
 
 def patch_text_similarity(
@@ -96,7 +112,7 @@ def patch_text_similarity(
         ECCV 2022, improve on by changing the last attention, which this baseline does not.
     """
     with torch.no_grad():
-        features = tower.head.norm(trace.layers[-1].outputs) @ tower.head.projection()
+        features = _token_features(tower.own, trace.layers[-1].block_outputs)
     unit_features = F.normalize(features.float(), dim=-1)[image_index]
     return _patch_grid(torch.einsum("ptd,pd->pt", unit_features, text_embeddings.float()), tower, trace)
 
@@ -119,11 +135,9 @@ def gradcam(
     block = tower.blocks[-1]
     residual = _last_block_input(trace)[image_index]
     with torch.enable_grad():
-        activations = block.attention_norm(residual).detach().requires_grad_()
-        mixed = block.attention(activations, activations, activations, need_weights=False)[0]
-        attended = residual + block.attention_scale(mixed)
-        hidden = block.activation(block.mlp_in(block.mlp_norm(attended)))
-        features = tower.own_feature(attended + block.mlp_scale(block.mlp_out(hidden)))
+        activations = block.norm(residual).detach().requires_grad_()
+        layer = run_normed_block(block, residual, activations, trace.rotary)
+        features = score_features(tower.own, layer.outputs)
         score = (F.normalize(features.float(), dim=-1) * text_embeddings.float()).sum()
         gradient = torch.autograd.grad(score, activations)[0]
     channel_weights = gradient[:, tower.prefix_tokens :].float().mean(dim=1)
@@ -131,19 +145,38 @@ def gradcam(
     return _patch_grid(weighted_sum.relu(), tower, trace)
 
 
+def _token_features(
+    scoring: Scoring, tokens: Float[Tensor, "batch tokens width"]
+) -> Float[Tensor, "batch tokens embed_dim"]:
+    """The feature that the model would make of each token, were it the only one."""
+    if scoring.pooler is not None:
+        pooled = run_block(scoring.pooler, tokens.flatten(0, 1)[:, None], None).outputs
+        tokens = torch.unflatten(pooled[:, 0], 0, tokens.shape[:2])
+    normed, _ = run_stages(scoring.token_stages, tokens)
+    return run_stages(scoring.head, normed)[0]
+
+
+def _last_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch queries keys"]:
+    return _attention(tower.blocks[-1], _last_block_input(trace), trace.rotary)
+
+
 @torch.no_grad()
-def _attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch queries keys"]:
-    """The last block's attention, averaged over heads."""
-    block = tower.blocks[-1]
-    normalised = block.attention_norm(_last_block_input(trace))
-    weights: Tensor = block.attention(normalised, normalised, normalised, need_weights=True)[1]
-    return weights.float()
+def _attention(
+    block: Block, tokens: Float[Tensor, "batch tokens width"], rotary: Tensor | None
+) -> Float[Tensor, "batch queries keys"]:
+    """A block's attention matrix, averaged over heads."""
+    queries, keys, _ = block.project(block.norm(tokens), rotary)
+    logits = queries.float() @ keys.float().mT / queries.shape[-1] ** 0.5
+    bias = block.bias()
+    weights = (logits if bias is None else logits + bias.float()).softmax(dim=-1)
+    mean_of_heads: Tensor = weights.mean(dim=1)
+    return mean_of_heads
 
 
 def _last_block_input(trace: Trace) -> Float[Tensor, "batch tokens width"]:
     if len(trace.layers) < 2:
         raise InputError(f"baselines: expected a trace of at least 2 blocks, received {len(trace.layers)}")
-    return trace.layers[-2].outputs
+    return trace.layers[-2].block_outputs
 
 
 def _patch_grid(

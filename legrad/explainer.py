@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from legrad.errors import ModelLoadError, TokenizerError, UnsupportedModelError
+from legrad.families import SUPPORTED, describe_tower
 from legrad.images import ImageTransform, transform_of
 from legrad.inputs import (
     as_ragged,
     check_image_size,
     check_images,
     check_layers,
+    check_pool,
     neutral_patches,
-    pooled_tokens,
 )
-from legrad.masks import minmax_normalise, upsample_grid
+from legrad.masks import heatmaps_of
 from legrad.prompts import Tokenizer, embed_texts
 from legrad.relevance import relevance_grids
-from legrad.towers import SUPPORTED, describe_tower, model_support
+from legrad.support import model_support
 from legrad.trace import Trace, trace_images
 
 PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
@@ -44,6 +45,7 @@ class LeGrad:
         tower: description of its vision tower.
         tokenizer: what `embed_text` tokenises with, or None.
         transform: its preprocessing.
+        scoring: how a layer is scored, by the choice of `pool`.
 
     Source: Bousselham et al., https://arxiv.org/abs/2404.03214.
     """
@@ -63,8 +65,9 @@ class LeGrad:
             model: an open_clip model; its vision tower decides whether it is supported.
             tokenizer: needed by `embed_text` alone.
             layers: how many of the last blocks to explain, or "all".
-            pool: how a layer is scored. "reference": mean over all tokens, the authors' way; "model": over
-                the tokens that the model's own pooling takes.
+            pool: how a layer is scored. "reference": the authors' way: the mean over all tokens, or the
+                block's tokens straight into an attentional pooler; "model": the model's own norm, pooling and
+                head.
             image_size: of the model's input as preprocessed, (height, width) or one number, in pixels;
                 multiples of the patch size. None: the model's own.
 
@@ -76,7 +79,7 @@ class LeGrad:
         self.tower = describe_tower(model)
         self.tokenizer = tokenizer
         self._layers = check_layers(layers, self.tower)
-        self._pooled_tokens = pooled_tokens(pool, self.tower)
+        self.scoring = self.tower.reference if check_pool(pool) == "reference" else self.tower.own
         self.transform = _sized(transform_of(model.visual), image_size)  # type: ignore[arg-type]
         check_image_size(self.tower, self.transform.height, self.transform.width, "preprocessing")
 
@@ -190,7 +193,7 @@ class LeGrad:
             InputError: the images do not fit the model.
         """
         check_images(self.tower, images)
-        return trace_images(self.tower, images, self._layers)
+        return trace_images(self.tower, images, self._layers, self.scoring)
 
     def relevance(
         self,
@@ -221,7 +224,7 @@ class LeGrad:
         trace = self._as_trace(images)
         prompts = as_ragged(trace, text_embeddings, image_index)
         grids = relevance_grids(
-            self.tower, trace, prompts.unit_rows, prompts.image_index, pooled_tokens=self._pooled_tokens
+            self.tower, trace, prompts.unit_rows, prompts.image_index, scoring=self.scoring
         )
         merged = grids if per_layer else grids.sum(dim=0)
         return merged.reshape(*merged.shape[:-3], *prompts.leading, *merged.shape[-2:])
@@ -260,7 +263,7 @@ class LeGrad:
             neutral = neutral_patches(neutral_grids, neutral_threshold)
             grids = grids.masked_fill(neutral[:, None] if image_index is None else neutral[image_index], 0)
         height, width = trace.grid_height * self.patch_size, trace.grid_width * self.patch_size
-        return minmax_normalise(upsample_grid(grids, height, width))
+        return heatmaps_of(grids, height, width, self.tower.normalisation)
 
     def similarity(
         self,

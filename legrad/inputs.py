@@ -9,7 +9,7 @@ from torch import Tensor
 
 from legrad.errors import InputError
 from legrad.masks import minmax_normalise
-from legrad.relevance import accumulation_dtype
+from legrad.stages import accumulation_dtype
 from legrad.towers import Tower
 from legrad.trace import Trace
 
@@ -79,6 +79,12 @@ def check_image_size(tower: Tower, height: int, width: int, where: str) -> None:
         raise InputError(
             f"{where}: expected height and width as multiples of {patch}, received {height} x {width}"
         )
+    native_height, native_width = (patch * cells for cells in tower.native_grid)
+    if not tower.takes_any_grid and (height, width) != (native_height, native_width):
+        raise InputError(
+            f"{where}: the positions of this tower ({tower.family}) are bound to {native_height} x "
+            f"{native_width} pixels, received {height} x {width}"
+        )
 
 
 def check_layers(layers: int | Literal["all"], tower: Tower) -> int:
@@ -91,18 +97,11 @@ def check_layers(layers: int | Literal["all"], tower: Tower) -> int:
     return layers
 
 
-def pooled_tokens(pool: Literal["reference", "model"], tower: Tower) -> slice:
-    """Return the tokens whose mean a layer's score looks at, or raise an InputError."""
-    if pool == "reference":
-        return slice(0, None)
-    if pool != "model":
+def check_pool(pool: str) -> str:
+    """Return the way to score a layer, or raise an InputError."""
+    if pool not in ("reference", "model"):
         raise InputError(f"pool: expected 'reference' or 'model', received {pool!r}")
-    if tower.own_pool is None:
-        raise InputError(
-            "pool='model': this tower norms its tokens before it averages them, which is not covered; "
-            "use pool='reference'"
-        )
-    return tower.own_pool
+    return pool
 
 
 def neutral_patches(

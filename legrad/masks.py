@@ -6,7 +6,7 @@ frame (height, width), which need not be the model's input size.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from legrad.errors import LeGradError
 
 OTSU_BINS = 256
+Normalisation = Literal["upsampled", "grid"]
 
 
 class MaskError(LeGradError):
@@ -106,6 +107,26 @@ def upsample_grid(
     lowest = columns_first.amin(dim=(-2, -1), keepdim=True)
     pixels = F.interpolate(columns_first - lowest, size=(width, height), mode="bilinear", align_corners=False)
     return pixels.add_(lowest).reshape(*leading, width, height).mT
+
+
+def heatmaps_of(
+    relevance_grid: Float[Tensor, "*leading grid_height grid_width"],
+    height: int,
+    width: int,
+    normalisation: Normalisation,
+) -> Float[Tensor, "*leading height width"]:
+    """Bring grids to heat maps from 0 to 1 in a pixel frame; a constant map becomes zeros.
+
+    Args:
+        relevance_grid: raw relevance.
+        height: rows of the pixel frame.
+        width: columns of the pixel frame.
+        normalisation: "upsampled": min-max after upsampling; "grid": before. The authors do the one or the
+            other by model family.
+    """
+    if normalisation == "grid":
+        return upsample_grid(minmax_normalise(relevance_grid), height, width)
+    return minmax_normalise(upsample_grid(relevance_grid, height, width))
 
 
 def otsu_threshold(heatmaps: Float[Tensor, "*leading height width"]) -> Float[Tensor, "*leading"]:

@@ -7,26 +7,33 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from legrad.towers import Block, Tower
+from legrad.stages import run_stages
+from legrad.towers import Block, Scoring, Tower
+
+StageInputs = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one block computed, in the notation y = x + attention, z = y + MLP.
+    """What one explained attention computed, in the notation y = x + out(attention), z = y + mlp(y).
+
+    The attention is the block's own, or the pooler's where the tower has one.
 
     Attributes:
         index: position of the block in the tower, 0 first.
         values: V, one matrix for each head.
-        attended: y, the tokens after the attention's residual sum.
-        hidden: the MLP's first layer, before its activation.
-        outputs: z, the tokens that leave the block.
+        out_inputs: inputs of each stage of `out` that is not linear.
+        mlp_inputs: inputs of each stage of `mlp` that is not linear.
+        outputs: z, the tokens that are scored: the block's, or the pooler's one.
+        block_outputs: the tokens that leave the block.
     """
 
     index: int
     values: Float[Tensor, "batch heads tokens head_dim"]
-    attended: Float[Tensor, "batch tokens width"]
-    hidden: Float[Tensor, "batch tokens hidden"]
-    outputs: Float[Tensor, "batch tokens width"]
+    out_inputs: StageInputs
+    mlp_inputs: StageInputs
+    outputs: Float[Tensor, "batch queries width"]
+    block_outputs: Float[Tensor, "batch tokens block_width"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,14 @@ class Trace:
             them.
         grid_height: patches down.
         grid_width: patches across.
+        rotary: the rotary position embedding that the blocks used, or None.
     """
 
     layers: tuple[LayerTrace, ...]
     image_features: Float[Tensor, "batch embed_dim"]
     grid_height: int
     grid_width: int
+    rotary: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -53,7 +62,9 @@ class Trace:
 
 
 @torch.no_grad()
-def trace_images(tower: Tower, images: Float[Tensor, "batch 3 height width"], layers: int) -> Trace:
+def trace_images(
+    tower: Tower, images: Float[Tensor, "batch 3 height width"], layers: int, scoring: Scoring
+) -> Trace:
     """Encode images once, keeping what the last blocks computed.
 
     The forward pass is written over the tower's own submodules: nothing is hooked, no state that training
@@ -63,6 +74,7 @@ def trace_images(tower: Tower, images: Float[Tensor, "batch 3 height width"], la
         tower: description of the tower.
         images: preprocessed images; both sides multiples of the patch size.
         layers: how many of the last blocks to keep.
+        scoring: how a layer is scored; its pooler, if any, is run on each kept block's tokens.
 
     Returns:
         The trace, in the dtype of the tower's parameters.
@@ -70,28 +82,63 @@ def trace_images(tower: Tower, images: Float[Tensor, "batch 3 height width"], la
     first_kept = len(tower.blocks) - layers
     kept: list[LayerTrace] = []
     with torch.autocast(images.device.type, enabled=False):
-        tokens = tower.embed(images)
+        embedded = tower.embed(images)
+        tokens = embedded.tokens
         for index, block in enumerate(tower.blocks):
-            layer = _run_block(block, index, tokens)
+            layer = run_block(block, tokens, embedded.rotary, index)
             tokens = layer.outputs
             if index >= first_kept:
-                # A copy, or the view would keep queries and keys in memory as well.
-                kept.append(
-                    LayerTrace(index, layer.values.contiguous(), layer.attended, layer.hidden, tokens)
-                )
-        features = F.normalize(tower.own_feature(tokens), dim=-1)
+                pooled = layer if scoring.pooler is None else run_block(scoring.pooler, tokens, None, index)
+                kept.append(_compact(pooled, tokens))
+        features = F.normalize(score_features(tower.own, tokens), dim=-1)
     height, width = images.shape[-2:]
-    return Trace(tuple(kept), features, height // tower.patch_size, width // tower.patch_size)
+    grid_height, grid_width = height // tower.patch_size, width // tower.patch_size
+    return Trace(tuple(kept), features, grid_height, grid_width, embedded.rotary)
 
 
-def _run_block(block: Block, index: int, tokens: Float[Tensor, "batch tokens width"]) -> LayerTrace:
-    attention = block.attention
-    joint = F.linear(block.attention_norm(tokens), attention.in_proj_weight, attention.in_proj_bias)
-    queries, keys, values = torch.unflatten(joint, -1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
-    attended = tokens + block.attention_scale(attention.out_proj(mixed))
-    hidden = block.mlp_in(block.mlp_norm(attended))
-    # An activation that works in place must not overwrite what is kept.
-    activated = block.activation(hidden.clone() if getattr(block.activation, "inplace", False) else hidden)
-    outputs = attended + block.mlp_scale(block.mlp_out(activated))
-    return LayerTrace(index, values, attended, hidden, outputs)
+def run_block(
+    block: Block, tokens: Float[Tensor, "batch tokens width"], rotary: Tensor | None, index: int = 0
+) -> LayerTrace:
+    """Run one block, or pooler, keeping what it computed on the way."""
+    return run_normed_block(block, tokens, block.norm(tokens), rotary, index)
+
+
+def run_normed_block(
+    block: Block,
+    tokens: Float[Tensor, "batch tokens width"],
+    normed_tokens: Float[Tensor, "batch tokens width"],
+    rotary: Tensor | None,
+    index: int = 0,
+) -> LayerTrace:
+    """Run what follows a block's first norm, given the block's inputs and their normed form."""
+    queries, keys, values = block.project(normed_tokens, rotary)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=block.bias())
+    branch, out_inputs = run_stages(block.out, mixed.transpose(1, 2).flatten(2))
+    attended = branch if block.is_pooler else tokens + branch
+    branch, mlp_inputs = run_stages(block.mlp, attended)
+    outputs = attended + branch if block.mlp else attended
+    return LayerTrace(index, values, out_inputs, mlp_inputs, outputs, outputs)
+
+
+def score_features(
+    scoring: Scoring, tokens: Float[Tensor, "batch tokens width"]
+) -> Float[Tensor, "batch embed_dim"]:
+    """Pool tokens and apply the head, as a scoring says; the feature is not brought to unit length."""
+    if scoring.pooler is not None:
+        tokens = run_block(scoring.pooler, tokens, None).outputs
+    # Selected before the stages: with a class token the norm sees that alone.
+    normed, _ = run_stages(scoring.token_stages, tokens[:, scoring.pooled_tokens])
+    features, _ = run_stages(scoring.head, normed.mean(dim=1, keepdim=True))
+    return features[:, 0]
+
+
+def _compact(layer: LayerTrace, block_outputs: Tensor) -> LayerTrace:
+    """Copy the values, or their view would keep queries and keys in memory as well."""
+    return LayerTrace(
+        layer.index,
+        layer.values.contiguous(),
+        layer.out_inputs,
+        layer.mlp_inputs,
+        layer.outputs,
+        block_outputs,
+    )

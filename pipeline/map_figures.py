@@ -94,7 +94,9 @@ class Examiner:
         present = np.stack([_present(decoded.scene, len(self._class_embeddings)) for decoded in batch])
         pixels = torch.from_numpy(np.stack([decoded.pixels for decoded in batch])).to(explainer.device)
         images = explainer.transform.normalise(pixels, explainer.dtype)
-        trace = trace_images(explainer.tower, images, len(explainer.tower.blocks))
+        trace = trace_images(
+            explainer.tower, images, len(explainer.tower.blocks), explainer.scoring
+        )
         scene_of_pair = np.repeat(np.arange(len(batch)), [len(decoded.objects) for decoded in batch])
         grids = self._grids(trace, batch, torch.from_numpy(scene_of_pair).to(explainer.device))
         class_scores = trace.image_features.float() @ self._class_embeddings.float().T

@@ -19,7 +19,7 @@ from legrad.baselines import (
     patch_text_similarity,
 )
 from legrad.errors import InputError
-from legrad.towers import describe_tower
+from legrad.families import describe_tower
 from legrad.trace import Trace, trace_images
 
 DIM, WIDTH, HEADS, GRID = 6, 16, 4, (2, 3)
@@ -71,7 +71,8 @@ def explicit_attention(block: nn.Module, normalised: Tensor) -> Tensor:
 
 
 def traced(model: nn.Module, images: Tensor) -> Trace:
-    return trace_images(describe_tower(model), images, layers=2)
+    tower = describe_tower(model)
+    return trace_images(tower, images, 2, tower.reference)
 
 
 def test_attention_maps_are_rows_of_the_explicit_attention_matrix(model, images):
@@ -182,6 +183,7 @@ def test_a_text_of_another_dimension_fails_and_leaves_the_model_as_it_was(model,
 
 
 def test_a_trace_of_one_block_is_refused(model, images, texts):
-    trace = trace_images(describe_tower(model), images, layers=1)
+    tower = describe_tower(model)
+    trace = trace_images(tower, images, 1, tower.reference)
     with pytest.raises(InputError, match="at least 2 blocks, received 1"):
         gradcam(describe_tower(model), trace, texts, IMAGE_INDEX)

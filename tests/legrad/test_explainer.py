@@ -192,7 +192,6 @@ REFUSALS = {
     "LeGrad(model, layers='last')": "layers: expected 'all' or a number from 1 to 3, received 'last'",
     "LeGrad(model, layers=True)": "layers: expected 'all' or a number from 1 to 3, received True",
     "LeGrad(model, pool='max')": "pool: expected 'reference' or 'model', received 'max'",
-    "LeGrad(tiny_clip(pool_type='avg'), pool='model')": "pool='model': this tower norms its tokens before",
     "explainer.encode(images[0])": "images: expected [batch, 3, height, width], received [3, 12, 20]",
     "explainer.encode(images[:, :2])": "images: expected [batch, 3, height, width], received [2, 2, 12, 20]",
     "explainer.encode(images[..., :-1])": (

@@ -20,18 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import legrad
 from legrad.inputs import as_ragged
-from legrad.relevance import activation_derivative, rectified_column_sums, relevance_grids
+from legrad.relevance import rectified_column_sums, relevance_grids
+from legrad.stages import activation_derivative
 
 GRID = (GRID_HEIGHT, GRID_WIDTH)
 CLIPA = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+NORM_THEN_MEAN = {"pool_type": "avg"}
 
 
 @pytest.mark.parametrize("pool", ["reference", "model"])
 @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
 @pytest.mark.parametrize(
     "vision",
-    [{}, {"ls_init_value": 0.5}, {"act_kwargs": {"approximate": "tanh"}}, {"mlp_ratio": 2.5}, CLIPA],
-    ids=["plain", "layer_scale", "tanh_gelu", "narrow_mlp", "clipa"],
+    [{}, {"ls_init_value": 0.5}, {"act_kwargs": {"approximate": "tanh"}}, {"mlp_ratio": 2.5}, CLIPA, NORM_THEN_MEAN],
+    ids=["plain", "layer_scale", "tanh_gelu", "narrow_mlp", "clipa", "norm_then_mean"],
 )
 def test_every_layer_equals_autograd_on_the_attention_matrix(vision, quick_gelu, pool):
     if quick_gelu and "act_kwargs" in vision:
@@ -109,8 +111,8 @@ def test_no_memory_budget_changes_the_result(budget):
     trace = explainer.encode(tiny_images(2))
     prompts = as_ragged(trace, unit_texts(2, 4), None)
     arguments = (explainer.tower, trace, prompts.unit_rows, prompts.image_index)
-    chunked = relevance_grids(*arguments, pooled_tokens=slice(0, None), memory_budget_bytes=budget)
-    whole = relevance_grids(*arguments, pooled_tokens=slice(0, None))
+    chunked = relevance_grids(*arguments, scoring=explainer.scoring, memory_budget_bytes=budget)
+    whole = relevance_grids(*arguments, scoring=explainer.scoring)
     torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-9)
 
 
@@ -140,7 +142,7 @@ def test_the_product_of_queries_and_keys_is_never_held_for_all_prompts():
             trace,
             prompts.unit_rows,
             prompts.image_index,
-            pooled_tokens=slice(0, None),
+            scoring=explainer.scoring,
             memory_budget_bytes=budget,
         )
     assert 32 * heads * tokens * tokens * 4 > 100 * budget

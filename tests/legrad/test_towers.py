@@ -7,7 +7,7 @@ from tiny_models import EMBED_DIM, TEXT, tiny_clip
 from torch import nn
 
 import legrad
-from legrad.towers import ModelSupport, model_support
+from legrad.support import ModelSupport, model_support
 
 SUPPORTED = {
     "ViT-B-32",

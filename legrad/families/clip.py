@@ -1,0 +1,191 @@
+"""open_clip's own VisionTransformer: CLIP, CLIPA and their kin, and CoCa with its attentional pooler."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from open_clip.transformer import AttentionalPooler, LayerScale, ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from legrad.families.parts import first_reason, is_affine_norm, split_heads
+from legrad.positions import resample_positions
+from legrad.stages import Activation, Linear, Norm, Scale, Stage
+from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
+
+PREFIX_TOKENS = 1
+
+
+def refusal(visual: VisionTransformer) -> str | None:
+    """Say why a tower of this class is not covered, or None where it is."""
+    pooler = visual.attn_pool
+    reason = first_reason(
+        ("its final projection was removed", visual.proj is None),
+        ("its ln_post is no LayerNorm with weight and bias", not is_affine_norm(visual.ln_post)),
+        (f"its patches are not square: {visual.patch_size}", len(set(visual.patch_size)) != 1),
+        (
+            "it pools by the 'parallel' or 'cascade' attention, which no configuration of open_clip uses",
+            getattr(visual, "attn_pool_contrastive", None) is not None,
+        ),
+        (
+            f"its pooling is {visual.pool_type!r}, not 'tok' or 'avg'",
+            visual.pool_type not in (("tok",) if pooler is not None else ("tok", "avg")),
+        ),
+        (f"it pools by a {type(pooler).__name__}", pooler is not None and not _is_covered_pooler(pooler)),
+    )
+    if reason is not None:
+        return reason
+    reasons = ((i, _block_refusal(block)) for i, block in enumerate(visual.transformer.resblocks))
+    return next((f"block {i}: {reason}" for i, reason in reasons if reason is not None), None)
+
+
+def describe(visual: VisionTransformer) -> Tower:
+    """Describe a tower that `refusal` does not refuse."""
+    grid_height, grid_width = visual.grid_size
+    pooler = visual.attn_pool
+    return Tower(
+        family="clip" if pooler is None else "coca",
+        patch_size=visual.patch_size[0],
+        native_grid=(grid_height, grid_width),
+        takes_any_grid=True,
+        embed_dim=visual.proj.shape[1],
+        prefix_tokens=PREFIX_TOKENS,
+        normalisation="upsampled",
+        embed=partial(_embed, visual),
+        blocks=tuple(_describe_block(block) for block in visual.transformer.resblocks),
+        reference=_mean_of_all_tokens(visual) if pooler is None else _authors_coca(visual),
+        own=_own_scoring(visual) if pooler is None else _pooled_by_attention(visual),
+        parameter=partial(getattr, visual.conv1, "weight"),
+    )
+
+
+def _is_covered_pooler(pooler: nn.Module) -> bool:
+    return isinstance(pooler, AttentionalPooler) and is_affine_norm(pooler.ln_k)
+
+
+def _block_refusal(block: Any) -> str | None:
+    if type(block) is not ResidualAttentionBlock:
+        return f"it is a {type(block).__name__}, not a ResidualAttentionBlock"
+    attention, parts = block.attn, dict(block.mlp.named_children())
+    if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
+        return "its queries, keys and values have no joint projection"
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return "its attention adds keys of its own"
+    if list(parts) != ["c_fc", "gelu", "c_proj"]:
+        return f"its MLP is made of {list(parts)}, not ['c_fc', 'gelu', 'c_proj']"
+    if not (is_affine_norm(block.ln_1) and is_affine_norm(block.ln_2)):
+        return "its norms are not LayerNorms with weight and bias"
+    kinds: list[tuple[str, nn.Module, tuple[type[nn.Module], ...]]] = [
+        ("attn.out_proj", attention.out_proj, (nn.Linear,)),
+        ("mlp.c_fc", parts["c_fc"], (nn.Linear,)),
+        ("mlp.c_proj", parts["c_proj"], (nn.Linear,)),
+        ("ls_1", block.ls_1, (nn.Identity, LayerScale)),
+        ("ls_2", block.ls_2, (nn.Identity, LayerScale)),
+    ]
+    wrong = ((name, module) for name, module, allowed in kinds if not isinstance(module, allowed))
+    return next((f"its {name} is a {type(module).__name__}" for name, module in wrong), None)
+
+
+def _describe_block(block: ResidualAttentionBlock) -> Block:
+    return Block(
+        norm=block.ln_1,
+        project=partial(_project, block.attn),
+        out=(Linear.of(block.attn.out_proj), *_layer_scale(block.ls_1)),
+        mlp=(
+            Norm(block.ln_2),
+            Linear.of(block.mlp.c_fc),
+            Activation(block.mlp.gelu),
+            Linear.of(block.mlp.c_proj),
+            *_layer_scale(block.ls_2),
+        ),
+    )
+
+
+def _layer_scale(module: nn.Module) -> tuple[Stage, ...]:
+    return (Scale(lambda: module.gamma),) if isinstance(module, LayerScale) else ()
+
+
+def _project(
+    attention: nn.MultiheadAttention, tokens: Float[Tensor, "batch tokens width"], _rotary: Tensor | None
+) -> QueriesKeysValues:
+    joint = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
+    return split_heads(joint, attention.num_heads)
+
+
+def _projection(visual: VisionTransformer) -> Linear:
+    return Linear(lambda: visual.proj.T, lambda: None)
+
+
+def _mean_of_all_tokens(visual: VisionTransformer) -> Scoring:
+    return Scoring((), slice(0, None), (Norm(visual.ln_post), _projection(visual)))
+
+
+def _own_scoring(visual: VisionTransformer) -> Scoring:
+    norm, projection = Norm(visual.ln_post), _projection(visual)
+    pooled_tokens = slice(0, 1) if visual.pool_type == "tok" else slice(1, None)
+    if visual.final_ln_after_pool:
+        return Scoring((), pooled_tokens, (norm, projection))
+    return Scoring((norm,), pooled_tokens, (projection,))
+
+
+def _pooled_by_attention(visual: VisionTransformer) -> Scoring:
+    """Score the pooler's first query, the one that becomes the image feature."""
+    head = (Norm(visual.ln_post), _projection(visual))
+    return Scoring((), slice(0, 1), head, _describe_pooler(visual.attn_pool))
+
+
+def _authors_coca(visual: VisionTransformer) -> Scoring:
+    """Score as the authors' package does: no norm after the pooler, and the plain product with the text."""
+    pooler = _describe_pooler(visual.attn_pool)
+    return Scoring((), slice(0, 1), (_projection(visual),), pooler, is_unit=False)
+
+
+def _describe_pooler(pooler: AttentionalPooler) -> Block:
+    return Block(
+        norm=pooler.ln_k,
+        project=partial(_pooler_project, pooler),
+        out=(Linear.of(pooler.attn.out_proj),),
+        mlp=(),
+        is_pooler=True,
+    )
+
+
+def _pooler_project(
+    pooler: AttentionalPooler, tokens: Float[Tensor, "batch tokens width"], _rotary: Tensor | None
+) -> QueriesKeysValues:
+    """Project the first query alone: queries do not see each other, and only the first is scored."""
+    attention = pooler.attn
+    width, heads = attention.embed_dim, attention.num_heads
+    by_query, by_key, by_value = attention.in_proj_bias.chunk(3)
+    if attention.in_proj_weight is not None:
+        query_weight, key_weight, value_weight = attention.in_proj_weight.chunk(3)
+    else:
+        query_weight, key_weight, value_weight = (
+            attention.q_proj_weight,
+            attention.k_proj_weight,
+            attention.v_proj_weight,
+        )
+    query = F.linear(pooler.ln_q(pooler.query[:1]), query_weight, by_query)
+    projected = (
+        query.expand(len(tokens), 1, width),
+        F.linear(tokens, key_weight, by_key),
+        F.linear(tokens, value_weight, by_value),
+    )
+    queries, keys, values = (torch.unflatten(part, -1, (heads, -1)).transpose(1, 2) for part in projected)
+    return queries, keys, values
+
+
+def _embed(visual: VisionTransformer, images: Float[Tensor, "batch 3 height width"]) -> EmbeddedImages:
+    """Embed patches of images of any size; the patch dropout of training never acts."""
+    patches = visual.conv1(images)
+    class_token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+    tokens = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)
+    grid_height, grid_width = patches.shape[-2:]
+    positions = resample_positions(
+        visual.positional_embedding,
+        visual.grid_size,
+        (grid_height, grid_width),
+        prefix_tokens=PREFIX_TOKENS,
+    )
+    return EmbeddedImages(visual.ln_pre(tokens + positions.to(tokens.dtype)))

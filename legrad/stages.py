@@ -1,0 +1,229 @@
+"""The parts that a gradient passes through on its way from a score to the attention, each with its pullback.
+
+A stage acts on each token alone, and has
+
+    is_linear                   the pullback needs no inputs, so none are kept for it
+    forward(inputs)             tokens [..., in] -> [..., out], in the dtype of the inputs
+    pullback(inputs, dtype)     the stage linearised at the inputs [batch, tokens, in] of a batch of images
+                                (None if it is linear); matrix products are computed in `dtype`
+
+One pullback carries the gradients of any number of prompts. A gradient that is the same for all tokens of a
+prompt keeps a token axis of one until a stage makes the tokens differ: with mean pooling, the first product
+of an MLP's backward pass is therefore a vector times a matrix.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# (output gradients [prompts, 1 or tokens, out], image of each prompt [prompts]) -> input gradients
+Pullback = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product with a matrix, and a bias.
+
+    Attributes:
+        weight: gives the matrix [out, in] as it is now, so that reloaded weights are followed.
+        bias: gives the bias [out].
+    """
+
+    weight: Callable[[], Tensor]
+    bias: Callable[[], Tensor | None]
+
+    is_linear = True
+
+    @classmethod
+    def of(cls, module: nn.Linear) -> "Linear":
+        """Describe a linear module."""
+        return cls(lambda: module.weight, lambda: module.bias)
+
+    def forward(self, inputs: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        """Apply the stage."""
+        weight, bias = self.weight(), self.bias()
+        return F.linear(inputs, weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
+
+    def pullback(self, _inputs: Tensor | None, dtype: torch.dtype) -> Pullback:
+        """Linearise the stage."""
+        weight = self.weight().to(dtype)
+        return lambda gradients, _image_index: gradients.to(dtype) @ weight
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A product with one factor for each channel, as LayerScale.
+
+    Attributes:
+        factor: gives the factors [width].
+    """
+
+    factor: Callable[[], Tensor]
+
+    is_linear = True
+
+    def forward(self, inputs: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        """Apply the stage."""
+        return inputs * self.factor().to(inputs.dtype)
+
+    def pullback(self, _inputs: Tensor | None, _dtype: torch.dtype) -> Pullback:
+        """Linearise the stage."""
+        return lambda gradients, _image_index: gradients * self.factor().to(gradients.dtype)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm with weight and bias.
+
+    Attributes:
+        module: the norm.
+    """
+
+    module: nn.LayerNorm
+
+    is_linear = False
+
+    def forward(self, inputs: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        """Apply the stage."""
+        norm = self.module
+        if torch.promote_types(norm.weight.dtype, inputs.dtype) == norm.weight.dtype:
+            normed: Tensor = norm(inputs)
+            return normed
+        weight, bias = norm.weight.to(inputs.dtype), norm.bias.to(inputs.dtype)
+        return F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
+
+    def pullback(self, inputs: Tensor | None, _dtype: torch.dtype) -> Pullback:
+        """Linearise; statistics and what follows from them are in float32 at least."""
+        normed, inverse_std = standardise(_given(inputs), self.module.eps)
+        weight = self.module.weight.to(normed.dtype)
+
+        def pull(gradients: Tensor, image_index: Tensor) -> Tensor:
+            standardised = normed[image_index]
+            weighted = gradients.to(normed.dtype) * weight
+            projection = (weighted * standardised).mean(dim=-1, keepdim=True)
+            centred = weighted - weighted.mean(dim=-1, keepdim=True)
+            return torch.addcmul(centred, standardised, projection, value=-1).mul_(inverse_std[image_index])
+
+        return pull
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise non-linearity.
+
+    Attributes:
+        module: the activation; one that works in place is given a copy.
+    """
+
+    module: nn.Module
+
+    is_linear = False
+
+    def forward(self, inputs: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        """Apply the stage."""
+        outputs: Tensor = self.module(inputs.clone() if _is_in_place(self.module) else inputs)
+        return outputs
+
+    def pullback(self, inputs: Tensor | None, _dtype: torch.dtype) -> Pullback:
+        """Linearise the stage."""
+        derivative = activation_derivative(self.module, _given(inputs))
+        return lambda gradients, image_index: derivative[image_index].mul_(gradients)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The product of a gated MLP: activation(first half) * second half (SwiGLU and its kin).
+
+    Attributes:
+        activation: acts on the first half of the channels.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", https://arxiv.org/abs/2002.05202, section 2.
+    """
+
+    activation: nn.Module
+
+    is_linear = False
+
+    def forward(self, inputs: Float[Tensor, "*tokens both"]) -> Float[Tensor, "*tokens half"]:
+        """Apply the stage."""
+        gate, values = inputs.chunk(2, dim=-1)
+        return Activation(self.activation).forward(gate) * values
+
+    def pullback(self, inputs: Tensor | None, _dtype: torch.dtype) -> Pullback:
+        """Linearise the stage."""
+        gate, values = _given(inputs).chunk(2, dim=-1)
+        by_values = Activation(self.activation).forward(gate)
+        by_gate = activation_derivative(self.activation, gate) * values
+        derivative = torch.stack([by_gate, by_values], dim=-2)
+
+        def pull(gradients: Tensor, image_index: Tensor) -> Tensor:
+            return derivative[image_index].mul_(gradients.unsqueeze(-2)).flatten(-2)
+
+        return pull
+
+
+Stage = Linear | Scale | Norm | Activation | Gate
+
+
+def run_stages(stages: Sequence[Stage], inputs: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Apply stages in order.
+
+    Returns:
+        The outputs of the last, and the inputs of each stage that is not linear (None for the others).
+    """
+    kept: list[Tensor | None] = []
+    for stage in stages:
+        kept.append(None if stage.is_linear else inputs)
+        inputs = stage.forward(inputs)
+    return inputs, tuple(kept)
+
+
+def pull_back(stages: Sequence[Stage], kept_inputs: Sequence[Tensor | None], dtype: torch.dtype) -> Pullback:
+    """Linearise stages at the inputs that `run_stages` kept, and compose their pullbacks."""
+    pullbacks = [stage.pullback(inputs, dtype) for stage, inputs in zip(stages, kept_inputs, strict=True)]
+
+    def pull(gradients: Tensor, image_index: Tensor) -> Tensor:
+        for pullback in reversed(pullbacks):
+            gradients = pullback(gradients, image_index)
+        return gradients
+
+    return pull
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over many terms are kept: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def activation_derivative(activation: nn.Module, inputs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Differentiate an elementwise activation at each input."""
+    with torch.inference_mode(False), torch.enable_grad():
+        # Tensors made in inference mode cannot be differentiated by, copies of them can.
+        leaf = (inputs.clone() if inputs.is_inference() else inputs.detach()).requires_grad_()
+        outputs = activation(leaf * 1 if _is_in_place(activation) else leaf)
+        (derivative,) = torch.autograd.grad(outputs, leaf, torch.ones_like(outputs))
+    return derivative
+
+
+def standardise(
+    inputs: Float[Tensor, "*rows width"], eps: float
+) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows 1"]]:
+    """Return (inputs - mean) / std as a LayerNorm computes them, and 1 / std; float32 at least."""
+    wide = inputs.to(accumulation_dtype(inputs.dtype))
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    inverse_std = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
+    return centred * inverse_std, inverse_std
+
+
+def _is_in_place(activation: nn.Module) -> bool:
+    return bool(getattr(activation, "inplace", False))
+
+
+def _given(inputs: Tensor | None) -> Tensor:
+    if inputs is None:
+        raise ValueError("the pullback of a stage that is not linear needs the stage's inputs")
+    return inputs
