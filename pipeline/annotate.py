@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,22 +19,39 @@ from pipeline.config import InputConfig, JobConfig
 from pipeline.decode import decode_image, find_field, read_captions
 from pipeline.engine import Engine, ExplainedSample, PreparedSample, Prompt
 from pipeline.errors import SampleFailure
+from pipeline.measures import Measures, Meter
 from pipeline.records import SampleError, ShardCounts, total_counts
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource
+from pipeline.stream import BatchStream, Stages, StreamLimits
 from pipeline.writer import ShardWriter
 
-In = TypeVar("In")
-Out = TypeVar("Out")
+LOOKAHEAD_BATCHES = 8
 
 
 @dataclass(frozen=True)
 class SampleOutcome:
-    """What became of a sample: rows, error rows, or neither where no prompt applies."""
+    """What became of a sample: rows, error rows, or neither where no prompt applies.
+
+    Attributes:
+        rows: of the annotations file.
+        errors: of the errors file.
+        dropped_prompts: prompts left out because the sample had too many.
+        is_sample: False for an error of the shard that belongs to no sample.
+    """
 
     rows: tuple[dict[str, Any], ...] = ()
     errors: tuple[SampleError, ...] = ()
     dropped_prompts: int = 0
+    is_sample: bool = True
+
+    def add_to(self, writer: ShardWriter) -> None:
+        """Record it."""
+        if self.is_sample:
+            writer.add_sample(self.rows, self.errors, self.dropped_prompts)
+        else:
+            for error in self.errors:
+                writer.add_error(error)
 
 
 @dataclass(frozen=True)
@@ -45,12 +60,7 @@ class _Prepared:
 
     sample: PreparedSample | None
     errors: tuple[SampleError, ...]
-
-
-@dataclass(frozen=True)
-class _Explained:
-    explained: ExplainedSample | None
-    errors: tuple[SampleError, ...]
+    is_sample: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class ShardReport:
 
 
 class ShardAnnotator:
-    """Annotates shards with one model; several threads may call it at once, the device takes turns.
+    """Annotates shards with one model; several threads may call it at once and then share its batches.
 
     Args:
         config: the job's configuration.
@@ -76,12 +86,20 @@ class ShardAnnotator:
     ) -> None:
         self._config = config
         self._explainer = explainer
-        self._engine = Engine(explainer, config.prompts.max_per_sample)
+        self._meter = Meter()
+        self._engine = Engine(explainer, config.prompts.max_per_sample, config.run.batch_size, self._meter)
         self._metadata = metadata
-        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._wanted_fields = wanted_fields(config.input)
         self._in_hand: set[ShardWriter] = set()
-        self._window = 2 * config.run.batch_size + decode_threads
+        self._stream = BatchStream(
+            Stages(_size_bytes, self._prepare, _pixel_shape, self._explain, self._finish),
+            StreamLimits(
+                threads=decode_threads,
+                max_samples=LOOKAHEAD_BATCHES * self._engine.batch_size + decode_threads,
+                max_bytes=config.run.lookahead_bytes,
+            ),
+            batch_limit=self._engine.batch_limit,
+        )
 
     def annotate(self, shard: ShardSource) -> ShardReport:
         """Read, explain and publish one shard; memory is bounded by batches, not by the shard.
@@ -96,20 +114,21 @@ class ShardAnnotator:
         started_s = time.monotonic()
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         with ShardWriter(shard.canonical_url, metadata) as writer, self._listed(writer):
-            with storage.open_shard(shard) as stream:
-                items = read_samples(
-                    stream,
-                    max_member_bytes=self._config.input.max_member_bytes,
-                    wanted_fields=self._wanted_fields,
-                )
-                for outcome in self._outcomes(_without_strays(items, writer)):
-                    writer.add_sample(outcome.rows, outcome.errors, outcome.dropped_prompts)
+            self._stream.run(self._samples(shard), lambda outcome: outcome.add_to(writer))
             counts = writer.publish(self._config.output.dir, shard.shard_id)
         return ShardReport(counts, time.monotonic() - started_s)
+
+    def wait_for_room(self) -> None:
+        """Return when another shard would be begun at once; until then it is better off elsewhere."""
+        self._stream.wait_for_room()
 
     def live_counts(self) -> ShardCounts:
         """Outcomes so far of the shards in hand."""
         return total_counts(writer.counts() for writer in tuple(self._in_hand))
+
+    def measures(self) -> Measures:
+        """Images decoded and time on the device, since the model was loaded."""
+        return self._meter.read()
 
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:
@@ -120,30 +139,20 @@ class ShardAnnotator:
             self._in_hand.discard(writer)
 
     def close(self) -> None:
-        """Stop the decode threads."""
-        self._pool.shutdown(cancel_futures=True)
+        """Stop the threads."""
+        self._stream.close()
 
-    def _outcomes(self, items: Iterable[RawSample | SampleError]) -> Iterator[SampleOutcome]:
-        prepared = self._mapped(self._prepare, items)
-        return self._mapped(self._finish, self._explained(prepared))
-
-    def _mapped(self, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-        """Apply a function on the pool, in order, with a bounded number of items in flight."""
-        in_flight: deque[Future[Out]] = deque()
-        try:
-            for item in items:
-                in_flight.append(self._pool.submit(function, item))
-                if len(in_flight) > self._window:
-                    yield in_flight.popleft().result()
-            while in_flight:
-                yield in_flight.popleft().result()
-        finally:
-            for future in in_flight:
-                future.cancel()
+    def _samples(self, shard: ShardSource) -> Iterator[RawSample | SampleError]:
+        with storage.open_shard(shard) as stream:
+            yield from read_samples(
+                stream,
+                max_member_bytes=self._config.input.max_member_bytes,
+                wanted_fields=self._wanted_fields,
+            )
 
     def _prepare(self, item: RawSample | SampleError) -> _Prepared:
         if isinstance(item, SampleError):
-            return _Prepared(None, (item,))
+            return _Prepared(None, (item,), is_sample=item.sample_index is not None)
         try:
             prompts, errors = self._prompts(item)
             if not prompts:
@@ -153,6 +162,7 @@ class ShardAnnotator:
                 self._explainer.transform,
                 max_image_pixels=self._config.input.max_image_pixels,
             )
+            self._meter.image_decoded()
         except SampleFailure as failure:
             return _Prepared(None, (_error_row(failure, item.key, item.index),))
         return _Prepared(PreparedSample(item.index, item.key, image, tuple(prompts)), tuple(errors))
@@ -169,18 +179,14 @@ class ShardAnnotator:
         ]
         return prompts, failures
 
-    def _explained(self, prepared: Iterable[_Prepared]) -> Iterator[_Explained]:
-        for batch in _batches(prepared, self._config.run.batch_size):
-            waiting = [item.sample for item in batch if item.sample is not None]
-            explained = iter(self._engine.explain(waiting) if waiting else [])
-            for item in batch:
-                yield _Explained(next(explained) if item.sample is not None else None, item.errors)
+    def _explain(self, batch: Sequence[_Prepared]) -> list[ExplainedSample]:
+        return self._engine.explain([item.sample for item in batch if item.sample is not None])
 
-    def _finish(self, item: _Explained) -> SampleOutcome:
-        if item.explained is None:
-            return SampleOutcome(errors=item.errors)
-        sample = item.explained.sample
-        finite = item.explained.relevance_grids.isfinite().flatten(1).all(dim=1)
+    def _finish(self, item: _Prepared, explained: ExplainedSample | None) -> SampleOutcome:
+        if explained is None:
+            return SampleOutcome(errors=item.errors, is_sample=item.is_sample)
+        sample = explained.sample
+        finite = explained.relevance_grids.isfinite().flatten(1).all(dim=1)
         errors = [
             SampleError(
                 "model",
@@ -190,11 +196,11 @@ class ShardAnnotator:
                 sample.index,
                 kept.prompt.index,
             )
-            for kept, is_finite in zip(item.explained.prompts, finite.tolist(), strict=True)
+            for kept, is_finite in zip(explained.prompts, finite.tolist(), strict=True)
             if not is_finite
         ]
-        rows = self._rows(item.explained, finite.nonzero().flatten())
-        return SampleOutcome(tuple(rows), (*item.errors, *errors), item.explained.dropped_prompts)
+        rows = self._rows(explained, finite.nonzero().flatten())
+        return SampleOutcome(tuple(rows), (*item.errors, *errors), explained.dropped_prompts)
 
     def _rows(self, explained: ExplainedSample, positions: torch.Tensor) -> list[dict[str, Any]]:
         sample = explained.sample
@@ -278,26 +284,9 @@ def _error_row(failure: SampleFailure, key: str, index: int, prompt_index: int |
     return SampleError(failure.stage, failure.kind, failure.message, key, index, prompt_index)
 
 
-def _without_strays(
-    items: Iterable[RawSample | SampleError], writer: ShardWriter
-) -> Iterator[RawSample | SampleError]:
-    """Record errors that belong to no sample at once; pass on what is a sample's."""
-    for item in items:
-        if isinstance(item, SampleError) and item.sample_index is None:
-            writer.add_error(item)
-        else:
-            yield item
+def _size_bytes(item: RawSample | SampleError) -> int:
+    return sum(map(len, item.fields.values())) if isinstance(item, RawSample) else 0
 
 
-def _batches(prepared: Iterable[_Prepared], batch_size: int) -> Iterator[Sequence[_Prepared]]:
-    """Group so that each batch has `batch_size` samples for the device; items without one ride along."""
-    batch: list[_Prepared] = []
-    waiting = 0
-    for item in prepared:
-        batch.append(item)
-        waiting += item.sample is not None
-        if waiting == batch_size or len(batch) >= 4 * batch_size:
-            yield batch
-            batch, waiting = [], 0
-    if batch:
-        yield batch
+def _pixel_shape(item: _Prepared) -> Hashable | None:
+    return None if item.sample is None else item.sample.image.pixels.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 import legrad
 from legrad.prompts import truncated
 from pipeline.decode import DecodedImage
+from pipeline.measures import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -77,37 +78,55 @@ class Engine:
     Args:
         explainer: the loaded model.
         max_prompts_per_sample: of more prompts the most similar ones are kept.
+        batch_size: most images in a batch.
+        meter: takes how long the device was busy.
     """
 
-    def __init__(self, explainer: legrad.LeGrad, max_prompts_per_sample: int) -> None:
+    def __init__(
+        self,
+        explainer: legrad.LeGrad,
+        max_prompts_per_sample: int,
+        batch_size: int,
+        meter: Meter | None = None,
+    ) -> None:
         self._explainer = explainer
         self._max_prompts_per_sample = max_prompts_per_sample
         self._text_cache: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._device_lock = threading.Lock()
-        self._said_out_of_memory = False
+        self._meter = meter or Meter()
+        self._limit_by_shape: dict[Hashable, int] = {}
+        self.batch_size = batch_size
+
+    def batch_limit(self, pixel_shape: Hashable) -> int:
+        """Most images of a shape in a batch: `batch_size`, or less where that was too much for the device."""
+        return self._limit_by_shape.get(pixel_shape, self.batch_size)
 
     def explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
         """Explain every prompt of every sample; a batch too large for the device is halved.
+
+        Args:
+            samples: their images are of one shape.
 
         Raises:
             torch.OutOfMemoryError: not even a single sample fits.
         """
         try:
-            with self._device_lock:
+            with self._device_lock, self._meter.device_step():
                 return self._explain(samples)
         except torch.OutOfMemoryError:
             if len(samples) == 1:
                 raise
-            self._say_out_of_memory(len(samples))
         middle = len(samples) // 2
+        self._lower_limit(samples[0].image.pixels.shape, middle)
         return self.explain(samples[:middle]) + self.explain(samples[middle:])
 
-    def _say_out_of_memory(self, samples: int) -> None:
-        if not self._said_out_of_memory:
+    def _lower_limit(self, pixel_shape: Hashable, images: int) -> None:
+        if not self._limit_by_shape:
             logger.warning(
-                "out of device memory with %d images: halving batches; lower run.batch_size", samples
+                "out of device memory with a batch of %d images: batches are halved; lower run.batch_size",
+                self.batch_size,
             )
-            self._said_out_of_memory = True
+        self._limit_by_shape[pixel_shape] = min(images, self.batch_limit(pixel_shape))
 
     def _explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
         explainer = self._explainer

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pipeline.measures import Measures
 from pipeline.records import ShardCounts
 
 
@@ -26,6 +27,7 @@ class RunState:
         shards_failed: given up.
         counts: outcomes of the samples of shards done in this run.
         live_counts: outcomes in shards that are still in hand.
+        measures: of all workers of this run, since each loaded its model.
         workers_ready: workers that have loaded their model.
         elapsed_s: seconds since the workers were asked for.
     """
@@ -36,6 +38,7 @@ class RunState:
     shards_failed: int = 0
     counts: ShardCounts = field(default_factory=ShardCounts)
     live_counts: ShardCounts = field(default_factory=ShardCounts)
+    measures: Measures = field(default_factory=Measures)
     workers_ready: int = 0
     elapsed_s: float = 0.0
 

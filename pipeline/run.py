@@ -24,13 +24,14 @@ from pipeline import job as jobs
 from pipeline import storage
 from pipeline.errors import OutputError, PipelineError, UserError
 from pipeline.job import Job
+from pipeline.measures import Measures
 from pipeline.plan import WorkerPlan, plan_workers
 from pipeline.progress import Progress
 from pipeline.records import ShardCounts, total_counts
 from pipeline.result import JobResult, concluded, first_state
 from pipeline.shard_queue import GivenUp, ShardQueue
 from pipeline.storage import ShardSource
-from pipeline.worker import AnnotatorFactory, LoadOutcome, ShardOutcome, Worker, build_annotator
+from pipeline.worker import AnnotatorFactory, LoadOutcome, Pulse, ShardOutcome, Worker, build_annotator
 from pipeline.writer import published_counts
 
 SHARDS_IN_HAND = 2
@@ -119,6 +120,7 @@ class _Seat:
     node_id: str = ""
     in_hand: list[ShardSource] = field(default_factory=list)
     live_counts: ShardCounts = field(default_factory=ShardCounts)
+    measures: Measures = field(default_factory=Measures)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class _Dispatcher:
         self._seats: list[_Seat] = []
         self._calls: dict[Any, _Call] = {}
         self._load_deaths = 0
+        self._measures_of_the_dead = Measures()
         self._next_pulse_s = 0.0
         self._state = first_state(job)
         self._started_s = time.monotonic()
@@ -218,7 +221,7 @@ class _Dispatcher:
         asked = {id(call.seat) for call in self._calls.values() if call.kind == "pulse"}
         for seat in self._seats:
             if seat.in_hand and id(seat) not in asked:
-                self._calls[seat.actor.live_counts.remote()] = _Call("pulse", seat)
+                self._calls[seat.actor.pulse.remote()] = _Call("pulse", seat)
 
     def _collect(self) -> None:
         if not self._calls:
@@ -241,9 +244,10 @@ class _Dispatcher:
         elif isinstance(answer, ShardOutcome) and call.shard is not None:
             call.seat.in_hand.remove(call.shard)
             call.seat.live_counts, self._next_pulse_s = ShardCounts(), 0.0
+            call.seat.measures = answer.measures
             self._attempted(call.shard, answer)
-        else:
-            call.seat.live_counts = answer
+        elif isinstance(answer, Pulse):
+            call.seat.live_counts, call.seat.measures = answer.counts, answer.measures
 
     def _loaded(self, seat: _Seat, outcome: LoadOutcome) -> None:
         if outcome.message:
@@ -281,6 +285,7 @@ class _Dispatcher:
             return
         ray.kill(seat.actor)
         self._seats.remove(seat)
+        self._measures_of_the_dead += seat.measures
         self._calls = {reference: call for reference, call in self._calls.items() if call.seat is not seat}
         if not seat.ready:
             self._load_deaths += 1
@@ -322,9 +327,13 @@ class _Dispatcher:
 
     def _show(self) -> None:
         live = total_counts(seat.live_counts for seat in self._seats if seat.in_hand)
-        ready = sum(seat.ready for seat in self._seats)
-        elapsed_s = time.monotonic() - self._started_s
-        self._state = replace(self._state, live_counts=live, workers_ready=ready, elapsed_s=elapsed_s)
+        self._state = replace(
+            self._state,
+            live_counts=live,
+            measures=sum((seat.measures for seat in self._seats), start=self._measures_of_the_dead),
+            workers_ready=sum(seat.ready for seat in self._seats),
+            elapsed_s=time.monotonic() - self._started_s,
+        )
         self._progress.update(self._state)
 
     def _reason_to_stop(self) -> str:

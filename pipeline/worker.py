@@ -8,7 +8,7 @@ import os
 import threading
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from pipeline.annotate import ShardAnnotator, ShardReport
 from pipeline.config import JobConfig
 from pipeline.errors import OutputError, ShardError, UserError
+from pipeline.measures import Measures
 from pipeline.model import load_explainer
 from pipeline.records import ShardCounts
 from pipeline.storage import ShardSource
@@ -33,11 +34,21 @@ class ShardOutcome:
         status: done; retry: worth another attempt; fatal: no other shard would fare better.
         report: counts and duration, where done.
         message: what went wrong, where not.
+        measures: of the worker since it loaded its model.
     """
 
     status: Literal["done", "retry", "fatal"]
     report: ShardReport | None = None
     message: str = ""
+    measures: Measures = field(default_factory=Measures)
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """How far a worker is: outcomes in its shards in hand, and its measures since it loaded its model."""
+
+    counts: ShardCounts
+    measures: Measures
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,9 @@ class Annotator(Protocol):
 
     def live_counts(self) -> ShardCounts:
         """Outcomes so far of the shards in hand."""
+
+    def measures(self) -> Measures:
+        """Images decoded and time on the device, since the model was loaded."""
 
 
 class AnnotatorFactory(Protocol):
@@ -112,8 +126,12 @@ class Worker:
         """Annotate one shard and tell how it ended."""
         if self._annotator is None:
             return ShardOutcome("retry", message="the worker has not loaded its model")
+        outcome = self._attempt(self._annotator, shard)
+        return replace(outcome, measures=self._annotator.measures())
+
+    def _attempt(self, annotator: Annotator, shard: ShardSource) -> ShardOutcome:
         try:
-            return ShardOutcome("done", self._annotator.annotate(shard))
+            return ShardOutcome("done", annotator.annotate(shard))
         except OutputError as error:
             return ShardOutcome("fatal", message=str(error))
         except ShardError as error:
@@ -130,9 +148,11 @@ class Worker:
                 "retry", message=f"{type(error).__name__}: {error} ({where.name}:{where.lineno})"
             )
 
-    def live_counts(self) -> ShardCounts:
-        """Outcomes so far of the shards in hand."""
-        return self._annotator.live_counts() if self._annotator is not None else ShardCounts()
+    def pulse(self) -> Pulse:
+        """How far the shards in hand are, and what the worker has done so far."""
+        if self._annotator is None:
+            return Pulse(ShardCounts(), Measures())
+        return Pulse(self._annotator.live_counts(), self._annotator.measures())
 
 
 def _device_answers(device: str) -> bool:

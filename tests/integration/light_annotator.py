@@ -6,6 +6,7 @@ import time
 
 from pipeline.annotate import ShardReport
 from pipeline.errors import OutputError, ShardError
+from pipeline.measures import Measures
 from pipeline.records import SampleError, ShardCounts
 from pipeline.writer import ShardWriter
 
@@ -39,6 +40,9 @@ class LightAnnotator:
 
     def live_counts(self):
         return ShardCounts()
+
+    def measures(self):
+        return Measures()
 
 
 def light(config, metadata, cpus, device):
