@@ -130,6 +130,9 @@ class RunConfig(Section):
         None, description="CPU cores of one worker; null: the cluster's cores shared out, at most 8."
     )
     batch_size: PositiveInt = Field(32, description="Images of one forward pass.")
+    lookahead_bytes: PositiveInt = Field(
+        512 * MEBIBYTE, description="Bytes of samples, as read, that one worker holds at a time."
+    )
     decode_threads: PositiveInt | None = Field(
         None, description="Threads of one worker; null: its CPU cores."
     )
