@@ -8,6 +8,7 @@ import open_clip
 import torch
 
 from legrad.families import describe_visual
+from legrad.families.parts import NotCovered
 
 _SMALLEST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
@@ -48,7 +49,7 @@ def _vision_support(embed_dim: int, vision_json: str) -> ModelSupport:
     # Many names share a vision tower and differ in their texts.
     with torch.device("meta"):
         model = open_clip.CLIP(embed_dim, json.loads(vision_json), _SMALLEST_TEXT)
-    described = describe_visual(model.visual)
-    return (
-        ModelSupport(None, described) if isinstance(described, str) else ModelSupport(described.family, None)
-    )
+    try:
+        return ModelSupport(describe_visual(model.visual).family, None)
+    except NotCovered as reason:
+        return ModelSupport(None, str(reason))

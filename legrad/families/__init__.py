@@ -3,17 +3,33 @@
 The family is decided by the tower's structure, never by its name.
 """
 
-from typing import Any
+from collections.abc import Callable
 
+import timm
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from legrad.errors import UnsupportedModelError
-from legrad.families import clip
+from legrad.families import clip, timm_vit
+from legrad.families.parts import NotCovered
 from legrad.towers import Tower
 
 SUPPORTED = "open_clip's vision transformers, its own and timm's (`legrad models` lists them)"
+
+
+# Exact classes: a subclass may compute something else.
+_TIMM: dict[type[nn.Module], Callable[[TimmModel], Tower]] = {
+    timm.models.vision_transformer.VisionTransformer: timm_vit.describe,
+}
+
+
+_WHY_NOT = {
+    "ModifiedResNet": "is convolutional: its only attention pools a feature map at the end",
+    "ConvNeXt": "is convolutional and has no attention",
+    "FastVit": "puts convolutions after its attention, which mix the patches again",
+    "SwinTransformer": "attends within windows and merges patches from stage to stage",
+}
 
 
 def describe_tower(model: nn.Module) -> Tower:
@@ -30,24 +46,32 @@ def describe_tower(model: nn.Module) -> Tower:
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected an open_clip model with a `visual` tower"
         )
-    tower = describe_visual(visual)
-    if isinstance(tower, str):
+    try:
+        return describe_visual(visual)
+    except NotCovered as reason:
         raise UnsupportedModelError(
-            f"{type(model).__name__} with a vision tower {class_name(visual)}: {tower}. "
+            f"{type(model).__name__} with a vision tower {_class_name(visual)}: {reason}. "
             f"Supported: {SUPPORTED}"
-        )
-    return tower
+        ) from None
 
 
-def describe_visual(visual: Any) -> Tower | str:
-    """Describe a vision tower, or say why it is not covered."""
+def describe_visual(visual: nn.Module) -> Tower:
+    """Describe a vision tower.
+
+    Raises:
+        NotCovered: its structure is not covered; the message is the reason.
+    """
     if isinstance(visual, VisionTransformer):
-        return clip.refusal(visual) or clip.describe(visual)
-    return f"a {class_name(visual)} is no plain vision transformer"
+        return clip.describe(visual)
+    if isinstance(visual, TimmModel) and type(visual.trunk) in _TIMM:
+        return _TIMM[type(visual.trunk)](visual)
+    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
+    raise NotCovered(f"a {_class_name(visual)} {_WHY_NOT.get(type(trunk).__name__, 'is not covered')}")
 
 
-def class_name(visual: nn.Module) -> str:
-    """Name a tower's class, and that of the trunk inside a timm tower."""
-    if isinstance(visual, TimmModel):
-        return f"TimmModel({type(visual.trunk).__name__})"
-    return type(visual).__name__
+def _class_name(visual: nn.Module) -> str:
+    return (
+        f"TimmModel({type(visual.trunk).__name__})"
+        if isinstance(visual, TimmModel)
+        else type(visual).__name__
+    )

@@ -9,7 +9,7 @@ from open_clip.transformer import AttentionalPooler, LayerScale, ResidualAttenti
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from legrad.families.parts import first_reason, is_affine_norm, split_heads
+from legrad.families.parts import NotCovered, check_covered, describe_blocks, is_affine_norm, split_heads
 from legrad.positions import resample_positions
 from legrad.stages import Activation, Linear, Norm, Scale, Stage
 from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
@@ -17,10 +17,14 @@ from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tow
 PREFIX_TOKENS = 1
 
 
-def refusal(visual: VisionTransformer) -> str | None:
-    """Say why a tower of this class is not covered, or None where it is."""
+def describe(visual: VisionTransformer) -> Tower:
+    """Describe a tower.
+
+    Raises:
+        NotCovered: a part of it is not covered.
+    """
     pooler = visual.attn_pool
-    reason = first_reason(
+    check_covered(
         ("its final projection was removed", visual.proj is None),
         ("its ln_post is no LayerNorm with weight and bias", not is_affine_norm(visual.ln_post)),
         (f"its patches are not square: {visual.patch_size}", len(set(visual.patch_size)) != 1),
@@ -34,16 +38,7 @@ def refusal(visual: VisionTransformer) -> str | None:
         ),
         (f"it pools by a {type(pooler).__name__}", pooler is not None and not _is_covered_pooler(pooler)),
     )
-    if reason is not None:
-        return reason
-    reasons = ((i, _block_refusal(block)) for i, block in enumerate(visual.transformer.resblocks))
-    return next((f"block {i}: {reason}" for i, reason in reasons if reason is not None), None)
-
-
-def describe(visual: VisionTransformer) -> Tower:
-    """Describe a tower that `refusal` does not refuse."""
     grid_height, grid_width = visual.grid_size
-    pooler = visual.attn_pool
     return Tower(
         family="clip" if pooler is None else "coca",
         patch_size=visual.patch_size[0],
@@ -53,7 +48,7 @@ def describe(visual: VisionTransformer) -> Tower:
         prefix_tokens=PREFIX_TOKENS,
         normalisation="upsampled",
         embed=partial(_embed, visual),
-        blocks=tuple(_describe_block(block) for block in visual.transformer.resblocks),
+        blocks=describe_blocks(visual.transformer.resblocks, _describe_block),
         reference=_mean_of_all_tokens(visual) if pooler is None else _authors_coca(visual),
         own=_own_scoring(visual) if pooler is None else _pooled_by_attention(visual),
         parameter=partial(getattr, visual.conv1, "weight"),
@@ -64,18 +59,23 @@ def _is_covered_pooler(pooler: nn.Module) -> bool:
     return isinstance(pooler, AttentionalPooler) and is_affine_norm(pooler.ln_k)
 
 
-def _block_refusal(block: Any) -> str | None:
+def _check_block(block: Any) -> None:
     if type(block) is not ResidualAttentionBlock:
-        return f"it is a {type(block).__name__}, not a ResidualAttentionBlock"
+        raise NotCovered(f"it is a {type(block).__name__}, not a ResidualAttentionBlock")
     attention, parts = block.attn, dict(block.mlp.named_children())
     if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
-        return "its queries, keys and values have no joint projection"
-    if attention.bias_k is not None or attention.add_zero_attn:
-        return "its attention adds keys of its own"
-    if list(parts) != ["c_fc", "gelu", "c_proj"]:
-        return f"its MLP is made of {list(parts)}, not ['c_fc', 'gelu', 'c_proj']"
-    if not (is_affine_norm(block.ln_1) and is_affine_norm(block.ln_2)):
-        return "its norms are not LayerNorms with weight and bias"
+        raise NotCovered("its queries, keys and values have no joint projection")
+    check_covered(
+        ("its attention adds keys of its own", attention.bias_k is not None or attention.add_zero_attn),
+        (
+            f"its MLP is made of {list(parts)}, not ['c_fc', 'gelu', 'c_proj']",
+            list(parts) != ["c_fc", "gelu", "c_proj"],
+        ),
+        (
+            "its norms are not LayerNorms with weight and bias",
+            not (is_affine_norm(block.ln_1) and is_affine_norm(block.ln_2)),
+        ),
+    )
     kinds: list[tuple[str, nn.Module, tuple[type[nn.Module], ...]]] = [
         ("attn.out_proj", attention.out_proj, (nn.Linear,)),
         ("mlp.c_fc", parts["c_fc"], (nn.Linear,)),
@@ -83,11 +83,13 @@ def _block_refusal(block: Any) -> str | None:
         ("ls_1", block.ls_1, (nn.Identity, LayerScale)),
         ("ls_2", block.ls_2, (nn.Identity, LayerScale)),
     ]
-    wrong = ((name, module) for name, module, allowed in kinds if not isinstance(module, allowed))
-    return next((f"its {name} is a {type(module).__name__}" for name, module in wrong), None)
+    for name, module, allowed in kinds:
+        if not isinstance(module, allowed):
+            raise NotCovered(f"its {name} is a {type(module).__name__}")
 
 
 def _describe_block(block: ResidualAttentionBlock) -> Block:
+    _check_block(block)
     return Block(
         norm=block.ln_1,
         project=partial(_project, block.attn),

@@ -1,0 +1,161 @@
+"""timm's VisionTransformer inside open_clip's TimmModel: SigLIP, ViTamin, MobileCLIP and their kin."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from open_clip.timm_model import TimmModel
+from timm.layers.attention import Attention
+from timm.layers.hybrid_embed import HybridEmbed
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from legrad.errors import InputError
+from legrad.families.parts import NotCovered, check_covered, describe_blocks, split_heads
+from legrad.families.timm_parts import (
+    describe_pooler,
+    head_stages,
+    linear_stages,
+    mlp_stages,
+    norm_stages,
+    scale_stages,
+)
+from legrad.positions import resample_positions
+from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
+
+
+def describe(visual: TimmModel) -> Tower:
+    """Describe a tower whose trunk is timm's VisionTransformer.
+
+    Raises:
+        NotCovered: a part of it is not covered.
+    """
+    trunk = visual.trunk
+    patches = trunk.patch_embed
+    check_covered(
+        (
+            f"its patches are made by a {type(patches).__name__}",
+            type(patches) not in (PatchEmbed, HybridEmbed),
+        ),
+        (
+            "its position embeddings are of another kind",
+            trunk.pos_embed is not None and trunk.pos_embed.ndim != 3,
+        ),
+        (f"its pooling is {trunk.global_pool!r}", trunk.global_pool not in ("token", "avg", "map")),
+        ("its pooling takes prefix tokens in", trunk.pool_include_prefix),
+        (
+            "it has prefix tokens beside an attentional pooler",
+            trunk.global_pool == "map" and trunk.num_prefix_tokens > 0,
+        ),
+    )
+    patch_height, patch_width = patches.feat_ratio(as_scalar=False)
+    if patch_height != patch_width:
+        raise NotCovered(f"its patches are not square: {patch_height} x {patch_width}")
+    reference, own = _scorings(visual)
+    return Tower(
+        family=_family(trunk),
+        patch_size=patch_height,
+        native_grid=tuple(patches.grid_size),
+        takes_any_grid=True,
+        embed_dim=_embed_dim(visual),
+        prefix_tokens=trunk.num_prefix_tokens,
+        normalisation="grid" if trunk.attn_pool is not None else "upsampled",
+        embed=partial(_embed, trunk),
+        blocks=describe_blocks(trunk.blocks, _describe_block),
+        reference=reference,
+        own=own,
+        parameter=lambda: next(patches.parameters()),
+    )
+
+
+def _family(trunk: VisionTransformer) -> str:
+    if trunk.attn_pool is not None:
+        return "siglip"
+    return "timm-hybrid" if isinstance(trunk.patch_embed, HybridEmbed) else "timm-vit"
+
+
+def _embed_dim(visual: TimmModel) -> int:
+    projections = [
+        module for module in (visual.trunk.head, *visual.head.modules()) if isinstance(module, nn.Linear)
+    ]
+    return projections[-1].out_features if projections else int(visual.trunk.num_features)
+
+
+def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
+    """Describe how a layer is scored by the authors, or next to their way, and by the model itself."""
+    trunk = visual.trunk
+    norm, head = norm_stages(trunk.norm), head_stages(trunk, visual.head)
+    if trunk.attn_pool is not None:
+        straight = describe_pooler(trunk.attn_pool, nn.Identity())
+        normed = describe_pooler(trunk.attn_pool, trunk.norm)
+        return Scoring((), slice(0, 1), head, straight), Scoring((), slice(0, 1), head, normed)
+    own_tokens = slice(0, 1) if trunk.global_pool == "token" else slice(trunk.num_prefix_tokens, None)
+    return Scoring((), slice(0, None), (*norm, *head)), Scoring(norm, own_tokens, head)
+
+
+def _describe_block(block: Any) -> Block:
+    attention = block.attn
+    if type(block) is not TimmBlock or type(attention) is not Attention:
+        raise NotCovered(f"it is a {type(block).__name__} with a {type(attention).__name__}")
+    check_covered(("its attention has a gate", attention.gate is not None))
+    norm_stages(block.norm1)
+    return Block(
+        norm=block.norm1,
+        project=partial(_project, attention),
+        out=(*norm_stages(attention.norm), *linear_stages(attention.proj), *scale_stages(block.ls1)),
+        mlp=(*norm_stages(block.norm2), *mlp_stages(block.mlp), *scale_stages(block.ls2)),
+    )
+
+
+def _project(
+    attention: Attention, tokens: Float[Tensor, "batch tokens width"], _rotary: Tensor | None
+) -> QueriesKeysValues:
+    queries, keys, values = split_heads(attention.qkv(tokens), attention.num_heads)
+    return attention.q_norm(queries), attention.k_norm(keys), values
+
+
+def _embed(trunk: VisionTransformer, images: Float[Tensor, "batch 3 height width"]) -> EmbeddedImages:
+    """Embed patches of images of any size; the dropouts of training never act."""
+    patches = _patches(trunk.patch_embed, images)
+    grid_height, grid_width = patches.shape[-2:]
+    tokens = patches.flatten(2).transpose(1, 2)
+    if isinstance(trunk.patch_embed, PatchEmbed):
+        tokens = trunk.patch_embed.norm(tokens)
+    prefix = [
+        token.expand(len(tokens), -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None
+    ]
+    embedded_prefix_tokens = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+    with_prefix = torch.cat([*prefix, tokens], dim=1)
+    if trunk.pos_embed is not None:
+        positions = resample_positions(
+            trunk.pos_embed[0],
+            trunk.patch_embed.grid_size,
+            (grid_height, grid_width),
+            prefix_tokens=embedded_prefix_tokens,
+        ).to(tokens.dtype)
+        first = trunk.num_prefix_tokens - embedded_prefix_tokens
+        with_prefix = torch.cat([with_prefix[:, :first], with_prefix[:, first:] + positions], dim=1)
+    return EmbeddedImages(trunk.norm_pre(with_prefix))
+
+
+def _patches(
+    patch_embed: PatchEmbed | HybridEmbed, images: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch width_ grid_height grid_width"]:
+    if isinstance(patch_embed, HybridEmbed):
+        _check_no_batch_norm_trains(patch_embed.backbone)
+        features = patch_embed.backbone(images)
+        images = features[-1] if isinstance(features, list | tuple) else features
+    patches: Tensor = patch_embed.proj(images)
+    return patches
+
+
+def _check_no_batch_norm_trains(backbone: nn.Module) -> None:
+    if any(isinstance(module, _BatchNorm) and module.training for module in backbone.modules()):
+        raise InputError(
+            "the convolutions before the patches hold batch norms in training mode, which would mix the "
+            "images of a batch and change the model: call model.eval() first"
+        )
