@@ -92,9 +92,10 @@ def truncated(
     Args:
         tokenizer: as `open_clip.get_tokenizer` gives it.
         texts: any number of texts.
-        token_ids: what the tokenizer gave for the texts, where that is at hand: saves tokenising most again.
+        token_ids: what the tokenizer gave for the texts, where that is at hand: saves open_clip's own, which
+            is slow, from tokenising most again.
     """
-    suspects = range(len(texts)) if token_ids is None else _rows_without_padding(tokenizer, token_ids)
+    suspects = range(len(texts)) if token_ids is None else _suspect_rows(tokenizer, token_ids)
     counts = _uncut_token_counts(tokenizer, [texts[row] for row in suspects])
     cut = {row for row, count in zip(suspects, counts, strict=True) if count > tokenizer.context_length}
     return [row in cut for row in range(len(texts))]
@@ -216,13 +217,12 @@ def _encode_cut(
     return embeddings
 
 
-def _rows_without_padding(tokenizer: Tokenizer, token_ids: Int[Tensor, "prompts context"]) -> list[int]:
-    """Rows of texts that may have been cut: what is cut ends in a token, not in padding."""
-    pretrained = getattr(tokenizer, "tokenizer", None)
-    if getattr(tokenizer, "strip_sep_token", False):  # its last token may have been made to look like padding
+def _suspect_rows(tokenizer: Tokenizer, token_ids: Int[Tensor, "prompts context"]) -> list[int]:
+    """Rows of texts that may have been cut, all where that does not show."""
+    if hasattr(tokenizer, "tokenizer"):  # fast, and some pad with the mark that also ends what is cut
         return list(range(len(token_ids)))
-    pad_id = 0 if pretrained is None else pretrained.pad_token_id
-    return (token_ids[:, -1] != pad_id).nonzero().flatten().tolist()
+    # open_clip's own is slow, and pads with 0, which never ends what is cut
+    return token_ids[:, -1].nonzero().flatten().tolist()
 
 
 def _uncut_token_counts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
