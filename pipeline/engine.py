@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -12,13 +11,11 @@ import numpy as np
 import torch
 
 import legrad
-from legrad.prompts import truncated
+from legrad.text_embedder import TextEmbedder
 from pipeline.decode import DecodedImage
 from pipeline.measures import Meter
 
 logger = logging.getLogger(__name__)
-
-CACHED_TEXTS = 50_000
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Engine:
     ) -> None:
         self._explainer = explainer
         self._max_prompts_per_sample = max_prompts_per_sample
-        self._text_cache: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._embedder = TextEmbedder(explainer)
         self._device_lock = threading.Lock()
         self._meter = meter or Meter()
         self._limit_by_shape: dict[Hashable, int] = {}
@@ -110,23 +107,34 @@ class Engine:
         Raises:
             torch.OutOfMemoryError: not even a single sample fits.
         """
+        explained: list[ExplainedSample] = []
+        while len(explained) < len(samples):
+            pixel_shape = samples[0].image.pixels.shape
+            end = len(explained) + self.batch_limit(pixel_shape)
+            part = self._explained_if_it_fits(samples[len(explained) : end])
+            if part is None:
+                self._lower_limit(pixel_shape, min(end, len(samples)) - len(explained))
+            else:
+                explained += part
+        return explained
+
+    def _explained_if_it_fits(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample] | None:
         try:
             with self._device_lock, self._meter.device_step():
                 return self._explain(samples)
         except torch.OutOfMemoryError:
             if len(samples) == 1:
                 raise
-        middle = len(samples) // 2
-        self._lower_limit(samples[0].image.pixels.shape, middle)
-        return self.explain(samples[:middle]) + self.explain(samples[middle:])
+        # outside of the handler, whose traceback holds on to tensors
+        return None
 
-    def _lower_limit(self, pixel_shape: Hashable, images: int) -> None:
+    def _lower_limit(self, pixel_shape: Hashable, images_too_many: int) -> None:
         if not self._limit_by_shape:
             logger.warning(
-                "out of device memory with a batch of %d images: batches are halved; lower run.batch_size",
-                self.batch_size,
+                "out of device memory with %d images: batches are halved; lower run.batch_size",
+                images_too_many,
             )
-        self._limit_by_shape[pixel_shape] = min(images, self.batch_limit(pixel_shape))
+        self._limit_by_shape[pixel_shape] = images_too_many // 2
 
     def _explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
         explainer = self._explainer
@@ -136,34 +144,20 @@ class Engine:
         image_index = torch.repeat_interleave(
             torch.arange(len(samples)), torch.tensor([len(sample.prompts) for sample in samples])
         )
-        texts = self._embed([prompt.text for prompt in prompts])
-        similarities = explainer.similarity(trace, texts, image_index).float().cpu()
+        texts = self._embedder.embed([prompt.text for prompt in prompts])
+        unit_rows = texts.unit_rows
+        similarities = explainer.similarity(trace, unit_rows, image_index).float().cpu()
         kept = _most_similar(similarities, image_index, self._max_prompts_per_sample)
         owners = image_index[kept]
-        grids = explainer.relevance(trace, texts[kept.to(texts.device)], owners).float().cpu()
-        cut = truncated(explainer.tokenizer, [prompts[row].text for row in kept.tolist()])
+        grids = explainer.relevance(trace, unit_rows[kept.to(unit_rows.device)], owners).float().cpu()
         explained = [
-            ExplainedPrompt(prompts[row], is_cut, float(similarities[row]))
-            for row, is_cut in zip(kept.tolist(), cut, strict=True)
+            ExplainedPrompt(prompts[row], texts.truncated[row], similarity)
+            for row, similarity in zip(kept.tolist(), similarities[kept].tolist(), strict=True)
         ]
         return [
             _gathered(sample, explained, grids, (owners == position).nonzero().flatten())
             for position, sample in enumerate(samples)
         ]
-
-    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit text embeddings [prompts, dim]; a text is embedded once while it stays in the cache."""
-        unknown = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
-        if unknown:
-            rows_of_unknown = (row.clone() for row in self._explainer.embed_text(unknown))
-            self._text_cache.update(zip(unknown, rows_of_unknown, strict=True))
-        rows = []
-        for text in texts:
-            self._text_cache.move_to_end(text)
-            rows.append(self._text_cache[text])
-        while len(self._text_cache) > CACHED_TEXTS:
-            self._text_cache.popitem(last=False)
-        return torch.stack(rows)
 
 
 def _gathered(

@@ -34,7 +34,7 @@ from pipeline.storage import ShardSource
 from pipeline.worker import AnnotatorFactory, LoadOutcome, Pulse, ShardOutcome, Worker, build_annotator
 from pipeline.writer import published_counts
 
-SHARDS_IN_HAND = 2
+MAX_SHARDS_IN_HAND = 12
 PULSE_INTERVAL_S = 2.0
 WAIT_S = 0.5
 MAX_LOAD_DEATHS = 3
@@ -117,6 +117,7 @@ class _Seat:
 
     actor: Any
     ready: bool = False
+    has_room: bool = False
     node_id: str = ""
     in_hand: list[ShardSource] = field(default_factory=list)
     live_counts: ShardCounts = field(default_factory=ShardCounts)
@@ -125,7 +126,7 @@ class _Seat:
 
 @dataclass(frozen=True)
 class _Call:
-    kind: Literal["load", "annotate", "pulse"]
+    kind: Literal["load", "annotate", "room", "pulse"]
     seat: _Seat
     shard: ShardSource | None = None
 
@@ -180,8 +181,8 @@ class _Dispatcher:
             "num_gpus": self._plan.gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            # one thread more than shards in hand answers the pulse
-            "max_concurrency": SHARDS_IN_HAND + 1,
+            # one thread more than shards in hand answers the pulse, one waits for room
+            "max_concurrency": MAX_SHARDS_IN_HAND + 2,
         }
         actor: Any = (
             ray.remote(_RayWorker)
@@ -200,10 +201,9 @@ class _Dispatcher:
 
     def _hand_out(self) -> None:
         # everybody's first shard before anybody's second
-        for already_in_hand in range(SHARDS_IN_HAND):
-            for seat in self._seats:
-                if seat.ready and len(seat.in_hand) == already_in_hand:
-                    self._give_next(seat)
+        for seat in sorted(self._seats, key=lambda seat: len(seat.in_hand)):
+            if seat.has_room and len(seat.in_hand) < MAX_SHARDS_IN_HAND:
+                self._give_next(seat)
 
     def _give_next(self, seat: _Seat) -> None:
         waiting_for_a_first = sum(not other.in_hand for other in self._seats)
@@ -211,8 +211,11 @@ class _Dispatcher:
             return
         shard = self._queue.take(seat.in_hand, time.monotonic())
         if shard is not None:
+            seat.moved_s = seat.moved_s if seat.in_hand else time.monotonic()
             seat.in_hand.append(shard)
             self._calls[seat.actor.annotate.remote(shard)] = _Call("annotate", seat, shard)
+            seat.has_room = False
+            self._calls[seat.actor.wait_for_room.remote()] = _Call("room", seat)
 
     def _ask_for_pulse(self) -> None:
         if time.monotonic() < self._next_pulse_s:
@@ -246,6 +249,8 @@ class _Dispatcher:
             call.seat.live_counts, self._next_pulse_s = ShardCounts(), 0.0
             call.seat.measures = answer.measures
             self._attempted(call.shard, answer)
+        elif call.kind == "room":
+            call.seat.has_room = True
         elif isinstance(answer, Pulse):
             call.seat.live_counts, call.seat.measures = answer.counts, answer.measures
 
@@ -255,7 +260,7 @@ class _Dispatcher:
         self._load_deaths = 0
         self._next_complaint_s = time.monotonic() + PATIENCE_S
         seat.node_id = ray.get(seat.actor.node_id.remote())
-        seat.ready = True
+        seat.ready = seat.has_room = True
 
     def _attempted(self, shard: ShardSource, outcome: ShardOutcome) -> None:
         if outcome.status == "fatal":

@@ -64,6 +64,9 @@ class Annotator(Protocol):
     def annotate(self, shard: ShardSource) -> ShardReport:
         """Read, explain and publish one shard."""
 
+    def wait_for_room(self) -> None:
+        """Return when another shard would be begun at once."""
+
     def live_counts(self) -> ShardCounts:
         """Outcomes so far of the shards in hand."""
 
@@ -147,6 +150,11 @@ class Worker:
             return ShardOutcome(
                 "retry", message=f"{type(error).__name__}: {error} ({where.name}:{where.lineno})"
             )
+
+    def wait_for_room(self) -> None:
+        """Return when the worker can use another shard."""
+        if self._annotator is not None:
+            self._annotator.wait_for_room()
 
     def pulse(self) -> Pulse:
         """How far the shards in hand are, and what the worker has done so far."""

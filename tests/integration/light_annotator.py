@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 from pipeline.annotate import ShardReport
@@ -16,8 +17,21 @@ class LightAnnotator:
 
     def __init__(self, config, metadata):
         self.config, self.metadata = config, metadata
+        self.in_hand, self.changed = 0, threading.Condition()
 
     def annotate(self, shard):
+        self._count(1)
+        try:
+            return self._annotate(shard)
+        finally:
+            self._count(-1)
+
+    def _count(self, more):
+        with self.changed:
+            self.in_hand += more
+            self.changed.notify_all()
+
+    def _annotate(self, shard):
         name = shard.canonical_url.rsplit("/", 1)[1]
         if name.startswith("poison"):
             time.sleep(0.2)
@@ -37,6 +51,10 @@ class LightAnnotator:
                     [{"key": name, "sample_index": 0, "prompt_index": 0, "prompt": "p", "status": "ok"}], []
                 )
             return ShardReport(writer.publish(self.config.output.dir, shard.shard_id), 0.1)
+
+    def wait_for_room(self):
+        with self.changed:
+            self.changed.wait_for(lambda: self.in_hand < 2)
 
     def live_counts(self):
         return ShardCounts()

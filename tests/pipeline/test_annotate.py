@@ -1,5 +1,6 @@
 """One shard from tar to Parquet, without ray: outcomes, columns, faults and where they end."""
 
+import copy
 import json
 import shutil
 import threading
@@ -285,41 +286,38 @@ def test_a_crash_between_the_two_files_leaves_the_shard_undone_and_a_rerun_gives
 
 
 def test_a_map_that_is_not_finite_is_an_error_row(explainer, tmp_path, annotate):
-    class Broken:
-        """The explainer, but the second image's relevance is not a number."""
+    def second_image_is_not_a_number(trace, texts, image_index):
+        grids = explainer.relevance(trace, texts, image_index)
+        return torch.where((image_index == 1)[:, None, None], torch.nan, grids)
 
-        def __getattr__(self, name):
-            return getattr(explainer, name)
-
-        def relevance(self, trace, texts, image_index):
-            grids = explainer.relevance(trace, texts, image_index)
-            return torch.where((image_index == 1)[:, None, None], torch.nan, grids)
-
+    broken = copy.copy(explainer)
+    broken.relevance = second_image_is_not_a_number
     config = demo_job(write_corpus(tmp_path, 1, 3), tmp_path / "out")
-    annotator = ShardAnnotator(config, Broken(), decode_threads=1, metadata={})
+    annotator = ShardAnnotator(config, broken, decode_threads=1, metadata={})
     counts = annotator.annotate(storage.list_shards(config.input.shards)[0]).counts
     annotator.close()
     assert (counts.annotated, counts.failed, counts.errors_by_kind) == (2, 1, {"model/non_finite": 1})
 
 
 def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(explainer, tmp_path, caplog):
-    class Small:
-        """The explainer on a device that holds two images."""
+    sizes = []
 
-        def __getattr__(self, name):
-            return getattr(explainer, name)
+    def two_images_at_most(images):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return explainer.encode(images)
 
-        def encode(self, images):
-            if len(images) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return explainer.encode(images)
-
-    config = demo_job(write_corpus(tmp_path, 1, 9), tmp_path / "out")
-    annotator = ShardAnnotator(config, Small(), decode_threads=1, metadata={})
+    small = copy.copy(explainer)
+    small.encode = two_images_at_most
+    config = demo_job(write_corpus(tmp_path, 1, 20), tmp_path / "out")
+    annotator = ShardAnnotator(config, small, decode_threads=1, metadata={})
     counts = annotator.annotate(storage.list_shards(config.input.shards)[0]).counts
     annotator.close()
-    assert (counts.annotated, counts.failed) == (9, 0)
+    assert (counts.annotated, counts.failed) == (20, 0)
     assert sum("out of device memory" in record.message for record in caplog.records) == 1
+    # once the size that fits is known, none larger is tried
+    assert sizes == [8, 4] + [2] * 10
 
 
 def test_two_shards_at_once_do_not_mix(explainer, tmp_path):
