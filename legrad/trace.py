@@ -117,7 +117,8 @@ def run_normed_block(
     attended = branch if block.is_pooler else tokens + branch
     branch, mlp_inputs = run_stages(block.mlp, attended)
     outputs = attended + branch if block.mlp else attended
-    return LayerTrace(index, values, out_inputs, mlp_inputs, outputs, outputs)
+    block_outputs = tokens if block.is_pooler else outputs
+    return LayerTrace(index, values, out_inputs, mlp_inputs, outputs, block_outputs)
 
 
 def score_features(

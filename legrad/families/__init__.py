@@ -11,7 +11,7 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from legrad.errors import UnsupportedModelError
-from legrad.families import clip, timm_vit
+from legrad.families import clip, eva, relpos, timm_vit
 from legrad.families.parts import NotCovered
 from legrad.towers import Tower
 
@@ -21,6 +21,8 @@ SUPPORTED = "open_clip's vision transformers, its own and timm's (`legrad models
 # Exact classes: a subclass may compute something else.
 _TIMM: dict[type[nn.Module], Callable[[TimmModel], Tower]] = {
     timm.models.vision_transformer.VisionTransformer: timm_vit.describe,
+    timm.models.eva.Eva: eva.describe,
+    timm.models.vision_transformer_relpos.VisionTransformerRelPos: relpos.describe,
 }
 
 

@@ -1,18 +1,22 @@
 """Parts of timm's vision transformers that several of them share, described as stages."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from open_clip.timm_model import TimmModel
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from legrad.families.parts import NotCovered, check_covered, is_affine_norm
+from legrad.positions import resample_positions
 from legrad.stages import Activation, Gate, Linear, Norm, Scale, Stage
-from legrad.towers import Block, QueriesKeysValues
+from legrad.towers import Block, QueriesKeysValues, Scoring
 
 Stages = tuple[Stage, ...]
 
@@ -81,6 +85,18 @@ def head_stages(trunk: nn.Module, head: nn.Sequential) -> Stages:
     return stages
 
 
+def mean_scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
+    """Describe how a layer of a tower without pooler is scored: the reference way, and the model's own.
+
+    The reference is the authors' way, brought to the tower's norms: the mean over all tokens, then the
+    norms and the head.
+    """
+    trunk = visual.trunk
+    norm, head = norm_stages(trunk.norm), head_stages(trunk, visual.head)
+    own_tokens = slice(0, 1) if trunk.global_pool == "token" else slice(trunk.num_prefix_tokens, None)
+    return Scoring((), slice(0, None), (*norm, *head)), Scoring(norm, own_tokens, head)
+
+
 def describe_pooler(pooler: nn.Module, norm: nn.Module) -> Block:
     """Describe timm's attentional pooling with a learned query.
 
@@ -112,3 +128,59 @@ def _pooler_project(
     joint = torch.unflatten(pooler.kv(tokens), -1, (2, pooler.num_heads, -1))
     keys, values = joint.permute(2, 0, 3, 1, 4)
     return pooler.q_norm(queries), pooler.k_norm(keys), values
+
+
+def embed_dim(visual: TimmModel) -> int:
+    """Return the dimension of a tower's features: that of its last projection, if any."""
+    heads = (visual.trunk.head, *visual.head.modules())
+    projections = [module for module in heads if isinstance(module, nn.Linear)]
+    return projections[-1].out_features if projections else int(visual.trunk.num_features)
+
+
+def square_patch_size(patch_embed: PatchEmbed) -> int:
+    """Return the side of a patch in pixels."""
+    patch_height, patch_width = patch_embed.patch_size
+    if patch_height != patch_width:
+        raise NotCovered(f"its patches are not square: {patch_height} x {patch_width}")
+    return int(patch_height)
+
+
+def patch_tokens(
+    patch_embed: PatchEmbed, images: Float[Tensor, "batch 3 height width"]
+) -> tuple[Float[Tensor, "batch patches width_"], tuple[int, int]]:
+    """Cut images of any size into patches and embed each.
+
+    Returns:
+        The patches row by row, and how many there are (down, across).
+    """
+    patches = patch_embed.proj(images)
+    grid_height, grid_width = patches.shape[-2:]
+    return patch_embed.norm(patches.flatten(2).transpose(1, 2)), (grid_height, grid_width)
+
+
+def add_prefix_and_positions(
+    trunk: Any, patches: Float[Tensor, "batch patches width"], grid: tuple[int, int]
+) -> Float[Tensor, "batch tokens width"]:
+    """Put the class and register tokens in front of the patches, and add the learned positions, if any.
+
+    Args:
+        trunk: a trunk of timm with tokens and positions by their usual names.
+        patches: embedded patches, row by row.
+        grid: how many there are (down, across).
+    """
+    prefix = [
+        token.expand(len(patches), -1, -1)
+        for token in (trunk.cls_token, trunk.reg_token)
+        if token is not None
+    ]
+    tokens = torch.cat([*prefix, patches], dim=1)
+    if trunk.pos_embed is None:
+        return tokens
+    without_position = trunk.num_prefix_tokens if trunk.no_embed_class else 0
+    positions = resample_positions(
+        trunk.pos_embed[0],
+        trunk.patch_embed.grid_size,
+        grid,
+        prefix_tokens=trunk.num_prefix_tokens - without_position,
+    ).to(tokens.dtype)
+    return torch.cat([tokens[:, :without_position], tokens[:, without_position:] + positions], dim=1)

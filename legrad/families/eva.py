@@ -1,0 +1,179 @@
+"""timm's Eva inside open_clip's TimmModel: EVA01, EVA02 and the Perception Encoder (PE-Core)."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from open_clip.timm_model import TimmModel
+from timm.layers.attention import AttentionRope
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, apply_rot_embed_cat
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from legrad.families.parts import NotCovered, check_covered, describe_blocks, split_heads
+from legrad.families.timm_parts import (
+    Stages,
+    add_prefix_and_positions,
+    describe_pooler,
+    embed_dim,
+    head_stages,
+    linear_stages,
+    mean_scorings,
+    mlp_stages,
+    norm_stages,
+    patch_tokens,
+    square_patch_size,
+)
+from legrad.stages import Scale
+from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
+
+
+def describe(visual: TimmModel) -> Tower:
+    """Describe a tower whose trunk is timm's Eva.
+
+    Raises:
+        NotCovered: a part of it is not covered.
+    """
+    trunk = visual.trunk
+    check_covered(
+        (
+            f"its patches are made by a {type(trunk.patch_embed).__name__}",
+            type(trunk.patch_embed) is not PatchEmbed,
+        ),
+        (
+            f"its rotary position embedding is a {type(trunk.rope).__name__}",
+            trunk.rope is not None and type(trunk.rope) is not RotaryEmbeddingCat,
+        ),
+        (
+            f"its pooling is {trunk.global_pool!r}",
+            trunk.attn_pool is None and trunk.global_pool not in ("token", "avg"),
+        ),
+    )
+    reference, own = _scorings(visual)
+    return Tower(
+        family="eva" if trunk.attn_pool is None else "pe",
+        patch_size=square_patch_size(trunk.patch_embed),
+        native_grid=tuple(trunk.patch_embed.grid_size),
+        takes_any_grid=True,
+        embed_dim=embed_dim(visual),
+        prefix_tokens=trunk.num_prefix_tokens,
+        normalisation="upsampled",
+        embed=partial(_embed, trunk),
+        blocks=describe_blocks(trunk.blocks, _describe_block),
+        reference=reference,
+        own=own,
+        parameter=lambda: next(trunk.patch_embed.parameters()),
+    )
+
+
+def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
+    """Describe how a layer is scored: the reference way, and the model's own.
+
+    The authors do not have these families; with a pooler both are the model's own path: its final norm, then
+    the pooler.
+    """
+    trunk = visual.trunk
+    if trunk.attn_pool is None:
+        return mean_scorings(visual)
+    pooler = describe_pooler(trunk.attn_pool, trunk.norm)
+    pooled = Scoring((), slice(0, 1), head_stages(trunk, visual.head), pooler)
+    return pooled, pooled
+
+
+def _describe_block(block: Any) -> Block:
+    if type(block) not in (EvaBlock, EvaBlockPostNorm):
+        raise NotCovered(f"it is a {type(block).__name__}")
+    attention = block.attn
+    if type(attention) not in (EvaAttention, AttentionRope):
+        raise NotCovered(f"its attention is a {type(attention).__name__}")
+    check_covered(
+        ("a gate made from the block's inputs acts on its attention", _given(attention, "gate") is not None)
+    )
+    out = (*norm_stages(attention.norm), *linear_stages(attention.proj))
+    mlp = mlp_stages(block.mlp)
+    project = partial(_project, attention)
+    first_norm, second_norm = norm_stages(block.norm1), norm_stages(block.norm2)
+    if type(block) is EvaBlockPostNorm:
+        return Block(nn.Identity(), project, (*out, *first_norm), (*mlp, *second_norm))
+    return Block(
+        norm=block.norm1,
+        project=project,
+        out=(*out, *_layer_scale(block, "gamma_1")),
+        mlp=(*second_norm, *mlp, *_layer_scale(block, "gamma_2")),
+    )
+
+
+def _layer_scale(block: EvaBlock, name: str) -> Stages:
+    return () if getattr(block, name) is None else (Scale(partial(getattr, block, name)),)
+
+
+def _project(
+    attention: Any,
+    tokens: Float[Tensor, "batch tokens width"],
+    rotary: Tensor | None,
+) -> QueriesKeysValues:
+    queries, keys, values = _projections(attention, tokens)
+    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    if rotary is not None:
+        queries, keys = (_rotate(attention, part, rotary).to(values.dtype) for part in (queries, keys))
+    if keys.shape[1] != queries.shape[1]:  # grouped queries: several heads share their keys and values
+        heads_per_group = queries.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(heads_per_group, dim=1) for part in (keys, values))
+    return queries, keys, values
+
+
+def _projections(attention: Any, tokens: Float[Tensor, "batch tokens width"]) -> QueriesKeysValues:
+    if attention.qkv is None:
+        parts = (attention.q_proj(tokens), attention.k_proj(tokens), attention.v_proj(tokens))
+        queries, keys, values = (
+            torch.unflatten(part, -1, (-1, attention.head_dim)).transpose(1, 2) for part in parts
+        )
+        return queries, keys, values
+    bias = attention.qkv.bias
+    if _given(attention, "q_bias") is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    return split_heads(F.linear(tokens, attention.qkv.weight, bias), attention.num_heads)
+
+
+def _rotate(
+    attention: Any,
+    part: Float[Tensor, "batch heads tokens head_dim"],
+    rotary: Float[Tensor, "patches sines_and_cosines"],
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """Turn queries or keys of the patches by their place; prefix tokens have none."""
+    prefix, patches = part[:, :, : attention.num_prefix_tokens], part[:, :, attention.num_prefix_tokens :]
+    turned = apply_rot_embed_cat(patches, rotary, half=attention.rotate_half)
+    return torch.cat([prefix, turned], dim=2)
+
+
+def _given(attention: nn.Module, name: str) -> Any:
+    """Return a part that only one of the kinds of attention has, or None."""
+    return getattr(attention, name, None)
+
+
+def _embed(trunk: Any, images: Float[Tensor, "batch 3 height width"]) -> EmbeddedImages:
+    """Embed patches of images of any size; the dropouts of training never act."""
+    patches, grid = patch_tokens(trunk.patch_embed, images)
+    tokens = add_prefix_and_positions(trunk, patches, grid)
+    return EmbeddedImages(trunk.norm_pre(tokens), _rotary(trunk, grid))
+
+
+def _rotary(trunk: Any, grid: tuple[int, int]) -> Float[Tensor, "patches sines_and_cosines"] | None:
+    """Make the rotary position embedding of a grid, as timm does when a model is set to that size.
+
+    timm stretches the places of any grid over the grid that the model was first trained for
+    (`ref_feat_shape`), along each side, where the model names one.
+    """
+    rope = trunk.rope
+    if rope is None:
+        return None
+    if rope.training or (rope.feat_shape is not None and tuple(rope.feat_shape) != grid):
+        # A copy, so that the model stays at its own size; out of training, where places may be shifted.
+        rope = copy.deepcopy(rope).eval()
+        rope.update_feat_shape(grid)
+    embedding: Tensor = rope.get_embed(shape=grid)
+    return embedding

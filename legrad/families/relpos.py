@@ -1,0 +1,104 @@
+"""timm's VisionTransformerRelPos inside open_clip's TimmModel: positions relative to each other."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from open_clip.timm_model import TimmModel
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed_rel import RelPosBias, RelPosMlp
+from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
+from torch import Tensor, nn
+
+from legrad.families.parts import NotCovered, check_covered, describe_blocks, split_heads
+from legrad.families.timm_parts import (
+    embed_dim,
+    linear_stages,
+    mean_scorings,
+    mlp_stages,
+    norm_stages,
+    patch_tokens,
+    scale_stages,
+    square_patch_size,
+)
+from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Tower
+
+
+def describe(visual: TimmModel) -> Tower:
+    """Describe a tower whose trunk is timm's VisionTransformerRelPos.
+
+    Raises:
+        NotCovered: a part of it is not covered.
+    """
+    trunk = visual.trunk
+    check_covered(
+        (
+            f"its patches are made by a {type(trunk.patch_embed).__name__}",
+            type(trunk.patch_embed) is not PatchEmbed,
+        ),
+        (f"its pooling is {trunk.global_pool!r}", trunk.global_pool not in ("token", "avg")),
+    )
+    reference, own = mean_scorings(visual)
+    return Tower(
+        family="relpos",
+        patch_size=square_patch_size(trunk.patch_embed),
+        native_grid=tuple(trunk.patch_embed.grid_size),
+        takes_any_grid=False,
+        embed_dim=embed_dim(visual),
+        prefix_tokens=trunk.num_prefix_tokens,
+        normalisation="upsampled",
+        embed=partial(_embed, trunk),
+        blocks=describe_blocks(trunk.blocks, partial(_describe_block, trunk.shared_rel_pos)),
+        reference=reference,
+        own=own,
+        parameter=lambda: next(trunk.patch_embed.parameters()),
+    )
+
+
+def _describe_block(shared_bias: nn.Module | None, block: Any) -> Block:
+    if type(block) not in (RelPosBlock, ResPostRelPosBlock):
+        raise NotCovered(f"it is a {type(block).__name__}")
+    attention = block.attn
+    if type(attention) is not RelPosAttention:
+        raise NotCovered(f"its attention is a {type(attention).__name__}")
+    position_bias = shared_bias if attention.rel_pos is None else attention.rel_pos
+    if type(position_bias) not in (RelPosMlp, RelPosBias, type(None)):
+        raise NotCovered(f"its positions are a {type(position_bias).__name__}")
+    out, mlp = linear_stages(attention.proj), mlp_stages(block.mlp)
+    first_norm, second_norm = norm_stages(block.norm1), norm_stages(block.norm2)
+    project, bias = partial(_project, attention), partial(_bias, position_bias)
+    if type(block) is ResPostRelPosBlock:
+        return Block(nn.Identity(), project, (*out, *first_norm), (*mlp, *second_norm), bias)
+    return Block(
+        norm=block.norm1,
+        project=project,
+        out=(*out, *scale_stages(block.ls1)),
+        mlp=(*second_norm, *mlp, *scale_stages(block.ls2)),
+        bias=bias,
+    )
+
+
+def _project(
+    attention: Any, tokens: Float[Tensor, "batch tokens width"], _rotary: Tensor | None
+) -> QueriesKeysValues:
+    queries, keys, values = split_heads(attention.qkv(tokens), attention.num_heads)
+    return attention.q_norm(queries), attention.k_norm(keys), values
+
+
+def _bias(position_bias: Any) -> Float[Tensor, "1 heads tokens tokens"] | None:
+    if position_bias is None:
+        return None
+    if position_bias.training:
+        # A copy, as the model is not to be changed: in training a dropout acts on the bias.
+        position_bias = copy.deepcopy(position_bias).eval()
+    bias: Tensor = position_bias.get_bias()
+    return bias
+
+
+def _embed(trunk: Any, images: Float[Tensor, "batch 3 height width"]) -> EmbeddedImages:
+    patches, _ = patch_tokens(trunk.patch_embed, images)
+    if trunk.cls_token is None:
+        return EmbeddedImages(patches)
+    return EmbeddedImages(torch.cat([trunk.cls_token.expand(len(patches), -1, -1), patches], dim=1))
