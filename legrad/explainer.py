@@ -16,13 +16,15 @@ from torch.nn import functional as F
 
 from legrad.errors import ModelLoadError, TokenizerError, UnsupportedModelError
 from legrad.families import SUPPORTED, describe_tower
-from legrad.images import ImageTransform, transform_of
+from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
     as_ragged,
+    check_fit,
     check_image_size,
     check_images,
     check_layers,
     check_pool,
+    common_input_size,
     neutral_patches,
 )
 from legrad.masks import heatmaps_of
@@ -58,6 +60,7 @@ class LeGrad:
         layers: int | Literal["all"] = 2,
         pool: Literal["reference", "model"] = "reference",
         image_size: int | tuple[int, int] | None = None,
+        fit: Fit = "stretch",
     ) -> None:
         """Prepare to explain a model.
 
@@ -70,6 +73,7 @@ class LeGrad:
                 head.
             image_size: of the model's input as preprocessed, (height, width) or one number, in pixels;
                 multiples of the patch size. None: the model's own.
+            fit: "stretch" every image to that size; "keep" aspect ratios, with at most as many patches.
 
         Raises:
             UnsupportedModelError: the vision tower's structure is not covered.
@@ -80,7 +84,9 @@ class LeGrad:
         self.tokenizer = tokenizer
         self._layers = check_layers(layers, self.tower)
         self.scoring = self.tower.reference if check_pool(pool) == "reference" else self.tower.own
-        self.transform = _sized(transform_of(model.visual), image_size)  # type: ignore[arg-type]
+        transform = _sized(transform_of(model.visual), image_size)  # type: ignore[arg-type]
+        patch_size = self.tower.patch_size
+        self.transform = replace(transform, fit=check_fit(fit, self.tower), patch_size=patch_size)
         check_image_size(self.tower, self.transform.height, self.transform.width, "preprocessing")
 
     @classmethod
@@ -94,6 +100,7 @@ class LeGrad:
         device: str | torch.device | None = None,
         precision: str = "fp32",
         image_size: int | tuple[int, int] | None = None,
+        fit: Fit = "stretch",
     ) -> "LeGrad":
         """Make a model by open_clip's own factory, and its tokenizer, and explain it.
 
@@ -107,6 +114,7 @@ class LeGrad:
             device: None: CUDA where there is one, else CPU.
             precision: one of fp32, fp16, bf16, pure_fp16, pure_bf16, as in open_clip.
             image_size: see `LeGrad`.
+            fit: see `LeGrad`.
 
         Raises:
             ModelLoadError: name, tag, checkpoint or precision give no model.
@@ -129,7 +137,7 @@ class LeGrad:
             raise
         except Exception as error:  # open_clip, torch and the readers of checkpoints share no base class
             raise ModelLoadError(_load_failure(name, pretrained, error)) from error
-        return cls(model, tokenizer=tokenizer, layers=layers, pool=pool, image_size=image_size)
+        return cls(model, tokenizer=tokenizer, layers=layers, pool=pool, image_size=image_size, fit=fit)
 
     @property
     def embed_dim(self) -> int:
@@ -152,15 +160,20 @@ class LeGrad:
         return self.tower.parameter().dtype
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
-        """Stretch images to the model's size and normalise them; nothing is cropped.
+        """Resize images to the model's input and normalise them; nothing is cropped.
 
         Args:
-            images: of any sizes and modes.
+            images: of any sizes and modes; with `fit="keep"`, such that all get one input size
+                (`transform.input_size` tells it).
 
         Returns:
             The model's input, on the model's device.
+
+        Raises:
+            InputError: the images get several input sizes.
         """
-        pixels = torch.empty(len(images), self.transform.height, self.transform.width, 3, dtype=torch.uint8)
+        height, width = common_input_size(self.transform, images)
+        pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8)
         for row, image in zip(pixels, images, strict=True):
             row.copy_(torch.from_numpy(self.transform.resize(image)))
         return self.transform.normalise(pixels.to(self.device), self.dtype)

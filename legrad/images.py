@@ -1,5 +1,9 @@
-"""From PIL images to the model's input, bit for bit as open_clip does with `resize_mode="squash"`."""
+"""From PIL images to the model's input; nothing is ever cropped.
 
+Stretched to one size, that is bit for bit what open_clip does with `resize_mode="squash"`.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,12 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 Interpolation = Literal["bicubic", "bilinear"]
+Fit = Literal["stretch", "keep"]
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """The preprocessing of one model: stretch to the model's size, never crop, then normalise.
+    """The preprocessing of one model: resize, never crop, then normalise.
 
     Attributes:
         height: of the model's input, in pixels.
@@ -25,6 +30,9 @@ class ImageTransform:
         mean: of each colour channel, for values from 0 to 1.
         std: of each colour channel.
         interpolation: how PIL resamples.
+        fit: "stretch": every image becomes height x width; "keep": an image keeps its aspect ratio, but for
+            rounding to whole patches, and gets about as many patches as height x width has.
+        patch_size: side of a patch in pixels, to which "keep" rounds.
     """
 
     height: int
@@ -32,13 +40,32 @@ class ImageTransform:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Interpolation = "bicubic"
+    fit: Fit = "stretch"
+    patch_size: int = 1
+
+    def input_size(self, image_height: int, image_width: int) -> tuple[int, int]:
+        """Give the (height, width) in pixels to which an image of this size is resized.
+
+        With "keep", never more patches than height x width has; the longer side of an image that is extremely
+        long loses patches where its shorter side is held at one.
+        """
+        if self.fit == "stretch":
+            return self.height, self.width
+        patch = self.patch_size
+        patches = (self.height // patch) * (self.width // patch)
+        rows = math.sqrt(patches * image_height / image_width)
+        shorter = max(1, round(min(rows, patches / rows)))
+        longer = max(1, min(round(max(rows, patches / rows)), patches // shorter))
+        grid_height, grid_width = (longer, shorter) if image_height > image_width else (shorter, longer)
+        return grid_height * patch, grid_width * patch
 
     def resize(self, image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-        """Stretch an image of any mode to the model's size, as RGB.
+        """Resize an image of any mode to its `input_size`, as RGB.
 
         Resampling comes before the conversion to RGB, as in open_clip: palette images are resampled by index.
         """
-        resized = image.resize((self.width, self.height), _RESAMPLING[self.interpolation])
+        height, width = self.input_size(image.height, image.width)
+        resized = image.resize((width, height), _RESAMPLING[self.interpolation])
         return np.array(resized.convert("RGB"))
 
     def normalise(

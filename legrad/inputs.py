@@ -1,13 +1,16 @@
 """What a caller may pass, checked, and brought to the one form that the method computes with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 
 from legrad.errors import InputError
+from legrad.images import Fit, ImageTransform
 from legrad.masks import minmax_normalise
 from legrad.stages import accumulation_dtype
 from legrad.towers import Tower
@@ -85,6 +88,26 @@ def check_image_size(tower: Tower, height: int, width: int, where: str) -> None:
             f"{where}: the positions of this tower ({tower.family}) are bound to {native_height} x "
             f"{native_width} pixels, received {height} x {width}"
         )
+
+
+def check_fit(fit: Fit, tower: Tower) -> Fit:
+    """Return how images fill the input, or raise an InputError."""
+    if fit not in ("stretch", "keep"):
+        raise InputError(f"fit: expected 'stretch' or 'keep', received {fit!r}")
+    if fit == "keep" and not tower.takes_any_grid:
+        raise InputError(f"fit='keep': the positions of this tower ({tower.family}) are bound to one size")
+    return fit
+
+
+def common_input_size(transform: ImageTransform, images: Sequence[Image.Image]) -> tuple[int, int]:
+    """Return the (height, width) that all images are resized to, or raise an InputError."""
+    sizes = {transform.input_size(image.height, image.width) for image in images}
+    if len(sizes) > 1:
+        raise InputError(
+            "images: expected images of one input size, as a batch is one tensor; with fit='keep' these get "
+            + ", ".join(f"{height} x {width}" for height, width in sorted(sizes))
+        )
+    return sizes.pop() if sizes else (transform.height, transform.width)
 
 
 def check_layers(layers: int | Literal["all"], tower: Tower) -> int:

@@ -240,15 +240,17 @@ def grid_to_masks(
     width: int,
     rule: MaskRule,
     *,
+    normalisation: Normalisation = "upsampled",
     max_chunk_pixels: int = 2**20,
 ) -> ImageMasks:
-    """Turn one image's relevance grids into masks: upsample, min-max there, cut, encode.
+    """Turn one image's relevance grids into masks: upsample, min-max, cut, encode.
 
     Args:
         relevance_grids: raw grids, one for each prompt; their device does the work up to the encoding.
         height: rows of the mask frame, usually the original image's.
         width: columns of the mask frame.
         rule: where to cut.
+        normalisation: see `heatmaps_of`.
         max_chunk_pixels: how many pixels of heat maps are held at a time, though never fewer than one map.
 
     Raises:
@@ -258,7 +260,7 @@ def grid_to_masks(
     rles: list[Rle] = []
     thresholds: list[Tensor] = [torch.zeros(0)]
     for grids in _chunks(relevance_grids, max(1, max_chunk_pixels // max(1, height * width))):
-        heatmaps = minmax_normalise(upsample_grid(grids.float(), height, width))
+        heatmaps = heatmaps_of(grids.float(), height, width, normalisation)
         cuts = _thresholds(heatmaps, rule)
         rles += encode_rle(heatmaps > cuts[:, None, None])
         thresholds.append(cuts.cpu())

@@ -209,7 +209,8 @@ class ShardAnnotator:
             return []
         masks_config = self._config.masks
         height, width = mask_frame(sample.image.image_height, sample.image.image_width, masks_config.max_side)
-        masks = grid_to_masks(grids, height, width, MaskRule(masks_config.rule, masks_config.value))
+        rule = MaskRule(masks_config.rule, masks_config.value)
+        masks = grid_to_masks(grids, height, width, rule, normalisation=self._explainer.tower.normalisation)
         rows = []
         for row, position in enumerate(positions.tolist()):
             kept = explained.prompts[position]

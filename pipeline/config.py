@@ -63,8 +63,10 @@ class ModelConfig(Section):
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="Model input in pixels: side, or [height, width]; null: the model's own."
     )
-    fit: Literal["stretch"] = Field(
-        "stretch", description="How an image fills the input. stretch: never cropped."
+    fit: Literal["stretch", "keep"] = Field(
+        "stretch",
+        description="How an image, never cropped, fills the input. stretch: to the input size; keep: in its "
+        "own aspect ratio, with at most as many patches.",
     )
 
 
@@ -143,6 +145,11 @@ class RunConfig(Section):
     )
     max_failed_shards: int | None = Field(
         None, ge=0, description="More shards given up than this stop the job; null: no limit."
+    )
+    stall_timeout_s: float | None = Field(
+        1800.0,
+        gt=0,
+        description="A worker that finishes no sample for so many seconds is replaced; null: never.",
     )
     progress_interval_s: float = Field(10.0, gt=0, description="Seconds between two progress lines in a log.")
 

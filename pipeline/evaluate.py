@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,9 +203,15 @@ def _decoded(
         yield DecodedScene(scene, objects, image.pixels)
 
 
-def _batched(scenes: Iterator[DecodedScene], size: int) -> Iterator[list[DecodedScene]]:
-    while batch := list(itertools.islice(scenes, size)):
-        yield batch
+def _batched(scenes: Iterable[DecodedScene], size: int) -> Iterator[list[DecodedScene]]:
+    """Batches of scenes of one input size."""
+    waiting: defaultdict[tuple[int, ...], list[DecodedScene]] = defaultdict(list)
+    for scene in scenes:
+        batch = waiting[scene.pixels.shape]
+        batch.append(scene)
+        if len(batch) == size:
+            yield waiting.pop(scene.pixels.shape)
+    yield from waiting.values()
 
 
 def _all_map_scores(

@@ -15,7 +15,7 @@ from torch import Tensor
 import legrad
 from legrad import metrics
 from legrad.baselines import baseline_grids
-from legrad.masks import minmax_normalise, otsu_threshold, upsample_grid
+from legrad.masks import Normalisation, heatmaps_of, otsu_threshold
 from legrad.trace import Trace, trace_images
 from pipeline.errors import UserError
 from pipeline.ground_truth import Scene
@@ -85,7 +85,7 @@ class Examiner:
         self._generator = torch.Generator().manual_seed(seed)
 
     def examine(self, batch: Sequence[DecodedScene]) -> ExaminedBatch:
-        """Encode the batch once, draw every map, measure each.
+        """Encode the batch once, draw every map, measure each; all scenes have one input size.
 
         Raises:
             UserError: a class id that the class list does not have.
@@ -94,15 +94,18 @@ class Examiner:
         present = np.stack([_present(decoded.scene, len(self._class_embeddings)) for decoded in batch])
         pixels = torch.from_numpy(np.stack([decoded.pixels for decoded in batch])).to(explainer.device)
         images = explainer.transform.normalise(pixels, explainer.dtype)
-        trace = trace_images(
-            explainer.tower, images, len(explainer.tower.blocks), explainer.scoring
-        )
+        trace = trace_images(explainer.tower, images, len(explainer.tower.blocks), explainer.scoring)
         scene_of_pair = np.repeat(np.arange(len(batch)), [len(decoded.objects) for decoded in batch])
         grids = self._grids(trace, batch, torch.from_numpy(scene_of_pair).to(explainer.device))
         class_scores = trace.image_features.float() @ self._class_embeddings.float().T
         return ExaminedBatch(
             methods=tuple(grids),
-            figures=_measure(batch, torch.stack(list(grids.values())).float().cpu(), scene_of_pair),
+            figures=_measure(
+                batch,
+                torch.stack(list(grids.values())).float().cpu(),
+                scene_of_pair,
+                explainer.tower.normalisation,
+            ),
             scene_of_pair=scene_of_pair,
             class_scores=class_scores.cpu().numpy(),
             present=present,
@@ -134,6 +137,7 @@ def _measure(
     batch: Sequence[DecodedScene],
     grids: Float[Tensor, "methods pairs grid_height grid_width"],
     scene_of_pair: Int[np.ndarray, " pairs"],
+    normalisation: Normalisation,
 ) -> Float[np.ndarray, "methods pairs figures"]:
     """Figures of every map, each at the size of its scene's label map."""
     truth = [decoded.scene.object_mask(index) for decoded in batch for index in decoded.objects]
@@ -143,7 +147,7 @@ def _measure(
         chunk_truth, chunk_valid = (np.stack([masks[pair] for pair in pairs]) for masks in (truth, valid))
         for method, maps in enumerate(grids):
             figures[method, pairs] = _measure_maps(
-                maps[pairs], chunk_truth, chunk_valid, scene_of_pair[pairs]
+                maps[pairs], chunk_truth, chunk_valid, scene_of_pair[pairs], normalisation
             )
     return figures
 
@@ -171,8 +175,10 @@ def _measure_maps(
     truth: Bool[np.ndarray, "pairs height width"],
     valid: Bool[np.ndarray, "pairs height width"],
     scene_of_pair: Int[np.ndarray, " pairs"],
+    normalisation: Normalisation,
 ) -> Float[np.ndarray, "pairs figures"]:
-    heat = minmax_normalise(upsample_grid(grids, *truth.shape[1:]))
+    height, width = truth.shape[1:]
+    heat = heatmaps_of(grids, height, width, normalisation)
     otsu_masks = (heat > otsu_threshold(heat)[:, None, None]).numpy()
     heatmaps = heat.contiguous().numpy()
     figures = np.full((len(truth), FIRST_IOU + len(THRESHOLDS)), np.nan)

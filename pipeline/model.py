@@ -35,6 +35,7 @@ def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeG
             device=torch.device(device),
             precision=model.precision,
             image_size=model.image_size,
+            fit=model.fit,
         )
     except (LeGradError, OSError, ValueError) as error:
         raise UserError(f"model.name {model.name}, model.pretrained {model.pretrained}: {error}") from error

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip import image_transform
 from PIL import Image
-from tiny_models import tiny_clip
+from tiny_models import tiny_clip, unit_texts
 
 import legrad
 from legrad.images import ImageTransform, transform_of
@@ -82,3 +82,49 @@ def test_another_image_size_can_be_asked_for():
     assert (transform.height, transform.width) == (8, 24)
     with pytest.raises(legrad.InputError, match="multiples of 4, received 10 x 10"):
         legrad.LeGrad(tiny_clip(), image_size=10)
+
+
+def keeping(height: int = 224, width: int = 224, patch_size: int = 16) -> ImageTransform:
+    return ImageTransform(height, width, MEAN, STD, fit="keep", patch_size=patch_size)
+
+
+@given(height=st.integers(1, 5000), width=st.integers(1, 5000), side=st.sampled_from([64, 224, 384]))
+def test_keep_makes_whole_patches_never_more_than_the_square_has_and_near_its_aspect_ratio(
+    height, width, side
+):
+    input_height, input_width = keeping(side, side).input_size(height, width)
+    assert input_height % 16 == input_width % 16 == 0
+    patches = input_height * input_width // 256
+    assert 1 <= patches <= (side // 16) ** 2
+    assert (input_height >= input_width) == (height >= width) or abs(height - width) < max(height, width) / 8
+    if max(height, width) <= 2 * min(height, width):
+        # Each side is off by half a patch at most, and the longer by what the bound takes.
+        ideal_rows = (side // 16) * (height / width) ** 0.5
+        assert abs(input_height / 16 - ideal_rows) <= 1.5
+
+
+@given(height=st.integers(1, 3000), width=st.integers(1, 3000))
+def test_keep_treats_height_and_width_alike(height, width):
+    input_height, input_width = keeping().input_size(height, width)
+    assert keeping().input_size(width, height) == (input_width, input_height) or height == width
+
+
+def test_keep_leaves_a_square_image_at_the_native_size_and_a_sliver_with_one_row_of_patches():
+    assert keeping().input_size(500, 500) == (224, 224)
+    assert keeping().input_size(480, 640) == (192, 256)
+    assert keeping().input_size(10, 10_000) == (16, 196 * 16)
+
+
+def test_an_image_of_twice_the_width_is_explained_on_a_grid_of_about_twice_the_width():
+    explainer = legrad.LeGrad(tiny_clip(), image_size=16, fit="keep")
+    images = explainer.preprocess([Image.new("RGB", (80, 20), "red"), Image.new("RGB", (40, 10), "blue")])
+    assert images.shape == (2, 3, 8, 32)
+    grids = explainer.relevance(images, unit_texts(1))
+    assert grids.shape == (2, 1, 2, 8)
+    assert explainer.heatmaps(images, unit_texts(1)).shape == (2, 1, 8, 32)
+
+
+def test_a_batch_of_images_of_several_input_sizes_is_refused_with_the_sizes():
+    explainer = legrad.LeGrad(tiny_clip(), image_size=16, fit="keep")
+    with pytest.raises(legrad.InputError, match="one input size.* 8 x 32, 16 x 16"):
+        explainer.preprocess([Image.new("RGB", (80, 20)), Image.new("RGB", (20, 20))])
