@@ -126,5 +126,5 @@ def test_an_image_of_twice_the_width_is_explained_on_a_grid_of_about_twice_the_w
 
 def test_a_batch_of_images_of_several_input_sizes_is_refused_with_the_sizes():
     explainer = legrad.LeGrad(tiny_clip(), image_size=16, fit="keep")
-    with pytest.raises(legrad.InputError, match="one input size.* 8 x 32, 16 x 16"):
+    with pytest.raises(legrad.InputError, match=r"one input size.* 8 x 32, 16 x 16"):
         explainer.preprocess([Image.new("RGB", (80, 20)), Image.new("RGB", (20, 20))])
