@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from open_clip.timm_model import TimmModel
 from timm.layers.attention import Attention
@@ -17,14 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from legrad.errors import InputError
 from legrad.families.parts import NotCovered, check_covered, describe_blocks, split_heads
 from legrad.families.timm_parts import (
+    add_prefix_and_positions,
     describe_pooler,
+    embed_dim,
     head_stages,
     linear_stages,
+    mean_scorings,
     mlp_stages,
     norm_stages,
     scale_stages,
 )
-from legrad.positions import resample_positions
 from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
 
 
@@ -61,7 +62,7 @@ def describe(visual: TimmModel) -> Tower:
         patch_size=patch_height,
         native_grid=tuple(patches.grid_size),
         takes_any_grid=True,
-        embed_dim=_embed_dim(visual),
+        embed_dim=embed_dim(visual),
         prefix_tokens=trunk.num_prefix_tokens,
         normalisation="grid" if trunk.attn_pool is not None else "upsampled",
         embed=partial(_embed, trunk),
@@ -78,23 +79,15 @@ def _family(trunk: VisionTransformer) -> str:
     return "timm-hybrid" if isinstance(trunk.patch_embed, HybridEmbed) else "timm-vit"
 
 
-def _embed_dim(visual: TimmModel) -> int:
-    projections = [
-        module for module in (visual.trunk.head, *visual.head.modules()) if isinstance(module, nn.Linear)
-    ]
-    return projections[-1].out_features if projections else int(visual.trunk.num_features)
-
-
 def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
     """Describe how a layer is scored by the authors, or next to their way, and by the model itself."""
     trunk = visual.trunk
-    norm, head = norm_stages(trunk.norm), head_stages(trunk, visual.head)
-    if trunk.attn_pool is not None:
-        straight = describe_pooler(trunk.attn_pool, nn.Identity())
-        normed = describe_pooler(trunk.attn_pool, trunk.norm)
-        return Scoring((), slice(0, 1), head, straight), Scoring((), slice(0, 1), head, normed)
-    own_tokens = slice(0, 1) if trunk.global_pool == "token" else slice(trunk.num_prefix_tokens, None)
-    return Scoring((), slice(0, None), (*norm, *head)), Scoring(norm, own_tokens, head)
+    if trunk.attn_pool is None:
+        return mean_scorings(visual)
+    head = head_stages(trunk, visual.head)
+    straight = describe_pooler(trunk.attn_pool, nn.Identity())
+    normed = describe_pooler(trunk.attn_pool, trunk.norm)
+    return Scoring((), slice(0, 1), head, straight), Scoring((), slice(0, 1), head, normed)
 
 
 def _describe_block(block: Any) -> Block:
@@ -125,20 +118,7 @@ def _embed(trunk: VisionTransformer, images: Float[Tensor, "batch 3 height width
     tokens = patches.flatten(2).transpose(1, 2)
     if isinstance(trunk.patch_embed, PatchEmbed):
         tokens = trunk.patch_embed.norm(tokens)
-    prefix = [
-        token.expand(len(tokens), -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None
-    ]
-    embedded_prefix_tokens = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-    with_prefix = torch.cat([*prefix, tokens], dim=1)
-    if trunk.pos_embed is not None:
-        positions = resample_positions(
-            trunk.pos_embed[0],
-            trunk.patch_embed.grid_size,
-            (grid_height, grid_width),
-            prefix_tokens=embedded_prefix_tokens,
-        ).to(tokens.dtype)
-        first = trunk.num_prefix_tokens - embedded_prefix_tokens
-        with_prefix = torch.cat([with_prefix[:, :first], with_prefix[:, first:] + positions], dim=1)
+    with_prefix = add_prefix_and_positions(trunk, tokens, (grid_height, grid_width))
     return EmbeddedImages(trunk.norm_pre(with_prefix))
 
 
