@@ -176,7 +176,7 @@ def test_wrong_credentials_for_the_input_are_the_users_mistake(rude_bucket, patt
 
 @pytest.mark.parametrize("url", ["s3://b/0.tar?X-Amz-Signature={}", "s3://id:{}@b/0.tar?nonsense=1"])
 def test_an_option_that_is_not_known_is_told_without_its_secrets(url):
-    with pytest.raises(UserError, match=r"s3://b/0\.tar: cannot be used") as error:
+    with pytest.raises(UserError, match=r"s3://b: cannot be used: expected options region") as error:
         storage.list_shards(url.format(SECRET))
     one_line(error)
 
@@ -344,9 +344,9 @@ def test_ctrl_c_during_an_upload_never_publishes_a_part_of_it(rude_bucket):
 
     with serving(uploading_handler(operations, start_delay=interrupt)) as port:
         with pytest.raises(KeyboardInterrupt):
-            storage.publish(f"s3://{rude_bucket(port)}/out", "x.bin", b"0123456789" * 1000)
-        assert [kind for kind, _, _ in operations] == ["start", "part", "complete"]
-    assert b"0123456789" * 1000 in operations[1][2]
+            storage.publish(f"s3://{rude_bucket(port)}/out", "x.bin", b"0123456789" * 2_500_000)
+        assert [kind for kind, _, _ in operations] == ["start", *["part"] * 3, "complete"]
+    assert sum(body.count(b"5") for _, _, body in operations) >= 2_500_000
 
 
 def test_a_missing_bucket_for_the_output_is_one_line(bucket):

@@ -1,0 +1,47 @@
+"""Files wherever they live: naming, listing, reading to the last byte, and publishing in one step.
+
+Local paths, ``s3://`` and ``gs://`` for everything; ``http://`` and ``https://`` for what is only read.
+"""
+
+from pipeline.storage.filesystems import resolve
+from pipeline.storage.listing import list_shards
+from pipeline.storage.output import (
+    IN_MEMORY_BYTES,
+    TEMPORARY_PREFIX,
+    exists,
+    list_names,
+    publish,
+    remove,
+    sweep_temporary_files,
+)
+from pipeline.storage.reading import READAHEAD_BYTES, open_shard, read_bytes, read_text
+from pipeline.storage.urls import (
+    ShardSource,
+    absolute,
+    canonical_url,
+    join_url,
+    shard_id,
+    without_credentials,
+)
+
+__all__ = [
+    "IN_MEMORY_BYTES",
+    "READAHEAD_BYTES",
+    "TEMPORARY_PREFIX",
+    "ShardSource",
+    "absolute",
+    "canonical_url",
+    "exists",
+    "join_url",
+    "list_names",
+    "list_shards",
+    "open_shard",
+    "publish",
+    "read_bytes",
+    "read_text",
+    "remove",
+    "resolve",
+    "shard_id",
+    "sweep_temporary_files",
+    "without_credentials",
+]

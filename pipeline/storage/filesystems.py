@@ -1,0 +1,103 @@
+"""Filesystems of paths and object URLs, with timeouts and retries that a long job can rely on."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from datetime import timedelta
+from functools import lru_cache
+from urllib.parse import SplitResult, parse_qsl, unquote
+
+import pyarrow.fs as pafs
+
+from pipeline.errors import UserError
+from pipeline.storage.urls import OBJECT_SCHEMES, canonical_url, host_of, local_path, split_url, told_as
+
+CONNECT_TIMEOUT_S = 10
+# pyarrow's own default is none: a read whose server falls silent would never end
+SILENCE_TIMEOUT_S = 60
+# the wait before the n-th retry is random, below 2^(n-1) s and 20 s: about half a minute in all
+S3_ATTEMPTS = 8
+GCS_RETRY_TIME = timedelta(minutes=2)
+S3_OPTIONS = ("region", "scheme", "endpoint_override")
+GCS_OPTIONS = ("scheme", "endpoint_override")
+ANONYMOUS = "anonymous"
+
+
+def resolve(url: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem that serves a path or object URL, and the path within it.
+
+    Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+    GOOGLE_APPLICATION_CREDENTIALS, ...). Requests that an object store throttles, or whose connection breaks,
+    are repeated after a growing random wait; AWS_MAX_ATTEMPTS says how often.
+
+    Raises:
+        UserError: the scheme is not one of local, s3 and gs, the URL's options are wrong, or its bucket's
+            region cannot be found.
+    """
+    with told_as(UserError, url, "cannot be used"):
+        return resolved(url)
+
+
+def resolved(url: str) -> tuple[pafs.FileSystem, str]:
+    """Like `resolve`, but a store that does not answer is an OSError."""
+    parts = split_url(url)
+    if parts.scheme in ("", "file"):
+        return pafs.LocalFileSystem(), str(local_path(url))
+    if parts.scheme in OBJECT_SCHEMES:
+        root = parts._replace(path="", fragment="")
+        return _object_filesystem(root), f"{host_of(parts)}{parts.path}"
+    expected = "a local path, s3:// or gs:// (http:// only for input)"
+    raise UserError(f"{canonical_url(url)}: expected {expected}, got scheme {parts.scheme!r}")
+
+
+@lru_cache(maxsize=64)
+def _object_filesystem(root: SplitResult) -> pafs.FileSystem:
+    return _s3(root) if root.scheme == "s3" else _gcs(root)
+
+
+# registered after pyarrow's own handler, so called before it: no filesystem outlives the AWS SDK
+atexit.register(_object_filesystem.cache_clear)
+
+
+def _s3(root: SplitResult) -> pafs.S3FileSystem:
+    options = _options(root, S3_OPTIONS)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        options.setdefault("endpoint_override", endpoint)
+    if "region" not in options and "endpoint_override" not in options:
+        options["region"] = pafs.resolve_s3_region(host_of(root))
+    if root.username:
+        options["access_key"] = unquote(root.username)
+        options["secret_key"] = unquote(root.password or "")
+    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS") or S3_ATTEMPTS)
+    return pafs.S3FileSystem(
+        **options,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=SILENCE_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        # one request for a small file, instead of the three of an upload in parts
+        allow_delayed_open=True,
+        # uploads then hold no memory of ours in threads that may outlive the interpreter
+        background_writes=False,
+    )
+
+
+def _gcs(root: SplitResult) -> pafs.GcsFileSystem:
+    if root.username not in (None, ANONYMOUS):
+        raise UserError(f"{canonical_url(root.geturl())}: credentials come from the environment")
+    return pafs.GcsFileSystem(
+        **_options(root, GCS_OPTIONS),
+        anonymous=root.username == ANONYMOUS,
+        retry_time_limit=GCS_RETRY_TIME,
+    )
+
+
+def _options(root: SplitResult, known: tuple[str, ...]) -> dict[str, str]:
+    options = dict(parse_qsl(root.query))
+    if unknown := sorted(set(options) - set(known)):
+        where = canonical_url(root.geturl())
+        raise UserError(
+            f"{where}: cannot be used: expected options {', '.join(known)}, got {', '.join(unknown)}"
+        )
+    return options

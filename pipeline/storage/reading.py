@@ -1,0 +1,108 @@
+"""Shards and small files, read to their last byte."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from typing import Any, BinaryIO, cast
+
+from pipeline.errors import ShardError, ShortReadError, UserError
+from pipeline.storage import web
+from pipeline.storage.filesystems import resolve, resolved
+from pipeline.storage.urls import (
+    WEB_SCHEMES,
+    ShardSource,
+    local_path,
+    split_url,
+    told_as,
+    without_credentials,
+    without_secrets,
+)
+
+READAHEAD_BYTES = 4 << 20
+
+
+class _CountedStream(io.RawIOBase):
+    """Passes bytes on and tells a connection that ended early from the end of the object."""
+
+    def __init__(self, stream: Any, shard: ShardSource, announced_bytes: int) -> None:
+        self._stream = stream
+        self._shard = shard
+        self._announced_bytes = announced_bytes
+        self._read_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with told_as(ShardError, self._shard.url, f"cannot be read on from byte {self._read_bytes}"):
+            data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self._read_bytes += len(data)
+        if not data and self._read_bytes < self._announced_bytes:
+            raise ShortReadError(
+                f"{self._shard.canonical_url}: only {self._read_bytes} of {self._announced_bytes} bytes came"
+            )
+        return len(data)
+
+
+@contextmanager
+def open_shard(shard: ShardSource) -> Iterator[BinaryIO]:
+    """Stream a shard from its first byte.
+
+    Raises:
+        ShardError: it cannot be opened or read.
+        ShortReadError: fewer bytes come than the object holds.
+    """
+    with told_as(ShardError, shard.url, "cannot be opened"):
+        stream, announced_bytes = _opened(shard)
+    with stream:
+        yield io.BufferedReader(_CountedStream(stream, shard, announced_bytes), READAHEAD_BYTES)
+
+
+def _opened(shard: ShardSource) -> tuple[Any, int]:
+    """A stream, and how many bytes are known to come at least."""
+    listed_bytes = shard.size_bytes or 0
+    if split_url(shard.url).scheme in WEB_SCHEMES:
+        found = web.WebObject(shard.url)
+        return found, max(listed_bytes, found.announced_bytes)
+    filesystem, path = resolved(shard.url)
+    return filesystem.open_input_stream(path, buffer_size=READAHEAD_BYTES), listed_bytes
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole content of a small file; raises FileNotFoundError or another OSError."""
+    scheme = split_url(url).scheme
+    if scheme in ("", "file"):
+        return local_path(url).read_bytes()
+    if scheme in WEB_SCHEMES:
+        return _read_web(url)
+    filesystem, path = resolve(url)
+    with filesystem.open_input_stream(path) as stream:
+        return cast(bytes, stream.read())
+
+
+def _read_web(url: str) -> bytes:
+    try:
+        with web.WebObject(url) as found:
+            return b"".join(iter(lambda: found.read(READAHEAD_BYTES), b""))
+    except HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def read_text(url: str) -> str:
+    """The whole content of a small text file that the user names.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_bytes(url).decode("utf-8")
+    except OSError as error:
+        # an operating system's error repeats the path
+        cause = error.strerror or without_secrets(error, url)
+    except UnicodeDecodeError as error:
+        cause = str(error)
+    raise UserError(f"{without_credentials(url)}: cannot be read: {cause}")
