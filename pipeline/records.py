@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,20 @@ ERROR_SCHEMA = pa.schema(
 )
 
 MAX_MESSAGE_CHARACTERS = 500
+# controls, line and paragraph separators, marks that turn the direction of writing, halves of surrogate pairs
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Escape what untrusted text must not carry into files, logs and terminals; all else stays as it is."""
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    # how Python keeps a byte that is not UTF-8
+    code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 @dataclass(frozen=True)
@@ -72,14 +87,14 @@ class SampleError:
     prompt_index: int | None = None
 
     def as_row(self, shard: str) -> dict[str, Any]:
-        """The row of the errors file, message bounded to MAX_MESSAGE_CHARACTERS."""
+        """The row of the errors file; texts printable, message bounded to MAX_MESSAGE_CHARACTERS."""
         return {
-            "key": self.key,
+            "key": None if self.key is None else printable(self.key),
             "sample_index": self.sample_index,
             "shard": shard,
             "stage": self.stage,
             "kind": self.kind,
-            "message": self.message[:MAX_MESSAGE_CHARACTERS],
+            "message": printable(self.message[:MAX_MESSAGE_CHARACTERS]),
             "prompt_index": self.prompt_index,
         }
 

@@ -1,0 +1,284 @@
+"""From a tar stream to its members, read forwards once, with every way an archive can be damaged told apart.
+
+Headers are parsed by the standard library, block by block. Its stream mode is not used because it ends in
+silence both where an archive was cut at a member boundary and at a corrupt header, and takes extended headers
+of any claimed size into memory.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+BLOCK_BYTES = tarfile.BLOCKSIZE
+PIECE_BYTES = 2**20
+MAX_EXTENSION_BYTES = 2**20
+
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+_PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_TYPES_WITHOUT_BODY = {
+    tarfile.LNKTYPE: ("link", "a hard link"),
+    tarfile.SYMTYPE: ("link", "a symbolic link"),
+    tarfile.CHRTYPE: ("special_file", "a character device"),
+    tarfile.BLKTYPE: ("special_file", "a block device"),
+    tarfile.FIFOTYPE: ("special_file", "a named pipe"),
+}
+# where GNU tar's older sparse headers, and the blocks that follow them, say whether another block follows
+_SPARSE_HEADER_GOES_ON, _SPARSE_BLOCK_GOES_ON = 482, 504
+# webdataset's own rule for members that describe the archive, such as what lies in a folder __index__
+_ARCHIVE_METADATA = re.compile(r"__[^/]*__($|/)")
+
+
+class DamageError(Exception):
+    """From here on nothing in the archive can be trusted."""
+
+    def __init__(self, kind: str, message: str, *, stage: str = "read") -> None:
+        super().__init__(message)
+        self.stage, self.kind, self.message = stage, kind, message
+
+
+@dataclass(frozen=True)
+class Member:
+    """What an archive says of one member.
+
+    Attributes:
+        name: as it stands there; bytes that are not UTF-8 are lone surrogates.
+        size_bytes: of the body in the archive.
+        type: the header's type flag.
+    """
+
+    name: str
+    size_bytes: int
+    type: bytes
+
+    @property
+    def oddity(self) -> tuple[str, str] | None:
+        """Kind and description of what is no regular file; None for a regular file."""
+        if self.type in _FILE_TYPES:
+            return None
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            return "sparse", "a sparse file"
+        return _TYPES_WITHOUT_BODY.get(self.type, ("special_file", f"a member of type {self.type!r}"))
+
+
+@dataclass(frozen=True)
+class _Extensions:
+    """What extended headers say of the member after them."""
+
+    name: str | None = None
+    size_bytes: int | None = None
+    is_sparse: bool = False
+    # what `path` gives is made up then
+    sparse_name: str | None = None
+
+
+class Archive:
+    """Reads a tar forwards: header by header, and the body of the current member on demand."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._offset_bytes = 0
+        self._body_bytes = 0
+        self._padding_bytes = 0
+        self._sparse_map_goes_on = False
+
+    def members(self) -> Iterator[Member]:
+        """Yield every member that is no folder, then check how the archive ends.
+
+        Raises:
+            DamageError: the archive is cut, corrupt, compressed or no tar at all.
+        """
+        while (header := self._next_header()) is not None:
+            member = self._resolved(header)
+            self._padding_bytes = -member.size_bytes % BLOCK_BYTES
+            self._body_bytes = member.size_bytes
+            if member.type != tarfile.DIRTYPE and not _ARCHIVE_METADATA.match(member.name):
+                yield member
+            self._skip_body()
+        self._check_end()
+
+    def read_body(self) -> bytes:
+        """Read the rest of the current member's bytes.
+
+        Raises:
+            DamageError: the archive ends before.
+        """
+        # in pieces, so that a header that claims too much costs no more memory than there is data
+        pieces = []
+        while self._body_bytes:
+            piece = self._read(min(self._body_bytes, PIECE_BYTES))
+            if not piece:
+                raise DamageError(
+                    "truncated", f"the archive ends in the member, at byte {self._offset_bytes}"
+                )
+            pieces.append(piece)
+            self._body_bytes -= len(piece)
+        return b"".join(pieces)
+
+    def _skip_body(self) -> None:
+        self._body_bytes += self._padding_bytes
+        self._padding_bytes = 0
+        while self._body_bytes:
+            piece = self._read(min(self._body_bytes, PIECE_BYTES))
+            if not piece:
+                raise DamageError("truncated", f"the archive ends in a member, at byte {self._offset_bytes}")
+            self._body_bytes -= len(piece)
+
+    def _resolved(self, header: tarfile.TarInfo) -> Member:
+        """Apply the extended headers (PAX, GNU long names) that stand before a member's own."""
+        extensions = _Extensions()
+        while True:
+            if header.type == tarfile.GNUTYPE_LONGNAME:
+                extensions = replace(extensions, name=_text(self._extension(header).split(b"\0", 1)[0]))
+            elif header.type in _PAX_TYPES:
+                extensions = _with_pax_records(extensions, self._extension(header))
+            elif header.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+                self._extension(header)
+            else:
+                break
+            following = self._next_header()
+            if following is None:
+                raise DamageError(
+                    "corrupt_header", f"an extended header at byte {self._offset_bytes} has no member"
+                )
+            header = following
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            self._skip_sparse_map()
+        return _member_of(header, extensions)
+
+    def _extension(self, header: tarfile.TarInfo) -> bytes:
+        if header.size > MAX_EXTENSION_BYTES:
+            message = f"an extended header claims {header.size} bytes, at byte {self._offset_bytes}"
+            raise DamageError("corrupt_header", message)
+        self._body_bytes, self._padding_bytes = header.size, -header.size % BLOCK_BYTES
+        content = self.read_body()
+        self._skip_body()
+        return content
+
+    def _skip_sparse_map(self) -> None:
+        while self._sparse_map_goes_on:
+            start_bytes = self._offset_bytes
+            block = self._read_block()
+            if len(block) < BLOCK_BYTES:
+                raise _missing_block(block, start_bytes)
+            self._sparse_map_goes_on = bool(block[_SPARSE_BLOCK_GOES_ON])
+
+    def _next_header(self) -> tarfile.TarInfo | None:
+        """The next header as it stands, or None at the first block of the end of the archive."""
+        start_bytes = self._offset_bytes
+        block = self._read_block()
+        if len(block) < BLOCK_BYTES:
+            raise _missing_block(block, start_bytes)
+        if not any(block):
+            return None
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise _corrupt_block(block, start_bytes) from error
+        if header.size < 0:
+            raise _corrupt_block(block, start_bytes)
+        self._sparse_map_goes_on = bool(block[_SPARSE_HEADER_GOES_ON])
+        return header
+
+    def _check_end(self) -> None:
+        block = self._read_block()
+        if len(block) < BLOCK_BYTES:
+            raise DamageError("truncated", "the archive ends after one of the two blocks that mark its end")
+        while block:
+            if any(block):
+                message = (
+                    f"data follows the end of the archive, before byte {self._offset_bytes}; it was not read"
+                )
+                raise DamageError("data_after_end", message)
+            block = self._read(PIECE_BYTES)
+
+    def _read_block(self) -> bytes:
+        block = b""
+        while len(block) < BLOCK_BYTES and (piece := self._read(BLOCK_BYTES - len(block))):
+            block += piece
+        return block
+
+    def _read(self, size_bytes: int) -> bytes:
+        piece = self._stream.read(size_bytes)
+        self._offset_bytes += len(piece)
+        return piece
+
+
+def _missing_block(block: bytes, start_bytes: int) -> DamageError:
+    if not start_bytes and not block:
+        return DamageError("zero_bytes", "the shard has no bytes at all", stage="open")
+    if not start_bytes:
+        return _corrupt_block(block, start_bytes)
+    where = "in a header" if block else "without the blocks that mark its end"
+    return DamageError("truncated", f"the archive ends {where}, at byte {start_bytes + len(block)}")
+
+
+def _corrupt_block(block: bytes, start_bytes: int) -> DamageError:
+    if start_bytes:
+        return DamageError(
+            "corrupt_header", f"no valid header at byte {start_bytes}; what follows is not read"
+        )
+    for magic, name in _COMPRESSIONS.items():
+        if block.startswith(magic):
+            message = f"the shard is compressed with {name}; shards are read uncompressed"
+            return DamageError("compressed", message, stage="open")
+    return DamageError("not_a_tar", "the shard does not begin with a tar header", stage="open")
+
+
+def _member_of(header: tarfile.TarInfo, extensions: _Extensions) -> Member:
+    names = (extensions.sparse_name, extensions.name, header.name)
+    name = next(name for name in names if name is not None)
+    size_bytes = header.size if extensions.size_bytes is None else extensions.size_bytes
+    # tar stores no body for these, whatever their size says
+    if header.type in _TYPES_WITHOUT_BODY or header.type == tarfile.DIRTYPE:
+        return Member(name, 0, header.type)
+    # an old tar marks folders by the name alone
+    if header.type == tarfile.AREGTYPE and name.endswith("/"):
+        return Member(name, size_bytes, tarfile.DIRTYPE)
+    return Member(name, size_bytes, tarfile.GNUTYPE_SPARSE if extensions.is_sparse else header.type)
+
+
+def _with_pax_records(extensions: _Extensions, content: bytes) -> _Extensions:
+    """Read PAX records, each of which is "LENGTH KEYWORD=VALUE" and a line feed."""
+    start = 0
+    while start < len(content) and content[start]:
+        length_digits, space, _ = content[start : start + 20].partition(b" ")
+        if not space or not length_digits.isdigit():
+            raise DamageError("corrupt_header", "a PAX header has a record without a length")
+        end = start + int(length_digits)
+        record = content[start + len(length_digits) + 1 : end]
+        keyword, equals, value = record.partition(b"=")
+        if end > len(content) or not equals or not value.endswith(b"\n"):
+            raise DamageError("corrupt_header", "a PAX header has a record that does not fit its length")
+        extensions = _with_pax_record(extensions, keyword, value[:-1])
+        start = end
+    return extensions
+
+
+def _with_pax_record(extensions: _Extensions, keyword: bytes, value: bytes) -> _Extensions:
+    if keyword == b"path":
+        return replace(extensions, name=_text(value))
+    if keyword == b"size":
+        return replace(extensions, size_bytes=_pax_size_bytes(value))
+    if keyword == b"GNU.sparse.name":
+        return replace(extensions, sparse_name=_text(value), is_sparse=True)
+    return replace(extensions, is_sparse=True) if keyword.startswith(b"GNU.sparse.") else extensions
+
+
+def _pax_size_bytes(value: bytes) -> int:
+    if not value.isdigit() or len(value) > 19:
+        raise DamageError("corrupt_header", "a PAX header gives a size that is no number")
+    return int(value)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
