@@ -148,7 +148,7 @@ def _context_pullback(block: Block, layer: LayerTrace, pooled_tokens: slice) -> 
         attended = through_residual
         if block.mlp:
             attended = (pull_mlp(through_residual, image_index) + through_residual).to(dtype)
-        return pull_out(attended, image_index)
+        return pull_out(attended, image_index).to(dtype)
 
     return pull
 

@@ -23,7 +23,7 @@ def tiny_timm_clip(name: str, **trunk: Any) -> nn.Module:
     create_model = timm.create_model
 
     def create_tiny_model(*args: Any, **kwargs: Any) -> nn.Module:
-        return create_model(*args, **kwargs, **size | trunk)
+        return create_model(*args, **kwargs | size | trunk)
 
     with mock.patch.object(timm, "create_model", create_tiny_model):
         model = open_clip.CLIP(EMBED_DIM, vision, TEXT)
