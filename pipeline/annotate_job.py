@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from pipeline import job as jobs
 from pipeline.config import JobConfig
-from pipeline.job import prepare_job
-from pipeline.progress import as_duration, open_progress
+from pipeline.estimate import dry_run, told_dry_run, told_extrapolation
+from pipeline.job import Job, prepare_job
+from pipeline.progress import Progress, SharedProgress, as_duration, as_share, open_progress
 from pipeline.result import JobResult
 from pipeline.run import run_job
+from pipeline.run_record import recorded_run
+from pipeline.storage import ShardSource
 
 DONE, INCOMPLETE = 0, 3
-NAMED_FAILURES = 10
+NAMED_SHARDS = 10
 
 
-def annotate_with_config(config: JobConfig, console: Console) -> int:
+def annotate_with_config(config: JobConfig, console: Console, *, max_shards: int | None = None) -> int:
     """Run a job to its end, showing progress.
+
+    Args:
+        config: the job's configuration.
+        console: takes progress and result.
+        max_shards: stop after as many, and extrapolate from them; None: do all that is left.
 
     Returns:
         The exit code: 0, or 3 where shards failed or are left.
@@ -24,39 +33,82 @@ def annotate_with_config(config: JobConfig, console: Console) -> int:
         PipelineError: as `prepare_job` and `run_job` do.
     """
     job = prepare_job(config)
+    out = job.config.output.dir
     try:
-        with open_progress(console, config.run.progress_interval_s) as progress:
-            for warning in job.warnings:
-                progress.say(f"warning: {warning}")
-            result = run_job(job, progress)
+        with (
+            open_progress(console, config.run.progress_interval_s) as shown,
+            recorded_run(out) as recorder,
+        ):
+            result = _run(job, SharedProgress([shown, recorder]), max_shards)
+            recorder.close(_ending(result))
     except KeyboardInterrupt:
         _say(console, f"interrupted; the same command goes on where {config.output.dir} ends")
         raise
     _tell(result, config.output.dir, console)
+    if not result.complete and not result.stopped:
+        _tell_left(job, result, max_shards, console)
     return DONE if result.complete else INCOMPLETE
+
+
+def tell_dry_run(config: JobConfig, console: Console) -> None:
+    """List what a job would do; nothing is written or started.
+
+    Raises:
+        PipelineError: the shards or the output cannot be listed.
+    """
+    for line in told_dry_run(dry_run(config)):
+        _say(console, line)
+
+
+def _run(job: Job, progress: Progress, max_shards: int | None) -> JobResult:
+    for warning in job.warnings:
+        progress.say(f"warning: {warning}")
+    return run_job(job, progress, max_shards=max_shards)
+
+
+def _ending(result: JobResult) -> str:
+    if result.stopped:
+        return f"stopped early: {result.stopped}"
+    return "complete" if result.complete else "shards failed or left"
 
 
 def _tell(result: JobResult, output_dir: str, console: Console) -> None:
     state = result.state
     if result.stopped:
         _say(console, f"stopped early: {result.stopped}")
-    for url, message in result.failed[:NAMED_FAILURES]:
+    for url, message in result.failed[:NAMED_SHARDS]:
         _say(console, f"given up: {url}: {message}")
-    if len(result.failed) > NAMED_FAILURES:
-        _say(console, f"... and {len(result.failed) - NAMED_FAILURES} more; see {output_dir}/failed/")
+    if len(result.failed) > NAMED_SHARDS:
+        _say(console, f"... and {len(result.failed) - NAMED_SHARDS} more; see {output_dir}/failed/")
     if result.complete and not state.shards_done:
         _say(console, f"nothing to do: all {state.shards_total} shard(s) were done before; see {output_dir}")
         return
     counts = state.counts
-    rate = counts.samples_in / state.elapsed_s if state.elapsed_s else 0.0
     _say(
         console,
         f"shards: {state.shards_done} done, {state.shards_skipped} done before, "
         f"{state.shards_failed} failed, {state.shards_left} left\n"
-        f"samples: {counts.samples_in:,} in {as_duration(state.elapsed_s)} ({rate:,.1f}/s): "
+        f"samples: {counts.samples_in:,} in {as_duration(state.elapsed_s)} ({state.samples_per_s:,.1f}/s "
+        f"once a model was loaded): "
         f"{counts.annotated:,} annotated, {counts.empty:,} empty, {counts.failed:,} failed\n"
+        f"images: {state.measures.images_decoded:,} decoded; "
+        f"device busy {as_share(state.measures.device_busy_share)} of the time\n"
         f"rows: {counts.rows:,} in {output_dir}/annotations",
     )
+
+
+def _tell_left(job: Job, result: JobResult, max_shards: int | None, console: Console) -> None:
+    out = job.config.output.dir
+    done = jobs.shard_ids_in(out, "annotations", ".parquet")
+    settled = done | jobs.shard_ids_in(out, "failed", ".json")
+    left = [shard.canonical_url for shard in job.shards if shard.shard_id not in settled]
+    if left:
+        more = f" and {len(left) - NAMED_SHARDS:,} more" if len(left) > NAMED_SHARDS else ""
+        _say(console, f"left: {', '.join(left[:NAMED_SHARDS])}{more}; the same command goes on")
+    if max_shards is not None:
+        newly_done: list[ShardSource] = [shard for shard in job.todo if shard.shard_id in done]
+        for line in told_extrapolation(job, result.state, newly_done):
+            _say(console, line)
 
 
 def _say(console: Console, message: str) -> None:

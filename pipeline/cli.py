@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -44,15 +45,42 @@ OutputDir = Annotated[
 ]
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"legrad {version('legrad-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and end."),
+    ] = False,
+) -> None:
+    """LeGrad pseudo-masks for corpora of captioned images."""
+
+
 @app.command()
 def annotate(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The job's configuration.")],
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the shards and estimate; nothing is started or written.")
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Do N shards, spread evenly, and extrapolate to all."),
+    ] = None,
 ) -> None:
     """Annotate shards: the main job. Runs here, or on the cluster that RAY_ADDRESS names."""
-    from pipeline.annotate_job import annotate_with_config
+    from pipeline.annotate_job import annotate_with_config, tell_dry_run
 
-    raise typer.Exit(annotate_with_config(load_config(config, overrides or ()), console))
+    settings = load_config(config, overrides or ())
+    if dry_run:
+        tell_dry_run(settings, console)
+        return
+    raise typer.Exit(annotate_with_config(settings, console, max_shards=limit))
 
 
 @app.command()

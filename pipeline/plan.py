@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+
+Shard = TypeVar("Shard")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,13 @@ def plan_workers(run: RunConfig, machines: Sequence[Mapping[str, float]], shards
     if cpus > most_cpus:
         raise UserError(f"run.cpus_per_worker: {cpus} asked for, the largest machine has {most_cpus}")
     return WorkerPlan(min(wanted, _places(fitting, cpus, gpus)), cpus, gpus)
+
+
+def spread_evenly(shards: Sequence[Shard], limit: int | None) -> Sequence[Shard]:
+    """At most `limit` shards, spread over the list: a sorted corpus begins unlike the rest of it."""
+    if limit is None or limit >= len(shards):
+        return shards
+    return [shards[(2 * place + 1) * len(shards) // (2 * limit)] for place in range(limit)]
 
 
 def _places(machines: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from pipeline.measures import Measures
 from pipeline.records import ShardCounts
+
+RECENT_S = 60.0
+SHOWN_KINDS = 3
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class RunState:
         measures: of all workers of this run, since each loaded its model.
         workers_ready: workers that have loaded their model.
         elapsed_s: seconds since the workers were asked for.
+        loading_s: seconds until the first worker was ready; of the elapsed ones while none is.
     """
 
     shards_total: int
@@ -41,35 +48,99 @@ class RunState:
     measures: Measures = field(default_factory=Measures)
     workers_ready: int = 0
     elapsed_s: float = 0.0
+    loading_s: float = 0.0
 
     @property
     def shards_left(self) -> int:
         """Shards that are neither done nor given up."""
         return self.shards_total - self.shards_skipped - self.shards_done - self.shards_failed
 
-    def as_line(self) -> str:
-        """One line for a log: shards, samples, rate, errors and the time left."""
-        counts = self.counts + self.live_counts
-        rate = counts.samples_in / self.elapsed_s if self.elapsed_s > 0 else 0.0
-        waiting = "" if self.workers_ready else "waiting for workers | "
-        failed = f", {self.shards_failed} failed" if self.shards_failed else ""
-        return (
-            f"{waiting}shards {self.shards_skipped + self.shards_done}/{self.shards_total}{failed} | "
-            f"samples {counts.samples_in:,} ({rate:,.1f}/s) | rows {counts.rows:,} | "
-            f"failed samples {counts.failed:,}{_kinds(counts)} | left {self._time_left()}"
+    @property
+    def working_s(self) -> float:
+        """Seconds since the first worker was ready."""
+        return self.elapsed_s - self.loading_s
+
+    @property
+    def counts_so_far(self) -> ShardCounts:
+        """Outcomes of samples in this run, shards in hand included."""
+        return self.counts + self.live_counts
+
+    @property
+    def samples_per_s(self) -> float:
+        """Mean over the time in which workers were ready."""
+        return self.counts_so_far.samples_in / self.working_s if self.working_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run is.
+
+    Attributes:
+        samples_per_s: samples that reached an outcome, a second.
+        device_busy_share: share of the workers' time in which the device step ran; None without any.
+    """
+
+    samples_per_s: float
+    device_busy_share: float | None
+
+
+class RecentPace:
+    """The pace of the last minute, from one state after the other."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int, Measures]] = deque([(0.0, 0, Measures())])
+
+    def update(self, state: RunState) -> Pace:
+        """Take the newest state in.
+
+        Returns:
+            The pace since the oldest state that is not older than RECENT_S.
+        """
+        samples = state.counts_so_far.samples_in
+        # a state a second is enough, however often the driver looks
+        if state.working_s - self._seen[-1][0] >= 1.0:
+            self._seen.append((state.working_s, samples, state.measures))
+        while len(self._seen) > 1 and self._seen[1][0] < state.working_s - RECENT_S:
+            self._seen.popleft()
+        then_s, samples_then, measures_then = self._seen[0]
+        passed_s = state.working_s - then_s
+        # a dead worker takes its unfinished samples with it
+        gained = max(0, samples - samples_then)
+        return Pace(
+            gained / passed_s if passed_s > 0 else 0.0, (state.measures - measures_then).device_busy_share
         )
 
-    def _time_left(self) -> str:
-        if not self.shards_done:
-            return "?"
-        return as_duration(self.elapsed_s / self.shards_done * self.shards_left)
+
+def as_line(state: RunState, pace: Pace) -> str:
+    """One line for a log: shards, samples, rate, images, busy share, errors and the time left."""
+    counts = state.counts_so_far
+    waiting = "" if state.workers_ready else "waiting for workers | "
+    return (
+        f"{waiting}shards {state.shards_skipped + state.shards_done}/{state.shards_total}, "
+        f"{state.shards_failed} failed, {state.shards_left} left | "
+        f"samples {counts.samples_in:,} ({pace.samples_per_s:,.1f}/s), {counts.failed:,} failed | "
+        f"images {state.measures.images_decoded:,} | rows {counts.rows:,} | "
+        f"device busy {as_share(pace.device_busy_share)} | errors {_errors(counts)} | "
+        f"time left {_time_left(state)}"
+    )
 
 
-def _kinds(counts: ShardCounts) -> str:
-    if not counts.errors_by_kind:
-        return ""
-    largest = sorted(counts.errors_by_kind.items(), key=lambda item: -item[1])[:3]
-    return " (" + ", ".join(f"{kind} {count}" for kind, count in largest) + ")"
+def _time_left(state: RunState) -> str:
+    if not state.shards_done:
+        return "?"
+    return as_duration(state.working_s / state.shards_done * state.shards_left)
+
+
+def _errors(counts: ShardCounts) -> str:
+    largest = sorted(counts.errors_by_kind.items(), key=lambda item: -item[1])
+    kinds = [f"{kind} {count:,}" for kind, count in largest[:SHOWN_KINDS]]
+    kinds += ["..."] if len(largest) > SHOWN_KINDS else []
+    return f"{counts.error_rows:,}" + (f" ({', '.join(kinds)})" if kinds else "")
+
+
+def as_share(share: float | None) -> str:
+    """A share in [0, 1] as ``97 %``; ``?`` for None."""
+    return "?" if share is None else f"{share:.0%}".replace("%", " %")
 
 
 def as_duration(seconds: float) -> str:
@@ -90,12 +161,30 @@ class Progress(Protocol):
         """Show a message at once."""
 
 
+class SharedProgress:
+    """Passes everything on to several."""
+
+    def __init__(self, parts: Sequence[Progress]) -> None:
+        self._parts = tuple(parts)
+
+    def update(self, state: RunState) -> None:
+        """Pass the state on."""
+        for part in self._parts:
+            part.update(state)
+
+    def say(self, message: str) -> None:
+        """Pass the message on."""
+        for part in self._parts:
+            part.say(message)
+
+
 class _TerminalProgress:
     def __init__(self, live: Live) -> None:
         self._live = live
+        self._recent = RecentPace()
 
     def update(self, state: RunState) -> None:
-        self._live.update(Text(state.as_line()))
+        self._live.update(_display(state, self._recent.update(state)))
 
     def say(self, message: str) -> None:
         self._live.console.print(message, markup=False, highlight=False)
@@ -106,12 +195,14 @@ class _LogProgress:
         self._console = console
         self._interval_s = interval_s
         self._last_shown_s = time.monotonic()
+        self._recent = RecentPace()
 
     def update(self, state: RunState) -> None:
+        pace = self._recent.update(state)
         now_s = time.monotonic()
         if now_s - self._last_shown_s >= self._interval_s:
             self._last_shown_s = now_s
-            self.say(state.as_line())
+            self.say(as_line(state, pace))
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -125,3 +216,27 @@ def open_progress(console: Console, interval_s: float) -> Iterator[Progress]:
         return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         yield _TerminalProgress(live)
+
+
+def _display(state: RunState, pace: Pace) -> RenderableType:
+    counts = state.counts_so_far
+    settled = state.shards_skipped + state.shards_done + state.shards_failed
+    lines = {
+        "shards": f"{state.shards_skipped + state.shards_done:,}/{state.shards_total:,} done, "
+        f"{state.shards_failed:,} failed, {state.shards_left:,} left",
+        "samples": f"{counts.samples_in:,} at {pace.samples_per_s:,.1f}/s: {counts.annotated:,} annotated, "
+        f"{counts.empty:,} empty, {counts.failed:,} failed",
+        "images": f"{state.measures.images_decoded:,} decoded, {counts.rows:,} rows",
+        "device": f"busy {as_share(pace.device_busy_share)} of {state.workers_ready} worker(s)"
+        if state.workers_ready
+        else "waiting for workers",
+        "errors": _errors(counts),
+        "time": f"{as_duration(state.elapsed_s)} so far, {_time_left(state)} left",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in lines.items():
+        table.add_row(Text(name, style="dim"), Text(value))
+    display = Table.grid()
+    display.add_row(ProgressBar(total=max(1, state.shards_total), completed=settled, width=60))
+    display.add_row(table)
+    return display

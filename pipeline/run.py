@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -19,14 +19,16 @@ from typing import Any, Literal, NoReturn
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.util import metrics as ray_metrics
 
 from pipeline import job as jobs
 from pipeline import storage
 from pipeline.errors import OutputError, PipelineError, UserError
 from pipeline.job import Job
 from pipeline.measures import Measures
-from pipeline.plan import WorkerPlan, plan_workers
-from pipeline.progress import Progress
+from pipeline.metrics import RunMetrics
+from pipeline.plan import WorkerPlan, plan_workers, spread_evenly
+from pipeline.progress import Progress, SharedProgress
 from pipeline.records import ShardCounts, total_counts
 from pipeline.result import JobResult, concluded, first_state
 from pipeline.shard_queue import GivenUp, ShardQueue
@@ -49,13 +51,20 @@ class WorkersDied(PipelineError):
     """Workers die before they have loaded their model."""
 
 
-def run_job(job: Job, progress: Progress, factory: AnnotatorFactory = build_annotator) -> JobResult:
+def run_job(
+    job: Job,
+    progress: Progress,
+    factory: AnnotatorFactory = build_annotator,
+    *,
+    max_shards: int | None = None,
+) -> JobResult:
     """Annotate what is left of a job, locally or on the cluster that RAY_ADDRESS names.
 
     Args:
         job: a prepared job.
         progress: is told where the run stands.
         factory: builds the annotator inside each worker.
+        max_shards: stop after as many, spread evenly over what is left; None: all.
 
     Returns:
         The counts; shards given up are named, in OUT/failed/ too.
@@ -68,13 +77,16 @@ def run_job(job: Job, progress: Progress, factory: AnnotatorFactory = build_anno
     if not job.todo:
         return concluded(job, JobResult(first_state(job)))
     with _ray():
-        todo = len(job.todo)
-        plan = plan_workers(job.config.run, _machines(), todo)
+        shards = spread_evenly(job.todo, max_shards)
+        plan = plan_workers(job.config.run, _machines(), len(shards))
         progress.say(
-            f"{todo} shard(s) to do, {first_state(job).shards_skipped} done before; "
+            f"{len(shards)} shard(s) to do, {first_state(job).shards_skipped} done before; "
             f"{plan.workers} worker(s) on {plan.device} with {plan.cpus} CPU core(s) each"
         )
-        dispatcher = _Dispatcher(job, plan, progress, factory)
+        metrics = RunMetrics(
+            storage.without_credentials(job.config.output.dir), ray_metrics.Counter, ray_metrics.Gauge
+        )
+        dispatcher = _Dispatcher(job, shards, plan, SharedProgress([progress, metrics]), factory)
         try:
             result = dispatcher.run()
         finally:
@@ -141,13 +153,20 @@ class _RayWorker(Worker):
 class _Dispatcher:
     """Hands shards to workers and settles what comes back. Used for one run, then thrown away."""
 
-    def __init__(self, job: Job, plan: WorkerPlan, progress: Progress, factory: AnnotatorFactory) -> None:
+    def __init__(
+        self,
+        job: Job,
+        shards: Sequence[ShardSource],
+        plan: WorkerPlan,
+        progress: Progress,
+        factory: AnnotatorFactory,
+    ) -> None:
         run = job.config.run
         self._job = job
         self._plan = plan
         self._progress = progress
         self._factory = factory
-        self._queue = ShardQueue(job.todo, max_attempts=run.max_attempts, backoff_s=RETRY_BACKOFF_S)
+        self._queue = ShardQueue(shards, max_attempts=run.max_attempts, backoff_s=RETRY_BACKOFF_S)
         self._failed: list[tuple[str, str]] = []
         self._seats: list[_Seat] = []
         self._calls: dict[Any, _Call] = {}
@@ -156,6 +175,7 @@ class _Dispatcher:
         self._next_pulse_s = 0.0
         self._state = first_state(job)
         self._started_s = time.monotonic()
+        self._first_ready_s: float | None = None
         self._next_complaint_s = self._started_s + PATIENCE_S
 
     def run(self) -> JobResult:
@@ -258,6 +278,7 @@ class _Dispatcher:
         if outcome.message:
             raise UserError(outcome.message)
         self._load_deaths = 0
+        self._first_ready_s = self._first_ready_s or time.monotonic()
         self._next_complaint_s = time.monotonic() + PATIENCE_S
         seat.node_id = ray.get(seat.actor.node_id.remote())
         seat.ready = seat.has_room = True
@@ -338,6 +359,7 @@ class _Dispatcher:
             measures=sum((seat.measures for seat in self._seats), start=self._measures_of_the_dead),
             workers_ready=sum(seat.ready for seat in self._seats),
             elapsed_s=time.monotonic() - self._started_s,
+            loading_s=(self._first_ready_s or time.monotonic()) - self._started_s,
         )
         self._progress.update(self._state)
 

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from pipeline import job as jobs
 from pipeline import storage
+from pipeline.progress import as_duration, as_share
 from pipeline.records import ShardCounts, total_counts
+from pipeline.run_record import RUNNING, RunRecord, latest_run
 from pipeline.writer import checked_counts
 
 
@@ -28,6 +30,7 @@ class OutputStatus:
         mismatched: ids of shards whose two files differ in their attempt, or are unreadable: to be redone.
         counts: outcomes of the samples of done shards.
         succeeded: whether OUT/_SUCCESS is there.
+        run: what the newest run recorded of itself; None where none did.
     """
 
     shards_total: int
@@ -37,6 +40,7 @@ class OutputStatus:
     mismatched: tuple[str, ...]
     counts: ShardCounts
     succeeded: bool
+    run: RunRecord | None = None
 
     @property
     def complete(self) -> bool:
@@ -64,6 +68,7 @@ def read_status(output_dir: str) -> OutputStatus:
         mismatched=tuple(shard for shard, found in counts.items() if found is None),
         counts=total_counts(done.values()),
         succeeded=storage.exists(output_dir, jobs.SUCCESS_FILE),
+        run=latest_run(output_dir),
     )
 
 
@@ -76,41 +81,60 @@ def _last_error(output_dir: str, shard_id: str) -> str:
 
 
 def render_status(status: OutputStatus) -> RenderableType:
-    """The status as a person reads it."""
-    parts: list[RenderableType] = [_counts_table(status)]
+    """The status as a person reads it, also in 80 columns."""
+    parts: list[RenderableType] = [Text("complete" if status.complete else "incomplete", style="bold")]
+    parts.append(_pairs(_totals(status)))
     if status.counts.errors_by_kind:
-        parts.append(_pairs_table("errors by kind", "rows", sorted(status.counts.errors_by_kind.items())))
+        kinds = sorted(status.counts.errors_by_kind.items(), key=lambda item: (-item[1], item[0]))
+        parts += [_heading("errors by kind"), _pairs([(kind, f"{rows:,}") for kind, rows in kinds])]
     if status.failed:
-        parts.append(_pairs_table("shards given up", "last error", status.failed))
+        parts.append(_heading("shards given up"))
+        parts += [Text(f"  {url}\n    {message}", overflow="fold") for url, message in status.failed]
     if status.mismatched:
-        names = ", ".join(status.mismatched)
-        parts.append(Text(f"files that do not belong together; rerun the job to redo them: {names}"))
+        parts.append(_heading("files that do not belong together; rerun the job to redo them"))
+        parts += [Text(f"  {shard_id}", overflow="fold") for shard_id in status.mismatched]
     return Group(*parts)
 
 
-def _counts_table(status: OutputStatus) -> Table:
+def _totals(status: OutputStatus) -> list[tuple[str, str]]:
     counts = status.counts
-    table = Table(title="complete" if status.complete else "incomplete", title_justify="left")
-    for column in (
-        "shards",
-        "done",
-        "failed",
-        "left",
-        "samples",
-        "annotated",
-        "empty",
-        "failed samples",
-        "rows",
-    ):
-        table.add_column(column, justify="right")
-    shards = (status.shards_total, len(status.done), len(status.failed), len(status.left))
-    samples = (counts.samples_in, counts.annotated, counts.empty, counts.failed, counts.rows)
-    table.add_row(*(f"{number:,}" for number in (*shards, *samples)))
-    return table
+    totals = [
+        (
+            "shards",
+            f"{status.shards_total:,}: {len(status.done):,} done, {len(status.failed):,} failed, "
+            f"{len(status.left):,} left",
+        ),
+        (
+            "samples",
+            f"{counts.samples_in:,}: {counts.annotated:,} annotated, {counts.empty:,} empty, "
+            f"{counts.failed:,} failed",
+        ),
+        ("rows", f"{counts.rows:,}; {counts.dropped_prompts:,} prompts dropped"),
+    ]
+    return totals if status.run is None else [*totals, *_run_lines(status.run)]
 
 
-def _pairs_table(title: str, heading: str, pairs: Iterable[tuple[str, object]]) -> Table:
-    table = Table("", heading, title=title, title_justify="left")
+def _run_lines(run: RunRecord) -> list[tuple[str, str]]:
+    heard = f", last heard of at {run.updated}" if run.ended == RUNNING else ""
+    return [
+        ("last run", f"{run.started}: {run.ended}{heard}; {as_duration(run.elapsed_s)}"),
+        ("", f"{run.shards_done:,} shards, {run.samples:,} samples ({run.samples_per_s:,.1f}/s)"),
+        (
+            "",
+            f"{run.measures.images_decoded:,} images decoded; "
+            f"device busy {as_share(run.measures.device_busy_share)} on {run.workers} worker(s)",
+        ),
+    ]
+
+
+def _heading(text: str) -> Text:
+    return Text(text, style="bold")
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2), pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(Text(name), Text(str(value)))
+        table.add_row(Text(f"  {name}"), Text(value))
     return table

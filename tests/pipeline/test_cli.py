@@ -1,16 +1,16 @@
 """The command line: what it prints, and with which code it ends."""
 
 import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
 from corpus import demo_job, write_corpus
-from rich.console import Console
 
 from pipeline import cli
 from pipeline.demo.run_demo import demo_config
 from pipeline.job import prepare_job
-from pipeline.progress import RunState, as_duration, open_progress
+from pipeline.progress import RunState
 from pipeline.records import ShardCounts
 from pipeline.run import JobResult
 
@@ -53,6 +53,38 @@ def test_help_names_every_command_and_ends_with_0(legrad):
     assert all(command in out for command in ("annotate", "status", "evaluate", "models", "demo"))
 
 
+def test_the_version_is_told(legrad):
+    assert legrad("--version")[:2] == (0, f"legrad {version('legrad-pipeline')}\n")
+
+
+def test_a_dry_run_lists_and_estimates_and_writes_nothing(legrad, config_file, tmp_path):
+    code, out, _ = legrad("annotate", config_file, "--dry-run")
+    assert code == 0
+    assert "0000.tar" in out
+    assert "0001.tar" in out
+    assert "samples: about 2, prompts: about 2" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limited_run_is_asked_for_so_many_shards_and_extrapolated(
+    legrad, config_file, monkeypatch, tmp_path
+):
+    def done(job, progress, max_shards):
+        first = job.shards[0].shard_id
+        for folder in ("errors", "annotations"):
+            (tmp_path / "out" / folder).mkdir()
+            (tmp_path / "out" / folder / f"{first}.parquet").write_bytes(b"x" * 1000)
+        counts = ShardCounts(annotated=max_shards, rows=3)
+        return JobResult(RunState(shards_total=2, shards_skipped=0, shards_done=1, counts=counts))
+
+    monkeypatch.setattr("pipeline.annotate_job.run_job", done)
+    code, out, _ = legrad("annotate", config_file, "--limit", "1")
+    assert code == 3
+    assert "0001.tar; the same command goes on" in out
+    assert "extrapolated from 1 of 2 shards" in out
+    assert "about 2 samples, 6 rows, 4.0 kB of output" in out
+
+
 def test_a_wrong_key_is_told_on_one_screen_without_a_traceback(legrad, config_file):
     code, _, err = legrad("annotate", config_file, "run.batchsize=3")
     assert code == 1
@@ -82,14 +114,14 @@ def test_annotate_ends_with_0_where_all_is_done_and_3_where_something_is_left(
 ):
     state = RunState(shards_total=2, shards_skipped=0, shards_done=2 if complete else 1)
     result = JobResult(state, () if complete else (("file:///x.tar", "it kills its worker"),))
-    monkeypatch.setattr("pipeline.annotate_job.run_job", lambda job, progress: result)
+    monkeypatch.setattr("pipeline.annotate_job.run_job", lambda job, progress, max_shards: result)
     ended, out, _ = legrad("annotate", config_file)
     assert ended == code
     assert ("file:///x.tar: it kills its worker" in out) is not complete
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(legrad, config_file, monkeypatch):
-    def interrupted(job, progress):
+    def interrupted(job, progress, max_shards):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.annotate_job.run_job", interrupted)
@@ -100,7 +132,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(legrad, config_file, monkeyp
 
 
 def test_a_bug_of_ours_ends_with_2_and_a_traceback(legrad, config_file, monkeypatch):
-    def broken(job, progress):
+    def broken(job, progress, max_shards):
         raise ZeroDivisionError
 
     monkeypatch.setattr("pipeline.annotate_job.run_job", broken)
@@ -138,41 +170,3 @@ def test_the_demo_config_points_at_what_the_package_ships(tmp_path):
     assert len(config.input.shards) == 7
     assert config.output.dir == str(tmp_path)
     assert config.prompts.source == "captions"
-
-
-def test_a_log_gets_plain_lines_no_more_often_than_asked(tmp_path):
-    state = RunState(
-        shards_total=10,
-        shards_skipped=2,
-        shards_done=3,
-        shards_failed=1,
-        counts=ShardCounts(annotated=290, failed=10, rows=600, errors_by_kind={"decode/truncated": 10}),
-        elapsed_s=30.0,
-    )
-    with (tmp_path / "log").open("w") as log, open_progress(Console(file=log, width=80), 0.0) as progress:
-        progress.update(state)
-    line = (tmp_path / "log").read_text()
-    assert line.count("\n") == 1
-    assert "\x1b" not in line
-    for told in ("shards 5/10, 1 failed", "samples 300 (10.0/s)", "decode/truncated 10", "left 40s"):
-        assert told in line
-    with (tmp_path / "log").open("w") as log, open_progress(Console(file=log), 3600.0) as progress:
-        progress.update(state)
-    assert (tmp_path / "log").read_text() == ""
-
-
-def test_a_terminal_gets_a_live_display(tmp_path):
-    with (tmp_path / "screen").open("w") as screen:
-        console = Console(file=screen, force_terminal=True, width=120)
-        with open_progress(console, 1.0) as progress:
-            progress.update(RunState(shards_total=4, shards_skipped=0))
-            progress.say("a worker died")
-    shown = (tmp_path / "screen").read_text()
-    assert "shards 0/4" in shown
-    assert "a worker died" in shown
-    assert "\x1b[" in shown
-
-
-@pytest.mark.parametrize(("seconds", "told"), [(0.4, "0s"), (59.6, "1m00s"), (200, "3m20s"), (3720, "1h02m")])
-def test_durations_are_told_briefly(seconds, told):
-    assert as_duration(seconds) == told

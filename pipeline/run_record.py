@@ -1,0 +1,136 @@
+"""OUT/runs/: a small JSON file for each run, renewed while it goes on, to be looked at meanwhile or later."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import OutputError
+from pipeline.measures import Measures
+from pipeline.progress import RunState
+
+RUNS_FOLDER = "runs"
+INTERVAL_S = 60.0
+RUNNING = "running"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run left behind about itself.
+
+    Attributes:
+        started: when, in UTC.
+        updated: when the record was last renewed; a run that is killed goes silent.
+        ended: running, or how the run ended.
+        elapsed_s: duration up to then.
+        shards_done: in this run.
+        samples: that reached an outcome in this run.
+        samples_per_s: mean over the time in which workers were ready.
+        measures: of all its workers.
+        workers: that were ready when the record was renewed.
+    """
+
+    started: str
+    updated: str
+    ended: str
+    elapsed_s: float
+    shards_done: int
+    samples: int
+    samples_per_s: float
+    measures: Measures
+    workers: int
+
+    def as_json(self) -> bytes:
+        """The record as it is written."""
+        document = {**vars(self), "measures": vars(self.measures)}
+        return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def record_from(document: dict[str, Any]) -> RunRecord:
+    """The inverse of `RunRecord.as_json`, from parsed JSON; raises KeyError or TypeError otherwise."""
+    return RunRecord(**{**document, "measures": Measures(**document["measures"])})
+
+
+class RunRecorder:
+    """Publishes the state of a run every minute, and once more at its end."""
+
+    def __init__(self, output_dir: str) -> None:
+        self._folder = storage.join_url(output_dir, RUNS_FOLDER)
+        now = datetime.now(timezone.utc)
+        self._started = now.isoformat(timespec="seconds")
+        # sorted by name is sorted by time; two jobs on one folder do not meet
+        self._name = f"{now:%Y%m%dT%H%M%SZ}-{os.getpid()}.json"
+        self._state = RunState(shards_total=0, shards_skipped=0)
+        self._next_s = 0.0
+
+    def update(self, state: RunState) -> None:
+        """Take the newest state in, and publish it where the last time is a minute ago.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._state = state
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + INTERVAL_S
+            self._publish(RUNNING)
+
+    def say(self, message: str) -> None:
+        """Messages are not recorded."""
+
+    def close(self, ended: str) -> None:
+        """Record how the run ended, if it had begun; raises nothing, for the end itself matters more."""
+        if self._next_s:
+            with suppress(OutputError):
+                self._publish(ended)
+
+    def _publish(self, ended: str) -> None:
+        state = self._state
+        record = RunRecord(
+            started=self._started,
+            updated=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            ended=ended,
+            elapsed_s=round(state.elapsed_s, 1),
+            shards_done=state.shards_done,
+            samples=state.counts_so_far.samples_in,
+            samples_per_s=round(state.samples_per_s, 2),
+            measures=state.measures,
+            workers=state.workers_ready,
+        )
+        storage.publish(self._folder, self._name, record.as_json())
+
+
+@contextmanager
+def recorded_run(output_dir: str) -> Iterator[RunRecorder]:
+    """A recorder that also knows of exceptions and signals; without them, whoever opened it closes it."""
+    recorder = RunRecorder(output_dir)
+    try:
+        yield recorder
+    except BaseException as error:
+        recorder.close(_named(error))
+        raise
+
+
+def _named(error: BaseException) -> str:
+    names = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}
+    return names.get(type(error), f"failed: {type(error).__name__}")
+
+
+def latest_run(output_dir: str) -> RunRecord | None:
+    """The record of the newest run; None where there is none that can be read."""
+    folder = storage.join_url(output_dir, RUNS_FOLDER)
+    names = sorted(name for name in storage.list_names(folder) if name.endswith(".json"))
+    if not names:
+        return None
+    try:
+        return record_from(json.loads(storage.read_bytes(storage.join_url(folder, names[-1]))))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None

@@ -1,0 +1,131 @@
+"""What a person sees of a run: lines in a log, a display on a terminal."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from pipeline.measures import Measures, Meter
+from pipeline.progress import RecentPace, RunState, SharedProgress, as_duration, as_line, open_progress
+from pipeline.records import ShardCounts
+
+STATE = RunState(
+    shards_total=10,
+    shards_skipped=2,
+    shards_done=3,
+    shards_failed=1,
+    counts=ShardCounts(
+        annotated=290, failed=10, rows=600, error_rows=10, errors_by_kind={"decode/truncated": 10}
+    ),
+    measures=Measures(images_decoded=290, device_busy_s=54.0, ready_s=60.0),
+    workers_ready=2,
+    elapsed_s=35.0,
+    loading_s=5.0,
+)
+
+
+def logged(state, interval_s):
+    log = io.StringIO()
+    with open_progress(Console(file=log, width=80), interval_s) as progress:
+        progress.update(state)
+    return log.getvalue()
+
+
+def test_a_log_gets_one_plain_line_with_everything_that_is_asked_of_it():
+    line = logged(STATE, 0.0)
+    assert line.count("\n") == 1
+    assert "\x1b" not in line
+    for told in (
+        "shards 5/10, 1 failed, 4 left",
+        "samples 300 (10.0/s), 10 failed",
+        "images 290",
+        "device busy 90 %",
+        "errors 10 (decode/truncated 10)",
+        "time left 40s",
+    ):
+        assert told in line
+
+
+def test_a_log_gets_no_line_before_its_time():
+    assert logged(STATE, 3600.0) == ""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_gets_a_live_display_that_fits(width):
+    screen = io.StringIO()
+    with open_progress(Console(file=screen, force_terminal=True, width=width), 1.0) as progress:
+        progress.update(STATE)
+        progress.say("a worker died")
+    shown = screen.getvalue()
+    assert "\x1b[" in shown
+    for told in ("5/10 done, 1 failed, 4 left", "10.0/s", "290 decoded", "busy 90 %", "decode/truncated 10"):
+        assert told in shown
+    assert "a worker died" in shown
+
+
+def test_of_many_kinds_of_error_a_line_names_the_commonest():
+    kinds = {f"decode/kind{rank}": 10 - rank for rank in range(8)}
+    line = as_line(replace(STATE, counts=ShardCounts(errors_by_kind=kinds)), RecentPace().update(STATE))
+    assert "decode/kind0 10, decode/kind1 9, decode/kind2 8, ..." in line
+    assert "kind3" not in line
+
+
+def test_the_pace_is_that_of_the_last_minute_not_of_the_whole_run():
+    pace = RecentPace()
+    for second in range(601):
+        fast = second - 500 if second > 500 else 0
+        state = RunState(
+            shards_total=1,
+            shards_skipped=0,
+            counts=ShardCounts(annotated=second + 9 * fast),
+            measures=Measures(device_busy_s=second / 2 + fast / 4, ready_s=float(second)),
+            elapsed_s=7.0 + second,
+            loading_s=7.0,
+        )
+        found = pace.update(state)
+        if second == 500:
+            assert found.samples_per_s == pytest.approx(1.0)
+            assert found.device_busy_share == pytest.approx(0.5)
+    assert found.samples_per_s == pytest.approx(10.0)
+    assert found.device_busy_share == pytest.approx(0.75)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 100), st.booleans()), max_size=30))
+def test_the_pace_is_never_negative_also_when_a_dead_worker_takes_samples_with_it(steps):
+    pace, elapsed_s, samples = RecentPace(), 0.0, 0
+    for passed_s, gained, lost in steps:
+        elapsed_s, samples = elapsed_s + passed_s, max(0, samples - gained) if lost else samples + gained
+        counts = ShardCounts(annotated=samples)
+        state = RunState(shards_total=1, shards_skipped=0, live_counts=counts, elapsed_s=elapsed_s)
+        assert pace.update(state).samples_per_s >= 0
+
+
+def test_the_meter_adds_up_what_threads_report(monkeypatch):
+    clock = iter([100.0, 101.0, 103.0, 110.0])
+    monkeypatch.setattr("pipeline.measures.time.monotonic", lambda: next(clock))
+    meter = Meter()
+    meter.image_decoded()
+    with pytest.raises(ZeroDivisionError), meter.device_step():
+        raise ZeroDivisionError
+    assert meter.read() == Measures(images_decoded=1, device_busy_s=2.0, ready_s=10.0)
+    assert Measures(1, 2.0, 10.0).device_busy_share == 0.2
+    assert Measures().device_busy_share is None
+
+
+def test_what_several_are_told_all_of_them_hear():
+    logs = [io.StringIO(), io.StringIO()]
+    consoles = [Console(file=log) for log in logs]
+    with open_progress(consoles[0], 0.0) as one, open_progress(consoles[1], 0.0) as other:
+        both = SharedProgress([one, other])
+        both.update(STATE)
+        both.say("a worker died")
+    assert logs[0].getvalue() == logs[1].getvalue()
+    assert logs[0].getvalue().count("\n") == 2
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.4, "0s"), (59.6, "1m00s"), (200, "3m20s"), (3720, "1h02m")])
+def test_durations_are_told_briefly(seconds, told):
+    assert as_duration(seconds) == told
