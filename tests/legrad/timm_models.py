@@ -19,11 +19,12 @@ def tiny_timm_clip(name: str, **trunk: Any) -> nn.Module:
     Random weights in every parameter; `trunk` overrides what timm makes the trunk with.
     """
     size = {"img_size": IMAGE_SIZE, "patch_size": PATCH, "embed_dim": 32, "depth": LAYERS, "num_heads": 4}
-    vision = open_clip.get_model_config(name)["vision_cfg"]
+    small = size | trunk
+    vision = open_clip.get_model_config(name)["vision_cfg"] | {"image_size": small["img_size"]}
     create_model = timm.create_model
 
     def create_tiny_model(*args: Any, **kwargs: Any) -> nn.Module:
-        return create_model(*args, **kwargs | size | trunk)
+        return create_model(*args, **kwargs | small)
 
     with mock.patch.object(timm, "create_model", create_tiny_model):
         model = open_clip.CLIP(EMBED_DIM, vision, TEXT)
