@@ -1,0 +1,120 @@
+"""The files for a cluster agree with each other, with the configuration and with the package."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import load_config
+from pipeline.plan import plan_workers
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "configs" / "cluster"
+UNITS = {"Gi": 1 << 30, "Mi": 1 << 20}
+
+
+@pytest.fixture(scope="module")
+def ray_job():
+    (document,) = yaml.safe_load_all((CLUSTER / "rayjob.yaml").read_text())
+    return document
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    """The Dockerfile's instructions as (name, argument), comments dropped."""
+    lines = (CLUSTER / "Dockerfile").read_text().splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines if line and not line.startswith("#")]
+
+
+def containers(ray_job):
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"]["spec"]["containers"][0] for group in groups]
+
+
+def n_bytes(quantity):
+    number, unit = re.fullmatch(r"(\d+)([GM]i)?", quantity).groups()
+    return int(number) * UNITS.get(unit, 1)
+
+
+def configured(ray_job):
+    """The job's configuration: its entrypoint, as a shell splits it, on the files of this checkout."""
+    program, command, path, *overrides = shlex.split(ray_job["spec"]["entrypoint"])
+    assert (program, command) == ("legrad", "annotate")
+    return load_config(ROOT / Path(path).relative_to("/opt/legrad"), overrides)
+
+
+def test_the_job_is_one_that_kuberay_and_ray_know(ray_job):
+    assert (ray_job["apiVersion"], ray_job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "configs" / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    assert cluster["rayVersion"] == pinned["ray"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert len({container["image"] for container in containers(ray_job)}) == 1
+
+
+def test_the_entrypoint_is_a_valid_command_on_files_that_the_image_holds(ray_job, instructions):
+    config = configured(ray_job)
+    # the shell must not have expanded or cut them
+    assert config.input.shards == "s3://my-corpus/{00000..09999}.tar"
+    assert config.output.dir.startswith("s3://")
+    assert ("WORKDIR", "/opt/legrad") in instructions
+    assert ("COPY", "configs configs") in instructions
+
+
+def test_the_workers_fill_the_machine_and_fit_in_it(ray_job):
+    head, worker = containers(ray_job)
+    (group,) = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    limits = worker["resources"]["limits"]
+    assert limits == worker["resources"]["requests"]
+    gpus, cpus = int(limits["nvidia.com/gpu"]), int(limits["cpu"])
+    head_start = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
+    machines = [{"CPU": int(head_start["num-cpus"])}] + group["replicas"] * [{"CPU": cpus, "GPU": gpus}]
+    run = configured(ray_job).run
+    plan = plan_workers(run, machines, shards=10_000)
+    assert (plan.workers, plan.gpus, plan.device) == (8, 1, "cuda")
+    assert plan.workers * plan.cpus <= group["replicas"] * cpus
+    store = int(group["rayStartParams"]["object-store-memory"])
+    shared = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}["shared-memory"]
+    assert store <= n_bytes(shared["emptyDir"]["sizeLimit"])
+    assert plan.workers * run.lookahead_bytes + store < n_bytes(limits["memory"]) / 2
+    assert "nvidia.com/gpu" not in head["resources"]["limits"]
+
+
+def test_every_mounted_volume_is_there_and_every_pod_serves_metrics(ray_job):
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        container = pod["containers"][0]
+        mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
+        assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
+        ports = {port["name"]: str(port["containerPort"]) for port in container["ports"]}
+        assert ports["metrics"] == group["rayStartParams"]["metrics-export-port"]
+
+
+def test_the_image_copies_what_is_there_and_what_its_builder_may_see(instructions):
+    seen = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+    for name, argument in instructions:
+        if name == "COPY":
+            for source in argument.split()[:-1]:
+                assert (ROOT / source).exists(), source
+                assert f"!{source}" in seen
+
+
+def test_the_image_installs_the_tested_versions_and_does_not_run_as_root(instructions):
+    commands = [argument for name, argument in instructions if name == "RUN"]
+    assert any("pip install" in text and "configs/constraints.txt" in text for text in commands)
+    assert [argument for name, argument in instructions if name == "USER"] == ["ray"]
+
+
+def test_the_page_names_every_file_that_lies_beside_it():
+    page = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "configs").rglob("*"):
+        if path.is_file() and path.name not in {"README.md", "Dockerfile.dockerignore"}:
+            assert f"`{path.relative_to(ROOT / 'configs')}`" in page, path
