@@ -88,7 +88,7 @@ def _check_block(block: Any) -> None:
             raise NotCovered(f"its {name} is a {type(module).__name__}")
 
 
-def _describe_block(block: ResidualAttentionBlock) -> Block:
+def _describe_block(block: Any) -> Block:
     _check_block(block)
     return Block(
         norm=block.ln_1,

@@ -32,20 +32,29 @@ def _explainer_by_recipe(name: str, layers: int) -> legrad.LeGrad:
     with torch.device("meta"):
         model = open_clip.CLIP(
             config["embed_dim"],
-            config["vision_cfg"],
-            config["text_cfg"],
+            config["vision_cfg"] | {"timm_model_pretrained": False},
+            {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1},
             quick_gelu=config.get("quick_gelu", False),
         )
     model.visual.load_state_dict(_recipe().recipe_weights(model.visual.state_dict()), assign=True)
     return legrad.LeGrad(model, layers=layers)
 
 
-def test_all_cases_of_the_published_package_for_clip_are_here():
+def _neutral_embedding(seed: int, embed_dim: int) -> torch.Tensor:
+    row = np.random.default_rng(seed + 1000).standard_normal((1, embed_dim), dtype=np.float32)
+    return torch.from_numpy(row / np.linalg.norm(row))
+
+
+def test_all_cases_of_the_published_package_are_here():
     assert CASES == [
         "ViT-B-16-224px-last4",
         "ViT-B-16-448px-last2",
+        "ViT-B-16-SigLIP-224px-last12",
+        "ViT-B-16-SigLIP-224px-last2",
+        "ViT-B-16-SigLIP-224px-last3-neutral",
         "ViT-B-32-224px-last2",
         "ViT-B-32-quickgelu-224px-last12",
+        "coca_ViT-B-32-224px-last2",
     ]
 
 
@@ -57,6 +66,7 @@ def test_heatmaps_equal_those_of_the_published_package(name):
     images, texts = _recipe().golden_inputs(
         case["seed"], case["batch"], case["image_size"], case["prompts"], explainer.embed_dim
     )
-    heatmaps = explainer.heatmaps(images, texts)
+    neutral = _neutral_embedding(case["seed"], explainer.embed_dim) if case.get("correction") else None
+    heatmaps = explainer.heatmaps(images, texts, neutral_embedding=neutral)
     assert heatmaps.shape == (case["batch"], case["prompts"], case["image_size"], case["image_size"])
     assert relative_error(heatmaps[..., ::4, ::4], torch.from_numpy(golden["maps"])) < 1e-5
