@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +27,22 @@ from PIL.WebPImagePlugin import WebPImageFile
 from legrad.images import ImageTransform
 from pipeline.errors import SampleFailure
 
+# Pillow reads the parts of a file (segments, chunks, blocks) one by one in Python, metadata included
+MAX_READS = 2**18
+# the longest side of a JPEG; Pillow keeps a pointer and a step of resizing for each row
+MAX_IMAGE_SIDE = 2**16 - 1
+# each scan of a progressive JPEG costs a pass over the whole image; encoders write about ten
+MAX_JPEG_SCANS = 64
+MAX_JPEG_PARTS = 2**12
+# Pillow joins the segments one by one, in quadratic time; a picture has one, and so has each further picture
+MAX_EXIF_SEGMENTS = 64
+
 MAX_JSON_BYTES = 4 * 2**20
-MAX_CAPTION_CHARACTERS = 2**16
-# what the column prompt_index can count
-MAX_CAPTIONS = 2**15 - 1
+MAX_CAPTION_CHARACTERS = 2**14
+# byte-pair encoding takes quadratic time on a run of letters, and no language has such words
+MAX_LETTERS_IN_A_ROW = 400
+# all of a sample's captions are embedded, if only to find the most similar ones
+MAX_CAPTIONS = 1024
 
 _EXIF_ORIENTATION_TAG = 0x0112
 _EXIF_SHORT = 3
@@ -42,6 +55,10 @@ _TRANSPOSE_BY_EXIF_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# what may stand within a scan is left out: escaped bytes, restart marks and padding
+_JPEG_MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
+_LETTERS = re.compile(r"[^\W\d_]+")
 _MODES_WITH_A_WAY_TO_RGB = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
@@ -87,17 +104,12 @@ def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
         max_image_pixels: larger images are refused before any pixel is decoded.
 
     Raises:
-        SampleFailure: stage `decode`; kind `empty`, `format_not_allowed`, `too_many_pixels`, `animated`,
-            `unsupported_mode`, `truncated` or `unreadable`.
+        SampleFailure: stage `decode`; kind `empty`, `format_not_allowed`, `too_many_pixels`, `side_too_long`,
+            `too_many_parts`, `animated`, `unsupported_mode`, `truncated` or `unreadable`.
     """
     with _faults_as_failures():
         header = _read_header(data)
-        if header.width * header.height > max_image_pixels:
-            raise SampleFailure(
-                "decode",
-                "too_many_pixels",
-                f"the image has {header.width} x {header.height} pixels, allowed are {max_image_pixels}",
-            )
+        _check_size(header, max_image_pixels)
         if getattr(header, "is_animated", False):
             raise SampleFailure("decode", "animated", "the image has several frames, expected is one")
         orientation = _exif_orientation(header.info.get("exif", b""))
@@ -115,6 +127,52 @@ class _JpegHeader(JpegImageFile):
         pass
 
 
+class _BoundedReader(io.BytesIO):
+    """A file of an untrusted number of parts, each of which costs its decoder at least one call."""
+
+    _reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise SampleFailure("decode", "too_many_parts", f"the image is in more than {MAX_READS} parts")
+        return super().read(size)
+
+
+def _check_size(header: ImageFile, max_image_pixels: int) -> None:
+    size = f"the image has {header.width} x {header.height} pixels"
+    if header.width * header.height > max_image_pixels:
+        raise SampleFailure("decode", "too_many_pixels", f"{size}, allowed are {max_image_pixels}")
+    if max(header.size) > MAX_IMAGE_SIDE:
+        raise SampleFailure("decode", "side_too_long", f"{size}, a side may have {MAX_IMAGE_SIDE}")
+
+
+def _check_jpeg_parts(data: bytes) -> None:
+    """Refuse a JPEG of too many parts, walking over its first picture from mark to mark.
+
+    Source: ITU-T T.81, annex B: marks, and the lengths of the segments that follow them.
+    """
+    if data.count(b"Exif\0\0") > MAX_EXIF_SEGMENTS:
+        message = f"the JPEG has more than {MAX_EXIF_SEGMENTS} segments of EXIF data"
+        raise SampleFailure("decode", "too_many_parts", message)
+    # the marks may also stand in metadata and behind the picture, so few of them are a quick answer
+    if data.count(bytes([0xFF, _JPEG_SCAN])) <= MAX_JPEG_SCANS:
+        return
+    scans = position = 0
+    for _ in range(MAX_JPEG_PARTS):
+        mark = _JPEG_MARK.search(data, position)
+        code = data[mark.end() - 1] if mark is not None else _JPEG_END
+        if mark is None or code == _JPEG_END:
+            return
+        scans += code == _JPEG_SCAN
+        if scans > MAX_JPEG_SCANS:
+            break
+        length_bytes = 0 if code == _JPEG_START else int.from_bytes(data[mark.end() : mark.end() + 2], "big")
+        position = mark.end() + length_bytes
+    message = f"the JPEG has more than {MAX_JPEG_SCANS} scans or {MAX_JPEG_PARTS} segments"
+    raise SampleFailure("decode", "too_many_parts", message)
+
+
 def _read_header(data: bytes) -> ImageFile:
     # The formats' own classes rather than Image.open, whose limit on pixels is global and speaks in warnings.
     if not data:
@@ -123,7 +181,9 @@ def _read_header(data: bytes) -> ImageFile:
     if reader is None:
         message = f"expected a JPEG, PNG, WebP, BMP or GIF, received bytes that begin with {data[:12]!r}"
         raise SampleFailure("decode", "format_not_allowed", message)
-    return reader(io.BytesIO(data))
+    if reader is _JpegHeader:
+        _check_jpeg_parts(data)
+    return reader(_BoundedReader(data))
 
 
 def _reader_of(data: bytes) -> Callable[[io.BytesIO], ImageFile] | None:
@@ -253,6 +313,8 @@ def _caption(value: object) -> str:
         raise _failure(
             "too_long", f"the caption has {len(caption)} characters, allowed are {MAX_CAPTION_CHARACTERS}"
         )
+    if any(len(letters) > MAX_LETTERS_IN_A_ROW for letters in _LETTERS.findall(caption)):
+        raise _failure("too_long", f"the caption has more than {MAX_LETTERS_IN_A_ROW} letters in a row")
     # JSON can spell half a surrogate pair, which no file could hold
     if any("\ud800" <= character <= "\udfff" for character in caption):
         raise _failure("not_utf8", "the caption holds half of a surrogate pair")
@@ -261,7 +323,8 @@ def _caption(value: object) -> str:
 
 def _json_value(content: bytes, name: str) -> object:
     try:
-        document = json.loads(_text(content, MAX_JSON_BYTES))
+        # no caption is a number, and parsing long integers takes quadratic time
+        document = json.loads(_text(content, MAX_JSON_BYTES), parse_int=float)
     except (ValueError, RecursionError) as error:
         raise _failure("not_json", f"{type(error).__name__}: {error}") from error
     if not isinstance(document, dict):
