@@ -20,10 +20,12 @@ class ModelSupport:
     Attributes:
         family: the family whose rules apply, or None.
         reason: why the model is refused, or None.
+        blocks: how many layers there are to choose from, or None.
     """
 
     family: str | None
     reason: str | None
+    blocks: int | None = None
 
 
 def supported_models() -> dict[str, ModelSupport]:
@@ -50,6 +52,7 @@ def _vision_support(embed_dim: int, vision_json: str) -> ModelSupport:
     with torch.device("meta"):
         model = open_clip.CLIP(embed_dim, json.loads(vision_json), _SMALLEST_TEXT)
     try:
-        return ModelSupport(describe_visual(model.visual).family, None)
+        tower = describe_visual(model.visual)
+        return ModelSupport(tower.family, None, len(tower.blocks))
     except NotCovered as reason:
         return ModelSupport(None, str(reason))

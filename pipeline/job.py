@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config import JobConfig, config_hash
 from pipeline.errors import UserError
-from pipeline.model import is_local_checkpoint, weights_digest
+from pipeline.model import check_model, is_local_checkpoint, weights_digest
 from pipeline.records import ShardCounts
 from pipeline.storage import ShardSource
 from pipeline.writer import counts_as_metadata
@@ -90,6 +90,7 @@ def prepare_job(config: JobConfig) -> Job:
     config = _with_absolute_paths(config)
     shards = storage.list_shards(config.input.shards)
     digest = weights_digest(config.model)
+    check_model(config.model)
     stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
     out = config.output.dir
     warnings = _checked_against_earlier(config, stamp)

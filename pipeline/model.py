@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
+import open_clip
 import torch
 
 import legrad
 from legrad.errors import LeGradError
+from legrad.support import model_support
 from pipeline.config import ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
 
 DEMO = "demo"
+HUB_PREFIXES = ("hf-hub:", "local-dir:")
 
 
 def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeGrad:
@@ -39,6 +43,37 @@ def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeG
         )
     except (LeGradError, OSError, ValueError) as error:
         raise UserError(f"model.name {model.name}, model.pretrained {model.pretrained}: {error}") from error
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse what can be told from the names alone, before any worker starts; nothing is loaded.
+
+    Models from a hub by address are left to the workers, which download their configuration.
+
+    Raises:
+        UserError: unknown name or tag, unsupported architecture, more layers than there are.
+    """
+    name = _open_clip_name(model).replace("/", "-")
+    if name.startswith(HUB_PREFIXES):
+        return
+    support = model_support(name)
+    if support.reason is not None:
+        raise UserError(f"model.name {model.name}: {support.reason}{_nearest_names(name)}")
+    if model.layers != "all" and model.layers > (support.blocks or 0):
+        raise UserError(f"model.layers: {model.name} has {support.blocks} blocks, got {model.layers}")
+    checkpoint = _checkpoint(model)
+    if not _names_a_file(checkpoint) and not open_clip.is_pretrained_cfg(name, checkpoint):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
+        raise UserError(
+            f"model.pretrained: expected a checkpoint's path, or for {model.name} one of {tags}; "
+            f"got {checkpoint!r}"
+        )
+
+
+def _nearest_names(name: str) -> str:
+    known = open_clip.list_models()
+    nearest = [] if name in known else get_close_matches(name, known)
+    return f"; nearest: {', '.join(nearest)}" if nearest else "; `legrad models` lists what is supported"
 
 
 def weights_digest(model: ModelConfig) -> str:

@@ -18,11 +18,13 @@ from types import FrameType
 from typing import Any, Literal, NoReturn
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util import metrics as ray_metrics
 
 from pipeline import job as jobs
 from pipeline import storage
+from pipeline.budget import reason_to_stop
+from pipeline.cluster import Machine, check_address, find_machine, machine_is_lost
 from pipeline.errors import OutputError, PipelineError, UserError
 from pipeline.job import Job
 from pipeline.measures import Measures
@@ -41,9 +43,10 @@ PULSE_INTERVAL_S = 2.0
 WAIT_S = 0.5
 MAX_LOAD_DEATHS = 3
 PATIENCE_S = 60.0
-NODE_LOSS_S = 10.0
+DOUBT_S = 2.0
+UNREACHABLE_DOUBT_S = 30.0
+CAUSE_CHARACTERS = 400
 RETRY_BACKOFF_S = 2.0
-BUDGET_SAMPLES = 1000
 LOCAL_OBJECT_STORE_BYTES = 128 << 20
 
 
@@ -101,6 +104,7 @@ def _machines() -> list[Mapping[str, float]]:
 @contextmanager
 def _ray() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS") or "local"
+    check_address(address)
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     # ray then leaves CUDA_VISIBLE_DEVICES of CPU workers alone, its coming default
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -130,10 +134,20 @@ class _Seat:
     actor: Any
     ready: bool = False
     has_room: bool = False
-    node_id: str = ""
+    machine: Machine = field(default_factory=Machine)
     in_hand: list[ShardSource] = field(default_factory=list)
+    moved_s: float = 0.0
     live_counts: ShardCounts = field(default_factory=ShardCounts)
     measures: Measures = field(default_factory=Measures)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A worker that is gone; its shards wait until it is clear whether its machine went too."""
+
+    seat: _Seat
+    what: str
+    until_s: float
 
 
 @dataclass(frozen=True)
@@ -170,6 +184,7 @@ class _Dispatcher:
         self._failed: list[tuple[str, str]] = []
         self._seats: list[_Seat] = []
         self._calls: dict[Any, _Call] = {}
+        self._losses: list[_Loss] = []
         self._load_deaths = 0
         self._measures_of_the_dead = Measures()
         self._next_pulse_s = 0.0
@@ -182,13 +197,15 @@ class _Dispatcher:
         for _ in range(self._plan.workers):
             self._hire()
         stopped = ""
-        while not stopped and (len(self._queue) or any(seat.in_hand for seat in self._seats)):
+        while not stopped and (len(self._queue) or self._losses or any(seat.in_hand for seat in self._seats)):
             self._hand_out()
             self._ask_for_pulse()
             self._collect()
+            self._dismiss_who_stalls()
+            self._judge_losses()
             self._complain_if_no_worker_comes()
             self._show()
-            stopped = self._reason_to_stop()
+            stopped = reason_to_stop(self._job.config.run, self._state)
         return JobResult(self._state, tuple(self._failed), stopped)
 
     def stop_workers(self) -> None:
@@ -259,7 +276,7 @@ class _Dispatcher:
                 raise
             except RayError as error:
                 # also what is no RayActorError: ray's memory monitor kills a worker with an OutOfMemoryError
-                self._worker_lost(call.seat, error)
+                self._worker_lost(call.seat, f"died: {_cause(error)}")
 
     def _settle(self, call: _Call, answer: Any) -> None:
         if isinstance(answer, LoadOutcome):
@@ -267,11 +284,13 @@ class _Dispatcher:
         elif isinstance(answer, ShardOutcome) and call.shard is not None:
             call.seat.in_hand.remove(call.shard)
             call.seat.live_counts, self._next_pulse_s = ShardCounts(), 0.0
-            call.seat.measures = answer.measures
+            call.seat.measures, call.seat.moved_s = answer.measures, time.monotonic()
             self._attempted(call.shard, answer)
         elif call.kind == "room":
             call.seat.has_room = True
         elif isinstance(answer, Pulse):
+            if answer.counts != call.seat.live_counts:
+                call.seat.moved_s = time.monotonic()
             call.seat.live_counts, call.seat.measures = answer.counts, answer.measures
 
     def _loaded(self, seat: _Seat, outcome: LoadOutcome) -> None:
@@ -280,7 +299,8 @@ class _Dispatcher:
         self._load_deaths = 0
         self._first_ready_s = self._first_ready_s or time.monotonic()
         self._next_complaint_s = time.monotonic() + PATIENCE_S
-        seat.node_id = ray.get(seat.actor.node_id.remote())
+        node_id = ray.get(seat.actor.node_id.remote(), timeout=PATIENCE_S)
+        seat.machine = find_machine(ray.nodes(), node_id)
         seat.ready = seat.has_room = True
 
     def _attempted(self, shard: ShardSource, outcome: ShardOutcome) -> None:
@@ -306,7 +326,7 @@ class _Dispatcher:
         self._state = replace(self._state, shards_failed=self._state.shards_failed + 1)
         self._progress.say(f"{shard.canonical_url}: given up after {given_up.attempts} attempt(s)")
 
-    def _worker_lost(self, seat: _Seat, error: RayError) -> None:
+    def _worker_lost(self, seat: _Seat, what: str) -> None:
         if seat not in self._seats:
             return
         ray.kill(seat.actor)
@@ -316,22 +336,38 @@ class _Dispatcher:
         if not seat.ready:
             self._load_deaths += 1
             if self._load_deaths >= max(MAX_LOAD_DEATHS, 2 * self._plan.workers):
-                raise WorkersDied(f"{self._load_deaths} workers in a row died while they loaded: {error}")
-        self._take_back(seat, error)
+                raise WorkersDied(f"{self._load_deaths} workers in a row died while they loaded; one {what}")
+        if seat.in_hand:
+            # a machine that goes down takes its worker first
+            doubt_s = UNREACHABLE_DOUBT_S if seat.machine.port is None else DOUBT_S
+            self._losses.append(_Loss(seat, what, time.monotonic() + doubt_s))
         self._hire()
 
-    def _take_back(self, seat: _Seat, error: RayError) -> None:
-        unpublished = [shard for shard in seat.in_hand if not self._found_published(shard)]
-        if seat.ready and _machine_was_lost(seat.node_id, error):
-            self._progress.say("a machine was lost; its shards go to other workers")
-            self._queue.node_lost(unpublished)
-            return
-        if unpublished:
-            names = ", ".join(shard.canonical_url for shard in unpublished)
-            self._progress.say(f"a worker died and is replaced; it had in hand: {names}")
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        for given_up in self._queue.worker_died(unpublished, f"the worker died: {cause}"):
-            self._give_up(given_up)
+    def _dismiss_who_stalls(self) -> None:
+        timeout_s = self._job.config.run.stall_timeout_s
+        for seat in tuple(self._seats):
+            if timeout_s and seat.in_hand and time.monotonic() - seat.moved_s > timeout_s:
+                self._worker_lost(seat, f"finished no sample for {timeout_s:g} s (run.stall_timeout_s)")
+
+    def _judge_losses(self) -> None:
+        nodes = ray.nodes() if self._losses else []
+        for loss in tuple(self._losses):
+            machine_lost = machine_is_lost(nodes, loss.seat.machine)
+            if machine_lost or time.monotonic() >= loss.until_s:
+                self._losses.remove(loss)
+                self._take_back(loss, machine_lost)
+
+    def _take_back(self, loss: _Loss, machine_lost: bool) -> None:
+        unpublished = [shard for shard in loss.seat.in_hand if not self._found_published(shard)]
+        names = ", ".join(shard.canonical_url for shard in unpublished) or "nothing unpublished"
+        if machine_lost:
+            self._progress.say(f"a machine was lost; its shards go to other workers: {names}")
+            given_up = self._queue.node_lost(unpublished, "its machine was lost, time and again")
+        else:
+            self._progress.say(f"a worker {loss.what}; it is replaced; it had in hand: {names}")
+            given_up = self._queue.worker_died(unpublished, f"the worker {loss.what}")
+        for gone in given_up:
+            self._give_up(gone)
 
     def _found_published(self, shard: ShardSource) -> bool:
         out = self._job.config.output.dir
@@ -363,24 +399,8 @@ class _Dispatcher:
         )
         self._progress.update(self._state)
 
-    def _reason_to_stop(self) -> str:
-        run, counts, given_up = self._job.config.run, self._state.counts, self._state.shards_failed
-        if run.max_failed_shards is not None and given_up > run.max_failed_shards:
-            return f"{given_up} shards given up; run.max_failed_shards is {run.max_failed_shards}"
-        if counts.samples_in < BUDGET_SAMPLES or counts.failed <= run.error_budget * counts.samples_in:
-            return ""
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.errors_by_kind.items()))
-        return (
-            f"{counts.failed} of {counts.samples_in} samples failed; "
-            f"run.error_budget is {run.error_budget:g} ({kinds})"
-        )
 
-
-def _machine_was_lost(node_id: str, error: RayError) -> bool:
-    """Whether a worker's machine went away; where that is not clear yet, after a while."""
-    until_s = time.monotonic() + (NODE_LOSS_S if isinstance(error, ActorUnavailableError) else 0.0)
-    while any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
-        if time.monotonic() >= until_s:
-            return False
-        time.sleep(WAIT_S)
-    return True
+def _cause(error: RayError) -> str:
+    """What ray says of a worker's end, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rpartition("Worker exit detail: ")[2][:CAUSE_CHARACTERS]

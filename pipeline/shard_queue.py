@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.storage import ShardSource
+
+# a machine that goes away says nothing of its shards, unless it happens to the same shard again and again
+MACHINES_LOST_BY_CHANCE = 5
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class ShardQueue:
         self._backing_off: list[tuple[float, ShardSource]] = []
         self._tried_alone: set[str] = set()
         self._attempts: dict[str, int] = {}
+        self._machines_lost: Counter[str] = Counter()
         self._max_attempts = max_attempts
         self._backoff_s = backoff_s
 
@@ -52,9 +56,9 @@ class ShardQueue:
         self._fresh.extendleft(self._rested(now_s))
         if any(shard.shard_id in self._tried_alone for shard in in_hand):
             return None
-        if self._suspects:
-            # workers run dry while suspects wait, or no worker would ever be free to run one alone
-            return None if in_hand else self._take_suspect()
+        if self._suspects and not in_hand:
+            # the worker that takes a dead one's place comes with empty hands; busy ones need not run dry
+            return self._take_suspect()
         return self._fresh.popleft() if self._fresh else None
 
     def worker_died(self, in_hand: Sequence[ShardSource], message: str) -> list[GivenUp]:
@@ -73,9 +77,20 @@ class ShardQueue:
                 self._suspects.append(shard)
         return given_up
 
-    def node_lost(self, in_hand: Sequence[ShardSource]) -> None:
-        """Put back what a worker had in hand when its machine went away: no strike against any shard."""
-        self._fresh.extendleft(in_hand)
+    def node_lost(self, in_hand: Sequence[ShardSource], message: str) -> list[GivenUp]:
+        """Put back what a worker had in hand when its machine went away.
+
+        That is no strike against any shard; only one that has lost MACHINES_LOST_BY_CHANCE machines is
+        suspected of taking them down, as a shard that exhausts a machine's memory does.
+
+        Returns:
+            The shards given up.
+        """
+        self._machines_lost.update(shard.shard_id for shard in in_hand)
+        if any(self._machines_lost[shard.shard_id] > MACHINES_LOST_BY_CHANCE for shard in in_hand):
+            return self.worker_died(in_hand, message)
+        self._fresh.extendleft(reversed(in_hand))
+        return []
 
     def attempt_failed(self, shard: ShardSource, message: str, now_s: float) -> GivenUp | None:
         """Try a shard again after a while, unless it has had its attempts.

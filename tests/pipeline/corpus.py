@@ -56,6 +56,21 @@ def write_corpus(folder, shards, samples_per_shard, caption="a dog"):
     ]
 
 
+WORDS_IN_TURN = ("a dog", "a red cactus", "-", "", "sky")
+
+
+def write_word_shards(folder, names, samples):
+    """Shards of captions alone, by name; among five samples one is to be empty and one is an error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        write_shard(
+            folder / f"{name}.tar",
+            [[(f"{name}{index:05d}.txt", WORDS_IN_TURN[index % 5].encode())] for index in range(samples)],
+        )
+        for name in names
+    ]
+
+
 def demo_job(shards, out, **sections):
     """A configuration on the demo model; further sections are merged in."""
     document = {

@@ -74,7 +74,7 @@ def test_another_configuration_is_refused_and_what_differs_is_named(corpus, tmp_
 
 
 def test_a_folder_without_results_takes_a_corrected_configuration(corpus, tmp_path):
-    jobs.prepare_job(demo_job(corpus, tmp_path / "out", model={"layers": 99}))
+    jobs.prepare_job(demo_job(corpus, tmp_path / "out", model={"layers": 1}))
     corrected = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     assert jobs.read_job(str(tmp_path / "out"))["config_hash"] == corrected.stamp.config_hash
 

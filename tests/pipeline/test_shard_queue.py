@@ -32,11 +32,14 @@ def test_a_suspect_is_run_alone():
     assert queue.take([suspect], 0.0) is None
 
 
-def test_busy_workers_run_dry_while_suspects_wait():
+def test_busy_workers_go_on_with_fresh_shards_while_suspects_wait_for_idle_hands():
     queue = queue_of(4)
     first, second, third = (queue.take([], 0.0) for _ in range(3))
     queue.worker_died([first, second], "killed")
-    assert queue.take([third], 0.0) is None
+    fresh = queue.take([third], 0.0)
+    assert fresh.shard_id == "s3"
+    assert queue.take([third, fresh], 0.0) is None
+    assert queue.take([], 0.0) == first
 
 
 def test_a_shard_that_dies_alone_is_given_up_after_its_attempts():
@@ -55,10 +58,29 @@ def test_company_in_death_never_gives_a_shard_up_even_with_one_attempt():
 
 
 def test_the_loss_of_a_machine_is_no_strike():
-    queue = queue_of(1, max_attempts=1)
+    queue = queue_of(3, max_attempts=1)
     for _ in range(5):
-        queue.node_lost([queue.take([], 0.0)])
-    assert queue.take([], 0.0).shard_id == "s0"
+        in_hand = [queue.take([], 0.0), queue.take([], 0.0)]
+        assert [shard.shard_id for shard in in_hand] == ["s0", "s1"]
+        assert queue.node_lost(in_hand, "machine lost") == []
+    assert len(queue) == 3
+
+
+def test_a_shard_that_takes_every_machine_down_is_given_up_in_the_end_and_its_company_is_not():
+    queue = queue_of(3, max_attempts=2)
+    done, given_up = [], []
+    for _ in range(20):
+        in_hand = []
+        while len(in_hand) < 2 and (shard := queue.take(in_hand, 0.0)) is not None:
+            in_hand.append(shard)
+        if any(shard.shard_id == "s0" for shard in in_hand):
+            given_up += queue.node_lost(in_hand, "machine lost")
+        else:
+            done += in_hand
+    assert sorted(shard.shard_id for shard in done) == ["s1", "s2"]
+    assert [(gone.shard.shard_id, gone.attempts, gone.message) for gone in given_up] == [
+        ("s0", 2, "machine lost")
+    ]
 
 
 def test_a_failed_attempt_waits_longer_each_time():

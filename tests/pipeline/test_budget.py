@@ -1,0 +1,46 @@
+"""A hopeless job stops early, and says why."""
+
+import pytest
+
+from pipeline.budget import reason_to_stop
+from pipeline.config import RunConfig
+from pipeline.progress import RunState
+from pipeline.records import ShardCounts
+
+
+def counts(annotated=0, failed=0, **kinds):
+    named = {f"decode/{kind}": number for kind, number in kinds.items()}
+    return ShardCounts(annotated=annotated, failed=failed, errors_by_kind=named)
+
+
+NOTHING = ShardCounts()
+
+
+def state(done=NOTHING, in_hand=NOTHING, shards_failed=0):
+    return RunState(10, 0, shards_failed=shards_failed, counts=done, live_counts=in_hand)
+
+
+def test_a_share_of_failed_samples_above_the_budget_stops_the_job_and_names_the_kinds():
+    reason = reason_to_stop(RunConfig(error_budget=0.2), state(counts(799, 201, truncated=150, too_large=51)))
+    assert reason == (
+        "201 of 1000 samples failed; run.error_budget is 0.2 (decode/too_large: 51, decode/truncated: 150)"
+    )
+
+
+@pytest.mark.parametrize("done", [counts(800, 200), counts(0, 999), counts()])
+def test_within_the_budget_or_before_a_thousand_samples_the_job_goes_on(done):
+    assert reason_to_stop(RunConfig(error_budget=0.2), state(done)) == ""
+
+
+def test_samples_of_shards_in_hand_count():
+    assert "800 of 1400" in reason_to_stop(RunConfig(error_budget=0.5), state(counts(600), counts(0, 800)))
+
+
+def test_a_budget_of_one_never_stops():
+    assert reason_to_stop(RunConfig(error_budget=1.0), state(counts(0, 5000))) == ""
+
+
+@pytest.mark.parametrize(("allowed", "given_up", "stops"), [(None, 99, False), (2, 2, False), (2, 3, True)])
+def test_more_shards_given_up_than_allowed_stop_the_job(allowed, given_up, stops):
+    reason = reason_to_stop(RunConfig(max_failed_shards=allowed), state(shards_failed=given_up))
+    assert bool(reason) == stops

@@ -1,0 +1,69 @@
+"""Addresses of clusters: who answers, who does not, and what is no address at all."""
+
+import contextlib
+import socket
+
+import pytest
+
+from pipeline.cluster import Machine, check_address, find_machine, machine_is_lost
+from pipeline.errors import UserError
+
+
+@contextlib.contextmanager
+def listening():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def closed_port():
+    with listening() as port:
+        return port
+
+
+def test_an_address_at_which_somebody_listens_is_taken():
+    with listening() as port:
+        check_address(f"127.0.0.1:{port}")
+        check_address(f"ray://localhost:{port}")
+
+
+@pytest.mark.parametrize("address", ["auto", "local"])
+def test_addresses_that_ray_finds_itself_are_left_to_it(address):
+    check_address(address)
+
+
+def test_an_address_at_which_nobody_listens_is_told_with_the_cause():
+    address = f"127.0.0.1:{closed_port()}"
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS {address}: no ray cluster answers: .*refused"):
+        check_address(address)
+
+
+@pytest.mark.parametrize("address", ["head", "head:", ":6379", "head:many", "http://head:8265", "[::1"])
+def test_what_is_no_address_is_refused_with_the_form_it_should_have(address):
+    with pytest.raises(UserError, match="expected HOST:PORT of a ray cluster"):
+        check_address(address)
+
+
+def node(port, alive=True, node_id="n"):
+    return {"NodeID": node_id, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port, "Alive": alive}
+
+
+def test_a_machine_whose_daemon_stops_answering_is_lost_before_ray_says_so():
+    with listening() as port:
+        machine = find_machine([node(1, node_id="other"), node(port)], "n")
+        assert machine == Machine("n", "127.0.0.1", port)
+        assert not machine_is_lost([node(port)], machine)
+    assert machine_is_lost([node(port)], machine)
+
+
+def test_a_machine_that_ray_has_given_up_is_lost():
+    with listening() as port:
+        machine = find_machine([node(port)], "n")
+        assert machine_is_lost([node(port, alive=False)], machine)
+        assert machine_is_lost([], machine)
+
+
+def test_a_daemon_that_the_driver_could_never_reach_says_nothing_about_its_machine():
+    port = closed_port()
+    machine = find_machine([node(port)], "n")
+    assert machine.port is None
+    assert not machine_is_lost([node(port)], machine)
