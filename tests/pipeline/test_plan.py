@@ -1,10 +1,14 @@
 """Workers are planned for what machines can hold."""
 
+import itertools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.plan import plan_workers
+from pipeline.plan import plan_workers, spread_evenly
 
 EIGHT_GPUS = {"CPU": 64, "GPU": 8}
 
@@ -58,3 +62,17 @@ def test_the_device_follows_the_plan():
 def test_a_worker_larger_than_any_machine_is_refused(machines, settings, told):
     with pytest.raises(UserError, match=told):
         plan_workers(RunConfig(**settings), machines, shards=1)
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_a_limit_spreads_evenly_over_what_is_left(number, limit):
+    chosen = spread_evenly(range(number), limit)
+    assert len(chosen) == min(limit, number)
+    assert list(chosen) == sorted(set(chosen))
+    gaps = [right - left for left, right in itertools.pairwise([-0.5, *chosen, number - 0.5])]
+    # the outer gaps are half of the inner ones
+    assert not chosen or max(gaps) <= number / len(chosen) + 1
+
+
+def test_without_a_limit_all_is_done():
+    assert spread_evenly(["a", "b"], None) == ["a", "b"]

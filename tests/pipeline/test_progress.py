@@ -104,12 +104,15 @@ def test_the_pace_is_never_negative_also_when_a_dead_worker_takes_samples_with_i
 
 
 def test_the_meter_adds_up_what_threads_report(monkeypatch):
-    clock = iter([100.0, 101.0, 103.0, 110.0])
-    monkeypatch.setattr("pipeline.measures.time.monotonic", lambda: next(clock))
+    now = [100.0]
+    monkeypatch.setattr("pipeline.measures.time.monotonic", lambda: now[0])
     meter = Meter()
     meter.image_decoded()
+    now[0] = 101.0
     with pytest.raises(ZeroDivisionError), meter.device_step():
+        now[0] = 103.0
         raise ZeroDivisionError
+    now[0] = 110.0
     assert meter.read() == Measures(images_decoded=1, device_busy_s=2.0, ready_s=10.0)
     assert Measures(1, 2.0, 10.0).device_busy_share == 0.2
     assert Measures().device_busy_share is None

@@ -1,0 +1,131 @@
+"""What a job will take, before it is started and after a few shards."""
+
+import io
+import re
+
+import pyarrow.parquet as pq
+import pytest
+from corpus import captions_json, demo_job, sample, write_corpus, write_shard
+
+from pipeline import storage
+from pipeline.estimate import as_bytes, dry_run, published_bytes, told_dry_run, told_extrapolation
+from pipeline.job import prepare_job
+from pipeline.measures import Measures
+from pipeline.progress import RunState
+from pipeline.records import ANNOTATION_SCHEMA, ShardCounts
+
+
+def publish_shards(out, shard_ids, size_bytes):
+    for folder in ("errors", "annotations"):
+        for shard_id in shard_ids:
+            storage.publish(str(out / folder), f"{shard_id}.parquet", b"x" * size_bytes)
+
+
+def test_samples_and_prompts_are_estimated_from_a_few_shards_by_bytes(tmp_path):
+    tars = write_corpus(tmp_path / "in", shards=12, samples_per_shard=30)
+    found = dry_run(demo_job(tars, tmp_path / "out"))
+    assert (found.probe.shards, found.probe.samples, found.probe.prompts) == (3, 90, 90)
+    lines = "\n".join(told_dry_run(found))
+    samples, prompts = re.search(r"samples: about (\d+), prompts: about (\d+)", lines).groups()
+    assert int(samples) == pytest.approx(360, rel=0.1)
+    assert samples == prompts
+    assert "shards: 12, of which 12 are left" in lines
+    assert "nothing was started or written" in lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_are_counted_as_the_job_would_take_them(tmp_path):
+    captions = [captions_json(["a", "b", "c"]), captions_json(["a"]), captions_json("no list")]
+    samples = [sample(str(index), seed=index, txt=None, json=text) for index, text in enumerate(captions)]
+    tar = write_shard(tmp_path / "0.tar", samples)
+    several = {"input": {"shards": [str(tar)], "caption": "json:captions"}}
+    found = dry_run(
+        demo_job([tar], tmp_path / "out", prompts={"source": "captions", "max_per_sample": 2}, **several)
+    )
+    assert (found.probe.samples, found.probe.prompts) == (3, 3)
+
+
+def test_a_shard_that_cannot_be_read_is_told_and_spoils_no_estimate(tmp_path):
+    tars = write_corpus(tmp_path / "in", shards=2, samples_per_shard=10)
+    gone = tmp_path / "in" / "9999.tar"
+    found = dry_run(demo_job([*tars, gone], tmp_path / "out"))
+    lines = "\n".join(told_dry_run(found))
+    assert re.search(r"cannot be read: .*9999\.tar", lines)
+    assert "shards of unknown size: 1" in lines
+    assert found.probe.samples == 20
+
+
+def test_a_dry_run_knows_what_is_done_and_how_large_it_became(tmp_path):
+    tars = write_corpus(tmp_path / "in", shards=4, samples_per_shard=5)
+    config = demo_job(tars, tmp_path / "out")
+    job = prepare_job(config)
+    publish_shards(tmp_path / "out", [shard.shard_id for shard in job.shards[:2]], 1000)
+    before = sorted((tmp_path / "out").rglob("*"))
+    lines = told_dry_run(dry_run(config))
+    assert [line.endswith("  done") for line in lines[:4]] == [True, True, False, False]
+    text = "\n".join(lines)
+    assert "of which 2 are left" in text
+    assert re.search(r"output: about (7\.\d|8\.\d) kB \(from 2 shard\(s\) that are done: 4\.0 kB\)", text)
+    assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_a_long_list_is_cut(tmp_path):
+    tars = write_corpus(tmp_path / "in", shards=30, samples_per_shard=1)
+    lines = told_dry_run(dry_run(demo_job(tars, tmp_path / "out")))
+    assert "... and 10 more" in lines
+    assert len(lines) < 30
+
+
+def test_a_limited_run_is_extrapolated_by_bytes_and_by_the_time_of_workers(tmp_path):
+    small = write_corpus(tmp_path / "small", shards=1, samples_per_shard=1)
+    size = small[0].stat().st_size
+    large = tmp_path / "large.tar"
+    large.write_bytes(small[0].read_bytes() + bytes(9 * size))
+    job = prepare_job(demo_job([*small, large], tmp_path / "out"))
+    (done,) = [shard for shard in job.shards if shard.size_bytes == size]
+    publish_shards(tmp_path / "out", [done.shard_id], 500)
+    state = RunState(
+        shards_total=2,
+        shards_skipped=0,
+        shards_done=1,
+        counts=ShardCounts(annotated=10, rows=30),
+        measures=Measures(ready_s=100.0),
+        workers_ready=2,
+        elapsed_s=999.0,
+    )
+    text = "\n".join(told_extrapolation(job, state, [done]))
+    # ten times as many bytes are left, eleven times as many in all
+    assert "left: 1 shards, about 16m40s of one worker; 8m20s with 2 worker(s)" in text
+    assert "about 110 samples, 330 rows, 11.0 kB of output" in text
+
+
+def test_where_sizes_are_unknown_shards_count_alike(tmp_path):
+    tars = write_corpus(tmp_path / "in", shards=1, samples_per_shard=1)
+    job = prepare_job(demo_job([*tars, tmp_path / "gone.tar"], tmp_path / "out"))
+    (done,) = [shard for shard in job.shards if shard.size_bytes]
+    state = RunState(shards_total=2, shards_skipped=0, shards_done=1, measures=Measures(ready_s=60.0))
+    text = "\n".join(told_extrapolation(job, state, [done]))
+    assert "about 1m00s of one worker" in text
+
+
+def test_without_a_shard_done_there_is_nothing_to_extrapolate_from(tmp_path):
+    job = prepare_job(demo_job(write_corpus(tmp_path / "in", 1, 1), tmp_path / "out"))
+    assert told_extrapolation(job, RunState(1, 0), []) == ["no shard was done: nothing to extrapolate from"]
+
+
+def test_published_bytes_are_those_of_both_files_on_disk(tmp_path):
+    sink = io.BytesIO()
+    pq.write_table(ANNOTATION_SCHEMA.empty_table(), sink)
+    storage.publish(str(tmp_path / "annotations"), "a.parquet", sink.getvalue())
+    storage.publish(str(tmp_path / "errors"), "a.parquet", b"12345")
+    storage.publish(str(tmp_path / "errors"), "b.parquet", b"12345")
+    assert published_bytes(str(tmp_path), ["a"]) == {"a": len(sink.getvalue()) + 5}
+    assert published_bytes(str(tmp_path / "none"), ["a"]) == {"a": 0}
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (3_400_000, "3.4 MB"), (1_200_000_000_000, "1.2 TB")],
+)
+def test_bytes_are_told_briefly(number, told):
+    assert as_bytes(number) == told
