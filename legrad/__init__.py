@@ -11,6 +11,7 @@ Sensitivity", https://arxiv.org/abs/2404.03214.
 from legrad.errors import InputError, LeGradError, ModelLoadError, TokenizerError, UnsupportedModelError
 from legrad.explainer import LeGrad
 from legrad.images import ImageTransform
+from legrad.overlay import layer_strip, overlay
 from legrad.support import ModelSupport, supported_models
 from legrad.trace import LayerTrace, Trace
 
@@ -25,5 +26,7 @@ __all__ = [
     "TokenizerError",
     "Trace",
     "UnsupportedModelError",
+    "layer_strip",
+    "overlay",
     "supported_models",
 ]

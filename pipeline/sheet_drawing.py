@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
-from legrad.masks import upsample_grid
+from legrad.overlay import font, heat_over
 
 CARDS_PER_LINE = 2
 PANEL_SIDE = 208
@@ -29,7 +26,6 @@ LINE_GAP = 26
 PAPER, FRAME = (255, 255, 255), (241, 243, 246)
 INK, FAINT = (17, 24, 39), (107, 114, 128)
 MASK_COLOUR, TRUTH_COLOUR = (255, 122, 0), (0, 184, 148)
-COLORMAP = "turbo"
 HEADINGS = ("image", "heat map", "mask", "ground truth")
 
 
@@ -84,7 +80,7 @@ def draw_sheet(cards: Sequence[Card], *, note: str) -> Image.Image:
         for column, panel in enumerate(shown):
             sheet.paste(panels[panel], (left + column * (PANEL_SIDE + PANEL_GAP), top))
         _draw_text(draw, left, top + PANEL_SIDE + TEXT_TOP, prompt_lines[position], _details(card))
-    draw.text((MARGIN, height - MARGIN - NOTE_SIZE), note, FAINT, _font("DejaVuSans", NOTE_SIZE))
+    draw.text((MARGIN, height - MARGIN - NOTE_SIZE), note, FAINT, font("DejaVuSans", NOTE_SIZE))
     return sheet
 
 
@@ -98,7 +94,7 @@ def _panels(card: Card) -> tuple[Image.Image, ...]:
     photo = _fitted(card.image)
     blank = np.zeros_like(photo)
     blank[...] = FRAME
-    heat = blank if card.relevance is None else _heat_overlay(photo, card.relevance)
+    heat = blank if card.relevance is None else heat_over(photo, torch.from_numpy(card.relevance))
     truth = blank if card.truth is None else _mask_overlay(photo, card.truth, TRUTH_COLOUR)
     parts = (photo, heat, _mask_overlay(photo, card.mask, MASK_COLOUR), truth)
     return tuple(_framed(part) for part in parts)
@@ -116,17 +112,6 @@ def _framed(pixels: UInt8[np.ndarray, "height width 3"]) -> Image.Image:
     height, width = pixels.shape[:2]
     panel.paste(Image.fromarray(pixels), ((PANEL_SIDE - width) // 2, (PANEL_SIDE - height) // 2))
     return panel
-
-
-def _heat_overlay(
-    photo: UInt8[np.ndarray, "height width 3"], relevance: Float[np.ndarray, "grid_height grid_width"]
-) -> UInt8[np.ndarray, "height width 3"]:
-    height, width = photo.shape[:2]
-    heat = upsample_grid(torch.from_numpy(relevance), height, width).clamp(0, 1).numpy()
-    colours = mpl.colormaps[COLORMAP](heat)[..., :3] * 255
-    grey = photo.mean(axis=2, keepdims=True)
-    blended: np.ndarray = np.rint(0.45 * grey + 0.55 * colours).astype(np.uint8)
-    return blended
 
 
 def _mask_overlay(
@@ -148,16 +133,16 @@ def _mask_overlay(
 def _draw_headings(draw: ImageDraw.ImageDraw, left: int, headings: Sequence[str]) -> None:
     for column, heading in enumerate(headings):
         position = (left + column * (PANEL_SIDE + PANEL_GAP), MARGIN)
-        draw.text(position, heading, FAINT, _font("DejaVuSans", DETAIL_SIZE))
+        draw.text(position, heading, FAINT, font("DejaVuSans", DETAIL_SIZE))
 
 
 def _draw_text(
     draw: ImageDraw.ImageDraw, left: int, top: int, prompt_lines: Sequence[str], details: str
 ) -> None:
     for line in prompt_lines:
-        draw.text((left, top), line, INK, _font("DejaVuSans-Bold", PROMPT_SIZE))
+        draw.text((left, top), line, INK, font("DejaVuSans-Bold", PROMPT_SIZE))
         top += PROMPT_LINE_HEIGHT
-    draw.text((left, top), details, FAINT, _font("DejaVuSans", DETAIL_SIZE))
+    draw.text((left, top), details, FAINT, font("DejaVuSans", DETAIL_SIZE))
 
 
 def _details(card: Card) -> str:
@@ -189,10 +174,4 @@ def _longest_start(text: str, width: float) -> str:
 
 
 def _text_width(text: str) -> float:
-    return _font("DejaVuSans-Bold", PROMPT_SIZE).getlength(text)
-
-
-@lru_cache(maxsize=8)
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """One of the fonts that come with matplotlib, so that the sheet looks the same everywhere."""
-    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
+    return font("DejaVuSans-Bold", PROMPT_SIZE).getlength(text)

@@ -18,6 +18,8 @@ def test_the_public_names_are_these():
         "TokenizerError",
         "Trace",
         "UnsupportedModelError",
+        "layer_strip",
+        "overlay",
         "supported_models",
     ]
     assert all(hasattr(legrad, name) for name in legrad.__all__)
