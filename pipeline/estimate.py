@@ -89,7 +89,9 @@ def dry_run(config: JobConfig) -> DryRun:
     shards = storage.list_shards(config.input.shards)
     out = storage.absolute(config.output.dir)
     done = jobs.shard_ids_in(out, "annotations", ".parquet") & {shard.shard_id for shard in shards}
-    probe = _probe(config, spread_evenly(shards, PROBED_SHARDS))
+    # of unknown size: missing, or made by a command that is not to be run now
+    sized = [shard for shard in shards if shard.size_bytes is not None]
+    probe = _probe(config, spread_evenly(sized, PROBED_SHARDS))
     return DryRun(shards, frozenset(done), probe, published_bytes(out, sorted(done)))
 
 
@@ -165,7 +167,9 @@ def told_dry_run(found: DryRun) -> list[str]:
     lines = [f"{shard.canonical_url}  {_size_of(shard)}{_mark(shard, found)}" for shard in found.shards]
     lines = [*lines[:LISTED_SHARDS], *_and_more(len(lines) - LISTED_SHARDS)]
     lines.append(f"shards: {len(found.shards):,}, of which {len(left):,} are left; {as_bytes(size_bytes)}")
-    lines += [f"shards of unknown size: {unsized:,}; not in the estimates"] if unsized else []
+    lines += (
+        [f"shards of unknown size, perhaps missing: {unsized:,}; not in the estimates"] if unsized else []
+    )
     lines += [f"cannot be read: {url}: {message}" for url, message in found.probe.unreadable]
     probe = found.probe
     if probe.samples:

@@ -120,31 +120,33 @@ def render_evaluation(result: EvaluationResult) -> RenderableType:
     parts: list[RenderableType] = []
     if result.written is not None:
         parts += [_written_lines(result.written), Text()]
-    parts.append(_map_table(result))
+    parts += _map_tables(result)
     if result.recognition is not None:
         parts += [Text(), _recognition_table(result.recognition)]
     parts += [Text(line, style="dim") for line in _notes(result)]
     return Group(*parts)
 
 
-def _map_table(result: EvaluationResult) -> Table:
+def _map_tables(result: EvaluationResult) -> list[Table]:
+    """Two tables rather than one: each fits into 80 columns."""
     title = f"Maps of {result.model} for {result.pairs} prompts in {result.scenes} scenes"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("map", no_wrap=True)
-    for column in ("pointing", "IoU at .5", "IoU Otsu", "IoU best", "cut", "AP", "own object"):
-        table.add_column(column, justify="right")
+    main = _table(title, ("map", "pointing", "IoU at .5", "IoU Otsu", "AP"))
+    more = _table("The same maps", ("map", "IoU best", "cut", "own object"))
     for scores in result.maps:
-        table.add_row(
-            f"{scores.method} *" if scores.configured else scores.method,
-            _cell(scores.pointing),
-            _cell(scores.iou_at_half),
-            _cell(scores.iou_otsu),
-            _cell(scores.iou_best),
-            Text(_short(scores.best_threshold, digits=2), style="dim"),
-            _cell(scores.average_precision),
-            _cell(scores.own_object),
-            style="bold" if scores.configured else None,
-        )
+        name = f"{scores.method} *" if scores.configured else scores.method
+        style = "bold" if scores.configured else None
+        figures = (scores.pointing, scores.iou_at_half, scores.iou_otsu, scores.average_precision)
+        main.add_row(name, *(_cell(figure) for figure in figures), style=style)
+        cut = Text(_short(scores.best_threshold, digits=2), style="dim")
+        more.add_row(name, _cell(scores.iou_best), cut, _cell(scores.own_object), style=style)
+    return [main, more]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

@@ -45,14 +45,23 @@ def test_prompts_are_counted_as_the_job_would_take_them(tmp_path):
     assert (found.probe.samples, found.probe.prompts) == (3, 3)
 
 
-def test_a_shard_that_cannot_be_read_is_told_and_spoils_no_estimate(tmp_path):
+def test_a_shard_that_is_not_there_is_told_and_spoils_no_estimate(tmp_path):
     tars = write_corpus(tmp_path / "in", shards=2, samples_per_shard=10)
     gone = tmp_path / "in" / "9999.tar"
     found = dry_run(demo_job([*tars, gone], tmp_path / "out"))
     lines = "\n".join(told_dry_run(found))
-    assert re.search(r"cannot be read: .*9999\.tar", lines)
-    assert "shards of unknown size: 1" in lines
+    assert re.search(r"9999\.tar  \? bytes", lines)
+    assert "shards of unknown size, perhaps missing: 1" in lines
     assert found.probe.samples == 20
+
+
+def test_a_shard_that_is_no_tar_is_listed_and_spoils_no_estimate(tmp_path):
+    tars = write_corpus(tmp_path / "in", shards=1, samples_per_shard=3)
+    broken = tmp_path / "in" / "0001.tar"
+    broken.write_bytes(b"no tar" * 1000)
+    found = dry_run(demo_job([*tars, broken], tmp_path / "out"))
+    assert found.probe.samples == 3
+    assert any("0001.tar" in line for line in told_dry_run(found))
 
 
 def test_a_dry_run_knows_what_is_done_and_how_large_it_became(tmp_path):

@@ -297,13 +297,14 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
     document = json.loads((Path(out) / "evaluation.json").read_text())
     assert document["written"]["rows_scored"] == 1
     assert document["maps"][0]["pointing"]["value"] == result.maps[0].pointing.value
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(render_evaluation(result))
     text = console.export_text()
     for scores in result.maps:
         line = next(line for line in text.splitlines() if scores.method in line)
         for figure in (scores.pointing, scores.iou_at_half, scores.iou_otsu, scores.average_precision):
             assert f"{figure.value:.3f}"[-4:] in line
+    assert "…" not in text
     assert "LeGrad, last 2 *" in text
     assert "1 rows scored" in text
     assert "R@n" in text
