@@ -79,15 +79,28 @@ class ShardAnnotator:
         explainer: the loaded model.
         decode_threads: threads that decode images and encode masks, shared by all shards in hand.
         metadata: written into every file beside the counts, such as the config hash and versions.
+        batches_at_once: on the device; with two, one computes while the other is put together.
     """
 
     def __init__(
-        self, config: JobConfig, explainer: legrad.LeGrad, *, decode_threads: int, metadata: Mapping[str, Any]
+        self,
+        config: JobConfig,
+        explainer: legrad.LeGrad,
+        *,
+        decode_threads: int,
+        metadata: Mapping[str, Any],
+        batches_at_once: int = 1,
     ) -> None:
         self._config = config
         self._explainer = explainer
         self._meter = Meter()
-        self._engine = Engine(explainer, config.prompts.max_per_sample, config.run.batch_size, self._meter)
+        self._engine = Engine(
+            explainer,
+            config.prompts.max_per_sample,
+            config.run.batch_size,
+            self._meter,
+            batches_at_once=batches_at_once,
+        )
         self._metadata = metadata
         self._wanted_fields = wanted_fields(config.input)
         self._in_hand: set[ShardWriter] = set()
@@ -95,6 +108,7 @@ class ShardAnnotator:
             Stages(_size_bytes, self._prepare, _pixel_shape, self._explain, self._finish),
             StreamLimits(
                 threads=decode_threads,
+                device_threads=batches_at_once,
                 max_samples=LOOKAHEAD_BATCHES * self._engine.batch_size + decode_threads,
                 max_bytes=config.run.lookahead_bytes,
             ),

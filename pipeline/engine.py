@@ -70,12 +70,13 @@ class ExplainedSample:
 
 
 class Engine:
-    """Explains batches on one device; one batch at a time, however many threads ask.
+    """Explains batches on one device, a few at a time; once memory ran short, one at a time.
 
     Args:
         explainer: the loaded model.
         max_prompts_per_sample: of more prompts the most similar ones are kept.
         batch_size: most images in a batch.
+        batches_at_once: while one computes, others are put together; further threads wait.
         meter: takes how long the device was busy.
     """
 
@@ -85,11 +86,16 @@ class Engine:
         max_prompts_per_sample: int,
         batch_size: int,
         meter: Meter | None = None,
+        *,
+        batches_at_once: int = 1,
     ) -> None:
         self._explainer = explainer
         self._max_prompts_per_sample = max_prompts_per_sample
         self._embedder = TextEmbedder(explainer)
-        self._device_lock = threading.Lock()
+        self._turns = threading.Semaphore(batches_at_once)
+        self._batches_at_once = batches_at_once
+        self._memory_lock = threading.Lock()
+        self._said_out_of_memory = False
         self._meter = meter or Meter()
         self._limit_by_shape: dict[Hashable, int] = {}
         self.batch_size = batch_size
@@ -111,30 +117,41 @@ class Engine:
         while len(explained) < len(samples):
             pixel_shape = samples[0].image.pixels.shape
             end = len(explained) + self.batch_limit(pixel_shape)
-            part = self._explained_if_it_fits(samples[len(explained) : end])
+            had_the_device_alone = self._batches_at_once == 1
+            part = self._explained_if_it_fits(samples[len(explained) : end], had_the_device_alone)
             if part is None:
-                self._lower_limit(pixel_shape, min(end, len(samples)) - len(explained))
+                tried = min(end, len(samples)) - len(explained)
+                self._save_memory(pixel_shape, tried, had_the_device_alone)
             else:
                 explained += part
         return explained
 
-    def _explained_if_it_fits(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample] | None:
+    def _explained_if_it_fits(
+        self, samples: Sequence[PreparedSample], has_the_device_alone: bool
+    ) -> list[ExplainedSample] | None:
         try:
-            with self._device_lock, self._meter.device_step():
+            with self._turns, self._meter.device_step():
                 return self._explain(samples)
         except torch.OutOfMemoryError:
-            if len(samples) == 1:
+            if len(samples) == 1 and has_the_device_alone:
                 raise
         # outside of the handler, whose traceback holds on to tensors
         return None
 
-    def _lower_limit(self, pixel_shape: Hashable, images_too_many: int) -> None:
-        if not self._limit_by_shape:
-            logger.warning(
-                "out of device memory with %d images: batches are halved; lower run.batch_size",
-                images_too_many,
-            )
-        self._limit_by_shape[pixel_shape] = images_too_many // 2
+    def _save_memory(self, pixel_shape: Hashable, images_tried: int, had_the_device_alone: bool) -> None:
+        """From now on one batch at a time; where that was so already, halve it."""
+        with self._memory_lock:
+            if not self._said_out_of_memory:
+                logger.warning(
+                    "out of device memory with %d images: batches are made smaller; lower run.batch_size",
+                    images_tried,
+                )
+                self._said_out_of_memory = True
+            if had_the_device_alone:
+                self._limit_by_shape[pixel_shape] = images_tried // 2
+            while self._batches_at_once > 1:
+                self._turns.acquire()
+                self._batches_at_once -= 1
 
     def _explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
         explainer = self._explainer

@@ -1,4 +1,4 @@
-"""One stream of batches for all shards in hand: threads prepare, one works the device, threads finish.
+"""One stream of batches for all shards in hand: threads prepare, few work the device, threads finish.
 
 A shard's own thread reads it and waits until the last of its samples is written. In between, samples of all
 shards share the threads that decode and encode, the room for what is held at a time, and the batches.
@@ -29,7 +29,7 @@ CLOSED = "the stream of samples was closed"
 
 @dataclass(frozen=True)
 class Stages(Generic[Raw, Prepared, Explained, Outcome]):
-    """What is done with a sample on its way; `explain` alone runs on the device, one batch at a time.
+    """What is done with a sample on its way; `explain` alone runs on the device.
 
     Attributes:
         size_bytes: of a sample as read.
@@ -52,6 +52,7 @@ class StreamLimits:
 
     Attributes:
         threads: that prepare and finish.
+        device_threads: batches on the device at a time.
         max_samples: held at a time, from read to written.
         max_bytes: of the samples held, as they were read; a larger sample is held alone.
         max_readers: shards that are read at a time, before others are asked for.
@@ -60,6 +61,7 @@ class StreamLimits:
 
     threads: int
     max_samples: int
+    device_threads: int = 1
     max_bytes: int = 512 << 20
     max_readers: int = 8
     max_wait_s: float = 5.0
@@ -125,12 +127,17 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._held_samples = 0
         self._held_bytes = 0
         self._preparing = 0
+        self._on_device = 0
         self._finishing = 0
         self._has_worked = False
         self._is_closed = False
         self._pool = TaskPool(limits.threads)
-        self._device_thread = threading.Thread(target=self._serve_device, name="device", daemon=True)
-        self._device_thread.start()
+        self._device_threads = [
+            threading.Thread(target=self._serve_device, name=f"device-{number}", daemon=True)
+            for number in range(limits.device_threads)
+        ]
+        for thread in self._device_threads:
+            thread.start()
 
     def run(self, samples: Iterable[Raw], sink: Callable[[Outcome], None]) -> None:
         """Take one shard's samples through the stages; the thread that calls reads them.
@@ -166,7 +173,8 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         """Stop the threads; shards that are still in hand fail."""
         with self._lock:
             self._close(RuntimeError(CLOSED))
-        self._device_thread.join()
+        for thread in self._device_threads:
+            thread.join()
         self._pool.close()
 
     # --- reading: on the shard's thread ---
@@ -311,12 +319,15 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._held_bytes -= size_bytes
         self._wake_reader()
 
-    # --- the device: on a thread of its own ---
+    # --- the device: on threads of its own ---
 
     def _serve_device(self) -> None:
         try:
             while batch := self._next_batch():
                 self._explain(batch)
+                with self._lock:
+                    self._on_device -= 1
+                    self._work_for_device.notify_all()
         except BaseException as error:
             with self._lock:
                 self._close(error)
@@ -330,6 +341,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 batch = self._waiting.take(now_s, flush=self._nothing_can_join())
                 if batch:
                     self._has_worked = True
+                    self._on_device += 1
                     return batch
                 if may_want_readers and self._waits_for_readers():
                     may_want_readers = False
@@ -341,11 +353,13 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
     def _nothing_can_join(self) -> bool:
         if self._preparing:
             return False
-        # a reader that is held up goes on when something is written: soon, or only once the device has worked
-        return not self._finishing if self._readers_held_up else not self._readers
+        if self._readers_held_up:
+            # they go on when something is written: soon, or only once the device has worked
+            return not self._finishing and not self._on_device
+        return not self._readers
 
     def _waits_for_readers(self) -> bool:
-        is_read_ahead = self._preparing or self._readers_held_up
+        is_read_ahead = self._preparing or self._readers_held_up or self._on_device
         return not is_read_ahead and self._readers >= self._wanted_readers
 
     def _explain(self, batch: Sequence[_Ticket[Prepared, Outcome]]) -> None:

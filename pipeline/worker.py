@@ -23,6 +23,7 @@ from pipeline.storage import ShardSource
 
 logger = logging.getLogger(__name__)
 
+BATCHES_AT_ONCE = 2
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -83,10 +84,16 @@ class AnnotatorFactory(Protocol):
 
 def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> Annotator:
     """The real annotator: its own model on its own device."""
-    torch.set_num_threads(cpus)
+    batches_at_once = min(BATCHES_AT_ONCE, cpus)
+    # batches side by side share the cores better than the threads of one batch, which wait for each other
+    torch.set_num_threads(cpus // batches_at_once)
     explainer = load_explainer(config.model, device)
     return ShardAnnotator(
-        config, explainer, decode_threads=config.run.decode_threads or cpus, metadata=metadata
+        config,
+        explainer,
+        decode_threads=config.run.decode_threads or cpus,
+        metadata=metadata,
+        batches_at_once=batches_at_once,
     )
 
 

@@ -2,32 +2,33 @@
 
     python tests/bench/annotate_throughput.py [--rounds 5]
 
-The engine: decoded images in memory, text embedding included, relevance grids out. The annotator: tar,
-decoding, engine, masks, RLE, Parquet, published on the local disk; no ray. Rounds alternate after one warm-up
-of each; medians. Prints one JSON row.
+The engine: decoded images in memory, text embedding included, relevance grids out; one batch at a time, with
+all cores. The annotator, as a worker builds it: tar, decoding, engine, masks, RLE, Parquet, published on the
+local disk, the next shard begun when there is room; no ray. Rounds alternate after one warm-up of each;
+medians. Prints one JSON row.
 """
 
 import argparse
 import json
-import platform
+import os
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from environment import environment
+from hands import work_through
 
 import legrad
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
 from pipeline.config import JobConfig
 from pipeline.decode import decode_image, find_field, read_captions
 from pipeline.demo.run_demo import demo_config
 from pipeline.engine import Engine, PreparedSample, Prompt
-from pipeline.job import installed_versions
 from pipeline.model import load_explainer
 from pipeline.shards import RawSample, read_samples
+from pipeline.worker import build_annotator
 
 
 def samples_in_memory(config: JobConfig, explainer: legrad.LeGrad) -> list[PreparedSample]:
@@ -47,23 +48,24 @@ def samples_in_memory(config: JobConfig, explainer: legrad.LeGrad) -> list[Prepa
     return samples
 
 
-def engine_seconds(config: JobConfig, explainer: legrad.LeGrad, samples: list[PreparedSample]) -> float:
-    engine = Engine(explainer, config.prompts.max_per_sample)
+def engine_seconds(
+    config: JobConfig, explainer: legrad.LeGrad, samples: list[PreparedSample], cores: int
+) -> float:
+    torch.set_num_threads(cores)
+    engine = Engine(explainer, config.prompts.max_per_sample, config.run.batch_size)
     started_s = time.perf_counter()
     for start in range(0, len(samples), config.run.batch_size):
         engine.explain(samples[start : start + config.run.batch_size])
     return time.perf_counter() - started_s
 
 
-def annotator_seconds(config: JobConfig, explainer: legrad.LeGrad) -> float:
+def annotator_seconds(config: JobConfig, cores: int, device: str) -> float:
     with tempfile.TemporaryDirectory() as out:
         here = config.model_copy(update={"output": config.output.model_copy(update={"dir": out})})
-        annotator = ShardAnnotator(here, explainer, decode_threads=torch.get_num_threads(), metadata={})
-        shards = storage.list_shards(config.input.shards)
-        started_s = time.perf_counter()
-        for shard in shards:
-            annotator.annotate(shard)
-        elapsed_s = time.perf_counter() - started_s
+        annotator = build_annotator(here, {}, cores, device)
+        elapsed_s = work_through(
+            storage.list_shards(config.input.shards), annotator.annotate, annotator.wait_for_room
+        )
         annotator.close()
     return elapsed_s
 
@@ -76,26 +78,27 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     config = demo_config(Path("unused"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = len(os.sched_getaffinity(0))
     explainer = load_explainer(config.model, device)
     samples = samples_in_memory(config, explainer)
     engine_s, annotator_s = [], []
     for round_number in range(rounds + 1):
-        timings = engine_seconds(config, explainer, samples), annotator_seconds(config, explainer)
+        timings = (
+            engine_seconds(config, explainer, samples, cores),
+            annotator_seconds(config, cores, device),
+        )
         if round_number:
             engine_s.append(timings[0])
             annotator_s.append(timings[1])
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
     engine_rate, annotator_rate = (
         len(samples) / statistics.median(seconds) for seconds in (engine_s, annotator_s)
     )
     print(
         json.dumps(
             {
-                "commit": commit,
+                "benchmark": "annotate_throughput",
+                **environment(),
                 "device": device,
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "versions": installed_versions(),
                 "model": config.model.model_dump(),
                 "batch_size": config.run.batch_size,
                 "samples": len(samples),

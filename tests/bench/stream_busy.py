@@ -14,20 +14,18 @@ One JSON row; the first round warms up.
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from environment import environment
+from hands import work_through
 
 from pipeline.annotate import LOOKAHEAD_BATCHES
 from pipeline.stream import BatchStream, Stages, StreamLimits
 
-MAX_SHARDS_IN_HAND = 12
 PREPARE_S = 0.002
 FINISH_S = 0.001
 
@@ -40,8 +38,6 @@ class Simulation:
         self.busy_s = 0.0
         self.batch_sizes: list[int] = []
         self.done = 0
-        self.ended_s = 0.0
-        self._numbers = itertools.count()
         self._lock = threading.Lock()
 
     def run(self) -> dict[str, float]:
@@ -54,15 +50,12 @@ class Simulation:
             ),
             lambda _: batch_size,
         )
-        started_s = time.perf_counter()
-        with ThreadPoolExecutor(MAX_SHARDS_IN_HAND) as hands:
-            in_hand = threading.Semaphore(MAX_SHARDS_IN_HAND)
-            for _ in range(self.arguments.shards):
-                in_hand.acquire()
-                hands.submit(self._shard, stream).add_done_callback(lambda _: in_hand.release())
-                time.sleep(self.arguments.handover_s)
-                stream.wait_for_room()
-        elapsed_s = time.perf_counter() - started_s
+        elapsed_s = work_through(
+            range(self.arguments.shards),
+            lambda _: self._shard(stream),
+            stream.wait_for_room,
+            self.arguments.handover_s,
+        )
         stream.close()
         assert self.done == self.arguments.shards * self.arguments.samples
         needed_s = self.done / batch_size * self.arguments.step_s

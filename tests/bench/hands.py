@@ -1,0 +1,37 @@
+"""A worker's hands: shards begun as soon as the worker has room for them, as the driver does."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Shard = TypeVar("Shard")
+MAX_SHARDS_IN_HAND = 12
+
+
+def work_through(
+    shards: Iterable[Shard],
+    annotate: Callable[[Shard], object],
+    wait_for_room: Callable[[], None],
+    handover_s: float = 0.0,
+) -> float:
+    """Annotate shards, several in hand; raises what an annotation raised.
+
+    Returns:
+        Seconds from the first to the last.
+    """
+    in_hand = threading.Semaphore(MAX_SHARDS_IN_HAND)
+    runs: list[Future[object]] = []
+    started_s = time.perf_counter()
+    with ThreadPoolExecutor(MAX_SHARDS_IN_HAND) as hands:
+        for shard in shards:
+            in_hand.acquire()
+            time.sleep(handover_s)
+            runs.append(hands.submit(annotate, shard))
+            runs[-1].add_done_callback(lambda _: in_hand.release())
+            wait_for_room()
+    elapsed_s = time.perf_counter() - started_s
+    for run in runs:
+        run.result()
+    return elapsed_s
