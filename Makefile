@@ -31,9 +31,10 @@ check: $(STAMP)  ## format, lint and types, nothing changed
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-fix: $(STAMP)  ## format, and mend what the linter can
+fix: $(STAMP)  ## format, mend what the linter can, renew the list of keys in configs/README.md
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+	$(BIN)/python -m pipeline.config_page configs/README.md
 
 demo-model: $(STAMP)  ## train the demo model and render its shards again (needs npm; see pipeline/demo/README.md)
 	$(BIN)/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[train-demo-model]'
