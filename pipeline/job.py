@@ -21,6 +21,7 @@ from pipeline.config import JobConfig, config_hash
 from pipeline.errors import UserError
 from pipeline.model import check_model, is_local_checkpoint, weights_digest
 from pipeline.records import ShardCounts
+from pipeline.run_record import RUNS_FOLDER
 from pipeline.storage import ShardSource
 from pipeline.writer import counts_as_metadata
 
@@ -88,13 +89,13 @@ def prepare_job(config: JobConfig) -> Job:
         OutputError: the folder cannot be written.
     """
     config = _with_absolute_paths(config)
-    shards = storage.list_shards(config.input.shards)
+    shards = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
     digest = weights_digest(config.model)
     check_model(config.model)
     stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
     out = config.output.dir
     warnings = _checked_against_earlier(config, stamp)
-    for folder in ("", *RESULT_FOLDERS):
+    for folder in ("", *RESULT_FOLDERS, RUNS_FOLDER):
         storage.sweep_temporary_files(
             storage.join_url(out, folder), older_than_s=STALE_AFTER_S, now_s=time.time()
         )

@@ -1,0 +1,144 @@
+"""A ray cluster of several machines in this one, jobs on it, and the table of faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, astuple
+from pathlib import Path
+
+import pytest
+import yaml
+from accounts import audit
+from corpus import demo_job, write_word_shards
+from faults import struck_by
+from rich.console import Console
+
+from pipeline.job import prepare_job
+from pipeline.progress import open_progress
+from pipeline.run import run_job
+
+HERE = Path(__file__).parent
+# workers import the tests' annotators by name
+WORKERS_PATH = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+TABLE_FILE = os.environ.get("LEGRAD_FAULT_TABLE")
+TABLE_HEAD = (
+    "| fault | injected how | samples in | annotated | empty | in error | in shards given up | left "
+    "| lost | duplicated |\n|---|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A head that takes no work; tests add the machines that do."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        # workers import the tests' annotators by name
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        )
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+        started = Cluster(initialize_head=True, head_node_args=head)
+        patch.setenv("RAY_ADDRESS", started.address)
+        yield started
+        started.shutdown()
+
+
+@pytest.fixture
+def machines(cluster, monkeypatch):
+    """Adds a machine of so many CPU cores to the cluster; takes those that are left away again."""
+    added = []
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+
+    def add(num_cpus=1, **settings):
+        added.append(cluster.add_node(num_cpus=num_cpus, object_store_memory=80 << 20, **settings))
+        return added[-1]
+
+    yield add
+    for node in added:
+        if node in cluster.list_all_nodes():
+            cluster.remove_node(node)
+
+
+@pytest.fixture
+def struck_job(tmp_path):
+    """Runs a job of word shards in this process while faults strike its workers.
+
+    `meanwhile` gives a context for the run, once the shards are listed. Returns the result, the log and the
+    accounts of the output folder; OUT is tmp_path/"out".
+    """
+
+    def run(
+        names, *faults, samples=6, seconds_per_sample=0.0, meanwhile=lambda tars: nullcontext(), **settings
+    ):
+        tars = write_word_shards(tmp_path / "in", names, samples)
+        (tmp_path / "marks").mkdir(exist_ok=True)
+        run_settings = {"cpus_per_worker": 1, "progress_interval_s": 0.2, **settings}
+        config = demo_job(tars, tmp_path / "out", run=run_settings)
+        factory = struck_by(*faults, marks_folder=tmp_path / "marks", seconds_per_sample=seconds_per_sample)
+        with (
+            (tmp_path / "log").open("w") as log,
+            open_progress(Console(file=log, width=200), 0.2) as progress,
+        ):
+            job = prepare_job(config)
+            with meanwhile(tars):
+                result = run_job(job, progress, factory)
+        return result, (tmp_path / "log").read_text(), audit(tmp_path / "out", tars)
+
+    return run
+
+
+@pytest.fixture
+def word_command(tmp_path):
+    """Starts `legrad annotate` on word shards as a process of its own; returns it.
+
+    Its output goes to tmp_path/"log", its results to tmp_path/"out".
+    """
+    started = []
+
+    def start(names, *faults, samples=6, seconds_per_sample=0.0, environment=(), **sections):
+        tars = write_word_shards(tmp_path / "in", names, samples)
+        (tmp_path / "marks").mkdir(exist_ok=True)
+        sections["run"] = {"cpus_per_worker": 1, "progress_interval_s": 0.5, **sections.get("run", {})}
+        config = demo_job(tars, tmp_path / "out", **sections)
+        job, spec = tmp_path / f"{len(started)}.yaml", tmp_path / f"{len(started)}.json"
+        job.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        document = {"faults": [asdict(fault) for fault in faults], "marks_folder": str(tmp_path / "marks")}
+        spec.write_text(json.dumps({**document, "seconds_per_sample": seconds_per_sample}))
+        with (tmp_path / "log").open("a") as log:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, str(HERE / "word_driver.py"), str(job), str(spec)],
+                    env={**os.environ, "PYTHONPATH": WORKERS_PATH, **dict(environment)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+        return started[-1], tars
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def fault_table():
+    """Notes a fault and the accounts after it, in the file that LEGRAD_FAULT_TABLE names."""
+
+    def note(fault, injected_how, accounts):
+        if TABLE_FILE is None:
+            return
+        path = Path(TABLE_FILE)
+        head = "" if path.exists() else TABLE_HEAD
+        numbers = " | ".join(str(number) for number in astuple(accounts)[:8])
+        with path.open("a") as table:
+            table.write(f"{head}| {fault} | {injected_how} | {numbers} |\n")
+
+    return note

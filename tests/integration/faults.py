@@ -1,0 +1,193 @@
+"""Faults that strike inside a worker process, at exact points of a shard's way, as often as they are told to.
+
+A `Fault` names the point, the shard and what happens there; every blow leaves a mark in a folder, so that a
+worker that takes the place of a dead one knows how many there have been, and a test knows that they came.
+"""
+
+import os
+import resource
+import signal
+import tarfile
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pipeline import storage
+from pipeline.annotate import ShardReport
+from pipeline.measures import Measures
+from pipeline.records import SampleError, total_counts
+from pipeline.writer import ShardWriter
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a shard, and where.
+
+    Attributes:
+        shard: stem of the tar.
+        point: "begin"; "middle": half of the samples done; "errors": the errors file half written under its
+            temporary name; "between": errors published, annotations not; "annotations": these half written;
+            "published": both files there, the driver not told.
+        action: a key of ACTIONS.
+        times: how often; later attempts go well.
+    """
+
+    shard: str
+    point: str
+    action: str
+    times: int = 1
+
+
+def hog_memory():
+    hoard = []
+    while True:
+        hoard.append(os.urandom(1 << 20) * 64)
+
+
+def sleep_for_ever():
+    while True:
+        time.sleep(1000)
+
+
+def send(number, process_id=os.getpid):
+    """A signal, and not one step further: some handlers take their time."""
+    os.kill(process_id(), number)
+    sleep_for_ever()
+
+
+ACTIONS = {
+    "kill": lambda: send(signal.SIGKILL),
+    "segfault": lambda: send(signal.SIGSEGV),
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    # the worker's parent is the daemon of its machine
+    "kill_machine": lambda: send(signal.SIGKILL, os.getppid),
+    "hang": sleep_for_ever,
+    "hog": hog_memory,
+    # from here on the kernel refuses to let any file of this process grow
+    "file_size_limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY)),
+    "not_root": lambda: os.seteuid(65534),
+}
+
+
+class Faults:
+    """Strikes where a fault says so, unless it has had its times."""
+
+    def __init__(self, faults, marks):
+        self._faults = {(fault.shard, fault.point): fault for fault in faults}
+        self._marks = Path(marks)
+
+    def strike(self, shard, point, before=lambda: None):
+        fault = self._faults.get((shard, point))
+        for blow in range(fault.times if fault else 0):
+            mark = self._marks / f"{shard}-{point}-{blow}"
+            try:
+                mark.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            before()
+            ACTIONS[fault.action]()
+            return
+
+    def watch_publishing(self):
+        """Strike where this process calls the kernel to put a file down: at its fsync and at its rename."""
+        fsync, rename = os.fsync, Path.replace
+
+        def struck_fsync(descriptor):
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            name = path.name.removeprefix(storage.TEMPORARY_PREFIX).split("-", 1)[1]
+            half = partial(os.ftruncate, descriptor, os.fstat(descriptor).st_size // 2)
+            self.strike(stem_of(name), path.parent.name, before=half)
+            fsync(descriptor)
+
+        def struck_rename(path, target):
+            renamed = rename(path, target)
+            after = {"errors": "between", "annotations": "published"}
+            self.strike(stem_of(Path(target).name), after.get(Path(target).parent.name, ""))
+            return renamed
+
+        os.fsync, Path.replace = struck_fsync, struck_rename
+
+
+def stem_of(output_name):
+    """The tar's stem in the name of an output file: the shard id without its digest."""
+    return output_name.rpartition("-")[0]
+
+
+def marks(folder):
+    """How many blows fell, by "shard-point"."""
+    names = [path.name.rpartition("-")[0] for path in Path(folder).iterdir()]
+    return {name: names.count(name) for name in names}
+
+
+class WordAnnotator:
+    """Reads real tars and publishes real files, without a model: every word of a caption is a row.
+
+    An empty caption is an error row, a dash leaves the sample empty.
+    """
+
+    def __init__(self, config, metadata, faults, seconds_per_sample=0.0):
+        self._output_dir, self._metadata = config.output.dir, metadata
+        self._faults, self._seconds_per_sample = faults, seconds_per_sample
+        self._in_hand = set()
+        self._room = threading.Condition()
+
+    def annotate(self, shard):
+        stem, started_s = stem_of(shard.shard_id), time.monotonic()
+        with ShardWriter(shard.canonical_url, {**self._metadata, "attempt": uuid.uuid4().hex}) as writer:
+            self._in_hand.add(writer)
+            try:
+                self._faults.strike(stem, "begin")
+                self._add_samples(shard, writer, stem)
+                counts = writer.publish(self._output_dir, shard.shard_id)
+            finally:
+                self._in_hand.discard(writer)
+                with self._room:
+                    self._room.notify_all()
+        return ShardReport(counts, time.monotonic() - started_s)
+
+    def _add_samples(self, shard, writer, stem):
+        with storage.open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            captions = [(Path(member.name).stem, tar.extractfile(member).read().decode()) for member in tar]
+        for index, (key, caption) in enumerate(captions):
+            if index == len(captions) // 2:
+                self._faults.strike(stem, "middle")
+            time.sleep(self._seconds_per_sample)
+            errors = [] if caption else [SampleError("caption", "missing_caption", "empty", key, index)]
+            words = [] if caption == "-" else caption.split()
+            writer.add_sample([row(key, index, number, word) for number, word in enumerate(words)], errors)
+
+    def wait_for_room(self):
+        with self._room:
+            self._room.wait_for(lambda: len(self._in_hand) < 2)
+
+    def live_counts(self):
+        return total_counts(writer.counts() for writer in tuple(self._in_hand))
+
+    def measures(self):
+        return Measures()
+
+
+def row(key, sample_index, prompt_index, prompt):
+    return {
+        "key": key,
+        "sample_index": sample_index,
+        "prompt_index": prompt_index,
+        "prompt": prompt,
+        "status": "ok",
+    }
+
+
+def _build(config, metadata, cpus, device, *, faults, marks_folder, seconds_per_sample):
+    struck = Faults(faults, marks_folder)
+    struck.watch_publishing()
+    return WordAnnotator(config, metadata, struck, seconds_per_sample)
+
+
+def struck_by(*faults, marks_folder, seconds_per_sample=0.0):
+    """A factory of annotators whose workers suffer these faults."""
+    return partial(
+        _build, faults=faults, marks_folder=str(marks_folder), seconds_per_sample=seconds_per_sample
+    )
