@@ -124,6 +124,11 @@ class Archive:
             self._body_bytes -= len(piece)
         return b"".join(pieces)
 
+    def read_to_end(self) -> None:
+        """Pass over whatever still comes."""
+        while self._read(PIECE_BYTES):
+            pass
+
     def _skip_body(self) -> None:
         self._body_bytes += self._padding_bytes
         self._padding_bytes = 0

@@ -44,9 +44,16 @@ class InputConfig(Section):
         "txt", description="Field of the caption: txt, or json:NAME for a key of a JSON field."
     )
     max_image_pixels: PositiveInt = Field(
-        100_000_000, description="Larger images become error rows; looked at before decoding."
+        100_000_000,
+        description="Larger images become error rows, told from the header. A decode thread takes up to "
+        "16 bytes a pixel to decode an image, and again to mask it.",
     )
     max_member_bytes: PositiveInt = Field(64 * MEBIBYTE, description="Larger members become error rows.")
+    allow_commands: bool = Field(
+        False,
+        description="Whether a shard may be pipe:COMMAND, which is run on the worker, without a shell, and "
+        "writes the tar.",
+    )
 
 
 class ModelConfig(Section):
@@ -222,7 +229,7 @@ def config_hash(config: JobConfig, weights_digest: str) -> str:
         16 hexadecimal digits.
     """
     relevant = {
-        "input": config.input.model_dump(mode="json", exclude={"shards"}),
+        "input": config.input.model_dump(mode="json", exclude={"shards", "allow_commands"}),
         "model": config.model.model_dump(mode="json", exclude={"pretrained"}),
         "prompts": config.prompts.model_dump(mode="json"),
         "masks": config.masks.model_dump(mode="json"),

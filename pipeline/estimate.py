@@ -86,7 +86,7 @@ def dry_run(config: JobConfig) -> DryRun:
     Raises:
         UserError: no shard matches, or one of the patterns is refused.
     """
-    shards = storage.list_shards(config.input.shards)
+    shards = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
     out = storage.absolute(config.output.dir)
     done = jobs.shard_ids_in(out, "annotations", ".parquet") & {shard.shard_id for shard in shards}
     # of unknown size: missing, or made by a command that is not to be run now

@@ -74,6 +74,8 @@ def read_samples(
             if wanted is None or field in wanted:
                 group.take(member, field, archive, max_member_bytes)
     except DamageError as error:
+        # a source that failed says so at its end, and then the data is not to blame
+        archive.read_to_end()
         damage = error
     if group is not None:
         yield group.outcome()

@@ -13,6 +13,7 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import UserError
 from pipeline.storage import web
+from pipeline.storage.commands import is_command, named_shard
 from pipeline.storage.filesystems import resolve
 from pipeline.storage.reading import read_text
 from pipeline.storage.urls import (
@@ -28,14 +29,14 @@ from pipeline.storage.urls import (
 )
 
 SIZE_REQUESTS_AT_ONCE = 32
-COMMAND_PREFIX = "pipe:"
 
 
-def list_shards(patterns: str | list[str]) -> list[ShardSource]:
+def list_shards(patterns: str | list[str], *, allow_commands: bool = False) -> list[ShardSource]:
     """Expand shard patterns to a sorted list without repetitions.
 
     Args:
         patterns: paths or URLs with braces and globs; ``@FILE`` reads patterns from a text file, one a line.
+        allow_commands: whether ``pipe:COMMAND`` may stand among them; it is run when the shard is opened.
 
     Returns:
         The shards, sorted by canonical URL.
@@ -45,7 +46,7 @@ def list_shards(patterns: str | list[str]) -> list[ShardSource]:
     """
     sizes: dict[str, int | None] = {}
     unsized: list[str] = []
-    for pattern in _spelled_out([patterns] if isinstance(patterns, str) else patterns):
+    for pattern in _spelled_out([patterns] if isinstance(patterns, str) else patterns, allow_commands):
         if not _is_glob(pattern):
             unsized.append(pattern)
         elif matches := _matches(pattern):
@@ -60,20 +61,28 @@ def list_shards(patterns: str | list[str]) -> list[ShardSource]:
     ]
 
 
-def _spelled_out(patterns: list[str]) -> Iterator[str]:
+def _spelled_out(patterns: list[str], allow_commands: bool) -> Iterator[str]:
     for pattern in patterns:
         if pattern.startswith("@"):
-            yield from _spelled_out(_lines(pattern[1:]))
-        elif pattern.startswith(COMMAND_PREFIX):
-            raise UserError(f"input.shards: {pattern.split()[0]!r} would run a command; give a path or a URL")
-        else:
-            _check_is_url(pattern)
-            yield from braceexpand.braceexpand(pattern)
+            yield from _spelled_out(_lines(pattern[1:]), allow_commands)
+            continue
+        # a command's own backslashes stay
+        for url in braceexpand.braceexpand(pattern, escape=not is_command(pattern)):
+            _check_is_url(url, allow_commands)
+            yield url
 
 
-def _check_is_url(pattern: str) -> None:
+def _check_is_url(url: str, allow_commands: bool) -> None:
+    if is_command(url):
+        if not allow_commands:
+            raise UserError(
+                f"input.shards: {url.split(maxsplit=1)[0]!r} would run a command: give a path or a URL, "
+                "or set input.allow_commands"
+            )
+        named_shard(url)
+        return
     try:
-        urlsplit(pattern)
+        urlsplit(url)
     except ValueError as error:
         raise UserError(f"input.shards: expected a path or a URL: {error}") from None
 
@@ -87,6 +96,8 @@ def _lines(url: str) -> list[str]:
 
 
 def _is_glob(pattern: str) -> bool:
+    if is_command(pattern):
+        return False
     parts = split_url(pattern)
     where = host_of(parts) + parts.path if parts.scheme in OBJECT_SCHEMES else pattern
     return parts.scheme not in WEB_SCHEMES and any(character in where for character in "*?[")
@@ -143,6 +154,8 @@ def _sizes_bytes(urls: Iterable[str]) -> Mapping[str, int | None]:
 
 
 def _size_bytes(url: str) -> int | None:
+    if is_command(url):
+        return None
     scheme = split_url(url).scheme
     if scheme in WEB_SCHEMES:
         return web.size_bytes(url)

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, cast
 
 from pipeline.errors import ShardError, ShortReadError, UserError
 from pipeline.storage import web
+from pipeline.storage.commands import CommandOutput, is_command
 from pipeline.storage.filesystems import resolve, resolved
 from pipeline.storage.urls import (
     WEB_SCHEMES,
@@ -65,6 +66,8 @@ def open_shard(shard: ShardSource) -> Iterator[BinaryIO]:
 def _opened(shard: ShardSource) -> tuple[Any, int]:
     """A stream, and how many bytes are known to come at least."""
     listed_bytes = shard.size_bytes or 0
+    if is_command(shard.url):
+        return CommandOutput(shard.url, shard.canonical_url), listed_bytes
     if split_url(shard.url).scheme in WEB_SCHEMES:
         found = web.WebObject(shard.url)
         return found, max(listed_bytes, found.announced_bytes)

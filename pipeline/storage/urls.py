@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 import pyarrow as pa
 
 from pipeline.errors import PipelineError
+from pipeline.storage.commands import COMMAND_PREFIX, is_command, named_shard
 
 OBJECT_SCHEMES = ("s3", "gs", "gcs")
 WEB_SCHEMES = ("http", "https")
@@ -66,8 +68,10 @@ def absolute(url: str) -> str:
 def canonical_url(url: str) -> str:
     """The absolute URL of a file without user info, query and fragment.
 
-    Local paths become ``file://`` URLs.
+    Local paths become ``file://`` URLs. For a command it is ``pipe:`` and the URL of the tar that it names.
     """
+    if is_command(url):
+        return COMMAND_PREFIX + shlex.quote(canonical_url(named_shard(url)))
     parts = split_url(url)
     if parts.scheme in ("", "file"):
         return local_path(url).as_uri()
@@ -77,7 +81,7 @@ def canonical_url(url: str) -> str:
 def without_credentials(pattern: str) -> str:
     """A path or URL pattern as it may be written down: user info, query and fragment removed from URLs."""
     is_remote = urlsplit(pattern).scheme in (*OBJECT_SCHEMES, *WEB_SCHEMES)
-    return canonical_url(pattern) if is_remote else pattern
+    return canonical_url(pattern) if is_remote or is_command(pattern) else pattern
 
 
 def shard_id(url: str) -> str:

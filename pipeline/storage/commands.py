@@ -1,0 +1,146 @@
+"""Shards that a command writes to its standard output: ``pipe:COMMAND`` among the shard patterns.
+
+For what has no URL of ours, such as ``pipe:zstd -dc /data/{0000..0009}.tar.zst``. The command is split into
+words as a shell would, and run without one: redirections, variables and globs mean nothing. It runs on the
+worker, in the worker's environment, which is also where its credentials should come from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import tempfile
+from contextlib import suppress
+from posixpath import basename
+from types import TracebackType
+from urllib.parse import urlsplit
+
+from pipeline.errors import ShardError, UserError
+
+COMMAND_PREFIX = "pipe:"
+SILENCE_TIMEOUT_S = 300.0
+COMPLAINT_BYTES = 2000
+_TAR_NAME = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst)\b", re.IGNORECASE)
+
+
+def is_command(url: str) -> bool:
+    """Whether opening it would run a command."""
+    return url.lstrip().lower().startswith(COMMAND_PREFIX)
+
+
+def named_shard(url: str) -> str:
+    """The one argument of a command that names the tar; it is written down in the command's place.
+
+    Raises:
+        UserError: the command cannot be split, or names no tar, or several.
+    """
+    program, *arguments = _words(url)
+    named = [word for word in arguments or [program] if _TAR_NAME.search(basename(urlsplit(word).path))]
+    if len(named) != 1:
+        raise UserError(
+            f"input.shards: {COMMAND_PREFIX}{program}: expected one argument that names the shard (*.tar, "
+            f"*.tar.gz, ...), by which its results are known; found {len(named)}"
+        )
+    return named[0]
+
+
+def _words(url: str) -> list[str]:
+    try:
+        words = shlex.split(url.lstrip()[len(COMMAND_PREFIX) :])
+    except ValueError as error:
+        raise UserError(f"input.shards: a command of {COMMAND_PREFIX} cannot be split: {error}") from None
+    if not words:
+        raise UserError(f"input.shards: expected a command after {COMMAND_PREFIX}, got none")
+    return words
+
+
+class CommandOutput:
+    """What a command writes, read as it comes; an exit code other than 0 is an error of the shard.
+
+    Args:
+        url: with the command.
+        canonical_url: how errors name it.
+        silence_timeout_s: how long the command may write nothing.
+
+    Raises:
+        OSError: the command cannot be started.
+    """
+
+    def __init__(self, url: str, canonical_url: str, *, silence_timeout_s: float = SILENCE_TIMEOUT_S) -> None:
+        self._words = _words(url)
+        self._canonical_url = canonical_url
+        self._silence_timeout_s = silence_timeout_s
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the command)
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 (the user's own command, allowed by the configuration)
+                self._words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=self._complaints,
+                bufsize=0,
+                start_new_session=True,
+            )
+        except OSError:
+            self._complaints.close()
+            raise
+        assert self._process.stdout is not None  # noqa: S101 (for the type checker: it is a pipe)
+        self._output = self._process.stdout
+        self._readable = select.poll()
+        self._readable.register(self._output, select.POLLIN)
+
+    def read(self, size_bytes: int) -> bytes:
+        """Up to so many bytes; none at the end, once the command has ended well.
+
+        Raises:
+            ShardError: it ended with another exit code than 0, or has been silent for too long.
+        """
+        if not self._readable.poll(1000 * self._silence_timeout_s):
+            raise self._failure(f"the command wrote nothing for {self._silence_timeout_s:g} s")
+        data = self._output.read(size_bytes)
+        if not data:
+            self._check_exit_code()
+        return data
+
+    def _check_exit_code(self) -> None:
+        try:
+            code = self._process.wait(self._silence_timeout_s)
+        except subprocess.TimeoutExpired:
+            raise self._failure("the command closed its output but does not end") from None
+        if code:
+            raise self._failure(f"the command ended with exit code {code}")
+
+    def _failure(self, what: str) -> ShardError:
+        end = self._complaints.seek(0, os.SEEK_END)
+        self._complaints.seek(max(0, end - COMPLAINT_BYTES))
+        complaint = " ".join(self._complaints.read().decode("utf-8", "replace").split())
+        told = f": {self._without_arguments(complaint)}" if complaint else ""
+        return ShardError(f"{self._canonical_url}: {what}{told}")
+
+    def _without_arguments(self, text: str) -> str:
+        """Arguments may hold credentials and signatures, which programs like to repeat in their errors."""
+        arguments = self._words[1:]
+        pieces = {piece for word in arguments for piece in (word, *re.split(r"[^\w.~+-]+", word))}
+        for piece in sorted(pieces, key=len, reverse=True):
+            if len(piece) > 3:
+                text = text.replace(piece, "***")
+        return text
+
+    def close(self) -> None:
+        """End the command, with whatever it started, if it still runs."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._output.close()
+        self._complaints.close()
+
+    def __enter__(self) -> CommandOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
