@@ -118,6 +118,20 @@ def test_the_meter_adds_up_what_threads_report(monkeypatch):
     assert Measures().device_busy_share is None
 
 
+def test_time_counts_once_while_several_device_steps_run(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("pipeline.measures.time.monotonic", lambda: now[0])
+    meter = Meter()
+    with meter.device_step():
+        now[0] = 2.0
+        with meter.device_step():
+            now[0] = 3.0
+            assert meter.read().device_busy_s == 3.0
+        now[0] = 5.0
+    now[0] = 10.0
+    assert meter.read() == Measures(device_busy_s=5.0, ready_s=10.0)
+
+
 def test_what_several_are_told_all_of_them_hear():
     logs = [io.StringIO(), io.StringIO()]
     consoles = [Console(file=log) for log in logs]
