@@ -56,7 +56,7 @@ def concluded(job: Job, result: JobResult) -> JobResult:
 def _succeeded(job: Job, result: JobResult) -> JobResult:
     """Write OUT/_SUCCESS, unless files do not belong together or not one sample could be read."""
     out = job.config.output.dir
-    counts = checked_counts(out, [shard.shard_id for shard in job.shards])
+    counts = checked_counts(out, [shard.shard_id for shard in job.shards], job.stamp.config_hash)
     torn = [shard for shard in job.shards if counts[shard.shard_id] is None]
     for shard in torn:
         storage.remove(storage.join_url(out, "annotations"), f"{shard.shard_id}.parquet")
@@ -65,7 +65,9 @@ def _succeeded(job: Job, result: JobResult) -> JobResult:
         names = ", ".join(shard.canonical_url for shard in torn)
         state = replace(result.state, shards_skipped=result.state.shards_skipped - len(torn))
         return replace(
-            result, state=state, stopped=f"files of different attempts; the same command redoes: {names}"
+            result,
+            state=state,
+            stopped=f"files of different attempts or configurations; the same command redoes: {names}",
         )
     total = total_counts(found for found in counts.values() if found is not None)
     if not total.samples_in and total.error_rows:

@@ -54,10 +54,10 @@ def read_status(output_dir: str) -> OutputStatus:
     Raises:
         UserError: the folder is not the output of a job.
     """
-    jobs.read_job(output_dir)
+    config_hash = str(jobs.read_job(output_dir).get("config_hash"))
     listed = {row["shard_id"]: row["shard"] for row in jobs.read_shard_list(output_dir)}
     published = sorted(jobs.shard_ids_in(output_dir, "annotations", ".parquet") & set(listed))
-    counts = checked_counts(output_dir, published)
+    counts = checked_counts(output_dir, published, config_hash)
     done = {shard: found for shard, found in counts.items() if found is not None}
     failed = sorted((jobs.shard_ids_in(output_dir, "failed", ".json") & set(listed)) - set(done))
     return OutputStatus(

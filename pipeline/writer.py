@@ -171,22 +171,31 @@ def published_counts(output_dir: str, shard_id: str) -> ShardCounts:
     )
 
 
-def checked_counts(output_dir: str, shard_ids: Sequence[str]) -> dict[str, ShardCounts | None]:
+def checked_counts(
+    output_dir: str, shard_ids: Sequence[str], config_hash: str
+) -> dict[str, ShardCounts | None]:
     """The counts of published shards, footers read concurrently.
 
+    Args:
+        output_dir: the job's output folder.
+        shard_ids: whose files are looked at.
+        config_hash: of the job; two that start together may each have found the folder empty.
+
     Returns:
-        By shard id; None where the two files are not of the same attempt, or one of them cannot be read.
+        By shard id; None where the two files are not of the same attempt, or of another configuration, or
+        one of them cannot be read.
     """
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        found = pool.map(lambda shard_id: _checked(output_dir, f"{shard_id}.parquet"), shard_ids)
+        found = pool.map(lambda shard_id: _checked(output_dir, f"{shard_id}.parquet", config_hash), shard_ids)
         return dict(zip(shard_ids, found, strict=True))
 
 
-def _checked(output_dir: str, name: str) -> ShardCounts | None:
+def _checked(output_dir: str, name: str, config_hash: str) -> ShardCounts | None:
     try:
         annotations = read_footer(storage.join_url(output_dir, "annotations", name))
         errors = read_footer(storage.join_url(output_dir, "errors", name))
         belong_together = annotations["attempt"] == errors["attempt"]
-        return counts_from_metadata(annotations) if belong_together else None
+        as_configured = annotations["config_hash"] == config_hash
+        return counts_from_metadata(annotations) if belong_together and as_configured else None
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid):
         return None

@@ -108,8 +108,10 @@ def remove(folder_url: str, name: str) -> None:
     with told_as(OutputError, join_url(folder_url, name), "cannot be removed"):
         filesystem, folder = resolved(folder_url)
         path = posixpath.join(folder, name)
-        if filesystem.get_file_info(path).is_file:
-            filesystem.delete_file(path)
+        # another job may remove it in between
+        with suppress(FileNotFoundError):
+            if filesystem.get_file_info(path).is_file:
+                filesystem.delete_file(path)
 
 
 def sweep_temporary_files(folder_url: str, *, older_than_s: float, now_s: float) -> int:

@@ -9,6 +9,7 @@ from corpus import demo_job, write_corpus
 from pipeline import job as jobs
 from pipeline.errors import UserError
 from pipeline.records import SampleError
+from pipeline.result import JobResult, concluded, first_state
 from pipeline.status import read_status
 from pipeline.writer import ShardWriter
 
@@ -64,6 +65,25 @@ def test_new_shards_are_taken_in_and_the_job_is_no_longer_complete(corpus, tmp_p
     grown = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     assert [shard.canonical_url for shard in grown.todo] == [corpus[2].as_uri()]
     assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_files_of_a_job_with_another_configuration_that_started_at_the_same_time_are_no_success(
+    corpus, tmp_path
+):
+    out = tmp_path / "out"
+    other = jobs.prepare_job(demo_job(corpus, out, masks={"rule": "fixed", "value": 0.3}))
+    job = jobs.prepare_job(demo_job(corpus, out))
+    for shard in job.shards:
+        commit(other if shard is job.shards[1] else job, shard)
+    assert read_status(str(out)).mismatched == (job.shards[1].shard_id,)
+    again = jobs.prepare_job(demo_job(corpus, out))
+    result = concluded(again, JobResult(first_state(again)))
+    assert not result.complete
+    assert job.shards[1].canonical_url in result.stopped
+    assert not (out / "_SUCCESS").exists()
+    assert [shard.shard_id for shard in jobs.prepare_job(demo_job(corpus, out)).todo] == [
+        job.shards[1].shard_id
+    ]
 
 
 def test_another_configuration_is_refused_and_what_differs_is_named(corpus, tmp_path):
