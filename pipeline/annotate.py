@@ -15,6 +15,7 @@ import torch
 import legrad
 from legrad.masks import ImageMasks, MaskRule, grid_to_masks
 from pipeline import storage
+from pipeline.batch_size import find_batch_size
 from pipeline.config import InputConfig, JobConfig
 from pipeline.decode import decode_image, find_field, read_captions
 from pipeline.engine import Engine, ExplainedSample, PreparedSample, Prompt
@@ -27,6 +28,7 @@ from pipeline.stream import BatchStream, Stages, StreamLimits
 from pipeline.writer import ShardWriter
 
 LOOKAHEAD_BATCHES = 8
+PROMPTS_TRIED = 4
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class ShardAnnotator:
         self._engine = Engine(
             explainer,
             config.prompts.max_per_sample,
-            config.run.batch_size,
+            self._batch_size(),
             self._meter,
             batches_at_once=batches_at_once,
         )
@@ -143,6 +145,14 @@ class ShardAnnotator:
     def measures(self) -> Measures:
         """Images decoded and time on the device, since the model was loaded."""
         return self._meter.read()
+
+    def _batch_size(self) -> int:
+        if self._config.run.batch_size != "auto":
+            return self._config.run.batch_size
+        several = self._config.prompts.source == "captions"
+        return find_batch_size(
+            self._explainer, min(self._config.prompts.max_per_sample, PROMPTS_TRIED if several else 1)
+        )
 
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:

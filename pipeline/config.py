@@ -138,7 +138,11 @@ class RunConfig(Section):
     cpus_per_worker: PositiveInt | None = Field(
         None, description="CPU cores of one worker; null: the cluster's cores shared out, at most 8."
     )
-    batch_size: PositiveInt = Field(32, description="Images of one forward pass.")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        32,
+        description="Images of one forward pass. auto: on a GPU found by trying when a worker starts, on a "
+        "CPU 8. A batch too large for the device's memory is halved in any case.",
+    )
     lookahead_bytes: PositiveInt = Field(
         512 * MEBIBYTE, description="Bytes of samples, as read, that one worker holds at a time."
     )

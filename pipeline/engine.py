@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -125,6 +126,17 @@ class Engine:
             else:
                 explained += part
         return explained
+
+    def measure_s(self, samples: Sequence[PreparedSample]) -> float:
+        """Explain one batch as it is, and say how many seconds that took.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit.
+        """
+        with self._turns:
+            started_s = time.perf_counter()
+            self._explain(samples)
+            return time.perf_counter() - started_s
 
     def _explained_if_it_fits(
         self, samples: Sequence[PreparedSample], has_the_device_alone: bool

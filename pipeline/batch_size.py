@@ -1,0 +1,78 @@
+"""`run.batch_size: auto`: how many images a forward pass takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+import legrad
+from pipeline.decode import DecodedImage
+from pipeline.engine import Engine, PreparedSample, Prompt
+
+logger = logging.getLogger(__name__)
+
+# a core gains nothing from more, and memory grows with the batch
+CPU_BATCH_SIZE = 8
+FIRST_TRIED = 8
+LARGEST_TRIED = 1024
+WORTHWHILE_GAIN = 1.05
+
+
+def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int) -> int:
+    """Find how many images keep a device busy: on CUDA by trying, on a CPU a fixed number.
+
+    Args:
+        explainer: the loaded model.
+        prompts_per_sample: how many each image of the trial gets.
+    """
+    if explainer.device.type != "cuda":
+        return CPU_BATCH_SIZE
+    trial = Engine(explainer, prompts_per_sample, LARGEST_TRIED)
+    transform = explainer.transform
+    pixels = np.zeros((transform.height, transform.width, 3), np.uint8)
+    image = DecodedImage(pixels, transform.height, transform.width)
+    prompts = tuple(Prompt(index, f"{index}") for index in range(prompts_per_sample))
+    sample = PreparedSample(0, "trial", image, prompts)
+
+    def step_s(images: int) -> float:
+        # the first run of a size also chooses kernels and takes memory
+        return min(trial.measure_s([sample] * images) for _ in range(2))
+
+    found = search_batch_size(step_s)
+    torch.cuda.empty_cache()
+    logger.info("run.batch_size auto: %d images", found)
+    return found
+
+
+def search_batch_size(step_s: Callable[[int], float]) -> int:
+    """Double the batch while that pays and fits.
+
+    Args:
+        step_s: runs a batch of so many images and returns its seconds; raises torch.OutOfMemoryError.
+
+    Returns:
+        The smallest size beyond which doubling gains less than 5 %; where memory ends first, half of what
+        fits, since two batches are held at a time. At least 1.
+    """
+    size, rate = FIRST_TRIED, _rate(step_s, FIRST_TRIED)
+    while rate is None and size > 1:
+        size //= 2
+        rate = _rate(step_s, size)
+    while rate is not None and size < LARGEST_TRIED:
+        doubled = _rate(step_s, 2 * size)
+        if doubled is None:
+            return max(1, size // 2)
+        if doubled < WORTHWHILE_GAIN * rate:
+            break
+        size, rate = 2 * size, doubled
+    return size
+
+
+def _rate(step_s: Callable[[int], float], images: int) -> float | None:
+    try:
+        return images / step_s(images)
+    except torch.OutOfMemoryError:
+        return None

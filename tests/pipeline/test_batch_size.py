@@ -1,0 +1,63 @@
+"""`run.batch_size: auto`: the search, on devices whose speed and memory are known."""
+
+import pytest
+import torch
+from corpus import demo_job, write_corpus
+
+from pipeline import storage
+from pipeline.annotate import ShardAnnotator
+from pipeline.batch_size import search_batch_size
+from pipeline.errors import UserError
+from pipeline.model import load_explainer
+
+
+def device(*, fits, overhead_s=0.0, image_s=0.001, parallel=1):
+    """Seconds of a step on a device that computes so many images side by side and holds so many at all."""
+
+    def step_s(images):
+        if images > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return overhead_s + -(-images // parallel) * image_s
+
+    return step_s
+
+
+def test_the_batch_grows_as_long_as_the_device_computes_more_side_by_side():
+    assert search_batch_size(device(fits=10**6, parallel=128)) == 128
+
+
+def test_no_larger_batch_is_taken_where_it_gains_nothing():
+    assert search_batch_size(device(fits=10**6, parallel=1)) == 8
+
+
+def test_the_cost_of_a_step_is_spread_over_more_images():
+    size = search_batch_size(device(fits=10**6, overhead_s=0.1, image_s=0.001))
+    time_lost = 0.1 / (0.1 + size * 0.001)
+    assert 512 <= size <= 1024
+    assert time_lost < 0.2
+
+
+@pytest.mark.parametrize(("fits", "size"), [(100, 32), (64, 32), (8, 4), (3, 1), (1, 1), (0, 1)])
+def test_where_memory_ends_first_two_batches_fit(fits, size):
+    assert search_batch_size(device(fits=fits, parallel=10**6)) == size
+
+
+def test_on_a_cpu_auto_is_a_fixed_size(tmp_path):
+    config = demo_job(write_corpus(tmp_path, 1, 20), tmp_path / "out", run={"batch_size": "auto"})
+    explainer = load_explainer(config.model, "cpu")
+    encode, sizes = explainer.encode, []
+
+    def counted(images):
+        sizes.append(len(images))
+        return encode(images)
+
+    explainer.encode = counted
+    annotator = ShardAnnotator(config, explainer, decode_threads=1, metadata={})
+    counts = annotator.annotate(storage.list_shards(config.input.shards)[0]).counts
+    annotator.close()
+    assert (sizes, counts.annotated) == ([8, 8, 4], 20)
+
+
+def test_a_batch_size_is_a_number_or_auto():
+    with pytest.raises(UserError, match=r"run\.batch_size"):
+        demo_job([], "out", run={"batch_size": "many"})
