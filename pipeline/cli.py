@@ -63,7 +63,9 @@ def _root(
 
 @app.command()
 def annotate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The job's configuration.")],
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.yaml", help="The job's configuration: a path or a URL.")
+    ],
     overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the shards and estimate; nothing is started or written.")

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline import storage
 from pipeline.errors import UserError
 
 MEBIBYTE = 1 << 20
@@ -189,7 +190,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
     """Read and validate a job's YAML file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file: a path, s3://, gs:// or http(s):// URL.
         overrides: ``section.key=value`` strings; values are parsed as YAML, later ones win.
 
     Returns:
@@ -198,19 +199,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
     Raises:
         UserError: unreadable file, invalid YAML, unknown key (the nearest known one is named), bad value.
     """
+    where = storage.without_credentials(str(path))
+    text = storage.read_text(str(path))
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not valid YAML: {error}") from error
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: is not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise UserError(
-            f"{path}: expected a mapping with sections input, model, output; got {type(document).__name__}"
+            f"{where}: expected a mapping with sections input, model, output; got {type(document).__name__}"
         )
     for override in overrides:
         document = _with_override(document, override)
-    return parse_config(document, where=str(path))
+    return parse_config(document, where=where)
 
 
 def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobConfig:
