@@ -7,7 +7,7 @@ import time
 
 from pipeline.annotate import ShardReport
 from pipeline.errors import OutputError, ShardError
-from pipeline.measures import Measures
+from pipeline.measures import Measures, Meter
 from pipeline.records import SampleError, ShardCounts
 from pipeline.writer import ShardWriter
 
@@ -69,3 +69,24 @@ def light(config, metadata, cpus, device):
 
 def dies_while_loading(config, metadata, cpus, device):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SlowAnnotator(LightAnnotator):
+    """Takes its time over each shard, and pretends to have decoded an image and used a device."""
+
+    def __init__(self, config, metadata):
+        super().__init__(config, metadata)
+        self.meter = Meter()
+
+    def annotate(self, shard):
+        with self.meter.device_step():
+            time.sleep(0.2)
+        self.meter.image_decoded()
+        return super().annotate(shard)
+
+    def measures(self):
+        return self.meter.read()
+
+
+def slow(config, metadata, cpus, device):
+    return SlowAnnotator(config, metadata)

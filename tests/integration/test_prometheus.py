@@ -1,0 +1,99 @@
+"""Runs on a cluster that was there before: watched by Prometheus, and limited to some shards."""
+
+import os
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from corpus import demo_job
+from light_annotator import slow
+from prometheus_client.parser import text_string_to_metric_families
+from ray_head import ray_head
+
+from pipeline.job import prepare_job
+from pipeline.progress import SharedProgress
+from pipeline.run import run_job
+
+SCRAPING_S = 60
+
+
+@pytest.fixture(scope="module")
+def head():
+    with pytest.MonkeyPatch.context() as patch:
+        # workers import the light annotator by name
+        here, earlier = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [here, earlier])))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        with ray_head(dashboard=False) as started:
+            patch.setenv("RAY_ADDRESS", started.address)
+            yield started
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A job of so many empty shards."""
+
+    def make(number):
+        shards = [tmp_path / f"{index:02d}.tar" for index in range(number)]
+        for shard in shards:
+            shard.write_bytes(b"")
+        return prepare_job(demo_job(shards, tmp_path / "out", run={"workers": 1}))
+
+    return make
+
+
+class Scraper:
+    """Looks at the metrics while the run goes on, until all have come."""
+
+    def __init__(self, url):
+        self.url, self.seen, self.until_s = url, {}, time.monotonic() + SCRAPING_S
+
+    def update(self, state):
+        if not state.shards_done or len(self.seen) == 7:
+            return
+        with urllib.request.urlopen(self.url, timeout=10) as answer:
+            for family in text_string_to_metric_families(answer.read().decode()):
+                if family.name.startswith("ray_legrad_"):
+                    self.seen[family.name] = family
+        assert time.monotonic() < self.until_s, sorted(self.seen)
+
+    def say(self, message):
+        pass
+
+
+def test_a_run_can_be_watched_by_prometheus(head, job, tmp_path):
+    scraper = Scraper(head.metrics_url)
+    result = run_job(job(40), scraper, slow)
+    assert result.complete
+    # every kind but errors, of which there are none
+    assert {name.removeprefix("ray_legrad_") for name in scraper.seen} == {
+        *("shards", "workers", "samples", "rows", "images_decoded"),
+        *("device_busy_seconds", "worker_seconds"),
+    }
+    shards = {sample.labels["state"]: sample for sample in scraper.seen["ray_legrad_shards"].samples}
+    assert set(shards) == {"done", "failed", "left"}
+    assert sum(sample.value for sample in shards.values()) == 40
+    assert shards["done"].labels["output"] == str(tmp_path / "out")
+    assert scraper.seen["ray_legrad_samples"].type == "counter"
+    (annotated,) = scraper.seen["ray_legrad_samples"].samples
+    assert (annotated.name, annotated.labels["outcome"]) == ("ray_legrad_samples_total", "annotated")
+    assert 1 <= annotated.value <= 40
+    assert scraper.seen["ray_legrad_workers"].samples[0].value == 1
+    assert scraper.seen["ray_legrad_images_decoded"].samples[0].value >= 1
+    busy_s = scraper.seen["ray_legrad_device_busy_seconds"].samples[0].value
+    assert 0 < busy_s <= scraper.seen["ray_legrad_worker_seconds"].samples[0].value
+    # what workers measured is whole at the end, whenever they were asked last
+    assert result.state.measures.images_decoded == 40
+    assert 0 < result.state.measures.device_busy_share <= 1
+    assert result.state.loading_s < result.state.elapsed_s
+
+
+def test_a_limited_run_does_so_many_shards_and_the_next_run_the_others(head, job, tmp_path):
+    quiet = SharedProgress([])
+    first = run_job(job(6), quiet, slow, max_shards=2)
+    assert (first.state.shards_done, first.state.shards_left, first.complete) == (2, 4, False)
+    published = sorted(path.name[:2] for path in (tmp_path / "out" / "annotations").iterdir())
+    assert published == ["01", "04"]
+    second = run_job(job(6), quiet, slow)
+    assert (second.state.shards_skipped, second.state.shards_done, second.complete) == (2, 4, True)

@@ -1,0 +1,146 @@
+"""`ray job submit` on a real cluster of one machine: upload, exit codes, stop and resubmission."""
+
+import json
+import re
+import subprocess
+import time
+
+import pytest
+import yaml
+from accounts import audit
+from corpus import demo_job, write_corpus
+from ray_head import ray_head
+
+from pipeline.run_record import latest_run
+from pipeline.status import read_status
+
+pytestmark = pytest.mark.slow
+
+SAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def head():
+    with ray_head(dashboard=True, token=True) as started:
+        yield started
+
+
+@pytest.fixture
+def ray_job(head):
+    """Runs `ray job ACTION ...`; returns the finished process."""
+
+    def run(action, *arguments, timeout_s=240, **environment):
+        return subprocess.run(
+            ["ray", "job", action, "--address", head.dashboard_url, *arguments],
+            env={**head.environment, **environment},
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    return run
+
+
+@pytest.fixture
+def job_folder(tmp_path):
+    """A folder to upload: shards and the configuration, whose paths are relative to it."""
+
+    def make(shards=2, **run):
+        folder = tmp_path / "uploaded"
+        tars = write_corpus(folder / "shards", shards, SAMPLES)
+        settings = {"cpus_per_worker": 2, "batch_size": 4, "progress_interval_s": 0.5, **run}
+        document = demo_job([], tmp_path / "out", run=settings).model_dump(mode="json")
+        document["input"]["shards"] = "shards/*.tar"
+        (folder / "job.yaml").write_text(yaml.safe_dump(document))
+        return folder, tars
+
+    return make
+
+
+def driver_exit_code(head, ray_job, name):
+    """What ray keeps of the driver's own exit code."""
+    listed = ray_job("list", "--log-style=record").stdout
+    # one pretty-printed record a job
+    record = next(part for part in listed.split("JobDetails(") if f"submission_id='{name}'" in part)
+    return int(re.search(r"driver_exit_code=(\d+)", record).group(1))
+
+
+def submit(ray_job, folder, name, *arguments):
+    return ray_job(
+        "submit",
+        f"--submission-id={name}",
+        f"--working-dir={folder}",
+        *arguments,
+        "--",
+        "legrad",
+        "annotate",
+        "job.yaml",
+    )
+
+
+def test_a_submitted_job_uploads_its_folder_and_ends_with_0(ray_job, job_folder, tmp_path):
+    folder, tars = job_folder()
+    ended = submit(ray_job, folder, "complete")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "shards: 2 done" in ended.stdout
+    # job logs get plain lines
+    assert re.search(r"^shards \d/2, 0 failed, \d left \| samples", ended.stdout, re.MULTILINE)
+    status = read_status(str(tmp_path / "out"))
+    assert (status.complete, status.succeeded) == (True, True)
+    assert status.counts.annotated == len(tars) * SAMPLES
+
+
+def test_a_caller_without_the_token_is_refused(ray_job, job_folder, tmp_path):
+    folder, _ = job_folder()
+    ended = ray_job("submit", f"--working-dir={folder}", "--", "true", RAY_AUTH_TOKEN="f" * 64)
+    assert ended.returncode != 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("overrides", "code"), [(["run.batchsize=3"], 1), (["input.shards=gone.tar"], 3)])
+def test_the_drivers_own_exit_code_stands_in_the_jobs_status(
+    head, ray_job, job_folder, tmp_path, overrides, code
+):
+    folder, _ = job_folder(1, max_attempts=1)
+    name = f"ends-with-{code}"
+    ended = ray_job(
+        "submit",
+        f"--submission-id={name}",
+        f"--working-dir={folder}",
+        *("--", "legrad", "annotate", "job.yaml", *overrides),
+    )
+    assert ended.returncode == 1
+    assert driver_exit_code(head, ray_job, name) == code
+    assert "Traceback" not in ended.stdout
+
+
+def test_a_stopped_job_goes_on_where_it_was_when_it_is_submitted_again(ray_job, job_folder, tmp_path):
+    tars = write_corpus(tmp_path / "shared", 6, SAMPLES)
+    folder, _ = job_folder()
+    document = yaml.safe_load((folder / "job.yaml").read_text())
+    document["input"]["shards"] = str(tmp_path / "shared" / "*.tar")
+    (folder / "job.yaml").write_text(yaml.safe_dump(document))
+    out = tmp_path / "out"
+    assert submit(ray_job, folder, "stopped", "--no-wait").returncode == 0
+    wait_for(lambda: list((out / "annotations").glob("[!.]*.parquet")), ray_job, "stopped")
+    stopped = ray_job("stop", "stopped")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "STOPPED" in ray_job("status", "stopped").stdout
+    before = audit(out, tars)
+    assert before.shards_left > 0
+    # SIGTERM came, and there was time to say so before SIGKILL
+    assert latest_run(str(out)).ended == "terminated"
+    again = submit(ray_job, folder, "again")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{before.shards_done} done before" in again.stdout
+    after = audit(out, tars)
+    assert (after.shards_done, after.shards_left, after.annotated) == (6, 0, 6 * SAMPLES)
+    assert json.loads((out / "_SUCCESS").read_text())["samples_in"] == 6 * SAMPLES
+
+
+def wait_for(condition, ray_job, name):
+    deadline_s = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline_s, ray_job("logs", name).stdout
+        time.sleep(0.1)
