@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from pickle import UnpicklingError
 from typing import Literal
 
 import open_clip
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from legrad.errors import ModelLoadError, TokenizerError, UnsupportedModelError
+from legrad.errors import ModelLoadError, UnsupportedModelError
 from legrad.families import SUPPORTED, describe_tower
 from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
@@ -27,8 +26,9 @@ from legrad.inputs import (
     common_input_size,
     neutral_patches,
 )
+from legrad.load_failure import load_failure
 from legrad.masks import heatmaps_of
-from legrad.prompts import Tokenizer, embed_texts
+from legrad.prompts import Tokenizer, embed_texts, require_tokenizer
 from legrad.relevance import relevance_grids
 from legrad.support import model_support
 from legrad.trace import Trace, trace_images
@@ -136,7 +136,7 @@ class LeGrad:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # open_clip, torch and the readers of checkpoints share no base class
-            raise ModelLoadError(_load_failure(name, pretrained, error)) from error
+            raise ModelLoadError(load_failure(name, pretrained, error)) from error
         return cls(model, tokenizer=tokenizer, layers=layers, pool=pool, image_size=image_size, fit=fit)
 
     @property
@@ -185,12 +185,8 @@ class LeGrad:
             TokenizerError: the explainer was made without a tokenizer.
             InputError: the text tower is in training mode with active dropout.
         """
-        if self.tokenizer is None:
-            raise TokenizerError(
-                "embed_text: this LeGrad has no tokenizer; make it with LeGrad.from_open_clip, "
-                "or pass tokenizer=open_clip.get_tokenizer(model_name)"
-            )
-        return embed_texts(self.model, self.tokenizer, texts, self.embed_dim, self.device)
+        tokenizer = require_tokenizer(self.tokenizer)
+        return embed_texts(self.model, tokenizer, texts, self.embed_dim, self.device)
 
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Trace:
         """Run one forward pass.
@@ -319,15 +315,6 @@ def _check_request(name: str, precision: str) -> None:
     support = model_support(plain_name)
     if support.reason is not None:
         raise UnsupportedModelError(f"{name}: {support.reason}. Supported: {SUPPORTED}")
-
-
-def _load_failure(name: str, pretrained: str | None, error: Exception) -> str:
-    cause = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, UnpicklingError):  # its own message advises how to run the code
-        cause = "the checkpoint is damaged, or holds more than weights; code in it is never run"
-    if isinstance(error, ImportError) or "transformers" in cause:
-        return f"{name} needs the text tower of Hugging Face: pip install 'legrad-pipeline[hf]' ({cause})"
-    return f"open_clip could not make {name!r} with pretrained={pretrained!r}: {cause}"
 
 
 def _sized(transform: ImageTransform, image_size: int | tuple[int, int] | None) -> ImageTransform:
