@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from legrad.stages import Pullback, accumulation_dtype, pull_back, run_stages
+from legrad.kernels import rectified_column_sums
+from legrad.stages import Pullback, pull_back, run_stages
 from legrad.towers import Block, Scoring, Tower
 from legrad.trace import LayerTrace, Trace
 
@@ -91,7 +92,7 @@ def _layer_relevance(
         rows = image_index[chunk]
         gradients = pull_to_context(pull_to_tokens(scaled_gradients[chunk], rows), rows)
         context_gradients = torch.unflatten(gradients, -1, (heads, -1)).transpose(1, 2)
-        relevance[chunk] = rectified_column_sums(context_gradients, patch_values[rows], memory_budget_bytes)
+        relevance[chunk] = rectified_column_sums(context_gradients, patch_values, rows, memory_budget_bytes)
     return relevance * scales[:, 0] / (heads * queries)
 
 
@@ -167,24 +168,3 @@ def _prompt_chunks(
     bytes_per_prompt = 2 * queries * widest * layer.outputs.element_size()
     step = max(1, memory_budget_bytes // bytes_per_prompt)
     return (slice(start, start + step) for start in range(0, prompts, step))
-
-
-def rectified_column_sums(
-    gradients: Float[Tensor, "prompts heads queries head_dim"],
-    values: Float[Tensor, "prompts heads keys head_dim"],
-    memory_budget_bytes: int,
-) -> Float[Tensor, "prompts keys"]:
-    """Sum relu(gradients @ values^T) over heads and queries, holding no more of it than the budget allows."""
-    dtype = accumulation_dtype(gradients.dtype)
-    flat_gradients, flat_values = gradients.flatten(0, 1), values.flatten(0, 1)
-    bytes_per_query = values.shape[2] * values.element_size()
-    queries_per_step = min(gradients.shape[2], max(1, memory_budget_bytes // bytes_per_query))
-    heads_per_step = max(1, memory_budget_bytes // (bytes_per_query * queries_per_step))
-    sums = torch.zeros(flat_values.shape[:2], dtype=dtype, device=values.device)
-    for head in range(0, len(flat_values), heads_per_step):
-        rows = slice(head, head + heads_per_step)
-        keys = flat_values[rows].transpose(1, 2)
-        for queries in torch.split(flat_gradients[rows], queries_per_step, dim=1):
-            sums[rows] += torch.bmm(queries, keys).relu_().sum(dim=1, dtype=dtype)
-    relevance: Tensor = torch.unflatten(sums, 0, values.shape[:2]).sum(dim=1)
-    return relevance

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import legrad
 from legrad.inputs import as_ragged
-from legrad.relevance import rectified_column_sums, relevance_grids
+from legrad.relevance import relevance_grids
 from legrad.stages import activation_derivative
 
 GRID = (GRID_HEIGHT, GRID_WIDTH)
@@ -32,7 +32,14 @@ NORM_THEN_MEAN = {"pool_type": "avg"}
 @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
 @pytest.mark.parametrize(
     "vision",
-    [{}, {"ls_init_value": 0.5}, {"act_kwargs": {"approximate": "tanh"}}, {"mlp_ratio": 2.5}, CLIPA, NORM_THEN_MEAN],
+    [
+        {},
+        {"ls_init_value": 0.5},
+        {"act_kwargs": {"approximate": "tanh"}},
+        {"mlp_ratio": 2.5},
+        CLIPA,
+        NORM_THEN_MEAN,
+    ],
     ids=["plain", "layer_scale", "tanh_gelu", "narrow_mlp", "clipa", "norm_then_mean"],
 )
 def test_every_layer_equals_autograd_on_the_attention_matrix(vision, quick_gelu, pool):
@@ -218,14 +225,6 @@ def test_tiny_gradients_survive_half_precision():
     received = legrad.LeGrad(model.half()).relevance(images.half(), texts)
     assert expected.max() < torch.finfo(torch.float16).tiny
     assert relative_error(received, expected) < 0.02
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sums_over_many_queries_are_kept_in_float32(dtype):
-    # 4097 * 64 is beyond float16's range, and between two numbers of bfloat16.
-    gradients, values = torch.ones(1, 1, 4097, 8, dtype=dtype), torch.full((1, 1, 3, 8), 8, dtype=dtype)
-    sums = rectified_column_sums(gradients, values, memory_budget_bytes=2**20)
-    assert torch.equal(sums, torch.full((1, 3), 4097.0 * 64))
 
 
 def open_clip_convert(model, dtype):
