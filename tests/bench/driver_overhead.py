@@ -1,0 +1,131 @@
+"""What the driver costs a shard, whether its memory grows, and how long listing and resuming take.
+
+    python tests/bench/driver_overhead.py [--shards 100000] [--workers 2]
+
+A real local Ray, real workers, and an annotator that leaves two ready-made files a shard. In a row:
+listing (`prepare_job` on a fresh folder), the run, resuming (`prepare_job` where every shard but one is done)
+and concluding (the footers of all shards, and _SUCCESS). One JSON row:
+
+    wall_ms_a_shard, driver_cpu_ms_a_shard    from the first shard done to the last
+    rss_mib                                   of the driver, by share of the shards done
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from environment import environment
+from noop_annotator import noop
+
+from pipeline.config import JobConfig, parse_config
+from pipeline.demo.assets import DEMO_MODEL_NAME
+from pipeline.job import prepare_job
+from pipeline.progress import RunState
+from pipeline.run import run_job
+
+PAGE_BYTES = resource.getpagesize()
+
+
+def rss_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES / 2**20
+
+
+class Observer:
+    """Takes the driver's state as a progress display does, and notes time and memory along the way."""
+
+    def __init__(self, shards: int) -> None:
+        self.rss_by_share: dict[str, float] = {}
+        self.first: tuple[int, float, float] | None = None
+        self.last = (0, 0.0, 0.0)
+        self._marks = [0.1, 0.25, 0.5, 0.75, 0.99]
+        self._shards = shards
+
+    def update(self, state: RunState) -> None:
+        self.last = (state.shards_done, time.perf_counter(), time.process_time())
+        if self.first is None and state.shards_done:
+            self.first = self.last
+        while self._marks and state.shards_done >= self._marks[0] * self._shards:
+            self.rss_by_share[f"{self._marks.pop(0):g}"] = round(rss_mib(), 1)
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr)
+
+    def ms_a_shard(self) -> tuple[float, float]:
+        """Wall time and the driver's own CPU time, of all its threads."""
+        first = self.first or self.last
+        shards = max(1, self.last[0] - first[0])
+        wall_s, cpu_s = self.last[1] - first[1], self.last[2] - first[2]
+        return round(wall_s * 1000 / shards, 3), round(cpu_s * 1000 / shards, 3)
+
+
+def job_config(folder: Path, workers: int) -> JobConfig:
+    return parse_config(
+        {
+            "input": {"shards": f"{folder}/in/*.tar"},
+            "model": {"name": DEMO_MODEL_NAME, "pretrained": "demo"},
+            "output": {"dir": str(folder / "out")},
+            "run": {"workers": workers, "cpus_per_worker": 1, "gpus_per_worker": 0},
+        }
+    )
+
+
+def write_shards(folder: Path, shards: int) -> None:
+    (folder / "in").mkdir()
+    for number in range(shards):
+        (folder / "in" / f"{number:06d}.tar").touch()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    # workers import the annotator by name
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+    )
+    observer = Observer(arguments.shards)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_shards(folder, arguments.shards)
+        config = job_config(folder, arguments.workers)
+        seconds = {"before": time.perf_counter()}
+        job = prepare_job(config)
+        seconds["listing_s"] = time.perf_counter()
+        result = run_job(job, observer, noop)
+        seconds["run_with_start_and_conclusion_s"] = time.perf_counter()
+        assert result.state.shards_done == arguments.shards, result
+        next((folder / "out" / "annotations").iterdir()).unlink()
+        (folder / "out" / "_SUCCESS").unlink(missing_ok=True)
+        left = prepare_job(config)
+        seconds["resuming_s"] = time.perf_counter()
+        assert len(left.todo) == 1
+    durations = {
+        name: round(end - start, 2)
+        for (name, end), start in zip(list(seconds.items())[1:], seconds.values(), strict=False)
+    }
+    wall_ms, cpu_ms = observer.ms_a_shard()
+    print(
+        json.dumps(
+            {
+                "benchmark": "driver_overhead",
+                **environment(),
+                "settings": vars(arguments),
+                **durations,
+                "wall_ms_a_shard": wall_ms,
+                "driver_cpu_ms_a_shard": cpu_ms,
+                "rss_mib_by_share_done": observer.rss_by_share,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
