@@ -5,10 +5,10 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-all check fix demo-model clean
+.PHONY: help setup demo test test-all check fix bench-pipeline demo-model clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml configs/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,14 @@ fix: $(STAMP)  ## format, mend what the linter can, renew the list of keys in co
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 	$(BIN)/python -m pipeline.config_page configs/README.md
+
+bench-pipeline: $(STAMP)  ## benchmarks of the pipeline: stream, throughput, memory, driver; a JSON row each
+	$(BIN)/python tests/bench/stream_busy.py
+	$(BIN)/python tests/bench/annotate_throughput.py
+	$(BIN)/python tests/bench/cores_per_gpu.py
+	$(BIN)/python tests/bench/memory_by_shard_size.py
+	$(BIN)/python tests/bench/driver_overhead.py
+	$(BIN)/python tests/bench/driver_simulated_workers.py
 
 demo-model: $(STAMP)  ## train the demo model and render its shards again (needs npm; see pipeline/demo/README.md)
 	$(BIN)/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[train-demo-model]'
