@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import load_config
+from pipeline.config import ModelConfig, load_config
 from pipeline.errors import PipelineError, UserError
 
 USAGE_EXIT_CODE = 2  # typer's own
@@ -110,10 +110,20 @@ def evaluate(
 @app.command()
 def models(
     refused: Annotated[bool, typer.Option("--refused", help="Also list the others, and why.")] = False,
+    fetch: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="NAME TAG", help="Download this model's files into HF_HOME and load it once."),
+    ] = None,
 ) -> None:
-    """List the open_clip models that can be explained, with their family."""
+    """List the open_clip models that can be explained, with their family; or fetch one ahead of a job."""
     import legrad
 
+    if fetch:
+        from pipeline.model import load_explainer
+
+        explainer = load_explainer(ModelConfig(name=fetch[0], pretrained=fetch[1]), "cpu")
+        console.print(f"{' '.join(fetch)}: {explainer.tower.family}, its files are here", markup=False)
+        return
     table = Table("model", "family" if not refused else "family, or why it is refused")
     supported = legrad.supported_models()
     for name, support in supported.items():

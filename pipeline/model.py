@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -24,6 +27,11 @@ HUB_PREFIXES = ("hf-hub:", "local-dir:")
 def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeGrad:
     """Load the configured model, ready to explain images.
 
+    What a hub has is downloaded once into this machine's cache, `HF_HOME`; processes that load at the same
+    time wait for each other, by the locks of the hub's client. `legrad models --fetch NAME TAG` does that
+    ahead of a job: on every machine, or once with `HF_HOME` on shared storage. Machines without a connection
+    then need `HF_HUB_OFFLINE=1`, or every file is asked for in vain before the cache is used.
+
     Args:
         model: the configuration's model section.
         device: where the model goes.
@@ -32,17 +40,36 @@ def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeG
         UserError: unknown name or tag, unsupported architecture, missing or unreadable checkpoint.
     """
     try:
-        return legrad.LeGrad.from_open_clip(
-            _open_clip_name(model),
-            _checkpoint(model),
-            layers=model.layers,
-            device=torch.device(device),
-            precision=model.precision,
-            image_size=model.image_size,
-            fit=model.fit,
-        )
+        with _quiet_hub():
+            return legrad.LeGrad.from_open_clip(
+                _open_clip_name(model),
+                _checkpoint(model),
+                layers=model.layers,
+                device=torch.device(device),
+                precision=model.precision,
+                image_size=model.image_size,
+                fit=model.fit,
+            )
     except (LeGradError, OSError, ValueError) as error:
         raise UserError(f"model.name {model.name}, model.pretrained {model.pretrained}: {error}") from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Leave out what open_clip and the hub's client log; what fails is told once, by the error."""
+    root, hub = logging.getLogger(), logging.getLogger("huggingface_hub")
+    earlier_level = hub.level
+    hub.setLevel(logging.ERROR)
+    root.addFilter(_not_by_open_clip)  # which logs by the root logger
+    try:
+        yield
+    finally:
+        hub.setLevel(earlier_level)
+        root.removeFilter(_not_by_open_clip)
+
+
+def _not_by_open_clip(record: logging.LogRecord) -> bool:
+    return Path(record.pathname).parent.name != "open_clip"
 
 
 def check_model(model: ModelConfig) -> None:
