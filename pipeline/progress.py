@@ -112,7 +112,7 @@ class RecentPace:
 
 
 def as_line(state: RunState, pace: Pace) -> str:
-    """One line for a log: shards, samples, rate, images, busy share, errors and the time left."""
+    """One line for a log: shards, samples, rate, images, busy share, errors, time passed and left."""
     counts = state.counts_so_far
     waiting = "" if state.workers_ready else "waiting for workers | "
     return (
@@ -121,7 +121,7 @@ def as_line(state: RunState, pace: Pace) -> str:
         f"samples {counts.samples_in:,} ({pace.samples_per_s:,.1f}/s), {counts.failed:,} failed | "
         f"images {state.measures.images_decoded:,} | rows {counts.rows:,} | "
         f"device busy {as_share(pace.device_busy_share)} | errors {_errors(counts)} | "
-        f"time left {_time_left(state)}"
+        f"elapsed {as_duration(state.elapsed_s)}, left {_time_left(state)}"
     )
 
 

@@ -61,7 +61,10 @@ def record_from(document: dict[str, Any]) -> RunRecord:
 
 
 class RunRecorder:
-    """Publishes the state of a run every minute, and once more at its end."""
+    """Publishes the state of a run every minute, and once more at its end.
+
+    A record that cannot be written is left out: it is no reason to end a run.
+    """
 
     def __init__(self, output_dir: str) -> None:
         self._folder = storage.join_url(output_dir, RUNS_FOLDER)
@@ -73,11 +76,7 @@ class RunRecorder:
         self._next_s = 0.0
 
     def update(self, state: RunState) -> None:
-        """Take the newest state in, and publish it where the last time is a minute ago.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """Take the newest state in, and publish it where the last time is a minute ago."""
         self._state = state
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + INTERVAL_S
@@ -87,10 +86,9 @@ class RunRecorder:
         """Messages are not recorded."""
 
     def close(self, ended: str) -> None:
-        """Record how the run ended, if it had begun; raises nothing, for the end itself matters more."""
+        """Record how the run ended, if it had begun."""
         if self._next_s:
-            with suppress(OutputError):
-                self._publish(ended)
+            self._publish(ended)
 
     def _publish(self, ended: str) -> None:
         state = self._state
@@ -105,7 +103,8 @@ class RunRecorder:
             measures=state.measures,
             workers=state.workers_ready,
         )
-        storage.publish(self._folder, self._name, record.as_json())
+        with suppress(OutputError):
+            storage.publish(self._folder, self._name, record.as_json())
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def test_a_log_gets_one_plain_line_with_everything_that_is_asked_of_it():
         "images 290",
         "device busy 90 %",
         "errors 10 (decode/truncated 10)",
-        "time left 40s",
+        "elapsed 35s, left 40s",
     ):
         assert told in line
 

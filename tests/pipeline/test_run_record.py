@@ -52,6 +52,14 @@ def test_what_ended_a_run_early_is_recorded_and_passed_on(tmp_path, error, ended
     assert latest_run(str(tmp_path)).ended == ended
 
 
+def test_a_record_that_cannot_be_written_ends_no_run(tmp_path):
+    (tmp_path / "runs").write_text("a file in the way")
+    with recorded_run(str(tmp_path)) as recorder:
+        recorder.update(STATE)
+        recorder.close("complete")
+    assert (tmp_path / "runs").read_text() == "a file in the way"
+
+
 def test_a_run_that_never_began_leaves_no_record(tmp_path):
     with recorded_run(str(tmp_path)) as recorder:
         recorder.close("complete")
