@@ -65,6 +65,7 @@ class Job:
         done: ids of shards that need no work.
         given_up: ids of shards that an earlier run gave up on and that are left alone.
         warnings: what the user should know before the work starts.
+        failed: ids of all shards that an earlier run gave up on.
     """
 
     config: JobConfig
@@ -73,6 +74,7 @@ class Job:
     done: frozenset[str]
     given_up: frozenset[str]
     warnings: tuple[str, ...] = ()
+    failed: frozenset[str] = frozenset()
 
     @property
     def todo(self) -> list[ShardSource]:
@@ -101,7 +103,8 @@ def prepare_job(config: JobConfig) -> Job:
         )
     done = shard_ids_in(out, "annotations", ".parquet")
     failed = shard_ids_in(out, "failed", ".json") - done
-    job = Job(config, stamp, tuple(shards), frozenset(done), frozenset(_left_alone(config, failed)), warnings)
+    left_alone = frozenset(_left_alone(config, failed))
+    job = Job(config, stamp, tuple(shards), frozenset(done), left_alone, warnings, frozenset(failed))
     if job.todo:
         # before the new list is there: a crash in between must not leave a success that was never reached
         storage.remove(out, SUCCESS_FILE)

@@ -238,9 +238,9 @@ class _Dispatcher:
 
     def _hand_out(self) -> None:
         # everybody's first shard before anybody's second
-        for seat in sorted(self._seats, key=lambda seat: len(seat.in_hand)):
-            if seat.has_room and len(seat.in_hand) < MAX_SHARDS_IN_HAND:
-                self._give_next(seat)
+        free = [seat for seat in self._seats if seat.has_room and len(seat.in_hand) < MAX_SHARDS_IN_HAND]
+        for seat in sorted(free, key=lambda seat: len(seat.in_hand)):
+            self._give_next(seat)
 
     def _give_next(self, seat: _Seat) -> None:
         waiting_for_a_first = sum(not other.in_hand for other in self._seats)
@@ -267,9 +267,14 @@ class _Dispatcher:
         if not self._calls:
             time.sleep(WAIT_S)
             return
-        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=WAIT_S)
+        calls = list(self._calls)
+        ray.wait(calls, num_returns=1, timeout=WAIT_S)
+        # all that have ended by now: what the loop does besides costs as much for one as for many
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         for reference in ready:
-            call = self._calls.pop(reference)
+            call = self._calls.pop(reference, None)
+            if call is None:
+                continue  # of a worker that was lost a moment ago
             try:
                 self._settle(call, ray.get(reference))
             except RayTaskError:
@@ -283,7 +288,7 @@ class _Dispatcher:
             self._loaded(call.seat, answer)
         elif isinstance(answer, ShardOutcome) and call.shard is not None:
             call.seat.in_hand.remove(call.shard)
-            call.seat.live_counts, self._next_pulse_s = ShardCounts(), 0.0
+            call.seat.live_counts = answer.live_counts
             call.seat.measures, call.seat.moved_s = answer.measures, time.monotonic()
             self._attempted(call.shard, answer)
         elif call.kind == "room":
@@ -315,7 +320,8 @@ class _Dispatcher:
             self._give_up(given_up)
 
     def _done(self, shard: ShardSource, counts: ShardCounts) -> None:
-        jobs.forget_failure(self._job.config.output.dir, shard.shard_id)
+        if shard.shard_id in self._job.failed:
+            jobs.forget_failure(self._job.config.output.dir, shard.shard_id)
         state = self._state
         self._state = replace(state, shards_done=state.shards_done + 1, counts=state.counts + counts)
 

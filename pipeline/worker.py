@@ -36,12 +36,14 @@ class ShardOutcome:
         report: counts and duration, where done.
         message: what went wrong, where not.
         measures: of the worker since it loaded its model.
+        live_counts: outcomes so far of the shards that it still has in hand.
     """
 
     status: Literal["done", "retry", "fatal"]
     report: ShardReport | None = None
     message: str = ""
     measures: Measures = field(default_factory=Measures)
+    live_counts: ShardCounts = field(default_factory=ShardCounts)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ class Worker:
         if self._annotator is None:
             return ShardOutcome("retry", message="the worker has not loaded its model")
         outcome = self._attempt(self._annotator, shard)
-        return replace(outcome, measures=self._annotator.measures())
+        annotator = self._annotator
+        return replace(outcome, measures=annotator.measures(), live_counts=annotator.live_counts())
 
     def _attempt(self, annotator: Annotator, shard: ShardSource) -> ShardOutcome:
         try:
