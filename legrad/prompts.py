@@ -16,7 +16,8 @@ from legrad.errors import InputError, TokenizerError
 
 # open_clip's tokenizers share no class: called with texts they give tokens, and they have a context_length.
 Tokenizer: TypeAlias = Any
-TEXT_BATCH_SIZE = 256
+# A processor's caches hold few texts; on a device the launches of kernels are what counts.
+CPU_BATCH_SIZE, DEVICE_BATCH_SIZE = 16, 256
 
 
 def embed_texts(
@@ -52,7 +53,7 @@ def embed_tokens(
     model: nn.Module,
     token_ids: Int[Tensor, "prompts context"],
     device: torch.device,
-    batch_size: int = TEXT_BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Float[Tensor, "prompts embed_dim"]:
     """Embed tokenised texts, in batches of similar length.
 
@@ -63,7 +64,7 @@ def embed_tokens(
         model: an open_clip model.
         token_ids: as the model's tokenizer gives them, padded; at least one text.
         device: of the model.
-        batch_size: texts that pass the tower at once.
+        batch_size: texts that pass the tower at once; None: what suits the device.
 
     Returns:
         Unit rows, as `embed_texts` gives them.
@@ -74,9 +75,10 @@ def embed_tokens(
     tower = _text_tower(model)
     _check_tokens(tower, token_ids)
     lengths = _needed_lengths(tower, token_ids)
+    size = batch_size or (CPU_BATCH_SIZE if device.type == "cpu" else DEVICE_BATCH_SIZE)
     by_length = lengths.argsort()
     batches = []
-    for rows in torch.split(by_length, batch_size):
+    for rows in torch.split(by_length, size):
         batch = token_ids[rows, : int(lengths[rows[-1]])].to(device)
         embeddings = _encode(model, tower, batch, token_ids.shape[1])
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from legrad.explainer import LeGrad
-from legrad.prompts import TEXT_BATCH_SIZE, embed_tokens, refuse_active_dropout, require_tokenizer, truncated
+from legrad.prompts import embed_tokens, refuse_active_dropout, require_tokenizer, truncated
 
 # What Python and torch keep for one text beside its characters and its numbers: measured, rounded up.
 ENTRY_OVERHEAD_BYTES = 1024
@@ -45,7 +45,7 @@ class TextEmbedder:
     """
 
     def __init__(
-        self, explainer: LeGrad, *, max_cache_bytes: int = 256 << 20, batch_size: int = TEXT_BATCH_SIZE
+        self, explainer: LeGrad, *, max_cache_bytes: int = 256 << 20, batch_size: int | None = None
     ) -> None:
         """Prepare to embed; nothing is computed yet.
 
@@ -53,7 +53,7 @@ class TextEmbedder:
             explainer: whose text tower and tokenizer are used.
             max_cache_bytes: the embeddings used least recently are dropped above this; 0 keeps none. On a
                 CUDA device the rows, not the texts, are in its memory.
-            batch_size: texts that pass the tower at once.
+            batch_size: texts that pass the tower at once; None: what suits the device.
 
         Raises:
             TokenizerError: the explainer was made without a tokenizer.

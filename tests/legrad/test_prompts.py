@@ -7,7 +7,7 @@ from tiny_models import EMBED_DIM, TEXT, tiny_clip
 from torch import nn
 
 import legrad
-from legrad.prompts import TEXT_BATCH_SIZE, truncated
+from legrad.prompts import CPU_BATCH_SIZE, truncated
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
 
@@ -18,7 +18,7 @@ def _explainer() -> legrad.LeGrad:
 
 def test_texts_become_the_models_own_unit_rows_in_order():
     explainer = _explainer()
-    texts = [f"a photo of {i} dogs" for i in range(TEXT_BATCH_SIZE + 3)]
+    texts = [f"a photo of {i} dogs" for i in range(3 * CPU_BATCH_SIZE + 3)]
     expected = explainer.model.encode_text(TOKENIZER(texts), normalize=True)
     received = explainer.embed_text(texts)
     torch.testing.assert_close(received, expected.detach())
