@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-all check fix bench-pipeline demo-model clean
+.PHONY: help setup demo test test-all check fix bench bench-gpu bench-pipeline demo-model clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -35,6 +35,12 @@ fix: $(STAMP)  ## format, mend what the linter can, renew the list of keys in co
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 	$(BIN)/python -m pipeline.config_page configs/README.md
+
+bench: $(STAMP)  ## explaining on the CPU beside the authors' package and a forward pass: ten minutes, a JSON row each
+	$(BIN)/python tests/bench/explain.py
+
+bench-gpu: $(STAMP)  ## explaining on a CUDA device beside a forward pass, the kernel beside its fallback
+	$(BIN)/python tests/bench/explain_gpu.py
 
 bench-pipeline: $(STAMP)  ## benchmarks of the pipeline: stream, throughput, memory, driver; a JSON row each
 	$(BIN)/python tests/bench/stream_busy.py

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# A piece that stays in a core's cache, in memory that the allocator keeps, takes half the time of a larger one.
+# A piece that stays in a core's cache, in memory that the allocator keeps, takes half the time.
 CPU_PIECE_BYTES_PER_THREAD = 2**20
 
 
