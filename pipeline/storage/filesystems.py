@@ -56,8 +56,13 @@ def _object_filesystem(root: SplitResult) -> pafs.FileSystem:
     return _s3(root) if root.scheme == "s3" else _gcs(root)
 
 
+def forget_filesystems() -> None:
+    """Let go of the filesystems kept for object stores, and with them of their connections."""
+    _object_filesystem.cache_clear()
+
+
 # registered after pyarrow's own handler, so called before it: no filesystem outlives the AWS SDK
-atexit.register(_object_filesystem.cache_clear)
+atexit.register(forget_filesystems)
 
 
 def _s3(root: SplitResult) -> pafs.S3FileSystem:

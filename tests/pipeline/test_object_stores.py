@@ -32,7 +32,7 @@ from pipeline.annotate import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError, ShortReadError, UserError
 from pipeline.status import read_status
-from pipeline.storage import ShardSource
+from pipeline.storage import ShardSource, web
 
 SECRET = "hunter2hunter2"
 
@@ -45,6 +45,8 @@ def environment(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.05)
 
 
 @pytest.fixture(scope="module")
