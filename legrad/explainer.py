@@ -233,7 +233,12 @@ class LeGrad:
         trace = self._as_trace(images)
         prompts = as_ragged(trace, text_embeddings, image_index)
         grids = relevance_grids(
-            self.tower, trace, prompts.unit_rows, prompts.image_index, scoring=self.scoring
+            self.tower,
+            trace,
+            prompts.unit_rows,
+            prompts.image_index,
+            scoring=self.scoring,
+            one_by_one=prompts.one_by_one,
         )
         merged = grids if per_layer else grids.sum(dim=0)
         return merged.reshape(*merged.shape[:-3], *prompts.leading, *merged.shape[-2:])

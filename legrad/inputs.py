@@ -25,11 +25,13 @@ class RaggedPrompts:
         unit_rows: one unit text embedding for each prompt.
         image_index: for each prompt, the row of its image.
         leading: the shape in which the caller gave the prompts: (batch, prompts) or (prompts,).
+        one_by_one: prompt i belongs to image i, for every image.
     """
 
     unit_rows: Float[Tensor, "prompts embed_dim"]
     image_index: Int[Tensor, " prompts"]
     leading: tuple[int, ...]
+    one_by_one: bool
 
 
 def as_ragged(trace: Trace, text_embeddings: Tensor, image_index: Tensor | None) -> RaggedPrompts:
@@ -47,7 +49,8 @@ def as_ragged(trace: Trace, text_embeddings: Tensor, image_index: Tensor | None)
     device, batch = unit_rows.device, trace.batch_size
     if image_index is not None:
         checked = _check_image_index(image_index, text_embeddings, batch)
-        return RaggedPrompts(unit_rows, checked.to(device), (len(checked),))
+        one_by_one = checked.device.type == "cpu" and torch.equal(checked, torch.arange(batch))
+        return RaggedPrompts(unit_rows, checked.to(device), (len(checked),), one_by_one)
     if unit_rows.ndim == 3 and len(unit_rows) != batch:
         raise InputError(
             f"text_embeddings [batch, prompts, embed_dim]: expected {batch} images, as encoded, "
@@ -56,7 +59,7 @@ def as_ragged(trace: Trace, text_embeddings: Tensor, image_index: Tensor | None)
     prompts = unit_rows.shape[-2]
     rows = unit_rows.expand(batch, -1, -1).flatten(0, 1)
     every_image = torch.arange(batch, device=device).repeat_interleave(prompts)
-    return RaggedPrompts(rows, every_image, (batch, prompts))
+    return RaggedPrompts(rows, every_image, (batch, prompts), one_by_one=prompts == 1)
 
 
 def check_images(tower: Tower, images: Tensor) -> None:

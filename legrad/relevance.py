@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from legrad.kernels import rectified_column_sums
-from legrad.stages import Pullback, pull_back, run_stages
+from legrad.stages import Pullback, Rows, pull_back, run_stages
 from legrad.towers import Block, Scoring, Tower
 from legrad.trace import LayerTrace, Trace
 
@@ -36,6 +36,7 @@ def relevance_grids(
     image_index: Int[Tensor, " prompts"],
     *,
     scoring: Scoring,
+    one_by_one: bool = False,
     memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
 ) -> Float[Tensor, "layers prompts grid_height grid_width"]:
     """Compute raw relevance for ragged prompts: each prompt belongs to one image of the trace.
@@ -46,6 +47,7 @@ def relevance_grids(
         unit_text_embeddings: one unit row for each prompt, in float32 or finer.
         image_index: for each prompt, the row of its image in the trace.
         scoring: how a layer is scored; the one that the trace was made for.
+        one_by_one: prompt i belongs to image i, for every image.
         memory_budget_bytes: bound on the temporaries of one step; one prompt's tail is the least taken.
 
     Returns:
@@ -60,6 +62,7 @@ def relevance_grids(
                 unit_text_embeddings,
                 image_index,
                 scoring=scoring,
+                one_by_one=one_by_one,
                 memory_budget_bytes=memory_budget_bytes,
             )
             for layer in trace.layers
@@ -75,9 +78,11 @@ def _layer_relevance(
     image_index: Int[Tensor, " prompts"],
     *,
     scoring: Scoring,
+    one_by_one: bool,
     memory_budget_bytes: int,
 ) -> Float[Tensor, "prompts patches"]:
-    pooled_gradients, pull_to_tokens = _score_gradients(scoring, layer, unit_text_embeddings, image_index)
+    every_row = slice(None) if one_by_one else image_index
+    pooled_gradients, pull_to_tokens = _score_gradients(scoring, layer, unit_text_embeddings, every_row)
     # Gradients are tiny, and all that follows is linear in their scale: half precision would lose them.
     smallest = torch.finfo(pooled_gradients.dtype).tiny
     scales = pooled_gradients.abs().amax(dim=-1, keepdim=True).clamp(min=smallest)
@@ -89,10 +94,12 @@ def _layer_relevance(
     heads, queries, patches = layer.values.shape[1], layer.outputs.shape[1], patch_values.shape[2]
     relevance = scales.new_empty(len(image_index), patches)
     for chunk in _prompt_chunks(len(image_index), layer, scoring.pooled_tokens, memory_budget_bytes):
-        rows = image_index[chunk]
+        rows = chunk if one_by_one else image_index[chunk]
         gradients = pull_to_context(pull_to_tokens(scaled_gradients[chunk], rows), rows)
         context_gradients = torch.unflatten(gradients, -1, (heads, -1)).transpose(1, 2)
-        relevance[chunk] = rectified_column_sums(context_gradients, patch_values, rows, memory_budget_bytes)
+        relevance[chunk] = rectified_column_sums(
+            context_gradients, patch_values, image_index[chunk], memory_budget_bytes
+        )
     return relevance * scales[:, 0] / (heads * queries)
 
 
@@ -100,7 +107,7 @@ def _score_gradients(
     scoring: Scoring,
     layer: LayerTrace,
     unit_text_embeddings: Float[Tensor, "prompts embed_dim"],
-    image_index: Int[Tensor, " prompts"],
+    rows: Rows,
 ) -> tuple[Float[Tensor, "prompts 1 width"], Pullback]:
     """Differentiate each prompt's score by the mean of the pooled tokens, and say how the tokens follow.
 
@@ -115,16 +122,16 @@ def _score_gradients(
     normed, token_inputs = run_stages(scoring.token_stages, tokens)
     mean = normed.mean(dim=1, keepdim=True, dtype=dtype)
     features, head_inputs = run_stages(scoring.head, mean)
-    feature_gradients = _feature_gradients(features[:, 0], unit_text_embeddings, image_index, scoring.is_unit)
+    feature_gradients = _feature_gradients(features[:, 0], unit_text_embeddings, rows, scoring.is_unit)
     pull_to_mean = pull_back(scoring.head, head_inputs, dtype)
-    gradients = pull_to_mean(feature_gradients[:, None], image_index) / tokens.shape[1]
+    gradients = pull_to_mean(feature_gradients[:, None], rows) / tokens.shape[1]
     return gradients, pull_back(scoring.token_stages, token_inputs, dtype)
 
 
 def _feature_gradients(
     features: Float[Tensor, "batch embed_dim"],
     unit_text_embeddings: Float[Tensor, "prompts embed_dim"],
-    image_index: Int[Tensor, " prompts"],
+    rows: Rows,
     is_unit: bool,
 ) -> Float[Tensor, "prompts embed_dim"]:
     """Differentiate <unit(feature), text>, or <feature, text>, by the feature."""
@@ -132,9 +139,9 @@ def _feature_gradients(
         return unit_text_embeddings
     smallest = torch.finfo(features.dtype).tiny
     lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp(min=smallest)
-    unit = (features / lengths)[image_index]
+    unit = (features / lengths)[rows]
     cosine = (unit * unit_text_embeddings).sum(dim=-1, keepdim=True)
-    gradients: Tensor = (unit_text_embeddings - cosine * unit) / lengths[image_index]
+    gradients: Tensor = (unit_text_embeddings - cosine * unit) / lengths[rows]
     return gradients
 
 
@@ -144,12 +151,12 @@ def _context_pullback(block: Block, layer: LayerTrace, pooled_tokens: slice) -> 
     pull_mlp = pull_back(block.mlp, _selected(layer.mlp_inputs, pooled_tokens), dtype)
     pull_out = pull_back(block.out, _selected(layer.out_inputs, pooled_tokens), dtype)
 
-    def pull(gradients: Tensor, image_index: Tensor) -> Tensor:
+    def pull(gradients: Tensor, rows: Rows) -> Tensor:
         through_residual = gradients.to(dtype)
         attended = through_residual
         if block.mlp:
-            attended = (pull_mlp(through_residual, image_index) + through_residual).to(dtype)
-        return pull_out(attended, image_index).to(dtype)
+            attended = (pull_mlp(through_residual, rows) + through_residual).to(dtype)
+        return pull_out(attended, rows).to(dtype)
 
     return pull
 

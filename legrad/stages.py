@@ -7,21 +7,28 @@ A stage acts on each token alone, and has
     pullback(inputs, dtype)     the stage linearised at the inputs [batch, tokens, in] of a batch of images
                                 (None if it is linear); matrix products are computed in `dtype`
 
-One pullback carries the gradients of any number of prompts. A gradient that is the same for all tokens of a
-prompt keeps a token axis of one until a stage makes the tokens differ: with mean pooling, the first product
-of an MLP's backward pass is therefore a vector times a matrix.
+One pullback carries the gradients of any number of prompts; `rows` says which image each belongs to, as
+indices or, where prompts and images go one by one, as a slice, which copies nothing. A gradient that is the
+same for all tokens of a prompt keeps a token axis of one until a stage makes the tokens differ: with mean
+pooling, the first product of an MLP's backward pass is therefore a vector times a matrix.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# (output gradients [prompts, 1 or tokens, out], image of each prompt [prompts]) -> input gradients
-Pullback = Callable[[Tensor, Tensor], Tensor]
+# quick_gelu(x) = silu(1.702 x) / 1.702, so their derivatives are one.
+QUICK_GELU_SLOPE = 1.702
+
+Rows = slice | Tensor
+# (output gradients [prompts, 1 or tokens, out], image of each prompt) -> input gradients
+Pullback = Callable[[Tensor, Rows], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Linear:
     def pullback(self, _inputs: Tensor | None, dtype: torch.dtype) -> Pullback:
         """Linearise the stage."""
         weight = self.weight().to(dtype)
-        return lambda gradients, _image_index: gradients.to(dtype) @ weight
+        return lambda gradients, _rows: gradients.to(dtype) @ weight
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Scale:
 
     def pullback(self, _inputs: Tensor | None, _dtype: torch.dtype) -> Pullback:
         """Linearise the stage."""
-        return lambda gradients, _image_index: gradients * self.factor().to(gradients.dtype)
+        return lambda gradients, _rows: gradients * self.factor().to(gradients.dtype)
 
 
 @dataclass(frozen=True)
@@ -97,18 +104,9 @@ class Norm:
         return F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
 
     def pullback(self, inputs: Tensor | None, _dtype: torch.dtype) -> Pullback:
-        """Linearise; statistics and what follows from them are in float32 at least."""
-        normed, inverse_std = standardise(_given(inputs), self.module.eps)
-        weight = self.module.weight.to(normed.dtype)
-
-        def pull(gradients: Tensor, image_index: Tensor) -> Tensor:
-            standardised = normed[image_index]
-            weighted = gradients.to(normed.dtype) * weight
-            projection = (weighted * standardised).mean(dim=-1, keepdim=True)
-            centred = weighted - weighted.mean(dim=-1, keepdim=True)
-            return torch.addcmul(centred, standardised, projection, value=-1).mul_(inverse_std[image_index])
-
-        return pull
+        """Linearise the stage; torch's kernels keep sums and statistics in float32 at least."""
+        tokens = _given(inputs)
+        return lambda gradients, rows: _norm_backward(self.module, tokens[rows], gradients)
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,16 @@ class Activation:
 
     def pullback(self, inputs: Tensor | None, _dtype: torch.dtype) -> Pullback:
         """Linearise the stage."""
-        derivative = activation_derivative(self.module, _given(inputs))
-        return lambda gradients, image_index: derivative[image_index].mul_(gradients)
+        tokens = _given(inputs)
+        derivative = functools.cache(lambda: activation_derivative(self.module, tokens))
+
+        def pull(gradients: Tensor, rows: Rows) -> Tensor:
+            if isinstance(rows, slice):
+                return activation_backward(self.module, tokens[rows], gradients)
+            # Several prompts of an image share its derivatives.
+            return derivative()[rows].mul_(gradients)
+
+        return pull
 
 
 @dataclass(frozen=True)
@@ -160,8 +166,8 @@ class Gate:
         by_gate = activation_derivative(self.activation, gate) * values
         derivative = torch.stack([by_gate, by_values], dim=-2)
 
-        def pull(gradients: Tensor, image_index: Tensor) -> Tensor:
-            return derivative[image_index].mul_(gradients.unsqueeze(-2)).flatten(-2)
+        def pull(gradients: Tensor, rows: Rows) -> Tensor:
+            return (derivative[rows] * gradients.unsqueeze(-2)).flatten(-2)
 
         return pull
 
@@ -186,9 +192,9 @@ def pull_back(stages: Sequence[Stage], kept_inputs: Sequence[Tensor | None], dty
     """Linearise stages at the inputs that `run_stages` kept, and compose their pullbacks."""
     pullbacks = [stage.pullback(inputs, dtype) for stage, inputs in zip(stages, kept_inputs, strict=True)]
 
-    def pull(gradients: Tensor, image_index: Tensor) -> Tensor:
+    def pull(gradients: Tensor, rows: Rows) -> Tensor:
         for pullback in reversed(pullbacks):
-            gradients = pullback(gradients, image_index)
+            gradients = pullback(gradients, rows)
         return gradients
 
     return pull
@@ -201,22 +207,52 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def activation_derivative(activation: nn.Module, inputs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Differentiate an elementwise activation at each input."""
+    return activation_backward(activation, inputs, inputs.new_ones(()))
+
+
+def activation_backward(
+    activation: nn.Module, inputs: Float[Tensor, "*shape"], gradients: Float[Tensor, "..."]
+) -> Float[Tensor, "*shape"]:
+    """Multiply gradients, of any shape that expands to the inputs', by the activation's derivative there."""
+    gradients = gradients.to(inputs.dtype).expand_as(inputs)
+    if inputs.device.type == "cpu":  # whose kernels take no gradient that is expanded
+        gradients, inputs = gradients.contiguous(), inputs.contiguous()
+    # One pass over memory each, where autograd would compute the outputs first.
+    product: Tensor | None = None
+    if type(activation) is nn.GELU:
+        product = torch.ops.aten.gelu_backward(gradients, inputs, approximate=activation.approximate)
+    elif type(activation) is QuickGELU:
+        product = torch.ops.aten.silu_backward(gradients, QUICK_GELU_SLOPE * inputs)
+    return _backward_by_autograd(activation, inputs, gradients) if product is None else product
+
+
+def _backward_by_autograd(
+    activation: nn.Module, inputs: Float[Tensor, "*shape"], gradients: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
     with torch.inference_mode(False), torch.enable_grad():
         # Tensors made in inference mode cannot be differentiated by, copies of them can.
         leaf = (inputs.clone() if inputs.is_inference() else inputs.detach()).requires_grad_()
         outputs = activation(leaf * 1 if _is_in_place(activation) else leaf)
-        (derivative,) = torch.autograd.grad(outputs, leaf, torch.ones_like(outputs))
-    return derivative
+        (product,) = torch.autograd.grad(outputs, leaf, gradients)
+    return product
 
 
-def standardise(
-    inputs: Float[Tensor, "*rows width"], eps: float
-) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows 1"]]:
-    """Return (inputs - mean) / std as a LayerNorm computes them, and 1 / std; float32 at least."""
-    wide = inputs.to(accumulation_dtype(inputs.dtype))
-    centred = wide - wide.mean(dim=-1, keepdim=True)
-    inverse_std = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
-    return centred * inverse_std, inverse_std
+def _norm_backward(
+    norm: nn.LayerNorm, inputs: Float[Tensor, "prompts tokens width"], gradients: Tensor
+) -> Float[Tensor, "prompts tokens width"]:
+    """Carry gradients [prompts, 1 or tokens, width] back through a LayerNorm."""
+    # With parameters of float32, the CPU's kernel keeps the statistics of narrower inputs in float32 too.
+    parameter_dtype = accumulation_dtype(inputs.dtype) if inputs.device.type == "cpu" else inputs.dtype
+    weight, bias = norm.weight.detach().to(parameter_dtype), norm.bias.detach().to(parameter_dtype)
+    shape = list(norm.normalized_shape)
+    inputs = inputs.contiguous()
+    _, mean, inverse_std = torch.native_layer_norm(inputs, shape, weight, bias, norm.eps)
+    expanded = gradients.to(inputs.dtype).expand_as(inputs).contiguous()
+    wanted = [True, False, False]
+    by_inputs: Tensor = torch.ops.aten.native_layer_norm_backward(
+        expanded, inputs, shape, mean, inverse_std, weight, bias, wanted
+    )[0]
+    return by_inputs
 
 
 def _is_in_place(activation: nn.Module) -> bool:
