@@ -60,7 +60,9 @@ class FolderHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
+    """What the servers here have in common: whole answers, whole bodies, no log."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -93,7 +95,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def cutting_handler(content, sent_bytes, *, chunked=False, head_status=200):
     """Announces the whole content and hangs up after `sent_bytes` of it."""
 
-    class Cutting(_Handler):
+    class Cutting(Handler):
         def do_HEAD(self):
             self.answer(head_status, {"Content-Length": str(len(content))})
 
@@ -122,7 +124,7 @@ def cutting_handler(content, sent_bytes, *, chunked=False, head_status=200):
 def refusing_handler(code):
     """An object store that refuses everything with an S3 error code."""
 
-    class Refusing(_Handler):
+    class Refusing(Handler):
         def refuse(self):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.answer(
@@ -142,7 +144,7 @@ def uploading_handler(operations, *, start_delay=None, part_status=200):
     `start_delay` is called before an upload's start is answered; parts are answered with `part_status`.
     """
 
-    class Uploading(_Handler):
+    class Uploading(Handler):
         def do_POST(self):
             self.whole_body()
             if self.path.endswith("?uploads"):
@@ -176,8 +178,8 @@ class Fault:
     `method` and `path` (a part of it) say which requests; `times` how many of them, from the first one on.
     `status`: answered so, and not passed on. `sent_bytes`: passed on, and the answer's body cut after so many
     bytes. `received_bytes`: hung up after so many bytes of the request's body, nothing passed on. `drip_s`:
-    the answer's body comes in 16 pieces, with such a pause before each. `silent`: the answer's body stops after
-    `sent_bytes`, and the connection stays open.
+    the answer's body comes in 16 pieces, with such a pause before each. `silent`: the answer's body stops
+    after `sent_bytes`, and the connection stays open.
     """
 
     method: str
@@ -205,7 +207,7 @@ def faulty_proxy(upstream_port, *faults):
                     return fault
         return None
 
-    class Proxy(_Handler):
+    class Proxy(Handler):
         def pass_on(self):
             fault = fault_for(self.command, self.path)
             log.append((self.command, self.path, "passed on" if fault is None else "hurt"))
