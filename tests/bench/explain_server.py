@@ -30,9 +30,14 @@ Explain = Callable[[], torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def make_open_clip(case: dict[str, Any]) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """Model with the recipe's vision weights, images, and unit text embeddings."""
-    model = open_clip.create_model(case["model"])
+def make_open_clip(
+    case: dict[str, Any], *, resized: bool = False
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """Model with the recipe's vision weights, images, and unit text embeddings.
+
+    `resized`: built for the case's size, for what cannot take images of another.
+    """
+    model = open_clip.create_model(case["model"], force_image_size=case["image_size"] if resized else None)
     state = model.visual.state_dict()
     model.visual.load_state_dict(recipe_weights(state))
     embed_dim = model.text_projection.shape[1] if hasattr(model, "text_projection") else 768
@@ -42,7 +47,7 @@ def make_open_clip(case: dict[str, Any]) -> tuple[torch.nn.Module, torch.Tensor,
 
 
 def forward_only(case: dict[str, Any]) -> Explain:
-    model, images, _ = make_open_clip(case)
+    model, images, _ = make_open_clip(case, resized=True)
 
     @torch.no_grad()
     def explain() -> torch.Tensor:
@@ -83,7 +88,7 @@ def grad_cam(case: dict[str, Any]) -> Explain:
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    model, images, texts = make_open_clip(case)
+    model, images, texts = make_open_clip(case, resized=True)
     grid = case["image_size"] // model.visual.patch_size[0]
 
     class Cosines(torch.nn.Module):
