@@ -1,6 +1,11 @@
 """Shared by all tests: shapes in `legrad` are checked, and random numbers do not depend on the order."""
 
-from jaxtyping import install_import_hook
+from pipeline.ending import skip_native_exit
+
+# Before anything imports ray or torch: native threads once made a run that had passed end with code 139.
+end_with = skip_native_exit()
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Before anything imports legrad; a module imported earlier would go unchecked.
 install_import_hook("legrad", "beartype.beartype")
@@ -15,6 +20,13 @@ import torch  # noqa: E402
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """End the process with the code that the tests earned."""
+    yield
+    end_with(int(session.exitstatus))
 
 
 @pytest.fixture(autouse=True, scope="session")
