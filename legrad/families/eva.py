@@ -18,6 +18,7 @@ from legrad.families.parts import NotCovered, check_covered, describe_blocks, sp
 from legrad.families.timm_parts import (
     Stages,
     add_prefix_and_positions,
+    check_no_gate,
     describe_pooler,
     embed_dim,
     head_stages,
@@ -90,9 +91,7 @@ def _describe_block(block: Any) -> Block:
     attention = block.attn
     if type(attention) not in (EvaAttention, AttentionRope):
         raise NotCovered(f"its attention is a {type(attention).__name__}")
-    check_covered(
-        ("a gate made from the block's inputs acts on its attention", _given(attention, "gate") is not None)
-    )
+    check_no_gate(attention)
     out = (*norm_stages(attention.norm), *linear_stages(attention.proj))
     mlp = mlp_stages(block.mlp)
     project = partial(_project, attention)
@@ -129,12 +128,11 @@ def _project(
 def _projections(attention: Any, tokens: Float[Tensor, "batch tokens width"]) -> QueriesKeysValues:
     if attention.qkv is None:
         parts = (attention.q_proj(tokens), attention.k_proj(tokens), attention.v_proj(tokens))
-        queries, keys, values = (
-            torch.unflatten(part, -1, (-1, attention.head_dim)).transpose(1, 2) for part in parts
-        )
+        head_dim = parts[0].shape[-1] // attention.num_heads
+        queries, keys, values = (torch.unflatten(part, -1, (-1, head_dim)).transpose(1, 2) for part in parts)
         return queries, keys, values
     bias = attention.qkv.bias
-    if _given(attention, "q_bias") is not None:
+    if getattr(attention, "q_bias", None) is not None:  # EvaAttention keeps them apart
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
     return split_heads(F.linear(tokens, attention.qkv.weight, bias), attention.num_heads)
 
@@ -148,11 +146,6 @@ def _rotate(
     prefix, patches = part[:, :, : attention.num_prefix_tokens], part[:, :, attention.num_prefix_tokens :]
     turned = apply_rot_embed_cat(patches, rotary, half=attention.rotate_half)
     return torch.cat([prefix, turned], dim=2)
-
-
-def _given(attention: nn.Module, name: str) -> Any:
-    """Return a part that only one of the kinds of attention has, or None."""
-    return getattr(attention, name, None)
 
 
 def _embed(trunk: Any, images: Float[Tensor, "batch 3 height width"]) -> EmbeddedImages:

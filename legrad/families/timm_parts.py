@@ -85,6 +85,11 @@ def head_stages(trunk: nn.Module, head: nn.Sequential) -> Stages:
     return stages
 
 
+def check_no_gate(attention: nn.Module) -> None:
+    """Refuse an attention whose outputs are gated; only newer versions of timm know of gates."""
+    check_covered(("its attention has a gate", getattr(attention, "gate", None) is not None))
+
+
 def mean_scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
     """Describe how a layer of a tower without pooler is scored: the reference way, and the model's own.
 

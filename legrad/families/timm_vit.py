@@ -17,6 +17,7 @@ from legrad.errors import InputError
 from legrad.families.parts import NotCovered, check_covered, describe_blocks, split_heads
 from legrad.families.timm_parts import (
     add_prefix_and_positions,
+    check_no_gate,
     describe_pooler,
     embed_dim,
     head_stages,
@@ -94,7 +95,7 @@ def _describe_block(block: Any) -> Block:
     attention = block.attn
     if type(block) is not TimmBlock or type(attention) is not Attention:
         raise NotCovered(f"it is a {type(block).__name__} with a {type(attention).__name__}")
-    check_covered(("its attention has a gate", attention.gate is not None))
+    check_no_gate(attention)
     norm_stages(block.norm1)
     return Block(
         norm=block.norm1,

@@ -174,7 +174,7 @@ REFUSED = {
     "gate": (
         {},
         _replaced("blocks.2.attn.gate", nn.Linear(32, 32)),
-        "block 2: a gate made from the block's inputs acts on its attention",
+        "block 2: its attention has a gate",
     ),
     "mixed rotation": ({"rope_type": "mixed"}, None, "rotary position embedding is a RotaryEmbeddingMixed"),
     "rotation of DINOv3": ({"rope_type": "dinov3"}, None, "is a RotaryEmbeddingDinoV3"),
