@@ -174,10 +174,12 @@ def _pooled_position(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> I
     """Position of the token that the tower pools, where the token itself marks it; else None."""
     is_clip = isinstance(tower, CLIP)
     pool_type = tower.text_pool_type if is_clip else tower.pool_type
-    eos_id: int = tower.text_eos_id if is_clip else tower.eos_id
     if pool_type == "argmax":
         return token_ids.argmax(dim=1)
-    return (token_ids == eos_id).int().argmax(dim=1) if pool_type == "eos" else None
+    if pool_type != "eos":
+        return None
+    is_end: Tensor = token_ids == (tower.text_eos_id if is_clip else tower.eos_id)
+    return is_end.int().argmax(dim=1)
 
 
 def _encode(
