@@ -230,8 +230,9 @@ class LeGrad:
         Raises:
             InputError: shapes, dtypes, devices or indices do not fit.
         """
+        # Checked first: on a GPU the check waits for what was launched before it.
+        prompts = as_ragged(self._features_like(images), text_embeddings, image_index)
         trace = self._as_trace(images)
-        prompts = as_ragged(trace, text_embeddings, image_index)
         grids = relevance_grids(
             self.tower,
             trace,
@@ -298,9 +299,18 @@ class LeGrad:
         Raises:
             InputError: shapes, dtypes, devices or indices do not fit.
         """
-        prompts = as_ragged(trace, text_embeddings, image_index)
+        prompts = as_ragged(trace.image_features, text_embeddings, image_index)
         features = F.normalize(trace.image_features.to(prompts.unit_rows.dtype), dim=-1)
         return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1).reshape(prompts.leading)
+
+    def _features_like(
+        self, images: Float[Tensor, "batch 3 height width"] | Trace
+    ) -> Float[Tensor, "batch embed_dim"]:
+        """Give a tensor of the image features' shape, dtype and device."""
+        if isinstance(images, Trace):
+            return images.image_features
+        check_images(self.tower, images)
+        return images.new_empty(len(images), self.embed_dim)
 
     def _as_trace(self, images: Float[Tensor, "batch 3 height width"] | Trace) -> Trace:
         return images if isinstance(images, Trace) else self.encode(images)

@@ -14,7 +14,6 @@ from legrad.images import Fit, ImageTransform
 from legrad.masks import minmax_normalise
 from legrad.stages import accumulation_dtype
 from legrad.towers import Tower
-from legrad.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -34,19 +33,21 @@ class RaggedPrompts:
     one_by_one: bool
 
 
-def as_ragged(trace: Trace, text_embeddings: Tensor, image_index: Tensor | None) -> RaggedPrompts:
+def as_ragged(
+    image_features: Float[Tensor, "batch embed_dim"], text_embeddings: Tensor, image_index: Tensor | None
+) -> RaggedPrompts:
     """Bring the three forms of text embeddings to one, with unit rows.
 
     Args:
-        trace: the encoded images.
+        image_features: of the images, or a tensor like it.
         text_embeddings: [batch, prompts, embed_dim], [prompts, embed_dim], or that with `image_index`.
         image_index: for each prompt the row of its image, on any device, or None.
 
     Raises:
         InputError: shapes, dtypes, devices or indices do not fit; names what was expected and what received.
     """
-    unit_rows = _unit_rows(trace, text_embeddings)
-    device, batch = unit_rows.device, trace.batch_size
+    unit_rows = _unit_rows(image_features, text_embeddings)
+    device, batch = unit_rows.device, len(image_features)
     if image_index is not None:
         checked = _check_image_index(image_index, text_embeddings, batch)
         one_by_one = checked.device.type == "cpu" and torch.equal(checked, torch.arange(batch))
@@ -147,8 +148,7 @@ def neutral_patches(
     return minmax_normalise(neutral_grids)[:, 0] > threshold
 
 
-def _unit_rows(trace: Trace, text_embeddings: Tensor) -> Tensor:
-    features = trace.image_features
+def _unit_rows(features: Tensor, text_embeddings: Tensor) -> Tensor:
     embed_dim = features.shape[-1]
     if text_embeddings.ndim not in (2, 3) or text_embeddings.shape[-1] != embed_dim:
         raise InputError(

@@ -116,7 +116,7 @@ def test_ragged_prompts_in_any_order_equal_padded_ones(counts, data):
 def test_no_memory_budget_changes_the_result(budget):
     explainer = legrad.LeGrad(tiny_clip())
     trace = explainer.encode(tiny_images(2))
-    prompts = as_ragged(trace, unit_texts(2, 4), None)
+    prompts = as_ragged(trace.image_features, unit_texts(2, 4), None)
     arguments = (explainer.tower, trace, prompts.unit_rows, prompts.image_index)
     chunked = relevance_grids(*arguments, scoring=explainer.scoring, memory_budget_bytes=budget)
     whole = relevance_grids(*arguments, scoring=explainer.scoring)
@@ -141,7 +141,7 @@ class _Operations(TorchDispatchMode):
 def test_the_product_of_queries_and_keys_is_never_held_for_all_prompts():
     explainer = legrad.LeGrad(tiny_clip())
     trace = explainer.encode(tiny_images(1, size=(64, 64)))
-    prompts = as_ragged(trace, unit_texts(1, 32), None)
+    prompts = as_ragged(trace.image_features, unit_texts(1, 32), None)
     budget, tokens, heads = 300_000, 257, 4
     with _Operations() as operations:
         relevance_grids(
