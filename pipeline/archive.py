@@ -7,7 +7,6 @@ of any claimed size into memory.
 
 from __future__ import annotations
 
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,8 +33,6 @@ _TYPES_WITHOUT_BODY = {
 }
 # where GNU tar's older sparse headers, and the blocks that follow them, say whether another block follows
 _SPARSE_HEADER_GOES_ON, _SPARSE_BLOCK_GOES_ON = 482, 504
-# webdataset's own rule for members that describe the archive, such as what lies in a folder __index__
-_ARCHIVE_METADATA = re.compile(r"__[^/]*__($|/)")
 
 
 class DamageError(Exception):
@@ -101,7 +98,7 @@ class Archive:
             member = self._resolved(header)
             self._padding_bytes = -member.size_bytes % BLOCK_BYTES
             self._body_bytes = member.size_bytes
-            if member.type != tarfile.DIRTYPE and not _ARCHIVE_METADATA.match(member.name):
+            if member.type != tarfile.DIRTYPE:
                 yield member
             self._skip_body()
         self._check_end()

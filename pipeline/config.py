@@ -47,7 +47,7 @@ class InputConfig(Section):
     max_image_pixels: PositiveInt = Field(
         100_000_000,
         description="Larger images become error rows, told from the header. A decode thread takes up to "
-        "16 bytes a pixel to decode an image, and again to mask it.",
+        "20 bytes a pixel to decode an image, and again to mask it.",
     )
     max_member_bytes: PositiveInt = Field(64 * MEBIBYTE, description="Larger members become error rows.")
     allow_commands: bool = Field(

@@ -84,7 +84,9 @@ def read_scenes(shard: ShardSource, settings: InputConfig) -> Iterator[Scene | S
         ShardError: the tar cannot be opened or read.
     """
     with open_shard(shard) as stream:
-        for sample in read_samples(stream, max_member_bytes=settings.max_member_bytes):
+        wanted = [*settings.image.split(";"), LABEL_MAP_FIELD, "json"]
+        samples = read_samples(stream, max_member_bytes=settings.max_member_bytes, wanted_fields=wanted)
+        for sample in samples:
             yield sample if isinstance(sample, SampleError) else scene_of(sample, settings.image)
 
 
@@ -117,7 +119,7 @@ def _objects(fields: Mapping[str, bytes]) -> tuple[tuple[str, ...], tuple[int, .
         document = json.loads(fields["json"])
         captions = tuple(str(caption) for caption in document["captions"])
         class_ids = tuple(int(class_id) for class_id in document["class_ids"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         message = f"expected a JSON field with captions and class_ids: {type(error).__name__} {error}"
         raise SampleFailure("read", "bad_ground_truth", message) from error
     if len(captions) != len(class_ids):
@@ -133,7 +135,10 @@ def _label_map(data: bytes) -> UInt8[np.ndarray, "height width"]:
                 message = f"expected an 8-bit grey or palette PNG as label map, received mode {image.mode}"
                 raise SampleFailure("read", "bad_ground_truth", message)
             return np.array(image, dtype=np.uint8)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except SampleFailure:
+        raise
+    # decoders raise about any type on crafted bytes
+    except Exception as error:
         raise SampleFailure(
             "read", "bad_ground_truth", f"{LABEL_MAP_FIELD} is unreadable: {error}"
         ) from error

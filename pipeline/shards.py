@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -15,6 +16,9 @@ MAX_FIELDS_PER_SAMPLE = 64
 MAX_NAME_CHARACTERS = 4096
 # the digests of their keys take about 700 MB
 MAX_SAMPLES = 2**22
+
+# webdataset's own rule for members that describe the archive, such as what lies in a folder __index__
+_ABOUT_THE_ARCHIVE = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def _key_and_extension(name: str) -> tuple[str | None, str]:
     Source: webdataset's rule, without its pattern, which takes quadratic time on a name of many folders; and
         a hidden file in a folder (x/._a.jpg) has no key here, where it would be one of the folder's name.
     """
-    if len(name) > MAX_NAME_CHARACTERS:
+    if len(name) > MAX_NAME_CHARACTERS or _ABOUT_THE_ARCHIVE.match(name):
         return None, ""
     folder, slash, base_name = name.rpartition("/")
     stem, dot, extension = base_name.partition(".")
@@ -159,6 +163,8 @@ def _stray(member: Member) -> SampleError:
     if member.oddity is not None:
         kind, what = member.oddity
         return SampleError("read", kind, f"{name} is {what}, and only regular files are read", name)
+    if _ABOUT_THE_ARCHIVE.match(member.name):
+        return SampleError("read", "no_key", f"{name} describes the archive and belongs to no sample", name)
     return SampleError("read", "no_key", f"{name} has no extension, so it belongs to no sample", name)
 
 

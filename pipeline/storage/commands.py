@@ -20,6 +20,7 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 from pipeline.errors import ShardError, UserError
+from pipeline.records import printable
 
 COMMAND_PREFIX = "pipe:"
 SILENCE_TIMEOUT_S = 300.0
@@ -116,7 +117,7 @@ class CommandOutput:
     def _failure(self, what: str) -> ShardError:
         end = self._complaints.seek(0, os.SEEK_END)
         self._complaints.seek(max(0, end - COMPLAINT_BYTES))
-        complaint = " ".join(self._complaints.read().decode("utf-8", "replace").split())
+        complaint = printable(" ".join(self._complaints.read().decode("utf-8", "replace").split()))
         told = f": {self._without_arguments(complaint)}" if complaint else ""
         return ShardError(f"{self._canonical_url}: {what}{told}")
 

@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 import pyarrow as pa
 
 from pipeline.errors import PipelineError
+from pipeline.records import printable
 from pipeline.storage.commands import COMMAND_PREFIX, is_command, named_shard
 
 OBJECT_SCHEMES = ("s3", "gs", "gcs")
@@ -102,7 +103,7 @@ def join_url(folder_url: str, *names: str) -> str:
 def without_secrets(error: Exception, url: str) -> str:
     """What an error says, in one line, with whatever of the URL must not be written down taken out."""
     parts = split_url(url)
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     if parts.scheme not in (*OBJECT_SCHEMES, *WEB_SCHEMES):
         return text
     text = text.replace(url, canonical_url(url))

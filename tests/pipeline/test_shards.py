@@ -128,8 +128,10 @@ def test_an_archive_without_members_has_no_samples_and_no_errors():
     assert read(bytes(20 * BLOCK)) == []
 
 
-def test_members_about_the_archive_itself_are_no_samples():
-    assert summary(read(members("__index__/a.json", "a.txt") + END)) == [(0, "a", ["txt"])]
+def test_members_about_the_archive_itself_are_no_samples_and_are_told():
+    items = read(members("__index__/a.json", "a.txt", "__index__/b.json", "__c__.txt") + END)
+    strays = [(None, "__index__/a.json", "no_key"), (None, "__index__/b.json", "no_key")]
+    assert summary(items) == [strays[0], strays[1], (0, "a", ["txt"]), (1, "__c__", ["txt"])]
 
 
 def test_a_stream_that_gives_few_bytes_at_a_time_reads_the_same():

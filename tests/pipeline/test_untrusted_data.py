@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import struct
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ from hostile_shards import (
     LeavesATrace,
     harmful_pickle,
     image_height,
+    png_chunk,
     with_bad,
     with_json,
     with_names,
@@ -31,8 +34,10 @@ from pipeline.annotate import ShardAnnotator
 from pipeline.config import ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
+from pipeline.ground_truth import Scene, scene_of
 from pipeline.model import load_explainer
-from pipeline.records import printable
+from pipeline.records import SampleError, printable
+from pipeline.shards import RawSample
 
 FAULTS = TAR_FAULTS | IMAGE_FAULTS | CAPTION_FAULTS
 MAX_MEMBER_BYTES = 2**22
@@ -230,6 +235,39 @@ def test_code_in_a_checkpoint_is_never_run_whatever_the_file_is_called(write, na
     with pytest.raises(UserError, match=name):
         load_explainer(model, "cpu")
     assert not (tmp_path / "trace").exists()
+
+
+def grey_png(width=4, height=4, extra=b"", data=None):
+    ihdr = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(bytes(20)) if data is None else data)
+    return b"\x89PNG\r\n\x1a\n" + ihdr + extra + pixels + png_chunk(b"IEND", b"")
+
+
+LABEL_MAP = grey_png()
+TEXT = png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20 - 1)))
+OBJECTS = b'{"captions": ["a dog"], "class_ids": [1]}'
+
+
+@pytest.mark.parametrize(
+    ("document", "label_map"),
+    [
+        (b"[" * 1_000_000, LABEL_MAP),
+        (b'{"captions": ["a dog"], "class_ids": [1e999]}', LABEL_MAP),
+        (b"\xff" + OBJECTS, LABEL_MAP),
+        (OBJECTS, grey_png(10**5, 10**5)),
+        (OBJECTS, LABEL_MAP[:40]),
+        (OBJECTS, grey_png(extra=TEXT * 100)),
+        (OBJECTS, grey_png(extra=png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**22))))),
+        (OBJECTS, grey_png(data=b"rubbish")),
+        (OBJECTS, b"%!PS-Adobe-3.0 EPSF-3.0"),
+    ],
+)
+def test_ground_truth_is_trusted_no_more_than_anything_else(document, label_map):
+    good = {"jpg": b"", "json": OBJECTS, "seg.png": LABEL_MAP}
+    assert isinstance(scene_of(RawSample(0, "a", good), "jpg"), Scene)
+    found = scene_of(RawSample(0, "a", good | {"json": document, "seg.png": label_map}), "jpg")
+    assert isinstance(found, SampleError)
+    assert found.kind == "bad_ground_truth"
 
 
 def test_a_sample_without_prompts_costs_no_look_at_its_image(explainer, tmp_path):
