@@ -75,16 +75,18 @@ def _s3(root: SplitResult) -> pafs.S3FileSystem:
     if root.username:
         options["access_key"] = unquote(root.username)
         options["secret_key"] = unquote(root.password or "")
-    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS") or S3_ATTEMPTS)
+    attempts = os.environ.get("AWS_MAX_ATTEMPTS") or str(S3_ATTEMPTS)
+    if not attempts.isdecimal():
+        raise UserError(f"AWS_MAX_ATTEMPTS: expected a whole number, got {attempts!r}")
     return pafs.S3FileSystem(
         **options,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=SILENCE_TIMEOUT_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=int(attempts)),
         # one request for a small file, instead of the three of an upload in parts
         allow_delayed_open=True,
-        # uploads then hold no memory of ours in threads that may outlive the interpreter
-        background_writes=False,
+        # without it, closing a stream after a failed write completes the upload, of the parts that went well
+        background_writes=True,
     )
 
 

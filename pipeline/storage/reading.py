@@ -70,7 +70,10 @@ def _opened(shard: ShardSource) -> tuple[Any, int]:
         return CommandOutput(shard.url, shard.canonical_url), listed_bytes
     if split_url(shard.url).scheme in WEB_SCHEMES:
         found = web.WebObject(shard.url)
-        return found, max(listed_bytes, found.announced_bytes)
+        if not (found.tells_its_end or listed_bytes):
+            found.close()
+            raise OSError("the server does not tell how long it is, so a cut could not be told from its end")
+        return found, max(listed_bytes, found.announced_bytes or 0)
     filesystem, path = resolved(shard.url)
     return filesystem.open_input_stream(path, buffer_size=READAHEAD_BYTES), listed_bytes
 

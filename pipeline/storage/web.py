@@ -32,7 +32,8 @@ class WebObject:
         url: http or https; user info becomes basic authentication.
 
     Attributes:
-        announced_bytes: the object's size as the server announces it; 0 where it does not.
+        announced_bytes: the object's size as the server announces it; None where it does not.
+        tells_its_end: whether the end can be told from a cut connection: by the size, or by the last chunk.
 
     Raises:
         OSError, http.client.HTTPException: the server refuses, or cannot be reached for long.
@@ -42,7 +43,8 @@ class WebObject:
         self._url = url
         self._read_bytes = 0
         self._response: HTTPResponse | None = _retrying()(_answer, url, "GET", SILENCE_TIMEOUT_S)
-        self.announced_bytes = self._response.length or 0
+        self.announced_bytes = self._response.length
+        self.tells_its_end = self.announced_bytes is not None or self._response.chunked
         self._validator = _validator(self._response)
 
     def __enter__(self) -> WebObject:
@@ -51,7 +53,7 @@ class WebObject:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hang_up()
+        self.close()
 
     def read(self, size: int) -> bytes:
         """The next bytes, at most `size`; none at the end of the object.
@@ -68,10 +70,11 @@ class WebObject:
             self._response = self._taken_up_again(self._validator or "")
         try:
             data = self._response.read(size)
-            if not data and self._read_bytes < self.announced_bytes:
-                raise IncompleteRead(b"", self.announced_bytes - self._read_bytes)
+            missing_bytes = (self.announced_bytes or 0) - self._read_bytes
+            if not data and missing_bytes > 0:
+                raise IncompleteRead(b"", missing_bytes)
         except (OSError, HTTPException):
-            self._hang_up()
+            self.close()
             raise
         self._read_bytes += len(data)
         return data
@@ -85,7 +88,8 @@ class WebObject:
         response.close()
         raise OSError(f"cut at byte {self._read_bytes}, and the server does not send what follows")
 
-    def _hang_up(self) -> None:
+    def close(self) -> None:
+        """Hang up."""
         if self._response is not None:
             self._response.close()
             self._response = None

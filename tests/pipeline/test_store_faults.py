@@ -1,14 +1,18 @@
 """Object stores and web servers that throttle, hang up, fall silent or dawdle: a proxy makes them."""
 
 import os
+import sys
 import uuid
 
 import pytest
+import yaml
+from corpus import demo_job
 from moto.server import ThreadedMotoServer
 from object_servers import Fault, FolderHandler, Store, faulty_proxy, serving
 
-from pipeline import storage
-from pipeline.errors import OutputError, ShardError
+from pipeline import cli, storage
+from pipeline.config import load_config
+from pipeline.errors import OutputError, ShardError, UserError
 from pipeline.storage import filesystems, web
 
 MEBIBYTE = 1 << 20
@@ -154,28 +158,56 @@ def test_a_small_file_is_published_by_a_single_request(bucket, proxied):
 
 
 @pytest.mark.parametrize(
-    "request_of", [("PUT", "partNumber=2"), ("POST", "uploadId=")], ids=["a part", "the end"]
+    "fault",
+    [
+        Fault("PUT", "partNumber=1", status=503, times=99),
+        Fault("PUT", "partNumber=2", status=503, times=99),
+        Fault("PUT", "partNumber=2", status=400, times=99),
+        Fault("PUT", "partNumber=3", status=503, times=99),
+        Fault("POST", "uploadId=", status=503, times=99),
+    ],
+    ids=["first part", "middle part", "middle part for good", "last part", "the end"],
 )
 def test_an_upload_that_never_ends_leaves_the_earlier_object_and_nothing_new(
-    request_of, store, bucket, proxied, monkeypatch
+    fault, store, bucket, proxied, monkeypatch
 ):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     store.put(f"{bucket}/out/x.bin", b"before")
-    proxied(Fault(*request_of, status=503, times=99))
+    proxied(fault)
     for name in ("x.bin", "new.bin"):
         with pytest.raises(OutputError, match=rf"out/{name}: cannot be written"):
-            storage.publish(f"s3://{bucket}/out", name, b"x" * (12 * MEBIBYTE))
+            storage.publish(f"s3://{bucket}/out", name, b"x" * (25 * MEBIBYTE))
     assert store.get(f"{bucket}/out/x.bin") == b"before"
     assert store.get(f"{bucket}/out/new.bin") is None
     assert storage.list_names(f"s3://{bucket}/out") == {"x.bin"}
 
 
-def test_a_configuration_and_a_list_of_shards_are_read_from_s3(store, bucket, proxied):
-    proxied()
+def test_a_configuration_and_the_list_of_shards_it_names_are_read_from_s3(
+    store, bucket, proxied, monkeypatch, capsys, tmp_path
+):
+    proxied(Fault("GET", "job.yaml", status=503), Fault("GET", "list.txt", sent_bytes=3))
     store.put(f"{bucket}/in/0.tar", b"x")
     store.put(f"{bucket}/list.txt", f"# one\ns3://{bucket}/in/0.tar\n".encode())
-    (shard,) = storage.list_shards(f"@s3://{bucket}/list.txt")
-    assert shard.canonical_url == f"s3://{bucket}/in/0.tar"
+    config = demo_job([f"@s3://{bucket}/list.txt"], tmp_path / "out")
+    store.put(f"{bucket}/job.yaml", yaml.safe_dump(config.model_dump(mode="json")).encode())
+    assert load_config(f"s3://{bucket}/job.yaml") == config
+    monkeypatch.setattr(sys, "argv", ["legrad", "annotate", f"s3://{bucket}/job.yaml", "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    assert "shards: 1," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gone.yaml", "odd.yaml"])
+def test_a_configuration_that_cannot_be_read_is_the_users_mistake_and_shows_no_secret(name, served):
+    handler, port = served
+    handler.content = b"\xff"
+    with (
+        faulty_proxy(port, Fault("GET", "gone", status=404)) as (proxy_port, _),
+        pytest.raises(UserError, match=rf"^http://127[^ ]*/{name}: cannot be read: ") as error,
+    ):
+        load_config(f"http://127.0.0.1:{proxy_port}/{name}?X-Amz-Signature=hunter2")
+    assert "hunter2" not in str(error.value)
 
 
 # --- web servers
@@ -248,6 +280,22 @@ def test_a_web_server_that_stays_down_is_a_shard_error_after_the_attempts_allowe
         with pytest.raises(ShardError, match="cannot be opened: HTTP Error 503"):
             whole(shard)
     assert len(hurt(log)) == web.ATTEMPTS
+
+
+def test_a_server_that_lets_nobody_tell_the_end_from_a_cut_is_refused(tmp_path):
+    class Vague(FolderHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+
+        def do_HEAD(self):
+            self.send_error(405)
+
+    with serving(Vague) as port:
+        (shard,) = storage.list_shards(f"http://127.0.0.1:{port}/0.tar")
+        with pytest.raises(ShardError, match="does not tell how long it is"):
+            whole(shard)
 
 
 def test_what_a_web_server_refuses_for_good_is_not_asked_again(served):
