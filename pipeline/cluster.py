@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 
 ADDRESS_TIMEOUT_S = 10.0
 MACHINE_TIMEOUT_S = 1.0
+CAUSE_CHARACTERS = 400
 # ray looks for these clusters on its own
 NAMED_ADDRESSES = ("local", "auto")
 
@@ -81,3 +82,9 @@ def _daemon_answers(machine: Machine) -> bool:
     except OSError:
         return False
     return True
+
+
+def cause_of_death(error: Exception) -> str:
+    """What ray says of a worker's end, in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rpartition("Worker exit detail: ")[2][:CAUSE_CHARACTERS]

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -111,6 +111,11 @@ def prepare_job(config: JobConfig) -> Job:
     storage.publish(out, JOB_FILE, _job_document(config, stamp))
     storage.publish(out, SHARDS_FILE, _shard_list(shards))
     return job
+
+
+def looked_at_again(job: Job) -> Job:
+    """The same job with what is done in its folder by now; raises OutputError where that cannot be told."""
+    return replace(job, done=frozenset(shard_ids_in(job.config.output.dir, "annotations", ".parquet")))
 
 
 def _with_absolute_paths(config: JobConfig) -> JobConfig:

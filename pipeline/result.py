@@ -20,11 +20,13 @@ class JobResult:
         state: shard and sample counts of this run.
         failed: canonical URL and last error of every shard given up.
         stopped: why the run stopped early; empty where it did not.
+        torn: canonical URLs of shards whose two files did not belong together and that are to be done again.
     """
 
     state: RunState
     failed: tuple[tuple[str, str], ...] = ()
     stopped: str = ""
+    torn: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -68,6 +70,7 @@ def _succeeded(job: Job, result: JobResult) -> JobResult:
             result,
             state=state,
             stopped=f"files of different attempts or configurations; the same command redoes: {names}",
+            torn=tuple(shard.canonical_url for shard in torn),
         )
     total = total_counts(found for found in counts.values() if found is not None)
     if not total.samples_in and total.error_rows:

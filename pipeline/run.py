@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -24,7 +22,7 @@ from ray.util import metrics as ray_metrics
 from pipeline import job as jobs
 from pipeline import storage
 from pipeline.budget import reason_to_stop
-from pipeline.cluster import Machine, check_address, find_machine, machine_is_lost
+from pipeline.cluster import Machine, cause_of_death, check_address, find_machine, machine_is_lost
 from pipeline.errors import OutputError, PipelineError, UserError
 from pipeline.job import Job
 from pipeline.measures import Measures
@@ -34,6 +32,7 @@ from pipeline.progress import Progress, SharedProgress
 from pipeline.records import ShardCounts, total_counts
 from pipeline.result import JobResult, concluded, first_state
 from pipeline.shard_queue import GivenUp, ShardQueue
+from pipeline.signals import ended_by_sigterm
 from pipeline.storage import ShardSource
 from pipeline.worker import AnnotatorFactory, LoadOutcome, Pulse, ShardOutcome, Worker, build_annotator
 from pipeline.writer import published_counts
@@ -42,10 +41,10 @@ MAX_SHARDS_IN_HAND = 12
 PULSE_INTERVAL_S = 2.0
 WAIT_S = 0.5
 MAX_LOAD_DEATHS = 3
+MAX_REDOS = 3
 PATIENCE_S = 60.0
 DOUBT_S = 2.0
 UNREACHABLE_DOUBT_S = 30.0
-CAUSE_CHARACTERS = 400
 RETRY_BACKOFF_S = 2.0
 LOCAL_OBJECT_STORE_BYTES = 128 << 20
 
@@ -77,6 +76,18 @@ def run_job(
         OutputError: the output cannot be written.
         WorkersDied: workers die again and again while they load.
     """
+    result = _run_once(job, progress, factory, max_shards)
+    for _ in range(MAX_REDOS):
+        if not result.torn:
+            break
+        # two jobs on one folder may each have written one file of a shard
+        progress.say(f"files that do not belong together; done again: {', '.join(result.torn)}")
+        job = jobs.looked_at_again(job)
+        result = _run_once(job, progress, factory, max_shards)
+    return result
+
+
+def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shards: int | None) -> JobResult:
     if not job.todo:
         return concluded(job, JobResult(first_state(job)))
     with _ray():
@@ -114,17 +125,10 @@ def _ray() -> Iterator[None]:
         raise UserError(f"RAY_ADDRESS {address}: no ray cluster answers: {error}") from error
     try:
         # only now: a handler that is there before ray.init() is never called
-        earlier_handler = signal.signal(signal.SIGTERM, _end_on_sigterm)
-        try:
+        with ended_by_sigterm():
             yield
-        finally:
-            signal.signal(signal.SIGTERM, earlier_handler)
     finally:
         ray.shutdown()
-
-
-def _end_on_sigterm(_signal_number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 @dataclass(eq=False)
@@ -281,7 +285,7 @@ class _Dispatcher:
                 raise
             except RayError as error:
                 # also what is no RayActorError: ray's memory monitor kills a worker with an OutOfMemoryError
-                self._worker_lost(call.seat, f"died: {_cause(error)}")
+                self._worker_lost(call.seat, f"died: {cause_of_death(error)}")
 
     def _settle(self, call: _Call, answer: Any) -> None:
         if isinstance(answer, LoadOutcome):
@@ -404,9 +408,3 @@ class _Dispatcher:
             loading_s=(self._first_ready_s or time.monotonic()) - self._started_s,
         )
         self._progress.update(self._state)
-
-
-def _cause(error: RayError) -> str:
-    """What ray says of a worker's end, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.rpartition("Worker exit detail: ")[2][:CAUSE_CHARACTERS]

@@ -1,5 +1,6 @@
 """A ray cluster of several machines in this one, jobs on it, and the table of faults."""
 
+import itertools
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from pipeline.run import run_job
 HERE = Path(__file__).parent
 # workers import the tests' annotators by name
 WORKERS_PATH = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+MACHINE_NUMBERS = itertools.count(2)
 TABLE_FILE = os.environ.get("LEGRAD_FAULT_TABLE")
 TABLE_HEAD = (
     "| fault | injected how | samples in | annotated | empty | in error | in shards given up | left "
@@ -43,19 +45,24 @@ def cluster():
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
         started = Cluster(initialize_head=True, head_node_args=head)
-        patch.setenv("RAY_ADDRESS", started.address)
         yield started
         started.shutdown()
 
 
 @pytest.fixture
 def machines(cluster, monkeypatch):
-    """Adds a machine of so many CPU cores to the cluster; takes those that are left away again."""
+    """Adds a machine of so many CPU cores to the cluster; takes those that are left away again.
+
+    Jobs of this test run on the cluster. Each machine has an address of its own, so that the driver, which
+    attaches to the machine at its own address, is on the head and does not go down with another one.
+    """
     added = []
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
 
-    def add(num_cpus=1, **settings):
-        added.append(cluster.add_node(num_cpus=num_cpus, object_store_memory=80 << 20, **settings))
+    def add(num_cpus=1):
+        address = f"127.0.0.{next(MACHINE_NUMBERS)}"
+        memory = {"object_store_memory": 80 << 20}
+        added.append(cluster.add_node(num_cpus=num_cpus, node_ip_address=address, **memory))
         return added[-1]
 
     yield add

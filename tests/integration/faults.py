@@ -11,6 +11,7 @@ import tarfile
 import threading
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,8 +119,7 @@ def stem_of(output_name):
 
 def marks(folder):
     """How many blows fell, by "shard-point"."""
-    names = [path.name.rpartition("-")[0] for path in Path(folder).iterdir()]
-    return {name: names.count(name) for name in names}
+    return dict(Counter(path.name.rpartition("-")[0] for path in Path(folder).iterdir()))
 
 
 class WordAnnotator:

@@ -1,4 +1,4 @@
-"""The real command line, with workers that need no model and suffer faults: word_driver.py JOB.yaml SPEC.json"""
+"""The real command line, with workers that need no model and suffer faults: JOB.yaml SPEC.json."""
 
 import json
 import sys

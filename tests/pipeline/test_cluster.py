@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from pipeline.cluster import Machine, check_address, find_machine, machine_is_lost
+from pipeline.cluster import Machine, cause_of_death, check_address, find_machine, machine_is_lost
 from pipeline.errors import UserError
 
 
@@ -67,3 +67,16 @@ def test_a_daemon_that_the_driver_could_never_reach_says_nothing_about_its_machi
     machine = find_machine([node(port)], "n")
     assert machine.port is None
     assert not machine_is_lost([node(port)], machine)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("The actor died.\n\tpid: 7\nWorker exit detail: killed\nby a signal.", "killed by a signal."),
+        ("Task was killed:\n  low memory", "Task was killed: low memory"),
+        ("", "ValueError"),
+        ("x" * 1000, "x" * 400),
+    ],
+)
+def test_the_cause_of_a_workers_death_is_one_line_of_bounded_length(said, told):
+    assert cause_of_death(ValueError(said)) == told

@@ -1,0 +1,111 @@
+"""Drivers that are killed, told to end, sent to a cluster that does not answer, or fed hopeless data."""
+
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from accounts import audit
+
+NAMES = [f"{number:02d}" for number in range(12)]
+
+
+def wait_for_first_shard(out, process, log):
+    deadline_s = time.monotonic() + 200
+    while time.monotonic() < deadline_s:
+        if list((out / "annotations").glob("[!.]*.parquet")):
+            return
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    raise TimeoutError(log.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_driver_ended_on_a_cluster_that_lives_on_leaves_what_a_rerun_at_once_completes(
+    number, exit_code, machines, word_command, tmp_path, fault_table
+):
+    machines(2)
+    settings = {
+        "seconds_per_sample": 0.05,
+        "run": {"workers": 1},
+    }
+    process, tars = word_command(NAMES, **settings)
+    wait_for_first_shard(tmp_path / "out", process, tmp_path / "log")
+    process.send_signal(number)
+    assert process.wait(timeout=60) == exit_code, (tmp_path / "log").read_text()
+    again, _ = word_command(NAMES, **settings)
+    assert again.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    accounts = audit(tmp_path / "out", tars)
+    assert accounts.shards_done == len(NAMES)
+    assert 1 <= int(re.findall(r"(\d+) done before", (tmp_path / "log").read_text())[-1]) < len(NAMES)
+    fault_table("driver ended, rerun at once", f"{number.name} to the driver; the cluster lives on", accounts)
+
+
+def descendants(ancestor):
+    """Process ids below a process, with their command lines."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    found, fresh = set(), {ancestor}
+    while fresh:
+        fresh = {child for child, parent in parents.items() if parent in fresh} - found
+        found |= fresh
+    return {child: Path(f"/proc/{child}/cmdline").read_bytes().decode() for child in found}
+
+
+@pytest.mark.slow
+def test_the_heart_of_a_cluster_killed_ends_the_driver_and_a_rerun_completes(
+    word_command, tmp_path, fault_table
+):
+    settings = {"seconds_per_sample": 0.2, "run": {"workers": 1}, "environment": {"RAY_ADDRESS": ""}}
+    process, tars = word_command(NAMES, **settings)
+    wait_for_first_shard(tmp_path / "out", process, tmp_path / "log")
+    servers = [child for child, command in descendants(process.pid).items() if "gcs_server" in command]
+    os.kill(servers[0], signal.SIGKILL)
+    code = process.wait(timeout=200)
+    between = audit(tmp_path / "out", tars)
+    if between.shards_left:
+        assert code != 0
+    again, _ = word_command(NAMES, **settings)
+    assert again.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    accounts = audit(tmp_path / "out", tars)
+    assert accounts.shards_done == len(NAMES)
+    fault_table("head of the cluster killed, rerun", "SIGKILL of gcs_server", accounts)
+
+
+def test_a_cluster_that_does_not_answer_is_told_in_one_line(word_command, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    process, _ = word_command(["a"], environment={"RAY_ADDRESS": address})
+    assert process.wait(timeout=100) == 1
+    log = (tmp_path / "log").read_text()
+    assert log.count("\n") == 1, log
+    assert f"RAY_ADDRESS {address}: no ray cluster answers" in log
+
+
+def test_more_errors_than_the_budget_end_the_command_with_3_and_the_kinds(
+    machines, word_command, tmp_path, fault_table
+):
+    machines()
+    process, tars = word_command(
+        NAMES[:6],
+        samples=600,
+        run={"workers": 1, "error_budget": 0.1},
+    )
+    assert process.wait(timeout=120) == 3, (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert re.search(r"stopped early: \d+ of \d+ samples failed.*caption/missing_caption: \d+", log), log
+    accounts = audit(tmp_path / "out", tars)
+    assert accounts.in_left_shards > 0
+    fault_table(
+        "more errors than the budget", "a fifth of all captions empty, run.error_budget 0.1", accounts
+    )
