@@ -15,6 +15,7 @@ from legrad.prompts import embed_tokens, refuse_active_dropout, require_tokenize
 
 # What Python and torch keep for one text beside its characters and its numbers: measured, rounded up.
 ENTRY_OVERHEAD_BYTES = 1024
+ROWS_A_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,39 @@ class EmbeddedTexts:
 
 @dataclass(frozen=True)
 class _Entry:
-    unit_row: Tensor
+    place: int
     truncated: bool
     size_bytes: int
+
+
+class _RowStore:
+    """Rows of one length in few large blocks.
+
+    Many small tensors that live long, each allocated between a batch's large ones, would break up the heap:
+    the process would grow with every text, by far more than the rows take.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._free: list[int] = []
+
+    def put(self, row: Float[Tensor, " embed_dim"]) -> int:
+        """Copy a row in; returns its place."""
+        if not self._free:
+            first = len(self._blocks) * ROWS_A_BLOCK
+            self._blocks.append(row.new_empty(ROWS_A_BLOCK, len(row)))
+            self._free = list(range(first + ROWS_A_BLOCK - 1, first - 1, -1))
+        place = self._free.pop()
+        self.row(place).copy_(row)
+        return place
+
+    def row(self, place: int) -> Float[Tensor, " embed_dim"]:
+        """A view of a row."""
+        return self._blocks[place // ROWS_A_BLOCK][place % ROWS_A_BLOCK]
+
+    def drop(self, place: int) -> None:
+        """Let a place be used again."""
+        self._free.append(place)
 
 
 class TextEmbedder:
@@ -63,6 +94,7 @@ class TextEmbedder:
         self._max_cache_bytes = max_cache_bytes
         self._batch_size = batch_size
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._rows = _RowStore()
         self._lock = threading.Lock()
         self.cached_bytes = 0
 
@@ -81,12 +113,12 @@ class TextEmbedder:
             for text in texts:
                 self._entries.move_to_end(text)
                 entries.append(self._entries[text])
+            rows = [self._rows.row(entry.place) for entry in entries]
+            empty = torch.zeros(0, self._explainer.embed_dim, device=self._explainer.device)
+            # a copy, within the lock: a place that is dropped is soon another text's
+            unit_rows = torch.stack(rows) if rows else empty
             self._evict()
-        rows = [entry.unit_row for entry in entries]
-        empty = torch.zeros(0, self._explainer.embed_dim, device=self._explainer.device)
-        return EmbeddedTexts(
-            torch.stack(rows) if rows else empty, tuple(entry.truncated for entry in entries)
-        )
+        return EmbeddedTexts(unit_rows, tuple(entry.truncated for entry in entries))
 
     def _keep(self, texts: Sequence[str]) -> None:
         refuse_active_dropout(self._explainer.model)
@@ -95,11 +127,11 @@ class TextEmbedder:
         unit_rows = embed_tokens(self._explainer.model, token_ids, self._explainer.device, self._batch_size)
         for text, row, is_cut in zip(texts, unit_rows, cut, strict=True):
             size_bytes = row.nbytes + sys.getsizeof(text) + ENTRY_OVERHEAD_BYTES
-            # a copy: a view would keep the whole batch in memory
-            self._entries[text] = _Entry(row.clone(), is_cut, size_bytes)
+            self._entries[text] = _Entry(self._rows.put(row), is_cut, size_bytes)
             self.cached_bytes += size_bytes
 
     def _evict(self) -> None:
         while self.cached_bytes > self._max_cache_bytes:
             _, dropped = self._entries.popitem(last=False)
+            self._rows.drop(dropped.place)
             self.cached_bytes -= dropped.size_bytes
