@@ -8,6 +8,7 @@ import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+SECRET = "hunter2hunter2"
 # the store looks at who signed, not at the signature
 SIGNED = (
     "AWS4-HMAC-SHA256 Credential=testing/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
@@ -43,7 +44,7 @@ class Store:
 def serving(handler):
     """A server of the handler on a free port; yields the port."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield server.server_address[1]

@@ -14,6 +14,8 @@ from pipeline.storage import filesystems
 
 MEBIBYTE = 1 << 20
 
+pytestmark = pytest.mark.usefixtures("only_loopback")
+
 
 @pytest.fixture
 def objects():
@@ -33,7 +35,6 @@ def url(objects):
             return f"gs://anonymous@bucket/{pattern}?scheme=http&endpoint_override=127.0.0.1:{make.port}"
 
         yield make
-        filesystems.forget_filesystems()
         for proxy in proxies:
             proxy.__exit__(None, None, None)
 

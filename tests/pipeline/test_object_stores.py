@@ -15,10 +15,9 @@ import uuid
 import pyarrow.parquet as pq
 import pytest
 from corpus import demo_job, write_corpus
-from moto.server import ThreadedMotoServer
 from object_servers import (
+    SECRET,
     FolderHandler,
-    Store,
     cutting_handler,
     refusing_handler,
     serving,
@@ -32,29 +31,14 @@ from pipeline.annotate import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError, ShortReadError, UserError
 from pipeline.status import read_status
-from pipeline.storage import ShardSource, web
+from pipeline.storage import ShardSource
 
-SECRET = "hunter2hunter2"
+pytestmark = pytest.mark.usefixtures("only_loopback")
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+def two_attempts(monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.05)
-
-
-@pytest.fixture(scope="module")
-def store():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield Store(server.get_host_and_port()[1])
-    server.stop()
 
 
 @pytest.fixture

@@ -1,14 +1,15 @@
 """Object stores and web servers that throttle, hang up, fall silent or dawdle: a proxy makes them."""
 
+import logging
 import os
 import sys
+import time
 import uuid
 
 import pytest
 import yaml
 from corpus import demo_job
-from moto.server import ThreadedMotoServer
-from object_servers import Fault, FolderHandler, Store, faulty_proxy, serving
+from object_servers import Fault, FolderHandler, faulty_proxy, serving
 
 from pipeline import cli, storage
 from pipeline.config import load_config
@@ -18,32 +19,11 @@ from pipeline.storage import filesystems, web
 MEBIBYTE = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.05)
-
-
-@pytest.fixture(scope="module")
-def moto_port():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()[1]
-    server.stop()
+pytestmark = pytest.mark.usefixtures("only_loopback")
 
 
 @pytest.fixture
-def store(moto_port):
-    return Store(moto_port)
-
-
-@pytest.fixture
-def bucket(store, monkeypatch):
+def bucket(store):
     """A new bucket; a new name each time, as connections are kept by name."""
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     store.put(name, b"")
@@ -63,7 +43,6 @@ def proxied(moto_port, monkeypatch):
 
     opened = []
     yield start
-    filesystems.forget_filesystems()
     for proxy in opened:
         proxy.__exit__(None, None, None)
 
@@ -260,6 +239,28 @@ def test_a_shard_on_a_web_server_is_read_whole_in_spite_of(fault, served):
         (shard,) = storage.list_shards(f"http://127.0.0.1:{port}/0.tar?X-Amz-Signature=hunter2")
         assert whole(shard) == handler.content
     assert len(hurt(log)) == fault.times
+
+
+def test_the_wait_that_a_server_asks_for_is_kept(served, monkeypatch):
+    handler, upstream_port = served
+    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.5)
+    asked = Fault("GET", status=503, headers={"Retry-After": "1"})
+    with faulty_proxy(upstream_port, asked) as (port, _):
+        (shard,) = storage.list_shards(f"http://127.0.0.1:{port}/0.tar")
+        started_s = time.monotonic()
+        assert whole(shard) == handler.content
+    # a random wait alone would be shorter
+    assert time.monotonic() - started_s >= 0.5
+
+
+def test_no_signature_or_password_is_logged_or_shown(served, caplog):
+    _, upstream_port = served
+    faults = Fault("GET", status=503), Fault("GET", sent_bytes=MEBIBYTE)
+    with faulty_proxy(upstream_port, *faults) as (port, _), caplog.at_level(logging.DEBUG):
+        (shard,) = storage.list_shards(f"http://id:hunter2@127.0.0.1:{port}/0.tar?X-Amz-Signature=hunter2")
+        whole(shard)
+    assert "hunter2" in shard.url
+    assert "hunter2" not in caplog.text + repr(shard)
 
 
 def test_what_changed_on_the_server_meanwhile_is_not_read_on(served):

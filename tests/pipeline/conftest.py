@@ -1,0 +1,36 @@
+"""Shared by tests of remote files: an object store on loopback, and an environment that leads to no other."""
+
+import pytest
+from moto.server import ThreadedMotoServer
+from object_servers import SECRET, Store
+
+from pipeline.storage import filesystems, web
+
+
+@pytest.fixture
+def only_loopback(monkeypatch):
+    """Credentials of the store here, none of the machine's own settings, and short waits between attempts."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.05)
+    yield
+    filesystems.forget_filesystems()
+
+
+@pytest.fixture(scope="session")
+def moto_port():
+    """Port of an S3 service."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def store(moto_port):
+    """The S3 service, looked at from outside."""
+    return Store(moto_port)
