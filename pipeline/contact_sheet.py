@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.config import InputConfig, JobConfig, parse_config
 from pipeline.decode import find_field, open_image
 from pipeline.errors import UserError
-from pipeline.ground_truth import Scene, list_truth_shards, scene_of
+from pipeline.ground_truth import LABEL_MAP_FIELD, Scene, list_truth_shards, scene_of
 from pipeline.job import JOB_FILE, read_job
 from pipeline.shards import RawSample, read_samples
 from pipeline.sheet_drawing import CARDS_PER_LINE, Card, draw_sheet
@@ -139,7 +139,9 @@ def _cards(chosen: Sequence[tuple[ShardSource, Row]], config: JobConfig) -> list
 
 def _read_wanted(shard: ShardSource, indices: set[int], settings: InputConfig) -> Iterator[RawSample]:
     with storage.open_shard(shard) as stream:
-        for sample in read_samples(stream, max_member_bytes=settings.max_member_bytes):
+        wanted = [*settings.image.split(";"), LABEL_MAP_FIELD, "json"]
+        samples = read_samples(stream, max_member_bytes=settings.max_member_bytes, wanted_fields=wanted)
+        for sample in samples:
             if isinstance(sample, RawSample) and sample.index in indices:
                 yield sample
                 indices = indices - {sample.index}
