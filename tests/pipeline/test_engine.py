@@ -1,0 +1,124 @@
+"""The device step: batches side by side, and what happens when the device's memory runs out."""
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import ModelConfig
+from pipeline.decode import DecodedImage
+from pipeline.demo.assets import DEMO_MODEL_NAME
+from pipeline.engine import Engine, PreparedSample, Prompt
+from pipeline.model import load_explainer
+
+SOON_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def explainer():
+    return load_explainer(ModelConfig(name=DEMO_MODEL_NAME, pretrained="demo", layers=1), "cpu")
+
+
+def samples(count, first=0):
+    generator = np.random.default_rng(first)
+    return [
+        PreparedSample(
+            index,
+            f"k{index}",
+            DecodedImage(generator.integers(0, 256, (96, 96, 3), dtype=np.uint8), 96, 96),
+            (Prompt(0, f"text {index}"), Prompt(1, "a dog")),
+        )
+        for index in range(first, first + count)
+    ]
+
+
+class Device:
+    """Stands before an explainer's encode: counts who is inside, and has memory for so many images."""
+
+    def __init__(self, explainer, fits=10**6, meet=None):
+        self.explainer = copy.copy(explainer)
+        self.explainer.encode = self.encode
+        self._encode, self._fits, self._meet = explainer.encode, fits, meet
+        self._lock, self._inside = threading.Lock(), 0
+        self.done, self.most_at_once, self.refused = [], 0, 0
+
+    def encode(self, images):
+        with self._lock:
+            self._inside += len(images)
+            self.most_at_once = max(self.most_at_once, self._inside)
+        try:
+            if self._meet is not None:
+                self._meet()
+            with self._lock:
+                if self._inside > self._fits:
+                    self.refused += 1
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            trace = self._encode(images)
+            self.done.append(len(images))
+            return trace
+        finally:
+            with self._lock:
+                self._inside -= len(images)
+
+
+def said(caplog):
+    return sum("out of device memory" in record.message for record in caplog.records)
+
+
+def same(results, expected):
+    assert [result.sample.key for result in results] == [result.sample.key for result in expected]
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.allclose(result.relevance_grids, wanted.relevance_grids, rtol=1e-3, atol=1e-9)
+        assert [prompt.prompt for prompt in result.prompts] == [prompt.prompt for prompt in wanted.prompts]
+
+
+def test_two_batches_are_on_the_device_at_once_where_that_is_wanted(explainer):
+    both = threading.Barrier(2)
+    device = Device(explainer, meet=lambda: both.wait(SOON_S))
+    engine = Engine(device.explainer, 32, 3, batches_at_once=2)
+    batches = [samples(3), samples(3, first=3)]
+    with ThreadPoolExecutor(2) as hands:
+        results = list(hands.map(engine.explain, batches))
+    assert device.most_at_once == 6
+    for result, batch in zip(results, batches, strict=True):
+        same(result, Engine(explainer, 32, 3).explain(batch))
+
+
+def test_where_memory_is_short_for_two_batches_they_take_turns_and_none_is_halved(explainer, caplog):
+    both, is_first = threading.Barrier(2), threading.Event()
+
+    def meet_once():
+        if not is_first.is_set():
+            both.wait(SOON_S)
+            is_first.set()
+
+    device = Device(explainer, fits=3, meet=meet_once)
+    engine = Engine(device.explainer, 32, 3, batches_at_once=2)
+    with ThreadPoolExecutor(2) as hands:
+        results = list(hands.map(engine.explain, [samples(3, first=3 * number) for number in range(4)]))
+    assert [result.sample.index for batch in results for result in batch] == list(range(12))
+    assert device.refused >= 1
+    assert set(device.done) == {3}
+    assert engine.batch_limit((96, 96, 3)) == 3
+    assert said(caplog) == 1
+
+
+def test_a_batch_too_large_is_halved_until_it_fits_and_gives_the_same(explainer, caplog):
+    device = Device(explainer, fits=2)
+    engine = Engine(device.explainer, 32, 8, batches_at_once=2)
+    batch = samples(11)
+    same(engine.explain(batch), Engine(explainer, 32, 8).explain(batch))
+    assert device.done == [2, 2, 2, 2, 2, 1]
+    assert engine.batch_limit((96, 96, 3)) == 2
+    # what is too much for one shape says nothing of another
+    assert engine.batch_limit((32, 32, 3)) == 8
+    assert said(caplog) == 1
+
+
+def test_an_image_that_does_not_fit_alone_is_an_error(explainer):
+    engine = Engine(Device(explainer, fits=0).explainer, 32, 4, batches_at_once=2)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.explain(samples(4))
