@@ -23,8 +23,9 @@ from pipeline.errors import SampleFailure
 from pipeline.measures import Measures, Meter
 from pipeline.records import SampleError, ShardCounts, total_counts
 from pipeline.shards import RawSample, read_samples
+from pipeline.stages import Stages, StreamLimits
 from pipeline.storage import ShardSource
-from pipeline.stream import BatchStream, Stages, StreamLimits
+from pipeline.stream import BatchStream
 from pipeline.writer import ShardWriter
 
 LOOKAHEAD_BATCHES = 8

@@ -24,7 +24,8 @@ from environment import environment
 from hands import work_through
 
 from pipeline.annotate import LOOKAHEAD_BATCHES
-from pipeline.stream import BatchStream, Stages, StreamLimits
+from pipeline.stages import Stages, StreamLimits
+from pipeline.stream import BatchStream
 
 PREPARE_S = 0.002
 FINISH_S = 0.001
