@@ -21,6 +21,8 @@ from pipeline.storage.urls import join_url, told_as
 TEMPORARY_PREFIX = ".tmp-"
 BLOCK_BYTES = 4 << 20
 IN_MEMORY_BYTES = 64 << 20
+# four parts of pyarrow's, which keeps a copy of what it has not sent
+UPLOAD_BYTES_AT_ONCE = 40 << 20
 
 
 def list_names(folder_url: str) -> set[str]:
@@ -73,8 +75,11 @@ def _publish_object(filesystem: pafs.FileSystem, path: str, content: bytes | mma
     """
 
     def upload() -> None:
+        view = memoryview(content)
         with filesystem.open_output_stream(path) as sink:
-            sink.write(content)
+            for start in range(0, len(view), UPLOAD_BYTES_AT_ONCE):
+                sink.write(view[start : start + UPLOAD_BYTES_AT_ONCE])
+                sink.flush()
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(upload).result()

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -31,7 +32,7 @@ from pipeline.annotate import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError, ShortReadError, UserError
 from pipeline.status import read_status
-from pipeline.storage import ShardSource
+from pipeline.storage import ShardSource, output
 
 pytestmark = pytest.mark.usefixtures("only_loopback")
 
@@ -285,6 +286,16 @@ def test_a_published_object_is_whole_listed_and_replaced(store, bucket):
     assert storage.list_names(out) == {"x.bin", "empty"}
     assert storage.list_names(f"s3://{bucket}") == set()
     assert storage.exists(out, "x.bin")
+
+
+def test_a_file_too_large_for_the_memory_is_published_from_the_disk(store, bucket, monkeypatch):
+    monkeypatch.setattr(output, "IN_MEMORY_BYTES", 1 << 20)
+    content = os.urandom(3 << 20)
+    with tempfile.SpooledTemporaryFile(max_size=1 << 20) as spooled:
+        spooled.write(content)
+        storage.publish(f"s3://{bucket}/out", "x.bin", spooled)
+    storage.publish(f"s3://{bucket}/out", "y.bin", io.BytesIO(content))
+    assert store.get(f"{bucket}/out/x.bin") == store.get(f"{bucket}/out/y.bin") == content
 
 
 def test_an_object_is_removed_and_removing_nothing_is_no_error(store, bucket):

@@ -142,7 +142,7 @@ def test_a_small_file_is_published_by_a_single_request(bucket, proxied):
         Fault("PUT", "partNumber=1", status=503, times=99),
         Fault("PUT", "partNumber=2", status=503, times=99),
         Fault("PUT", "partNumber=2", status=400, times=99),
-        Fault("PUT", "partNumber=3", status=503, times=99),
+        Fault("PUT", "partNumber=5", status=503, times=99),
         Fault("POST", "uploadId=", status=503, times=99),
     ],
     ids=["first part", "middle part", "middle part for good", "last part", "the end"],
@@ -155,7 +155,7 @@ def test_an_upload_that_never_ends_leaves_the_earlier_object_and_nothing_new(
     proxied(fault)
     for name in ("x.bin", "new.bin"):
         with pytest.raises(OutputError, match=rf"out/{name}: cannot be written"):
-            storage.publish(f"s3://{bucket}/out", name, b"x" * (25 * MEBIBYTE))
+            storage.publish(f"s3://{bucket}/out", name, b"x" * (45 * MEBIBYTE))
     assert store.get(f"{bucket}/out/x.bin") == b"before"
     assert store.get(f"{bucket}/out/new.bin") is None
     assert storage.list_names(f"s3://{bucket}/out") == {"x.bin"}
