@@ -1,7 +1,9 @@
 """`ray job submit` on a real cluster of one machine: upload, exit codes, stop and resubmission."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import time
 
@@ -17,6 +19,8 @@ from pipeline.status import read_status
 pytestmark = pytest.mark.slow
 
 SAMPLES = 40
+# enough for the command that stops the job to come in time
+SHARDS_TO_STOP = 24
 
 
 @pytest.fixture(scope="module")
@@ -115,28 +119,34 @@ def test_the_drivers_own_exit_code_stands_in_the_jobs_status(
     assert "Traceback" not in ended.stdout
 
 
-def test_a_stopped_job_goes_on_where_it_was_when_it_is_submitted_again(ray_job, job_folder, tmp_path):
-    tars = write_corpus(tmp_path / "shared", 6, SAMPLES)
+@pytest.mark.parametrize(("frozen", "ended"), [(False, "terminated"), (True, "running")])
+def test_a_stopped_job_goes_on_where_it_was_when_it_is_submitted_again(
+    ray_job, job_folder, tmp_path, frozen, ended
+):
+    tars = write_corpus(tmp_path / "shared", SHARDS_TO_STOP, SAMPLES)
     folder, _ = job_folder()
     document = yaml.safe_load((folder / "job.yaml").read_text())
     document["input"]["shards"] = str(tmp_path / "shared" / "*.tar")
     (folder / "job.yaml").write_text(yaml.safe_dump(document))
     out = tmp_path / "out"
-    assert submit(ray_job, folder, "stopped", "--no-wait").returncode == 0
-    wait_for(lambda: list((out / "annotations").glob("[!.]*.parquet")), ray_job, "stopped")
-    stopped = ray_job("stop", "stopped")
+    name = f"stopped-{ended}"
+    assert submit(ray_job, folder, name, "--no-wait").returncode == 0
+    wait_for(lambda: list((out / "annotations").glob("[!.]*.parquet")), ray_job, name)
+    if frozen:
+        # SIGTERM does not reach it; SIGKILL comes three seconds later
+        os.kill(json.loads((out / "job.json").read_text())["pid"], signal.SIGSTOP)
+    stopped = ray_job("stop", name)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    assert "STOPPED" in ray_job("status", "stopped").stdout
+    assert f"Job '{name}' was stopped" in ray_job("status", name).stdout
     before = audit(out, tars)
     assert before.shards_left > 0
-    # SIGTERM came, and there was time to say so before SIGKILL
-    assert latest_run(str(out)).ended == "terminated"
-    again = submit(ray_job, folder, "again")
+    assert latest_run(str(out)).ended == ended
+    again = submit(ray_job, folder, f"{name}-again")
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"{before.shards_done} done before" in again.stdout
     after = audit(out, tars)
-    assert (after.shards_done, after.shards_left, after.annotated) == (6, 0, 6 * SAMPLES)
-    assert json.loads((out / "_SUCCESS").read_text())["samples_in"] == 6 * SAMPLES
+    assert (after.shards_done, after.shards_left) == (SHARDS_TO_STOP, 0)
+    assert json.loads((out / "_SUCCESS").read_text())["annotated"] == SHARDS_TO_STOP * SAMPLES
 
 
 def wait_for(condition, ray_job, name):
