@@ -128,7 +128,11 @@ def as_line(state: RunState, pace: Pace) -> str:
 def _time_left(state: RunState) -> str:
     if not state.shards_done:
         return "?"
-    return as_duration(state.working_s / state.shards_done * state.shards_left)
+    if not state.samples_per_s or not state.counts.samples_in:
+        return as_duration(state.working_s / state.shards_done * state.shards_left)
+    # by samples, as shards in hand may be nearly done
+    expected = state.counts.samples_in / state.shards_done * state.shards_left - state.live_counts.samples_in
+    return as_duration(max(0.0, expected) / state.samples_per_s)
 
 
 def _errors(counts: ShardCounts) -> str:

@@ -53,6 +53,13 @@ def test_a_log_gets_no_line_before_its_time():
     assert logged(STATE, 3600.0) == ""
 
 
+def test_samples_of_shards_in_hand_count_in_the_time_left():
+    # 4 shards of about 100 samples are left, 150 of these have come: 250 at 15/s
+    assert "left 17s" in logged(replace(STATE, live_counts=ShardCounts(annotated=150)), 0.0)
+    # shards without a single sample are counted as shards
+    assert "left 40s" in logged(replace(STATE, counts=ShardCounts()), 0.0)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_gets_a_live_display_that_fits(width):
     screen = io.StringIO()
