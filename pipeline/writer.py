@@ -19,17 +19,16 @@ from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, SampleError, Shard
 
 ROWS_PER_GROUP = 1000
 FOOTER_READERS = 16
-SPOOL_BYTES = 64 << 20
 METADATA_KEY = b"legrad"
 
 
 class _TableSpool:
-    """A Parquet file under construction, in memory up to SPOOL_BYTES."""
+    """A Parquet file under construction, in memory up to IN_MEMORY_BYTES."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
         self._rows: list[dict[str, Any]] = []
-        self.file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))  # noqa: SIM115 (the writer closes it)
+        self.file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=storage.IN_MEMORY_BYTES))  # noqa: SIM115 (the writer closes it)
         dictionary_columns = [name for name in ("shard", "prompt") if name in schema.names]
         self._writer = pq.ParquetWriter(
             self.file, schema, compression="zstd", compression_level=3, use_dictionary=dictionary_columns
