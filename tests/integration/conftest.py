@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from accounts import audit
 from corpus import demo_job, write_word_shards
-from faults import struck_by
+from faults import annotate_all, struck_by
 from rich.console import Console
 
 from pipeline.job import prepare_job
@@ -95,6 +96,27 @@ def struck_job(tmp_path):
             with meanwhile(tars):
                 result = run_job(job, progress, factory)
         return result, (tmp_path / "log").read_text(), audit(tmp_path / "out", tars)
+
+    return run
+
+
+@pytest.fixture
+def struck_worker(tmp_path):
+    """Runs a worker over what is left of a job, in a process of its own and without ray.
+
+    Returns the process's exit code and the accounts of the output folder, whatever the worker left there.
+    """
+
+    def run(names, *faults):
+        tars = write_word_shards(tmp_path / "in", names, 6)
+        (tmp_path / "marks").mkdir(exist_ok=True)
+        job = prepare_job(demo_job(tars, tmp_path / "out"))
+        factory = struck_by(*faults, marks_folder=tmp_path / "marks")
+        process = multiprocessing.get_context("fork").Process(target=annotate_all, args=(job, factory))
+        process.start()
+        process.join(60)
+        process.kill()
+        return process.exitcode, audit(tmp_path / "out", tars)
 
     return run
 

@@ -4,9 +4,11 @@ A `Fault` names the point, the shard and what happens there; every blow leaves a
 worker that takes the place of a dead one knows how many there have been, and a test knows that they came.
 """
 
+import faulthandler
 import os
 import resource
 import signal
+import sys
 import tarfile
 import threading
 import time
@@ -20,6 +22,7 @@ from pipeline import storage
 from pipeline.annotate import ShardReport
 from pipeline.measures import Measures
 from pipeline.records import SampleError, total_counts
+from pipeline.worker import Worker
 from pipeline.writer import ShardWriter
 
 
@@ -66,6 +69,7 @@ ACTIONS = {
     # the worker's parent is the daemon of its machine
     "kill_machine": lambda: send(signal.SIGKILL, os.getppid),
     "hang": sleep_for_ever,
+    "nap": lambda: time.sleep(2),
     "hog": hog_memory,
     # from here on the kernel refuses to let any file of this process grow
     "file_size_limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY)),
@@ -191,3 +195,17 @@ def struck_by(*faults, marks_folder, seconds_per_sample=0.0):
     return partial(
         _build, faults=faults, marks_folder=str(marks_folder), seconds_per_sample=seconds_per_sample
     )
+
+
+def annotate_all(job, factory):
+    """A worker's life; ends with 1 where a shard could not be done, as a driver would stop the job."""
+    # a death on purpose needs no traceback
+    faulthandler.disable()
+    worker = Worker(job.config, job.stamp.as_metadata(), cpus=1, device="cpu", factory=factory)
+    worker.load()
+    for shard in job.todo:
+        outcome = worker.annotate(shard)
+        if outcome.status != "done":
+            print(outcome.message, file=sys.stderr, flush=True)
+            os._exit(1)
+    os._exit(0)

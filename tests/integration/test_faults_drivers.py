@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from accounts import audit
 
+from pipeline.errors import UserError
+
 NAMES = [f"{number:02d}" for number in range(12)]
 
 
@@ -82,29 +84,22 @@ def test_the_heart_of_a_cluster_killed_ends_the_driver_and_a_rerun_completes(
     fault_table("head of the cluster killed, rerun", "SIGKILL of gcs_server", accounts)
 
 
-def test_a_cluster_that_does_not_answer_is_told_in_one_line(word_command, tmp_path):
+def test_a_cluster_that_does_not_answer_is_told_in_one_line_at_once(struck_job, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    process, _ = word_command(["a"], environment={"RAY_ADDRESS": address})
-    assert process.wait(timeout=100) == 1
-    log = (tmp_path / "log").read_text()
-    assert log.count("\n") == 1, log
-    assert f"RAY_ADDRESS {address}: no ray cluster answers" in log
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"^RAY_ADDRESS {address}: no ray cluster answers: .*refused$"):
+        struck_job(["a"])
 
 
-def test_more_errors_than_the_budget_end_the_command_with_3_and_the_kinds(
-    machines, word_command, tmp_path, fault_table
-):
+@pytest.mark.slow
+def test_more_errors_than_the_budget_stop_the_job_and_name_the_kinds(machines, struck_job, fault_table):
     machines()
-    process, tars = word_command(
-        NAMES[:6],
-        samples=600,
-        run={"workers": 1, "error_budget": 0.1},
+    result, _, accounts = struck_job(NAMES[:6], samples=600, workers=1, error_budget=0.1)
+    assert re.fullmatch(
+        r"\d+ of \d+ samples failed; run.error_budget is 0.1 \(caption/missing_caption: \d+\)", result.stopped
     )
-    assert process.wait(timeout=120) == 3, (tmp_path / "log").read_text()
-    log = (tmp_path / "log").read_text()
-    assert re.search(r"stopped early: \d+ of \d+ samples failed.*caption/missing_caption: \d+", log), log
-    accounts = audit(tmp_path / "out", tars)
+    assert not result.complete
     assert accounts.in_left_shards > 0
     fault_table(
         "more errors than the budget", "a fifth of all captions empty, run.error_budget 0.1", accounts

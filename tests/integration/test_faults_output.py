@@ -1,34 +1,95 @@
 """Output folders that are full, forbidden, shared, torn or of another configuration."""
 
+import multiprocessing
 import os
+import re
 import subprocess
 from contextlib import contextmanager
 
 import pytest
 from accounts import audit
-from faults import Fault
+from corpus import demo_job, write_word_shards
+from faults import Fault, Faults, WordAnnotator, annotate_all, struck_by
 
 from pipeline.errors import OutputError
+from pipeline.job import looked_at_again, prepare_job
+from pipeline.result import JobResult, concluded, first_state
+from pipeline.worker import Worker
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """OUT on a disk of its own, of so many kilobytes; returns a function that sets its size."""
+    """OUT on a disk of its own of 32 KiB; returns a function that mounts it again with other options."""
     out = tmp_path / "out"
     out.mkdir()
 
-    def resize(kilobytes, *options):
-        chosen = ",".join([f"size={kilobytes}k", *options])
-        command = ["mount", "-t", "tmpfs", "-o", chosen, "tmpfs", str(out)]
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(out)]
         return subprocess.run(command, capture_output=True, check=False)
 
-    if os.geteuid() or resize(32).returncode:
+    if os.geteuid() or mount("size=32k").returncode:
         pytest.skip("a disk of its own can only be mounted by root")
-    yield lambda kilobytes: resize(kilobytes, "remount").check_returncode()
+    yield lambda options: mount(f"remount,{options}").check_returncode()
     subprocess.run(["umount", "--lazy", str(out)], check=True)
 
 
-def test_a_full_disk_stops_the_job_and_once_there_is_room_a_rerun_completes(
+@pytest.fixture
+def annotate_here(tmp_path):
+    """Runs a worker in this process over what is left of a job; returns its outcomes and the accounts."""
+
+    def run():
+        tars = write_word_shards(tmp_path / "in", [f"{number:02d}" for number in range(12)], 6)
+        job = prepare_job(demo_job(tars, tmp_path / "out"))
+        no_faults = Faults([], tmp_path)
+        worker = Worker(
+            job.config,
+            job.stamp.as_metadata(),
+            cpus=1,
+            device="cpu",
+            factory=lambda config, metadata, cpus, device: WordAnnotator(config, metadata, no_faults),
+        )
+        worker.load()
+        outcomes = [worker.annotate(shard) for shard in job.todo]
+        return outcomes, audit(tmp_path / "out", tars)
+
+    return run
+
+
+def test_on_a_full_disk_no_half_file_is_left_and_once_there_is_room_the_rest_is_done(
+    annotate_here, small_disk, tmp_path, fault_table
+):
+    outcomes, full = annotate_here()
+    assert {outcome.status for outcome in outcomes} == {"done", "fatal"}
+    for outcome in outcomes:
+        if outcome.status == "fatal":
+            assert re.search(
+                rf"{tmp_path}/out/\S+: cannot be written: .*No space left on device", outcome.message
+            )
+    assert 0 < full.shards_left < 12
+    assert full.temporary_files == 0
+    small_disk("size=4m")
+    outcomes, roomy = annotate_here()
+    assert {outcome.status for outcome in outcomes} == {"done"}
+    assert roomy.shards_done == 12
+    fault_table("disk full", "a tmpfs of 32 KiB; before there was room", full)
+    fault_table("disk full", "the same, after there was room and a rerun", roomy)
+
+
+def test_on_a_disk_that_turns_read_only_nothing_is_lost(annotate_here, small_disk, tmp_path, fault_table):
+    small_disk("size=4m")
+    tars = write_word_shards(tmp_path / "in", [f"{number:02d}" for number in range(12)], 6)
+    prepare_job(demo_job(tars, tmp_path / "out"))
+    small_disk("ro")
+    with pytest.raises(OutputError, match=rf"{tmp_path}/out/job.json: cannot be written: .*Read-only"):
+        annotate_here()
+    small_disk("rw")
+    _, accounts = annotate_here()
+    assert accounts.shards_done == 12
+    fault_table("disk turns read-only", "a tmpfs mounted again with ro, then rw and a rerun", accounts)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_whole_job_and_once_there_is_room_a_rerun_completes(
     machines, struck_job, small_disk, tmp_path, fault_table
 ):
     machines()
@@ -38,13 +99,32 @@ def test_a_full_disk_stops_the_job_and_once_there_is_room_a_rerun_completes(
     tars = sorted((tmp_path / "in").iterdir())
     full = audit(tmp_path / "out", tars)
     assert full.shards_left > 0
-    assert full.temporary_files == 0
-    small_disk(4096)
+    small_disk("size=4m")
     result, log, accounts = struck_job(names, workers=1)
     assert result.complete, log
     assert accounts.shards_done == 12
-    fault_table("disk full", "a tmpfs of 32 KiB; before more room", full)
-    fault_table("disk full", "the same, after room was made and a rerun", accounts)
+    fault_table(
+        "disk full, whole job on ray", "a tmpfs of 32 KiB; after there was room and a rerun", accounts
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("action", "cause"), [("file_size_limit", "File too large"), ("not_root", "Permission denied")]
+)
+def test_a_process_that_may_not_write_says_path_and_cause_and_leaves_no_half_file(
+    action, cause, struck_worker, tmp_path, capfd, fault_table
+):
+    if action == "not_root" and os.geteuid():
+        pytest.skip("only root can give up its rights")
+    code, left_behind = struck_worker([*"abc"], Fault("b", "middle", action))
+    assert code == 1
+    assert re.search(rf"{tmp_path}/out/errors/b-\S+: cannot be written: .*{cause}", capfd.readouterr().err)
+    assert (left_behind.shards_done, left_behind.temporary_files) == (1, 0)
+    code, accounts = struck_worker([*"abc"])
+    assert (code, accounts.shards_done) == (0, 3)
+    how = {"file_size_limit": "setrlimit(RLIMIT_FSIZE)", "not_root": "seteuid(nobody)"}[action]
+    fault_table(f"{cause.lower()} on the output, another goes on", f"{how}, without ray", accounts)
 
 
 @pytest.mark.slow
@@ -71,13 +151,36 @@ def test_a_worker_that_may_not_write_stops_the_job_with_path_and_cause_and_a_rer
     fault_table(f"{told.split('|')[0].lower()} on the output", f"{how}; after the rerun", accounts)
 
 
-def test_an_output_folder_that_may_not_be_written_is_told_before_any_worker_starts(word_command, tmp_path):
+def test_an_output_folder_that_cannot_be_one_is_told_before_any_worker_starts(struck_job, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
-    process, _ = word_command(["a"])
-    assert process.wait(timeout=120) == 2
-    log = (tmp_path / "log").read_text()
-    assert log.count("\n") == 1, log
-    assert f"{tmp_path}/out" in log
+    with pytest.raises(OutputError, match=rf"{tmp_path}/out.*Not a directory"):
+        struck_job(["a"])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_of_two_jobs_that_write_the_same_shards_at_once_no_torn_pair_passes_for_done(tmp_path, fault_table):
+    tars = write_word_shards(tmp_path / "in", [f"{number:03d}" for number in range(60)], 6)
+    jobs = [prepare_job(demo_job(tars, tmp_path / "out")) for _ in range(2)]
+    (tmp_path / "marks").mkdir()
+    # whoever comes first sleeps between its two files, while the other one publishes both of its own
+    factory = struck_by(Fault("030", "between", "nap"), marks_folder=tmp_path / "marks")
+    fork = multiprocessing.get_context("fork").Process
+    processes = [fork(target=annotate_all, args=(job, factory)) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    job = looked_at_again(jobs[0])
+    torn = concluded(job, JobResult(first_state(job))).torn
+    assert tars[30].as_uri() in torn
+    again = fork(target=annotate_all, args=(looked_at_again(job), factory))
+    again.start()
+    again.join(60)
+    assert concluded(looked_at_again(job), JobResult(first_state(looked_at_again(job)))).complete
+    accounts = audit(tmp_path / "out", tars)
+    assert (accounts.shards_done, accounts.temporary_files) == (60, 0)
+    fault_table("two jobs write the same shards", f"two processes; {len(torn)} torn pairs redone", accounts)
 
 
 @pytest.mark.slow

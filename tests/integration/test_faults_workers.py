@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import pytest
 from faults import Fault, marks
@@ -18,6 +19,23 @@ ONCE_EACH = {
 
 def failure_record(out, stem):
     return json.loads(next((out / "failed").glob(f"{stem}-*.json")).read_text())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("point", ONCE_EACH)
+def test_a_process_that_ends_at_any_point_leaves_no_half_file_and_the_next_one_does_the_rest(
+    point, struck_worker, tmp_path, fault_table
+):
+    shard, where, how = ONCE_EACH[point]
+    number = {"kill": signal.SIGKILL, "segfault": signal.SIGSEGV}[how]
+    code, left_behind = struck_worker([*"abcdefg"], Fault(shard, where, how))
+    assert (code, marks(tmp_path / "marks")) == (-number, {f"{shard}-{where}": 1})
+    published = "abcdefg".index(shard) + (where == "published")
+    assert (left_behind.shards_done, left_behind.shards_left) == (published, 7 - published)
+    assert left_behind.temporary_files == (where in ("errors", "annotations"))
+    code, accounts = struck_worker([*"abcdefg"])
+    assert (code, accounts.shards_done) == (0, 7)
+    fault_table(f"process ends {point}, another goes on", f"{number.name}, without ray", accounts)
 
 
 @pytest.mark.slow
@@ -60,6 +78,7 @@ def test_poison_among_good_shards_and_a_death_at_every_point_of_publishing_cost_
     )
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_replaced_and_its_shards_are_done(machines, struck_job, tmp_path, fault_table):
     machines(2)
     result, log, accounts = struck_job(
