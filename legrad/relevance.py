@@ -14,6 +14,7 @@ Sensitivity", https://arxiv.org/abs/2404.03214, section 3.
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -24,8 +25,11 @@ from legrad.stages import Pullback, Rows, pull_back, run_stages
 from legrad.towers import Block, Scoring, Tower
 from legrad.trace import LayerTrace, Trace
 
-# Bounds the temporaries of one step, so that prompts times tokens squared never lies in memory at once.
-MEMORY_BUDGET_BYTES = 128 * 2**20
+# Bounds the temporaries of one step, so that prompts times tokens squared never lies in memory at once. A CPU
+# is fastest with what its last cache holds, a device with few large steps.
+CPU_MEMORY_BUDGET_BYTES = 32 * 2**20
+DEVICE_MEMORY_BUDGET_BYTES = 512 * 2**20
+EVERY = slice(None)
 
 
 @torch.no_grad()
@@ -37,7 +41,7 @@ def relevance_grids(
     *,
     scoring: Scoring,
     one_by_one: bool = False,
-    memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
+    memory_budget_bytes: int | None = None,
 ) -> Float[Tensor, "layers prompts grid_height grid_width"]:
     """Compute raw relevance for ragged prompts: each prompt belongs to one image of the trace.
 
@@ -48,13 +52,17 @@ def relevance_grids(
         image_index: for each prompt, the row of its image in the trace.
         scoring: how a layer is scored; the one that the trace was made for.
         one_by_one: prompt i belongs to image i, for every image.
-        memory_budget_bytes: bound on the temporaries of one step; one prompt's tail is the least taken.
+        memory_budget_bytes: bound on the temporaries of one step; one prompt's tail is the least taken. None:
+            what suits the device.
 
     Returns:
         Relevance, at least zero, unnormalised; layers from first to last explained. float32 (float64 for a
         float64 model), whatever the precision of the model.
     """
-    with torch.autocast(image_index.device.type, enabled=False):
+    device_type = image_index.device.type
+    if memory_budget_bytes is None:
+        memory_budget_bytes = CPU_MEMORY_BUDGET_BYTES if device_type == "cpu" else DEVICE_MEMORY_BUDGET_BYTES
+    with torch.autocast(device_type, enabled=False):
         layers = [
             _layer_relevance(
                 tower,
@@ -89,18 +97,42 @@ def _layer_relevance(
     scaled_gradients = pooled_gradients / scales
 
     block = scoring.pooler or tower.blocks[layer.index]
-    pull_to_context = _context_pullback(block, layer, scoring.pooled_tokens)
     patch_values = layer.values[:, :, tower.prefix_tokens :]
     heads, queries, patches = layer.values.shape[1], layer.outputs.shape[1], patch_values.shape[2]
+    prompts_per_step = _prompts_per_step(layer, scoring.pooled_tokens, memory_budget_bytes)
     relevance = scales.new_empty(len(image_index), patches)
-    for chunk in _prompt_chunks(len(image_index), layer, scoring.pooled_tokens, memory_budget_bytes):
-        rows = chunk if one_by_one else image_index[chunk]
-        gradients = pull_to_context(pull_to_tokens(scaled_gradients[chunk], rows), rows)
-        context_gradients = torch.unflatten(gradients, -1, (heads, -1)).transpose(1, 2)
-        relevance[chunk] = rectified_column_sums(
-            context_gradients, patch_values, image_index[chunk], memory_budget_bytes
-        )
+    for images, prompts in _images_with_prompts(image_index, one_by_one):
+        pull_to_context = _context_pullback(block, layer, images, scoring.pooled_tokens)
+        for chunk in _chunks(prompts, prompts_per_step):
+            rows = chunk if one_by_one else image_index[chunk]
+            tail_rows = rows if images == EVERY else EVERY
+            gradients = pull_to_context(pull_to_tokens(scaled_gradients[chunk], rows), tail_rows)
+            context_gradients = torch.unflatten(gradients, -1, (heads, -1)).transpose(1, 2)
+            relevance[chunk] = rectified_column_sums(
+                context_gradients, patch_values, image_index[chunk], memory_budget_bytes
+            )
     return relevance * scales[:, 0] / (heads * queries)
+
+
+def _images_with_prompts(
+    image_index: Int[Tensor, " prompts"], one_by_one: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Say which images a tail is linearised at together, and for which prompts.
+
+    On a CPU one image after the other: what its prompts share then stays in cache, and is not copied.
+    """
+    if one_by_one or image_index.device.type != "cpu":
+        yield EVERY, slice(0, len(image_index))
+        return
+    images, counts = (column.tolist() for column in torch.unique_consecutive(image_index, return_counts=True))
+    ends = accumulate(counts)
+    for image, count, end in zip(images, counts, ends, strict=True):
+        yield slice(image, image + 1), slice(end - count, end)
+
+
+def _chunks(prompts: slice, step: int) -> Iterator[slice]:
+    starts = range(prompts.start, prompts.stop, step)
+    return (slice(start, min(start + step, prompts.stop)) for start in starts)
 
 
 def _score_gradients(
@@ -145,11 +177,11 @@ def _feature_gradients(
     return gradients
 
 
-def _context_pullback(block: Block, layer: LayerTrace, pooled_tokens: slice) -> Pullback:
+def _context_pullback(block: Block, layer: LayerTrace, images: slice, pooled_tokens: slice) -> Pullback:
     """Linearise a block's tail, from z back to concat_h(A_h V_h), at the tokens that are pooled."""
     dtype = layer.values.dtype
-    pull_mlp = pull_back(block.mlp, _selected(layer.mlp_inputs, pooled_tokens), dtype)
-    pull_out = pull_back(block.out, _selected(layer.out_inputs, pooled_tokens), dtype)
+    pull_mlp = pull_back(block.mlp, _selected(layer.mlp_inputs, images, pooled_tokens), dtype)
+    pull_out = pull_back(block.out, _selected(layer.out_inputs, images, pooled_tokens), dtype)
 
     def pull(gradients: Tensor, rows: Rows) -> Tensor:
         through_residual = gradients.to(dtype)
@@ -161,17 +193,16 @@ def _context_pullback(block: Block, layer: LayerTrace, pooled_tokens: slice) -> 
     return pull
 
 
-def _selected(stage_inputs: tuple[Tensor | None, ...], tokens: slice) -> tuple[Tensor | None, ...]:
-    return tuple(None if inputs is None else inputs[:, tokens] for inputs in stage_inputs)
+def _selected(
+    stage_inputs: tuple[Tensor | None, ...], images: slice, tokens: slice
+) -> tuple[Tensor | None, ...]:
+    return tuple(None if inputs is None else inputs[images, tokens] for inputs in stage_inputs)
 
 
-def _prompt_chunks(
-    prompts: int, layer: LayerTrace, pooled_tokens: slice, memory_budget_bytes: int
-) -> Iterator[slice]:
-    """Cut the prompts so that the tail's temporaries, two of the widest inputs for each, fit the budget."""
+def _prompts_per_step(layer: LayerTrace, pooled_tokens: slice, memory_budget_bytes: int) -> int:
+    """Bound the prompts so that the tail's temporaries, two of the widest inputs for each, fit the budget."""
     kept = [inputs for inputs in (*layer.out_inputs, *layer.mlp_inputs) if inputs is not None]
     widest = max((inputs.shape[-1] for inputs in kept), default=layer.outputs.shape[-1])
     queries = layer.outputs[:, pooled_tokens].shape[1]
     bytes_per_prompt = 2 * queries * widest * layer.outputs.element_size()
-    step = max(1, memory_budget_bytes // bytes_per_prompt)
-    return (slice(start, start + step) for start in range(0, prompts, step))
+    return max(1, memory_budget_bytes // bytes_per_prompt)

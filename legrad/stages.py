@@ -8,9 +8,10 @@ A stage acts on each token alone, and has
                                 (None if it is linear); matrix products are computed in `dtype`
 
 One pullback carries the gradients of any number of prompts; `rows` says which image each belongs to, as
-indices or, where prompts and images go one by one, as a slice, which copies nothing. A gradient that is the
-same for all tokens of a prompt keeps a token axis of one until a stage makes the tokens differ: with mean
-pooling, the first product of an MLP's backward pass is therefore a vector times a matrix.
+indices or, where prompts and images go one by one or all prompts belong to one image, as a slice, which
+copies nothing. A gradient that is the same for all tokens of a prompt keeps a token axis of one until a stage
+makes the tokens differ: with mean pooling, the first product of an MLP's backward pass is therefore a vector
+times a matrix.
 """
 
 import functools
@@ -132,10 +133,12 @@ class Activation:
         derivative = functools.cache(lambda: activation_derivative(self.module, tokens))
 
         def pull(gradients: Tensor, rows: Rows) -> Tensor:
-            if isinstance(rows, slice):
+            if not isinstance(rows, slice):
+                # Several prompts of an image share its derivatives.
+                return derivative()[rows].mul_(gradients)
+            if len(tokens[rows]) == len(gradients):
                 return activation_backward(self.module, tokens[rows], gradients)
-            # Several prompts of an image share its derivatives.
-            return derivative()[rows].mul_(gradients)
+            return derivative()[rows] * gradients
 
         return pull
 
@@ -238,19 +241,21 @@ def _backward_by_autograd(
 
 
 def _norm_backward(
-    norm: nn.LayerNorm, inputs: Float[Tensor, "prompts tokens width"], gradients: Tensor
+    norm: nn.LayerNorm, inputs: Float[Tensor, "images tokens width"], gradients: Tensor
 ) -> Float[Tensor, "prompts tokens width"]:
     """Carry gradients [prompts, 1 or tokens, width] back through a LayerNorm."""
     # With parameters of float32, the CPU's kernel keeps the statistics of narrower inputs in float32 too.
     parameter_dtype = accumulation_dtype(inputs.dtype) if inputs.device.type == "cpu" else inputs.dtype
     weight, bias = norm.weight.detach().to(parameter_dtype), norm.bias.detach().to(parameter_dtype)
     shape = list(norm.normalized_shape)
-    inputs = inputs.contiguous()
-    _, mean, inverse_std = torch.native_layer_norm(inputs, shape, weight, bias, norm.eps)
-    expanded = gradients.to(inputs.dtype).expand_as(inputs).contiguous()
+    _, mean, inverse_std = torch.native_layer_norm(inputs.contiguous(), shape, weight, bias, norm.eps)
+    # The kernel takes operands of one shape: an image of many prompts grows, and a gradient of many tokens.
+    grown = (len(gradients), *inputs.shape[1:])
+    by_outputs, inputs = gradients.to(inputs.dtype).expand(grown), inputs.expand(grown)
+    mean, inverse_std = (values.expand(*grown[:-1], 1).contiguous() for values in (mean, inverse_std))
     wanted = [True, False, False]
     by_inputs: Tensor = torch.ops.aten.native_layer_norm_backward(
-        expanded, inputs, shape, mean, inverse_std, weight, bias, wanted
+        by_outputs.contiguous(), inputs.contiguous(), shape, mean, inverse_std, weight, bias, wanted
     )[0]
     return by_inputs
 
