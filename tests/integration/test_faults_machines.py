@@ -17,6 +17,7 @@ def wait_for_mark(tmp_path, mark, process):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_machine_lost_in_mid_shard_is_no_strike_and_its_successor_does_the_rest(
     cluster, machines, word_command, tmp_path, fault_table
 ):
