@@ -56,7 +56,7 @@ def report(common: dict[str, Any], what: str, measure: Callable[[], dict[str, An
     """Measure, print the row, and return it; an error becomes part of the row."""
     try:
         row = measure()
-    except Exception as error:  # the device is lent: what else can be measured must be
+    except Exception as error:  # one failed measurement must not cost the others
         row = {"error": f"{type(error).__name__}: {error}"[:500]}
     print(json.dumps({"what": what} | row | common), flush=True)
     return row
