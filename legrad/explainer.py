@@ -72,7 +72,8 @@ class LeGrad:
                 block's tokens straight into an attentional pooler; "model": the model's own norm, pooling and
                 head.
             image_size: of the model's input as preprocessed, (height, width) or one number, in pixels;
-                multiples of the patch size. None: the model's own.
+                multiples of the patch size. None: the model's own, rounded down to whole patches: a model of
+                384 pixels and patches of 14 sees 378 of them.
             fit: "stretch" every image to that size; "keep" aspect ratios, with at most as many patches.
 
         Raises:
@@ -84,8 +85,8 @@ class LeGrad:
         self.tokenizer = tokenizer
         self._layers = check_layers(layers, self.tower)
         self.scoring = self.tower.reference if check_pool(pool) == "reference" else self.tower.own
-        transform = _sized(transform_of(model.visual), image_size)  # type: ignore[arg-type]
         patch_size = self.tower.patch_size
+        transform = _sized(transform_of(model.visual), image_size, patch_size)  # type: ignore[arg-type]
         self.transform = replace(transform, fit=check_fit(fit, self.tower), patch_size=patch_size)
         check_image_size(self.tower, self.transform.height, self.transform.width, "preprocessing")
 
@@ -276,7 +277,8 @@ class LeGrad:
         if neutral_embedding is not None:
             neutral_grids = self.relevance(trace, neutral_embedding.reshape(1, -1))
             neutral = neutral_patches(neutral_grids, neutral_threshold)
-            grids = grids.masked_fill(neutral[:, None] if image_index is None else neutral[image_index], 0)
+            rows = None if image_index is None else image_index.to(neutral.device, torch.int64)
+            grids = grids.masked_fill(neutral[:, None] if rows is None else neutral[rows], 0)
         height, width = trace.grid_height * self.patch_size, trace.grid_width * self.patch_size
         return heatmaps_of(grids, height, width, self.tower.normalisation)
 
@@ -332,8 +334,12 @@ def _check_request(name: str, precision: str) -> None:
         raise UnsupportedModelError(f"{name}: {support.reason}. Supported: {SUPPORTED}")
 
 
-def _sized(transform: ImageTransform, image_size: int | tuple[int, int] | None) -> ImageTransform:
+def _sized(
+    transform: ImageTransform, image_size: int | tuple[int, int] | None, patch_size: int
+) -> ImageTransform:
     if image_size is None:
-        return transform
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        # Some models are configured for sizes of which their patches leave a margin unseen.
+        height, width = (side - side % patch_size for side in (transform.height, transform.width))
+    else:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return replace(transform, height=height, width=width)

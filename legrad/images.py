@@ -54,7 +54,7 @@ class ImageTransform:
         patch = self.patch_size
         patches = (self.height // patch) * (self.width // patch)
         rows = math.sqrt(patches * image_height / image_width)
-        shorter = max(1, round(min(rows, patches / rows)))
+        shorter = max(1, min(round(min(rows, patches / rows)), math.isqrt(patches)))
         longer = max(1, min(round(max(rows, patches / rows)), patches // shorter))
         grid_height, grid_width = (longer, shorter) if image_height > image_width else (shorter, longer)
         return grid_height * patch, grid_width * patch

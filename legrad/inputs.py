@@ -49,7 +49,8 @@ def as_ragged(
     unit_rows = _unit_rows(image_features, text_embeddings)
     device, batch = unit_rows.device, len(image_features)
     if image_index is not None:
-        checked = _check_image_index(image_index, text_embeddings, batch)
+        # Contiguous, also where it is a column of pairs: kernels read it row after row.
+        checked = _check_image_index(image_index, text_embeddings, batch).contiguous()
         one_by_one = checked.device.type == "cpu" and torch.equal(checked, torch.arange(batch))
         return RaggedPrompts(unit_rows, checked.to(device), (len(checked),), one_by_one)
     if unit_rows.ndim == 3 and len(unit_rows) != batch:

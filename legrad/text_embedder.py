@@ -53,7 +53,8 @@ class _RowStore:
         """Copy a row in; returns its place."""
         if not self._free:
             first = len(self._blocks) * ROWS_A_BLOCK
-            self._blocks.append(row.new_empty(ROWS_A_BLOCK, len(row)))
+            with torch.inference_mode(False):  # or only callers in that mode could write to the block
+                self._blocks.append(row.new_empty(ROWS_A_BLOCK, len(row)))
             self._free = list(range(first + ROWS_A_BLOCK - 1, first - 1, -1))
         place = self._free.pop()
         self.row(place).copy_(row)

@@ -168,7 +168,8 @@ def _pooler_project(
             attention.k_proj_weight,
             attention.v_proj_weight,
         )
-    query = F.linear(pooler.ln_q(pooler.query[:1]), query_weight, by_query)
+    # open_clip's "fp16" and "bf16" leave the query in float32.
+    query = F.linear(pooler.ln_q(pooler.query[:1]).to(tokens.dtype), query_weight, by_query)
     projected = (
         query.expand(len(tokens), 1, width),
         F.linear(tokens, key_weight, by_key),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import oracle_relevance
 from tiny_models import (
+    EMBED_DIM,
     GRID_HEIGHT,
     GRID_WIDTH,
     IMAGE_SIZE,
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import legrad
+from legrad.inputs import as_ragged
 
 GRID = (GRID_HEIGHT, GRID_WIDTH)
 
@@ -58,6 +60,23 @@ def test_patches_where_the_neutral_text_is_high_are_zeroed_before_normalising(th
         trace, texts[rows, torch.arange(3)], rows, neutral_embedding=neutral[0], neutral_threshold=threshold
     )
     torch.testing.assert_close(ragged, expected[rows, torch.arange(3)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_an_index_of_any_signed_dtype_names_images_also_beside_a_neutral_text(dtype):
+    explainer = legrad.LeGrad(tiny_clip())
+    images, texts, rows = tiny_images(2), unit_texts(2), torch.tensor([1, 0])
+    expected = explainer.heatmaps(images, texts, rows, neutral_embedding=texts[:1])
+    assert torch.equal(
+        explainer.heatmaps(images, texts, rows.to(dtype), neutral_embedding=texts[:1]), expected
+    )
+
+
+def test_an_index_that_is_a_column_of_pairs_reaches_the_kernels_in_one_piece():
+    pairs = torch.tensor([[1, 9], [0, 9], [1, 9]])
+    prompts = as_ragged(torch.zeros(2, EMBED_DIM), unit_texts(3), pairs[:, 0])
+    assert prompts.image_index.is_contiguous()
+    assert prompts.image_index.tolist() == [1, 0, 1]
 
 
 def test_a_constant_map_gives_zeros():

@@ -84,6 +84,15 @@ def test_another_image_size_can_be_asked_for():
         legrad.LeGrad(tiny_clip(), image_size=10)
 
 
+def test_a_size_that_leaves_a_margin_beyond_the_patches_is_rounded_down_to_whole_patches():
+    explainer = legrad.LeGrad(tiny_clip(image_size=(14, 23)))
+    assert (explainer.transform.height, explainer.transform.width) == (12, 20)
+    images = explainer.preprocess([_picture(31, 17, "RGB")])
+    assert explainer.relevance(images, unit_texts(1)).shape == (1, 1, 3, 5)
+    with pytest.raises(legrad.InputError, match="multiples of 4, received 14 x 23"):
+        legrad.LeGrad(tiny_clip(image_size=(14, 23)), image_size=(14, 23))
+
+
 def keeping(height: int = 224, width: int = 224, patch_size: int = 16) -> ImageTransform:
     return ImageTransform(height, width, MEAN, STD, fit="keep", patch_size=patch_size)
 
@@ -107,6 +116,20 @@ def test_keep_makes_whole_patches_never_more_than_the_square_has_and_near_its_as
 def test_keep_treats_height_and_width_alike(height, width):
     input_height, input_width = keeping().input_size(height, width)
     assert keeping().input_size(width, height) == (input_width, input_height) or height == width
+
+
+@given(
+    height=st.integers(1, 3000),
+    width=st.integers(1, 3000),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+)
+def test_keep_never_lays_an_upright_image_on_its_side_whatever_the_budget_of_patches(
+    height, width, rows, columns
+):
+    input_height, input_width = keeping(16 * rows, 16 * columns).input_size(height, width)
+    assert input_height * input_width <= 256 * rows * columns
+    assert (input_height - input_width) * (height - width) >= 0
 
 
 def test_keep_leaves_a_square_image_at_the_native_size_and_a_sliver_with_one_row_of_patches():

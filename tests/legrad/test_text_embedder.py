@@ -129,6 +129,13 @@ def test_a_failed_batch_leaves_the_embedder_as_it_was():
     torch.testing.assert_close(embedder.embed(["a dog"]).unit_rows, _expected(["a dog"]))
 
 
+def test_callers_in_and_out_of_inference_mode_share_an_embedder():
+    embedder = TextEmbedder(EXPLAINER)
+    with torch.inference_mode():
+        embedder.embed(TEXTS[:1])
+    torch.testing.assert_close(embedder.embed(TEXTS).unit_rows, _expected(TEXTS))
+
+
 def test_an_explainer_without_a_tokenizer_is_refused_at_once():
     with pytest.raises(legrad.TokenizerError, match=r"open_clip\.get_tokenizer"):
         TextEmbedder(legrad.LeGrad(tiny_clip()))
