@@ -236,6 +236,28 @@ def test_nothing_is_written_once_a_shard_has_failed(bench):
     assert len(here.written["a"]) == count
 
 
+def test_a_failed_shard_ends_only_when_nothing_is_written_any_more(bench):
+    writing, go_on = threading.Event(), threading.Event()
+
+    def samples():
+        yield ("a", 0)
+        assert writing.wait(SOON_S)
+        raise OSError("gone")
+
+    def write_slowly(outcome):
+        writing.set()
+        go_on.wait(SOON_S)
+
+    here = bench(batch_size=1, sink=write_slowly)
+    with ThreadPoolExecutor(1) as hands:
+        run = hands.submit(here.run, "a", samples())
+        assert writing.wait(SOON_S)
+        time.sleep(0.05)
+        assert not run.done()
+        go_on.set()
+        assert isinstance(run.exception(SOON_S), OSError)
+
+
 def test_the_source_of_samples_is_closed_when_its_shard_fails_elsewhere(bench):
     closed = threading.Event()
 
