@@ -58,7 +58,7 @@ def embed_tokens(
     """Embed tokenised texts, in batches of similar length.
 
     A batch is cut where the embeddings of all its texts stop depending on what follows. For towers that look
-    at padding, such as SigLIP's, that is nowhere.
+    at padding, such as SigLIP's, that is nowhere. Autocast does not act.
 
     Args:
         model: an open_clip model.
@@ -80,7 +80,8 @@ def embed_tokens(
     batches = []
     for rows in torch.split(by_length, size):
         batch = token_ids[rows, : int(lengths[rows[-1]])].to(device)
-        embeddings = _encode(model, tower, batch, token_ids.shape[1])
+        with torch.autocast(device.type, enabled=False):
+            embeddings = _encode(model, tower, batch, token_ids.shape[1])
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         batches.append(F.normalize(embeddings, dim=-1))
     return torch.cat(batches)[by_length.argsort().to(device)]
@@ -185,7 +186,9 @@ def _pooled_position(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> I
 def _encode(
     model: Any, tower: Any, token_ids: Int[Tensor, "prompts length"], context: int
 ) -> Float[Tensor, "prompts embed_dim"]:
-    if token_ids.shape[1] == context or isinstance(tower, HFTextEncoder):
+    # In half precision CoCa's own text tower mixes dtypes: its class token stays in float32.
+    has_class_token = isinstance(tower, TextTransformer) and tower.cls_emb is not None
+    if isinstance(tower, HFTextEncoder) or (token_ids.shape[1] == context and not has_class_token):
         whole: Tensor = model.encode_text(token_ids)
         return whole
     return _encode_cut(tower, token_ids, context)

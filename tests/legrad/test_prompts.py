@@ -53,3 +53,10 @@ def test_dropout_that_would_make_embeddings_random_is_refused_and_named():
 def test_only_texts_beyond_the_context_count_as_truncated():
     # 14 words and two marks fill the context of 16.
     assert truncated(TOKENIZER, ["dog " * 14, "dog " * 15, "", "a dog"]) == [False, True, False, False]
+
+
+def test_autocast_does_not_act():
+    explainer = _explainer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        received = explainer.embed_text(["a dog", "a cat"])
+    assert torch.equal(received, explainer.embed_text(["a dog", "a cat"]))

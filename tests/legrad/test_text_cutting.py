@@ -7,9 +7,9 @@ import pytest
 import torch
 from local_hub import save_text_model_like, tokenizer_like
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import CustomTextCLIP
+from open_clip.model import CustomTextCLIP, convert_weights_to_lp
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
-from open_clip.transformer import TextTransformer
+from open_clip.transformer import LayerNormFp32, TextTransformer
 from tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_clip
 from torch import nn
 
@@ -124,6 +124,16 @@ def test_transformers_towers_get_short_batches_and_tell_their_dropout(name, tmp_
     refuse_active_dropout(model)
     with pytest.raises(legrad.InputError, match="drops activations in training mode"):
         refuse_active_dropout(model.train())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_class_token_that_open_clip_leaves_in_float32_joins_texts_of_any_length(dtype):
+    halves = TextTransformer(**(SIZES | {"output_dim": EMBED_DIM} | MASKED_PADDING), norm_layer=LayerNormFp32)
+    model, single = fill(TextModel(halves)).eval(), text_transformer(**MASKED_PADDING)
+    convert_weights_to_lp(model, dtype)
+    assert halves.cls_emb.dtype == torch.float32
+    received = embed_tokens(model, TOKENIZER(TEXTS), CPU)
+    torch.testing.assert_close(received, embed_tokens(single, TOKENIZER(TEXTS), CPU), rtol=0, atol=0.03)
 
 
 def test_the_model_is_left_as_it_was():
