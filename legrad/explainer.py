@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from legrad.errors import ModelLoadError, UnsupportedModelError
+from legrad.errors import InputError, ModelLoadError, UnsupportedModelError
 from legrad.families import SUPPORTED, describe_tower
 from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
@@ -315,7 +315,16 @@ class LeGrad:
         return images.new_empty(len(images), self.embed_dim)
 
     def _as_trace(self, images: Float[Tensor, "batch 3 height width"] | Trace) -> Trace:
-        return images if isinstance(images, Trace) else self.encode(images)
+        if not isinstance(images, Trace):
+            return self.encode(images)
+        expected = "reference" if self.scoring is self.tower.reference else "model"
+        # Without a pooler the layers are kept as they are, whatever they are scored by.
+        if self.scoring.pooler is not None and images.pool != expected:
+            raise InputError(
+                f"trace: expected one made with pool={expected!r}, as this tower pools by attention, "
+                f"received one made with pool={images.pool!r}"
+            )
+        return images
 
 
 def _check_request(name: str, precision: str) -> None:

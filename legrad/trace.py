@@ -1,6 +1,7 @@
 """One forward pass through a vision tower, returning what the explanation needs as values."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -47,6 +48,7 @@ class Trace:
         grid_height: patches down.
         grid_width: patches across.
         rotary: the rotary position embedding that the blocks used, or None.
+        pool: the choice of `pool` that the layers were kept for.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -54,6 +56,7 @@ class Trace:
     grid_height: int
     grid_width: int
     rotary: Tensor | None = None
+    pool: Literal["reference", "model"] = "reference"
 
     @property
     def batch_size(self) -> int:
@@ -93,7 +96,8 @@ def trace_images(
         features = F.normalize(score_features(tower.own, tokens), dim=-1)
     height, width = images.shape[-2:]
     grid_height, grid_width = height // tower.patch_size, width // tower.patch_size
-    return Trace(tuple(kept), features, grid_height, grid_width, embedded.rotary)
+    pool: Literal["reference", "model"] = "reference" if scoring is tower.reference else "model"
+    return Trace(tuple(kept), features, grid_height, grid_width, embedded.rotary, pool)
 
 
 def run_block(

@@ -95,6 +95,14 @@ def test_half_precision_stays_near_single(name):
     assert relative_error(half, single) < 0.1
 
 
+def test_a_trace_made_for_another_pool_is_refused_where_the_tower_pools_by_attention():
+    model, images = tiny_timm_clip("ViT-B-16-SigLIP"), tiny_images(1)
+    trace, texts = legrad.LeGrad(model).encode(images), torch.eye(2, 32)
+    legrad.LeGrad(model).relevance(trace, texts)
+    with pytest.raises(legrad.InputError, match=r"made with pool='model'.* received .*pool='reference'"):
+        legrad.LeGrad(model, pool="model").relevance(trace, texts)
+
+
 def test_batch_norms_that_would_be_trained_are_refused_and_nothing_changes():
     model = tiny("MobileCLIP-B").train()
     before = copy.deepcopy(model.state_dict())

@@ -84,7 +84,7 @@ def test_a_trace_holds_the_values_tokens_and_outputs_of_the_last_blocks():
     assert [layer.index for layer in trace.layers] == [1, 2]
     last = trace.layers[-1]
     assert last.values.shape == (2, 4, 16, 8)
-    assert last.attended.shape == (2, 16, 32)
+    assert [None if kept is None else kept.shape[-1] for kept in last.mlp_inputs] == [32, None, 128, None]
     block = model.visual.transformer.resblocks[2]
     torch.testing.assert_close(block(trace.layers[0].outputs), last.outputs)
     with torch.no_grad():
