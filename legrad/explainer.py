@@ -184,7 +184,8 @@ class LeGrad:
 
         Raises:
             TokenizerError: the explainer was made without a tokenizer.
-            InputError: the text tower is in training mode with active dropout.
+            InputError: the text tower is in training mode with active dropout, or one text is given where a
+                list of them is expected.
         """
         tokenizer = require_tokenizer(self.tokenizer)
         return embed_texts(self.model, tokenizer, texts, self.embed_dim, self.device)

@@ -38,8 +38,10 @@ def embed_texts(
 
     Raises:
         InputError: the text tower is in training mode with active dropout; embeddings would be random. Or
-            the tokenizer is not the model's.
+            the tokenizer is not the model's. Or one text is given where a list of them is expected.
     """
+    if isinstance(texts, str):  # which is a sequence too, of letters
+        raise InputError(f"embed_text: expected a list of texts, received the text {texts!r}")
     refuse_active_dropout(model)
     if not texts:
         return torch.zeros(0, embed_dim, device=device)

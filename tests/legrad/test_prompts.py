@@ -60,3 +60,8 @@ def test_autocast_does_not_act():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         received = explainer.embed_text(["a dog", "a cat"])
     assert torch.equal(received, explainer.embed_text(["a dog", "a cat"]))
+
+
+def test_one_text_in_place_of_a_list_is_not_read_letter_by_letter():
+    with pytest.raises(legrad.InputError, match="expected a list of texts, received the text 'a dog'"):
+        _explainer().embed_text("a dog")
