@@ -1,7 +1,6 @@
 """Shared by tests of remote files: an object store on loopback, and an environment that leads to no other."""
 
 import pytest
-from moto.server import ThreadedMotoServer
 from object_servers import SECRET, Store
 
 from pipeline.storage import filesystems, web
@@ -24,6 +23,9 @@ def only_loopback(monkeypatch):
 @pytest.fixture(scope="session")
 def moto_port():
     """Port of an S3 service."""
+    # Imported here: tests that need no store run without it.
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     yield server.get_host_and_port()[1]
