@@ -41,6 +41,7 @@ def relevance_grids(
     *,
     scoring: Scoring,
     one_by_one: bool = False,
+    one_image_at_a_time: bool | None = None,
     memory_budget_bytes: int | None = None,
 ) -> Float[Tensor, "layers prompts grid_height grid_width"]:
     """Compute raw relevance for ragged prompts: each prompt belongs to one image of the trace.
@@ -52,6 +53,8 @@ def relevance_grids(
         image_index: for each prompt, the row of its image in the trace.
         scoring: how a layer is scored; the one that the trace was made for.
         one_by_one: prompt i belongs to image i, for every image.
+        one_image_at_a_time: linearise a tail for one image after the other; what its prompts share then stays
+            in a processor's cache, and is not copied. None: on a CPU.
         memory_budget_bytes: bound on the temporaries of one step; one prompt's tail is the least taken. None:
             what suits the device.
 
@@ -60,6 +63,8 @@ def relevance_grids(
         float64 model), whatever the precision of the model.
     """
     device_type = image_index.device.type
+    if one_image_at_a_time is None:
+        one_image_at_a_time = device_type == "cpu"
     if memory_budget_bytes is None:
         memory_budget_bytes = CPU_MEMORY_BUDGET_BYTES if device_type == "cpu" else DEVICE_MEMORY_BUDGET_BYTES
     with torch.autocast(device_type, enabled=False):
@@ -71,6 +76,7 @@ def relevance_grids(
                 image_index,
                 scoring=scoring,
                 one_by_one=one_by_one,
+                one_image_at_a_time=one_image_at_a_time,
                 memory_budget_bytes=memory_budget_bytes,
             )
             for layer in trace.layers
@@ -87,6 +93,7 @@ def _layer_relevance(
     *,
     scoring: Scoring,
     one_by_one: bool,
+    one_image_at_a_time: bool,
     memory_budget_bytes: int,
 ) -> Float[Tensor, "prompts patches"]:
     every_row = slice(None) if one_by_one else image_index
@@ -101,7 +108,9 @@ def _layer_relevance(
     heads, queries, patches = layer.values.shape[1], layer.outputs.shape[1], patch_values.shape[2]
     prompts_per_step = _prompts_per_step(layer, scoring.pooled_tokens, memory_budget_bytes)
     relevance = scales.new_empty(len(image_index), patches)
-    for images, prompts in _images_with_prompts(image_index, one_by_one):
+    together = one_by_one or not one_image_at_a_time
+    every_prompt = [(EVERY, slice(0, len(image_index)))]
+    for images, prompts in every_prompt if together else _images_with_prompts(image_index):
         pull_to_context = _context_pullback(block, layer, images, scoring.pooled_tokens)
         for chunk in _chunks(prompts, prompts_per_step):
             rows = chunk if one_by_one else image_index[chunk]
@@ -114,16 +123,8 @@ def _layer_relevance(
     return relevance * scales[:, 0] / (heads * queries)
 
 
-def _images_with_prompts(
-    image_index: Int[Tensor, " prompts"], one_by_one: bool
-) -> Iterator[tuple[slice, slice]]:
-    """Say which images a tail is linearised at together, and for which prompts.
-
-    On a CPU one image after the other: what its prompts share then stays in cache, and is not copied.
-    """
-    if one_by_one or image_index.device.type != "cpu":
-        yield EVERY, slice(0, len(image_index))
-        return
+def _images_with_prompts(image_index: Int[Tensor, " prompts"]) -> Iterator[tuple[slice, slice]]:
+    """Pair each image with its prompts, as far as they stand side by side."""
     images, counts = (column.tolist() for column in torch.unique_consecutive(image_index, return_counts=True))
     ends = accumulate(counts)
     for image, count, end in zip(images, counts, ends, strict=True):

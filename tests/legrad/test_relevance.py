@@ -123,6 +123,22 @@ def test_no_memory_budget_changes_the_result(budget):
     torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("pool", ["reference", "model"])
+@pytest.mark.parametrize(
+    "vision", [{}, CLIPA, NORM_THEN_MEAN, {"attentional_pool": True, "attn_pooler_heads": 4}]
+)
+def test_images_together_as_on_a_gpu_equal_one_image_at_a_time(vision, pool):
+    explainer = legrad.LeGrad(tiny_clip(**vision), layers="all", pool=pool)
+    trace = explainer.encode(tiny_images(3))
+    prompts = as_ragged(trace.image_features, unit_texts(7), torch.tensor([2, 0, 0, 2, 1, 2, 0]))
+    arguments = (explainer.tower, trace, prompts.unit_rows, prompts.image_index)
+    together, apart = (
+        relevance_grids(*arguments, scoring=explainer.scoring, one_image_at_a_time=one)
+        for one in (False, True)
+    )
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-9)
+
+
 class _Operations(TorchDispatchMode):
     """Notes the name of every operation that runs, and the largest result."""
 
