@@ -61,6 +61,7 @@ class LeGrad:
         pool: Literal["reference", "model"] = "reference",
         image_size: int | tuple[int, int] | None = None,
         fit: Fit = "stretch",
+        compile: bool = False,
     ) -> None:
         """Prepare to explain a model.
 
@@ -75,6 +76,8 @@ class LeGrad:
                 multiples of the patch size. None: the model's own, rounded down to whole patches: a model of
                 384 pixels and patches of 14 sees 378 of them.
             fit: "stretch" every image to that size; "keep" aspect ratios, with at most as many patches.
+            compile: run what follows the forward pass through `torch.compile`. It pays where batches keep one
+                shape and one number of prompts: another shape is compiled anew, for half a minute or so.
 
         Raises:
             UnsupportedModelError: the vision tower's structure is not covered.
@@ -82,6 +85,7 @@ class LeGrad:
         """
         self.model = model
         self.tower = describe_tower(model)
+        self._relevance_grids = torch.compile(relevance_grids) if compile else relevance_grids
         self.tokenizer = tokenizer
         self._layers = check_layers(layers, self.tower)
         self.scoring = self.tower.reference if check_pool(pool) == "reference" else self.tower.own
@@ -102,6 +106,7 @@ class LeGrad:
         precision: str = "fp32",
         image_size: int | tuple[int, int] | None = None,
         fit: Fit = "stretch",
+        compile: bool = False,
     ) -> "LeGrad":
         """Make a model by open_clip's own factory, and its tokenizer, and explain it.
 
@@ -116,6 +121,7 @@ class LeGrad:
             precision: one of fp32, fp16, bf16, pure_fp16, pure_bf16, as in open_clip.
             image_size: see `LeGrad`.
             fit: see `LeGrad`.
+            compile: see `LeGrad`.
 
         Raises:
             ModelLoadError: name, tag, checkpoint or precision give no model.
@@ -138,7 +144,15 @@ class LeGrad:
             raise
         except Exception as error:  # open_clip, torch and the readers of checkpoints share no base class
             raise ModelLoadError(load_failure(name, pretrained, error)) from error
-        return cls(model, tokenizer=tokenizer, layers=layers, pool=pool, image_size=image_size, fit=fit)
+        return cls(
+            model,
+            tokenizer=tokenizer,
+            layers=layers,
+            pool=pool,
+            image_size=image_size,
+            fit=fit,
+            compile=compile,
+        )
 
     @property
     def embed_dim(self) -> int:
@@ -235,7 +249,7 @@ class LeGrad:
         # Checked first: on a GPU the check waits for what was launched before it.
         prompts = as_ragged(self._features_like(images), text_embeddings, image_index)
         trace = self._as_trace(images)
-        grids = relevance_grids(
+        grids = self._relevance_grids(
             self.tower,
             trace,
             prompts.unit_rows,

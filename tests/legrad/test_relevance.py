@@ -1,5 +1,10 @@
 """The closed form against plain autograd, and the properties that any use of it relies on."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,6 +142,29 @@ def test_images_together_as_on_a_gpu_equal_one_image_at_a_time(vision, pool):
         for one in (False, True)
     )
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-9)
+
+
+COMPILED_BESIDE_PLAIN = """
+import torch
+from tiny_models import tiny_clip, tiny_images, unit_texts
+import legrad
+
+model, images = tiny_clip(), tiny_images(2)
+plain, compiled = legrad.LeGrad(model), legrad.LeGrad(model, compile=True)
+for prompts in (1, 3):
+    texts = unit_texts(2, prompts)
+    expected = plain.relevance(images, texts)
+    torch.testing.assert_close(compiled.relevance(images, texts), expected, rtol=1e-4, atol=1e-9)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_relevance_equals_the_plain_one():
+    # In a process of its own: what checks shapes in tests cannot be compiled.
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    subprocess.run(
+        [sys.executable, "-c", COMPILED_BESIDE_PLAIN], check=True, env=os.environ | {"PYTHONPATH": folders}
+    )
 
 
 class _Operations(TorchDispatchMode):
