@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.annotate import ShardAnnotator, mask_frame
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError
+from pipeline.model import load_explainer
 from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA
 from pipeline.writer import read_footer
 
@@ -34,7 +35,7 @@ def annotate(explainer, tmp_path):
     """Annotates shards into a folder of their own and returns the last one's rows, errors and counts."""
     annotators = []
 
-    def run(*paths, out=tmp_path / "out", **sections):
+    def run(*paths, out=tmp_path / "out", explainer=explainer, **sections):
         config = demo_job(paths, out, **sections)
         annotator = ShardAnnotator(config, explainer, decode_threads=2, metadata={"config_hash": "h"})
         annotators.append(annotator)
@@ -378,3 +379,16 @@ def test_the_footer_holds_counts_and_provenance(annotate, tmp_path):
     assert len(footer["attempt"]) == 32
     assert json.loads(pq.ParquetFile(name).metadata.metadata[b"legrad"])["shard"] == path.as_uri()
     shutil.rmtree(tmp_path / "out")
+
+
+def test_images_that_keep_their_aspect_ratio_are_explained_on_grids_of_their_own(annotate, tmp_path):
+    sizes = [(60, 60), (40, 80), (80, 40), (60, 60), (40, 80)]
+    samples = [sample(f"{i}", i, jpg=image_bytes(i, *size)) for i, size in enumerate(sizes)]
+    path = write_shard(tmp_path / "0.tar", samples)
+    model = {"name": assets.DEMO_MODEL_NAME, "pretrained": "demo", "layers": 2, "fit": "keep"}
+    keeping = load_explainer(demo_job([path], tmp_path / "unused", model=model).model, "cpu")
+    rows, errors, counts = annotate(path, explainer=keeping, output={"heatmap": True}, model=model)
+    grids = [(row["heatmap_height"], row["heatmap_width"]) for row in rows]
+    assert grids == [(12, 12), (8, 17), (17, 8), (12, 12), (8, 17)]
+    assert [tuple(row["mask"]["size"]) for row in rows] == sizes
+    assert (errors, counts.annotated) == ([], 5)
