@@ -53,6 +53,7 @@ def test_a_worker_that_dies_once_costs_nothing(point, machines, struck_job, tmp_
     )
 
 
+@pytest.mark.slow
 def test_poison_among_good_shards_and_a_death_at_every_point_of_publishing_cost_the_poison_alone(
     machines, struck_job, tmp_path, fault_table
 ):

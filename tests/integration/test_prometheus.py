@@ -89,6 +89,7 @@ def test_a_run_can_be_watched_by_prometheus(head, job, tmp_path):
     assert result.state.loading_s < result.state.elapsed_s
 
 
+@pytest.mark.slow
 def test_a_limited_run_does_so_many_shards_and_the_next_run_the_others(head, job, tmp_path):
     quiet = SharedProgress([])
     first = run_job(job(6), quiet, slow, max_shards=2)

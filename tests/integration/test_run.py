@@ -98,6 +98,7 @@ def test_more_errors_than_the_budget_allows_stop_the_job_early(run, tmp_path):
     assert result.state.shards_left > 0
 
 
+@pytest.mark.slow
 def test_a_budget_blown_by_the_last_shard_is_no_success(run, tmp_path):
     result, _ = run("errors", workers=1, error_budget=0.5)
     assert "1500 of 1500" in result.stopped
@@ -105,6 +106,7 @@ def test_a_budget_blown_by_the_last_shard_is_no_success(run, tmp_path):
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_files_of_different_attempts_are_done_again_by_the_same_command(run, tmp_path):
     run("a", "b", workers=1)
     errors = sorted((tmp_path / "out" / "errors").iterdir())
@@ -116,6 +118,7 @@ def test_files_of_different_attempts_are_done_again_by_the_same_command(run, tmp
     assert published(tmp_path / "out") == ["a.tar", "b.tar"]
 
 
+@pytest.mark.slow
 def test_too_many_failed_shards_stop_the_job_early(run):
     result, _ = run(
         *[f"unreadable{index}" for index in range(4)], workers=1, max_attempts=1, max_failed_shards=1
@@ -123,11 +126,13 @@ def test_too_many_failed_shards_stop_the_job_early(run):
     assert "run.max_failed_shards is 1" in result.stopped
 
 
+@pytest.mark.slow
 def test_workers_that_die_while_they_load_end_the_job(run):
     with pytest.raises(WorkersDied, match="3 workers in a row"):
         run("a", factory=dies_while_loading, workers=1)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_found_by_the_workers_and_told_once(tmp_path):
     checkpoint = tmp_path / "weights.safetensors"
     checkpoint.write_bytes(b"no weights")
@@ -232,6 +237,7 @@ def test_a_worker_killed_in_mid_shard_costs_no_row_and_doubles_none(
     nothing_lost_or_doubled(out, "worker killed in mid-shard, real model", "SIGKILL to the worker")
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_the_same_command_again_costs_no_row_and_doubles_none(
     corpus, tmp_path, nothing_lost_or_doubled
 ):
