@@ -80,13 +80,17 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 def test_a_slash_in_a_name_is_read_as_open_clip_does():
-    with pytest.raises(legrad.UnsupportedModelError, match="RN50/quickgelu: a ModifiedResNet is convolutional"):
+    with pytest.raises(
+        legrad.UnsupportedModelError, match="RN50/quickgelu: a ModifiedResNet is convolutional"
+    ):
         legrad.LeGrad.from_open_clip("RN50/quickgelu", "openai")
 
 
 def test_an_unsupported_model_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("a model was made"))
-    with pytest.raises(legrad.UnsupportedModelError, match=r"tiny-pooled: it pools by the 'parallel' or.*Supported"):
+    with pytest.raises(
+        legrad.UnsupportedModelError, match=r"tiny-pooled: it pools by the 'parallel' or.*Supported"
+    ):
         legrad.LeGrad.from_open_clip("tiny-pooled", "laion2b")
 
 
