@@ -36,7 +36,7 @@ fix: $(STAMP)  ## format, mend what the linter can, renew the list of keys in co
 	$(BIN)/ruff check --fix
 	$(BIN)/python -m pipeline.config_page configs/README.md
 
-bench: $(STAMP)  ## explaining on the CPU beside the authors' package and a forward pass: ten minutes, a JSON row each
+bench: $(STAMP)  ## explaining on the CPU beside the authors' package and a forward pass: half an hour or more, a JSON row each
 	$(BIN)/python tests/bench/explain.py
 
 bench-gpu: $(STAMP)  ## explaining on a CUDA device beside a forward pass, the kernel beside its fallback

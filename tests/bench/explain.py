@@ -1,6 +1,6 @@
 """Seconds, and memory, of explaining images on the CPU, beside other packages and a forward pass alone.
 
-    python tests/bench/explain.py                   what the targets need: about ten minutes on two cores
+    python tests/bench/explain.py                   what the targets need: half an hour or more on two cores
     python tests/bench/explain.py --models ViT-B-16:224 --prompts 1,4,16,64 --layers 2,all --batches 1,8 \
         --ways ours,forward,authors,torchcam,grad_cam --rounds 5
 
