@@ -1,5 +1,6 @@
 """Machines that go away, clusters that do not answer, memory that runs out."""
 
+import re
 import time
 from pathlib import Path
 
@@ -95,10 +96,8 @@ def test_a_worker_that_rays_memory_monitor_kills_is_replaced(machines, word_comm
     )
     assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
     assert marks(tmp_path / "marks") == {"b-middle": 1}
-    assert (
-        "a worker died: Task was killed due to the node running low on memory"
-        in (tmp_path / "log").read_text()
-    )
+    log = (tmp_path / "log").read_text()
+    assert re.search(r"a worker died: .* killed due to the node running low on memory", log)
     accounts = audit(tmp_path / "out", tars)
     assert accounts.shards_done == 4
     fault_table("ray's memory monitor kills a worker", "allocates until RAY_memory_usage_threshold", accounts)
