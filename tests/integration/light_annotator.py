@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 from pipeline.annotate import ShardReport
 from pipeline.errors import OutputError, ShardError
@@ -72,7 +73,10 @@ def dies_while_loading(config, metadata, cpus, device):
 
 
 class SlowAnnotator(LightAnnotator):
-    """Takes its time over each shard, and pretends to have decoded an image and used a device."""
+    """Takes its time over each shard, and pretends to have decoded an image and used a device.
+
+    The shard `held.tar` is not done before a file `go` stands beside the output folder.
+    """
 
     def __init__(self, config, metadata):
         super().__init__(config, metadata)
@@ -81,6 +85,9 @@ class SlowAnnotator(LightAnnotator):
     def annotate(self, shard):
         with self.meter.device_step():
             time.sleep(0.2)
+            go = Path(self.config.output.dir).with_name("go")
+            while shard.canonical_url.endswith("/held.tar") and not go.exists():
+                time.sleep(0.1)
         self.meter.image_decoded()
         return super().annotate(shard)
 
