@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,10 +21,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text to explain: its ordinal in the sample and the text itself."""
+    """One thing to explain.
+
+    Attributes:
+        index: ordinal in the sample; of a class: in the classes file.
+        text: what its rows are named by.
+        class_id: of a class, from 1.
+        texts: what is embedded, averaged to one unit row; none: `text` itself.
+    """
 
     index: int
     text: str
+    class_id: int | None = None
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,12 +71,21 @@ class ExplainedSample:
         prompts: the prompts kept, in the sample's order.
         relevance_grids: raw relevance, float32 on the CPU, [prompts, grid_height, grid_width].
         dropped_prompts: prompts left out because the sample had too many.
+        background_grids: raw relevance of background texts, as `relevance_grids`; [backgrounds, grid_height,
+            grid_width], perhaps of no background.
+        neutral_patches: where the neutral text's own map is high, bool [grid_height, grid_width]: grids are
+            zeroed there before they are normalised; None: no such correction.
+        refined_maps: heat maps in [0, 1] on the CPU, in the frame of the model's input, [prompts +
+            backgrounds, height, width] with the prompts first; None: not refined.
     """
 
     sample: PreparedSample
     prompts: tuple[ExplainedPrompt, ...]
     relevance_grids: torch.Tensor
     dropped_prompts: int
+    background_grids: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
+    neutral_patches: torch.Tensor | None = None
+    refined_maps: torch.Tensor | None = None
 
 
 class Engine:
@@ -200,6 +218,7 @@ def _gathered(
         prompts=tuple(explained[row] for row in rows.tolist()),
         relevance_grids=relevance_grids[rows],
         dropped_prompts=len(sample.prompts) - len(rows),
+        background_grids=relevance_grids[:0],
     )
 
 
