@@ -120,6 +120,17 @@ def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
         return image if transpose is None else image.transpose(transpose)
 
 
+def upright_transpose(data: bytes) -> Image.Transpose | None:
+    """How the rows of an image as stored turn upright, told from its EXIF data; None where they stand already.
+
+    Raises:
+        SampleFailure: as `open_image`.
+    """
+    with _faults_as_failures():
+        orientation = _exif_orientation(_read_header(data).info.get("exif", b""))
+        return _TRANSPOSE_BY_EXIF_ORIENTATION.get(orientation)
+
+
 class _JpegHeader(JpegImageFile):
     """A JPEG whose resolution is of no interest: Pillow would look for it in the EXIF data, and warn."""
 
