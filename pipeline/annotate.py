@@ -9,17 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
 import legrad
-from legrad.masks import ImageMasks, MaskRule, grid_to_masks
 from pipeline import storage
 from pipeline.batch_size import find_batch_size
 from pipeline.config import InputConfig, JobConfig
 from pipeline.decode import decode_image, find_field, read_captions
 from pipeline.engine import Engine, ExplainedSample, PreparedSample, Prompt
 from pipeline.errors import SampleFailure
+from pipeline.mask_rows import annotation_rows, finite_prompts
 from pipeline.measures import Measures, Meter
 from pipeline.records import SampleError, ShardCounts, total_counts
 from pipeline.shards import RawSample, read_samples
@@ -211,7 +208,6 @@ class ShardAnnotator:
         if explained is None:
             return SampleOutcome(errors=item.errors, is_sample=item.is_sample)
         sample = explained.sample
-        finite = explained.relevance_grids.isfinite().flatten(1).all(dim=1)
         errors = [
             SampleError(
                 "model",
@@ -221,89 +217,16 @@ class ShardAnnotator:
                 sample.index,
                 kept.prompt.index,
             )
-            for kept, is_finite in zip(explained.prompts, finite.tolist(), strict=True)
+            for kept, is_finite in zip(explained.prompts, finite_prompts(explained).tolist(), strict=True)
             if not is_finite
         ]
-        rows = self._rows(explained, finite.nonzero().flatten())
+        rows = annotation_rows(explained, self._config, self._explainer.tower.normalisation)
         return SampleOutcome(tuple(rows), (*item.errors, *errors), explained.dropped_prompts)
-
-    def _rows(self, explained: ExplainedSample, positions: torch.Tensor) -> list[dict[str, Any]]:
-        sample = explained.sample
-        grids = explained.relevance_grids[positions]
-        if not len(grids):
-            return []
-        masks_config = self._config.masks
-        height, width = mask_frame(sample.image.image_height, sample.image.image_width, masks_config.max_side)
-        rule = MaskRule(masks_config.rule, masks_config.value)
-        masks = grid_to_masks(grids, height, width, rule, normalisation=self._explainer.tower.normalisation)
-        rows = []
-        for row, position in enumerate(positions.tolist()):
-            kept = explained.prompts[position]
-            peak = float(grids[row].max())
-            status = self._status(kept.similarity, peak, int(masks.areas[row]) / (height * width))
-            if status != "ok" and self._config.output.rows == "accepted":
-                continue
-            rows.append(
-                {
-                    "key": sample.key,
-                    "sample_index": sample.index,
-                    "prompt_index": kept.prompt.index,
-                    "prompt": kept.prompt.text,
-                    "prompt_truncated": kept.truncated,
-                    "status": status,
-                    "image_height": sample.image.image_height,
-                    "image_width": sample.image.image_width,
-                    "similarity": kept.similarity,
-                    "peak": peak,
-                    "threshold": float(masks.thresholds[row]),
-                    **_mask_columns(masks, row, accepted=status == "ok"),
-                    **(_heatmap_columns(grids[row], peak) if self._config.output.heatmap else {}),
-                }
-            )
-        return rows
-
-    def _status(self, similarity: float, peak: float, area_share: float) -> str:
-        masks = self._config.masks
-        if masks.min_similarity is not None and similarity < masks.min_similarity:
-            return "rejected_similarity"
-        if masks.min_peak is not None and peak < masks.min_peak:
-            return "rejected_peak"
-        if masks.min_area is not None and area_share < masks.min_area:
-            return "rejected_area"
-        return "ok"
 
 
 def wanted_fields(settings: InputConfig) -> frozenset[str]:
     """The fields of a sample that are read at all."""
     return frozenset([*settings.image.lower().split(";"), settings.caption.lower().split(":")[0]])
-
-
-def mask_frame(image_height: int, image_width: int, max_side: int | None) -> tuple[int, int]:
-    """Height and width of the masks: the image's own, or scaled down to a longest side of `max_side`."""
-    longest = max(image_height, image_width)
-    if max_side is None or longest <= max_side:
-        return image_height, image_width
-    return max(1, round(image_height * max_side / longest)), max(1, round(image_width * max_side / longest))
-
-
-def _mask_columns(masks: ImageMasks, row: int, *, accepted: bool) -> dict[str, Any]:
-    if not accepted:
-        return {"area": 0, "bbox_xywh": None, "mask": None}
-    return {
-        "area": int(masks.areas[row]),
-        "bbox_xywh": masks.bboxes_xywh[row].tolist(),
-        "mask": masks.rles[row],
-    }
-
-
-def _heatmap_columns(relevance_grid: torch.Tensor, peak: float) -> dict[str, Any]:
-    scaled = relevance_grid.numpy() / (peak or 1.0) * 255
-    grid_height, grid_width = relevance_grid.shape
-    return {
-        "heatmap": np.rint(scaled).astype(np.uint8).tobytes(),
-        "heatmap_height": grid_height,
-        "heatmap_width": grid_width,
-    }
 
 
 def _error_row(failure: SampleFailure, key: str, index: int, prompt_index: int | None = None) -> SampleError:

@@ -19,10 +19,11 @@ from pipeline.decode import find_field, open_image
 from pipeline.errors import UserError
 from pipeline.ground_truth import LABEL_MAP_FIELD, Scene, list_truth_shards, scene_of
 from pipeline.job import JOB_FILE, read_job
+from pipeline.label_map import in_frame
 from pipeline.shards import RawSample, read_samples
 from pipeline.sheet_drawing import CARDS_PER_LINE, Card, draw_sheet
 from pipeline.storage import ShardSource
-from pipeline.written_masks import in_frame, match_annotations, prompt_targets, read_rows
+from pipeline.written_masks import match_annotations, prompt_targets, read_rows
 
 COLUMNS = [
     "key",

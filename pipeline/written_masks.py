@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from jaxtyping import Bool
-from PIL import Image
 
 from legrad.masks import decode_rle
 from legrad.metrics import bootstrap_mean, foreground_iou
@@ -19,6 +18,7 @@ from pipeline import storage
 from pipeline.config import InputConfig
 from pipeline.evaluation_result import WrittenMaskScores
 from pipeline.ground_truth import Scene, read_scenes
+from pipeline.label_map import in_frame
 from pipeline.storage import ShardSource
 
 COLUMNS = ["key", "sample_index", "prompt_index", "status", "mask"]
@@ -174,14 +174,3 @@ def _score_scene(
             truth = targets[row["prompt_index"]]
             ious.append(float(foreground_iou(mask[None], truth[None], scene.valid[None])[0]))
     return ious, counts
-
-
-def in_frame(
-    mask: Bool[np.ndarray, "height width"], shape: tuple[int, ...]
-) -> Bool[np.ndarray, "rows columns"]:
-    """A mask at another size (height, width), nearest pixel."""
-    if mask.shape == shape:
-        return mask
-    height, width = shape
-    resized = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-    return np.array(resized, dtype=bool)

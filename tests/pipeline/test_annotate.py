@@ -16,9 +16,10 @@ from PIL import Image
 import legrad
 from legrad.masks import decode_rle
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator, mask_frame
+from pipeline.annotate import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError
+from pipeline.mask_rows import mask_frame
 from pipeline.model import load_explainer
 from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA
 from pipeline.writer import read_footer
