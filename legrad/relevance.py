@@ -96,7 +96,7 @@ def _layer_relevance(
     one_image_at_a_time: bool,
     memory_budget_bytes: int,
 ) -> Float[Tensor, "prompts patches"]:
-    every_row = slice(None) if one_by_one else image_index
+    every_row = EVERY if one_by_one else image_index
     pooled_gradients, pull_to_tokens = _score_gradients(scoring, layer, unit_text_embeddings, every_row)
     # Gradients are tiny, and all that follows is linear in their scale: half precision would lose them.
     smallest = torch.finfo(pooled_gradients.dtype).tiny

@@ -26,6 +26,7 @@ from legrad.families.timm_parts import (
     mean_scorings,
     mlp_stages,
     norm_stages,
+    other_patches,
     patch_tokens,
     square_patch_size,
 )
@@ -41,10 +42,7 @@ def describe(visual: TimmModel) -> Tower:
     """
     trunk = visual.trunk
     check_covered(
-        (
-            f"its patches are made by a {type(trunk.patch_embed).__name__}",
-            type(trunk.patch_embed) is not PatchEmbed,
-        ),
+        other_patches(trunk, PatchEmbed),
         (
             f"its rotary position embedding is a {type(trunk.rope).__name__}",
             trunk.rope is not None and type(trunk.rope) is not RotaryEmbeddingCat,

@@ -19,6 +19,7 @@ from legrad.families.timm_parts import (
     mean_scorings,
     mlp_stages,
     norm_stages,
+    other_patches,
     patch_tokens,
     scale_stages,
     square_patch_size,
@@ -34,10 +35,7 @@ def describe(visual: TimmModel) -> Tower:
     """
     trunk = visual.trunk
     check_covered(
-        (
-            f"its patches are made by a {type(trunk.patch_embed).__name__}",
-            type(trunk.patch_embed) is not PatchEmbed,
-        ),
+        other_patches(trunk, PatchEmbed),
         (f"its pooling is {trunk.global_pool!r}", trunk.global_pool not in ("token", "avg")),
     )
     reference, own = mean_scorings(visual)

@@ -142,6 +142,12 @@ def embed_dim(visual: TimmModel) -> int:
     return projections[-1].out_features if projections else int(visual.trunk.num_features)
 
 
+def other_patches(trunk: Any, *kinds: type) -> tuple[str, bool]:
+    """Say for `check_covered` what makes a trunk's patches, and whether that is none of the kinds."""
+    made_by = type(trunk.patch_embed)
+    return f"its patches are made by a {made_by.__name__}", made_by not in kinds
+
+
 def square_patch_size(patch_embed: PatchEmbed) -> int:
     """Return the side of a patch in pixels."""
     patch_height, patch_width = patch_embed.patch_size

@@ -25,6 +25,7 @@ from legrad.families.timm_parts import (
     mean_scorings,
     mlp_stages,
     norm_stages,
+    other_patches,
     scale_stages,
 )
 from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
@@ -39,10 +40,7 @@ def describe(visual: TimmModel) -> Tower:
     trunk = visual.trunk
     patches = trunk.patch_embed
     check_covered(
-        (
-            f"its patches are made by a {type(patches).__name__}",
-            type(patches) not in (PatchEmbed, HybridEmbed),
-        ),
+        other_patches(trunk, PatchEmbed, HybridEmbed),
         (
             "its position embeddings are of another kind",
             trunk.pos_embed is not None and trunk.pos_embed.ndim != 3,
