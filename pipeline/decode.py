@@ -121,7 +121,7 @@ def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
 
 
 def upright_transpose(data: bytes) -> Image.Transpose | None:
-    """How the rows of an image as stored turn upright, told from its EXIF data; None where they stand already.
+    """How an image as stored turns upright, told from its EXIF data; None where it stands so already.
 
     Raises:
         SampleFailure: as `open_image`.
