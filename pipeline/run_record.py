@@ -20,6 +20,7 @@ from pipeline.progress import RunState
 
 RUNS_FOLDER = "runs"
 INTERVAL_S = 60.0
+MAX_POINTS = 256
 RUNNING = "running"
 
 
@@ -37,6 +38,7 @@ class RunRecord:
         samples_per_s: mean over the time in which workers were ready.
         measures: of all its workers.
         workers: that were ready when the record was renewed.
+        history: how it went: seconds since its start and samples until then, at most MAX_POINTS of them.
     """
 
     started: str
@@ -48,6 +50,7 @@ class RunRecord:
     samples_per_s: float
     measures: Measures
     workers: int
+    history: tuple[tuple[float, int], ...] = ()
 
     def as_json(self) -> bytes:
         """The record as it is written."""
@@ -57,7 +60,33 @@ class RunRecord:
 
 def record_from(document: dict[str, Any]) -> RunRecord:
     """The inverse of `RunRecord.as_json`, from parsed JSON; raises KeyError or TypeError otherwise."""
-    return RunRecord(**{**document, "measures": Measures(**document["measures"])})
+    history = tuple((float(elapsed_s), int(samples)) for elapsed_s, samples in document.get("history", ()))
+    return RunRecord(**{**document, "measures": Measures(**document["measures"]), "history": history})
+
+
+class _History:
+    """Points of a run, evenly spaced and bounded: where they become too many, every other one is dropped."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[float, int]] = [(0.0, 0)]
+        self._spacing_s = 1.0
+
+    def update(self, state: RunState) -> None:
+        if state.elapsed_s < self._points[-1][0] + self._spacing_s:
+            return
+        self._points.append(_point(state))
+        if len(self._points) >= MAX_POINTS:
+            self._points = self._points[::2]
+            self._spacing_s *= 2
+
+    def until(self, state: RunState) -> tuple[tuple[float, int], ...]:
+        """The points, and the state as the last one."""
+        end = _point(state)
+        return (*self._points, end) if end[0] > self._points[-1][0] else tuple(self._points)
+
+
+def _point(state: RunState) -> tuple[float, int]:
+    return round(state.elapsed_s, 1), state.counts_so_far.samples_in
 
 
 class RunRecorder:
@@ -73,11 +102,13 @@ class RunRecorder:
         # sorted by name is sorted by time; two jobs on one folder do not meet
         self._name = f"{now:%Y%m%dT%H%M%SZ}-{os.getpid()}.json"
         self._state = RunState(shards_total=0, shards_skipped=0)
+        self._history = _History()
         self._next_s = 0.0
 
     def update(self, state: RunState) -> None:
         """Take the newest state in, and publish it where the last time is a minute ago."""
         self._state = state
+        self._history.update(state)
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + INTERVAL_S
             self._publish(RUNNING)
@@ -102,6 +133,7 @@ class RunRecorder:
             samples_per_s=round(state.samples_per_s, 2),
             measures=state.measures,
             workers=state.workers_ready,
+            history=self._history.until(state),
         )
         with suppress(OutputError):
             storage.publish(self._folder, self._name, record.as_json())
@@ -125,11 +157,23 @@ def _named(error: BaseException) -> str:
 
 def latest_run(output_dir: str) -> RunRecord | None:
     """The record of the newest run; None where there is none that can be read."""
+    names = _record_names(output_dir)
+    return _read_record(output_dir, names[-1]) if names else None
+
+
+def latest_runs(output_dir: str, most: int) -> list[RunRecord]:
+    """The records of the newest runs, oldest first; those that cannot be read are left out."""
+    records = (_read_record(output_dir, name) for name in _record_names(output_dir)[-most:])
+    return [record for record in records if record is not None]
+
+
+def _record_names(output_dir: str) -> list[str]:
     folder = storage.join_url(output_dir, RUNS_FOLDER)
-    names = sorted(name for name in storage.list_names(folder) if name.endswith(".json"))
-    if not names:
-        return None
+    return sorted(name for name in storage.list_names(folder) if name.endswith(".json"))
+
+
+def _read_record(output_dir: str, name: str) -> RunRecord | None:
     try:
-        return record_from(json.loads(storage.read_bytes(storage.join_url(folder, names[-1]))))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return record_from(json.loads(storage.read_bytes(storage.join_url(output_dir, RUNS_FOLDER, name))))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         return None

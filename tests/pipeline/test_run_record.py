@@ -1,13 +1,16 @@
 """What a run writes down about itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.measures import Measures
 from pipeline.progress import RunState
 from pipeline.records import ShardCounts
-from pipeline.run_record import latest_run, record_from, recorded_run
+from pipeline.run_record import MAX_POINTS, latest_run, latest_runs, record_from, recorded_run
 
 STATE = RunState(
     shards_total=4,
@@ -78,3 +81,33 @@ def test_a_record_survives_its_way_through_json(tmp_path):
         recorder.update(STATE)
         record = latest_run(str(tmp_path))
     assert record_from(json.loads(record.as_json())) == record
+
+
+@settings(max_examples=20)
+@given(steps_s=st.lists(st.floats(0.1, 100), min_size=1, max_size=900))
+def test_the_history_is_bounded_rises_in_time_and_ends_with_the_newest_state(tmp_path_factory, steps_s):
+    out, elapsed_s, samples = tmp_path_factory.mktemp("out"), 0.0, 0
+    with recorded_run(str(out)) as recorder:
+        for step_s in steps_s:
+            elapsed_s, samples = elapsed_s + step_s, samples + 7
+            state = replace(STATE, elapsed_s=elapsed_s, counts=ShardCounts(annotated=samples))
+            recorder.update(state)
+        recorder.close("complete")
+    history = latest_run(str(out)).history
+    times_s = [point[0] for point in history]
+    assert history[0] == (0.0, 0)
+    assert times_s == sorted(set(times_s))
+    assert len(history) <= MAX_POINTS + 1
+    assert history[-1] == (pytest.approx(elapsed_s, abs=0.06), samples)
+
+
+def test_the_newest_runs_come_oldest_first_and_unreadable_ones_are_left_out(tmp_path):
+    with recorded_run(str(tmp_path)) as recorder:
+        recorder.update(STATE)
+    (record,) = (tmp_path / "runs").glob("*.json")
+    for name, samples in (("20250101T000000Z-1.json", 5), ("20250102T000000Z-1.json", 6)):
+        document = json.loads(record.read_text()) | {"samples": samples}
+        (tmp_path / "runs" / name).write_text(json.dumps(document))
+    (tmp_path / "runs" / "20250103T000000Z-1.json").write_text("[1]")
+    assert [run.samples for run in latest_runs(str(tmp_path), 9)] == [5, 6, 100]
+    assert [run.samples for run in latest_runs(str(tmp_path), 3)] == [6, 100]
