@@ -170,7 +170,7 @@ def _score_scene(
         elif row["prompt_index"] not in targets:
             counts["without_object"] += 1
         else:
-            mask = in_frame(decode_rle(row["mask"]), scene.label_map.shape)
+            mask = in_frame(decode_rle(row["mask"]), scene.labels.shape)
             truth = targets[row["prompt_index"]]
             ious.append(float(foreground_iou(mask[None], truth[None], scene.valid[None])[0]))
     return ious, counts
