@@ -1,0 +1,104 @@
+"""Where the images of a job are: in its own list of shards, in what the user names, or where they moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from pipeline.errors import UserError
+from pipeline.storage import (
+    ShardSource,
+    absolute,
+    canonical_url,
+    join_url,
+    list_shards,
+    without_credentials,
+)
+from pipeline.storage.commands import is_command
+from pipeline.written_masks import match_annotations
+
+
+@dataclass(frozen=True)
+class LocatedShards:
+    """Where to read the images of annotated shards.
+
+    Attributes:
+        sources: what to open, by the shard id of the job.
+        missing: ids of the shards of which that is not known, and why.
+    """
+
+    sources: Mapping[str, ShardSource]
+    missing: Mapping[str, str]
+
+
+def locate_shards(listed: Sequence[Mapping[str, Any]], given: Sequence[str] = ()) -> LocatedShards:
+    """Find the tars of a job's shards.
+
+    Args:
+        listed: the rows of OUT/shards.parquet: shard_id, shard (canonical URL), size_bytes.
+        given: what the user names: paths, URLs and patterns of tars, joined by canonical URL, else by stem
+            where that leaves no doubt; or OLD=NEW, which says that what lay in OLD, a folder or a file, lies
+            in NEW. Without any, the job's own URLs hold.
+
+    Raises:
+        UserError: a pattern matches nothing, no shard lies in an OLD, or both kinds are given.
+    """
+    parsed = [(text, _mapping(text, listed)) for text in given]
+    patterns = [text for text, mapping in parsed if mapping is None]
+    mappings = [mapping for _, mapping in parsed if mapping is not None]
+    if not patterns:
+        return _own(listed, mappings)
+    if mappings:
+        raise UserError(f"expected either shards or OLD=NEW, received both: {', '.join(given)}")
+    names = {f"{row['shard_id']}.parquet" for row in listed}
+    shards = list_shards(patterns)
+    matched = match_annotations(shards, names)
+    found = {
+        matched[shard.canonical_url].removesuffix(".parquet"): shard
+        for shard in shards
+        if shard.canonical_url in matched
+    }
+    absent = [row["shard_id"] for row in listed if row["shard_id"] not in found]
+    return LocatedShards(found, dict.fromkeys(absent, "is not among the shards given"))
+
+
+def _mapping(text: str, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """OLD as canonical URLs begin, and NEW; None for a path or a URL, in which a = may stand too."""
+    old, _, new = text.partition("=")
+    if not (old and new) or "?" in old or Path(text).exists():
+        return None
+    start = canonical_url(old).rstrip("/")
+    if any(_lies_in(row["shard"], start) for row in listed):
+        return start, absolute(new)
+    known = f"; the first is {listed[0]['shard']}" if listed else ""
+    raise UserError(
+        f"{without_credentials(old)}=...: expected as OLD of OLD=NEW a folder or a file of the job's "
+        f"shards{known}"
+    )
+
+
+def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]]) -> LocatedShards:
+    sources, missing = {}, {}
+    for row in listed:
+        shard_id, url = row["shard_id"], row["shard"]
+        moved = next((_moved(url, old, new) for old, new in mappings if _lies_in(url, old)), None)
+        if moved is not None:
+            # the copy has a size of its own
+            sources[shard_id] = ShardSource(shard_id, moved, canonical_url(moved), None)
+        elif is_command(url):
+            missing[shard_id] = "was written by a command, which is not kept"
+        else:
+            sources[shard_id] = ShardSource(shard_id, url, url, row["size_bytes"])
+    return LocatedShards(sources, missing)
+
+
+def _lies_in(url: str, start: str) -> bool:
+    return url == start or url.startswith(f"{start}/")
+
+
+def _moved(url: str, old: str, new: str) -> str:
+    rest = url[len(old) + 1 :]
+    return join_url(new, *filter(None, [unquote(rest) if url.startswith("file://") else rest]))

@@ -1,0 +1,88 @@
+"""Where the images of a job are looked for."""
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.image_shards import locate_shards
+from pipeline.storage import canonical_url, list_shards, shard_id
+
+
+def listed(*urls):
+    return [
+        {"shard_id": shard_id(url), "shard": canonical_url(str(url)), "size_bytes": 7}
+        for url in map(str, urls)
+    ]
+
+
+def test_a_job_knows_where_its_own_shards_are(tmp_path):
+    rows = listed(tmp_path / "a b.tar", "s3://bucket/in/0.tar")
+    sources = locate_shards(rows).sources
+    assert [source.canonical_url for source in sources.values()] == [row["shard"] for row in rows]
+    assert list(sources) == [row["shard_id"] for row in rows]
+
+
+def test_a_shard_written_by_a_command_is_missing_and_says_why():
+    rows = listed("pipe:cat /data/0.tar")
+    located = locate_shards(rows)
+    assert not located.sources
+    assert "command" in located.missing[rows[0]["shard_id"]]
+
+
+def test_given_shards_are_joined_by_url_and_else_by_stem(tmp_path):
+    for name in ("0.tar", "1.tar", "2.tar"):
+        (tmp_path / name).write_bytes(b"x")
+    rows = listed(tmp_path / "0.tar", "s3://bucket/1.tar", "s3://bucket/5.tar")
+    located = locate_shards(rows, [str(tmp_path / "*.tar")])
+    assert {key: source.url for key, source in located.sources.items()} == {
+        rows[0]["shard_id"]: str(tmp_path / "0.tar"),
+        rows[1]["shard_id"]: str(tmp_path / "1.tar"),
+    }
+    assert list(located.missing) == [rows[2]["shard_id"]]
+
+
+@pytest.mark.parametrize(
+    ("shard", "mapping", "opened"),
+    [
+        ("/data/in/a b.tar", "/data/in=s3://bucket/new", "s3://bucket/new/a b.tar"),
+        ("/data/in/a b.tar", "/data/=/mnt", "/mnt/in/a b.tar"),
+        ("s3://bucket/in/a%20b.tar", "s3://bucket/in=/mnt/in/", "/mnt/in/a%20b.tar"),
+        (
+            "s3://bucket/in/0.tar",
+            "s3://bucket=s3://other/x?region=eu-west-1",
+            "s3://other/x/in/0.tar?region=eu-west-1",
+        ),
+        ("s3://bucket/in/0.tar", "s3://bucket/in/0.tar=/mnt/first.tar", "/mnt/first.tar"),
+        ("pipe:cat s3://b/0.tar", "pipe:cat s3://b/0.tar=/mnt/0.tar", "/mnt/0.tar"),
+    ],
+)
+def test_what_lay_in_old_is_looked_for_in_new(shard, mapping, opened):
+    rows = listed(shard)
+    (source,) = locate_shards(rows, [mapping]).sources.values()
+    assert (source.shard_id, source.url) == (rows[0]["shard_id"], opened)
+
+
+def test_a_mapping_moves_whole_folders_and_leaves_other_shards_where_they_are():
+    rows = listed("s3://bucket/in/0.tar", "s3://bucket/in2/0.tar")
+    sources = locate_shards(rows, ["s3://bucket/in=/mnt"]).sources
+    assert [source.url for source in sources.values()] == ["/mnt/0.tar", "s3://bucket/in2/0.tar"]
+
+
+def test_an_old_in_which_no_shard_lies_is_the_users_mistake():
+    with pytest.raises(UserError, match=r"expected as OLD of OLD=NEW .*s3://bucket/in/0\.tar"):
+        locate_shards(listed("s3://bucket/in/0.tar"), ["s3://elsewhere=/mnt"])
+
+
+def test_shards_and_mappings_together_are_refused(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"")
+    rows = listed("s3://bucket/in/0.tar")
+    with pytest.raises(UserError, match="either"):
+        locate_shards(rows, ["s3://bucket=/mnt", str(tmp_path / "0.tar")])
+
+
+def test_a_path_with_an_equals_sign_that_is_there_is_a_path(tmp_path):
+    path = tmp_path / "part=1" / "0.tar"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    (shard,) = list_shards(str(path))
+    located = locate_shards(listed(path), [str(path)])
+    assert located.sources == {shard.shard_id: shard}
