@@ -180,7 +180,7 @@ def scene_of(sample: RawSample, image_fields: str) -> Scene | SampleError:
             image=find_field(sample.fields, image_fields),
             captions=captions,
             class_ids=class_ids,
-            label_map=None if label_map is None else _label_map(label_map),
+            label_map=None if label_map is None else read_label_map(label_map),
             points=points,
         )
     except SampleFailure as failure:
@@ -235,7 +235,8 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _label_map(data: bytes) -> LabelMap:
+def read_label_map(data: bytes) -> LabelMap:
+    """Decode a label map; raises SampleFailure, kind `bad_ground_truth`, where the bytes are none."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.mode in ("L", "P"):

@@ -1,0 +1,174 @@
+"""A tar and its annotations file, read in step: neither is ever held whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import ShardError
+from pipeline.records import SampleError
+from pipeline.shards import RawSample, read_samples
+from pipeline.storage import ShardSource
+from pipeline.storage.urls import told_as
+from pipeline.training.counts import WorkerCounts
+from pipeline.training.pairs import ShardPair
+from pipeline.training.shares import Share
+from pipeline.writer import METADATA_KEY, read_footer
+
+ROW_COLUMNS = (
+    *("key", "sample_index", "prompt_index", "prompt", "class_id", "status"),
+    *("image_height", "image_width", "similarity", "threshold", "mask", "ignore"),
+)
+ROWS_AT_A_TIME = 256
+READ_BUFFER_BYTES = 1 << 20
+
+Row = Mapping[str, Any]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JoinedSample:
+    """A sample's bytes and its annotation rows; nothing is decoded.
+
+    Attributes:
+        shard: canonical URL of the shard.
+        raw: ordinal, key and fields, as in the tar.
+        rows: in the order of the prompts, rejected ones included; never empty.
+    """
+
+    shard: str
+    raw: RawSample
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the pairs of a job are read from, and how.
+
+    Attributes:
+        out_dir: output folder of the job.
+        fields: the fields of a sample that are kept.
+        max_member_bytes: samples with a larger field count as damaged.
+        skip_unreadable: whether a shard that cannot be read is left out, instead of an error.
+    """
+
+    out_dir: str
+    fields: frozenset[str]
+    max_member_bytes: int
+    skip_unreadable: bool = False
+
+    def read(self, share: Share[ShardPair], counts: WorkerCounts) -> Iterator[JoinedSample]:
+        """The samples of a shard that have annotation rows, joined by ordinal and key.
+
+        Args:
+            share: the shard, and which of its samples.
+            counts: takes what else becomes of a sample.
+
+        Raises:
+            ShardError: tar or annotations cannot be opened or read, unless such shards are left out.
+        """
+        try:
+            yield from self._read(share, counts)
+        except ShardError as error:
+            if not self.skip_unreadable:
+                raise
+            counts.add("shards_left_out")
+            _log.warning("left out, or what is left of it: %s", error)
+
+    def _read(self, share: Share[ShardPair], counts: WorkerCounts) -> Iterator[JoinedSample]:
+        shard, name = share.shard.shard, f"{share.shard.annotations_id}.parquet"
+        with _open_annotations(storage.join_url(self.out_dir, "annotations", name)) as annotations:
+            errors_url = storage.join_url(self.out_dir, "errors", name)
+            if not _are_of_one_attempt(annotations, errors_url):
+                counts.add("shards_left_out")
+                _log.warning("left out: its two files are not of the same attempt: %s", errors_url)
+                return
+            with storage.open_shard(shard) as stream:
+                samples = self._samples(stream)
+                yield from join(shard.canonical_url, samples, _row_groups(annotations, shard), share, counts)
+
+    def _samples(self, stream: BinaryIO) -> Iterator[RawSample | SampleError]:
+        # not webdataset's reader: it leaves damaged samples out in silence, and the ordinals behind shift
+        return read_samples(stream, max_member_bytes=self.max_member_bytes, wanted_fields=self.fields)
+
+
+def join(
+    shard_url: str,
+    samples: Iterator[RawSample | SampleError],
+    row_groups: Iterator[tuple[int, Sequence[Row]]],
+    share: Share[ShardPair],
+    counts: WorkerCounts,
+) -> Iterator[JoinedSample]:
+    """Merge samples and rows, both in the order of their ordinals; a pair must agree in ordinal and key.
+
+    Args:
+        shard_url: canonical URL of the shard.
+        samples: as read from the tar.
+        row_groups: ordinal of a sample, and its rows.
+        share: which samples are wanted; others are neither handed out nor counted.
+        counts: takes what else becomes of a sample.
+    """
+    waiting = next(row_groups, None)
+    for sample in samples:
+        index = sample.sample_index if isinstance(sample, SampleError) else sample.index
+        if index is None:
+            continue
+        while waiting is not None and waiting[0] < index:
+            counts.add("rows_without_sample", len(waiting[1]) if share.has(waiting[0]) else 0)
+            waiting = next(row_groups, None)
+        rows: Sequence[Row] = ()
+        if waiting is not None and waiting[0] == index:
+            rows, waiting = waiting[1], next(row_groups, None)
+        if not share.has(index):
+            continue
+        if isinstance(sample, SampleError):
+            counts.add("damaged")
+        elif not rows:
+            counts.add("without_rows")
+        elif any(row["key"] != sample.key for row in rows):
+            counts.add("mispaired")
+        else:
+            yield JoinedSample(shard_url, sample, tuple(rows))
+    while waiting is not None:
+        counts.add("rows_without_sample", len(waiting[1]) if share.has(waiting[0]) else 0)
+        waiting = next(row_groups, None)
+
+
+@contextmanager
+def _open_annotations(url: str) -> Iterator[pq.ParquetFile]:
+    with told_as(ShardError, url, "cannot be opened"):
+        filesystem, path = storage.resolve(url)
+        file = filesystem.open_input_file(path)
+    with file:
+        with told_as(ShardError, url, "cannot be read"):
+            annotations = pq.ParquetFile(file, buffer_size=READ_BUFFER_BYTES, pre_buffer=False)
+        yield annotations
+
+
+def _are_of_one_attempt(annotations: pq.ParquetFile, errors_url: str) -> bool:
+    try:
+        attempt = json.loads(annotations.metadata.metadata[METADATA_KEY])["attempt"]
+        return bool(attempt == read_footer(errors_url)["attempt"])
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid):
+        return False
+
+
+def _row_groups(annotations: pq.ParquetFile, shard: ShardSource) -> Iterator[tuple[int, list[Row]]]:
+    for index, rows in groupby(_rows(annotations, shard), lambda row: int(row["sample_index"])):
+        yield index, list(rows)
+
+
+def _rows(annotations: pq.ParquetFile, shard: ShardSource) -> Iterator[Row]:
+    with told_as(ShardError, shard.canonical_url, "its annotations cannot be read"):
+        batches = annotations.iter_batches(ROWS_AT_A_TIME, columns=list(ROW_COLUMNS), use_threads=False)
+        for batch in batches:
+            yield from batch.to_pylist()

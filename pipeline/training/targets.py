@@ -1,0 +1,122 @@
+"""What is learnt of a sample: a label map or a mask for each prompt, and how much each of them counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+from torchvision import tv_tensors
+
+from legrad.masks import decode_rle
+from pipeline.label_map import BACKGROUND_LABEL, IGNORED_LABEL, in_frame, label_map
+
+LABELS = 256
+NO_CLASS = -1
+
+Row = Mapping[str, Any]
+SimilarityRange = tuple[float, float]
+
+
+def similarity_weight(similarity: float, similarity_range: SimilarityRange | None) -> float:
+    """How much a mask counts: 0 at the lower end of the range and below, 1 at the upper end and above.
+
+    A cosine of image and text says nothing by itself: its range is the model's own, and so is the user's
+    choice of what is too little and what is plenty, such as the 10 % and 90 % quantiles of the column.
+
+    Args:
+        similarity: cosine of the image and the mask's text.
+        similarity_range: lower and upper end, in between weights are linear; None: every mask counts 1.
+    """
+    if similarity_range is None:
+        return 1.0
+    low, high = similarity_range
+    return min(1.0, max(0.0, (similarity - low) / (high - low)))
+
+
+def with_classes(rows: Sequence[Row], class_ids: Mapping[str, int] | None) -> list[Row]:
+    """The rows with the class of their prompt, the mask left out where it has none; None: as they are."""
+    if class_ids is None:
+        return list(rows)
+    return [
+        {**row, "class_id": class_ids[row["prompt"]]} if row["prompt"] in class_ids else {**row, "mask": None}
+        for row in rows
+    ]
+
+
+def label_map_target(
+    rows: Sequence[Row], height: int, width: int, similarity_range: SimilarityRange | None
+) -> dict[str, Any]:
+    """A sample's label map, and a weight for each label.
+
+    Args:
+        rows: of one sample, with classes.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        similarity_range: see `similarity_weight`.
+
+    Returns:
+        `label_map`, uint8 [height, width]: 0 background, class ids, 255 ignored; `label_weights`, float32
+        [256]: a class's weight is that of its most similar row, the background's the mean of the classes',
+        since a background is as sure as the masks that it surrounds; 0 for labels that do not occur.
+    """
+    weights = torch.zeros(LABELS)
+    for row in rows:
+        if row["mask"] is not None:
+            weight = similarity_weight(row["similarity"], similarity_range)
+            weights[row["class_id"]] = max(weight, float(weights[row["class_id"]]))
+    present = [row["class_id"] for row in rows if row["mask"] is not None]
+    weights[BACKGROUND_LABEL] = weights[sorted(set(present))].mean() if present else 1.0
+    labels = label_map(rows, height, width)
+    return {"label_map": tv_tensors.Mask(torch.from_numpy(labels)), "label_weights": weights}
+
+
+def prompt_target(
+    rows: Sequence[Row], height: int, width: int, similarity_range: SimilarityRange | None
+) -> dict[str, Any]:
+    """A sample's accepted prompts, each with its mask.
+
+    Args:
+        rows: of one sample; those without a mask are left out.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        similarity_range: see `similarity_weight`.
+
+    Returns:
+        `masks`, uint8 [prompts, height, width]: 1 foreground, 0 background, 255 ignored; aligned with it
+        `prompts` (texts), `class_ids` (int64, -1 without), `similarities` and `weights` (float32).
+    """
+    accepted = [row for row in rows if row["mask"] is not None]
+    # under argmax, where no row has a threshold, the image's ignore mask stands on its first row
+    ignored = [rows[0]["ignore"] if row["threshold"] is None else row["ignore"] for row in accepted]
+    masks = [_prompt_mask(row, ignore, height, width) for row, ignore in zip(accepted, ignored, strict=True)]
+    similarities = [row["similarity"] for row in accepted]
+    classes = [NO_CLASS if row["class_id"] is None else row["class_id"] for row in accepted]
+    stacked = np.stack(masks) if masks else np.zeros((0, height, width), dtype=np.uint8)
+    return {
+        "masks": tv_tensors.Mask(torch.from_numpy(stacked)),
+        "prompts": [row["prompt"] for row in accepted],
+        "class_ids": torch.tensor(classes, dtype=torch.int64),
+        "similarities": torch.tensor(similarities, dtype=torch.float32),
+        "weights": torch.tensor([similarity_weight(value, similarity_range) for value in similarities]),
+    }
+
+
+def _prompt_mask(row: Row, ignore: Any, height: int, width: int) -> UInt8[np.ndarray, "height width"]:
+    mask = np.zeros((height, width), dtype=np.uint8)
+    if ignore is not None:
+        mask[in_frame(decode_rle(ignore), mask.shape)] = IGNORED_LABEL
+    mask[in_frame(decode_rle(row["mask"]), mask.shape)] = 1
+    return mask
+
+
+def pixel_weights(
+    label_maps: UInt8[Tensor, "batch height width"], label_weights: Float32[Tensor, "batch labels"]
+) -> Float32[Tensor, "batch height width"]:
+    """The weight of every pixel's label, for a loss that was not reduced; 0 where the label is ignored."""
+    weights = label_weights.clone()
+    weights[:, IGNORED_LABEL] = 0
+    return weights.gather(1, label_maps.flatten(1).long()).reshape(label_maps.shape)
