@@ -22,6 +22,7 @@ from rich.text import Text
 
 from pipeline.config import ModelConfig, load_config
 from pipeline.errors import PipelineError, UserError
+from pipeline.readers.commands import shards_app
 
 USAGE_EXIT_CODE = 2  # typer's own
 USER_MISTAKE, FAULT, INCOMPLETE = 1, 2, 3
@@ -33,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(shards_app)
 console = Console()
 error_console = Console(stderr=True)
 
