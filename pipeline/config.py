@@ -16,16 +16,20 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    StringConstraints,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from pipeline import storage
+from pipeline.class_list import ClassEntry, Template, class_entries
 from pipeline.errors import UserError
 
 MEBIBYTE = 1 << 20
-URL_KEYS = ("input.shards", "output.dir")
+URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Section(BaseModel):
@@ -81,13 +85,64 @@ class ModelConfig(Section):
 class PromptsConfig(Section):
     """Which texts are explained for a sample."""
 
-    source: Literal["caption", "captions"] = Field(
-        "caption", description="caption: the whole text. captions: every element of a JSON list."
+    source: Literal["caption", "captions", "classes"] = Field(
+        "caption",
+        description="caption: the whole text. captions: every element of a JSON list. classes: the names in "
+        "prompts.classes.",
     )
     max_per_sample: PositiveInt = Field(
         32,
         description="Where a sample has more, the most similar are kept and the others counted.",
     )
+    classes: str | tuple[ClassEntry, ...] | None = Field(
+        None,
+        description="Path or URL of the classes: .txt, whose line i names class i, or a .yaml list of name, "
+        "id, synonyms, plurals, templates; or such a list itself.",
+    )
+    mentioned_in: str | None = Field(
+        None,
+        description="Of the classes only those whose name, synonym or plural this field mentions: txt, or "
+        "json:NAME for a text or a list of texts; null: all.",
+    )
+    templates: Literal["openai-imagenet", "simple-imagenet"] | tuple[Template, ...] = Field(
+        ("{}",),
+        min_length=1,
+        description="Texts with {} in place of the prompt, whose unit embeddings are averaged, as "
+        "open_clip's zero-shot classifier does; by name: open_clip's own lists of 80 and of 7.",
+    )
+    embed_synonyms: bool = Field(
+        False,
+        description="Whether a class's synonyms are averaged into its embedding; otherwise they only help to "
+        "find mentions.",
+    )
+    background: Literal["none", "default"] | tuple[Text, ...] = Field(
+        "none",
+        description="Texts that compete with the prompts for pixels: a shipped list, or your own; those that "
+        "name one of the classes are left out.",
+    )
+    max_background: PositiveInt = Field(
+        4, description="Of the background texts the most similar to an image get a map."
+    )
+    neutral: Text | None = Field(
+        None,
+        description="A text that names nothing, such as a photo of a: where its own map is high, maps are "
+        "zeroed before they are normalised.",
+    )
+    neutral_threshold: float = Field(0.8, ge=0, le=1, description="How high, in [0, 1], is high.")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _entries(cls, value: Any) -> Any:
+        return class_entries(value) if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _classes_have_names(self) -> PromptsConfig:
+        if self.source == "classes" and self.classes is None:
+            raise ValueError("prompts.source classes needs prompts.classes, the classes' file")
+        for key in ("classes", "mentioned_in"):
+            if self.source != "classes" and getattr(self, key) is not None:
+                raise ValueError(f"prompts.{key} belongs to prompts.source classes, not to {self.source}")
+        return self
 
 
 class MasksConfig(Section):
@@ -114,8 +169,10 @@ class OutputConfig(Section):
 
     dir: str = Field(description="Output folder: local path, s3:// or gs://.")
     heatmap: bool = Field(False, description="Also store each relevance grid as uint8.")
-    rows: Literal["all", "accepted"] = Field(
-        "all", description="all: rejected prompts keep a row without mask."
+    rows: Literal["all", "accepted"] | None = Field(
+        None,
+        description="all: rejected prompts keep a row without mask; null: accepted where prompts.source is "
+        "classes, all otherwise.",
     )
     on_mismatch: Literal["refuse", "overwrite"] = Field(
         "refuse", description="What to do where the folder holds results of another configuration."
@@ -185,6 +242,11 @@ class JobConfig(Section):
             )
         return self
 
+    @property
+    def rows_written(self) -> Literal["all", "accepted"]:
+        """Which rows are written: `output.rows`, or what null stands for."""
+        return self.output.rows or ("accepted" if self.prompts.source == "classes" else "all")
+
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
     """Read and validate a job's YAML file.
@@ -238,7 +300,7 @@ def config_hash(config: JobConfig, weights_digest: str) -> str:
         "model": config.model.model_dump(mode="json", exclude={"pretrained"}),
         "prompts": config.prompts.model_dump(mode="json"),
         "masks": config.masks.model_dump(mode="json"),
-        "output": config.output.model_dump(mode="json", include={"heatmap", "rows"}),
+        "output": {"heatmap": config.output.heatmap, "rows": config.rows_written},
         "weights": weights_digest,
     }
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
@@ -274,7 +336,7 @@ def _told(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"  {dotted}: required, but missing"
     message = problem["msg"].removeprefix("Value error, ")
-    if dotted == "config":
+    if len(location) < 2 and problem["type"] == "value_error":
         return f"  {message}"
     # URLs may carry credentials or signatures
     received = type(problem["input"]).__name__ if dotted in URL_KEYS else repr(problem["input"])

@@ -59,6 +59,8 @@ def _alternatives(field: Mapping[str, Any]) -> Iterator[str]:
         yield f"`{field['const']}`"
     elif "enum" in field:
         yield from (f"`{value}`" for value in field["enum"])
+    elif "$ref" in field:
+        yield "mapping"
     elif field["type"] == "array":
         yield _array(field)
     else:

@@ -35,7 +35,7 @@ def annotation_rows(
         kept = explained.prompts[position]
         peak = float(grids[row].max())
         status = _status(config.masks, kept.similarity, peak, int(masks.areas[row]) / (height * width))
-        if status != "ok" and config.output.rows == "accepted":
+        if status != "ok" and config.rows_written == "accepted":
             continue
         rows.append(
             {
