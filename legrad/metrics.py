@@ -230,7 +230,7 @@ def bootstrap_mean(
     images, image_of_pair = np.unique(image_index, return_inverse=True)
     sums = np.bincount(image_of_pair, weights=values)
     counts = np.bincount(image_of_pair)
-    draws = _draws_per_image(len(images), resamples, seed)
+    draws = draws_per_image(len(images), resamples, seed)
     means = (draws @ sums) / (draws @ counts)
     low, high = np.percentile(means, [2.5, 97.5])
     return Estimate(float(np.mean(values)), float(low), float(high), len(images))
@@ -257,7 +257,7 @@ def bootstrap_statistic(
         ValueError: the statistic is undefined on the whole set.
     """
     value = statistic(np.arange(image_count))
-    draws = _draws_per_image(image_count, resamples, seed)
+    draws = draws_per_image(image_count, resamples, seed)
     resampled = [value]
     for draw in draws:
         try:
@@ -268,8 +268,8 @@ def bootstrap_statistic(
     return Estimate(value, float(low), float(high), image_count)
 
 
-def _draws_per_image(image_count: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples images"]:
-    """How often each image stands in each resample."""
+def draws_per_image(image_count: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples images"]:
+    """How often each image stands in each resample; each resample has as many images as the set."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(image_count, np.full(image_count, 1.0 / image_count), size=resamples)
 
