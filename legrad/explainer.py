@@ -18,6 +18,7 @@ from legrad.families import SUPPORTED, describe_tower
 from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
     as_ragged,
+    as_unit_rows,
     check_fit,
     check_image_size,
     check_images,
@@ -316,9 +317,15 @@ class LeGrad:
         Raises:
             InputError: shapes, dtypes, devices or indices do not fit.
         """
-        prompts = as_ragged(trace.image_features, text_embeddings, image_index)
-        features = F.normalize(trace.image_features.to(prompts.unit_rows.dtype), dim=-1)
-        return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1).reshape(prompts.leading)
+        if image_index is not None:
+            prompts = as_ragged(trace.image_features, text_embeddings, image_index)
+            features = F.normalize(trace.image_features.to(prompts.unit_rows.dtype), dim=-1)
+            return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1)
+        unit_rows = as_unit_rows(trace.image_features, text_embeddings)
+        features = F.normalize(trace.image_features.to(unit_rows.dtype), dim=-1)
+        if unit_rows.ndim == 2:
+            return features @ unit_rows.T
+        return (unit_rows @ features.unsqueeze(-1)).squeeze(-1)
 
     def _features_like(
         self, images: Float[Tensor, "batch 3 height width"] | Trace

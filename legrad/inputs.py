@@ -46,18 +46,13 @@ def as_ragged(
     Raises:
         InputError: shapes, dtypes, devices or indices do not fit; names what was expected and what received.
     """
-    unit_rows = _unit_rows(image_features, text_embeddings)
+    unit_rows = as_unit_rows(image_features, text_embeddings)
     device, batch = unit_rows.device, len(image_features)
     if image_index is not None:
         # Contiguous, also where it is a column of pairs: kernels read it row after row.
         checked = _check_image_index(image_index, text_embeddings, batch).contiguous()
         one_by_one = checked.device.type == "cpu" and torch.equal(checked, torch.arange(batch))
         return RaggedPrompts(unit_rows, checked.to(device), (len(checked),), one_by_one)
-    if unit_rows.ndim == 3 and len(unit_rows) != batch:
-        raise InputError(
-            f"text_embeddings [batch, prompts, embed_dim]: expected {batch} images, as encoded, "
-            f"received {_shape(text_embeddings)}"
-        )
     prompts = unit_rows.shape[-2]
     rows = unit_rows.expand(batch, -1, -1).flatten(0, 1)
     every_image = torch.arange(batch, device=device).repeat_interleave(prompts)
@@ -149,11 +144,25 @@ def neutral_patches(
     return minmax_normalise(neutral_grids)[:, 0] > threshold
 
 
-def _unit_rows(features: Tensor, text_embeddings: Tensor) -> Tensor:
+def as_unit_rows(features: Float[Tensor, "batch embed_dim"], text_embeddings: Tensor) -> Tensor:
+    """Bring text embeddings to unit length in float32 or finer.
+
+    Args:
+        features: of the images, or a tensor like it.
+        text_embeddings: [batch, prompts, embed_dim] or [prompts, embed_dim].
+
+    Raises:
+        InputError: shape, dtype or device do not fit.
+    """
     embed_dim = features.shape[-1]
     if text_embeddings.ndim not in (2, 3) or text_embeddings.shape[-1] != embed_dim:
         raise InputError(
             f"text_embeddings: expected [batch, prompts, {embed_dim}] or [prompts, {embed_dim}], "
+            f"received {_shape(text_embeddings)}"
+        )
+    if text_embeddings.ndim == 3 and len(text_embeddings) != len(features):
+        raise InputError(
+            f"text_embeddings [batch, prompts, embed_dim]: expected {len(features)} images, as encoded, "
             f"received {_shape(text_embeddings)}"
         )
     if not text_embeddings.is_floating_point():
