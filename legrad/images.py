@@ -64,7 +64,10 @@ class ImageTransform:
 
         Resampling comes before the conversion to RGB, as in open_clip: palette images are resampled by index.
         """
-        height, width = self.input_size(image.height, image.width)
+        return self.resize_to(image, *self.input_size(image.height, image.width))
+
+    def resize_to(self, image: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+        """Resize an image of any mode to a given size in pixels, as RGB."""
         resized = image.resize((width, height), _RESAMPLING[self.interpolation])
         return np.array(resized.convert("RGB"))
 
