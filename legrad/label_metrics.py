@@ -155,7 +155,8 @@ def class_iou(table: OverlapTable) -> dict[int, float]:
     """Intersection over union of every class that occurs, over the whole set."""
     sums = np.asarray(table.counts.sum(axis=0), dtype=np.float64).reshape(1, -1)
     iou = _class_iou(sums, len(table.class_ids))[0]
-    return {int(class_id): float(value) for class_id, value in zip(table.class_ids, iou, strict=True)}
+    pairs = zip(table.class_ids.tolist(), iou.tolist(), strict=True)
+    return {class_id: value for class_id, value in pairs if not np.isnan(value)}
 
 
 def pixel_tally(

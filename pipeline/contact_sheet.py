@@ -20,16 +20,18 @@ from pipeline.errors import UserError
 from pipeline.ground_truth import LABEL_MAP_FIELD, Scene, list_truth_shards, scene_of
 from pipeline.job import JOB_FILE, read_job
 from pipeline.label_map import in_frame
+from pipeline.scene_scores import row_target
 from pipeline.shards import RawSample, read_samples
 from pipeline.sheet_drawing import CARDS_PER_LINE, Card, draw_sheet
 from pipeline.storage import ShardSource
-from pipeline.written_masks import match_annotations, prompt_targets, read_rows
+from pipeline.written_masks import match_annotations, read_rows
 
 COLUMNS = [
     "key",
     "sample_index",
     "prompt_index",
     "prompt",
+    "class_id",
     "similarity",
     "peak",
     "mask",
@@ -158,7 +160,7 @@ def _card(sample: RawSample, row: Row, config: JobConfig) -> Card:
     scene = scene_of(sample, config.input.image)
     truth, iou = None, None
     if isinstance(scene, Scene):
-        truth = prompt_targets(scene, config.prompts.source).get(row["prompt_index"])
+        truth = row_target(scene, row, config.prompts.source)
         iou = None if truth is None else _iou(mask, truth, scene.valid)
     return Card(image, row["prompt"], row["similarity"], _relevance(row), mask, truth, iou)
 

@@ -19,7 +19,8 @@ from pipeline import storage
 from pipeline.config import InputConfig, parse_config
 from pipeline.decode import decode_image
 from pipeline.errors import SampleFailure, ShardError, UserError
-from pipeline.evaluation_result import EvaluationResult, MapScores, RecognitionScores, render_evaluation
+from pipeline.evaluation_result import EvaluationResult, MapScores, RecognitionScores
+from pipeline.evaluation_table import render_evaluation
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.job import JOB_FILE, read_job
 from pipeline.map_figures import (
@@ -38,7 +39,7 @@ from pipeline.map_figures import (
 from pipeline.model import load_explainer
 from pipeline.records import SampleError
 from pipeline.storage import ShardSource
-from pipeline.written_masks import score_written_masks
+from pipeline.written_masks import collect_written_masks, score_written_masks
 
 __all__ = [
     "EvaluationOptions",
@@ -99,7 +100,8 @@ def evaluate_output(
         configured_layers=config.model.layers, label=f"{config.model.name} ({config.model.pretrained})"
     )
     try:
-        written = score_written_masks(out_dir, shards, config.input, config.prompts.source, seed=options.seed)
+        collected = collect_written_masks(out_dir, shards, config.input, config.prompts.source)
+        written = score_written_masks(collected, seed=options.seed)
         scenes = _read_all(shards, config.input)
         maps = evaluate_scenes(explainer, scenes, class_names, settings=config.input, options=options)
     except ShardError as error:

@@ -1,15 +1,10 @@
-"""What an evaluation found, as values, as JSON and as a table for a terminal."""
+"""What an evaluation found, as values and as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from legrad.metrics import Estimate
 
@@ -67,21 +62,55 @@ class RecognitionScores:
 class WrittenMaskScores:
     """The masks as they stand in the Parquet files, and what became of every row and every object.
 
+    Pixels are judged by the label map of each scene's rows (`pipeline.label_map`). Where rows ignore pixels
+    (rule ``band``, ``argmax``) these count as background, unless a figure is of the kept pixels. Figures are
+    None where nothing decides them.
+
     Attributes:
-        iou: mean foreground IoU over the scored rows; None where no row could be scored.
-        rows_scored: rows whose mask was held against an object.
+        iou: foreground IoU of a row's mask, mean over the scored rows.
+        boundary_f: F-measure of its boundary, mean over the same rows.
+        mean_iou: IoU of a class over the whole set, mean over classes, background left out.
+        mean_iou_with_background: the same, background as one of the classes.
+        mean_iou_kept: the mean over classes without background, over the kept pixels alone.
+        point_mean_iou: IoU of a class over labelled points, mean over classes.
+        pixel_accuracy: share of all pixels with the right label.
+        precision: share of the pixels in masks with the right label.
+        recall: share of the objects' pixels with the right label.
+        coverage: share of all pixels that are kept.
+        kept_accuracy: share of the kept pixels with the right label.
+        presence_auroc: of telling by the cosine whether what a prompt names is in its scene.
+        class_iou: IoU by class id; 0 is background.
+        scenes: scenes with ground truth, also such without rows.
+        rows_scored: accepted rows whose object is there.
+        rows_without_object: accepted rows whose prompt names no visible object: false alarms.
         rows_rejected: rows of prompts that the job rejected, which have no mask.
-        rows_without_object: rows whose prompt names no object with visible pixels.
+        rows_rejected_rightly: those of them whose object is not there.
+        rows_unjudged: rows of which the point labels do not say whether their object is there.
         rows_without_scene: rows whose sample has no readable ground truth in the shard, or another key there.
         rows_of_other_shards: rows of shards that were not given, or could not be told apart by name.
-        objects_without_row: visible objects in the given shards for which the job wrote no row.
+        objects_without_row: objects in the given shards for which the job wrote no row.
         shards_without_annotations: given shards that the output folder knows nothing of.
     """
 
     iou: Estimate | None
+    boundary_f: Estimate | None
+    mean_iou: Estimate | None
+    mean_iou_with_background: Estimate | None
+    mean_iou_kept: Estimate | None
+    point_mean_iou: Estimate | None
+    pixel_accuracy: Estimate | None
+    precision: Estimate | None
+    recall: Estimate | None
+    coverage: Estimate | None
+    kept_accuracy: Estimate | None
+    presence_auroc: Estimate | None
+    class_iou: Mapping[int, float]
+    scenes: int
     rows_scored: int
-    rows_rejected: int
     rows_without_object: int
+    rows_rejected: int
+    rows_rejected_rightly: int
+    rows_unjudged: int
     rows_without_scene: int
     rows_of_other_shards: int
     objects_without_row: int
@@ -113,96 +142,3 @@ class EvaluationResult:
     def to_json(self) -> str:
         """The whole result as indented JSON."""
         return json.dumps(asdict(self), indent=1) + "\n"
-
-
-def render_evaluation(result: EvaluationResult) -> RenderableType:
-    """The result as a person wants to see it on a terminal."""
-    parts: list[RenderableType] = []
-    if result.written is not None:
-        parts += [_written_lines(result.written), Text()]
-    parts += _map_tables(result)
-    if result.recognition is not None:
-        parts += [Text(), _recognition_table(result.recognition)]
-    parts += [Text(line, style="dim") for line in _notes(result)]
-    return Group(*parts)
-
-
-def _map_tables(result: EvaluationResult) -> list[Table]:
-    """Two tables rather than one: each fits into 80 columns."""
-    title = f"Maps of {result.model} for {result.pairs} prompts in {result.scenes} scenes"
-    main = _table(title, ("map", "pointing", "IoU at .5", "IoU Otsu", "AP"))
-    more = _table("The same maps", ("map", "IoU best", "cut", "own object"))
-    for scores in result.maps:
-        name = f"{scores.method} *" if scores.configured else scores.method
-        style = "bold" if scores.configured else None
-        figures = (scores.pointing, scores.iou_at_half, scores.iou_otsu, scores.average_precision)
-        main.add_row(name, *(_cell(figure) for figure in figures), style=style)
-        cut = Text(_short(scores.best_threshold, digits=2), style="dim")
-        more.add_row(name, _cell(scores.iou_best), cut, _cell(scores.own_object), style=style)
-    return [main, more]
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(columns[0], no_wrap=True)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _recognition_table(recognition: RecognitionScores) -> Table:
-    title = f"Recognition of {recognition.classes} classes"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    figures = {
-        "top-1": recognition.top1,
-        "R@n": recognition.recall_at_n,
-        "mAP": recognition.mean_average_precision,
-        "AUROC present / absent": recognition.auroc,
-    }
-    for name in figures:
-        table.add_column(name, justify="right")
-    table.add_row(*(_cell(figure) for figure in figures.values()))
-    return table
-
-
-def _written_lines(written: WrittenMaskScores) -> Text:
-    iou = "none could be scored" if written.iou is None else f"mean foreground IoU {_plain(written.iou)}"
-    lines = [f"Masks as written: {written.rows_scored} rows scored, {iou}"]
-    lines += [
-        f"  {count} {what}"
-        for count, what in (
-            (written.rows_rejected, "rows rejected by the job (no mask)"),
-            (written.rows_without_object, "rows whose prompt names no visible object"),
-            (written.rows_without_scene, "rows without a readable ground truth"),
-            (written.rows_of_other_shards, "rows of shards that were not given"),
-            (written.objects_without_row, "visible objects without a row"),
-        )
-        if count
-    ]
-    lines += [f"  no annotations for {shard}" for shard in written.shards_without_annotations]
-    return Text("\n".join(lines))
-
-
-def _notes(result: EvaluationResult) -> Sequence[str]:
-    notes = [
-        "± half the 95 % bootstrap interval over scenes; the cut of IoU best was chosen on these very scenes"
-    ]
-    if any(scores.configured for scores in result.maps):
-        notes.append("* the layers that this job used")
-    notes += [f"left out: {count} {reason}" for reason, count in result.left_out.items()]
-    return notes
-
-
-def _cell(estimate: Estimate | None) -> Text:
-    if estimate is None:
-        return Text("-")
-    return Text.assemble(_short(estimate.value), (f" ±{_short((estimate.high - estimate.low) / 2)}", "dim"))
-
-
-def _short(value: float, *, digits: int = 3) -> str:
-    """A share without its leading zero, as tables of this field have it."""
-    return f"{value:.{digits}f}".removeprefix("0")
-
-
-def _plain(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} (95 % interval {estimate.low:.3f} to {estimate.high:.3f})"

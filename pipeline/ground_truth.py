@@ -206,6 +206,8 @@ def _objects(document: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, .
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         message = f"expected a JSON field with captions and class_ids: {type(error).__name__} {error}"
         raise _bad_truth(message) from error
+    if not all(0 < class_id <= MAX_CLASS_ID for class_id in class_ids):
+        raise _bad_truth(f"expected class_ids from 1 to {MAX_CLASS_ID}, received {class_ids!r:.200}")
     if len(captions) != len(class_ids):
         raise _bad_truth(
             f"expected as many class_ids as captions, received {len(class_ids)} for {len(captions)}"

@@ -1,47 +1,56 @@
-"""The masks of a finished job against ground truth, row by row, with an account of every row."""
+"""The masks of a finished job against ground truth, joined by shard and sample, and an account of every row."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from jaxtyping import Bool
 
-from legrad.masks import decode_rle
-from legrad.metrics import bootstrap_mean, foreground_iou
+from legrad import label_metrics
+from legrad.label_metrics import OverlapTable, tabulate_overlaps
+from legrad.metrics import Estimate, bootstrap_mean, bootstrap_statistic, presence_auroc
 from pipeline import storage
 from pipeline.config import InputConfig
 from pipeline.evaluation_result import WrittenMaskScores
 from pipeline.ground_truth import Scene, read_scenes
-from pipeline.label_map import in_frame
+from pipeline.scene_scores import SceneScores, score_scene
 from pipeline.storage import ShardSource
 
-COLUMNS = ["key", "sample_index", "prompt_index", "status", "mask"]
+COLUMNS = ["key", "sample_index", "prompt_index", "class_id", "status", "similarity", "mask", "ignore"]
 DIGEST = re.compile(r"-[0-9a-f]{8}$")
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class _Tally:
-    """What became of the rows of one shard; ``ious`` has one (scene ordinal, IoU) for each scored row."""
+class WrittenMasks:
+    """Every scene's scores, and what has no scene.
 
-    ious: tuple[tuple[int, float], ...]
-    counts: Mapping[str, int]
+    Attributes:
+        scenes: one entry a scene with ground truth, in the order of the shards; also scenes without rows.
+        rows_without_scene: rows whose sample has no readable ground truth in the shard.
+        rows_of_other_shards: rows of shards that were not given.
+        shards_without_annotations: given shards that the output folder knows nothing of.
+    """
+
+    scenes: tuple[SceneScores, ...]
+    rows_without_scene: int
+    rows_of_other_shards: int
+    shards_without_annotations: tuple[str, ...]
 
 
-def score_written_masks(
-    out_dir: str, shards: Sequence[ShardSource], settings: InputConfig, prompt_source: str, *, seed: int = 0
-) -> WrittenMaskScores:
-    """Hold every written mask against its object, joined by shard, sample ordinal, key and prompt ordinal.
+def collect_written_masks(
+    out_dir: str, shards: Sequence[ShardSource], settings: InputConfig, prompt_source: str
+) -> WrittenMasks:
+    """Hold every written mask against its object, joined by shard, sample ordinal, key and prompt.
 
-    Pixels with label 255 take part in nothing. With prompt source ``captions`` prompt i belongs to object i;
-    with ``caption`` the one prompt belongs to all the objects together. Masks in a smaller frame are enlarged
+    Prompts of source ``captions`` belong to the object of their ordinal, those of ``classes`` to the class
+    that the row names, the one of ``caption`` to all objects together. Masks in a smaller frame are enlarged
     to the label map's, nearest pixel.
 
     Args:
@@ -49,7 +58,6 @@ def score_written_masks(
         shards: the tars with ground truth.
         settings: the job's input section.
         prompt_source: the job's ``prompts.source``.
-        seed: of the bootstrap.
 
     Raises:
         ShardError: a tar cannot be read.
@@ -57,32 +65,105 @@ def score_written_masks(
     folder = storage.join_url(out_dir, "annotations")
     names = {name for name in storage.list_names(folder) if name.endswith(".parquet")}
     matched = match_annotations(shards, names)
-    tallies = [
-        _tally(shard, read_rows(storage.join_url(folder, name), COLUMNS), settings, prompt_source)
-        for shard in shards
-        if (name := matched.get(shard.canonical_url)) is not None
-    ]
-    counts: Counter[str] = Counter()
-    for tally in tallies:
-        counts.update(tally.counts)
-    ious = np.array([iou for tally in tallies for _, iou in tally.ious])
-    scenes = [(ordinal, scene) for ordinal, tally in enumerate(tallies) for scene, _ in tally.ious]
-    scene_numbers = {scene: number for number, scene in enumerate(dict.fromkeys(scenes))}
-    scene_of_row = np.array([scene_numbers[scene] for scene in scenes], dtype=np.int64)
-    return WrittenMaskScores(
-        iou=bootstrap_mean(ious, scene_of_row, seed=seed) if len(ious) else None,
-        rows_scored=len(ious),
-        rows_rejected=counts["rejected"],
-        rows_without_object=counts["without_object"],
-        rows_without_scene=counts["without_scene"],
+    scenes: list[SceneScores] = []
+    rows_without_scene = 0
+    for shard in shards:
+        if (name := matched.get(shard.canonical_url)) is not None:
+            rows = read_rows(storage.join_url(folder, name), COLUMNS)
+            own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
+            scenes += own_scenes
+            rows_without_scene += left_over
+    return WrittenMasks(
+        scenes=tuple(scenes),
+        rows_without_scene=rows_without_scene,
         rows_of_other_shards=sum(
             _row_count(storage.join_url(folder, name)) for name in sorted(names - set(matched.values()))
         ),
-        objects_without_row=counts["object_without_row"],
         shards_without_annotations=tuple(
             shard.canonical_url for shard in shards if shard.canonical_url not in matched
         ),
     )
+
+
+def score_written_masks(written: WrittenMasks, *, seed: int = 0) -> WrittenMaskScores:
+    """Figures of a job's masks with 95 % intervals; whole scenes are resampled.
+
+    Args:
+        written: what was counted.
+        seed: of the bootstrap.
+    """
+    counts = sum((Counter(scene.counts) for scene in written.scenes), Counter())
+    table, kept, points = (_table(written.scenes, name) for name in ("overlap", "kept_overlap", "points"))
+    pixels = [scene.pixels for scene in written.scenes if scene.pixels is not None]
+    tallies = np.stack(pixels) if pixels else np.zeros((0, 7))
+
+    def share(part: int, whole: int) -> Estimate | None:
+        return label_metrics.bootstrap_sums(tallies, label_metrics.share(part, whole), seed=seed)
+
+    return WrittenMaskScores(
+        iou=_mean_over_rows(written.scenes, lambda scene: scene.ious, seed),
+        boundary_f=_mean_over_rows(written.scenes, lambda scene: scene.boundary_fs, seed),
+        mean_iou=_mean_iou(table, seed),
+        mean_iou_with_background=_mean_iou(table, seed, background=True),
+        mean_iou_kept=_mean_iou(kept, seed),
+        point_mean_iou=_mean_iou(points, seed),
+        pixel_accuracy=share(label_metrics.CORRECT, label_metrics.COUNTED),
+        precision=share(label_metrics.HIT, label_metrics.MASKED),
+        recall=share(label_metrics.HIT, label_metrics.TRUE),
+        coverage=share(label_metrics.KEPT, label_metrics.COUNTED),
+        kept_accuracy=share(label_metrics.CORRECT_KEPT, label_metrics.KEPT),
+        presence_auroc=_presence_auroc(written.scenes, seed),
+        class_iou={} if table is None else label_metrics.class_iou(table),
+        scenes=len(written.scenes),
+        rows_scored=counts["accepted"],
+        rows_without_object=counts["accepted_absent"],
+        rows_rejected=counts["rejected_present"] + counts["rejected_absent"],
+        rows_rejected_rightly=counts["rejected_absent"],
+        rows_unjudged=counts["unjudged"],
+        rows_without_scene=written.rows_without_scene,
+        rows_of_other_shards=written.rows_of_other_shards,
+        objects_without_row=counts["objects_without_row"],
+        shards_without_annotations=written.shards_without_annotations,
+    )
+
+
+def _mean_over_rows(
+    scenes: Sequence[SceneScores], values_of: Callable[[SceneScores], Sequence[float]], seed: int
+) -> Estimate | None:
+    values = [(number, value) for number, scene in enumerate(scenes) for value in values_of(scene)]
+    if not values:
+        return None
+    numbers, figures = zip(*values, strict=True)
+    return bootstrap_mean(np.array(figures), np.array(numbers), seed=seed)
+
+
+def _table(scenes: Sequence[SceneScores], name: str) -> OverlapTable | None:
+    overlaps = [overlap for scene in scenes if (overlap := getattr(scene, name)) is not None]
+    return tabulate_overlaps(overlaps) if overlaps else None
+
+
+def _mean_iou(table: OverlapTable | None, seed: int, *, background: bool = False) -> Estimate | None:
+    if table is None:
+        return None
+    statistic = label_metrics.mean_iou(table, background=background)
+    return label_metrics.bootstrap_sums(table.counts, statistic, seed=seed)
+
+
+def _presence_auroc(scenes: Sequence[SceneScores], seed: int) -> Estimate | None:
+    """AUROC of telling by the cosine whether what a prompt names is there; None where all or none is."""
+    present = [np.array(scene.present, dtype=bool) for scene in scenes]
+    similarities = [np.array(scene.similarities, dtype=np.float64) for scene in scenes]
+
+    def auroc(rows: np.ndarray) -> float:
+        return presence_auroc(
+            np.concatenate([similarities[row] for row in rows])[:, None],
+            np.concatenate([present[row] for row in rows])[:, None],
+        )
+
+    everything = np.concatenate(present) if present else np.zeros(0, dtype=bool)
+    if everything.all() or not everything.any():
+        return None
+    return bootstrap_statistic(auroc, len(scenes), seed=seed)
 
 
 def match_annotations(shards: Sequence[ShardSource], names: Collection[str]) -> dict[str, str]:
@@ -126,51 +207,18 @@ def _row_count(url: str) -> int:
         return int(pq.ParquetFile(file).metadata.num_rows)
 
 
-def _tally(shard: ShardSource, rows: Sequence[Row], settings: InputConfig, prompt_source: str) -> _Tally:
+def _score_shard(
+    shard: ShardSource, rows: Sequence[Row], settings: InputConfig, prompt_source: str
+) -> tuple[list[SceneScores], int]:
+    """Scores of a shard's scenes, and how many rows belong to none of them."""
     waiting: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         waiting[row["sample_index"]].append(row)
-    ious: list[tuple[int, float]] = []
-    counts: Counter[str] = Counter()
-    for ordinal, scene in enumerate(read_scenes(shard, settings)):
+    scores: list[SceneScores] = []
+    joined = 0
+    for scene in read_scenes(shard, settings):
         if isinstance(scene, Scene):
             own_rows = [row for row in waiting[scene.sample_index] if row["key"] == scene.key]
-            waiting[scene.sample_index] = [
-                row for row in waiting[scene.sample_index] if row["key"] != scene.key
-            ]
-            scene_ious, scene_counts = _score_scene(scene, own_rows, prompt_targets(scene, prompt_source))
-            ious += [(ordinal, iou) for iou in scene_ious]
-            counts.update(scene_counts)
-    counts["without_scene"] = sum(len(left) for left in waiting.values())
-    return _Tally(tuple(ious), counts)
-
-
-def prompt_targets(scene: Scene, prompt_source: str) -> dict[int, Bool[np.ndarray, "height width"]]:
-    """Prompt ordinal to the pixels that the prompt is about; left out where no such pixel is visible.
-
-    Args:
-        scene: the ground truth.
-        prompt_source: the job's ``prompts.source``.
-    """
-    visible = scene.visible_objects()
-    if prompt_source == "captions":
-        return {index: scene.object_mask(index) for index in visible}
-    return {0: scene.foreground()} if visible else {}
-
-
-def _score_scene(
-    scene: Scene, rows: Sequence[Row], targets: Mapping[int, Bool[np.ndarray, "height width"]]
-) -> tuple[list[float], Counter[str]]:
-    ious: list[float] = []
-    without_row = targets.keys() - {row["prompt_index"] for row in rows}
-    counts: Counter[str] = Counter(object_without_row=len(without_row))
-    for row in rows:
-        if row["mask"] is None:
-            counts["rejected"] += 1
-        elif row["prompt_index"] not in targets:
-            counts["without_object"] += 1
-        else:
-            mask = in_frame(decode_rle(row["mask"]), scene.labels.shape)
-            truth = targets[row["prompt_index"]]
-            ious.append(float(foreground_iou(mask[None], truth[None], scene.valid[None])[0]))
-    return ious, counts
+            scores.append(score_scene(scene, own_rows, prompt_source))
+            joined += len(own_rows)
+    return scores, len(rows) - joined

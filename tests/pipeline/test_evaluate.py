@@ -193,7 +193,8 @@ def test_shards_without_any_ground_truth_are_a_user_error(explainer, tmp_path):
 
 def annotation(key: str, index: int, prompt: int, mask: np.ndarray | None, **columns: Any) -> dict[str, Any]:
     rle = None if mask is None else encode_rle(torch.from_numpy(mask[None]))[0]
-    return {"key": key, "sample_index": index, "prompt_index": prompt, "status": "ok", "mask": rle, **columns}
+    found = {"key": key, "sample_index": index, "prompt_index": prompt, "status": "ok", "mask": rle}
+    return {**found, "similarity": 0.3, **columns}
 
 
 def write_output(
