@@ -21,11 +21,13 @@ class ModelSupport:
         family: the family whose rules apply, or None.
         reason: why the model is refused, or None.
         blocks: how many layers there are to choose from, or None.
+        takes_any_grid: images of other sizes than the model's own are possible.
     """
 
     family: str | None
     reason: str | None
     blocks: int | None = None
+    takes_any_grid: bool = False
 
 
 def supported_models() -> dict[str, ModelSupport]:
@@ -53,6 +55,6 @@ def _vision_support(embed_dim: int, vision_json: str) -> ModelSupport:
         model = open_clip.CLIP(embed_dim, json.loads(vision_json), _SMALLEST_TEXT)
     try:
         tower = describe_visual(model.visual)
-        return ModelSupport(tower.family, None, len(tower.blocks))
+        return ModelSupport(tower.family, None, len(tower.blocks), tower.takes_any_grid)
     except NotCovered as reason:
         return ModelSupport(None, str(reason))

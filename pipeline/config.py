@@ -75,11 +75,45 @@ class ModelConfig(Section):
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="Model input in pixels: side, or [height, width]; null: the model's own."
     )
-    fit: Literal["stretch", "keep"] = Field(
+    fit: Literal["stretch", "keep", "tile"] = Field(
         "stretch",
         description="How an image, never cropped, fills the input. stretch: to the input size; keep: in its "
-        "own aspect ratio, with at most as many patches.",
+        "own aspect ratio, with at most as many patches; tile: as stretch, and large images also in windows "
+        "(views.tile_*).",
     )
+
+
+class ViewsConfig(Section):
+    """Further views of an image, whose raw maps are averaged on one grid; a forward pass for each."""
+
+    flip: bool = Field(False, description="Every view also mirrored left to right.")
+    scales: tuple[Annotated[float, Field(gt=0, le=8)], ...] = Field(
+        (1.0,),
+        min_length=1,
+        max_length=8,
+        description="The whole image at these multiples of the model's input, rounded to whole patches. "
+        "Similarity is told at the first one; maps have the grid of the finest view.",
+    )
+    tile_zoom: float = Field(
+        2.0,
+        ge=1,
+        le=8,
+        description="model.fit tile: how many windows the image's shorter side is long; never more than its "
+        "own pixels fill.",
+    )
+    tile_overlap: float = Field(
+        0.25, ge=0, le=0.9, description="Least share of a window that the next one repeats."
+    )
+    max_tiles: int = Field(
+        16, ge=1, le=256, description="Most windows of an image; one that needs more is seen from farther."
+    )
+
+    @field_validator("scales")
+    @classmethod
+    def _differ(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(scales)) < len(scales):
+            raise ValueError("the scales must differ")
+        return scales
 
 
 class PromptsConfig(Section):
@@ -202,7 +236,8 @@ class RunConfig(Section):
         "CPU 8. A batch too large for the device's memory is halved in any case.",
     )
     lookahead_bytes: PositiveInt = Field(
-        512 * MEBIBYTE, description="Bytes of samples, as read, that one worker holds at a time."
+        512 * MEBIBYTE,
+        description="Bytes of samples that one worker holds at a time, as read and as the model takes them.",
     )
     decode_threads: PositiveInt | None = Field(
         None, description="Threads of one worker; null: its CPU cores."
@@ -228,6 +263,7 @@ class JobConfig(Section):
 
     input: InputConfig
     model: ModelConfig
+    views: ViewsConfig = ViewsConfig()
     prompts: PromptsConfig = PromptsConfig()
     masks: MasksConfig = MasksConfig()
     output: OutputConfig
@@ -298,6 +334,7 @@ def config_hash(config: JobConfig, weights_digest: str) -> str:
     relevant = {
         "input": config.input.model_dump(mode="json", exclude={"shards", "allow_commands"}),
         "model": config.model.model_dump(mode="json", exclude={"pretrained"}),
+        "views": config.views.model_dump(mode="json"),
         "prompts": config.prompts.model_dump(mode="json"),
         "masks": config.masks.model_dump(mode="json"),
         "output": {"heatmap": config.output.heatmap, "rows": config.rows_written},

@@ -10,7 +10,7 @@ import io
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from legrad.images import ImageTransform
+from legrad.views import Views, canvas_pixels
 from pipeline.errors import SampleFailure
 
 # Pillow reads the parts of a file (segments, chunks, blocks) one by one in Python, metadata included
@@ -70,27 +71,46 @@ class DecodedImage:
         pixels: RGB, uint8 [height, width, 3] at the model's input size.
         image_height: rows of the original, after EXIF orientation.
         image_width: columns of the original, after EXIF orientation.
+        further_pixels: the same for each further canvas of `legrad.views`.
     """
 
     pixels: np.ndarray
     image_height: int
     image_width: int
+    further_pixels: tuple[np.ndarray, ...] = ()
+
+    @property
+    def canvases(self) -> tuple[np.ndarray, ...]:
+        """All pixels, those of the first canvas first."""
+        return (self.pixels, *self.further_pixels)
+
+    @property
+    def shapes(self) -> Hashable:
+        """What images have in common that may share a batch."""
+        return tuple(pixels.shape for pixels in self.canvases)
 
 
-def decode_image(data: bytes, transform: ImageTransform, *, max_image_pixels: int) -> DecodedImage:
+WHOLE_IMAGE = Views()
+
+
+def decode_image(
+    data: bytes, transform: ImageTransform, *, max_image_pixels: int, views: Views = WHOLE_IMAGE
+) -> DecodedImage:
     """Decode an image and stretch it to the model's size, bit for bit as open_clip's own transform does.
 
     Args:
         data: a file's content.
         transform: the model's own.
         max_image_pixels: larger images are refused before any pixel is decoded.
+        views: which views are wanted of it.
 
     Raises:
         SampleFailure: as `open_image`.
     """
     image = open_image(data, max_image_pixels=max_image_pixels)
     with _faults_as_failures():
-        return DecodedImage(transform.resize(image), image.height, image.width)
+        pixels, *further_pixels = canvas_pixels(views, transform, image)
+        return DecodedImage(pixels, image.height, image.width, tuple(further_pixels))
 
 
 def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
@@ -279,17 +299,19 @@ def find_field(fields: Mapping[str, bytes], spec: str, *, stage: str = "decode")
     raise SampleFailure(stage, "missing_field", f"expected a field {spec}, received {present}"[:300])
 
 
-def read_captions(fields: Mapping[str, bytes], spec: str, *, several: bool) -> list[str | SampleFailure]:
+def read_captions(
+    fields: Mapping[str, bytes], spec: str, *, several: bool | None
+) -> list[str | SampleFailure]:
     """Read a sample's caption, or its list of captions.
 
     Args:
         fields: the sample's, by lower-cased extension.
         spec: `txt`, or `json:NAME` for a key of a JSON object.
-        several: the value is a list of captions (JSON only); otherwise it is one text.
+        several: whether the value is a list of captions (JSON only) or one text; None: whichever it is.
 
     Returns:
-        One caption without surrounding white space; with `several`, for each element in order its caption, or
-        the failure of that element alone, so that positions are prompt indices. An empty list stays empty.
+        One caption without surrounding white space; of a list, for each element in order its caption, or the
+        failure of that element alone, so that positions are prompt indices. An empty list stays empty.
 
     Raises:
         SampleFailure: stage `caption`; kind `missing_field`, `missing_key`, `empty`, `not_utf8`, `not_json`,
@@ -298,7 +320,7 @@ def read_captions(fields: Mapping[str, bytes], spec: str, *, several: bool) -> l
     field_spec, _, name = spec.partition(":")
     content = find_field(fields, field_spec, stage="caption")
     value: Any = _json_value(content, name) if name else _text(content, MAX_CAPTION_CHARACTERS * 4)
-    if not several:
+    if not (isinstance(value, list) if several is None else several):
         return [_caption(value)]
     if not isinstance(value, list):
         raise _failure("wrong_type", f"expected a list of captions in {spec}, received {_type_name(value)}")

@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.model import check_model, is_local_checkpoint, weights_digest
 from pipeline.records import ShardCounts
 from pipeline.run_record import RUNS_FOLDER
+from pipeline.sample_prompts import with_files_read
 from pipeline.storage import ShardSource
 from pipeline.writer import counts_as_metadata
 
@@ -87,13 +88,15 @@ def prepare_job(config: JobConfig) -> Job:
     """Expand the shard list, check that the output folder is this configuration's, and see what is left.
 
     Raises:
-        UserError: no shard matches, or the folder holds results of another configuration.
+        UserError: no shard matches, the classes cannot be read, or the folder holds results of another
+            configuration.
         OutputError: the folder cannot be written.
     """
     config = _with_absolute_paths(config)
+    config = config.model_copy(update={"prompts": with_files_read(config.prompts)})
     shards = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
     digest = weights_digest(config.model)
-    check_model(config.model)
+    check_model(config.model, config.views.scales)
     stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
     out = config.output.dir
     warnings = _checked_against_earlier(config, stamp)

@@ -16,7 +16,8 @@ import torch
 import legrad
 from legrad.errors import LeGradError
 from legrad.support import model_support
-from pipeline.config import ModelConfig
+from legrad.views import Views
+from pipeline.config import JobConfig, ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
 
@@ -48,10 +49,15 @@ def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeG
                 device=torch.device(device),
                 precision=model.precision,
                 image_size=model.image_size,
-                fit=model.fit,
+                fit="stretch" if model.fit == "tile" else model.fit,
             )
     except (LeGradError, OSError, ValueError) as error:
         raise UserError(f"model.name {model.name}, model.pretrained {model.pretrained}: {error}") from error
+
+
+def views_wanted(config: JobConfig) -> Views:
+    """The views that a configuration asks for."""
+    return Views(tile=config.model.fit == "tile", **config.views.model_dump())
 
 
 @contextmanager
@@ -72,13 +78,18 @@ def _not_by_open_clip(record: logging.LogRecord) -> bool:
     return Path(record.pathname).parent.name != "open_clip"
 
 
-def check_model(model: ModelConfig) -> None:
+def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
     """Refuse what can be told from the names alone, before any worker starts; nothing is loaded.
 
     Models from a hub by address are left to the workers, which download their configuration.
 
+    Args:
+        model: the configuration's model section.
+        scales: `views.scales`.
+
     Raises:
-        UserError: unknown name or tag, unsupported architecture, more layers than there are.
+        UserError: unknown name or tag, unsupported architecture, more layers than there are, sizes that the
+            model cannot take.
     """
     name = _open_clip_name(model).replace("/", "-")
     if name.startswith(HUB_PREFIXES):
@@ -88,6 +99,11 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(f"model.name {model.name}: {support.reason}{_nearest_names(name)}")
     if model.layers != "all" and model.layers > (support.blocks or 0):
         raise UserError(f"model.layers: {model.name} has {support.blocks} blocks, got {model.layers}")
+    if not support.takes_any_grid and (model.fit == "keep" or scales != (1.0,)):
+        raise UserError(
+            f"model.name {model.name}: its positions are bound to one size, which model.fit keep and other "
+            f"views.scales than 1 are not; got {model.fit} and {list(scales)}"
+        )
     checkpoint = _checkpoint(model)
     if not _names_a_file(checkpoint) and not open_clip.is_pretrained_cfg(name, checkpoint):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
