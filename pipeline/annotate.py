@@ -13,12 +13,13 @@ import legrad
 from pipeline import storage
 from pipeline.batch_size import find_batch_size
 from pipeline.config import InputConfig, JobConfig
-from pipeline.decode import decode_image, find_field, read_captions
-from pipeline.engine import Engine, ExplainedSample, PreparedSample, Prompt
+from pipeline.decode import decode_image, find_field
+from pipeline.engine import Engine, ExplainedSample, PreparedSample
 from pipeline.errors import SampleFailure
 from pipeline.mask_rows import annotation_rows, finite_prompts
 from pipeline.measures import Measures, Meter
 from pipeline.records import SampleError, ShardCounts, total_counts
+from pipeline.sample_prompts import Companions, SamplePrompts, companions_of
 from pipeline.shards import RawSample, read_samples
 from pipeline.stages import Stages, StreamLimits
 from pipeline.storage import ShardSource
@@ -26,7 +27,6 @@ from pipeline.stream import BatchStream
 from pipeline.writer import ShardWriter
 
 LOOKAHEAD_BATCHES = 8
-PROMPTS_TRIED = 4
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,18 @@ class ShardAnnotator:
         self._config = config
         self._explainer = explainer
         self._meter = Meter()
+        self._sample_prompts = SamplePrompts(config)
+        companions = companions_of(config.prompts)
         self._engine = Engine(
             explainer,
             config.prompts.max_per_sample,
-            self._batch_size(),
+            self._batch_size(companions),
             self._meter,
             batches_at_once=batches_at_once,
+            companions=companions,
         )
         self._metadata = metadata
-        self._wanted_fields = wanted_fields(config.input)
+        self._wanted_fields = wanted_fields(config.input, self._sample_prompts)
         self._in_hand: set[ShardWriter] = set()
         self._stream = BatchStream(
             Stages(_size_bytes, self._prepare, _pixel_shape, self._explain, self._finish),
@@ -144,13 +147,11 @@ class ShardAnnotator:
         """Images decoded and time on the device, since the model was loaded."""
         return self._meter.read()
 
-    def _batch_size(self) -> int:
+    def _batch_size(self, companions: Companions) -> int:
         if self._config.run.batch_size != "auto":
             return self._config.run.batch_size
-        several = self._config.prompts.source == "captions"
-        return find_batch_size(
-            self._explainer, min(self._config.prompts.max_per_sample, PROMPTS_TRIED if several else 1)
-        )
+        prompts = min(self._config.prompts.max_per_sample, self._sample_prompts.usual_number)
+        return find_batch_size(self._explainer, prompts + companions.most_maps)
 
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:
@@ -176,9 +177,12 @@ class ShardAnnotator:
         if isinstance(item, SampleError):
             return _Prepared(None, (item,), is_sample=item.sample_index is not None)
         try:
-            prompts, errors = self._prompts(item)
-            if not prompts:
-                return _Prepared(None, tuple(errors))
+            found = self._sample_prompts.of(item.fields)
+            errors = tuple(
+                _error_row(failure, item.key, item.index, index) for index, failure in found.failures
+            )
+            if not found.prompts:
+                return _Prepared(None, errors)
             image = decode_image(
                 find_field(item.fields, self._config.input.image),
                 self._explainer.transform,
@@ -187,19 +191,7 @@ class ShardAnnotator:
             self._meter.image_decoded()
         except SampleFailure as failure:
             return _Prepared(None, (_error_row(failure, item.key, item.index),))
-        return _Prepared(PreparedSample(item.index, item.key, image, tuple(prompts)), tuple(errors))
-
-    def _prompts(self, item: RawSample) -> tuple[list[Prompt], list[SampleError]]:
-        captions = read_captions(
-            item.fields, self._config.input.caption, several=self._config.prompts.source == "captions"
-        )
-        prompts = [Prompt(index, text) for index, text in enumerate(captions) if isinstance(text, str)]
-        failures = [
-            _error_row(failure, item.key, item.index, index)
-            for index, failure in enumerate(captions)
-            if isinstance(failure, SampleFailure)
-        ]
-        return prompts, failures
+        return _Prepared(PreparedSample(item.index, item.key, image, found.prompts), errors)
 
     def _explain(self, batch: Sequence[_Prepared]) -> list[ExplainedSample]:
         return self._engine.explain([item.sample for item in batch if item.sample is not None])
@@ -224,9 +216,10 @@ class ShardAnnotator:
         return SampleOutcome(tuple(rows), (*item.errors, *errors), explained.dropped_prompts)
 
 
-def wanted_fields(settings: InputConfig) -> frozenset[str]:
+def wanted_fields(settings: InputConfig, prompts: SamplePrompts) -> frozenset[str]:
     """The fields of a sample that are read at all."""
-    return frozenset([*settings.image.lower().split(";"), settings.caption.lower().split(":")[0]])
+    prompt_fields = prompts.field.lower().split(":")[0].split(";") if prompts.field else []
+    return frozenset([*settings.image.lower().split(";"), *prompt_fields])
 
 
 def _error_row(failure: SampleFailure, key: str, index: int, prompt_index: int | None = None) -> SampleError:

@@ -12,28 +12,18 @@ import numpy as np
 import torch
 
 import legrad
+from legrad.inputs import neutral_patches
 from legrad.text_embedder import TextEmbedder
+from pipeline.batch_texts import ImageMaps, choose_maps, embed_batch
 from pipeline.decode import DecodedImage
 from pipeline.measures import Meter
+from pipeline.sample_prompts import Companions, Prompt
+
+__all__ = ["Engine", "ExplainedPrompt", "ExplainedSample", "PreparedSample", "Prompt"]
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """One thing to explain.
-
-    Attributes:
-        index: ordinal in the sample; of a class: in the classes file.
-        text: what its rows are named by.
-        class_id: of a class, from 1.
-        texts: what is embedded, averaged to one unit row; none: `text` itself.
-    """
-
-    index: int
-    text: str
-    class_id: int | None = None
-    texts: tuple[str, ...] = ()
+NO_COMPANIONS = Companions()
 
 
 @dataclass(frozen=True)
@@ -96,6 +86,7 @@ class Engine:
         max_prompts_per_sample: of more prompts the most similar ones are kept.
         batch_size: most images in a batch.
         batches_at_once: while one computes, others are put together; further threads wait.
+        companions: texts explained beside every sample's own.
         meter: takes how long the device was busy.
     """
 
@@ -107,8 +98,10 @@ class Engine:
         meter: Meter | None = None,
         *,
         batches_at_once: int = 1,
+        companions: Companions = NO_COMPANIONS,
     ) -> None:
         self._explainer = explainer
+        self._companions = companions
         self._max_prompts_per_sample = max_prompts_per_sample
         self._embedder = TextEmbedder(explainer)
         self._turns = threading.Semaphore(batches_at_once)
@@ -184,49 +177,45 @@ class Engine:
                 self._batches_at_once -= 1
 
     def _explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
-        explainer = self._explainer
+        explainer, companions = self._explainer, self._companions
         pixels = torch.from_numpy(np.stack([sample.image.pixels for sample in samples])).to(explainer.device)
         trace = explainer.encode(explainer.transform.normalise(pixels, explainer.dtype))
-        prompts = [prompt for sample in samples for prompt in sample.prompts]
-        image_index = torch.repeat_interleave(
-            torch.arange(len(samples)), torch.tensor([len(sample.prompts) for sample in samples])
-        )
-        texts = self._embedder.embed([prompt.text for prompt in prompts])
-        unit_rows = texts.unit_rows
-        similarities = explainer.similarity(trace, unit_rows, image_index).float().cpu()
-        kept = _most_similar(similarities, image_index, self._max_prompts_per_sample)
-        owners = image_index[kept]
-        grids = explainer.relevance(trace, unit_rows[kept.to(unit_rows.device)], owners).float().cpu()
-        explained = [
-            ExplainedPrompt(prompts[row], texts.truncated[row], similarity)
-            for row, similarity in zip(kept.tolist(), similarities[kept].tolist(), strict=True)
-        ]
+        texts = embed_batch(self._embedder, [sample.prompts for sample in samples], companions)
+        similarities = explainer.similarity(trace, texts.unit_rows).float().cpu().numpy()
+        chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, companions.max_background)
+        text_rows = torch.from_numpy(np.concatenate([maps.text_rows for maps in chosen]))
+        counts = [len(maps.text_rows) for maps in chosen]
+        owners = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts))
+        rows = texts.unit_rows[text_rows.to(texts.unit_rows.device)]
+        grids = explainer.relevance(trace, rows, owners).float().cpu()
         return [
-            _gathered(sample, explained, grids, (owners == position).nonzero().flatten())
-            for position, sample in enumerate(samples)
+            self._explained(sample, maps, own_grids, texts.truncated, cosines)
+            for sample, maps, own_grids, cosines in zip(
+                samples, chosen, torch.split(grids, counts), similarities, strict=True
+            )
         ]
 
-
-def _gathered(
-    sample: PreparedSample,
-    explained: Sequence[ExplainedPrompt],
-    relevance_grids: torch.Tensor,
-    rows: torch.Tensor,
-) -> ExplainedSample:
-    return ExplainedSample(
-        sample=sample,
-        prompts=tuple(explained[row] for row in rows.tolist()),
-        relevance_grids=relevance_grids[rows],
-        dropped_prompts=len(sample.prompts) - len(rows),
-        background_grids=relevance_grids[:0],
-    )
-
-
-def _most_similar(similarities: torch.Tensor, image_index: torch.Tensor, limit: int) -> torch.Tensor:
-    """Positions of each image's most similar prompts, at most `limit` an image, in ascending order."""
-    by_similarity = torch.argsort(similarities, descending=True, stable=True)
-    grouped = by_similarity[torch.argsort(image_index[by_similarity], stable=True)]
-    counts = torch.bincount(image_index)
-    starts = torch.cumsum(counts, 0) - counts
-    rank = torch.arange(len(grouped)) - starts[image_index[grouped]]
-    return grouped[rank < limit].sort().values
+    def _explained(
+        self,
+        sample: PreparedSample,
+        maps: ImageMaps,
+        grids: torch.Tensor,
+        truncated: Sequence[bool],
+        cosines: np.ndarray,
+    ) -> ExplainedSample:
+        end = len(maps.prompts)
+        neutral_grid = grids[end + maps.backgrounds :]
+        neutral = None
+        if self._companions.neutral is not None:
+            neutral = neutral_patches(neutral_grid[None], self._companions.neutral_threshold)[0]
+        return ExplainedSample(
+            sample=sample,
+            prompts=tuple(
+                ExplainedPrompt(sample.prompts[position], truncated[row], float(cosines[row]))
+                for position, row in zip(maps.prompts.tolist(), maps.text_rows.tolist(), strict=False)
+            ),
+            relevance_grids=grids[:end],
+            dropped_prompts=len(sample.prompts) - end,
+            background_grids=grids[end : end + maps.backgrounds],
+            neutral_patches=neutral,
+        )

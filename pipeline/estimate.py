@@ -15,11 +15,11 @@ from pipeline import job as jobs
 from pipeline import storage
 from pipeline.annotate import wanted_fields
 from pipeline.config import JobConfig
-from pipeline.decode import read_captions
 from pipeline.errors import OutputError, PipelineError, SampleFailure
 from pipeline.job import Job
 from pipeline.plan import spread_evenly
 from pipeline.progress import RunState, as_duration
+from pipeline.sample_prompts import SamplePrompts
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource
 
@@ -84,7 +84,7 @@ def dry_run(config: JobConfig) -> DryRun:
     """List a job's shards and look into a few; nothing is written or started.
 
     Raises:
-        UserError: no shard matches, or one of the patterns is refused.
+        UserError: no shard matches, one of the patterns is refused, or the classes cannot be read.
     """
     shards = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
     out = storage.absolute(config.output.dir)
@@ -97,9 +97,10 @@ def dry_run(config: JobConfig) -> DryRun:
 
 def _probe(config: JobConfig, shards: Sequence[ShardSource]) -> Probe:
     found = Probe()
+    sample_prompts = SamplePrompts(config)
     for shard in shards:
         try:
-            samples, prompts, bytes_read = _looked_into(config, shard)
+            samples, prompts, bytes_read = _looked_into(config, sample_prompts, shard)
         except (PipelineError, OSError, pa.ArrowException) as error:
             unreadable = (*found.unreadable, (shard.canonical_url, str(error)))
             found = Probe(found.shards, found.samples, found.prompts, found.bytes_read, unreadable)
@@ -114,29 +115,28 @@ def _probe(config: JobConfig, shards: Sequence[ShardSource]) -> Probe:
     return found
 
 
-def _looked_into(config: JobConfig, shard: ShardSource) -> tuple[int, int, int]:
+def _looked_into(
+    config: JobConfig, sample_prompts: SamplePrompts, shard: ShardSource
+) -> tuple[int, int, int]:
     """Samples, prompts and bytes of a shard's beginning, at most PROBED_SAMPLES samples."""
     with storage.open_shard(shard) as stream:
         counted = _CountedStream(stream)
         items = read_samples(
             cast("BinaryIO", counted),
             max_member_bytes=config.input.max_member_bytes,
-            wanted_fields=wanted_fields(config.input),
+            wanted_fields=wanted_fields(config.input, sample_prompts),
         )
         samples = list(islice((item for item in items if isinstance(item, RawSample)), PROBED_SAMPLES))
-        prompts = sum(_prompts(config, sample) for sample in samples)
+        most = config.prompts.max_per_sample
+        prompts = sum(min(_prompts(sample_prompts, sample), most) for sample in samples)
         return len(samples), prompts, counted.bytes_read
 
 
-def _prompts(config: JobConfig, sample: RawSample) -> int:
+def _prompts(sample_prompts: SamplePrompts, sample: RawSample) -> int:
     try:
-        captions = read_captions(
-            sample.fields, config.input.caption, several=config.prompts.source == "captions"
-        )
+        return len(sample_prompts.of(sample.fields).prompts)
     except SampleFailure:
         return 0
-    readable = sum(isinstance(caption, str) for caption in captions)
-    return min(readable, config.prompts.max_per_sample)
 
 
 def published_bytes(output_dir: str, shard_ids: Sequence[str]) -> dict[str, int]:
