@@ -25,6 +25,8 @@ import numpy as np
 from jaxtyping import UInt16
 from pycocotools import mask as run_lengths
 
+from legrad.errors import LeGradError
+from legrad.masks import decode_rle
 from pipeline.errors import SampleFailure, UserError
 from pipeline.readers.dataset import (
     IGNORED,
@@ -132,8 +134,8 @@ def _label_map(
     # crowds first, then from the largest object to the smallest: what is painted last is in front
     for label, mask in sorted(masks, key=lambda pair: (pair[0] != IGNORED, -int(run_lengths.area(pair[1])))):
         try:
-            label_map[run_lengths.decode(mask).astype(bool)] = label
-        except ValueError as error:
+            label_map[decode_rle({"size": [height, width], "counts": mask["counts"].decode("ascii")})] = label
+        except (LeGradError, ValueError) as error:
             raise _bad_annotation(str(error)) from error
     return label_map
 

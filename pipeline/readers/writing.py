@@ -30,8 +30,6 @@ NAMES_PER_REASON = 1000
 MAX_KEY_CHARACTERS = 80
 TAR_BLOCK_BYTES, TAR_RECORD_BYTES = 512, 10240
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+-\d{6,}\.tar")
-
 
 @dataclass(frozen=True)
 class ShardLimits:
@@ -96,7 +94,7 @@ def write_shards(
         dest: a folder of its own: local path, s3:// or gs://.
         limits: when a shard is full.
         resume: go on after the last shard that a conversion of the same dataset published there.
-        overwrite: remove what an earlier conversion wrote there.
+        overwrite: remove what an earlier conversion of the same dataset wrote there.
         on_shard: called with name, samples and bytes of each shard once it stands.
 
     Returns:
@@ -113,7 +111,7 @@ def write_shards(
             samples = _fill_shard(dataset, conversion, keys, spool, limits)
             conversion.left_out = dict(+dataset.left_out)
             if samples:
-                name = f"{dataset.name}-{len(conversion.shards):06d}.tar"
+                name = _shard_name(dataset, len(conversion.shards))
                 size_bytes = spool.seek(0, io.SEEK_END)
                 if not conversion.shards:
                     listed = "".join(f"{' '.join(name.split())}\n" for name in dataset.class_names)
@@ -155,21 +153,28 @@ def _start(
         return fresh
     if resume and CONVERSION_FILE in present:
         return _earlier(dest, fresh, present)
-    ours = {name for name in present if _is_ours(name)}
-    if not overwrite or ours != present:
-        strange = sorted(present - ours) or sorted(present)
+    # stopped before the first record
+    if resume and present <= {CLASSES_FILE, _shard_name(dataset, 0)}:
+        return fresh
+    shard = re.compile(re.escape(dataset.name) + r"-\d{6,}\.tar")
+    strange = {
+        name
+        for name in present - {CLASSES_FILE, CONVERSION_FILE}
+        if not overwrite or shard.fullmatch(name) is None
+    }
+    if strange or not overwrite:
         raise UserError(
-            f"{dest}: expected an empty folder, found {len(present)} file(s) such as {strange[0]}; "
-            "choose another folder, or go on with --resume, or write anew with --overwrite "
-            "(which removes shards, but no other file)"
+            f"{dest}: expected an empty folder, found {len(present)} file(s) such as "
+            f"{min(strange or present)}; choose another folder, or go on with --resume, or write anew with "
+            f"--overwrite (which removes shards of {dataset.name}, but nothing else)"
         )
-    for name in sorted(ours):
+    for name in sorted(present):
         storage.remove(dest, name)
     return fresh
 
 
-def _is_ours(name: str) -> bool:
-    return name in (CLASSES_FILE, CONVERSION_FILE) or _SHARD_NAME.fullmatch(name) is not None
+def _shard_name(dataset: TruthDataset, index: int) -> str:
+    return f"{dataset.name}-{index:06d}.tar"
 
 
 def _earlier(dest: str, fresh: Conversion, present: set[str]) -> Conversion:

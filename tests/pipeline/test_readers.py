@@ -1,0 +1,381 @@
+"""Datasets in their owners' layout come out of the shards as their owners' own tools would read them."""
+
+import csv
+import io
+import json
+import warnings
+
+import numpy as np
+import pytest
+from dataset_trees import (
+    box_polygon,
+    coco_object,
+    encoded_jpeg,
+    palette_png,
+    png,
+    voc_palette,
+    write,
+    write_coco,
+    write_imagenet_s,
+    write_openimages,
+    write_voc,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools.coco import COCO
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pipeline.config import InputConfig
+from pipeline.decode import open_image, read_captions
+from pipeline.errors import UserError
+from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
+from pipeline.readers.coco import open_coco
+from pipeline.readers.imagenet_s import open_imagenet_s
+from pipeline.readers.openimages import open_openimages
+from pipeline.readers.voc import open_voc
+from pipeline.readers.writing import write_shards
+
+
+def scenes_of(folder):
+    """Every scene of the shards in a folder by key; fails where one is an error."""
+    settings = InputConfig(shards="unused")
+    found = [
+        scene for shard in list_truth_shards(f"{folder}/*.tar") for scene in read_scenes(shard, settings)
+    ]
+    assert all(isinstance(scene, Scene) for scene in found), found
+    return {scene.key: scene for scene in found}
+
+
+def documents_of(folder):
+    """The JSON field of every sample by key, as webdataset reads the shards."""
+    return {sample["__key__"]: json.loads(sample["json"]) for sample in webdataset_samples(folder)}
+
+
+def webdataset_samples(folder):
+    samples = []
+    for path in sorted(folder.glob("*.tar")):
+        with path.open("rb") as stream:
+            samples += group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+    return samples
+
+
+def classes_of(folder):
+    return (folder / "classes.txt").read_text().splitlines()
+
+
+# VOC 2012
+
+
+def test_voc_label_maps_hold_the_indices_and_never_the_colours(tmp_path):
+    truth = write_voc(tmp_path, ["2007_000033", "2007_000042", "2011_003276"])
+    write_shards(open_voc(tmp_path), str(tmp_path / "out"))
+    scenes = scenes_of(tmp_path / "out")
+    assert list(scenes) == list(truth)
+    colours = voc_palette()
+    for name, scene in scenes.items():
+        path = tmp_path / "VOCdevkit/VOC2012/SegmentationClass" / f"{name}.png"
+        with Image.open(path) as image:
+            drawn = np.asarray(image.convert("RGB"))
+        assert scene.label_map.dtype == np.uint8
+        np.testing.assert_array_equal(colours[scene.label_map], drawn)
+        np.testing.assert_array_equal(scene.label_map == 255, truth[name] == 255)
+
+
+def test_voc_samples_name_the_classes_that_are_seen(tmp_path):
+    truth = write_voc(tmp_path, ["2007_000033"])
+    write_shards(open_voc(tmp_path / "VOCdevkit"), str(tmp_path / "out"))
+    (document,) = documents_of(tmp_path / "out").values()
+    names = classes_of(tmp_path / "out")
+    assert len(names) == 20
+    assert names[0] == "aeroplane"
+    assert names[19] == "tv monitor"
+    assert set(document["class_ids"]) == set(np.unique(truth["2007_000033"]).tolist()) - {0, 255}
+    assert document["captions"] == [names[class_id - 1] for class_id in document["class_ids"]]
+    assert document["captions"] == document["class_names"] == document["labels"]
+
+
+@pytest.mark.parametrize("where", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_voc_is_found_from_any_of_its_three_folders(tmp_path, where):
+    write_voc(tmp_path, ["2007_000033"], split="trainval")
+    assert list(open_voc(tmp_path / where, "trainval").image_names) == ["2007_000033"]
+
+
+@pytest.mark.parametrize("split", ["test", "../../../etc/passwd", ""])
+def test_an_unknown_split_of_voc_is_the_users_mistake(tmp_path, split):
+    write_voc(tmp_path, ["2007_000033"])
+    with pytest.raises(UserError):
+        open_voc(tmp_path, split)
+
+
+def test_images_are_passed_on_byte_for_byte(tmp_path):
+    write_voc(tmp_path, ["2007_000033"])
+    write_shards(open_voc(tmp_path), str(tmp_path / "out"))
+    (sample,) = webdataset_samples(tmp_path / "out")
+    assert sample["jpg"] == (tmp_path / "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg").read_bytes()
+
+
+def test_the_captions_of_a_sample_serve_as_prompts(tmp_path):
+    write_voc(tmp_path, ["2007_000033"])
+    write_shards(open_voc(tmp_path), str(tmp_path / "out"))
+    (sample,) = webdataset_samples(tmp_path / "out")
+    captions = read_captions(sample, "json:captions", several=True)
+    assert captions == json.loads(sample["json"])["captions"]
+    assert len(captions) == 2
+
+
+@pytest.mark.parametrize(
+    ("orientation", "frame"),
+    # an upright map of the stored size could not be told from one of the stored image
+    [(orientation, "stored") for orientation in range(1, 9)]
+    + [(orientation, "upright") for orientation in range(5, 9)],
+)
+def test_label_maps_follow_the_image_when_exif_turns_it(tmp_path, orientation, frame):
+    # class 3 is where the picture is bright
+    stored = np.zeros((16, 32), np.uint8)
+    stored[0:8, 0:16] = 3
+    data = encoded_jpeg(np.repeat((stored == 3)[:, :, None] * np.uint8(255), 3, axis=2), orientation)
+    upright = np.asarray(open_image(data, max_image_pixels=10**6).convert("L")) > 127
+    write_voc(tmp_path, ["turned"])
+    folder = tmp_path / "VOCdevkit" / "VOC2012"
+    write(folder / "JPEGImages" / "turned.jpg", data)
+    annotated = stored if frame == "stored" else np.where(upright, 3, 0)
+    write(folder / "SegmentationClass" / "turned.png", palette_png(annotated))
+    write_shards(open_voc(tmp_path), str(tmp_path / "out"))
+    np.testing.assert_array_equal(scenes_of(tmp_path / "out")["turned"].label_map == 3, upright)
+
+
+# COCO
+
+
+def coco_oracle(instances_file, image_id):
+    """The label map by pycocotools' own masks, pixel by pixel: the smallest object wins, crowds are last."""
+    coco = COCO(instances_file)
+    rank = {category: index for index, category in enumerate(sorted(coco.getCatIds()), 1)}
+    image = coco.loadImgs(image_id)[0]
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=image_id))
+    with warnings.catch_warnings():
+        # pycocotools' own, under numpy 2
+        warnings.simplefilter("ignore", DeprecationWarning)
+        masks = [(each, coco.annToMask(each).astype(bool)) for each in annotations]
+    labels = np.zeros((image["height"], image["width"]), int)
+    smallest = np.full(labels.shape, np.inf)
+    for each, mask in masks:
+        if each["iscrowd"]:
+            labels[mask & np.isinf(smallest)] = 255
+            continue
+        # of equal areas, the later one
+        wins = mask & (mask.sum() <= smallest)
+        labels[wins] = rank[each["category_id"]]
+        smallest[wins] = mask.sum()
+    return labels
+
+
+def crowd(mask):
+    """Run lengths as COCO ships them for crowds: down the columns, background first."""
+    flat = mask.ravel(order="F").astype(int)
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *changes, flat.size]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+
+
+def test_coco_label_maps_are_what_pycocotools_draws(tmp_path, capsys):
+    crowded = np.zeros((24, 32), bool)
+    crowded[:10, 15:] = True
+    objects = [
+        coco_object(1, 139, 67, box_polygon(2, 3, 28, 20)),
+        coco_object(2, 139, 18, box_polygon(5.5, 6.2, 14.7, 12.9)),
+        coco_object(3, 139, 1, [*box_polygon(20, 5, 26, 9), [3, 15, 9, 15, 6, 20]]),
+        coco_object(4, 139, 1, crowd(crowded), iscrowd=1),
+        coco_object(5, 285, 90, box_polygon(0, 0, 10, 10)),
+    ]
+    path = write_coco(tmp_path, objects, images={139: (24, 32), 285: (20, 20), 632: (10, 12)})
+    write_shards(open_coco(tmp_path), str(tmp_path / "out"))
+    scenes = scenes_of(tmp_path / "out")
+    assert list(scenes) == ["000000000139", "000000000285", "000000000632"]
+    for image_id in (139, 285, 632):
+        np.testing.assert_array_equal(
+            scenes[f"{image_id:012d}"].label_map, coco_oracle(path, image_id), strict=False
+        )
+    # sparse ids 1, 2, 18, 67, 90 become ranks
+    assert scenes["000000000139"].class_ids == (1, 3, 4)
+    assert scenes["000000000139"].captions == ("person", "dog", "dining table")
+    assert scenes["000000000285"].class_ids == (5,)
+    assert scenes["000000000632"].class_ids == ()
+    assert classes_of(tmp_path / "out") == ["person", "bicycle", "dog", "dining table", "toothbrush"]
+    assert 255 in scenes["000000000139"].label_map
+
+
+boxes = st.tuples(
+    st.floats(0, 30, width=16),
+    st.floats(0, 20, width=16),
+    st.floats(2, 20, width=16),
+    st.floats(2, 20, width=16),
+)
+drawn_objects = st.lists(st.tuples(boxes, st.sampled_from([1, 2, 18, 67, 90]), st.booleans()), max_size=6)
+
+
+@settings(max_examples=25)
+@given(drawn_objects)
+def test_any_overlap_of_coco_objects_and_crowds_is_drawn_by_the_same_rule(tmp_path_factory, drawn):
+    root = tmp_path_factory.mktemp("coco")
+    objects = []
+    for identity, ((left, top, width, height), category, is_crowd) in enumerate(drawn, 1):
+        mask = np.zeros((24, 32), bool)
+        mask[int(top) : int(top + height), int(left) : int(left + width)] = True
+        outline = box_polygon(left, top, min(left + width, 32), min(top + height, 24))
+        shape = crowd(mask) if is_crowd else outline
+        objects.append(coco_object(identity, 7, category, shape, int(is_crowd)))
+    path = write_coco(root, objects, images={7: (24, 32)})
+    write_shards(open_coco(root), str(root / "out"))
+    np.testing.assert_array_equal(
+        scenes_of(root / "out")["000000000007"].label_map, coco_oracle(path, 7), strict=False
+    )
+
+
+def test_real_captions_of_coco_stand_in_the_sample(tmp_path):
+    captions = [
+        {"id": 9, "image_id": 139, "caption": "The later one."},
+        {"id": 4, "image_id": 139, "caption": " A room with chairs.\n"},
+    ]
+    objects = [coco_object(1, 139, 1, box_polygon(2, 3, 8, 9))]
+    write_coco(tmp_path, objects, images={139: (24, 32), 632: (10, 12)}, captions=captions)
+    write_shards(open_coco(tmp_path), str(tmp_path / "out"))
+    documents = documents_of(tmp_path / "out")
+    assert documents["000000000139"]["caption"] == "A room with chairs."
+    assert documents["000000000139"]["all_captions"] == ["A room with chairs.", "The later one."]
+    assert documents["000000000139"]["captions"] == ["person"]
+    assert "caption" not in documents["000000000632"]
+
+
+# ImageNet-S
+
+WORDNET_IDS = ["n01440764", "n01443537", "n02084071", "n02119789"]
+
+
+def test_imagenet_s_ids_above_254_are_written_with_16_bits(tmp_path):
+    ids = np.zeros((12, 20), np.int64)
+    ids[2:5, 2:5], ids[6:9, 2:9], ids[0, :] = 300, 256, 1000
+    from timm.data.imagenet_info import ImageNetInfo
+
+    folders = ImageNetInfo("imagenet-1k").label_names()[:300]
+    write_imagenet_s(tmp_path / "ImageNetS300", folders, {f"{folders[299]}/ILSVRC2012_val_00000293": ids})
+    write_shards(open_imagenet_s(tmp_path, variant=300), str(tmp_path / "out"))
+    (scene,) = scenes_of(tmp_path / "out").values()
+    assert scene.key == f"{folders[299]}_ILSVRC2012_val_00000293"
+    assert scene.label_map.dtype == np.uint16
+    assert scene.ignored_label == 65535
+    np.testing.assert_array_equal(scene.label_map, np.where(ids == 1000, 65535, ids))
+    assert scene.class_ids == (256, 300)
+    assert len(classes_of(tmp_path / "out")) == 300
+
+
+def test_imagenet_s_50_fits_8_bits_and_its_classes_go_by_their_wordnet_ids(tmp_path):
+    from timm.data.imagenet_info import ImageNetInfo
+
+    folders = ImageNetInfo("imagenet-1k").label_names()[:50]
+    ids = np.full((12, 20), 2)
+    ids[:3], ids[3:5] = 1000, 0
+    write_imagenet_s(
+        tmp_path / "ImageNetS50", folders[::-1], {"n01443537/b": ids, "n01440764/a": np.ones((8, 8), int)}
+    )
+    write_shards(open_imagenet_s(tmp_path / "ImageNetS50", variant=50), str(tmp_path / "out"))
+    scenes = scenes_of(tmp_path / "out")
+    assert list(scenes) == ["n01440764_a", "n01443537_b"]
+    assert scenes["n01443537_b"].captions == ("goldfish",)
+    np.testing.assert_array_equal(scenes["n01443537_b"].label_map, np.where(ids == 1000, 255, ids))
+
+
+def test_class_folders_that_are_missing_are_told_by_the_authors_list_in_any_order(tmp_path):
+    from timm.data.imagenet_info import ImageNetInfo
+
+    names = ImageNetInfo("imagenet-1k").label_names()[:50]
+    write_imagenet_s(tmp_path, ["n01443537"], {"n01443537/b": np.full((8, 8), 2)})
+    with pytest.raises(UserError, match=r"expected 50 classes, found 1.*--categories"):
+        open_imagenet_s(tmp_path, variant=50)
+    listed = write(tmp_path / "ImageNetS_categories_im50.txt", "\n".join(reversed(names)))
+    dataset = open_imagenet_s(tmp_path, variant=50, categories_file=listed)
+    assert dataset.class_names[:3] == ("tench", "goldfish", "great white shark")
+
+
+def test_a_class_that_imagenet_does_not_know_is_the_users_mistake(tmp_path):
+    write_imagenet_s(tmp_path, ["n00000001"], {})
+    (tmp_path / "validation-segmentation").mkdir()
+    with pytest.raises(UserError, match="n00000001"):
+        open_imagenet_s(tmp_path, variant=1)
+
+
+# Open Images V7
+
+CLASSES = {"/m/01xyz": "Tree", "/m/0bt9lr": "Dog", "/g/11bc": 'Sign, "stop"', "/m/unused": "Kite"}
+POINTS = [
+    ("b2", 0.25, 0.5, "/m/0bt9lr", "yes"),
+    ("a1", 0.125, 1.0, "/m/01xyz", "no"),
+    ("b2", 0.0, 0.0, "/g/11bc", "no"),
+    ("a1", 0.3, 0.7, "/m/01xyz", "unsure"),
+    ("a1", 0.4, 0.6, "/g/11bc", "yes"),
+    ("a1", 0.4, 0.6, "/m/nobody", "yes"),
+    ("a1", 1.5, 0.6, "/m/01xyz", "yes"),
+    ("b2", 0.75, 0.5, "/m/0bt9lr", "yes"),
+]
+
+
+def test_open_images_points_are_those_of_the_table_that_somebody_was_sure_of(tmp_path):
+    path = write_openimages(tmp_path, POINTS, classes=CLASSES, images=["b2", "a1", "without-points"])
+    conversion = write_shards(open_openimages(tmp_path), str(tmp_path / "out"))
+    scenes, class_id_of = scenes_of(tmp_path / "out"), {mid: rank for rank, mid in enumerate(CLASSES, 1)}
+    assert list(scenes) == ["a1", "b2"]
+    for name, scene in scenes.items():
+        rows = csv.DictReader(io.StringIO(path.read_text()))
+        expected = [
+            (float(row["X"]), float(row["Y"]), class_id_of[row["Label"]], row["EstimatedYesNo"] == "yes")
+            for row in rows
+            if row["ImageId"] == name
+            and row["EstimatedYesNo"] != "unsure"
+            and row["Label"] in class_id_of
+            and float(row["X"]) <= 1
+        ]
+        assert [(p.x, p.y, p.class_id, p.is_object) for p in scene.points] == expected
+        assert scene.label_map is None
+    assert scenes["a1"].captions == ('Sign, "stop"',)
+    assert scenes["b2"].class_ids == (2,)
+    assert classes_of(tmp_path / "out") == list(CLASSES.values())
+    assert conversion.left_out == {
+        "points_unsure": 1,
+        "points_of_unknown_class": 1,
+        "points_outside": 1,
+    }
+
+
+def test_open_images_may_lie_in_a_folder_of_their_own(tmp_path):
+    write_openimages(tmp_path, POINTS, classes=CLASSES, images=["b2", "a1"])
+    (tmp_path / "validation").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="validation"):
+        open_openimages(tmp_path)
+    assert list(open_openimages(tmp_path, images=tmp_path / "elsewhere").image_names) == ["a1", "b2"]
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["ImageId,X,Y\na1,0.5,0.5\n", "ImageId,X,Y,Label,EstimatedYesNo\na1,left,0.5,/m/01xyz,yes\n", ""],
+    ids=["columns missing", "no number", "empty"],
+)
+def test_a_table_that_holds_no_point_labels_is_named(tmp_path, table):
+    path = write_openimages(tmp_path, POINTS, classes=CLASSES, images=["a1"])
+    path.write_text(table)
+    with pytest.raises(UserError, match="oidv7-val-annotations-point-labels"):
+        open_openimages(tmp_path)
+
+
+def test_the_class_table_needs_no_heading(tmp_path):
+    write_openimages(tmp_path, POINTS, classes=CLASSES, images=["a1", "b2"])
+    path = tmp_path / "oidv7-class-descriptions.csv"
+    path.write_text(path.read_text().partition("\n")[2])
+    assert open_openimages(tmp_path).class_names == tuple(CLASSES.values())
+
+
+def test_a_grey_label_map_of_voc_is_read_as_well(tmp_path):
+    truth = write_voc(tmp_path, ["grey"])
+    write(tmp_path / "VOCdevkit/VOC2012/SegmentationClass/grey.png", png(truth["grey"]))
+    write_shards(open_voc(tmp_path), str(tmp_path / "out"))
+    np.testing.assert_array_equal(scenes_of(tmp_path / "out")["grey"].label_map, truth["grey"])
