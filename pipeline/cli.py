@@ -110,6 +110,32 @@ def evaluate(
 
 
 @app.command()
+def report(
+    out: OutputDir,
+    shards: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SHARDS...]",
+            help="Where the tars are, if not where the job read them: paths, URLs, patterns; or OLD=NEW "
+            "for a folder that moved.",
+        ),
+    ] = None,
+    *,
+    to: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The page; default: OUT/report.html.")
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, max=400, help="Rows in the gallery.")] = 60,
+    classes: Annotated[str | None, typer.Option(help="File whose line i names class id i.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at random.")] = 0,
+) -> None:
+    """Write one self-contained HTML page: pictures, distributions, errors, runs, provenance."""
+    from pipeline.report import render_report, write_report
+
+    written = write_report(out, shards or (), to=to, samples=samples, classes_file=classes, seed=seed)
+    console.print(render_report(written), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def models(
     refused: Annotated[bool, typer.Option("--refused", help="Also list the others, and why.")] = False,
     fetch: Annotated[

@@ -1,0 +1,9 @@
+"""The report: one self-contained HTML page of an output folder.
+
+totals (what the folder holds) -> scores (columns of a bounded sample of rows) -> selection (which rows are
+shown) -> pictures -> charts -> page (templates/).
+"""
+
+from pipeline.report.write import Report, render_report, write_report
+
+__all__ = ["Report", "render_report", "write_report"]

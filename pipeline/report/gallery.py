@@ -1,0 +1,217 @@
+"""The cards of the gallery: rows read whole, with the pictures of those whose images can be read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool
+
+from legrad.errors import LeGradError
+from legrad.masks import decode_rle
+from pipeline import storage
+from pipeline.config import JobConfig
+from pipeline.decode import find_field, open_image
+from pipeline.errors import PipelineError, SampleFailure
+from pipeline.ground_truth import Scene, scene_of
+from pipeline.image_shards import LocatedShards
+from pipeline.records import printable
+from pipeline.report.pictures import Pictures, RowParts, draw_pictures
+from pipeline.report.scores import ScoredRows, open_parquet
+from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
+from pipeline.scene_scores import row_class, row_target
+from pipeline.shards import RawSample
+
+CARD_COLUMNS = (
+    "key",
+    "sample_index",
+    "shard",
+    "prompt_index",
+    "prompt",
+    "class_id",
+    "status",
+    "image_height",
+    "image_width",
+    "similarity",
+    "peak",
+    "threshold",
+    "area",
+    "mask",
+    "ignore",
+    "heatmap",
+    "heatmap_height",
+    "heatmap_width",
+)
+MAX_TEXT = 300
+
+
+@dataclass(frozen=True)
+class CardRow:
+    """One row of the gallery.
+
+    Attributes:
+        row: columns of the annotations file, texts made printable and cut to MAX_TEXT characters.
+        shard_id: which file it is from.
+        area_share: of its mask in its frame; None without a mask.
+        at_random: whether it was drawn at random, rather than chosen for its scores.
+        pictures: None where the image could not be read.
+        iou: with the ground truth; None without.
+        class_id: of the row, else of its ground truth; None without either.
+        ignored_share: of the pixels of which the job says that nothing is known; None where it says nothing.
+        no_picture: why there are no pictures; empty where there are.
+    """
+
+    row: Mapping[str, Any]
+    shard_id: str
+    area_share: float | None
+    at_random: bool
+    pictures: Pictures | None = None
+    iou: float | None = None
+    class_id: int | None = None
+    ignored_share: float | None = None
+    no_picture: str = ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cards, and why some shards gave no pictures: shard URL to the reason."""
+
+    cards: tuple[CardRow, ...]
+    unread_shards: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_cards(
+    out_dir: str, scores: ScoredRows, chosen: Sequence[int], at_random: set[int]
+) -> tuple[CardRow, ...]:
+    """Read the chosen rows whole, in their order; rows of a file that has vanished are left out."""
+    by_group: dict[int, list[int]] = defaultdict(list)
+    for row in chosen:
+        by_group[int(scores.group[row])].append(row)
+    read = {
+        row: whole
+        for group, rows in by_group.items()
+        for row, whole in _whole_rows(out_dir, scores, group, rows)
+    }
+    return tuple(_card(read[row], scores, row, at_random=row in at_random) for row in chosen if row in read)
+
+
+def _whole_rows(
+    out_dir: str, scores: ScoredRows, group: int, rows: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    shard_id, number = scores.groups[group]
+    try:
+        with open_parquet(storage.join_url(out_dir, "annotations"), shard_id) as file:
+            table = file.read_row_group(number, columns=list(CARD_COLUMNS))
+    except (OSError, pa.ArrowException):
+        return
+    for row in rows:
+        yield row, table.slice(int(scores.offset[row]), 1).to_pylist()[0]
+
+
+def _card(row: dict[str, Any], scores: ScoredRows, number: int, *, at_random: bool) -> CardRow:
+    share = float(scores.area_share[number])
+    texts = {name: shortened(row[name]) for name in ("prompt", "key", "shard")}
+    return CardRow(
+        row={**row, **texts, "whole_key": row["key"]},
+        shard_id=scores.shard_id(number),
+        area_share=share if np.isfinite(share) else None,
+        at_random=at_random,
+        class_id=row["class_id"],
+    )
+
+
+def shortened(text: str | None, most: int = MAX_TEXT) -> str:
+    """A text as it may stand on the page: printable, in one piece, an ellipsis for what is cut."""
+    whole = printable(text or "")
+    return whole if len(whole) <= most else f"{whole[: most - 1]}…"
+
+
+def with_pictures(
+    cards: Sequence[CardRow], located: LocatedShards, config: JobConfig, max_bytes: int
+) -> Gallery:
+    """Read the cards' images from their shards and draw them.
+
+    Args:
+        cards: the rows.
+        located: where the shards are.
+        config: of the job.
+        max_bytes: of the pictures of one card, as text.
+    """
+    by_shard: dict[str, list[int]] = defaultdict(list)
+    for position, card in enumerate(cards):
+        by_shard[card.shard_id].append(position)
+    drawn = list(cards)
+    unread: dict[str, str] = {}
+    for shard_id, positions in by_shard.items():
+        own = {position: cards[position] for position in positions}
+        source = located.sources.get(shard_id)
+        reason = located.missing.get(shard_id, "is not known")
+        if source is not None:
+            reason = ""
+            try:
+                for position, card in _drawn(source, own, config, max_bytes):
+                    drawn[position] = card
+            except PipelineError as error:
+                reason = shortened(str(error))
+        if reason:
+            unread[own[positions[0]].row["shard"]] = reason
+        for position in positions:
+            if drawn[position].pictures is None and not drawn[position].no_picture:
+                missing = reason or "the shard holds no such sample"
+                drawn[position] = replace(drawn[position], no_picture=missing)
+    return Gallery(tuple(drawn), unread)
+
+
+def _drawn(
+    source: storage.ShardSource, cards: Mapping[int, CardRow], config: JobConfig, max_bytes: int
+) -> Iterator[tuple[int, CardRow]]:
+    wanted: dict[int, list[int]] = defaultdict(list)
+    for position, card in cards.items():
+        wanted[card.row["sample_index"]].append(position)
+    for sample in read_samples_at(source, wanted.keys(), config.input):
+        for position in wanted[sample.index]:
+            card = cards[position]
+            if sample.key == card.row["whole_key"]:
+                yield position, _illustrated(card, sample, config, max_bytes)
+
+
+def _illustrated(card: CardRow, sample: RawSample, config: JobConfig, max_bytes: int) -> CardRow:
+    row = card.row
+    try:
+        data = find_field(sample.fields, config.input.image)
+        image = open_image(data, max_image_pixels=config.input.max_image_pixels)
+        mask, ignored = (_decoded(row[name]) for name in ("mask", "ignore"))
+        truth, valid, class_id = _truth(sample, row, config)
+        pictures = draw_pictures(RowParts(image, stored_heatmap(row), mask, ignored, truth), max_bytes)
+    # counts and sizes of a foreign file may say anything
+    except (SampleFailure, LeGradError, ValueError) as error:
+        return replace(card, no_picture=shortened(f"{type(error).__name__}: {error}"))
+    return replace(
+        card,
+        pictures=pictures,
+        iou=None if mask is None or truth is None or valid is None else mask_iou(mask, truth, valid),
+        class_id=card.class_id if card.class_id is not None else class_id,
+        ignored_share=None if ignored is None else float(ignored.mean()),
+        no_picture="" if pictures is not None else "the image does not fit the page",
+    )
+
+
+def _decoded(rle: Mapping[str, Any] | None) -> Bool[np.ndarray, "rows columns"] | None:
+    return None if rle is None else decode_rle(rle)  # type: ignore[arg-type]
+
+
+def _truth(
+    sample: RawSample, row: Mapping[str, Any], config: JobConfig
+) -> tuple[Bool[np.ndarray, "height width"] | None, Bool[np.ndarray, "height width"] | None, int | None]:
+    """Pixels of the prompt's object, pixels that count, and the object's class; None where there are none."""
+    scene = scene_of(sample, config.input.image)
+    if not isinstance(scene, Scene) or scene.label_map is None:
+        return None, None, None
+    source = config.prompts.source
+    # a whole caption is about all objects together, which is no class to name
+    class_id = None if source == "caption" else row_class(scene, row, source)
+    return row_target(scene, row, source), scene.valid, class_id

@@ -1,0 +1,349 @@
+"""From what was collected to HTML: figures in words, charts, and a policy that lets the page ask nobody."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from markupsafe import Markup
+
+from pipeline.config import JobConfig
+from pipeline.progress import as_duration, as_share
+from pipeline.report.charts import Histogram, class_bars, histogram, pace_chart
+from pipeline.report.gallery import CardRow, Gallery, shortened
+from pipeline.report.scores import ScoredRows
+from pipeline.report.totals import Totals
+from pipeline.run_record import RUNNING, RunRecord
+
+MAX_LISTED = 20
+MAX_CONFIG_CHARACTERS = 30_000
+STATUS_WORDS = {
+    "ok": "accepted",
+    "rejected_similarity": "rejected: similarity",
+    "rejected_peak": "rejected: peak",
+    "rejected_area": "rejected: area",
+    "rejected_contrast": "rejected: contrast",
+}
+
+
+@dataclass(frozen=True)
+class PageContent:
+    """Everything that the page tells.
+
+    Attributes:
+        out: the output folder, as it may be written down.
+        job: the content of OUT/job.json.
+        config: the job's configuration.
+        totals: of the whole folder.
+        scores: of the rows that were read.
+        gallery: the rows that are shown.
+        shards_shown: of how many shards rows may be shown.
+        class_names: class id to name.
+        seed: of what was drawn at random.
+        made: when, in UTC.
+    """
+
+    out: str
+    job: Mapping[str, Any]
+    config: JobConfig
+    totals: Totals
+    scores: ScoredRows
+    gallery: Gallery
+    shards_shown: int
+    class_names: Mapping[int, str]
+    seed: int
+    made: str
+
+
+def render_page(content: PageContent) -> str:
+    """Render the page: one file, with style, script and pictures in it, and all texts escaped."""
+    style, script = (_part(name) for name in ("report.css", "report.js"))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names, charts = _class_names(content), _charts(content.scores)
+    return environment.get_template(
+        "report.html.j2"
+    ).render(
+        policy=f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'",
+        style=Markup(style),  # noqa: S704 (our own file)
+        script=Markup(script),  # noqa: S704
+        out=content.out,
+        made=content.made,
+        complete=content.totals.complete,
+        facts=_facts(content),
+        notes=_notes(content),
+        charts=charts,
+        scores_note=_scores_note(content),
+        gallery_note=_gallery_note(content),
+        cards=[_card(card, names) for card in content.gallery.cards],
+        has_truth=any(card.iou is not None for card in content.gallery.cards),
+        has_ignored=any(card.ignored_share is not None for card in content.gallery.cards),
+        has_rejected=any(chart.has_rejected for chart in charts),
+        has_heat=any(card.pictures and card.pictures.heat for card in content.gallery.cards),
+        classes=_classes_shown(content.gallery, names),
+        statuses=_statuses_shown(content.gallery),
+        class_chart=_class_chart(content, names),
+        errors=_errors(content.totals),
+        failed=[(shortened(url), shortened(error)) for url, error in content.totals.failed],
+        failed_more=content.totals.failed_count - len(content.totals.failed),
+        unread=[
+            (shortened(url), reason)
+            for url, reason in list(content.gallery.unread_shards.items())[:MAX_LISTED]
+        ],
+        runs=[_run(run) for run in reversed(content.totals.runs)],
+        provenance=_provenance(content),
+        config_yaml=_config_yaml(content.job),
+    )
+
+
+def _part(name: str) -> str:
+    return (files("pipeline.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _facts(content: PageContent) -> list[dict[str, str]]:
+    totals, scores = content.totals, content.scores
+    facts = [_fact("shards done", f"{len(totals.done):,} / {len(totals.listed):,}", _shards_detail(totals))]
+    counts = totals.counts
+    if counts is not None:
+        outcome = f"{counts.annotated:,} annotated, {counts.empty:,} empty, {counts.failed:,} failed"
+        facts.append(_fact("samples", f"{counts.samples_in:,}", outcome))
+        dropped = f"{counts.dropped_prompts:,} prompts dropped"
+        facts.append(_fact("rows", f"{counts.rows:,}", dropped))
+        kinds = len(counts.errors_by_kind)
+        told = f"of {kinds} kind{'s' if kinds > 1 else ''}" if kinds else "nothing went wrong"
+        facts.append(_fact("error rows", f"{counts.error_rows:,}", told))
+    if len(scores):
+        rejected = Counter(str(status) for status in scores.status[~scores.accepted])
+        detail = ", ".join(f"{count:,} {_status_word(name)}" for name, count in rejected.most_common(2))
+        facts.append(_fact("accepted", _percent(float(scores.accepted.mean())), detail or "none rejected"))
+    if totals.runs:
+        run = totals.runs[-1]
+        facts.append(_fact("last run", f"{run.samples_per_s:,.1f}/s", f"samples, {run.workers} worker(s)"))
+    return facts
+
+
+def _fact(name: str, value: str, detail: str) -> dict[str, str]:
+    return {"name": name, "value": value, "detail": detail}
+
+
+def _shards_detail(totals: Totals) -> str:
+    left = len(totals.listed) - len(totals.done) - totals.failed_count
+    parts = [(totals.failed_count, "given up"), (totals.mismatched, "to be redone"), (left, "left")]
+    told = ", ".join(f"{count:,} {what}" for count, what in parts if count > 0)
+    return told or "none failed, none left"
+
+
+def _notes(content: PageContent) -> list[str]:
+    """What a reader must know before believing the rest."""
+    notes = []
+    if content.totals.counts is None:
+        notes.append("Samples are not counted here: there are too many shards, and no _SUCCESS yet.")
+    if content.scores.unreadable:
+        names = ", ".join(content.scores.unreadable[:MAX_LISTED])
+        notes.append(f"Annotation files that cannot be read, and are left out: {names}")
+    cards = content.gallery.cards
+    if cards and not any(card.pictures for card in cards):
+        notes.append(
+            "No image could be read, so there are no pictures. Where the shards have moved, give their "
+            "place: legrad report OUT SHARDS..., or OLD=NEW."
+        )
+    return notes
+
+
+def _scores_note(content: PageContent) -> str:
+    scores, counts = content.scores, content.totals.counts
+    if not len(scores):
+        return "There are no rows."
+    total = counts.rows if counts is not None else None
+    read_all = total == len(scores) and scores.files_read == scores.files_total
+    if read_all:
+        return f"All {len(scores):,} rows."
+    of_rows = f" of {total:,}" if total is not None else ""
+    return (
+        f"{len(scores):,}{of_rows} rows, drawn at random (seed {content.seed}) as whole row groups from "
+        f"{scores.files_read:,} of {scores.files_total:,} annotation files."
+    )
+
+
+def _gallery_note(content: PageContent) -> str:
+    cards = content.gallery.cards
+    drawn = sum(card.at_random for card in cards)
+    return (
+        f"{len(cards)} rows: {drawn} drawn at random (seed {content.seed}), {len(cards) - drawn} chosen for "
+        f"extreme scores or a rejection, among the rows read from {content.shards_shown} shards. "
+        "“Random” shows the drawn ones alone."
+    )
+
+
+def _charts(scores: ScoredRows) -> list[Histogram]:
+    accepted = scores.accepted
+    drawn = [
+        histogram("Similarity", "cosine of image and prompt", scores.similarity, accepted),
+        histogram("Peak", "maximum of the raw relevance grid", scores.peak, accepted),
+        histogram("Mask area", "share of the image, accepted rows", scores.area_share, accepted, (0.0, 1.0)),
+        histogram("Threshold", "foreground cut of the heat map", scores.threshold, accepted, (0.0, 1.0)),
+    ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def _class_names(content: PageContent) -> dict[int, str]:
+    """Names from the class file, else the prompt of a row of that class."""
+    by_prompt = {
+        card.row["class_id"]: card.row["prompt"]
+        for card in content.gallery.cards
+        if card.row["class_id"] is not None
+    }
+    return {key: shortened(name, 60) for key, name in {**by_prompt, **content.class_names}.items()}
+
+
+def _class_name(class_id: int, names: Mapping[int, str]) -> str:
+    return names.get(class_id, f"class {class_id}")
+
+
+def _class_chart(content: PageContent, names: Mapping[int, str]) -> dict[str, Any] | None:
+    scores = content.scores
+    if not len(scores) or not (scores.class_id >= 0).any():
+        return None
+    bars, left_out = class_bars(names, scores.class_id, scores.accepted, scores.similarity)
+    return {"bars": bars, "left_out": left_out}
+
+
+def _classes_shown(gallery: Gallery, names: Mapping[int, str]) -> list[tuple[int, str]]:
+    shown = {card.class_id for card in gallery.cards if card.class_id is not None}
+    return sorted(((key, _class_name(key, names)) for key in shown), key=lambda pair: pair[1].lower())
+
+
+def _statuses_shown(gallery: Gallery) -> list[tuple[str, str]]:
+    shown = sorted({str(card.row["status"]) for card in gallery.cards})
+    return [(status, _status_word(status)) for status in shown]
+
+
+def _status_word(status: str) -> str:
+    return STATUS_WORDS.get(status, shortened(status, 40))
+
+
+def _card(card: CardRow, names: Mapping[int, str]) -> dict[str, Any]:
+    row = card.row
+    return {
+        "prompt": row["prompt"],
+        "key": row["key"],
+        "shard": row["shard"],
+        "sample_index": row["sample_index"],
+        "prompt_index": row["prompt_index"],
+        "status": row["status"],
+        "status_word": _status_word(row["status"]),
+        "class_id": card.class_id,
+        "class_name": None if card.class_id is None else _class_name(card.class_id, names),
+        "size": f"{row['image_width']} × {row['image_height']}",
+        "scores": {
+            "similarity": _exact(row["similarity"]),
+            "peak": _exact(row["peak"]),
+            "area": _exact(card.area_share),
+            "iou": _exact(card.iou),
+        },
+        "similarity": _shown(row["similarity"], ".3f"),
+        "peak": _shown(row["peak"], ".3g"),
+        "threshold": _shown(row["threshold"], ".3f"),
+        "area": _shown(card.area_share, ".1%"),
+        "iou": _shown(card.iou, ".2f"),
+        "ignored": None if card.ignored_share is None else _shown(card.ignored_share, ".1%"),
+        "at_random": card.at_random,
+        "pictures": card.pictures,
+        "no_picture": card.no_picture,
+    }
+
+
+def _exact(value: float | None) -> str:
+    """A score for sorting; empty where there is none."""
+    return "" if value is None or not np.isfinite(value) else f"{value:.9g}"
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None or not np.isfinite(value) else format(value, form).replace("%", " %")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def _errors(totals: Totals) -> dict[str, Any]:
+    most = max((kind.rows for kind in totals.errors), default=0)
+    return {
+        "counted": totals.counts is not None,
+        "kinds": [
+            {
+                "name": shortened(kind.name, 80),
+                "rows": kind.rows,
+                "percent": round(100 * kind.rows / most, 2) if most else 0,
+                "examples": [
+                    {name: shortened(text) for name, text in example.items()} for example in kind.examples
+                ],
+            }
+            for kind in totals.errors
+        ],
+    }
+
+
+def _run(run: RunRecord) -> dict[str, Any]:
+    return {
+        "started": run.started,
+        "ended": run.ended if run.ended != RUNNING else f"running, last heard of at {run.updated}",
+        "duration": as_duration(run.elapsed_s),
+        "shards": f"{run.shards_done:,}",
+        "samples": f"{run.samples:,}",
+        "rate": f"{run.samples_per_s:,.1f}",
+        "workers": run.workers,
+        "busy": as_share(run.measures.device_busy_share),
+        "chart": pace_chart(run.history),
+    }
+
+
+def _provenance(content: PageContent) -> list[tuple[str, str]]:
+    job, config = content.job, content.config
+    layers = config.model.layers
+    facts = [
+        ("output", content.out),
+        ("job started", str(job.get("started", "unknown"))),
+        ("model", f"{config.model.name}, {config.model.pretrained}"),
+        ("explained layers", "all" if layers == "all" else f"the last {layers}"),
+        ("weights", str(job.get("weights_digest", "unknown"))),
+        ("configuration", str(job.get("config_hash", "unknown"))),
+    ]
+    versions = job.get("versions")
+    if isinstance(versions, Mapping):
+        facts += [(str(package), str(version)) for package, version in versions.items()]
+    return [(shortened(name, 80), shortened(value)) for name, value in facts]
+
+
+def _config_yaml(job: Mapping[str, Any]) -> str:
+    """The configuration as YAML, long lists cut."""
+    text = yaml.safe_dump(_without_tails(job.get("config") or {}), sort_keys=False, allow_unicode=True)
+    return text if len(text) <= MAX_CONFIG_CHARACTERS else f"{text[:MAX_CONFIG_CHARACTERS]}\n…"
+
+
+def _without_tails(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_tails(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        listed = [_without_tails(entry) for entry in value[:MAX_LISTED]]
+        more = len(value) - MAX_LISTED
+        return [*listed, f"… and {more:,} more"] if more > 0 else listed
+    return shortened(value) if isinstance(value, str) else value

@@ -1,0 +1,197 @@
+"""Columns of a bounded, random sample of an output's rows; small columns alone, never a whole file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float, Int
+
+from pipeline import storage
+
+SCORE_COLUMNS = ("sample_index", "status", "class_id", "similarity", "peak", "threshold", "area")
+FRAME_COLUMN = "mask.size"
+READERS = 16
+MAX_FILES = 64
+MAX_ROWS = 200_000
+
+Group = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """Scores of rows, one entry a row in every array.
+
+    Attributes:
+        groups: (shard id, row group) that were read.
+        group: which of them a row is from.
+        offset: the row's place in its group.
+        sample_index: ordinal of the sample in its shard.
+        status: ``ok``, or why the row was rejected.
+        class_id: -1 where the row has none.
+        similarity: cosine.
+        peak: maximum of the raw grid.
+        threshold: NaN where the row has none.
+        area_share: of the mask in its frame, 0 to 1; NaN without a mask.
+        files_read: annotation files that were looked into.
+        files_total: annotation files that there are.
+        unreadable: shard ids of files that could not be read.
+    """
+
+    groups: tuple[Group, ...]
+    group: Int[np.ndarray, " rows"]
+    offset: Int[np.ndarray, " rows"]
+    sample_index: Int[np.ndarray, " rows"]
+    status: np.ndarray
+    class_id: Int[np.ndarray, " rows"]
+    similarity: Float[np.ndarray, " rows"]
+    peak: Float[np.ndarray, " rows"]
+    threshold: Float[np.ndarray, " rows"]
+    area_share: Float[np.ndarray, " rows"]
+    files_read: int
+    files_total: int
+    unreadable: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    @property
+    def accepted(self) -> Bool[np.ndarray, " rows"]:
+        """Rows that have a mask."""
+        accepted: np.ndarray = self.status == "ok"
+        return accepted
+
+    def shard_id(self, row: int) -> str:
+        """The shard that a row is from."""
+        shard_id, _ = self.groups[int(self.group[row])]
+        return shard_id
+
+
+@contextmanager
+def open_parquet(folder: str, shard_id: str) -> Iterator[pq.ParquetFile]:
+    """One file of an output's folder; raises OSError or pyarrow.ArrowInvalid where it cannot be read."""
+    filesystem, path = storage.resolve(storage.join_url(folder, f"{shard_id}.parquet"))
+    with filesystem.open_input_file(path) as file:
+        yield pq.ParquetFile(file)
+
+
+def read_scores(
+    out_dir: str,
+    shard_ids: Sequence[str],
+    generator: np.random.Generator,
+    *,
+    max_files: int = MAX_FILES,
+    max_rows: int = MAX_ROWS,
+) -> ScoredRows:
+    """Read the scores of a random sample of row groups, from a random sample of files.
+
+    Args:
+        out_dir: the job's output folder.
+        shard_ids: whose annotation files are there.
+        generator: decides what is read.
+        max_files: how many files are opened at most.
+        max_rows: how many rows are read at most, but for the rest of a row group.
+    """
+    folder = storage.join_url(out_dir, "annotations")
+    chosen = [shard_ids[position] for position in generator.permutation(len(shard_ids))[:max_files]]
+    with ThreadPoolExecutor(READERS) as pool:
+        listed = list(pool.map(lambda shard_id: _group_rows(folder, shard_id), chosen))
+        groups = [
+            (shard_id, number, rows)
+            for shard_id, row_counts in zip(chosen, listed, strict=True)
+            for number, rows in enumerate(row_counts or ())
+        ]
+        wanted = _within([groups[position] for position in generator.permutation(len(groups))], max_rows)
+        tables = list(pool.map(lambda group: _read_group(folder, group), wanted))
+    read = [(group, table) for group, table in zip(wanted, tables, strict=True) if table is not None]
+    failed = {group[0] for group, table in zip(wanted, tables, strict=True) if table is None}
+    failed |= {shard_id for shard_id, row_counts in zip(chosen, listed, strict=True) if row_counts is None}
+    return _scored(read, len(chosen) - len(failed), len(shard_ids), tuple(sorted(failed)))
+
+
+def _group_rows(folder: str, shard_id: str) -> list[int] | None:
+    """Rows of each row group; None where the file cannot be read."""
+    try:
+        with open_parquet(folder, shard_id) as file:
+            counts = range(file.metadata.num_row_groups)
+            return [file.metadata.row_group(number).num_rows for number in counts]
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _within(groups: Sequence[tuple[str, int, int]], max_rows: int) -> list[Group]:
+    chosen: list[Group] = []
+    rows_so_far = 0
+    for shard_id, number, rows in groups:
+        if rows_so_far >= max_rows:
+            break
+        chosen.append((shard_id, number))
+        rows_so_far += rows
+    return chosen
+
+
+def _read_group(folder: str, group: Group) -> pa.Table | None:
+    shard_id, number = group
+    try:
+        with open_parquet(folder, shard_id) as file:
+            return file.read_row_group(number, columns=[*SCORE_COLUMNS, FRAME_COLUMN])
+    except (OSError, KeyError, pa.ArrowException):
+        return None
+
+
+def _scored(
+    read: Sequence[tuple[Group, pa.Table]], files_read: int, files_total: int, unreadable: tuple[str, ...]
+) -> ScoredRows:
+    tables = [_with_frame(table) for _, table in read]
+    whole = pa.concat_tables(tables) if tables else _EMPTY
+    lengths = [len(table) for table in tables]
+
+    def numbers(name: str) -> np.ndarray:
+        column: np.ndarray = whole.column(name).cast(pa.float64()).fill_null(float("nan")).to_numpy()
+        return column
+
+    frame = numbers("frame")
+    accepted = np.isfinite(frame) & (frame > 0)
+    return ScoredRows(
+        groups=tuple(group for group, _ in read),
+        group=np.repeat(np.arange(len(read)), lengths),
+        offset=np.concatenate([np.arange(length) for length in lengths]) if lengths else np.zeros(0, int),
+        sample_index=whole.column("sample_index").fill_null(-1).to_numpy(),
+        status=np.array(whole.column("status").fill_null("?").to_pylist(), dtype=object),
+        class_id=whole.column("class_id").fill_null(-1).to_numpy(),
+        similarity=numbers("similarity"),
+        peak=numbers("peak"),
+        threshold=numbers("threshold"),
+        area_share=np.divide(numbers("area"), frame, out=np.full(len(frame), np.nan), where=accepted),
+        files_read=files_read,
+        files_total=files_total,
+        unreadable=unreadable,
+    )
+
+
+def _with_frame(table: pa.Table) -> pa.Table:
+    """The score columns, and the pixels of the mask's frame."""
+    sizes = pc.struct_field(table.column("mask").combine_chunks(), "size")
+    height, width = (pc.cast(pc.list_element(sizes, side), pa.int64()) for side in (0, 1))
+    return table.select(SCORE_COLUMNS).append_column("frame", pc.multiply(height, width)).cast(_SCHEMA)
+
+
+_SCHEMA = pa.schema(
+    [
+        ("sample_index", pa.int32()),
+        ("status", pa.string()),
+        ("class_id", pa.int32()),
+        ("similarity", pa.float32()),
+        ("peak", pa.float32()),
+        ("threshold", pa.float32()),
+        ("area", pa.int64()),
+        ("frame", pa.int64()),
+    ]
+)
+_EMPTY = _SCHEMA.empty_table()

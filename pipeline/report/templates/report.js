@@ -1,0 +1,135 @@
+"use strict";
+(() => {
+  const byId = (id) => document.getElementById(id);
+  for (const element of document.querySelectorAll(".needs-script")) element.hidden = false;
+
+  const themes = ["system", "light", "dark"];
+  const setTheme = (theme) => {
+    if (theme === "system") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = theme;
+    byId("theme").textContent = `Theme: ${theme}`;
+  };
+  byId("theme").addEventListener("click", () => {
+    const now = document.documentElement.dataset.theme || "system";
+    setTheme(themes[(themes.indexOf(now) + 1) % themes.length]);
+  });
+
+  const list = byId("cards");
+  if (!list) return;
+  const cards = [...list.children];
+  const form = byId("controls");
+  const button = (card) => card.querySelector(".open");
+  let shown = cards;
+
+  // Number("") is 0, and an empty field is no number
+  const number = (text) => (text.trim() === "" ? NaN : Number(text));
+  const valueOf = (id) => byId(id)?.value ?? "";
+
+  const fits = (card, random) => {
+    const data = card.dataset;
+    const words = valueOf("text").toLowerCase().split(/\s+/).filter(Boolean);
+    const text = data.text.toLowerCase();
+    const score = number(data[valueOf("measure")]);
+    const least = number(valueOf("least"));
+    const most = number(valueOf("most"));
+    return (!random || "random" in data)
+      && words.every((word) => text.includes(word))
+      && (valueOf("class") === "" || data.class === valueOf("class"))
+      && (valueOf("status") === "" || data.status === valueOf("status"))
+      && (Number.isNaN(least) || score >= least)
+      && (Number.isNaN(most) || score <= most);
+  };
+
+  const ordered = (found, order) => {
+    if (order === "random") return found;
+    const sign = order === "best" ? -1 : 1;
+    const score = (card) => number(card.dataset[valueOf("measure")]);
+    // a row without this score is neither best nor worst
+    return found.map((card) => [Number.isNaN(score(card)) ? Infinity : sign * score(card), card])
+      .sort((one, other) => (one[0] === other[0] ? 0 : one[0] - other[0]))
+      .map(([, card]) => card);
+  };
+
+  const setCurrent = (card) => {
+    for (const other of cards) button(other).tabIndex = other === card ? 0 : -1;
+  };
+
+  const update = () => {
+    const order = valueOf("order");
+    shown = ordered(cards.filter((card) => fits(card, order === "random")), order);
+    const visible = new Set(shown);
+    for (const card of cards) card.hidden = !visible.has(card);
+    list.replaceChildren(...shown, ...cards.filter((card) => card.hidden));
+    const view = form.querySelector("input[name=view]:checked").value;
+    list.className = `cards view-${view}`;
+    byId("count").textContent = `${shown.length} of ${cards.length} rows shown`;
+    byId("nothing").hidden = shown.length > 0;
+    setCurrent(shown[0]);
+  };
+  form.addEventListener("input", update);
+  form.addEventListener("reset", () => setTimeout(update));
+  form.addEventListener("submit", (event) => event.preventDefault());
+
+  const columns = () => {
+    const tops = shown.map((card) => card.offsetTop);
+    return Math.max(1, tops.filter((top) => top === tops[0]).length);
+  };
+  const steps = {
+    ArrowLeft: () => -1, ArrowRight: () => 1, ArrowUp: () => -columns(), ArrowDown: columns,
+    Home: () => -shown.length, End: () => shown.length,
+  };
+  list.addEventListener("keydown", (event) => {
+    const step = steps[event.key];
+    const from = shown.indexOf(event.target.closest(".card"));
+    if (!step || from < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    const to = Math.min(shown.length - 1, Math.max(0, from + step()));
+    setCurrent(shown[to]);
+    button(shown[to]).focus();
+  });
+
+  const dialog = byId("large");
+  let open = 0;
+  const panel = (name, images) => {
+    const box = document.createElement("div");
+    box.className = "panel";
+    const caption = document.createElement("span");
+    caption.className = "caption";
+    caption.textContent = name;
+    box.append(...images.map((image) => image.cloneNode()), caption);
+    return box;
+  };
+  const enlarge = (place) => {
+    open = (place + shown.length) % shown.length;
+    const card = shown[open];
+    const photo = [...card.querySelectorAll(".photo img")];
+    const heat = [...card.querySelectorAll(".heat img")];
+    const panels = [];
+    if (photo.length) panels.push(panel("image", photo.slice(0, 1)));
+    if (heat.length) panels.push(panel("heat map", heat));
+    if (photo.length > 1) panels.push(panel("mask", photo));
+    byId("large-panels").replaceChildren(...panels);
+    byId("large-prompt").textContent = card.querySelector(".prompt").textContent;
+    byId("large-chips").replaceChildren(...[...card.querySelector(".chips").children].map((chip) => chip.cloneNode(true)));
+    const figures = [...card.querySelector(".figures").children].map((figure) => figure.cloneNode(true));
+    for (const figure of figures) figure.classList.remove("full");
+    byId("large-figures").replaceChildren(...figures);
+    byId("place").textContent = `${open + 1} of ${shown.length}`;
+    setCurrent(card);
+    if (!dialog.open) dialog.showModal();
+  };
+  list.addEventListener("click", (event) => {
+    const opener = event.target.closest(".open");
+    if (opener) enlarge(shown.indexOf(opener.closest(".card")));
+  });
+  byId("previous").addEventListener("click", () => enlarge(open - 1));
+  byId("next").addEventListener("click", () => enlarge(open + 1));
+  dialog.addEventListener("keydown", (event) => {
+    if (event.key === "ArrowLeft") enlarge(open - 1);
+    if (event.key === "ArrowRight") enlarge(open + 1);
+  });
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  dialog.addEventListener("close", () => button(shown[open]).focus());
+
+  update();
+})();

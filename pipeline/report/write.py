@@ -1,0 +1,169 @@
+"""From an output folder to a page: what is read, in which order, and within which bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from pipeline import storage
+from pipeline.config import parse_config
+from pipeline.errors import UserError
+from pipeline.image_shards import LocatedShards, locate_shards
+from pipeline.job import JOB_FILE, read_job
+from pipeline.report.gallery import Gallery, read_cards, with_pictures
+from pipeline.report.page import PageContent, render_page
+from pipeline.report.scores import ScoredRows, read_scores
+from pipeline.report.selection import choose_rows
+from pipeline.report.totals import read_totals
+
+REPORT_FILE = "report.html"
+SAMPLES, MAX_SAMPLES = 60, 400
+PICTURE_BYTES = 3_600_000
+MAX_SHARDS_SHOWN = 16
+MAX_TOLD = 5
+MAX_SHARD_BYTES_SHOWN = 4 << 30
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page that was written.
+
+    Attributes:
+        url: where.
+        size_bytes: of the page.
+        rows_shown: cards of the gallery.
+        pictures: how many of them have pictures.
+        unread_shards: canonical URL of a shard whose images could not be read, and why.
+    """
+
+    url: str
+    size_bytes: int
+    rows_shown: int
+    pictures: int
+    unread_shards: Mapping[str, str]
+
+
+def write_report(
+    out_dir: str,
+    shards: Sequence[str] = (),
+    *,
+    to: str | None = None,
+    samples: int = SAMPLES,
+    classes_file: str | None = None,
+    seed: int = 0,
+) -> Report:
+    """Write one self-contained HTML page about an output folder.
+
+    Statistics are of a random sample of rows where there are many, and the page says of which. Images come
+    from the job's shards; where those cannot be read the page comes without them.
+
+    Args:
+        out_dir: the job's output folder: local, s3:// or gs://.
+        shards: where the tars are, as `locate_shards` takes it; empty: where the job read them.
+        to: path or URL of the page; None: report.html in the output folder.
+        samples: how many rows the gallery shows at most.
+        classes_file: line i names class id i; None: classes go by their prompts or numbers.
+        seed: of all that is random.
+
+    Raises:
+        UserError: no job in the folder, or what is asked for cannot be.
+        OutputError: the page cannot be written.
+    """
+    if not 0 <= samples <= MAX_SAMPLES:
+        raise UserError(f"samples: expected a number from 0 to {MAX_SAMPLES}, got {samples}")
+    job = read_job(out_dir)
+    config = parse_config(job.get("config") or {}, where=storage.join_url(out_dir, JOB_FILE))
+    class_names = _class_names(classes_file)
+    totals = read_totals(out_dir, str(job.get("config_hash")))
+    located = locate_shards(totals.listed, shards)
+    generator = np.random.default_rng(seed)
+    scores = read_scores(out_dir, totals.done, generator)
+    shown_shards = _shown_shards(scores, totals.listed, located)
+    chosen, at_random = choose_rows(scores, _rows_of(scores, shown_shards), samples, generator)
+    cards = read_cards(out_dir, scores, chosen, at_random)
+    gallery = with_pictures(cards, located, config, PICTURE_BYTES // max(1, len(cards)))
+    page = render_page(
+        PageContent(
+            out=storage.without_credentials(out_dir),
+            job=job,
+            config=config,
+            totals=totals,
+            scores=scores,
+            gallery=gallery,
+            shards_shown=len(shown_shards),
+            class_names=class_names,
+            seed=seed,
+            made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+    ).encode()
+    url = to or storage.join_url(out_dir, REPORT_FILE)
+    _publish(url, page)
+    return _told(url, page, gallery)
+
+
+def _told(url: str, page: bytes, gallery: Gallery) -> Report:
+    return Report(
+        url=storage.without_credentials(url),
+        size_bytes=len(page),
+        rows_shown=len(gallery.cards),
+        pictures=sum(card.pictures is not None for card in gallery.cards),
+        unread_shards=gallery.unread_shards,
+    )
+
+
+def _class_names(classes_file: str | None) -> dict[int, str]:
+    if classes_file is None:
+        return {}
+    return dict(enumerate(storage.read_text(classes_file).splitlines(), start=1))
+
+
+def _shown_shards(
+    scores: ScoredRows, listed: Sequence[Mapping[str, Any]], located: LocatedShards
+) -> set[str]:
+    """Shards of which rows are shown: few, and not too large together, for they are read from their start.
+
+    Where no shard can be read, rows of all are shown, without pictures.
+    """
+    sizes = {row["shard_id"]: row["size_bytes"] or 0 for row in listed}
+    read = dict.fromkeys(shard_id for shard_id, _ in scores.groups)
+    readable = [shard_id for shard_id in read if shard_id in located.sources]
+    chosen: set[str] = set()
+    bytes_so_far = 0
+    for shard_id in readable[:MAX_SHARDS_SHOWN]:
+        bytes_so_far += sizes[shard_id]
+        if chosen and bytes_so_far > MAX_SHARD_BYTES_SHOWN:
+            break
+        chosen.add(shard_id)
+    return chosen or set(read)
+
+
+def _rows_of(scores: ScoredRows, shard_ids: set[str]) -> Bool[np.ndarray, " rows"]:
+    shown = np.array([shard_id in shard_ids for shard_id, _ in scores.groups], dtype=bool)
+    rows: np.ndarray = shown[scores.group] if len(scores) else np.zeros(0, dtype=bool)
+    return rows
+
+
+def _publish(url: str, page: bytes) -> None:
+    bare, options = storage.absolute(url), ""
+    if "://" in bare:
+        bare, _, options = bare.partition("?")
+    folder, _, name = bare.rpartition("/")
+    storage.publish(f"{folder}?{options}" if options else folder or "/", name, page)
+
+
+def render_report(report: Report) -> str:
+    """What a person reads once the page is there."""
+    lines = [
+        f"Report: {report.url}",
+        f"  {report.size_bytes / 1e6:.1f} MB; {report.rows_shown} rows, {report.pictures} with pictures",
+    ]
+    lines += [
+        f"  no pictures from {url}: {why}" for url, why in list(report.unread_shards.items())[:MAX_TOLD]
+    ]
+    more = len(report.unread_shards) - MAX_TOLD
+    return "\n".join([*lines, f"  ... and from {more} more shards"] if more > 0 else lines)
