@@ -1,0 +1,88 @@
+"""Classes files: what they may hold, and what is said of what they may not."""
+
+import pytest
+import yaml
+
+from pipeline.class_list import ClassEntry, class_entries, read_class_list
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def read(tmp_path):
+    def run(name, text):
+        path = tmp_path / name
+        path.write_bytes(text.encode())
+        return read_class_list(str(path))
+
+    return run
+
+
+def test_line_i_of_a_text_file_names_class_i(read):
+    entries = read("classes.txt", "dog\nhot dog \r\n\tZaunkönig\n\n")
+    assert [(entry.class_id, entry.name) for entry in entries] == [
+        (1, "dog"),
+        (2, "hot dog"),
+        (3, "Zaunkönig"),
+    ]
+    assert read("marked.TXT", "\ufeffdog") == entries[:1]
+
+
+def test_a_yaml_list_holds_names_or_mappings(read):
+    document = [
+        "dog",
+        {"name": "cat", "id": 7, "synonyms": ["kitty"], "plurals": ["kits"], "templates": ["a {} at home"]},
+        {"name": "cow"},
+    ]
+    assert read("classes.yaml", yaml.safe_dump(document)) == (
+        ClassEntry(class_id=1, name="dog"),
+        ClassEntry(
+            class_id=7, name="cat", synonyms=("kitty",), plurals=("kits",), templates=("a {} at home",)
+        ),
+        ClassEntry(class_id=3, name="cow"),
+    )
+
+
+def test_what_a_job_wrote_down_is_read_as_the_same_classes():
+    entries = class_entries(["dog", {"name": "cat", "id": 32767, "synonyms": ["kitty"]}])
+    assert class_entries([entry.model_dump(mode="json") for entry in entries]) == entries
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("c.txt", "dog\n\ncat", ["line 2: name", "at least 1 character"]),
+        ("c.txt", "dog\ncat\nDog", ["line 3: name 'Dog' is that of line 1 too"]),
+        ("c.txt", "\n\n", ["at least one class"]),
+        ("c.txt", "dog\n" * 100, ["99 problem(s)", "line 2:", "and 89 more"]),
+        ("c.yaml", "- dog\n- {name: cat, id: 1}", ["entry 2: id 1 is that of entry 1 too"]),
+        ("c.yaml", "- {name: cat, id: 0}", ["entry 1: id: ", "greater than or equal to 1, got 0"]),
+        ("c.yaml", "- {name: cat, id: 32768}", ["entry 1: id: ", "less than or equal to 32767, got 32768"]),
+        ("c.yaml", "- {name: cat, id: '3'}", ["entry 1: id: ", "got '3'"]),
+        ("c.yaml", "- {name: no}", ["entry 1: name: ", "valid string, got False"]),
+        (
+            "c.yaml",
+            "- {name: cat, synonym: [kitty]}",
+            ["entry 1: synonym: unknown key; known: id, name, syn"],
+        ),
+        ("c.yaml", "- {name: cat, synonyms: kitty}", ["entry 1: synonyms: ", "got 'kitty'"]),
+        ("c.yaml", "- {name: cat, templates: [a photo]}", ["entry 1: templates.0: expected a text with {}"]),
+        ("c.yaml", "- dog\n- 3", ["entry 2: expected a name or a mapping, got 3"]),
+        ("c.yaml", "dog: 1", ["expected a list of classes, got dict"]),
+        ("c.yaml", "- [", ["is not valid YAML", "line 1"]),
+        ("c.csv", "dog", ["expected a classes file named .txt, .yaml or .yml, got .csv"]),
+    ],
+)
+def test_a_wrong_entry_is_named_with_its_file_and_place(read, name, text, told):
+    with pytest.raises(UserError) as raised:
+        read(name, text)
+    assert name in str(raised.value)
+    for part in told:
+        assert part in str(raised.value)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"none\.txt: cannot be read: No such file"):
+        read_class_list(str(tmp_path / "none.txt"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="cannot be read: 'utf-8'"):
+        read_class_list(str(tmp_path / "latin.txt"))
