@@ -120,6 +120,14 @@ def canvas_pixels(
     )
 
 
+def canvas_bytes(views: Views, transform: ImageTransform) -> int:
+    """Give the most bytes that the pixels of an image's canvases take, whatever its size."""
+    scaled = (_scaled(transform, scale) for scale in views.scales)
+    window = transform.height * transform.width
+    pixels = sum(each.height * each.width for each in scaled) + views.tile * views.max_tiles * window
+    return 3 * pixels
+
+
 def views_of(views: Views, canvases: Sequence[Grid], window: Grid) -> tuple[View, ...]:
     """List the views of an image, first the whole image at the first scale.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import legrad
+from legrad.views import canvas_bytes
 from pipeline import storage
 from pipeline.batch_size import find_batch_size
 from pipeline.config import InputConfig, JobConfig
@@ -18,6 +19,7 @@ from pipeline.engine import Engine, ExplainedSample, PreparedSample
 from pipeline.errors import SampleFailure
 from pipeline.mask_rows import annotation_rows, finite_prompts
 from pipeline.measures import Measures, Meter
+from pipeline.model import views_wanted
 from pipeline.records import SampleError, ShardCounts, total_counts
 from pipeline.sample_prompts import Companions, SamplePrompts, companions_of
 from pipeline.shards import RawSample, read_samples
@@ -95,6 +97,7 @@ class ShardAnnotator:
         self._explainer = explainer
         self._meter = Meter()
         self._sample_prompts = SamplePrompts(config)
+        self._views = views_wanted(config, explainer)
         companions = companions_of(config.prompts)
         self._engine = Engine(
             explainer,
@@ -103,12 +106,13 @@ class ShardAnnotator:
             self._meter,
             batches_at_once=batches_at_once,
             companions=companions,
+            views=self._views,
         )
         self._metadata = metadata
         self._wanted_fields = wanted_fields(config.input, self._sample_prompts)
         self._in_hand: set[ShardWriter] = set()
         self._stream = BatchStream(
-            Stages(_size_bytes, self._prepare, _pixel_shape, self._explain, self._finish),
+            Stages(self._size_bytes, self._prepare, _shapes, self._explain, self._finish),
             StreamLimits(
                 threads=decode_threads,
                 device_threads=batches_at_once,
@@ -151,7 +155,7 @@ class ShardAnnotator:
         if self._config.run.batch_size != "auto":
             return self._config.run.batch_size
         prompts = min(self._config.prompts.max_per_sample, self._sample_prompts.usual_number)
-        return find_batch_size(self._explainer, prompts + companions.most_maps)
+        return find_batch_size(self._explainer, prompts + companions.most_maps, self._views)
 
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:
@@ -173,6 +177,12 @@ class ShardAnnotator:
                 wanted_fields=self._wanted_fields,
             )
 
+    def _size_bytes(self, item: RawSample | SampleError) -> int:
+        """What a sample takes at most, as read and as decoded; the stream's limit counts it ahead."""
+        if isinstance(item, SampleError):
+            return 0
+        return sum(map(len, item.fields.values())) + canvas_bytes(self._views, self._explainer.transform)
+
     def _prepare(self, item: RawSample | SampleError) -> _Prepared:
         if isinstance(item, SampleError):
             return _Prepared(None, (item,), is_sample=item.sample_index is not None)
@@ -187,6 +197,7 @@ class ShardAnnotator:
                 find_field(item.fields, self._config.input.image),
                 self._explainer.transform,
                 max_image_pixels=self._config.input.max_image_pixels,
+                views=self._views,
             )
             self._meter.image_decoded()
         except SampleFailure as failure:
@@ -226,9 +237,5 @@ def _error_row(failure: SampleFailure, key: str, index: int, prompt_index: int |
     return SampleError(failure.stage, failure.kind, failure.message, key, index, prompt_index)
 
 
-def _size_bytes(item: RawSample | SampleError) -> int:
-    return sum(map(len, item.fields.values())) if isinstance(item, RawSample) else 0
-
-
-def _pixel_shape(item: _Prepared) -> Hashable | None:
-    return None if item.sample is None else item.sample.image.pixels.shape
+def _shapes(item: _Prepared) -> Hashable | None:
+    return None if item.sample is None else item.sample.image.shapes

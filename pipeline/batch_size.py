@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
+from PIL import Image
 
 import legrad
-from pipeline.decode import DecodedImage
+from legrad.views import Views, canvas_pixels
+from pipeline.decode import WHOLE_IMAGE, DecodedImage
 from pipeline.engine import Engine, PreparedSample, Prompt
 
 logger = logging.getLogger(__name__)
@@ -21,19 +23,18 @@ LARGEST_TRIED = 1024
 WORTHWHILE_GAIN = 1.05
 
 
-def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int) -> int:
+def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int, views: Views = WHOLE_IMAGE) -> int:
     """Find how many images keep a device busy: on CUDA by trying, on a CPU a fixed number.
 
     Args:
         explainer: the loaded model.
         prompts_per_sample: how many each image of the trial gets.
+        views: how each image of the trial is seen.
     """
     if explainer.device.type != "cuda":
         return CPU_BATCH_SIZE
-    trial = Engine(explainer, prompts_per_sample, LARGEST_TRIED)
-    transform = explainer.transform
-    pixels = np.zeros((transform.height, transform.width, 3), np.uint8)
-    image = DecodedImage(pixels, transform.height, transform.width)
+    trial = Engine(explainer, prompts_per_sample, LARGEST_TRIED, views=views)
+    image = _large_image(explainer, views)
     prompts = tuple(Prompt(index, f"{index}") for index in range(prompts_per_sample))
     sample = PreparedSample(0, "trial", image, prompts)
 
@@ -45,6 +46,15 @@ def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int) -> int:
     torch.cuda.empty_cache()
     logger.info("run.batch_size auto: %d images", found)
     return found
+
+
+def _large_image(explainer: legrad.LeGrad, views: Views) -> DecodedImage:
+    """An image of the input's aspect ratio, of as many pixels as views of it can use."""
+    transform = explainer.transform
+    factor = math.ceil(max(views.tile_zoom, *views.scales))
+    size = (transform.width * factor, transform.height * factor)
+    pixels, *further_pixels = canvas_pixels(views, transform, Image.new("RGB", size))
+    return DecodedImage(pixels, size[1], size[0], tuple(further_pixels))
 
 
 def search_batch_size(step_s: Callable[[int], float]) -> int:

@@ -14,8 +14,10 @@ import torch
 import legrad
 from legrad.inputs import neutral_patches
 from legrad.text_embedder import TextEmbedder
+from legrad.view_relevance import merged_relevance
+from legrad.views import Views
 from pipeline.batch_texts import ImageMaps, choose_maps, embed_batch
-from pipeline.decode import DecodedImage
+from pipeline.decode import WHOLE_IMAGE, DecodedImage
 from pipeline.measures import Meter
 from pipeline.sample_prompts import Companions, Prompt
 
@@ -86,6 +88,7 @@ class Engine:
         max_prompts_per_sample: of more prompts the most similar ones are kept.
         batch_size: most images in a batch.
         batches_at_once: while one computes, others are put together; further threads wait.
+        views: of every image, whose relevance is merged; the similarity is the first one's.
         companions: texts explained beside every sample's own.
         meter: takes how long the device was busy.
     """
@@ -99,8 +102,10 @@ class Engine:
         *,
         batches_at_once: int = 1,
         companions: Companions = NO_COMPANIONS,
+        views: Views = WHOLE_IMAGE,
     ) -> None:
         self._explainer = explainer
+        self._views = views
         self._companions = companions
         self._max_prompts_per_sample = max_prompts_per_sample
         self._embedder = TextEmbedder(explainer)
@@ -112,28 +117,30 @@ class Engine:
         self._limit_by_shape: dict[Hashable, int] = {}
         self.batch_size = batch_size
 
-    def batch_limit(self, pixel_shape: Hashable) -> int:
-        """Most images of a shape in a batch: `batch_size`, or less where that was too much for the device."""
-        return self._limit_by_shape.get(pixel_shape, self.batch_size)
+    def batch_limit(self, shapes: Hashable) -> int:
+        """Most images of such shapes in a batch: `batch_size`, or less where that was too much."""
+        return self._limit_by_shape.get(shapes, self.batch_size)
 
     def explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
         """Explain every prompt of every sample; a batch too large for the device is halved.
 
         Args:
-            samples: their images are of one shape.
+            samples: their images are of the same shapes.
 
         Raises:
             torch.OutOfMemoryError: not even a single sample fits.
         """
         explained: list[ExplainedSample] = []
         while len(explained) < len(samples):
-            pixel_shape = samples[0].image.pixels.shape
-            end = len(explained) + self.batch_limit(pixel_shape)
+            shapes = samples[0].image.shapes
+            limit = self.batch_limit(shapes)
+            batch = samples[len(explained) : len(explained) + limit]
             had_the_device_alone = self._batches_at_once == 1
-            part = self._explained_if_it_fits(samples[len(explained) : end], had_the_device_alone)
+            # views of one size share a forward pass, up to the limit
+            tried = len(batch) if self._views == WHOLE_IMAGE else limit
+            part = self._explained_if_it_fits(batch, tried, had_the_device_alone)
             if part is None:
-                tried = min(end, len(samples)) - len(explained)
-                self._save_memory(pixel_shape, tried, had_the_device_alone)
+                self._save_memory(shapes, tried, had_the_device_alone)
             else:
                 explained += part
         return explained
@@ -146,22 +153,22 @@ class Engine:
         """
         with self._turns:
             started_s = time.perf_counter()
-            self._explain(samples)
+            self._explain(samples, len(samples))
             return time.perf_counter() - started_s
 
     def _explained_if_it_fits(
-        self, samples: Sequence[PreparedSample], has_the_device_alone: bool
+        self, samples: Sequence[PreparedSample], images_at_once: int, has_the_device_alone: bool
     ) -> list[ExplainedSample] | None:
         try:
             with self._turns, self._meter.device_step():
-                return self._explain(samples)
+                return self._explain(samples, images_at_once)
         except torch.OutOfMemoryError:
-            if len(samples) == 1 and has_the_device_alone:
+            if images_at_once == 1 and has_the_device_alone:
                 raise
         # outside of the handler, whose traceback holds on to tensors
         return None
 
-    def _save_memory(self, pixel_shape: Hashable, images_tried: int, had_the_device_alone: bool) -> None:
+    def _save_memory(self, shapes: Hashable, images_tried: int, had_the_device_alone: bool) -> None:
         """From now on one batch at a time; where that was so already, halve it."""
         with self._memory_lock:
             if not self._said_out_of_memory:
@@ -171,15 +178,15 @@ class Engine:
                 )
                 self._said_out_of_memory = True
             if had_the_device_alone:
-                self._limit_by_shape[pixel_shape] = images_tried // 2
+                self._limit_by_shape[shapes] = images_tried // 2
             while self._batches_at_once > 1:
                 self._turns.acquire()
                 self._batches_at_once -= 1
 
-    def _explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
+    def _explain(self, samples: Sequence[PreparedSample], images_at_once: int) -> list[ExplainedSample]:
         explainer, companions = self._explainer, self._companions
-        pixels = torch.from_numpy(np.stack([sample.image.pixels for sample in samples])).to(explainer.device)
-        trace = explainer.encode(explainer.transform.normalise(pixels, explainer.dtype))
+        canvases = self._canvases(samples)
+        trace = explainer.encode(canvases[0])
         texts = embed_batch(self._embedder, [sample.prompts for sample in samples], companions)
         similarities = explainer.similarity(trace, texts.unit_rows).float().cpu().numpy()
         chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, companions.max_background)
@@ -187,13 +194,26 @@ class Engine:
         counts = [len(maps.text_rows) for maps in chosen]
         owners = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts))
         rows = texts.unit_rows[text_rows.to(texts.unit_rows.device)]
-        grids = explainer.relevance(trace, rows, owners).float().cpu()
+        grids = (
+            merged_relevance(
+                explainer, trace, canvases, rows, owners, views=self._views, images_at_once=images_at_once
+            )
+            .float()
+            .cpu()
+        )
         return [
             self._explained(sample, maps, own_grids, texts.truncated, cosines)
             for sample, maps, own_grids, cosines in zip(
                 samples, chosen, torch.split(grids, counts), similarities, strict=True
             )
         ]
+
+    def _canvases(self, samples: Sequence[PreparedSample]) -> list[torch.Tensor]:
+        """The batch as the model takes it, on every canvas."""
+        explainer = self._explainer
+        by_canvas = zip(*(sample.image.canvases for sample in samples), strict=True)
+        pixels = (torch.from_numpy(np.stack(canvas)).to(explainer.device) for canvas in by_canvas)
+        return [explainer.transform.normalise(canvas, explainer.dtype) for canvas in pixels]
 
     def _explained(
         self,

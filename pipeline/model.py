@@ -14,9 +14,9 @@ import open_clip
 import torch
 
 import legrad
-from legrad.errors import LeGradError
+from legrad.errors import InputError, LeGradError
 from legrad.support import model_support
-from legrad.views import Views
+from legrad.views import Views, check_views
 from pipeline.config import JobConfig, ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
@@ -55,9 +55,17 @@ def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeG
         raise UserError(f"model.name {model.name}, model.pretrained {model.pretrained}: {error}") from error
 
 
-def views_wanted(config: JobConfig) -> Views:
-    """The views that a configuration asks for."""
-    return Views(tile=config.model.fit == "tile", **config.views.model_dump())
+def views_wanted(config: JobConfig, explainer: legrad.LeGrad) -> Views:
+    """The views that a configuration asks for.
+
+    Raises:
+        UserError: the model cannot take one of them.
+    """
+    views = Views(tile=config.model.fit == "tile", **config.views.model_dump())
+    try:
+        return check_views(views, explainer.tower)
+    except InputError as error:
+        raise UserError(f"views.{error}") from error
 
 
 @contextmanager

@@ -7,13 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from legrad.view_relevance import view_relevance
+from legrad.views import Views, canvas_pixels
 from pipeline.config import ModelConfig
 from pipeline.decode import DecodedImage
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.engine import Engine, PreparedSample, Prompt
 from pipeline.model import load_explainer
 
+TILES = Views(tile=True, flip=True, scales=(1.0, 0.75))
 SOON_S = 60.0
 
 
@@ -33,6 +37,20 @@ def samples(count, first=0):
         )
         for index in range(first, first + count)
     ]
+
+
+def large_samples(explainer, count, views):
+    """Samples whose image is large enough for windows, and their images."""
+    generator = np.random.default_rng(7)
+    images = [
+        Image.fromarray(generator.integers(0, 256, (200, 260, 3), dtype=np.uint8)) for _ in range(count)
+    ]
+    prepared = []
+    for index, image in enumerate(images):
+        pixels, *further = canvas_pixels(views, explainer.transform, image)
+        decoded = DecodedImage(pixels, 200, 260, tuple(further))
+        prepared.append(PreparedSample(index, f"k{index}", decoded, (Prompt(0, "a dog"), Prompt(1, "a cat"))))
+    return prepared, images
 
 
 class Device:
@@ -102,7 +120,7 @@ def test_where_memory_is_short_for_two_batches_they_take_turns_and_none_is_halve
     assert [result.sample.index for batch in results for result in batch] == list(range(12))
     assert device.refused >= 1
     assert set(device.done) == {3}
-    assert engine.batch_limit((96, 96, 3)) == 3
+    assert engine.batch_limit(((96, 96, 3),)) == 3
     assert said(caplog) == 1
 
 
@@ -112,9 +130,9 @@ def test_a_batch_too_large_is_halved_until_it_fits_and_gives_the_same(explainer,
     batch = samples(11)
     same(engine.explain(batch), Engine(explainer, 32, 8).explain(batch))
     assert device.done == [2, 2, 2, 2, 2, 1]
-    assert engine.batch_limit((96, 96, 3)) == 2
+    assert engine.batch_limit(((96, 96, 3),)) == 2
     # what is too much for one shape says nothing of another
-    assert engine.batch_limit((32, 32, 3)) == 8
+    assert engine.batch_limit(((32, 32, 3),)) == 8
     assert said(caplog) == 1
 
 
@@ -122,3 +140,44 @@ def test_an_image_that_does_not_fit_alone_is_an_error(explainer):
     engine = Engine(Device(explainer, fits=0).explainer, 32, 4, batches_at_once=2)
     with pytest.raises(torch.OutOfMemoryError):
         engine.explain(samples(4))
+
+
+def test_views_of_a_batch_are_those_of_each_image_and_the_similarity_is_the_whole_images(explainer):
+    batch, images = large_samples(explainer, 3, TILES)
+    texts = explainer.embed_text(["a dog", "a cat"])
+    wanted = view_relevance(explainer, images, texts, views=TILES)
+    whole = explainer.similarity(explainer.encode(explainer.preprocess(images)), texts)
+    for limit in (1, 2, 32):
+        results = Engine(explainer, 32, limit, views=TILES).explain(batch)
+        for result, grids, cosines in zip(results, wanted, whole, strict=True):
+            assert torch.allclose(result.relevance_grids, grids, rtol=1e-3, atol=1e-9)
+            received = [prompt.similarity for prompt in result.prompts]
+            assert received == pytest.approx(cosines.tolist(), abs=1e-5)
+
+
+def test_each_view_is_encoded_once_and_prompts_are_chosen_before(explainer):
+    batch, _ = large_samples(explainer, 2, TILES)
+    device = Device(explainer)
+    results = Engine(device.explainer, 1, 32, views=TILES).explain(batch)
+    # the whole image on two scales and six windows, each of them mirrored as well, of two images
+    assert sum(device.done) == 2 * 2 * (2 + 6)
+    assert [(len(result.relevance_grids), result.dropped_prompts) for result in results] == [(1, 1)] * 2
+    for result in results:
+        both = Engine(explainer, 2, 32).explain([result.sample])[0].prompts
+        assert result.prompts[0].prompt == max(both, key=lambda prompt: prompt.similarity).prompt
+
+
+def test_where_memory_is_short_views_share_no_forward_pass_that_does_not_fit(explainer, caplog):
+    batch, _ = large_samples(explainer, 1, TILES)
+    device = Device(explainer, fits=3)
+    engine = Engine(device.explainer, 32, 8, views=TILES)
+    same(engine.explain(batch), Engine(explainer, 32, 8, views=TILES).explain(batch))
+    assert max(device.done) == 2
+    assert engine.batch_limit(batch[0].image.shapes) == 2
+    assert said(caplog) == 1
+
+
+def test_a_view_that_does_not_fit_alone_is_an_error(explainer):
+    batch, _ = large_samples(explainer, 2, TILES)
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(Device(explainer, fits=0).explainer, 32, 4, views=TILES).explain(batch)
