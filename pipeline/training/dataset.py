@@ -59,12 +59,13 @@ class MaskDataset(IterableDataset[Sample]):
 
     Args:
         out_dir: output folder of a job: local path, s3:// or gs://.
-        shards: the image shards, as `input.shards` takes them; None: those that the job lists.
+        shards: where the images are: patterns as `input.shards` takes them, joined by canonical URL, else by
+            stem where that leaves no doubt; or OLD=NEW: what lay in OLD lies in NEW. None: the job's own
+            URLs hold.
         target: what is learnt.
         class_ids: the class of a prompt's text, where annotations have none of their own, as with captions;
             then rows with other prompts are left out of label maps.
         similarity_range: makes weights of similarities, see `similarity_weight`; None: all weigh 1.
-        moved: `OLD=NEW` each, for shards that lie elsewhere than when they were annotated.
         transform: called with each sample, in the worker.
         seed: of the order.
         shuffle: whether shards are shuffled by epoch, and samples in a buffer.
@@ -74,7 +75,7 @@ class MaskDataset(IterableDataset[Sample]):
         skip_unreadable: leave shards out that cannot be read, instead of ending with a ShardError.
 
     Attributes:
-        shards_without_annotations: canonical URLs of given shards that the job has not annotated.
+        left_out: by shard id, why a shard of the job is not read.
 
     Raises:
         UserError: as `pair_shards`; no job is in the folder; an argument is out of its range.
@@ -83,12 +84,11 @@ class MaskDataset(IterableDataset[Sample]):
     def __init__(
         self,
         out_dir: str | os.PathLike[str],
-        shards: str | Sequence[str] | None = None,
+        shards: str | Sequence[str] = (),
         *,
         target: Target = "label_map",
         class_ids: Mapping[str, int] | None = None,
         similarity_range: SimilarityRange | None = None,
-        moved: Sequence[str] = (),
         transform: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
         shuffle: bool = True,
@@ -99,10 +99,10 @@ class MaskDataset(IterableDataset[Sample]):
     ) -> None:
         _check(target, similarity_range, rank, world_size)
         out = storage.absolute(os.fspath(out_dir))
-        pairing = pair_shards(out, shards, moved)
+        pairing = pair_shards(out, [shards] if isinstance(shards, str) else shards)
         self._settings = _input_settings(out)
         self._pairs = pairing.pairs
-        self.shards_without_annotations = pairing.without_annotations
+        self.left_out = pairing.left_out
         self._source = Source(
             out, _fields(self._settings, target), self._settings.max_member_bytes, skip_unreadable
         )
