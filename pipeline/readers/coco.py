@@ -37,6 +37,7 @@ from pipeline.readers.dataset import (
     read_image,
     read_text,
     require_folder,
+    unique_names,
 )
 
 # the largest file, instances_train2017.json, has 450 MB
@@ -111,7 +112,8 @@ def _index(
         for image in instances["images"]
     }
     class_ids = {int(category["id"]): rank for rank, category in enumerate(categories, 1)}
-    return _Annotations(sides, objects, sentences, class_ids), tuple(str(each["name"]) for each in categories)
+    names = unique_names([str(each["name"]) for each in categories], [str(each["id"]) for each in categories])
+    return _Annotations(sides, objects, sentences, class_ids), names
 
 
 def _read(images: Path, name: str, annotations: _Annotations, class_names: tuple[str, ...]) -> TruthSample:

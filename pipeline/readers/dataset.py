@@ -193,10 +193,35 @@ def labelled_sample(
     return TruthSample(stored.data, {**(extra or {}), **class_fields(present, class_names)}, upright)
 
 
-def class_fields(class_ids: Sequence[int], class_names: Sequence[str]) -> dict[str, Any]:
-    """What a sample's JSON says of its classes: ``captions``, ``class_ids`` and ``class_names``, aligned."""
+def class_fields(
+    class_ids: Sequence[int], class_names: Sequence[str], prompts: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What a sample's JSON says of its classes, each field aligned with ``class_ids``.
+
+    Args:
+        class_ids: of the classes in the image.
+        class_names: of class ids 1, 2 and so on.
+        prompts: what to prompt each class with, where that is not its name.
+    """
     names = [class_names[class_id - 1] for class_id in class_ids]
-    return {"captions": names, "class_ids": list(class_ids), "class_names": names, "labels": names}
+    captions = names if prompts is None else [prompts[class_id - 1] for class_id in class_ids]
+    return {"captions": captions, "class_ids": list(class_ids), "class_names": names, "labels": names}
+
+
+def unique_names(names: Sequence[str], identities: Sequence[str]) -> tuple[str, ...]:
+    """Names in one line each, where a name that came before, in any case, gets its identity in brackets.
+
+    Args:
+        names: of classes, in the order of their ids; an empty one is replaced by its identity.
+        identities: the owner's own, which differ.
+    """
+    taken: set[str] = set()
+    unique = []
+    for name, identity in zip(names, identities, strict=True):
+        plain = " ".join(name.split()) or identity
+        unique.append(f"{plain} ({identity})" if plain.casefold() in taken else plain)
+        taken.add(plain.casefold())
+    return tuple(unique)
 
 
 def as_label_map(

@@ -28,6 +28,7 @@ from pipeline.readers.dataset import (
     read_list,
     read_png,
     require_folder,
+    unique_names,
 )
 
 IGNORED_ID = 1000
@@ -98,7 +99,8 @@ def _class_names(wordnet_ids: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [wordnet_id for wordnet_id in wordnet_ids if wordnet_id not in rank]
     if unknown:
         raise UserError(f"expected classes of ImageNet-1k, received {', '.join(unknown[:5])}")
-    return tuple(str(IMAGENET_CLASSNAMES[rank[wordnet_id]]) for wordnet_id in wordnet_ids)
+    names = [str(IMAGENET_CLASSNAMES[rank[wordnet_id]]) for wordnet_id in wordnet_ids]
+    return unique_names(names, wordnet_ids)
 
 
 def _files(folder: Path, wordnet_ids: tuple[str, ...]) -> dict[str, str]:

@@ -8,6 +8,8 @@
 X and Y are shares of the image's width and height, and are taken to be of the upright image. Points that
 nobody was sure of are left out. A class id is the class's place in the table of descriptions, so that splits
 agree. A sample's ``captions`` are the classes that some point says yes to; ``points`` holds others as well.
+Where classes share a name, the MIDs of the later ones stand in ``class_names`` and ``classes.txt``, but not
+in ``captions``.
 
 Source: https://storage.googleapis.com/openimages/web/download_v7.html, "Point-labels" and "Class Names".
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from pipeline.readers.dataset import (
     read_image,
     read_text,
     require_folder,
+    unique_names,
 )
 
 IMAGE_FOLDERS = {"train": "train", "val": "validation", "test": "test"}
@@ -80,24 +83,27 @@ def open_openimages(root: str | Path, split: str = "val", images: str | Path | N
     if split not in IMAGE_FOLDERS:
         raise UserError(f"split: expected {', '.join(IMAGE_FOLDERS)}, received {split!r}")
     image_folder = require_folder(Path(images or folder / IMAGE_FOLDERS[split]), "images")
-    class_of_mid, class_names = _read_classes(folder / "oidv7-class-descriptions.csv")
+    mids, names = _read_classes(folder / "oidv7-class-descriptions.csv")
+    class_names = unique_names(names, mids)
+    class_of_mid = {mid: class_id for class_id, mid in enumerate(mids, 1)}
     left_out: Counter[str] = Counter()
     points = _read_points(folder / f"oidv7-{split}-annotations-point-labels.csv", class_of_mid, left_out)
 
     def read(name: str) -> TruthSample:
         stored = read_image(image_folder, f"{name}.jpg")
-        return TruthSample(stored.data, _document(points, points.spans[name], class_names), None)
+        return TruthSample(stored.data, _document(points, points.spans[name], class_names, names), None)
 
     return TruthDataset(f"openimages-v7-{split}", class_names, list(points.spans), read, left_out)
 
 
-def _read_classes(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+def _read_classes(path: Path) -> tuple[list[str], list[str]]:
+    """MIDs, and how people call them."""
     rows = [row for row in csv.reader(read_text(path).splitlines()) if row]
     # MIDs begin with a slash, the heading does not
     rows = [row for row in rows if row[0].startswith("/")]
     if not rows or any(len(row) < 2 for row in rows):
         raise UserError(f"{path}: expected two columns, LabelName and DisplayName")
-    return {row[0]: rank for rank, row in enumerate(rows, 1)}, tuple(row[1] for row in rows)
+    return [row[0] for row in rows], [row[1].strip() or row[0] for row in rows]
 
 
 def _read_points(path: Path, class_of_mid: Mapping[str, int], left_out: Counter[str]) -> _Points:
@@ -167,7 +173,9 @@ def _coded(column: pa.Array) -> _Coded:
     return _Coded(encoded.dictionary.to_pylist(), encoded.indices.to_numpy())
 
 
-def _document(points: _Points, span: slice, class_names: tuple[str, ...]) -> dict[str, Any]:
+def _document(
+    points: _Points, span: slice, class_names: Sequence[str], prompts: Sequence[str]
+) -> dict[str, Any]:
     class_ids, is_object = points.class_id[span].tolist(), points.is_object[span].tolist()
     columns = zip(points.x[span].tolist(), points.y[span].tolist(), class_ids, is_object, strict=True)
     present = sorted({class_id for class_id, yes in zip(class_ids, is_object, strict=True) if yes})
@@ -175,4 +183,4 @@ def _document(points: _Points, span: slice, class_names: tuple[str, ...]) -> dic
         {"x": x, "y": y, "class_id": class_id, "label": "yes" if yes else "no"}
         for x, y, class_id, yes in columns
     ]
-    return {**class_fields(present, class_names), "points": listed}
+    return {**class_fields(present, class_names, prompts), "points": listed}

@@ -114,7 +114,7 @@ def write_shards(
                 name = _shard_name(dataset, len(conversion.shards))
                 size_bytes = spool.seek(0, io.SEEK_END)
                 if not conversion.shards:
-                    listed = "".join(f"{' '.join(name.split())}\n" for name in dataset.class_names)
+                    listed = "".join(f"{name}\n" for name in dataset.class_names)
                     storage.publish(dest, CLASSES_FILE, listed.encode())
                 storage.publish(dest, name, spool)
                 conversion.shards.append(name)

@@ -26,10 +26,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from pipeline.class_list import read_class_list
 from pipeline.config import InputConfig
 from pipeline.decode import open_image, read_captions
 from pipeline.errors import UserError
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
+from pipeline.mentions import MentionFinder
 from pipeline.readers.coco import open_coco
 from pipeline.readers.imagenet_s import open_imagenet_s
 from pipeline.readers.openimages import open_openimages
@@ -61,7 +63,10 @@ def webdataset_samples(folder):
 
 
 def classes_of(folder):
-    return (folder / "classes.txt").read_text().splitlines()
+    """Names by rank, as a job would read them."""
+    entries = read_class_list(str(folder / "classes.txt"))
+    assert [entry.class_id for entry in entries] == list(range(1, len(entries) + 1))
+    return [entry.name for entry in entries]
 
 
 # VOC 2012
@@ -353,6 +358,26 @@ def test_open_images_may_lie_in_a_folder_of_their_own(tmp_path):
     with pytest.raises(UserError, match="validation"):
         open_openimages(tmp_path)
     assert list(open_openimages(tmp_path, images=tmp_path / "elsewhere").image_names) == ["a1", "b2"]
+
+
+def test_classes_that_share_a_name_stay_apart_in_the_class_list_but_not_in_prompts(tmp_path):
+    classes = {"/m/1": "Crane", "/m/2": "Kite", "/m/3": "crane", "/m/4": ""}
+    points = [("a1", 0.5, 0.5, mid, "yes") for mid in classes]
+    write_openimages(tmp_path, points, classes=classes, images=["a1"])
+    write_shards(open_openimages(tmp_path), str(tmp_path / "out"))
+    entries = read_class_list(str(tmp_path / "out" / "classes.txt"))
+    assert {entry.class_id: entry.name for entry in entries} == {
+        1: "Crane",
+        2: "Kite",
+        3: "crane (/m/3)",
+        4: "/m/4",
+    }
+    (document,) = documents_of(tmp_path / "out").values()
+    assert document["captions"] == ["Crane", "Kite", "crane", "/m/4"]
+    assert document["class_names"] == [entry.name for entry in entries]
+    finder = MentionFinder(entries)
+    mentioned = set().union(*(finder.mentioned(label) for label in document["labels"]))
+    assert mentioned == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
