@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import EMBED_DIM, TEXT, tiny_clip
 
 import legrad
+from legrad import text_embedder
 from legrad.text_embedder import TextEmbedder
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
@@ -139,3 +140,40 @@ def test_callers_in_and_out_of_inference_mode_share_an_embedder():
 def test_an_explainer_without_a_tokenizer_is_refused_at_once():
     with pytest.raises(legrad.TokenizerError, match=r"open_clip\.get_tokenizer"):
         TextEmbedder(legrad.LeGrad(tiny_clip()))
+
+
+TEMPLATES = ["{}", "a photo of a {}.", "a drawing of the {}."]
+
+
+def test_an_ensemble_is_the_row_of_open_clips_zero_shot_classifier():
+    names = ["dog", "cat on a mat", "cow"]
+    ensembles = [tuple(template.format(name) for template in TEMPLATES) for name in names]
+    received = TextEmbedder(EXPLAINER).embed_ensembles(ensembles)
+    expected = open_clip.build_zero_shot_classifier(EXPLAINER.model, TOKENIZER, names, TEMPLATES).T
+    torch.testing.assert_close(received.unit_rows, expected)
+    assert received.truncated == (False, False, False)
+
+
+def test_an_ensemble_is_cut_where_one_of_its_texts_is():
+    received = TextEmbedder(EXPLAINER).embed_ensembles([("a dog", TEXTS[1]), ("a dog",)])
+    assert received.truncated == (True, False)
+
+
+def test_a_text_alone_has_the_same_row_beside_ensembles_to_the_last_bit():
+    alone = TextEmbedder(EXPLAINER, batch_size=1).embed(["a dog"]).unit_rows
+    mixed = TextEmbedder(EXPLAINER, batch_size=1).embed_ensembles([("a dog", "a cat"), ("a dog",)]).unit_rows
+    torch.testing.assert_close(mixed[1:], alone, rtol=0, atol=0)
+
+
+def test_many_ensembles_are_embedded_in_parts_and_once(monkeypatch):
+    monkeypatch.setattr(text_embedder, "TEXTS_AT_ONCE", 4)
+    explainer = _explainer()
+    embedder = TextEmbedder(explainer)
+    ensembles = [tuple(f"{template} {number}" for template in "abc"[: 1 + number % 3]) for number in range(7)]
+    rows = embedder.embed_ensembles(ensembles).unit_rows
+    assert len(explainer.tokenizer.seen) == sum(map(len, ensembles))
+    for ensemble, row in zip(ensembles, rows, strict=True):
+        mean = _expected(ensemble).mean(dim=0)
+        torch.testing.assert_close(row, mean / mean.norm())
+    embedder.embed_ensembles(ensembles[::-1])
+    assert len(explainer.tokenizer.seen) == sum(map(len, ensembles))

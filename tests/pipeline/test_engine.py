@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from legrad.masks import heatmaps_of
 from legrad.view_relevance import view_relevance
 from legrad.views import Views, canvas_pixels
 from pipeline.config import ModelConfig
@@ -16,8 +17,9 @@ from pipeline.decode import DecodedImage
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.engine import Engine, PreparedSample, Prompt
 from pipeline.model import load_explainer
+from pipeline.sample_prompts import Companions
 
-TILES = Views(tile=True, flip=True, scales=(1.0, 0.75))
+TILES = Views(tile=True, flip=True, scales=(1.0, 0.75), tile_zoom=1.25, max_tiles=4)
 SOON_S = 60.0
 
 
@@ -147,7 +149,7 @@ def test_views_of_a_batch_are_those_of_each_image_and_the_similarity_is_the_whol
     texts = explainer.embed_text(["a dog", "a cat"])
     wanted = view_relevance(explainer, images, texts, views=TILES)
     whole = explainer.similarity(explainer.encode(explainer.preprocess(images)), texts)
-    for limit in (1, 2, 32):
+    for limit in (2, 32):
         results = Engine(explainer, 32, limit, views=TILES).explain(batch)
         for result, grids, cosines in zip(results, wanted, whole, strict=True):
             assert torch.allclose(result.relevance_grids, grids, rtol=1e-3, atol=1e-9)
@@ -159,8 +161,8 @@ def test_each_view_is_encoded_once_and_prompts_are_chosen_before(explainer):
     batch, _ = large_samples(explainer, 2, TILES)
     device = Device(explainer)
     results = Engine(device.explainer, 1, 32, views=TILES).explain(batch)
-    # the whole image on two scales and six windows, each of them mirrored as well, of two images
-    assert sum(device.done) == 2 * 2 * (2 + 6)
+    # the whole image on two scales and four windows, each of them mirrored as well, of two images
+    assert sum(device.done) == 2 * 2 * (2 + 4)
     assert [(len(result.relevance_grids), result.dropped_prompts) for result in results] == [(1, 1)] * 2
     for result in results:
         both = Engine(explainer, 2, 32).explain([result.sample])[0].prompts
@@ -181,3 +183,48 @@ def test_a_view_that_does_not_fit_alone_is_an_error(explainer):
     batch, _ = large_samples(explainer, 2, TILES)
     with pytest.raises(torch.OutOfMemoryError):
         Engine(Device(explainer, fits=0).explainer, 32, 4, views=TILES).explain(batch)
+
+
+COMPANIONS = Companions((("sky",), ("a wall",), ("grass",), ("a dog",)), 2, "a photo of a", 0.6)
+
+
+def test_backgrounds_and_the_neutral_text_are_those_of_the_library(explainer):
+    batch = samples(3)
+    results = Engine(explainer, 1, 3, companions=COMPANIONS).explain(batch)
+    neutral_row = explainer.embed_text(["a photo of a"])
+    # "a dog" is a prompt of each of these images, so no background
+    backgrounds = explainer.embed_text(["sky", "a wall", "grass"])
+    for sample, result in zip(batch, results, strict=True):
+        pixels = torch.from_numpy(sample.image.pixels)[None]
+        trace = explainer.encode(explainer.transform.normalise(pixels, explainer.dtype))
+        best = explainer.similarity(trace, backgrounds)[0].topk(2).indices.sort().values
+        expected = explainer.relevance(trace, backgrounds[best])[0]
+        torch.testing.assert_close(result.background_grids, expected, rtol=1e-3, atol=1e-9)
+
+        (kept,) = result.prompts
+        assert (result.dropped_prompts, result.relevance_grids.shape) == (1, (1, 12, 12))
+        text = explainer.embed_text([kept.prompt.text])
+        grids = result.relevance_grids.masked_fill(result.neutral_patches, 0)
+        corrected = explainer.heatmaps(trace, text, neutral_embedding=neutral_row, neutral_threshold=0.6)[0]
+        plain = explainer.heatmaps(trace, text)[0]
+        assert not torch.equal(corrected, plain)
+        heatmaps = heatmaps_of(grids, 96, 96, explainer.tower.normalisation)
+        torch.testing.assert_close(heatmaps, corrected, rtol=1e-3, atol=1e-4)
+
+
+def test_without_companions_there_is_no_background_and_no_correction(explainer):
+    for result in Engine(explainer, 32, 3).explain(samples(2)):
+        assert result.background_grids.shape == (0, 12, 12)
+        assert result.neutral_patches is None
+
+
+def test_a_batch_with_companions_that_is_too_large_is_halved_and_gives_the_same(explainer):
+    device = Device(explainer, fits=2)
+    batch = samples(5)
+    received = Engine(device.explainer, 32, 4, companions=COMPANIONS).explain(batch)
+    expected = Engine(explainer, 32, 8, companions=COMPANIONS).explain(batch)
+    assert device.done == [2, 2, 1]
+    same(received, expected)
+    for result, wanted in zip(received, expected, strict=True):
+        torch.testing.assert_close(result.background_grids, wanted.background_grids, rtol=1e-3, atol=1e-9)
+        assert (result.neutral_patches == wanted.neutral_patches).float().mean() > 0.98
