@@ -10,12 +10,14 @@ Sensitivity", https://arxiv.org/abs/2404.03214.
 
 from legrad.errors import InputError, LeGradError, ModelLoadError, TokenizerError, UnsupportedModelError
 from legrad.explainer import LeGrad
+from legrad.explanation import Explanation, explain_image, layer_strip
 from legrad.images import ImageTransform
-from legrad.overlay import layer_strip, overlay
+from legrad.overlay import overlay
 from legrad.support import ModelSupport, supported_models
 from legrad.trace import LayerTrace, Trace
 
 __all__ = [
+    "Explanation",
     "ImageTransform",
     "InputError",
     "LayerTrace",
@@ -26,6 +28,7 @@ __all__ = [
     "TokenizerError",
     "Trace",
     "UnsupportedModelError",
+    "explain_image",
     "layer_strip",
     "overlay",
     "supported_models",

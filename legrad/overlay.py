@@ -1,10 +1,10 @@
-"""Pictures of heat maps: over an image, and layer by layer."""
+"""Pictures of heat maps: over an image, and side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -13,13 +13,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from legrad.masks import heatmaps_of, minmax_normalise, upsample_grid
-
-if TYPE_CHECKING:
-    from legrad.explainer import LeGrad
+from legrad.masks import upsample_grid
 
 COLORMAP = "turbo"
-PANEL_GAP, LABEL_HEIGHT, LABEL_SIZE = 8, 26, 16
+PANEL_GAP, LABEL_TOP, LABEL_HEIGHT, LABEL_SIZE = 8, 4, 22, 16
 PAPER, INK = (255, 255, 255), (17, 24, 39)
 
 
@@ -39,35 +36,6 @@ def overlay(
     return Image.fromarray(heat_over(photo, torch.as_tensor(heatmap)))
 
 
-def layer_strip(explainer: LeGrad, image: Image.Image, text: str, *, panel_side: int = 224) -> Image.Image:
-    """Draw which layer contributes what: one panel for each explained block, and one for their sum.
-
-    All blocks share one colour scale, so a pale panel is a block that adds little; its label gives the
-    block's share of all relevance, in per cent.
-
-    Args:
-        explainer: made with the `layers` to show.
-        image: of any size and mode.
-        text: what is looked for.
-        panel_side: longer side of a panel, in pixels.
-
-    Source: the per-layer maps of https://arxiv.org/abs/2404.03214, section 3.3.
-    """
-    trace = explainer.encode(explainer.preprocess([image]))
-    embedding = explainer.embed_text([text])
-    grids = explainer.relevance(trace, embedding, per_layer=True)[:, 0, 0].float().cpu()
-    shares = grids.sum(dim=(-2, -1)) / grids.sum().clamp(min=torch.finfo(grids.dtype).tiny)
-    photo = np.asarray(_fitted(image, panel_side))
-    height, width = photo.shape[:2]
-    common_scale = minmax_normalise(grids.reshape(1, -1, grids.shape[-1])).reshape(grids.shape)
-    panels = [
-        (f"block {layer.index}: {100 * float(share):.0f} %", upsample_grid(grid, height, width))
-        for layer, share, grid in zip(trace.layers, shares, common_scale, strict=True)
-    ]
-    merged = heatmaps_of(grids.sum(dim=0), height, width, explainer.tower.normalisation)
-    return _strip(photo, [*panels, ("sum", merged)])
-
-
 def heat_over(
     photo: UInt8[np.ndarray, "height width 3"], heatmap: Float[Tensor, "rows columns"]
 ) -> UInt8[np.ndarray, "height width 3"]:
@@ -80,18 +48,47 @@ def heat_over(
     return blended
 
 
-def _strip(photo: UInt8[np.ndarray, "height width 3"], panels: list[tuple[str, Tensor]]) -> Image.Image:
-    height, width = photo.shape[:2]
-    step = width + PANEL_GAP
-    strip = Image.new("RGB", (len(panels) * step - PANEL_GAP, height + LABEL_HEIGHT), PAPER)
-    draw = ImageDraw.Draw(strip)
-    for column, (label, heatmap) in enumerate(panels):
-        strip.paste(Image.fromarray(heat_over(photo, heatmap)), (column * step, 0))
-        draw.text((column * step, height + 4), label, INK, font("DejaVuSans", LABEL_SIZE))
-    return strip
+def draw_panels(
+    labels: Sequence[Sequence[str]],
+    panels: Sequence[UInt8[np.ndarray, "height width 3"]],
+    *,
+    per_line: int,
+) -> Image.Image:
+    """Draw panels of one size in lines, each above the lines of its label.
+
+    Args:
+        labels: lines of text for each panel; what does not fit its width ends in an ellipsis.
+        panels: at least one.
+        per_line: how many panels stand side by side.
+    """
+    height, width = panels[0].shape[:2]
+    label_height = LABEL_TOP + LABEL_HEIGHT * max(map(len, labels))
+    columns, lines = min(per_line, len(panels)), -(-len(panels) // per_line)
+    step_x, step_y = width + PANEL_GAP, height + label_height
+    picture = Image.new("RGB", (columns * step_x - PANEL_GAP, lines * step_y), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for number, (label, panel) in enumerate(zip(labels, panels, strict=True)):
+        left, top = number % per_line * step_x, number // per_line * step_y
+        picture.paste(Image.fromarray(panel), (left, top))
+        for line, text in enumerate(label):
+            place = (left, top + height + LABEL_TOP + line * LABEL_HEIGHT)
+            draw.text(place, _clipped(text, width), INK, font("DejaVuSans", LABEL_SIZE))
+    return picture
 
 
-def _fitted(image: Image.Image, longer_side: int) -> Image.Image:
+def _clipped(text: str, width: int) -> str:
+    """A text in one line of a width in pixels."""
+    letters = font("DejaVuSans", LABEL_SIZE)
+    # no line is longer than its width in pixels, and measuring a long text takes long
+    one_line = " ".join(text[: width + 1].split())
+    if letters.getlength(one_line) <= width and len(text) <= width:
+        return one_line
+    fitting = (one_line[:end] for end in range(len(one_line), 0, -1))
+    return next((start for start in fitting if letters.getlength(f"{start}…") <= width), "") + "…"
+
+
+def fitted(image: Image.Image, longer_side: int) -> Image.Image:
+    """Scale an image, as RGB, to a longer side in pixels."""
     scale = longer_side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)

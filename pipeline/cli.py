@@ -1,4 +1,4 @@
-"""The command line: `legrad annotate | status | evaluate | models | demo`.
+"""The command line: `legrad annotate | status | report | evaluate | explain | models | demo`.
 
 Exit codes: 0 done; 1 the user's mistake; 2 the environment's or our own fault; 3 finished with shards failed
 or left; 130 Ctrl-C; 143 SIGTERM.
@@ -136,6 +136,39 @@ def report(
 
 
 @app.command()
+def explain(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A JPEG, PNG, WebP, BMP or GIF.")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What is looked for in it.")],
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="An open_clip model; or demo, which is shipped and knows 64 things. "
+            "[default: ViT-B-16, laion2b_s34b_b88k: 600 MB from the hub at first]",
+        ),
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="TAG", help="Its hub tag, or the path of a checkpoint.")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(metavar="N|all", help="How many of the last blocks are explained.")
+    ] = "2",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where the pictures go.")] = "out/explain",
+    fit: Annotated[
+        str, typer.Option(metavar="stretch|keep", help="To the model's input size, or in the image's aspect.")
+    ] = "stretch",
+    precision: Annotated[str, typer.Option(metavar="fp32|bf16|fp16", help="Of the model.")] = "fp32",
+) -> None:
+    """Draw where one image speaks for each text: heat maps, layer by layer, side by side."""
+    from pipeline.explain import explain_file, model_named, render_explained
+
+    chosen = model_named(model, pretrained, layers=layers, fit=fit, precision=precision)
+    written = explain_file(image, texts, chosen, out)
+    console.print(render_explained(written, out), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def models(
     refused: Annotated[bool, typer.Option("--refused", help="Also list the others, and why.")] = False,
     fetch: Annotated[
@@ -170,7 +203,7 @@ def models(
 def demo(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("out/demo"),
 ) -> None:
-    """Annotate the shipped shards with the shipped model, then evaluate and draw a contact sheet."""
+    """Annotate the shipped shards with the shipped model, then evaluate, draw and report."""
     from pipeline.demo.run_demo import run_demo
 
     raise typer.Exit(run_demo(out, console))

@@ -14,6 +14,7 @@ from pipeline.config import JobConfig, load_config
 from pipeline.contact_sheet import write_contact_sheet
 from pipeline.demo import assets
 from pipeline.evaluate import evaluate_output, render_evaluation
+from pipeline.report import REPORT_FILE, write_report
 
 SHOWN_ROWS = 6
 ROW_COLUMNS = ("key", "prompt", "similarity", "threshold", "area", "bbox_xywh")
@@ -24,13 +25,13 @@ SET_TITLES = {
 
 
 def run_demo(out: Path, console: Console) -> int:
-    """Annotate the shipped shards, evaluate them, and draw a contact sheet.
+    """Annotate the shipped shards, evaluate them, draw a contact sheet and write a report.
 
     Returns:
         The exit code of the annotation.
 
     Raises:
-        PipelineError: as the annotation and the evaluation do.
+        PipelineError: as the annotation, the evaluation and the report do.
     """
     config = demo_config(out)
     exit_code = annotate_with_config(config, console)
@@ -45,8 +46,9 @@ def run_demo(out: Path, console: Console) -> int:
         )
         console.print(render_evaluation(found))
     shown = [str(path) for path in assets.demo_shard_paths("heldout")]
-    picture = write_contact_sheet(str(out), shown, out / "contact_sheet.png")
-    _show_written(out, picture, console)
+    write_contact_sheet(str(out), shown, out / "contact_sheet.png")
+    write_report(str(out), classes_file=str(assets.demo_classes_path()))
+    _show_written(out, console)
     return exit_code
 
 
@@ -76,7 +78,7 @@ def _show_rows(out: Path, console: Console) -> None:
     console.print(table)
 
 
-def _show_written(out: Path, picture: Path, console: Console) -> None:
+def _show_written(out: Path, console: Console) -> None:
     table = Table("file", "bytes", "what it is", title="Written", title_justify="left")
     kinds = {
         "job.json": "configuration, versions, digests",
@@ -86,6 +88,8 @@ def _show_written(out: Path, picture: Path, console: Console) -> None:
         "_SUCCESS": "totals",
         "evaluation-heldout.json": "scores on the held-out scenes",
         "evaluation-newartist.json": "scores on the other artist's scenes",
+        "contact_sheet.png": "scenes chosen at random",
+        REPORT_FILE: "pictures, distributions, provenance; open it in a browser",
     }
     for name, meaning in kinds.items():
         path = out / name
@@ -93,4 +97,5 @@ def _show_written(out: Path, picture: Path, console: Console) -> None:
         shown = f"{path}/ ({len(files)} files)" if path.is_dir() else str(path)
         table.add_row(shown, f"{sum(file.stat().st_size for file in files):,}", meaning)
     console.print(table)
-    console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
+    console.print(f"Picture: {out / 'contact_sheet.png'}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {(out / REPORT_FILE).absolute().as_uri()}", highlight=False, soft_wrap=True)

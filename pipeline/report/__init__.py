@@ -4,6 +4,6 @@ totals (what the folder holds) -> scores (columns of a bounded sample of rows) -
 shown) -> pictures -> charts -> page (templates/).
 """
 
-from pipeline.report.write import Report, render_report, write_report
+from pipeline.report.write import REPORT_FILE, Report, render_report, write_report
 
-__all__ = ["Report", "render_report", "write_report"]
+__all__ = ["REPORT_FILE", "Report", "render_report", "write_report"]

@@ -8,6 +8,7 @@ import legrad
 
 def test_the_public_names_are_these():
     assert sorted(legrad.__all__) == [
+        "Explanation",
         "ImageTransform",
         "InputError",
         "LayerTrace",
@@ -18,6 +19,7 @@ def test_the_public_names_are_these():
         "TokenizerError",
         "Trace",
         "UnsupportedModelError",
+        "explain_image",
         "layer_strip",
         "overlay",
         "supported_models",

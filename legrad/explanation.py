@@ -1,0 +1,135 @@
+"""One image explained for several texts: numbers, pictures, and what a notebook shows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from legrad.errors import InputError
+from legrad.explainer import LeGrad
+from legrad.masks import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
+from legrad.overlay import draw_panels, fitted, heat_over, overlay
+
+PANELS_PER_LINE = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Where an image speaks for each of several texts; a notebook shows `side_by_side`.
+
+    Attributes:
+        image: the original, RGB.
+        texts: what was looked for.
+        heatmaps: of each text, from 0 to 1, at the pixel size of the model's input.
+        similarities: cosine of the image and each text.
+        layer_grids: raw relevance on the patch grid, the layers apart; their sum is what is explained.
+        layer_indices: the blocks' ordinals, as `layer_grids` has them.
+        normalisation: how the model's family brings grids to heat maps.
+    """
+
+    image: Image.Image
+    texts: tuple[str, ...]
+    heatmaps: Float[Tensor, "texts height width"]
+    similarities: Float[Tensor, " texts"]
+    layer_grids: Float[Tensor, "layers texts grid_height grid_width"]
+    layer_indices: tuple[int, ...]
+    normalisation: Normalisation
+
+    @property
+    def overlays(self) -> tuple[Image.Image, ...]:
+        """The heat map of each text over the greyed image, of the image's size."""
+        return tuple(overlay(self.image, heatmap) for heatmap in self.heatmaps)
+
+    @property
+    def layer_strips(self) -> tuple[Image.Image, ...]:
+        """For each text which layer contributes what; see `layer_strip`."""
+        return tuple(self._layer_strip(number, 224) for number in range(len(self.texts)))
+
+    def side_by_side(self, *, panel_side: int = 320) -> Image.Image:
+        """Draw the image and the heat maps of all texts in one picture.
+
+        Args:
+            panel_side: longer side of a panel, in pixels.
+        """
+        photo = np.asarray(fitted(self.image, panel_side))
+        heats = [heat_over(photo, heatmap) for heatmap in self.heatmaps]
+        labels = [
+            (text, f"similarity {similarity:.3f}")
+            for text, similarity in zip(self.texts, self.similarities.tolist(), strict=True)
+        ]
+        return draw_panels([("image",), *labels], [photo, *heats], per_line=PANELS_PER_LINE)
+
+    def _layer_strip(self, number: int, panel_side: int) -> Image.Image:
+        grids = self.layer_grids[:, number]
+        shares = grids.sum(dim=(-2, -1)) / grids.sum().clamp(min=torch.finfo(grids.dtype).tiny)
+        photo = np.asarray(fitted(self.image, panel_side))
+        height, width = photo.shape[:2]
+        common_scale = minmax_normalise(grids.reshape(1, -1, grids.shape[-1])).reshape(grids.shape)
+        merged = heatmaps_of(grids.sum(dim=0), height, width, self.normalisation)
+        heatmaps = [*(upsample_grid(grid, height, width) for grid in common_scale), merged]
+        labels = [
+            (f"block {index}: {100 * share:.0f} %",)
+            for index, share in zip(self.layer_indices, shares.tolist(), strict=True)
+        ]
+        panels = [heat_over(photo, heatmap) for heatmap in heatmaps]
+        return draw_panels([*labels, ("sum",)], panels, per_line=len(panels))
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        sink = io.BytesIO()
+        self.side_by_side().save(sink, "PNG")
+        return sink.getvalue()
+
+
+def explain_image(explainer: LeGrad, image: Image.Image, texts: Sequence[str]) -> Explanation:
+    """Explain one image for several texts, in one forward pass.
+
+    Args:
+        explainer: whose layers are explained.
+        image: of any size and mode.
+        texts: what is looked for, at least one.
+
+    Raises:
+        InputError: no text, or one text where a list of them is expected.
+        TokenizerError: the explainer was made without a tokenizer.
+    """
+    if isinstance(texts, str) or not texts:
+        raise InputError(f"texts: expected a list of at least one text, received {texts!r}")
+    pixels = explainer.preprocess([image])
+    trace = explainer.encode(pixels)
+    embeddings = explainer.embed_text(texts)
+    grids = explainer.relevance(trace, embeddings, per_layer=True)[:, 0].float().cpu()
+    normalisation = explainer.tower.normalisation
+    return Explanation(
+        image=image.convert("RGB"),
+        texts=tuple(texts),
+        heatmaps=heatmaps_of(grids.sum(dim=0), pixels.shape[2], pixels.shape[3], normalisation),
+        similarities=explainer.similarity(trace, embeddings)[0].float().cpu(),
+        layer_grids=grids,
+        layer_indices=tuple(layer.index for layer in trace.layers),
+        normalisation=normalisation,
+    )
+
+
+def layer_strip(explainer: LeGrad, image: Image.Image, text: str, *, panel_side: int = 224) -> Image.Image:
+    """Draw which layer contributes what: one panel for each explained block, and one for their sum.
+
+    All blocks share one colour scale, so a pale panel is a block that adds little; its label gives the
+    block's share of all relevance, in per cent.
+
+    Args:
+        explainer: made with the `layers` to show.
+        image: of any size and mode.
+        text: what is looked for.
+        panel_side: longer side of a panel, in pixels.
+
+    Source: the per-layer maps of https://arxiv.org/abs/2404.03214, section 3.3.
+    """
+    return explain_image(explainer, image, [text])._layer_strip(0, panel_side)

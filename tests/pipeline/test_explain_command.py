@@ -1,0 +1,126 @@
+"""`legrad explain`: pictures of one image, in files of safe names."""
+
+import io
+import re
+import sys
+import tarfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import cli
+from pipeline.demo import assets
+from pipeline.errors import UserError
+from pipeline.explain import DEFAULT_MODEL, DEFAULT_TAG, explain_file, model_named
+
+HOSTILE = "../../etc/passwd\x1b[31m <img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """A demo scene: its image on disk, and what it shows."""
+    with tarfile.open(assets.demo_shard_paths("heldout")[0]) as tar:
+        (tmp_path / "scene.jpg").write_bytes(tar.extractfile("heldout-00000.jpg").read())
+    return tmp_path / "scene.jpg"
+
+
+@pytest.fixture
+def explain(monkeypatch, capsys):
+    """Runs the command in this process; returns exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["legrad", "explain", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_each_text_gets_an_overlay_and_a_strip_and_all_get_one_picture(explain, scene, tmp_path):
+    out = tmp_path / "out"
+    code, told, _ = explain(
+        scene, "a banana", "a banana", "a panda", HOSTILE, "--model", "demo", "--layers", 3, "--out", out
+    )
+    assert code == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [
+        "00-a-banana-layers.png",
+        "00-a-banana.png",
+        "01-a-banana-layers.png",
+        "01-a-banana.png",
+        "02-a-panda-layers.png",
+        "02-a-panda.png",
+        "03-etc-passwd-31m-img-src-x-onerror-alert-layers.png",
+        "03-etc-passwd-31m-img-src-x-onerror-alert.png",
+        "side-by-side.png",
+    ]
+    assert all(str(out / name) in told for name in names)
+    assert "\x1b" not in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "scene.jpg"]
+    with Image.open(scene) as image, Image.open(out / "00-a-banana.png") as overlay:
+        scene_size = image.size
+        assert overlay.size == scene_size
+    with Image.open(out / "00-a-banana-layers.png") as strip:
+        assert strip.width == 4 * (round(224 * scene_size[0] / max(scene_size)) + 8) - 8
+    similarities = [float(found) for found in re.findall(r"similarity ([+-]\d\.\d{3})", told)]
+    assert len(similarities) == 4
+    assert min(similarities[0], similarities[2]) > similarities[3], "the scene shows a banana and a panda"
+
+
+def test_the_default_model_is_a_real_one_and_demo_is_the_shipped_one():
+    assert (model_named(None, None).name, model_named(None, None).pretrained) == (DEFAULT_MODEL, DEFAULT_TAG)
+    for name, tag in (("demo", None), (None, "demo"), (assets.DEMO_MODEL_NAME, "demo")):
+        model = model_named(name, tag)
+        assert (model.name, model.pretrained) == (assets.DEMO_MODEL_NAME, "demo")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model", "ViT-L-14"], "--pretrained"),
+        (["--model", "demo", "--layers", "many"], "--layers"),
+        (["--model", "demo", "--layers", "0"], "--layers"),
+        (["--model", "demo", "--layers", "99"], "layers"),
+        (["--model", "demo", "--fit", "crop"], "--fit"),
+        (["--model", "demo", "--fit", "tile"], "--fit"),
+        (["--model", "demo", "--precision", "int3"], "--precision"),
+        (["--model", "no-such-model", "--pretrained", "x"], "no-such-model"),
+    ],
+)
+def test_options_that_cannot_be_are_told_on_one_screen(explain, scene, tmp_path, options, told):
+    code, _, err = explain(scene, "a dog", "--out", tmp_path / "out", *options)
+    assert code == 1
+    assert told in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def eps():
+    sink = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(sink, "EPS")
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an image", eps()])
+def test_an_image_that_cannot_be_opened_is_the_users_mistake(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.jpg"):
+        explain_file(str(tmp_path / "x.jpg"), ["a dog"], model_named("demo", None), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("texts", [["a", " "], ["x" * 20_000], ["a"] * 101])
+def test_texts_that_cannot_be_are_the_users_mistake(scene, tmp_path, texts):
+    with pytest.raises(UserError, match="TEXT"):
+        explain_file(str(scene), texts, model_named("demo", None), str(tmp_path / "out"))
+
+
+@given(text=st.text(max_size=200))
+def test_any_text_gives_a_file_name_that_is_safe_everywhere(text):
+    from pipeline.explain import _slug
+
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", _slug(text))
