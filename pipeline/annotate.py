@@ -21,6 +21,7 @@ from pipeline.mask_rows import annotation_rows, finite_prompts
 from pipeline.measures import Measures, Meter
 from pipeline.model import views_wanted
 from pipeline.records import SampleError, ShardCounts, total_counts
+from pipeline.refined_maps import refinement_of
 from pipeline.sample_prompts import Companions, SamplePrompts, companions_of
 from pipeline.shards import RawSample, read_samples
 from pipeline.stages import Stages, StreamLimits
@@ -107,6 +108,7 @@ class ShardAnnotator:
             batches_at_once=batches_at_once,
             companions=companions,
             views=self._views,
+            refinement=refinement_of(config.masks, explainer.patch_size),
         )
         self._metadata = metadata
         self._wanted_fields = wanted_fields(config.input, self._sample_prompts)

@@ -184,6 +184,27 @@ class MasksConfig(Section):
 
     rule: Literal["fixed", "otsu"] = Field("otsu", description="Threshold of the heat map in [0, 1].")
     value: float = Field(0.5, ge=0, le=1, description="The threshold of rule fixed.")
+    refine: Literal["none", "pamr", "par"] = Field(
+        "none",
+        description="Whether heat maps are made to follow the image's edges, at the model's input size: par as "
+        "Ru et al. (2022), pamr as Araslanov and Roth (2020).",
+    )
+    refine_iterations: PositiveInt = Field(
+        6, description="How often each pixel becomes the weighted mean of its neighbours."
+    )
+    refine_dilations: list[PositiveInt] | None = Field(
+        None,
+        min_length=1,
+        max_length=12,
+        description="Steps to eight neighbours each, in pixels of the model's input; null: a quarter of a "
+        "patch, half, one and two.",
+    )
+    refine_contrast: float | None = Field(
+        None,
+        gt=0,
+        description="Share of the neighbours' deviation that counts as one unit of colour distance; smaller: "
+        "sharper; null: the authors' own, 0.3 for par, 0.1 for pamr.",
+    )
     max_side: PositiveInt | None = Field(
         None, description="Longest side of the mask frame in pixels; null: the image's original size."
     )
@@ -196,6 +217,13 @@ class MasksConfig(Section):
     min_area: float | None = Field(
         None, ge=0, le=1, description="Masks that cover a smaller share of the frame are rejected_area."
     )
+
+    @field_validator("refine_dilations")
+    @classmethod
+    def _different_steps(cls, steps: list[int] | None) -> list[int] | None:
+        if steps is not None and len(set(steps)) < len(steps):
+            raise ValueError("expected different steps")
+        return steps
 
 
 class OutputConfig(Section):

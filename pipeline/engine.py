@@ -6,19 +6,21 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 import legrad
 from legrad.inputs import neutral_patches
+from legrad.refine import Refinement
 from legrad.text_embedder import TextEmbedder
 from legrad.view_relevance import merged_relevance
 from legrad.views import Views
 from pipeline.batch_texts import ImageMaps, choose_maps, embed_batch
 from pipeline.decode import WHOLE_IMAGE, DecodedImage
 from pipeline.measures import Meter
+from pipeline.refined_maps import refined_maps
 from pipeline.sample_prompts import Companions, Prompt
 
 __all__ = ["Engine", "ExplainedPrompt", "ExplainedSample", "PreparedSample", "Prompt"]
@@ -89,6 +91,7 @@ class Engine:
         batch_size: most images in a batch.
         batches_at_once: while one computes, others are put together; further threads wait.
         views: of every image, whose relevance is merged; the similarity is the first one's.
+        refinement: how heat maps are made to follow the pixels; None: not at all.
         companions: texts explained beside every sample's own.
         meter: takes how long the device was busy.
     """
@@ -103,9 +106,11 @@ class Engine:
         batches_at_once: int = 1,
         companions: Companions = NO_COMPANIONS,
         views: Views = WHOLE_IMAGE,
+        refinement: Refinement | None = None,
     ) -> None:
         self._explainer = explainer
         self._views = views
+        self._refinement = refinement
         self._companions = companions
         self._max_prompts_per_sample = max_prompts_per_sample
         self._embedder = TextEmbedder(explainer)
@@ -201,12 +206,26 @@ class Engine:
             .float()
             .cpu()
         )
-        return [
-            self._explained(sample, maps, own_grids, texts.truncated, cosines)
-            for sample, maps, own_grids, cosines in zip(
-                samples, chosen, torch.split(grids, counts), similarities, strict=True
-            )
-        ]
+        return self._refined(
+            [
+                self._explained(sample, maps, own_grids, texts.truncated, cosines)
+                for sample, maps, own_grids, cosines in zip(
+                    samples, chosen, torch.split(grids, counts), similarities, strict=True
+                )
+            ]
+        )
+
+    def _refined(self, explained: list[ExplainedSample]) -> list[ExplainedSample]:
+        if self._refinement is None:
+            return explained
+        maps = refined_maps(
+            [result.sample.image.pixels for result in explained],
+            [_competing_grids(result) for result in explained],
+            self._refinement,
+            self._explainer.tower.normalisation,
+            self._explainer.device,
+        )
+        return [replace(result, refined_maps=own) for result, own in zip(explained, maps, strict=True)]
 
     def _canvases(self, samples: Sequence[PreparedSample]) -> list[torch.Tensor]:
         """The batch as the model takes it, on every canvas."""
@@ -240,3 +259,11 @@ class Engine:
             background_grids=background_grids[background_grids.isfinite().flatten(1).all(dim=1)],
             neutral_patches=neutral,
         )
+
+
+def _competing_grids(explained: ExplainedSample) -> torch.Tensor:
+    """Grids of prompts, then of backgrounds, without what a neutral text claims."""
+    grids = torch.cat([explained.relevance_grids, explained.background_grids])
+    if explained.neutral_patches is None:
+        return grids
+    return grids.masked_fill(explained.neutral_patches, 0)
