@@ -181,7 +181,7 @@ def resample_grids(
 
 def merge_grids(
     canvases: Sequence[Grid],
-    view_grids: Iterable[tuple[View, Float[Tensor, "maps rows columns"]]],
+    view_grids: Iterable[tuple[View, Float[Tensor, "maps _rows _columns"]]],
 ) -> Float[Tensor, "maps grid_rows grid_columns"]:
     """Merge raw maps of an image's views on its reference grid.
 
