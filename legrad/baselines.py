@@ -27,6 +27,7 @@ def baseline_grids(
     image_index: Int[Tensor, " prompts"],
     *,
     generator: torch.Generator,
+    images: Float[Tensor, "batch 3 height width"] | None = None,
 ) -> dict[str, Float[Tensor, "prompts grid_height grid_width"]]:
     """Every baseline for the given (image, prompt) pairs.
 
@@ -36,12 +37,14 @@ def baseline_grids(
         text_embeddings: unit rows, one a prompt.
         image_index: for each prompt, the row of its image in the trace.
         generator: of the random grids; on the CPU.
+        images: what the trace encodes; given, and where the tower has a class token, rollout is one of the
+            baselines, and the trace must hold every block.
 
     Returns:
         Name of the baseline to its grids, in float32.
 
     Raises:
-        InputError: the trace holds one block alone.
+        InputError: the trace holds one block alone, or not every block where rollout needs them.
     """
     grid = (trace.grid_height, trace.grid_width)
     device = image_index.device
@@ -49,17 +52,20 @@ def baseline_grids(
         "GradCAM, last block": gradcam(tower, trace, text_embeddings, image_index),
         "patch-text similarity": patch_text_similarity(tower, trace, text_embeddings, image_index),
         "mean-query attention": mean_query_attention(tower, trace)[image_index],
-        **{name: grids[image_index] for name, grids in _pooling_attention(tower, trace).items()},
+        **{name: grids[image_index] for name, grids in _pooling_attention(tower, trace, images).items()},
         "centre prior": centre_prior(*grid).to(device).expand(len(image_index), *grid),
         "random": random_grids(len(image_index), *grid, generator=generator).to(device),
     }
 
 
-def _pooling_attention(tower: Tower, trace: Trace) -> dict[str, Tensor]:
+def _pooling_attention(tower: Tower, trace: Trace, images: Tensor | None) -> dict[str, Tensor]:
     """The attention by which the tower gathers its feature, where there is such a thing."""
     if tower.own.pooler is not None:
         return {"pooler attention": pooler_attention(tower.own.pooler, tower, trace)}
-    return {"CLS attention": cls_attention(tower, trace)} if tower.prefix_tokens else {}
+    if not tower.prefix_tokens:
+        return {}
+    last = {"CLS attention": cls_attention(tower, trace)}
+    return last if images is None else last | {"attention rollout": attention_rollout(tower, trace, images)}
 
 
 def random_grids(
@@ -85,6 +91,40 @@ def cls_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_heigh
         (there one map a head).
     """
     return _patch_grid(_last_attention(tower, trace)[:, 0], tower, trace)
+
+
+@torch.no_grad()
+def attention_rollout(
+    tower: Tower, trace: Trace, images: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch grid_height grid_width"]:
+    """How much of each patch reaches the class token, if every block mixed tokens as its attention says.
+
+    Each block's attention, averaged over heads, is averaged with the identity for the residual, and the
+    product over all blocks is read at the class token; knows no prompt. Blocks are taken from the last to the
+    first, so that one row is carried instead of a matrix, and one attention matrix is held at a time.
+
+    Args:
+        tower: description of the tower that made the trace.
+        trace: the encoded images, with every block.
+        images: the same images; their embedding enters the first block.
+
+    Raises:
+        InputError: a trace of fewer blocks.
+
+    Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, section 3.
+    """
+    if len(trace.layers) != len(tower.blocks):
+        raise InputError(
+            f"attention rollout: expected a trace of all {len(tower.blocks)} blocks, "
+            f"received {len(trace.layers)}"
+        )
+    with torch.autocast(images.device.type, enabled=False):
+        inputs = [tower.embed(images).tokens, *(layer.block_outputs for layer in trace.layers[:-1])]
+    reaching = F.one_hot(torch.zeros(len(images), dtype=torch.long), inputs[0].shape[1])
+    rows = reaching.to(images.device, torch.float32)[:, None]
+    for block, tokens in zip(reversed(tower.blocks), reversed(inputs), strict=True):
+        rows = (rows @ _attention(block, tokens, trace.rotary) + rows) / 2
+    return _patch_grid(rows[:, 0], tower, trace)
 
 
 def pooler_attention(

@@ -107,31 +107,36 @@ def point_overlap(
     )
 
 
-def tabulate_overlaps(
-    overlaps: Sequence[Overlap], class_ids: Int[np.ndarray, " classes"] | None = None
+def tabulate_overlaps(overlaps: Sequence[Overlap]) -> OverlapTable:
+    """Align the overlaps of a set of images, one row each."""
+    counts = [np.stack([overlap.truth, overlap.predicted, overlap.both], axis=1) for overlap in overlaps]
+    return tabulate_counts(
+        np.concatenate([np.zeros((0, 3), dtype=np.intp), *counts]),
+        np.concatenate([np.zeros(0, dtype=np.intp), *(overlap.class_ids for overlap in overlaps)]),
+        np.repeat(np.arange(len(overlaps)), [len(overlap.class_ids) for overlap in overlaps]),
+        len(overlaps),
+    )
+
+
+def tabulate_counts(
+    counts: Shaped[np.ndarray, "items 3"],
+    class_ids: Int[np.ndarray, " items"],
+    images: Int[np.ndarray, " items"],
+    image_count: int,
 ) -> OverlapTable:
-    """Align the overlaps of a set of images, one row each.
+    """Align what was counted of classes in images; items of the same class and image are added up.
 
     Args:
-        overlaps: one an image.
-        class_ids: columns to have, ascending; those that occur, unless given.
+        counts: truth, predicted and both of each item.
+        class_ids: the class of each item.
+        images: the row of the image that each item belongs to.
+        image_count: how many images there are, also such without items.
     """
-    if class_ids is None:
-        empty = np.zeros(0, dtype=np.intp)
-        class_ids = np.unique(np.concatenate([empty, *(overlap.class_ids for overlap in overlaps)]))
-    rows = np.repeat(np.arange(len(overlaps)), [len(overlap.class_ids) for overlap in overlaps])
-    columns = [np.searchsorted(class_ids, overlap.class_ids) for overlap in overlaps]
-    parts = [
-        csr_array(
-            (
-                _joined([getattr(overlap, name) for overlap in overlaps]).astype(np.float64),
-                (rows, _joined(columns) + block * len(class_ids)),
-            ),
-            shape=(len(overlaps), 3 * len(class_ids)),
-        )
-        for block, name in enumerate(("truth", "predicted", "both"))
-    ]
-    return OverlapTable(class_ids, parts[0] + parts[1] + parts[2])
+    found, position = np.unique(class_ids, return_inverse=True)
+    columns = position[:, None] + np.arange(3) * len(found)
+    cells = (np.repeat(images, 3), columns.ravel())
+    values = counts.astype(np.float64).ravel()
+    return OverlapTable(found, csr_array((values, cells), shape=(image_count, 3 * len(found))))
 
 
 def mean_iou(table: OverlapTable, *, background: bool) -> Callable[[Sums], Float[np.ndarray, " draws"]]:
@@ -339,7 +344,3 @@ def _mean_of_defined(values: Float[np.ndarray, "draws classes"]) -> Float[np.nda
     defined = ~np.isnan(values)
     sums: NDArray[np.float64] = np.where(defined, values, 0).sum(axis=1)
     return _ratio(sums, defined.sum(axis=1).astype(np.float64))
-
-
-def _joined(parts: Sequence[Shaped[np.ndarray, " _"]]) -> Shaped[np.ndarray, " whole"]:
-    return np.concatenate([np.zeros(0, dtype=np.intp), *parts])

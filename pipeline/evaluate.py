@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 
 import legrad
 from legrad import metrics
@@ -19,23 +18,13 @@ from pipeline import storage
 from pipeline.config import InputConfig, parse_config
 from pipeline.decode import decode_image
 from pipeline.errors import SampleFailure, ShardError, UserError
-from pipeline.evaluation_result import EvaluationResult, MapScores, RecognitionScores
+from pipeline.evaluation_result import EvaluationResult, RecognitionScores
 from pipeline.evaluation_table import render_evaluation
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.job import JOB_FILE, read_job
-from pipeline.map_figures import (
-    AVERAGE_PRECISION,
-    FIRST_IOU,
-    IOU_AT_HALF,
-    IOU_OTSU,
-    OWN_OBJECT,
-    POINTING,
-    THRESHOLDS,
-    DecodedScene,
-    ExaminedBatch,
-    Examiner,
-    legrad_name,
-)
+from pipeline.map_figures import ExaminedBatch, Examiner, legrad_name
+from pipeline.map_measures import DecodedScene
+from pipeline.map_scores import all_map_scores, all_perturbation_scores
 from pipeline.model import load_explainer
 from pipeline.records import SampleError
 from pipeline.storage import ShardSource
@@ -64,6 +53,8 @@ class EvaluationOptions:
         class_template: text that class names are put into.
         label: what to call the model.
         seed: of the random maps and the bootstrap.
+        perturbed_scenes: in how many scenes, the first ones, patches are hidden by every method's map. Each
+            costs 36 forward passes a method and prompt.
     """
 
     layers: tuple[int, ...] = (1, 2, 4)
@@ -71,6 +62,7 @@ class EvaluationOptions:
     class_template: str = "a photo of a {}"
     label: str = "the model"
     seed: int = 0
+    perturbed_scenes: int = 0
 
 
 def evaluate_output(
@@ -79,6 +71,7 @@ def evaluate_output(
     classes_file: str | Path | None = None,
     *,
     result_name: str = EVALUATION_FILE,
+    perturbed_scenes: int = 0,
 ) -> EvaluationResult:
     """Evaluate a job: its masks as written, and the maps of its model; also written into the folder as JSON.
 
@@ -86,7 +79,8 @@ def evaluate_output(
         out_dir: the job's output folder.
         shard_patterns: the tars that the job annotated, with ground truth in them.
         classes_file: line i names class id i; given, recognition is measured as well.
-        result_name: of the JSON file in the output folder.
+        result_name: of the JSON file in the output folder; the plot beside it has its stem.
+        perturbed_scenes: see `EvaluationOptions`.
 
     Raises:
         UserError: no job in the folder, nothing to evaluate, unreadable shards or class list.
@@ -97,7 +91,9 @@ def evaluate_output(
     shards = list_truth_shards(shard_patterns)
     explainer = load_explainer(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     options = EvaluationOptions(
-        configured_layers=config.model.layers, label=f"{config.model.name} ({config.model.pretrained})"
+        configured_layers=config.model.layers,
+        label=f"{config.model.name} ({config.model.pretrained})",
+        perturbed_scenes=perturbed_scenes,
     )
     try:
         collected = collect_written_masks(out_dir, shards, config.input, config.prompts.source)
@@ -153,7 +149,11 @@ def evaluate_scenes(
     class_texts = [options.class_template.format(name) for name in class_names or ()]
     examiner = Examiner(explainer, class_texts, sorted(layer_counts), options.seed)
     decoded = _decoded(scenes, explainer, settings, left_out)
-    batches = [examiner.examine(batch) for batch in _batched(decoded, SCENES_PER_BATCH)]
+    batches: list[ExaminedBatch] = []
+    perturbed_left = options.perturbed_scenes
+    for batch in _batched(decoded, SCENES_PER_BATCH):
+        batches.append(examiner.examine(batch, min(perturbed_left, len(batch))))
+        perturbed_left -= min(perturbed_left, len(batch))
     if not batches:
         raise UserError(
             f"no scene with ground truth could be scored; left out: {dict(left_out) or 'nothing'}"
@@ -163,8 +163,10 @@ def evaluate_scenes(
         scenes=sum(len(batch.present) for batch in batches),
         pairs=sum(len(batch.scene_of_pair) for batch in batches),
         left_out=dict(left_out),
-        maps=_all_map_scores(batches, configured_name, options.seed),
+        maps=all_map_scores(batches, configured_name, options.seed),
         recognition=_recognition(batches, class_names, options),
+        perturbation=all_perturbation_scores(batches, configured_name, options.seed),
+        perturbed_scenes=options.perturbed_scenes - perturbed_left,
     )
 
 
@@ -190,10 +192,10 @@ def _decoded(
         if isinstance(scene, SampleError):
             left_out[f"samples: {scene.stage}/{scene.kind}"] += 1
             continue
-        objects = scene.visible_objects()
+        objects = scene.pointed_objects() if scene.label_map is None else scene.visible_objects()
         hidden = len(scene.class_ids) - len(objects)
         if hidden:
-            left_out["objects without a visible pixel"] += hidden
+            left_out["objects without a visible pixel or point"] += hidden
         if not objects:
             left_out["scenes without a visible object"] += 1
             continue
@@ -202,7 +204,7 @@ def _decoded(
         except SampleFailure as failure:
             left_out[f"samples: {failure.stage}/{failure.kind}"] += 1
             continue
-        yield DecodedScene(scene, objects, image.pixels)
+        yield DecodedScene(scene, objects, image.pixels, image.image_height, image.image_width)
 
 
 def _batched(scenes: Iterable[DecodedScene], size: int) -> Iterator[list[DecodedScene]]:
@@ -214,45 +216,6 @@ def _batched(scenes: Iterable[DecodedScene], size: int) -> Iterator[list[Decoded
         if len(batch) == size:
             yield waiting.pop(scene.pixels.shape)
     yield from waiting.values()
-
-
-def _all_map_scores(
-    batches: Sequence[ExaminedBatch], configured_name: str | None, seed: int
-) -> tuple[MapScores, ...]:
-    offsets = np.cumsum([0, *(len(batch.present) for batch in batches[:-1])])
-    figures = np.concatenate([batch.figures for batch in batches], axis=1)
-    scene_of_pair = np.concatenate(
-        [batch.scene_of_pair + offset for batch, offset in zip(batches, offsets, strict=True)]
-    )
-    return tuple(
-        _map_scores(method, method == configured_name, rows, scene_of_pair, seed)
-        for method, rows in zip(batches[0].methods, figures, strict=True)
-    )
-
-
-def _map_scores(
-    method: str,
-    configured: bool,
-    figures: Float[np.ndarray, "pairs figures"],
-    scene_of_pair: Int[np.ndarray, " pairs"],
-    seed: int,
-) -> MapScores:
-    def estimate(column: int) -> metrics.Estimate:
-        defined = ~np.isnan(figures[:, column])
-        return metrics.bootstrap_mean(figures[defined, column], scene_of_pair[defined], seed=seed)
-
-    threshold, best_column = metrics.best_threshold(figures[:, FIRST_IOU:], THRESHOLDS)
-    return MapScores(
-        method=method,
-        configured=configured,
-        pointing=estimate(POINTING),
-        iou_at_half=estimate(IOU_AT_HALF),
-        iou_otsu=estimate(IOU_OTSU),
-        iou_best=estimate(FIRST_IOU + best_column),
-        best_threshold=threshold,
-        average_precision=estimate(AVERAGE_PRECISION),
-        own_object=None if np.isnan(figures[:, OWN_OBJECT]).all() else estimate(OWN_OBJECT),
-    )
 
 
 def _recognition(

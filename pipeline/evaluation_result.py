@@ -16,25 +16,72 @@ class MapScores:
     Attributes:
         method: name of the map.
         configured: whether these are the maps that the job under evaluation wrote its masks from.
-        pointing: share of maps whose hottest pixel lies on the object.
+        pointing: share of maps whose hottest pixel lies on the object. None, like the other figures, where no
+            scene has the truth that it takes.
         iou_at_half: foreground IoU of the normalised map cut at 0.5.
         iou_otsu: the same, each map cut where Otsu's rule says.
         iou_best: the same, all maps cut at ``best_threshold``, which was chosen on these very scenes.
         best_threshold: the one threshold of the 0.05 grid with the highest mean IoU.
         average_precision: of the map as a ranking of the pixels.
+        mean_iou: IoU of a class over the whole set, each map cut by Otsu's rule and the hottest of a scene's
+            maps taking a pixel; mean over classes, without background.
+        point_mean_iou_at_half: IoU of a class over labelled points, each map cut at 0.5; mean over classes.
+        point_mean_iou_otsu: the same, each map cut where Otsu's rule says.
         own_object: in scenes with two objects, how often a prompt's map is hotter on its own object than on
             the other; 0.5 for maps that ignore the prompt. None where no scene has two objects.
+        iou_curve: mean foreground IoU at every threshold of the 0.05 grid; empty without label maps.
     """
 
     method: str
     configured: bool
-    pointing: Estimate
-    iou_at_half: Estimate
-    iou_otsu: Estimate
-    iou_best: Estimate
-    best_threshold: float
-    average_precision: Estimate
+    pointing: Estimate | None
+    iou_at_half: Estimate | None
+    iou_otsu: Estimate | None
+    iou_best: Estimate | None
+    best_threshold: float | None
+    average_precision: Estimate | None
+    mean_iou: Estimate | None
+    point_mean_iou_at_half: Estimate | None
+    point_mean_iou_otsu: Estimate | None
     own_object: Estimate | None
+    iou_curve: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PerturbationCurve:
+    """What the model says as patches are hidden, or shown, from 0 to 90 % in steps of 10.
+
+    Attributes:
+        test: deletion: patches are taken away; insertion: patches are shown in a blurred image.
+        order: positive: the most relevant first; negative: the least relevant first.
+        accuracy: share of prompts whose class scores above every class that the scene does not show; empty
+            without a class list.
+        cosine: mean similarity of image and prompt.
+        accuracy_area: area under ``accuracy``, over its range; None without a class list.
+        cosine_area: area under ``cosine``, over its range.
+    """
+
+    test: str
+    order: str
+    accuracy: tuple[float, ...]
+    cosine: tuple[float, ...]
+    accuracy_area: Estimate | None
+    cosine_area: Estimate
+
+
+@dataclass(frozen=True)
+class PerturbationScores:
+    """How faithful one kind of map is to the model.
+
+    Attributes:
+        method: name of the map.
+        configured: whether these are the maps that the job under evaluation wrote its masks from.
+        curves: one entry a test and order.
+    """
+
+    method: str
+    configured: bool
+    curves: tuple[PerturbationCurve, ...]
 
 
 @dataclass(frozen=True)
@@ -129,6 +176,8 @@ class EvaluationResult:
         maps: one entry a method, LeGrad first.
         recognition: None where no class list was given.
         written: None where no output folder was evaluated.
+        perturbation: one entry a method; empty where it was not asked for.
+        perturbed_scenes: how many scenes it rests on.
     """
 
     model: str
@@ -138,6 +187,8 @@ class EvaluationResult:
     maps: tuple[MapScores, ...]
     recognition: RecognitionScores | None = None
     written: WrittenMaskScores | None = None
+    perturbation: tuple[PerturbationScores, ...] = ()
+    perturbed_scenes: int = 0
 
     def to_json(self) -> str:
         """The whole result as indented JSON."""

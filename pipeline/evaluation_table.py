@@ -19,6 +19,8 @@ def render_evaluation(result: EvaluationResult) -> RenderableType:
     if result.written is not None:
         parts += [*_written_parts(result.written), Text()]
     parts += _map_tables(result)
+    if result.perturbation:
+        parts += [Text(), *_perturbation_tables(result)]
     if result.recognition is not None:
         parts += [Text(), _recognition_table(result.recognition)]
     parts += [Text(line, style="dim") for line in _notes(result)]
@@ -26,18 +28,42 @@ def render_evaluation(result: EvaluationResult) -> RenderableType:
 
 
 def _map_tables(result: EvaluationResult) -> list[Table]:
-    """Two tables rather than one: each fits into 80 columns."""
+    """Two tables for label maps, so that each fits into 80 columns, and one for points."""
     title = f"Maps of {result.model} for {result.pairs} prompts in {result.scenes} scenes"
     main = _table(title, ("map", "pointing", "IoU at .5", "IoU Otsu", "AP"))
-    more = _table("The same maps", ("map", "IoU best", "cut", "own object"))
+    more = _table("The same maps", ("map", "mIoU Otsu", "IoU best", "cut", "own object"))
+    points = _table("Labelled points", ("map", "mIoU at .5", "mIoU Otsu"))
     for scores in result.maps:
         name = f"{scores.method} *" if scores.configured else scores.method
         style = "bold" if scores.configured else None
         figures = (scores.pointing, scores.iou_at_half, scores.iou_otsu, scores.average_precision)
         main.add_row(name, *(_cell(figure) for figure in figures), style=style)
-        cut = Text(_short(scores.best_threshold, digits=2), style="dim")
-        more.add_row(name, _cell(scores.iou_best), cut, _cell(scores.own_object), style=style)
-    return [main, more]
+        cut = "-" if scores.best_threshold is None else _short(scores.best_threshold, digits=2)
+        classes, best, own = (
+            _cell(figure) for figure in (scores.mean_iou, scores.iou_best, scores.own_object)
+        )
+        more.add_row(name, classes, best, Text(cut, style="dim"), own, style=style)
+        point_figures = (scores.point_mean_iou_at_half, scores.point_mean_iou_otsu)
+        points.add_row(name, *(_cell(figure) for figure in point_figures), style=style)
+    tables = [main, more] if any(scores.pointing for scores in result.maps) else []
+    return [*tables, points] if any(scores.point_mean_iou_otsu for scores in result.maps) else tables
+
+
+def _perturbation_tables(result: EvaluationResult) -> list[Table]:
+    """Areas under accuracy, where there is a class list, and under the cosine."""
+    columns = ("map", "deletion +", "deletion -", "insertion +", "insertion -")
+    scenes = f"area over 0 to 90 % of the patches, {result.perturbed_scenes} scenes"
+    tables = [
+        _table(f"{name}: {scenes}", columns)
+        for name in ("Accuracy under perturbation", "Cosine under perturbation")
+    ]
+    for scores in result.perturbation:
+        name = f"{scores.method} *" if scores.configured else scores.method
+        style = "bold" if scores.configured else None
+        tables[0].add_row(name, *(_cell(curve.accuracy_area) for curve in scores.curves), style=style)
+        tables[1].add_row(name, *(_cell(curve.cosine_area) for curve in scores.curves), style=style)
+    has_classes = any(curve.accuracy_area for curve in result.perturbation[0].curves)
+    return tables if has_classes else tables[1:]
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -122,6 +148,12 @@ def _notes(result: EvaluationResult) -> Sequence[str]:
     ]
     if any(scores.configured for scores in result.maps):
         notes.append("* the layers that this job used")
+    if result.perturbation:
+        notes.append(
+            "+ the most relevant patches first, - the least relevant; good maps fall early (low) under "
+            "deletion + and late (high) under deletion -, rise early (high) under insertion + and late (low) "
+            "under insertion -"
+        )
     notes += [f"left out: {count} {reason}" for reason, count in result.left_out.items()]
     return notes
 

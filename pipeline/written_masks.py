@@ -1,4 +1,4 @@
-"""The masks of a finished job against ground truth, joined by shard and sample, and an account of every row."""
+"""The masks of a finished job against ground truth, joined by shard and sample; what became of rows."""
 
 from __future__ import annotations
 

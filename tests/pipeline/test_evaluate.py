@@ -108,6 +108,7 @@ def test_every_method_is_scored_on_every_prompt_and_the_configured_one_is_marked
         "patch-text similarity",
         "mean-query attention",
         "CLS attention",
+        "attention rollout",
         "centre prior",
         "random",
     ]
@@ -180,7 +181,7 @@ def test_what_cannot_be_scored_is_counted_by_reason(explainer, tmp_path):
         "samples: read/no_ground_truth": 1,
         "samples: read/bad_ground_truth": 4,
         "scenes without a visible object": 1,
-        "objects without a visible pixel": 2,
+        "objects without a visible pixel or point": 2,
     }
 
 
