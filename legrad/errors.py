@@ -5,7 +5,7 @@ LeGradError
  ├── ModelLoadError          a name, tag or checkpoint from which no model could be made
  ├── InputError              a tensor, index or option that does not fit the model or the other inputs
  ├── TokenizerError          texts given to an explainer that has no tokenizer
- └── MaskError               (in `legrad.masks`) grids or rules from which no masks can be made
+ └── MaskError               grids, masks or a rule from which no masks can be made
 """
 
 
@@ -27,3 +27,7 @@ class InputError(LeGradError):
 
 class TokenizerError(LeGradError):
     """Texts given to an explainer that has no tokenizer."""
+
+
+class MaskError(LeGradError):
+    """Grids, masks or a rule from which no masks can be made."""

@@ -18,6 +18,7 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -182,8 +183,30 @@ class PromptsConfig(Section):
 class MasksConfig(Section):
     """How a heat map becomes a mask."""
 
-    rule: Literal["fixed", "otsu"] = Field("otsu", description="Threshold of the heat map in [0, 1].")
+    rule: Literal["fixed", "otsu", "quantile", "band"] = Field(
+        "otsu",
+        description="Threshold of the heat map in [0, 1]. fixed: value; otsu: found for each map; quantile: "
+        "so that a share of the pixels is left outside; band: above high foreground, up to low background, "
+        "and between them the ignore mask.",
+    )
     value: float = Field(0.5, ge=0, le=1, description="The threshold of rule fixed.")
+    quantile: float = Field(
+        0.8, ge=0, le=1, description="Share of the pixels that rule quantile leaves outside."
+    )
+    low: float = Field(0.25, ge=0, le=1, description="Lower threshold of rule band.")
+    high: float = Field(
+        0.75, ge=0, le=1, validate_default=True, description="Upper threshold of rule band, above low."
+    )
+    band_center: Literal["half", "otsu"] = Field(
+        "half",
+        description="half: low and high are values of the heat map. otsu: the scale of low and high is bent "
+        "so that each map's own Otsu threshold stands at 0.5.",
+    )
+    combine: Literal["independent", "argmax"] = Field(
+        "independent",
+        description="independent: each prompt by itself, masks may overlap. argmax: the prompts of an image "
+        "and its background compete for each pixel; the background's level is the threshold of the rule.",
+    )
     refine: Literal["none", "pamr", "par"] = Field(
         "none",
         description="Whether heat maps are made to follow the image's edges, at the model's input size: par as "
@@ -217,6 +240,29 @@ class MasksConfig(Section):
     min_area: float | None = Field(
         None, ge=0, le=1, description="Masks that cover a smaller share of the frame are rejected_area."
     )
+    min_contrast: float | None = Field(
+        None,
+        ge=0,
+        description="Raw maps that stand out less, in the unit of peak, are rejected_contrast: the mean "
+        "above the map's own Otsu threshold less the mean below.",
+    )
+    smooth: float = Field(
+        0.0, ge=0, le=100, description="Standard deviation in patches of a Gaussian that smooths heat maps."
+    )
+    min_component: float = Field(
+        0.0, ge=0, le=1, description="Parts of a mask below this share of the frame are dropped."
+    )
+    max_hole: float = Field(
+        0.0, ge=0, le=1, description="Holes in a mask up to this share of the frame are filled."
+    )
+
+    @field_validator("high")
+    @classmethod
+    def _above_low(cls, high: float, info: ValidationInfo) -> float:
+        low = info.data.get("low")
+        if low is not None and not low < high:
+            raise ValueError(f"must be above masks.low, which is {low}")
+        return high
 
     @field_validator("refine_dilations")
     @classmethod

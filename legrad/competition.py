@@ -1,0 +1,103 @@
+"""From heat maps to one label a pixel: the prompts of an image and its background compete."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from legrad.cleaning import NO_CLEANING, Cleaning, clean_masks
+from legrad.masks import HeatmapStack, ImageMasks, image_masks
+from legrad.rle import Rle, encode_rle
+from legrad.thresholds import MaskRule, cuts_of
+
+NOBODY = -1
+
+
+@dataclass(frozen=True)
+class Contestants:
+    """Texts that compete for the pixels of an image.
+
+    Attributes:
+        heatmaps: of each text.
+        peaks: maximum of each text's raw map.
+    """
+
+    heatmaps: HeatmapStack
+    peaks: Float[Tensor, " texts"]
+
+
+def competing_masks(
+    prompts: Contestants, backgrounds: Contestants, rule: MaskRule, cleaning: Cleaning = NO_CLEANING
+) -> ImageMasks:
+    """Give each pixel to the prompt that is strongest there, unless the background is stronger.
+
+    A prompt's strength is its heat map, weighted by the square root of its raw peak's share in the highest
+    peak of all prompts. The background is as strong as the cut that the rule finds for the strengths of the
+    winners, or as a background text. Of equal prompts the first one wins. With rule `band` a winner between
+    the two cuts is ignored.
+
+    Heat maps alone, each stretched to 1, let a prompt that is not in the image win as often as one that is;
+    raw maps let one strong prompt take the others' objects. The square root lies between: on the demo's
+    scenes as good as heat maps alone where each prompt is in the image, and 2 to 4 points of mIoU better
+    where prompts are chosen by similarity.
+
+    Args:
+        prompts: what gets masks.
+        backgrounds: what competes and gets no mask, in the same frame; there may be none.
+        rule: finds the background's level.
+        cleaning: what is done to the masks; they stay disjoint, since only background is filled.
+
+    Returns:
+        Disjoint masks without thresholds; with rule `band` one ignore mask.
+    """
+    highest_peak = prompts.peaks.amax() if len(prompts.peaks) else prompts.peaks.new_tensor(1.0)
+    best, winner = _winners(prompts, highest_peak)
+    challenger, _ = _winners(backgrounds, highest_peak)
+    level_low, level_high = cuts_of(best[None], rule)
+    is_prompts = best > challenger
+    winner = torch.where(is_prompts & (best > level_high), winner, NOBODY)
+    winner = _cleaned(winner, len(prompts.heatmaps), cleaning)
+    rles = [rle for prompt in range(len(prompts.heatmaps)) for rle in encode_rle((winner == prompt)[None])]
+    ignores: list[Rle] = []
+    if rule.rule == "band":
+        ignores = encode_rle((is_prompts & (best > level_low) & (winner == NOBODY))[None])
+    return image_masks(rles, ignores=ignores)
+
+
+def _weights(peaks: Float[Tensor, " maps"], highest: Float[Tensor, ""]) -> Float[Tensor, " maps"]:
+    # relevance is not negative, but half precision or merging may round to less than zero
+    return (peaks.clamp(min=0) / torch.where(highest > 0, highest, 1)).sqrt()
+
+
+def _winners(
+    texts: Contestants, highest_peak: Float[Tensor, ""]
+) -> tuple[Float[Tensor, "height width"], Int64[Tensor, "height width"]]:
+    """The greatest strength on each pixel, and whose it is; of no maps: zeros."""
+    stack, weights = texts.heatmaps, _weights(texts.peaks, highest_peak)
+    # column by column, as maps are stored
+    best = stack.maps.new_zeros(stack.width, stack.height, dtype=torch.float32).mT
+    winner = torch.full_like(best, NOBODY, dtype=torch.int64)
+    first = 0
+    for heatmaps in stack.chunks():
+        strengths = heatmaps * weights[first : first + len(heatmaps), None, None]
+        index = strengths.argmax(dim=0)
+        value = strengths.amax(dim=0)
+        winner = torch.where(value > best, index + first, winner)
+        best = torch.maximum(best, value)
+        first += len(heatmaps)
+    return best, winner
+
+
+def _cleaned(
+    winner: Int64[Tensor, "height width"], prompts: int, cleaning: Cleaning
+) -> Int64[Tensor, "height width"]:
+    if not cleaning.changes_masks:
+        return winner
+    tidy = torch.full_like(winner, NOBODY)
+    for prompt in range(prompts):
+        was_won: Bool[Tensor, "height width"] = winner == prompt
+        mask = clean_masks(was_won[None], cleaning)[0]
+        free = (winner == NOBODY) & (tidy == NOBODY)
+        tidy[mask & (was_won | free)] = prompt
+    return tidy

@@ -1,0 +1,77 @@
+"""From relevance grids to heat maps: upsample, normalise.
+
+Frames: a *relevance grid* has one cell per image patch; a *heat map* has one value per pixel of the mask
+frame (height, width), which need not be the model's input size.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from legrad.errors import MaskError
+
+Normalisation = Literal["upsampled", "grid"]
+
+
+def minmax_normalise(maps: Float[Tensor, "*leading height width"]) -> Float[Tensor, "*leading height width"]:
+    """Stretch each map to the range from 0 to 1; a constant map becomes zeros.
+
+    Source: LeGrad (arXiv:2404.03214), section 3.3: the merged map is min-max normalised.
+    """
+    lowest = maps.amin(dim=(-2, -1), keepdim=True)
+    span = maps.amax(dim=(-2, -1), keepdim=True) - lowest
+    return (maps - lowest).div_(torch.where(span > 0, span, 1))
+
+
+def upsample_grid(
+    relevance_grid: Float[Tensor, "*leading grid_height grid_width"], height: int, width: int
+) -> Float[Tensor, "*leading height width"]:
+    """Interpolate grids to a pixel frame: bilinear, pixel centres aligned as areas, no antialiasing.
+
+    Args:
+        relevance_grid: one grid for each leading index, of any range.
+        height: rows of the pixel frame.
+        width: columns of the pixel frame.
+
+    Returns:
+        Maps in the grid's own units, stored column by column (a transposed view), as COCO's RLE reads.
+
+    Raises:
+        MaskError: the frame has no pixels.
+    """
+    if height < 1 or width < 1:
+        raise MaskError(
+            f"upsample_grid: expected a frame of at least 1 x 1 pixels, received {height} x {width}"
+        )
+    leading = relevance_grid.shape[:-2]
+    if not leading.numel():
+        return relevance_grid.new_zeros((*leading, width, height)).mT
+    columns_first = relevance_grid.mT.reshape(1, -1, *relevance_grid.mT.shape[-2:])
+    # Interpolating what stands above the minimum keeps a constant map constant to the last bit; otherwise
+    # rounding would leave a ripple, which min-max normalisation would blow up to a full-range map.
+    lowest = columns_first.amin(dim=(-2, -1), keepdim=True)
+    pixels = F.interpolate(columns_first - lowest, size=(width, height), mode="bilinear", align_corners=False)
+    return pixels.add_(lowest).reshape(*leading, width, height).mT
+
+
+def heatmaps_of(
+    relevance_grid: Float[Tensor, "*leading grid_height grid_width"],
+    height: int,
+    width: int,
+    normalisation: Normalisation,
+) -> Float[Tensor, "*leading height width"]:
+    """Bring grids to heat maps from 0 to 1 in a pixel frame; a constant map becomes zeros.
+
+    Args:
+        relevance_grid: raw relevance.
+        height: rows of the pixel frame.
+        width: columns of the pixel frame.
+        normalisation: "upsampled": min-max after upsampling; "grid": before. The authors do the one or the
+            other by model family.
+    """
+    if normalisation == "grid":
+        return upsample_grid(minmax_normalise(relevance_grid), height, width)
+    return minmax_normalise(upsample_grid(relevance_grid, height, width))

@@ -1,0 +1,186 @@
+"""Where a heat map is cut: fixed, or found from each map's own values."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from legrad.errors import MaskError
+
+OTSU_BINS = 256
+RULES = ("fixed", "otsu", "quantile", "band")
+BAND_CENTERS = ("half", "otsu")
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How a heat map becomes a mask: the pixels strictly above a threshold.
+
+    Attributes:
+        rule: `fixed` cuts every map at `value`; `otsu` finds the cut of each map; `quantile` leaves the share
+            `quantile` of the pixels outside; `band` takes what lies above `high`, and what lies between `low`
+            and `high` is neither foreground nor background.
+        value: the cut of `fixed`, in heat-map units, from 0 to 1.
+        quantile: share of the pixels from 0 to 1, of `quantile`.
+        low: lower cut of `band`, from 0 to 1.
+        high: upper cut of `band`, above `low`.
+        band_center: what the middle of `band`'s scale is. `half`: 0.5, so that `low` and `high` are values of
+            the heat map. `otsu`: each map's own cut by Otsu; below it the scale runs evenly down to 0, above
+            it up to 1.
+
+    Source: fixed: the usual cut of class activation maps, as in CAM (arXiv:1512.04150), section 4.1, where it
+        is a share of the maximum. otsu: see `otsu_threshold`. band: two cuts and a region in between that is
+        left out of the loss: SEC (arXiv:1603.06098) trains on confident seeds alone; AffinityNet
+        (arXiv:1803.10464), section 3.2, and IRNet (arXiv:1904.05044), section 3.4, ignore what lies between.
+    """
+
+    rule: str = "fixed"
+    value: float = 0.5
+    quantile: float = 0.8
+    low: float = 0.25
+    high: float = 0.75
+    band_center: str = "half"
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise MaskError(f"mask rule: expected one of {', '.join(RULES)}, received {self.rule!r}")
+        if self.band_center not in BAND_CENTERS:
+            raise MaskError(f"mask rule: expected band_center half or otsu, received {self.band_center!r}")
+        for name in ("value", "quantile", "low", "high"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise MaskError(f"mask rule: expected {name} from 0 to 1, received {share!r}")
+        if not self.low < self.high:
+            raise MaskError(f"mask rule: expected low below high, received {self.low!r} and {self.high!r}")
+
+
+def cuts_of(
+    heatmaps: Float[Tensor, "maps height width"], rule: MaskRule
+) -> tuple[Float[Tensor, " maps"], Float[Tensor, " maps"]]:
+    """Find the lower and the upper cut of each heat map; they are one but for `band`.
+
+    Args:
+        heatmaps: values from 0 to 1.
+        rule: how.
+    """
+    if rule.rule == "otsu":
+        cuts = otsu_threshold(heatmaps)
+    elif rule.rule == "quantile":
+        cuts = quantile_threshold(heatmaps, rule.quantile)
+    elif rule.rule == "fixed":
+        cuts = heatmaps.new_full((heatmaps.shape[0],), rule.value)
+    else:
+        return _band(heatmaps, rule)
+    return cuts, cuts
+
+
+def _band(
+    heatmaps: Float[Tensor, "maps height width"], rule: MaskRule
+) -> tuple[Float[Tensor, " maps"], Float[Tensor, " maps"]]:
+    if rule.band_center == "otsu":
+        center = otsu_threshold(heatmaps)
+    else:
+        center = heatmaps.new_full((heatmaps.shape[0],), 0.5)
+    return _on_scale(rule.low, center), _on_scale(rule.high, center)
+
+
+def _on_scale(position: float, center: Float[Tensor, " maps"]) -> Float[Tensor, " maps"]:
+    if position <= 0.5:
+        return 2 * position * center
+    return center + (2 * position - 1) * (1 - center)
+
+
+def otsu_threshold(heatmaps: Float[Tensor, "*leading height width"]) -> Float[Tensor, "*leading"]:
+    """Find the cut that separates each map's values best into two classes.
+
+    Args:
+        heatmaps: values from 0 to 1.
+
+    Returns:
+        The centre of the chosen bin, of 256 between the map's own extremes; a constant map's own value.
+
+    Source: Otsu, "A threshold selection method from gray-level histograms" (1979): the cut with the
+        greatest between-class variance.
+    """
+    leading = heatmaps.shape[:-2]
+    if not leading.numel():
+        return heatmaps.new_zeros(leading)
+    # mT first: maps from upsample_grid are stored column by column, and flattening them so takes no copy.
+    values = heatmaps.mT.reshape(leading.numel(), -1)
+    # one after the other: torch.aminmax along a dimension is eight times slower
+    lowest = values.amin(dim=1, keepdim=True)
+    span = values.amax(dim=1, keepdim=True) - lowest
+    counts = _histograms(_stretched(values, lowest, span))
+    centres = (torch.arange(OTSU_BINS, dtype=torch.float64, device=values.device) + 0.5) / OTSU_BINS
+    best_bin = _between_class_variance(counts, centres).argmax(dim=1)
+    thresholds = torch.where(span[:, 0] > 0, lowest[:, 0] + centres[best_bin] * span[:, 0], lowest[:, 0])
+    return thresholds.to(heatmaps.dtype).reshape(leading)
+
+
+def _stretched(
+    values: Float[Tensor, "maps pixels"], lowest: Float[Tensor, "maps 1"], span: Float[Tensor, "maps 1"]
+) -> Float[Tensor, "maps pixels"]:
+    # min-maxed maps are what it is called with most, and two passes over the pixels are saved
+    if bool(((lowest == 0) & ((span == 1) | (span == 0))).all()):
+        return values
+    return (values - lowest).div_(torch.where(span > 0, span, 1))
+
+
+def _histograms(unit_values: Float[Tensor, "maps pixels"]) -> Float[Tensor, "maps bins"]:
+    bins = (unit_values * OTSU_BINS).clamp_(max=OTSU_BINS - 1).to(torch.uint8)
+    # map by map: one count over all of them takes indices of four bytes, and twice the time
+    counts = [torch.bincount(map_bins, minlength=OTSU_BINS) for map_bins in bins]
+    return torch.stack(counts).double()
+
+
+def _between_class_variance(
+    counts: Float[Tensor, "maps bins"], centres: Float[Tensor, " bins"]
+) -> Float[Tensor, "maps cuts"]:
+    # cut k separates bins 0..k from bins k+1..255; the outer bins are never empty, so no weight is zero
+    weight, moment = counts.cumsum(dim=1), (counts * centres).cumsum(dim=1)
+    lower_weight, lower_moment = weight[:, :-1], moment[:, :-1]
+    upper_weight, upper_moment = weight[:, -1:] - lower_weight, moment[:, -1:] - lower_moment
+    mean_gap = lower_moment / lower_weight - upper_moment / upper_weight
+    return torch.nan_to_num(lower_weight * upper_weight * mean_gap**2)
+
+
+def quantile_threshold(
+    heatmaps: Float[Tensor, "*leading height width"], share: float
+) -> Float[Tensor, "*leading"]:
+    """Find the lowest value of each map that at least a share of its pixels does not exceed.
+
+    Args:
+        heatmaps: of any range.
+        share: from 0 to 1; at most 1 - `share` of a map lies above its cut.
+    """
+    values = heatmaps.mT.flatten(-2)
+    pixels = values.shape[-1]
+    # rounding must not ask for one pixel more than the share says
+    rank = min(max(math.ceil(share * pixels - 1e-9), 1), pixels)
+    return values.kthvalue(rank, dim=-1).values
+
+
+def relevance_contrast(
+    relevance_grids: Float[Tensor, "prompts grid_height grid_width"],
+) -> Float[Tensor, " prompts"]:
+    """Tell how far each raw map stands out: its mean above its own Otsu cut less the mean below.
+
+    In raw units, like the peak, since min-max would give a map of noise the contrast of any other.
+
+    Args:
+        relevance_grids: raw relevance.
+
+    Returns:
+        At least 0; 0 for a constant map.
+
+    Source: Otsu (1979): the gap between the two class means, which the between-class variance weighs.
+    """
+    cuts = otsu_threshold(relevance_grids)
+    inside = relevance_grids > cuts[:, None, None]
+    total, total_inside = relevance_grids.sum((1, 2)), (relevance_grids * inside).sum((1, 2))
+    cells_inside = inside.sum((1, 2))
+    cells = inside.shape[1] * inside.shape[2]
+    gap = total_inside / cells_inside - (total - total_inside) / (cells - cells_inside)
+    return torch.where(cells_inside > 0, gap, 0.0)
