@@ -13,7 +13,7 @@ import traceback
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -124,7 +124,7 @@ def report(
     to: Annotated[
         str | None, typer.Option(metavar="FILE", help="The page; default: OUT/report.html.")
     ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=0, max=400, help="Rows in the gallery.")] = 60,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, max=300, help="Rows in the gallery.")] = 60,
     classes: Annotated[str | None, typer.Option(help="File whose line i names class id i.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at random.")] = 0,
 ) -> None:
@@ -136,6 +136,50 @@ def report(
 
 
 @app.command()
+def export(
+    out: OutputDir,
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="A folder of its own: local, s3:// or gs://.")],
+    *,
+    format_: Annotated[
+        Literal["coco", "voc", "webdataset"],
+        typer.Option("--format", help="coco: JSON; voc: img_dir and ann_dir; webdataset: tars with seg.png."),
+    ],
+    shards: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHARDS", help="Where the tars are now: paths, patterns; or OLD=NEW. Repeatable."
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Classes by name, for prompts that are captions.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="voc: name of the subfolder.")] = "train",
+    kind: Annotated[
+        Literal["stuff", "instances"],
+        typer.Option(help="coco: an annotation for each mask, or for each connected part of it."),
+    ] = "stuff",
+    images: Annotated[bool, typer.Option(help="coco: write the images too.")] = True,
+    merged: Annotated[bool, typer.Option(help="coco: also join all shards in annotations.json.")] = True,
+) -> None:
+    """Write masks as COCO JSON, as a VOC or mmsegmentation tree, or as WebDataset shards."""
+    from pipeline.export.told import told_export
+    from pipeline.export.write import ExportOptions, export_job
+
+    options = ExportOptions(format_, classes, split, kind, images, merged)
+    totals = export_job(
+        out,
+        dest,
+        options,
+        shards or (),
+        on_shard=lambda shard_id, written: console.print(
+            f"{shard_id}: {written}", markup=False, highlight=False
+        ),
+    )
+    for line in told_export(totals, options, dest):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def explain(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A JPEG, PNG, WebP, BMP or GIF.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What is looked for in it.")],
@@ -144,8 +188,8 @@ def explain(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="An open_clip model; or demo, which is shipped and knows 64 things. "
-            "[default: ViT-B-16, laion2b_s34b_b88k: 600 MB from the hub at first]",
+            help="An open_clip model; or demo, which is shipped and knows 64 things. Default: ViT-B-16 "
+            "with laion2b_s34b_b88k, 600 MB from the hub at first.",
         ),
     ] = None,
     pretrained: Annotated[

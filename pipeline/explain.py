@@ -92,7 +92,7 @@ def explain_file(
     """
     _check_texts(texts)
     image = _read_image(image_url)
-    explainer = load_explainer(model, "cuda" if torch.cuda.is_available() else "cpu")
+    explainer = _loaded(model)
     try:
         explanation = legrad.explain_image(explainer, image, texts)
     except LeGradError as error:
@@ -130,6 +130,14 @@ def _check_texts(texts: Sequence[str]) -> None:
             raise UserError(
                 f"TEXT: expected at most {MAX_CAPTION_CHARACTERS} characters, got {len(text)}: {text[:40]!r}"
             )
+
+
+def _loaded(model: ModelConfig) -> legrad.LeGrad:
+    try:
+        return load_explainer(model, "cuda" if torch.cuda.is_available() else "cpu")
+    except UserError as error:
+        hint = "" if model.pretrained == DEMO else "\n  --model demo is shipped, and needs no hub"
+        raise UserError(f"{error}{hint}") from error
 
 
 def _read_image(url: str) -> Image.Image:

@@ -46,7 +46,10 @@ CARD_COLUMNS = (
     "heatmap_height",
     "heatmap_width",
 )
+# characters of each text on a card; escaped, one takes up to five bytes
 MAX_TEXT = 300
+CARD_TEXTS = {"prompt": 240, "key": 120, "shard": 160}
+MAX_REASON = 120
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class CardRow:
     """One row of the gallery.
 
     Attributes:
-        row: columns of the annotations file, texts made printable and cut to MAX_TEXT characters.
+        row: columns of the annotations file, texts printable and cut to CARD_TEXTS; the key also whole.
         shard_id: which file it is from.
         area_share: of its mask in its frame; None without a mask.
         at_random: whether it was drawn at random, rather than chosen for its scores.
@@ -114,7 +117,7 @@ def _whole_rows(
 
 def _card(row: dict[str, Any], scores: ScoredRows, number: int, *, at_random: bool) -> CardRow:
     share = float(scores.area_share[number])
-    texts = {name: shortened(row[name]) for name in ("prompt", "key", "shard")}
+    texts = {name: shortened(row[name], most) for name, most in CARD_TEXTS.items()}
     return CardRow(
         row={**row, **texts, "whole_key": row["key"]},
         shard_id=scores.shard_id(number),
@@ -162,7 +165,7 @@ def with_pictures(
         for position in positions:
             if drawn[position].pictures is None and not drawn[position].no_picture:
                 missing = reason or "the shard holds no such sample"
-                drawn[position] = replace(drawn[position], no_picture=missing)
+                drawn[position] = replace(drawn[position], no_picture=shortened(missing, MAX_REASON))
     return Gallery(tuple(drawn), unread)
 
 
@@ -189,7 +192,7 @@ def _illustrated(card: CardRow, sample: RawSample, config: JobConfig, max_bytes:
         pictures = draw_pictures(RowParts(image, stored_heatmap(row), mask, ignored, truth), max_bytes)
     # counts and sizes of a foreign file may say anything
     except (SampleFailure, LeGradError, ValueError) as error:
-        return replace(card, no_picture=shortened(f"{type(error).__name__}: {error}"))
+        return replace(card, no_picture=shortened(f"{type(error).__name__}: {error}", MAX_REASON))
     return replace(
         card,
         pictures=pictures,

@@ -22,8 +22,9 @@ from pipeline.report.selection import choose_rows
 from pipeline.report.totals import read_totals
 
 REPORT_FILE = "report.html"
-SAMPLES, MAX_SAMPLES = 60, 400
-PICTURE_BYTES = 3_600_000
+# together they keep a page below five megabytes, whatever the texts and pictures
+SAMPLES, MAX_SAMPLES = 60, 300
+PICTURE_BYTES = 2_600_000
 MAX_SHARDS_SHOWN = 16
 MAX_TOLD = 5
 MAX_SHARD_BYTES_SHOWN = 4 << 30

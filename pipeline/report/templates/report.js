@@ -18,6 +18,8 @@
   if (!list) return;
   const cards = [...list.children];
   const form = byId("controls");
+  const textOf = new Map(cards.map((card) => [card,
+    `${card.querySelector(".prompt").textContent} ${card.querySelector(".sample-key").textContent}`.toLowerCase()]));
   const button = (card) => card.querySelector(".open");
   let shown = cards;
 
@@ -28,7 +30,7 @@
   const fits = (card, random) => {
     const data = card.dataset;
     const words = valueOf("text").toLowerCase().split(/\s+/).filter(Boolean);
-    const text = data.text.toLowerCase();
+    const text = textOf.get(card);
     const score = number(data[valueOf("measure")]);
     const least = number(valueOf("least"));
     const most = number(valueOf("most"));

@@ -1,0 +1,478 @@
+"""The report: one page of what an output folder holds, whatever it holds."""
+
+import base64
+import hashlib
+import io
+import re
+import shutil
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from corpus import image_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from report_jobs import HOSTILE, error, row, varied_rows, write_job
+
+from pipeline import cli
+from pipeline.errors import UserError
+from pipeline.report import write_report
+from pipeline.report.charts import class_bars, histogram, pace_chart
+from pipeline.report.pictures import RowParts, draw_pictures
+from pipeline.report.scores import read_scores
+from pipeline.report.selection import choose_rows
+from pipeline.report.write import MAX_SAMPLES, PICTURE_BYTES
+
+PAGE_BYTES = 5_000_000
+
+
+class Page(HTMLParser):
+    """A page's elements with their attributes, and the text in each kind of element."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.html, self.elements, self.texts = html, [], []
+        self._open = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self._open):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+    def having(self, name):
+        return [attributes for _, attributes in self.elements if name in attributes]
+
+    @property
+    def cards(self):
+        return [attributes for tag, attributes in self.elements if attributes.get("class") == "card"]
+
+
+def page_of(out, *shards, **options):
+    path = out.parent / "page.html"
+    report = write_report(str(out), shards, to=str(path), **options)
+    assert report.size_bytes == path.stat().st_size < PAGE_BYTES
+    return report, Page(path.read_text(encoding="utf-8"))
+
+
+def listed_shards(out):
+    return pq.read_table(out / "shards.parquet").column("shard_id").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    rows = varied_rows(30)
+    return write_job(
+        tmp_path_factory.mktemp("job"), [rows[:20], rows[20:]], errors=[error(i) for i in range(40, 47)]
+    )
+
+
+def test_a_page_tells_of_rows_pictures_errors_runs_and_provenance(job):
+    report, page = page_of(job)
+    assert (report.rows_shown, report.pictures, report.unread_shards) == (30, 30, {})
+    for told in (
+        "complete",
+        "2 / 2",
+        "30 annotated, 0 empty, 7 failed",
+        "thing number 29",
+        "rejected: similarity",
+        "All 30 rows.",
+        "decode/truncated",
+        "the image ends early",
+        "mean 20",
+        "legrad_demo_clip, demo",
+        "batch_size: 8",
+        "sha256:",
+        "torch",
+    ):
+        assert told in page.text, told
+    assert len(page.having("src")) == 30 * 2 + 24, "a photo and a heat map each, and a mask where one is"
+
+
+def test_a_page_asks_nobody_for_anything(job):
+    _, page = page_of(job)
+    addresses = [
+        value
+        for name in ("src", "href", "action", "srcset")
+        for value in (attributes[name] for attributes in page.having(name))
+    ]
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    style = re.search(r"<style>(.*?)</style>", page.html, re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_the_policy_allows_what_is_on_the_page_and_nothing_else(job):
+    _, page = page_of(job)
+    (policy,) = (attributes["content"] for attributes in page.having("http-equiv"))
+    for tag in ("style", "script"):
+        (inner,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page.html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not page.having("style"), "the policy forbids style attributes"
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+@pytest.mark.parametrize("shown", ["with pictures", "without pictures"])
+def test_texts_of_others_are_never_markup(tmp_path, shown):
+    rows = [
+        row(0, prompt=HOSTILE, key=HOSTILE.replace("/", "").replace(".", "")),
+        row(1, prompt="\u202ereversed\x1b[31m"),
+    ]
+    out = write_job(tmp_path, [rows], errors=[error(5, kind=HOSTILE, message=HOSTILE, key=HOSTILE)])
+    if shown == "without pictures":
+        (tmp_path / "0.tar").unlink()
+    plain = Page(page_of(write_job(tmp_path / "plain", [[row(0), row(1)]], errors=[error(5)]))[1].html)
+    _, page = page_of(out, classes_file=str(write_classes(tmp_path)))
+    kinds = Counter(tag for tag, _ in page.elements)
+    if shown == "with pictures":
+        assert kinds == Counter(tag for tag, _ in plain.elements)
+    assert kinds["script"] == 1
+    assert HOSTILE in page.text.replace("  ", " ")
+    assert "\x1b" not in page.html
+    assert "\u202e" not in page.html
+
+
+def write_classes(folder):
+    (folder / "classes.txt").write_text(f"{HOSTILE}\n")
+    return folder / "classes.txt"
+
+
+def test_rows_of_classes_are_counted_and_named_by_the_file_or_by_their_prompt(tmp_path):
+    out = write_job(tmp_path, [varied_rows(20, classes=3)])
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    _, page = page_of(out, classes_file=str(tmp_path / "classes.txt"))
+    assert {"cat", "dog"} <= set(page.texts)
+    assert any(text.startswith("thing number") for text in page.texts)
+    assert {card["data-class"] for card in page.cards} == {"1", "2", "3"}
+    figures = re.search(r"cat</th>.*?</tr>", page.html, re.DOTALL)[0]
+    assert re.findall(r'class="num">([\d.]+)<', figures)[:2] == ["6", "1"]
+
+
+def test_a_job_without_rows_gives_a_page(tmp_path):
+    out = write_job(tmp_path, [[]], runs=False)
+    report, page = page_of(out)
+    assert report.rows_shown == 0
+    assert "There are no rows" in page.text
+    assert "No run left a record" in page.text
+
+
+def test_a_job_of_errors_alone_gives_a_page(tmp_path):
+    out = write_job(tmp_path, [[]], errors=[error(0), error(1, kind="empty")])
+    _, page = page_of(out)
+    assert "There are no rows" in page.text
+    assert "decode/truncated" in page.text
+    assert "decode/empty" in page.text
+
+
+def test_an_unfinished_job_tells_what_is_left_and_what_was_given_up(tmp_path):
+    rows = [row(0)]
+    out = write_job(tmp_path, [rows] * 4, done=1)
+    given_up = listed_shards(out)[1]
+    (out / "failed").mkdir()
+    (out / "failed" / f"{given_up}.json").write_text('{"last_error": "it <b>kills</b> its worker"}')
+    _, page = page_of(out)
+    for told in ("incomplete", "1 / 4", "1 given up, 2 left", "it <b>kills</b> its worker"):
+        assert told in page.text, told
+
+
+def test_a_job_that_has_only_begun_gives_a_page(tmp_path):
+    _, page = page_of(write_job(tmp_path, [[row(0)]], done=0))
+    assert "0 / 1" in page.text
+
+
+def test_without_its_shards_a_page_has_no_pictures_and_says_so(tmp_path):
+    out = write_job(tmp_path, [[row(0), row(1)], [row(0)]])
+    (tmp_path / "0.tar").unlink()
+    report, page = page_of(out)
+    assert (report.rows_shown, report.pictures) == (3, 1)
+    assert "1 shard without pictures" in page.text
+    (tmp_path / "1.tar").unlink()
+    report, page = page_of(out)
+    assert (report.rows_shown, report.pictures, len(report.unread_shards)) == (3, 0, 2)
+    assert "No image could be read" in page.text
+    assert "thing number 1" in page.text
+
+
+@pytest.mark.parametrize("given_as", ["mapping", "pattern"])
+def test_shards_that_moved_are_found_where_the_user_says(tmp_path, given_as):
+    out = write_job(tmp_path / "old", [[row(0)], [row(1)]])
+    (tmp_path / "new").mkdir()
+    for name in ("0.tar", "1.tar"):
+        shutil.move(tmp_path / "old" / name, tmp_path / "new" / name)
+    place = f"{tmp_path}/old={tmp_path}/new" if given_as == "mapping" else f"{tmp_path}/new/*.tar"
+    assert page_of(out, place)[0].pictures == 2
+
+
+def test_a_shard_of_other_samples_under_the_same_name_gives_no_wrong_picture(tmp_path):
+    out = write_job(tmp_path, [[row(0), row(1)]])
+    write_job(tmp_path / "other", [[row(0, key="someone else"), row(1)]])
+    shutil.copy(tmp_path / "other" / "0.tar", tmp_path / "0.tar")
+    report, page = page_of(out)
+    assert report.pictures == 1
+    assert "holds no such sample" in page.text
+
+
+def test_an_image_that_cannot_be_read_leaves_its_card_without_a_picture(tmp_path):
+    report, page = page_of(write_job(tmp_path, [[row(0)]], images=b"no image"))
+    assert (report.rows_shown, report.pictures) == (1, 0)
+    assert "expected a JPEG" in page.text
+
+
+def test_annotation_files_that_cannot_be_read_are_named_and_left_out(tmp_path):
+    out = write_job(tmp_path, [[row(0)], [row(1)]])
+    torn = listed_shards(out)[0]
+    (out / "annotations" / f"{torn}.parquet").write_bytes(b"PAR1 torn")
+    report, page = page_of(out)
+    assert report.rows_shown == 1
+    assert "1 to be redone" in page.text
+
+
+def test_noise_in_every_picture_keeps_the_page_within_its_bound(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (500, 400, 3), dtype=np.uint8)
+    path = tmp_path / "noise.png"
+    Image.fromarray(noise).save(path)
+    rows = [
+        row(index, heatmap=noise.tobytes()[:900], heatmap_height=30, heatmap_width=30) for index in range(40)
+    ]
+    report, page = page_of(write_job(tmp_path, [rows], images=path.read_bytes()), samples=40)
+    assert report.pictures == 40
+    assert sum(len(attributes["src"]) for attributes in page.having("src")) <= PICTURE_BYTES
+
+
+def test_as_many_and_as_long_texts_as_there_can_be_fit_beside_the_pictures(tmp_path):
+    text = "<&" * 8192
+    rows = [row(index, prompt=text, key=f"{index}{text}") for index in range(MAX_SAMPLES)]
+    errors = [error(index, kind=f"kind{index}", message="<" * 500, key="&" * 4000) for index in range(300)]
+    out = write_job(
+        tmp_path,
+        [rows],
+        done=1,
+        errors=errors,
+        input={"shards": [f"/no/{number}{'<' * 200}.tar" for number in range(2000)]},
+    )
+    report, _ = page_of(out, samples=MAX_SAMPLES)
+    assert (report.rows_shown, report.pictures) == (MAX_SAMPLES, 0)
+    assert report.size_bytes < PAGE_BYTES - PICTURE_BYTES
+
+
+@pytest.mark.parametrize("samples", [-1, MAX_SAMPLES + 1])
+def test_more_rows_than_a_page_holds_are_refused(job, samples):
+    with pytest.raises(UserError, match="samples"):
+        write_report(str(job), samples=samples)
+
+
+def test_a_folder_without_a_job_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"job\.json"):
+        write_report(str(tmp_path))
+
+
+def test_the_command_tells_where_the_page_is(job, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["legrad", "report", str(job), "--samples", "3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code or 0) == 0
+    told = capsys.readouterr().out
+    assert str(job / "report.html") in told
+    assert "3 rows, 3 with pictures" in told
+    assert (job / "report.html").exists()
+    (job / "report.html").unlink()
+
+
+# --- what is read, and what is shown of it
+
+
+def test_scores_are_those_in_the_files(job):
+    scores = read_scores(str(job), listed_shards(job), np.random.default_rng(0))
+    expected = {
+        (path.stem, entry["sample_index"]): entry
+        for path in (job / "annotations").iterdir()
+        for entry in pq.read_table(path).to_pylist()
+    }
+    assert len(scores) == len(expected) == 30
+    for number in range(30):
+        entry = expected[scores.shard_id(number), scores.sample_index[number]]
+        assert scores.status[number] == entry["status"]
+        assert scores.similarity[number] == np.float32(entry["similarity"])
+        if entry["mask"] is not None:
+            assert scores.area_share[number] == pytest.approx(entry["area"] / (48 * 64))
+        else:
+            assert np.isnan(scores.area_share[number])
+
+
+def test_reading_is_bounded_by_files_and_by_rows(tmp_path):
+    out = write_job(tmp_path, [varied_rows(10)] * 6)
+    shards = listed_shards(out)
+    few_files = read_scores(str(out), shards, np.random.default_rng(1), max_files=2)
+    assert (few_files.files_read, few_files.files_total, len(few_files)) == (2, 6, 20)
+    few_rows = read_scores(str(out), shards, np.random.default_rng(1), max_rows=25)
+    assert len(few_rows) == 30, "whole row groups"
+    _, page = page_of(out)
+    assert "All 60 rows" in page.text
+
+
+def test_the_same_seed_shows_the_same_rows_and_another_seed_others(tmp_path):
+    out = write_job(tmp_path, [varied_rows(40)])
+
+    def shown(seed):
+        return [card["data-similarity"] for card in page_of(out, samples=8, seed=seed)[1].cards]
+
+    assert shown(1) == shown(1) != shown(2)
+
+
+@settings(max_examples=60)
+@given(count=st.integers(0, 40), rows=st.integers(0, 30), seed=st.integers(0, 99), data=st.data())
+def test_chosen_rows_are_distinct_allowed_half_random_and_hold_the_extremes(count, rows, seed, data):
+    generator = np.random.default_rng(seed)
+    similarity = generator.permutation(rows).astype(float)
+    scores = fake_scores(similarity, generator)
+    allowed = np.array(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)), dtype=bool)
+    chosen, at_random = choose_rows(scores, allowed, count, generator)
+    assert len(set(chosen)) == len(chosen) == min(count, int(allowed.sum()))
+    assert all(allowed[row] for row in chosen)
+    assert at_random <= set(chosen)
+    assert set(chosen[: len(at_random)]) == at_random
+    assert len(at_random) <= max(1, round(count / 2))
+    if count >= 14 and allowed.any():
+        candidates = np.flatnonzero(allowed)
+        assert candidates[similarity[candidates].argmax()] in chosen
+        assert candidates[similarity[candidates].argmin()] in chosen
+
+
+def fake_scores(similarity, generator):
+    from pipeline.report.scores import ScoredRows
+
+    count = len(similarity)
+    status = np.array(["ok", "rejected_peak"], dtype=object)[generator.integers(0, 2, count)]
+    numbers = generator.random((3, count))
+    numbers[2][status != "ok"] = np.nan
+    ordinals = np.arange(count)
+    return ScoredRows(
+        (("a", 0),),
+        ordinals * 0,
+        ordinals,
+        ordinals,
+        status,
+        ordinals * 0 - 1,
+        similarity,
+        numbers[0],
+        numbers[1],
+        numbers[2],
+        1,
+        1,
+        (),
+    )
+
+
+# --- charts and pictures
+
+
+@given(
+    values=st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")), max_size=60),
+    accepted=st.integers(0, 2**60),
+)
+def test_a_histogram_counts_every_finite_value_once_within_its_frame(values, accepted):
+    good = np.array([bool(accepted >> place & 1) for place in range(len(values))], dtype=bool)
+    chart = histogram("Score", "unit", np.array(values, dtype=np.float64), good)
+    finite = np.isfinite(np.array(values, dtype=np.float64))
+    if not finite.any():
+        assert chart is None
+        return
+    counts = [re.findall(r"([\d,]+) (?:accepted|rejected)", bar.label) for bar in chart.bars]
+    assert sum(int(pair[0]) for pair in counts) == (finite & good).sum()
+    assert sum(int(pair[1]) for pair in counts) == (finite & ~good).sum()
+    assert chart.has_rejected == bool((finite & ~good).any())
+    for bar in chart.bars:
+        assert 52 <= bar.x <= bar.x + bar.width <= 347
+        assert min(bar.rejected_y, bar.accepted_y) >= 9.9
+        assert bar.accepted_y + bar.accepted_height == pytest.approx(160, abs=0.02)
+    assert 52 <= chart.median_x <= 346
+
+
+def test_a_long_tail_is_gathered_in_the_last_bar_and_said_so():
+    values = np.concatenate([np.linspace(0, 1, 1000), [50.0]])
+    chart = histogram("Peak", "unit", values, np.ones(1001, dtype=bool))
+    assert re.search(r"last bar also holds \d rows beyond", chart.summary)
+    assert len(chart.bars) > 20
+
+
+def test_the_pace_between_two_points_is_a_step():
+    chart = pace_chart([(0.0, 0), (10.0, 0), (20.0, 100)])
+    assert "mean 5.0, highest 10.0" in chart.summary
+    corners = [tuple(map(float, pair.split(","))) for pair in chart.points.split()]
+    assert [y for _, y in corners] == [160.0, 160.0, 10.0, 10.0]
+    assert (corners[0][0], corners[-1][0]) == (52.0, 346.0)
+
+
+@pytest.mark.parametrize("history", [[], [(0.0, 0)], [(0.0, 0), (0.0, 5)], [(0.0, 0), (float("nan"), 5)]])
+def test_a_history_that_tells_no_pace_gives_no_chart(history):
+    assert pace_chart(history) is None
+
+
+def test_the_most_frequent_classes_come_first_and_the_others_are_counted():
+    class_ids = np.repeat(np.arange(40), np.arange(1, 41))
+    accepted = np.arange(len(class_ids)) % 2 == 0
+    bars, left_out = class_bars({39: "last"}, class_ids, accepted, np.ones(len(class_ids)))
+    assert (len(bars), left_out) == (30, 10)
+    assert (bars[0].name, bars[1].name) == ("last", "class 38")
+    assert [bar.accepted + bar.rejected for bar in bars] == list(range(40, 10, -1))
+
+
+@settings(max_examples=25)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    max_bytes=st.integers(0, 60_000),
+    noisy=st.booleans(),
+    parts=st.sets(st.sampled_from(["heatmap", "mask", "ignored", "truth"])),
+)
+def test_pictures_never_take_more_bytes_than_they_may(width, height, max_bytes, noisy, parts):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256 if noisy else 1, (height, width, 3), dtype=np.uint8)
+    drawn = draw_pictures(
+        RowParts(
+            Image.fromarray(pixels),
+            generator.random((7, 9), dtype=np.float32) if "heatmap" in parts else None,
+            *(
+                generator.random((20, 30)) < 0.5 if name in parts else None
+                for name in ("mask", "ignored", "truth")
+            ),
+        ),
+        max_bytes,
+    )
+    if drawn is None:
+        assert max_bytes < 12_000
+        return
+    uris = [uri for uri in (drawn.photo, drawn.heat, drawn.layer) if uri is not None]
+    assert sum(map(len, uris)) <= max_bytes
+    assert (drawn.heat is not None) == ("heatmap" in parts)
+    assert (drawn.layer is not None) == bool(parts - {"heatmap"})
+
+
+def test_a_mask_is_drawn_where_it_is(tmp_path):
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[10:30, 20:40] = True
+    drawn = draw_pictures(RowParts(Image.open(io.BytesIO(image_bytes(0, 40, 40))), None, mask), 50_000)
+    layer = Image.open(io.BytesIO(base64.b64decode(drawn.layer.partition(",")[2]))).convert("RGBA")
+    alpha = np.asarray(layer)[..., 3]
+    assert np.array_equal(alpha > 0, mask)
+    assert (alpha[11:29, 21:39] == 95).all()
+    assert (alpha[10, 20:40] == 255).all()
