@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from scipy.sparse import csr_array
 
 from legrad import label_metrics
-from legrad.label_metrics import OverlapTable, tabulate_overlaps
-from legrad.metrics import Estimate, bootstrap_mean, bootstrap_statistic, presence_auroc
+from legrad.label_metrics import (
+    OverlapTable,
+    bootstrap_difference,
+    bootstrap_sums,
+    class_iou,
+    mean_iou,
+    tabulate_overlaps,
+)
+from legrad.metrics import Estimate, bootstrap_statistic, presence_auroc
 from pipeline import storage
 from pipeline.config import InputConfig
 from pipeline.evaluation_result import WrittenMaskScores
@@ -85,6 +93,51 @@ def collect_written_masks(
     )
 
 
+@dataclass(frozen=True)
+class SummedFigure:
+    """A figure that follows from sums over scenes.
+
+    Attributes:
+        counts: one row a scene that has the truth which the figure takes.
+        statistic: from sums over the rows to the figure.
+    """
+
+    counts: np.ndarray | csr_array
+    statistic: Callable[[np.ndarray], np.ndarray]
+
+    def estimate(self, seed: int) -> Estimate | None:
+        """The figure with its interval; None where nothing decides it."""
+        return bootstrap_sums(self.counts, self.statistic, seed=seed)
+
+    def difference(self, other: SummedFigure, seed: int) -> Estimate | None:
+        """How much larger it is than for other masks of the same scenes, scenes resampled in pairs."""
+        return bootstrap_difference(self.counts, other.counts, self.statistic, other.statistic, seed=seed)
+
+
+def summed_figures(written: WrittenMasks) -> dict[str, SummedFigure]:
+    """Figures by their names in `WrittenMaskScores`, such as follow from sums over scenes."""
+    table, kept, points = (_table(written.scenes, name) for name in ("overlap", "kept_overlap", "points"))
+    pixels = [scene.pixels for scene in written.scenes if scene.pixels is not None]
+    tallies = np.stack(pixels) if pixels else np.zeros((0, 7))
+
+    def share(part: int, whole: int) -> SummedFigure:
+        return SummedFigure(tallies, label_metrics.share(part, whole))
+
+    return {
+        "iou": _mean_over_rows(scene.ious for scene in written.scenes),
+        "boundary_f": _mean_over_rows(scene.boundary_fs for scene in written.scenes),
+        "mean_iou": SummedFigure(table.counts, mean_iou(table, background=False)),
+        "mean_iou_with_background": SummedFigure(table.counts, mean_iou(table, background=True)),
+        "mean_iou_kept": SummedFigure(kept.counts, mean_iou(kept, background=False)),
+        "point_mean_iou": SummedFigure(points.counts, mean_iou(points, background=False)),
+        "pixel_accuracy": share(label_metrics.CORRECT, label_metrics.COUNTED),
+        "precision": share(label_metrics.HIT, label_metrics.MASKED),
+        "recall": share(label_metrics.HIT, label_metrics.TRUE),
+        "coverage": share(label_metrics.KEPT, label_metrics.COUNTED),
+        "kept_accuracy": share(label_metrics.CORRECT_KEPT, label_metrics.KEPT),
+    }
+
+
 def score_written_masks(written: WrittenMasks, *, seed: int = 0) -> WrittenMaskScores:
     """Figures of a job's masks with 95 % intervals; whole scenes are resampled.
 
@@ -93,27 +146,10 @@ def score_written_masks(written: WrittenMasks, *, seed: int = 0) -> WrittenMaskS
         seed: of the bootstrap.
     """
     counts = sum((Counter(scene.counts) for scene in written.scenes), Counter())
-    table, kept, points = (_table(written.scenes, name) for name in ("overlap", "kept_overlap", "points"))
-    pixels = [scene.pixels for scene in written.scenes if scene.pixels is not None]
-    tallies = np.stack(pixels) if pixels else np.zeros((0, 7))
-
-    def share(part: int, whole: int) -> Estimate | None:
-        return label_metrics.bootstrap_sums(tallies, label_metrics.share(part, whole), seed=seed)
-
     return WrittenMaskScores(
-        iou=_mean_over_rows(written.scenes, lambda scene: scene.ious, seed),
-        boundary_f=_mean_over_rows(written.scenes, lambda scene: scene.boundary_fs, seed),
-        mean_iou=_mean_iou(table, seed),
-        mean_iou_with_background=_mean_iou(table, seed, background=True),
-        mean_iou_kept=_mean_iou(kept, seed),
-        point_mean_iou=_mean_iou(points, seed),
-        pixel_accuracy=share(label_metrics.CORRECT, label_metrics.COUNTED),
-        precision=share(label_metrics.HIT, label_metrics.MASKED),
-        recall=share(label_metrics.HIT, label_metrics.TRUE),
-        coverage=share(label_metrics.KEPT, label_metrics.COUNTED),
-        kept_accuracy=share(label_metrics.CORRECT_KEPT, label_metrics.KEPT),
+        **{name: figure.estimate(seed) for name, figure in summed_figures(written).items()},
         presence_auroc=_presence_auroc(written.scenes, seed),
-        class_iou={} if table is None else label_metrics.class_iou(table),
+        class_iou=class_iou(_table(written.scenes, "overlap")),
         scenes=len(written.scenes),
         rows_scored=counts["accepted"],
         rows_without_object=counts["accepted_absent"],
@@ -127,26 +163,13 @@ def score_written_masks(written: WrittenMasks, *, seed: int = 0) -> WrittenMaskS
     )
 
 
-def _mean_over_rows(
-    scenes: Sequence[SceneScores], values_of: Callable[[SceneScores], Sequence[float]], seed: int
-) -> Estimate | None:
-    values = [(number, value) for number, scene in enumerate(scenes) for value in values_of(scene)]
-    if not values:
-        return None
-    numbers, figures = zip(*values, strict=True)
-    return bootstrap_mean(np.array(figures), np.array(numbers), seed=seed)
+def _mean_over_rows(values_of_scenes: Iterable[Sequence[float]]) -> SummedFigure:
+    sums = [(sum(values), float(len(values))) for values in values_of_scenes]
+    return SummedFigure(np.array(sums, dtype=np.float64).reshape(-1, 2), label_metrics.share(0, 1))
 
 
-def _table(scenes: Sequence[SceneScores], name: str) -> OverlapTable | None:
-    overlaps = [overlap for scene in scenes if (overlap := getattr(scene, name)) is not None]
-    return tabulate_overlaps(overlaps) if overlaps else None
-
-
-def _mean_iou(table: OverlapTable | None, seed: int, *, background: bool = False) -> Estimate | None:
-    if table is None:
-        return None
-    statistic = label_metrics.mean_iou(table, background=background)
-    return label_metrics.bootstrap_sums(table.counts, statistic, seed=seed)
+def _table(scenes: Sequence[SceneScores], name: str) -> OverlapTable:
+    return tabulate_overlaps([overlap for scene in scenes if (overlap := getattr(scene, name)) is not None])
 
 
 def _presence_auroc(scenes: Sequence[SceneScores], seed: int) -> Estimate | None:

@@ -1,0 +1,180 @@
+"""What each choice adds in mask quality and costs in time, on a shipped set of scenes.
+
+    python tests/bench/ablation.py [--set heldout|newartist] [--only PATTERN] [--rounds 1] [--out FILE.jsonl]
+
+Every variant annotates the set into a temporary folder as a worker does (tar, decoding, model, masks, files;
+no ray), and its masks as written are held against the ground truth. Differences are to the row `fixed 0.5`,
+scenes resampled in pairs. Seconds an image are those of the annotation, the model loaded beforehand, the
+fastest of the rounds. Prints a Markdown table; with --out also one JSON row a variant.
+"""
+
+import argparse
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from environment import environment
+from hands import work_through
+
+from legrad.metrics import Estimate
+from pipeline import storage
+from pipeline.config import JobConfig, load_config
+from pipeline.demo import assets
+from pipeline.ground_truth import list_truth_shards
+from pipeline.worker import build_annotator
+from pipeline.written_masks import SummedFigure, WrittenMasks, collect_written_masks, summed_figures
+
+BASELINE = "fixed 0.5"
+COMMON = ("masks.rule=fixed", "masks.value=0.5", "output.heatmap=false")
+CLEANED = ("masks.smooth=0.5", "masks.min_component=0.01", "masks.max_hole=0.01")
+BACKGROUND = ("prompts.background=default", "masks.combine=argmax")
+OTSU = ("masks.rule=otsu",)
+# Overrides of the demo's configuration and COMMON; one line a variant.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    BASELINE: (),
+    "layers 1": ("model.layers=1",),
+    "layers 2": ("model.layers=2",),
+    "layers all": ("model.layers=all",),
+    "fixed 0.4": ("masks.value=0.4",),
+    "fixed 0.6": ("masks.value=0.6",),
+    "otsu": OTSU,
+    "quantile 0.8": ("masks.rule=quantile",),
+    "band 0.25-0.75": ("masks.rule=band",),
+    "band 0.4-0.6": ("masks.rule=band", "masks.low=0.4", "masks.high=0.6"),
+    "band around otsu": ("masks.rule=band", "masks.band_center=otsu"),
+    "argmax": ("masks.combine=argmax",),
+    "otsu, argmax": (*OTSU, "masks.combine=argmax"),
+    "background": BACKGROUND,
+    "otsu, background": (*OTSU, *BACKGROUND),
+    "neutral": ("prompts.neutral=a photo of a",),
+    "templates": ("prompts.templates=simple-imagenet",),
+    "refine pamr": ("masks.refine=pamr",),
+    "refine par": ("masks.refine=par",),
+    "otsu, pamr": (*OTSU, "masks.refine=pamr"),
+    "otsu, par": (*OTSU, "masks.refine=par"),
+    "flip": ("views.flip=true",),
+    "scales 1, 1.5": ("views.scales=[1.0, 1.5]",),
+    "tile": ("model.fit=tile",),
+    "keep": ("model.fit=keep",),
+    "size 3/4": ("model.image_size=SIZE*0.75",),
+    "size 3/2": ("model.image_size=SIZE*1.5",),
+    "size 2": ("model.image_size=SIZE*2",),
+    "cleaned": CLEANED,
+    "otsu, cleaned": (*OTSU, *CLEANED),
+    "otsu, par, cleaned": (*OTSU, "masks.refine=par", *CLEANED),
+    "otsu, par, flip": (*OTSU, "masks.refine=par", "views.flip=true"),
+    "otsu, size 3/2": (*OTSU, "model.image_size=SIZE*1.5"),
+    "otsu, size 3/2, par": (*OTSU, "model.image_size=SIZE*1.5", "masks.refine=par"),
+}
+FIGURES = ("mean_iou", "iou", "boundary_f", "precision", "recall", "coverage")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one configuration gave.
+
+    Attributes:
+        written: every scene's scores.
+        seconds_per_image: of the annotation.
+    """
+
+    written: WrittenMasks
+    seconds_per_image: float
+
+
+def try_config(config: JobConfig, rounds: int = 1) -> Trial:
+    """Annotate the configuration's shards into a temporary folder and score the masks as written there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shards = storage.list_shards(config.input.shards)
+    seconds = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as out:
+            here = config.model_copy(update={"output": config.output.model_copy(update={"dir": out})})
+            annotator = build_annotator(here, {}, len(os.sched_getaffinity(0)), device)
+            seconds.append(work_through(shards, annotator.annotate, annotator.wait_for_room))
+            annotator.close()
+            written = collect_written_masks(
+                out, list_truth_shards([s.url for s in shards]), config.input, config.prompts.source
+            )
+    return Trial(written, min(seconds) / len(written.scenes))
+
+
+def variant_config(set_name: str, overrides: tuple[str, ...]) -> JobConfig:
+    """The demo's configuration on one set of scenes, with overrides; SIZE*x is x times the model's input."""
+    shards = [str(path) for path in assets.demo_shard_paths(set_name)]
+    found = [_sized(override) for override in (*COMMON, *overrides)]
+    return load_config(assets.demo_config_path(), [f"input.shards={json.dumps(shards)}", *found])
+
+
+def _sized(override: str) -> str:
+    key, times, factor = override.partition("SIZE*")
+    if not times:
+        return override
+    vision = json.loads(Path(assets.demo_config_path()).with_name("legrad_demo_clip.json").read_text())[
+        "vision_cfg"
+    ]
+    patch = vision["patch_size"]
+    return f"{key}{round(vision['image_size'] * float(factor) / patch) * patch}"
+
+
+def measured(set_name: str, pattern: str, rounds: int) -> Iterator[tuple[str, JobConfig, Trial, Mapping]]:
+    """Every chosen variant, the baseline first, with its figures' differences to the baseline."""
+    baseline: dict[str, SummedFigure] = {}
+    for name, overrides in VARIANTS.items():
+        if name != BASELINE and not re.search(pattern, name):
+            continue
+        config = variant_config(set_name, overrides)
+        trial = try_config(config, rounds)
+        figures = summed_figures(trial.written)
+        baseline = baseline or figures
+        differences = {key: figures[key].difference(baseline[key], seed=0) for key in FIGURES}
+        yield name, config, trial, differences
+
+
+def shown(estimate: Estimate | None, *, signed: bool = False) -> str:
+    """Percent with half the interval."""
+    if estimate is None:
+        return "-"
+    half = 50 * (estimate.high - estimate.low)
+    return f"{100 * estimate.value:{'+' if signed else ''}.1f} ±{half:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--set", default="heldout", choices=("heldout", "newartist"))
+    parser.add_argument("--only", default="", help="regular expression; the baseline always runs")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    head = {"benchmark": "ablation", **environment(), "set": arguments.set, "rounds": arguments.rounds}
+    columns = ["variant", "mIoU", "difference", *FIGURES[1:], "ms/image"]
+    print("| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), sep="\n")
+    for name, config, trial, differences in measured(arguments.set, arguments.only, arguments.rounds):
+        estimates = {key: figure.estimate(0) for key, figure in summed_figures(trial.written).items()}
+        cells = [name, shown(estimates["mean_iou"]), shown(differences["mean_iou"], signed=True)]
+        cells += [shown(estimates[key]) for key in FIGURES[1:]]
+        print("| " + " | ".join([*cells, f"{1000 * trial.seconds_per_image:.0f}"]) + " |", flush=True)
+        if arguments.out:
+            row = {
+                **head,
+                "variant": name,
+                "config": config.model_dump(mode="json", include={"model", "views", "prompts", "masks"}),
+                "seconds_per_image": trial.seconds_per_image,
+                "figures": {key: value and asdict(value) for key, value in estimates.items()},
+                "difference_to_baseline": {
+                    key: value and asdict(value) for key, value in differences.items()
+                },
+            }
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
