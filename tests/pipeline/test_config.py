@@ -60,6 +60,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(config_file, overr
         ("run.error_budget=1.5", "run.error_budget.*1.5"),
         ("masks.value=-1", "masks.value"),
         ("run.batch_size=0", "run.batch_size"),
+        ("views.scales=[1.0, 1.0]", "views.scales: the scales must differ"),
+        ("views.scales=[0]", "views.scales.*greater than 0"),
         ("prompts.source=captions", "input.caption must be json:NAME, got 'txt'"),
     ],
 )
@@ -111,6 +113,10 @@ def test_the_hash_ignores_what_does_not_change_the_rows(section, values):
     ("section", "values"),
     [
         ("model", {"layers": 3}),
+        ("model", {"fit": "tile"}),
+        ("views", {"flip": True}),
+        ("views", {"scales": [1.0, 1.5]}),
+        ("views", {"max_tiles": 4}),
         ("masks", {"rule": "fixed"}),
         ("masks", {"min_area": 0.1}),
         ("prompts", {"max_per_sample": 2}),
