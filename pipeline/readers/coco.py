@@ -62,7 +62,7 @@ class _Annotations:
 
 
 def open_coco(root: str | Path, split: str = "val2017") -> TruthDataset:
-    """Open a split of COCO; its annotations are held in memory.
+    """Open a split of COCO; its annotations are held in memory, several times the size of their files.
 
     Args:
         root: the folder of ``annotations`` and of the images' folder.
