@@ -102,11 +102,19 @@ def evaluate(
     out: OutputDir,
     shards: TruthShards,
     classes: Annotated[Path | None, typer.Option(help="File whose line i names class id i.")] = None,
+    perturbation: Annotated[
+        bool,
+        typer.Option("--perturbation", help="Also hide patches by each map and ask the model again; slow."),
+    ] = False,
+    scenes: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many scenes --perturbation takes.")
+    ] = 50,
 ) -> None:
     """Score masks and maps against ground truth in the shards, beside baselines on the same model."""
     from pipeline.evaluate import evaluate_output, render_evaluation
 
-    console.print(render_evaluation(evaluate_output(out, shards, classes)))
+    found = evaluate_output(out, shards, classes, perturbed_scenes=scenes if perturbation else 0)
+    console.print(render_evaluation(found))
 
 
 @app.command()

@@ -1,0 +1,157 @@
+"""What is exported of a sample, the same for every format."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from pipeline.config import InputConfig
+from pipeline.decode import find_field, open_image, upright_transpose
+from pipeline.errors import SampleFailure
+from pipeline.label_map import label_map
+from pipeline.training.joining import JoinedSample
+
+MAX_NAME_CHARACTERS = 80
+PALETTE_BITS = 8
+_KEPT_FORMATS = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png"}
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportSample:
+    """A sample with at least one mask.
+
+    Attributes:
+        name: unique within its shard, safe as the name of a file: ordinal, and what is safe of the key.
+        key: as in the shard.
+        index: ordinal in the shard.
+        image: bytes of an upright JPEG or PNG.
+        suffix: jpg or png.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        rows: annotation rows with a mask, class ids included where they are known.
+    """
+
+    name: str
+    key: str
+    index: int
+    image: bytes
+    suffix: str
+    height: int
+    width: int
+    rows: tuple[Row, ...]
+
+    def label_map(self) -> UInt8[np.ndarray, "height width"]:
+        """0 background, class ids, 255 ignored; of overlapping masks the more similar prompt's is in front.
+
+        Raises:
+            UserError: a row has no class, or one beyond 254.
+        """
+        return label_map(self.rows, self.height, self.width)
+
+
+def export_samples(
+    joined: Iterable[JoinedSample],
+    settings: InputConfig,
+    class_ids: Mapping[str, int] | None,
+    counts: Counter[str],
+) -> Iterator[ExportSample]:
+    """The samples of a shard that have a mask; the others are counted by reason.
+
+    Args:
+        joined: samples and their rows.
+        settings: which field is the image, and how large it may be.
+        class_ids: class of a prompt's text, by its lower case, for rows without one; None: as they are.
+        counts: takes `exported` and the reasons to leave a sample, or a row, out.
+    """
+    for sample in joined:
+        rows = _with_masks(sample.rows, class_ids, counts)
+        if not rows:
+            counts["without_mask"] += 1
+            continue
+        try:
+            image, suffix, (height, width) = _portable(sample, settings)
+        except SampleFailure:
+            counts["undecodable"] += 1
+            continue
+        if (height, width) != (rows[0]["image_height"], rows[0]["image_width"]):
+            counts["mispaired"] += 1
+            continue
+        counts["exported"] += 1
+        raw = sample.raw
+        yield ExportSample(
+            safe_name(raw.index, raw.key), raw.key, raw.index, image, suffix, height, width, tuple(rows)
+        )
+
+
+def safe_name(index: int, key: str) -> str:
+    """A name for a file: ordinal in the shard, then the key's letters, digits, hyphens and underscores."""
+    kept = re.sub(r"[^A-Za-z0-9_-]+", "_", key).strip("_")[:MAX_NAME_CHARACTERS]
+    return f"{index:08d}-{kept}" if kept else f"{index:08d}"
+
+
+def _with_masks(
+    rows: Sequence[Row], class_ids: Mapping[str, int] | None, counts: Counter[str]
+) -> list[dict[str, Any]]:
+    # under argmax the first row carries the image's ignore mask, whether or not it has a mask of its own
+    ignore = rows[0]["ignore"]
+    kept = []
+    for row in rows:
+        if row["mask"] is None:
+            counts["rows_rejected"] += 1
+            continue
+        class_id = row["class_id"]
+        if class_id is None and class_ids is not None:
+            class_id = class_ids.get(row["prompt"].lower())
+            if class_id is None:
+                counts["rows_without_class"] += 1
+                continue
+        kept.append({**row, "class_id": class_id})
+    if kept and kept[0]["threshold"] is None:
+        kept[0]["ignore"] = ignore
+    return kept
+
+
+def _portable(sample: JoinedSample, settings: InputConfig) -> tuple[bytes, str, tuple[int, int]]:
+    """An image that every reader shows upright: as it is where it is such a JPEG or PNG, else as PNG."""
+    data = find_field(sample.raw.fields, settings.image)
+    image = open_image(data, max_image_pixels=settings.max_image_pixels)
+    size = (image.height, image.width)
+    suffix = _KEPT_FORMATS.get(data[:3])
+    if suffix is not None and upright_transpose(data) is None:
+        return data, suffix, size
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue(), "png", size
+
+
+def index_png(labels: UInt8[np.ndarray, "height width"]) -> bytes:
+    """A label map as a palette PNG: pixel values are the labels, colours are VOC's.
+
+    Source: the colour map of the PASCAL VOC development kit: bit i of a colour channel, from the highest
+        down, is bit 3i + channel of the label.
+    """
+    image = Image.fromarray(labels).convert("P")
+    image.putpalette(_voc_palette())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _voc_palette() -> list[int]:
+    labels = np.arange(256)
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    for channel in range(3):
+        for place in range(PALETTE_BITS):
+            bit = (labels >> (3 * place + channel)) & 1
+            colours[:, channel] |= (bit << (PALETTE_BITS - 1 - place)).astype(np.uint8)
+    return [int(value) for value in colours.ravel()]

@@ -1,0 +1,68 @@
+"""Shards again: each image with its label map beside it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import webdataset
+
+from pipeline import storage
+from pipeline.export.samples import ExportSample, index_png
+from pipeline.ground_truth import LABEL_MAP_FIELD
+
+SPOOLED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class WebDatasetExport:
+    """DEST/SHARD.tar with NAME.jpg (or png), NAME.seg.png and NAME.json for each sample.
+
+    The JSON holds `key` (the sample's own), `captions` (prompts), `class_ids`, `class_names` and
+    `similarities`, aligned with each other: what `pipeline.ground_truth` reads too.
+
+    Attributes:
+        dest: folder: local path, s3:// or gs://.
+    """
+
+    dest: str
+
+    def export_shard(self, number: int, shard_id: str, samples: Iterable[ExportSample]) -> int:
+        """Write one tar, whole or not at all; returns how many label maps it holds.
+
+        Args:
+            number: of the shard in the job; plays no part.
+            shard_id: names the tar.
+            samples: read one at a time.
+
+        Raises:
+            UserError: a row has no class, or one beyond 254.
+            OutputError: the tar cannot be written.
+        """
+        del number
+        written = 0
+        with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as spool:
+            # nothing of the machine or the hour: a second export writes the same bytes
+            with webdataset.TarWriter(spool, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
+                for sample in samples:
+                    tar.write({"__key__": sample.name, **_members(sample)})
+                    written += 1
+            storage.publish(self.dest, f"{shard_id}.tar", spool)
+        return written
+
+
+def _members(sample: ExportSample) -> dict[str, bytes]:
+    document = {
+        "key": sample.key,
+        "captions": [row["prompt"] for row in sample.rows],
+        "class_ids": [row["class_id"] for row in sample.rows],
+        "class_names": [row["prompt"] for row in sample.rows],
+        "similarities": [row["similarity"] for row in sample.rows],
+    }
+    return {
+        sample.suffix: sample.image,
+        LABEL_MAP_FIELD: index_png(sample.label_map()),
+        "json": json.dumps(document).encode(),
+    }

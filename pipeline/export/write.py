@@ -1,0 +1,270 @@
+"""A job's masks in another format: shard by shard, resumable after each, every sample counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal, Protocol
+
+from legrad.errors import LeGradError
+from pipeline import storage
+from pipeline.class_list import ClassEntry, read_class_list
+from pipeline.config import InputConfig, parse_config
+from pipeline.errors import ShardError, UserError
+from pipeline.export.coco import CocoExport, Kind, merge_parts
+from pipeline.export.samples import ExportSample, export_samples
+from pipeline.export.voc import VocExport
+from pipeline.export.webdataset import WebDatasetExport
+from pipeline.job import JOB_FILE, read_job
+from pipeline.training.counts import SharedCounts
+from pipeline.training.joining import Source
+from pipeline.training.pairs import ShardPair, pair_shards
+from pipeline.training.shares import Share
+from pipeline.writer import read_footer
+
+Format = Literal["coco", "voc", "webdataset"]
+EXPORT_FILE, RECORDS_FOLDER, CLASSES_FILE = "export.json", "export", "classes.txt"
+LARGEST_LABEL = 254
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written.
+
+    Attributes:
+        format: coco, voc or webdataset.
+        classes_file: gives prompts that are a class's name that class, where rows have none of their own.
+        split: voc: name of the subfolder.
+        kind: coco: an annotation for each mask (stuff), or for each connected part (instances).
+        images: coco: whether images are written too; the other formats always have them.
+        merged: coco: whether all shards are joined in one file as well.
+    """
+
+    format: Format
+    classes_file: str | None = None
+    split: str = "train"
+    kind: Kind = "stuff"
+    images: bool = True
+    merged: bool = True
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What was written of one shard; stands in DEST/export/SHARD.json and marks it as done.
+
+    Attributes:
+        attempt: of the annotations; a shard that was annotated again is exported again.
+        written: label maps, or annotations of COCO.
+        counts: what became of samples and rows.
+        class_names: of the classes that occur.
+    """
+
+    attempt: str
+    written: int
+    counts: Mapping[str, int]
+    class_names: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportTotals:
+    """What an export wrote.
+
+    Attributes:
+        written: label maps, or annotations of COCO.
+        counts: what became of samples and rows, summed over shards.
+        shards_written: in this run.
+        shards_done_before: by an earlier run.
+        left_out: shards of the job that are not part of it, and why.
+        class_names: of the classes that occur.
+    """
+
+    written: int
+    counts: Mapping[str, int]
+    shards_written: int
+    shards_done_before: int
+    left_out: Mapping[str, str]
+    class_names: Mapping[int, str]
+
+
+class Exporter(Protocol):
+    """Writes one shard in one format."""
+
+    def export_shard(self, number: int, shard_id: str, samples: Iterable[ExportSample]) -> int:
+        """Write a shard; returns how many label maps or annotations that makes."""
+
+
+def export_job(
+    out_dir: str,
+    dest: str,
+    options: ExportOptions,
+    shards: Sequence[str] = (),
+    *,
+    on_shard: Callable[[str, int], None] = lambda _shard_id, _written: None,
+) -> ExportTotals:
+    """Write a job's masks in another format.
+
+    Samples without a mask, because they failed, no prompt applied or every prompt was rejected, are left out
+    and counted: nothing is known of their pixels.
+
+    Args:
+        out_dir: output folder of the job: local path, s3:// or gs://.
+        dest: a folder of its own; what stands there of the same export is not written again.
+        options: what is written.
+        shards: where the images are, as `pipeline.image_shards.locate_shards` takes it.
+        on_shard: called with shard id and number written, after each shard.
+
+    Raises:
+        UserError: no job in the folder, another export in `dest`, images that cannot be found, rows without
+            a class or classes beyond 254 where label maps are written.
+        ShardError: a shard cannot be read.
+        OutputError: something cannot be written.
+    """
+    export = _opened(storage.absolute(out_dir), storage.absolute(dest), options)
+    pairing = pair_shards(export.out, shards)
+    _claim(export, [pair.annotations_id for pair in pairing.pairs])
+    done = storage.list_names(storage.join_url(export.dest, RECORDS_FOLDER))
+    records: dict[str, ShardRecord] = {}
+    written_now = 0
+    for number, pair in enumerate(pairing.pairs):
+        shard_id = pair.annotations_id
+        record = _earlier(export, shard_id) if f"{shard_id}.json" in done else None
+        if record is None:
+            record = _export_shard(export, number, pair)
+            written_now += 1
+            on_shard(shard_id, record.written)
+        records[shard_id] = record
+    totals = _totals(records.values(), written_now, pairing.left_out)
+    _finish(export, records, {entry.class_id: entry.name for entry in export.classes} or totals.class_names)
+    return totals
+
+
+@dataclass(frozen=True)
+class _Export:
+    out: str
+    dest: str
+    options: ExportOptions
+    settings: InputConfig
+    classes: tuple[ClassEntry, ...]
+
+
+def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
+    config = parse_config(read_job(out)["config"], where=storage.join_url(out, JOB_FILE))
+    listed = config.prompts.classes
+    if options.classes_file is not None:
+        classes = read_class_list(options.classes_file)
+    else:
+        classes = () if listed is None or isinstance(listed, str) else listed
+    largest = max((entry.class_id for entry in classes), default=0)
+    if options.format != "coco" and largest > LARGEST_LABEL:
+        raise UserError(
+            f"{options.format}: expected class ids up to {LARGEST_LABEL}, which fit a byte beside 255 for "
+            f"ignored pixels, got {largest}; export as coco, or give a classes file with fewer classes"
+        )
+    return _Export(out, dest, options, config.input, classes)
+
+
+def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
+    settings, shard_id = export.settings, pair.annotations_id
+    source = Source(export.out, frozenset(settings.image.lower().split(";")), settings.max_member_bytes)
+    joins, counts, class_names = SharedCounts(), Counter[str](), dict[int, str]()
+    class_ids = {entry.name.lower(): entry.class_id for entry in export.classes} or None
+    joined = source.read(Share(pair), joins.of_worker(0))
+    samples = _noting_classes(export_samples(joined, settings, class_ids, counts), class_names)
+    try:
+        written = _exporter(export.dest, export.options).export_shard(number, shard_id, samples)
+    except (UserError, LeGradError) as error:
+        raise type(error)(f"{pair.shard.canonical_url}: {error}") from error
+    met = asdict(joins.read())
+    if met.pop("shards_left_out"):
+        where = pair.shard.canonical_url
+        raise ShardError(f"{where}: its two files are of different attempts; run the job again")
+    # every sample that was joined is counted by what became of it here
+    del met["joined"]
+    record = ShardRecord(_attempt(export.out, shard_id), written, dict(+(counts + Counter(met))), class_names)
+    folder = storage.join_url(export.dest, RECORDS_FOLDER)
+    storage.publish(folder, f"{shard_id}.json", json.dumps(asdict(record)).encode())
+    return record
+
+
+def _exporter(dest: str, options: ExportOptions) -> Exporter:
+    if options.format == "coco":
+        return CocoExport(dest, options.kind, options.images)
+    if options.format == "voc":
+        return VocExport(dest, options.split)
+    return WebDatasetExport(dest)
+
+
+def _noting_classes(samples: Iterable[ExportSample], class_names: dict[int, str]) -> Iterator[ExportSample]:
+    for sample in samples:
+        for row in sample.rows:
+            if row["class_id"] is not None:
+                class_names.setdefault(row["class_id"], row["prompt"])
+        yield sample
+
+
+def _claim(export: _Export, shard_ids: Sequence[str]) -> None:
+    """Say in DEST what stands there; refuse a folder that holds something else."""
+    what = [asdict(export.options), export.out, sorted(shard_ids)]
+    own = {
+        "format": export.options.format,
+        "job": storage.without_credentials(export.out),
+        "fingerprint": hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16],
+    }
+    where = storage.join_url(export.dest, EXPORT_FILE)
+    if not storage.exists(export.dest, EXPORT_FILE):
+        if present := storage.list_names(export.dest):
+            raise UserError(
+                f"{export.dest}: expected an empty folder or an earlier export, found {min(present)}"
+            )
+        storage.publish(export.dest, EXPORT_FILE, json.dumps(own, indent=1).encode())
+        return
+    try:
+        earlier = json.loads(storage.read_text(where))["fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: is no record of an export: {error}") from error
+    if earlier != own["fingerprint"]:
+        raise UserError(
+            f"{export.dest}: holds an export of another job, with other options, or of other shards; "
+            "choose another folder"
+        )
+
+
+def _earlier(export: _Export, shard_id: str) -> ShardRecord | None:
+    """What an earlier run wrote of a shard; None where it has been annotated again since."""
+    url = storage.join_url(export.dest, RECORDS_FOLDER, f"{shard_id}.json")
+    try:
+        record = ShardRecord(**json.loads(storage.read_text(url)))
+    except (TypeError, ValueError):
+        return None
+    names = {int(number): name for number, name in record.class_names.items()}
+    same = record.attempt == _attempt(export.out, shard_id)
+    return replace(record, class_names=names) if same else None
+
+
+def _attempt(out: str, shard_id: str) -> str:
+    url = storage.join_url(out, "annotations", f"{shard_id}.parquet")
+    try:
+        return str(read_footer(url)["attempt"])
+    except (OSError, KeyError, ValueError) as error:
+        raise ShardError(f"{url}: cannot be read: {error}") from error
+
+
+def _totals(records: Iterable[ShardRecord], written_now: int, left_out: Mapping[str, str]) -> ExportTotals:
+    listed = list(records)
+    counts = sum((Counter(record.counts) for record in listed), start=Counter[str]())
+    names = {number: name for record in listed for number, name in record.class_names.items()}
+    written = sum(record.written for record in listed)
+    return ExportTotals(written, counts, written_now, len(listed) - written_now, left_out, names)
+
+
+def _finish(export: _Export, shard_ids: Iterable[str], class_names: Mapping[int, str]) -> None:
+    """Write what needs all shards."""
+    if export.options.format == "coco" and export.options.merged:
+        merge_parts(export.dest, shard_ids, class_names)
+    # a line for each class id from 1 on; ids that no class has are named by their number
+    ids = range(1, max(class_names, default=0) + 1)
+    listed = "".join(f"{class_names.get(number, number)}\n" for number in ids)
+    storage.publish(export.dest, CLASSES_FILE, listed.encode())
