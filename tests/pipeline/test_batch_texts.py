@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.batch_texts import BatchTexts, choose_maps
@@ -28,6 +28,7 @@ def best(rows, cosines, limit):
     return sorted(ranked[:limit])
 
 
+@settings(max_examples=40)
 @given(batches(), st.integers(1, 4), st.integers(1, 3))
 def test_the_most_similar_prompts_and_backgrounds_of_each_image_are_chosen(
     batch, max_prompts, max_background
