@@ -95,7 +95,8 @@ def merged_relevance(
             relevance = explainer.relevance(seen, text_embeddings.repeat(len(part), 1), rows)
             # the derivative by one attention weight falls with the number of tokens that the score averages
             scale = 1.0 if explainer.scoring.pooler is not None else _tokens(explainer, part[0]) / tokens
-            yield from zip(part, torch.split(relevance * scale, prompts), strict=True)
+            by_view = (relevance * scale).reshape(len(part), prompts, *relevance.shape[-2:])
+            yield from zip(part, by_view, strict=True)
 
     return merge_grids(grids, explained())
 

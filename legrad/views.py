@@ -172,9 +172,11 @@ def resample_grids(
     """Resample maps that cover the same area, aligned by it: bilinear, antialiased where cells grow."""
     if tuple(grids.shape[-2:]) == grid:
         return grids
+    if not grids.numel():
+        return grids.new_zeros(*grids.shape[:-2], *grid)
     flat = grids.reshape(1, -1, *grids.shape[-2:])
     # Interpolating what stands above the minimum keeps a constant map constant to the last bit.
-    lowest = flat.amin(dim=(-2, -1), keepdim=True) if flat.numel() else flat[..., :1, :1]
+    lowest = flat.amin(dim=(-2, -1), keepdim=True)
     resampled = F.interpolate(flat - lowest, size=grid, mode="bilinear", antialias=True, align_corners=False)
     return resampled.add_(lowest).reshape(*grids.shape[:-2], *grid)
 

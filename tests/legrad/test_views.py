@@ -288,7 +288,7 @@ def test_an_image_and_its_mirror_image_get_mirrored_maps(explainer):
 
 def test_each_view_is_explained_as_the_library_explains_it_alone(explainer):
     image, texts = picture(100, 60), unit_texts(2)
-    views = Views(flip=True, scales=(1.0, 1.5), tile=True)
+    views = Views(flip=True, scales=(1.0, 1.5), tile=True, max_tiles=4)
     canvases = canvas_grids(views, explainer.transform, image.height, image.width)
     pixels = canvas_pixels(views, explainer.transform, image)
     tokens = 1 + 3 * 5
@@ -303,6 +303,23 @@ def test_each_view_is_explained_as_the_library_explains_it_alone(explainer):
     merged = view_relevance(explainer, [image], texts, views=views)[0]
     assert len(maps) > 6
     assert relative_error(merged, merge_grids(canvases, maps)) < 1e-5
+
+
+def test_no_text_gives_no_map(explainer):
+    (maps,) = view_relevance(
+        explainer, [picture(100, 60)], unit_texts(0), views=Views(flip=True, scales=(1.0, 1.5))
+    )
+    assert maps.shape == (0, 4, 8)
+
+
+def test_maps_of_finer_views_are_of_one_scale_with_the_first_whatever_the_pooling():
+    # at the same tokens, twice: a finer view of them has relevance of the same size
+    for pool in ("reference", "model"):
+        explainer = legrad.LeGrad(tiny_clip(), pool=pool)
+        texts = unit_texts(8)
+        plain = view_relevance(explainer, [picture(20, 12)], texts, views=Views())[0]
+        finer = view_relevance(explainer, [picture(20, 12)], texts, views=Views(scales=(1.0, 4.0)))[0]
+        assert 0.5 < float((2 * finer.mean() - plain.mean()) / plain.mean()) < 2
 
 
 def test_a_model_of_one_size_takes_windows_and_mirrors_but_no_scales(explainer):
