@@ -34,6 +34,7 @@ COMMON = ("masks.rule=fixed", "masks.value=0.5", "output.heatmap=false")
 CLEANED = ("masks.smooth=0.5", "masks.min_component=0.01", "masks.max_hole=0.01")
 BACKGROUND = ("prompts.background=default", "masks.combine=argmax")
 OTSU = ("masks.rule=otsu",)
+SCALES = ("views.scales=[1.0, 0.75, 1.5]",)
 # Overrides of the demo's configuration and COMMON; one line a variant.
 VARIANTS: dict[str, tuple[str, ...]] = {
     BASELINE: (),
@@ -59,6 +60,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "otsu, par": (*OTSU, "masks.refine=par"),
     "flip": ("views.flip=true",),
     "scales 1, 1.5": ("views.scales=[1.0, 1.5]",),
+    "scales 1, 2": ("views.scales=[1.0, 2.0]",),
+    "scales 1, 0.75, 1.5": SCALES,
     "tile": ("model.fit=tile",),
     "keep": ("model.fit=keep",),
     "size 3/4": ("model.image_size=SIZE*0.75",),
@@ -68,6 +71,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "otsu, cleaned": (*OTSU, *CLEANED),
     "otsu, par, cleaned": (*OTSU, "masks.refine=par", *CLEANED),
     "otsu, par, flip": (*OTSU, "masks.refine=par", "views.flip=true"),
+    "otsu, flip": (*OTSU, "views.flip=true"),
+    "otsu, scales 1, 1.5": (*OTSU, "views.scales=[1.0, 1.5]"),
+    "otsu, scales 1, 0.75, 1.5": (*OTSU, *SCALES),
+    "otsu, par, scales 1, 0.75, 1.5": (*OTSU, "masks.refine=par", *SCALES),
     "otsu, size 3/2": (*OTSU, "model.image_size=SIZE*1.5"),
     "otsu, size 3/2, par": (*OTSU, "model.image_size=SIZE*1.5", "masks.refine=par"),
 }
