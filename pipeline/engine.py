@@ -243,7 +243,6 @@ class Engine:
         cosines: np.ndarray,
     ) -> ExplainedSample:
         end = len(maps.prompts)
-        background_grids = grids[end : end + maps.backgrounds]
         neutral_grid = grids[end + maps.backgrounds :]
         neutral = None
         if self._companions.neutral is not None:
@@ -256,7 +255,7 @@ class Engine:
             ),
             relevance_grids=grids[:end],
             dropped_prompts=len(sample.prompts) - end,
-            background_grids=background_grids[background_grids.isfinite().flatten(1).all(dim=1)],
+            background_grids=grids[end : end + maps.backgrounds],
             neutral_patches=neutral,
         )
 
