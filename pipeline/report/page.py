@@ -186,9 +186,10 @@ def _scores_note(content: PageContent) -> str:
 def _gallery_note(content: PageContent) -> str:
     cards = content.gallery.cards
     drawn = sum(card.at_random for card in cards)
+    shards = f"{content.shards_shown} shard{'' if content.shards_shown == 1 else 's'}"
     return (
         f"{len(cards)} rows: {drawn} drawn at random (seed {content.seed}), {len(cards) - drawn} chosen for "
-        f"extreme scores or a rejection, among the rows read from {content.shards_shown} shards. "
+        f"extreme scores or a rejection, among the rows read from {shards}. "
         "“Random” shows the drawn ones alone."
     )
 
@@ -281,7 +282,7 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.4g} %"
+    return f"{100 * share:.3g} %"
 
 
 def _errors(totals: Totals) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from object_servers import (
     serving,
     uploading_handler,
 )
+from report_jobs import varied_rows, write_job
 
 import legrad
 from pipeline import job as jobs
@@ -31,6 +32,7 @@ from pipeline import storage
 from pipeline.annotate import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError, ShortReadError, UserError
+from pipeline.report import write_report
 from pipeline.status import read_status
 from pipeline.storage import ShardSource, output
 
@@ -503,3 +505,26 @@ def test_a_program_that_used_s3_ends_cleanly(store, bucket):
         env=dict(os.environ),
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "{'x'} [1]\n", "")
+
+
+# --- the report
+
+
+def test_a_report_reads_from_s3_and_is_written_there(store, bucket, tmp_path):
+    out = write_job(tmp_path, [varied_rows(5), varied_rows(4)])
+    for path in sorted(tmp_path.rglob("*")):
+        if path.is_file():
+            store.put(f"{bucket}/{path.relative_to(tmp_path)}", path.read_bytes())
+    here, there = write_report(str(out)), write_report(f"s3://{bucket}/out", [f"{tmp_path}=s3://{bucket}"])
+    assert (there.rows_shown, there.pictures, there.unread_shards) == (9, 9, {})
+    assert there.url == f"s3://{bucket}/out/report.html"
+    page = store.get(f"{bucket}/out/report.html")
+    assert page.count(b"data:image/jpeg") == (out / "report.html").read_bytes().count(b"data:image/jpeg")
+    assert SECRET.encode() not in page
+    assert here.pictures == 9
+
+
+def test_a_report_names_shards_that_a_store_does_not_give(bucket, tmp_path):
+    out = write_job(tmp_path, [varied_rows(3)])
+    moved = write_report(str(out), [f"{tmp_path}=s3://{bucket}/nowhere"], to=str(tmp_path / "page.html"))
+    assert (moved.rows_shown, moved.pictures, len(moved.unread_shards)) == (3, 0, 1)
