@@ -13,6 +13,7 @@ from legrad.explainer import LeGrad
 from legrad.explanation import Explanation, explain_image, layer_strip
 from legrad.images import ImageTransform
 from legrad.overlay import overlay
+from legrad.refine import Refinement, refine_heatmaps
 from legrad.support import ModelSupport, supported_models
 from legrad.trace import LayerTrace, Trace
 
@@ -25,11 +26,13 @@ __all__ = [
     "LeGradError",
     "ModelLoadError",
     "ModelSupport",
+    "Refinement",
     "TokenizerError",
     "Trace",
     "UnsupportedModelError",
     "explain_image",
     "layer_strip",
     "overlay",
+    "refine_heatmaps",
     "supported_models",
 ]

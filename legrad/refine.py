@@ -56,7 +56,7 @@ class Refinement:
     """
 
     kernel: str = "par"
-    iterations: int = 6
+    iterations: int = 8
     dilations: tuple[int, ...] = (4, 8, 16, 32)
     contrast: float | None = None
     position_weight: float = 0.01
@@ -83,19 +83,20 @@ class Refinement:
 
 def refine_heatmaps(
     images: Shaped[Tensor, "images channels height width"],
-    heatmaps: Float[Tensor, "maps map_height map_width"],
+    heatmaps: Float[Tensor, "*leading map_height map_width"],
     image_index: Int[Tensor, " indices"] | None = None,
     refinement: Refinement = Refinement(),
     *,
     max_bytes: int = DEFAULT_MAX_BYTES,
-) -> Float32[Tensor, "maps map_height map_width"]:
+) -> Float32[Tensor, "*leading map_height map_width"]:
     """Let heat maps follow the edges of their images.
 
     Args:
         images: pixels in any range, integer or float: only ratios of differences count, so normalised pixels
             do as well as raw ones.
-        heatmaps: maps in the images' frame, on their device, of any range.
-        image_index: of each map, the row of its image; None: as many maps as images, in their order.
+        heatmaps: maps in the images' frame, on their device, of any range: [maps, height, width] with
+            `image_index`; without it [images, prompts, height, width] or [images, height, width].
+        image_index: of each map, the row of its image.
         refinement: which neighbours, how often, how sharp.
         max_bytes: working memory beside arguments and result, though never less than what one map of one
             image takes.
@@ -109,18 +110,23 @@ def refine_heatmaps(
     """
     index = _checked_index(images, heatmaps, image_index)
     height, width = heatmaps.shape[-2:]
-    refined = torch.empty(heatmaps.shape, dtype=torch.float32, device=heatmaps.device)
+    maps = heatmaps.reshape(-1, height, width)
+    refined = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     map_bytes = height * width * _FLOAT_BYTES
     affinity_bytes = map_bytes * (8 * len(refinement.dilations) + 8 * images.shape[1])
     # maps are padded by the widest step, and two generations of them are held at a time
     padded_bytes = map_bytes + _FLOAT_BYTES * _padded_pixels(height, width, max(refinement.dilations))
     for map_rows in _groups(index, len(images), max_bytes, affinity_bytes, padded_bytes):
-        pixels = images[index[map_rows[:, 0]]].to(torch.float32)
-        affinities = _affinities(pixels, refinement)
+        affinities = _affinities(_as_rows(images[index[map_rows[:, 0]]]), refinement)
         per_image = max(1, (max_bytes // len(map_rows) - affinity_bytes) // padded_bytes)
         for rows in torch.split(map_rows, per_image, dim=1):
-            refined[rows] = _diffuse(heatmaps[rows].to(torch.float32), affinities, refinement)
-    return refined
+            refined[rows] = _diffuse(_as_rows(maps[rows]), affinities, refinement)
+    return refined.reshape(heatmaps.shape)
+
+
+def _as_rows(frames: Tensor) -> Float32[Tensor, "images channels height width"]:
+    # pixels often come with their channels last and maps column by column, which is twice as slow here
+    return frames.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
 
 def _padded_pixels(height: int, width: int, margin: int) -> int:
@@ -135,17 +141,19 @@ def _checked_index(
             f"expected heat maps in the images' frame {tuple(images.shape[-2:])}, received "
             f"{tuple(heatmaps.shape[-2:])}"
         )
+    leading = heatmaps.shape[:-2]
     if image_index is None:
-        if len(images) != len(heatmaps):
+        if not leading or leading[0] != len(images):
             raise InputError(
-                f"expected one map an image or image_index, received {len(heatmaps)} maps for "
-                f"{len(images)} images"
+                f"expected heat maps of each of {len(images)} images, or image_index; received heat maps of "
+                f"shape {tuple(heatmaps.shape)}"
             )
-        return torch.arange(len(images))
+        return torch.arange(len(images)).repeat_interleave(leading[1:].numel())
     index = image_index.cpu()
-    if len(index) != len(heatmaps) or bool(((index < 0) | (index >= len(images))).any()):
+    if leading != index.shape or bool(((index < 0) | (index >= len(images))).any()):
         raise InputError(
-            f"image_index: expected {len(heatmaps)} rows of {len(images)} images, received {index.tolist()}"
+            f"image_index: expected a row of {len(images)} images for each of the heat maps "
+            f"{tuple(leading)}, received {index.tolist()}"
         )
     return index
 

@@ -21,7 +21,7 @@ from pipeline.mask_rows import annotation_rows, finite_prompts
 from pipeline.measures import Measures, Meter
 from pipeline.model import views_wanted
 from pipeline.records import SampleError, ShardCounts, total_counts
-from pipeline.refined_maps import refinement_of
+from pipeline.refined_maps import map_bytes, refinement_of
 from pipeline.sample_prompts import Companions, SamplePrompts, companions_of
 from pipeline.shards import RawSample, read_samples
 from pipeline.stages import Stages, StreamLimits
@@ -100,6 +100,9 @@ class ShardAnnotator:
         self._sample_prompts = SamplePrompts(config)
         self._views = views_wanted(config, explainer)
         companions = companions_of(config.prompts)
+        refinement = refinement_of(config.masks, explainer.patch_size)
+        usual_maps = self._sample_prompts.usual_number + companions.most_maps
+        self._refined_bytes = 0 if refinement is None else usual_maps * map_bytes(explainer.transform)
         self._engine = Engine(
             explainer,
             config.prompts.max_per_sample,
@@ -108,7 +111,7 @@ class ShardAnnotator:
             batches_at_once=batches_at_once,
             companions=companions,
             views=self._views,
-            refinement=refinement_of(config.masks, explainer.patch_size),
+            refinement=refinement,
         )
         self._metadata = metadata
         self._wanted_fields = wanted_fields(config.input, self._sample_prompts)
@@ -183,7 +186,8 @@ class ShardAnnotator:
         """What a sample takes at most, as read and as decoded; the stream's limit counts it ahead."""
         if isinstance(item, SampleError):
             return 0
-        return sum(map(len, item.fields.values())) + canvas_bytes(self._views, self._explainer.transform)
+        read_bytes = sum(map(len, item.fields.values()))
+        return read_bytes + canvas_bytes(self._views, self._explainer.transform) + self._refined_bytes
 
     def _prepare(self, item: RawSample | SampleError) -> _Prepared:
         if isinstance(item, SampleError):

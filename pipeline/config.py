@@ -213,7 +213,7 @@ class MasksConfig(Section):
         "Ru et al. (2022), pamr as Araslanov and Roth (2020).",
     )
     refine_iterations: PositiveInt = Field(
-        6, description="How often each pixel becomes the weighted mean of its neighbours."
+        8, description="How often each pixel becomes the weighted mean of its neighbours."
     )
     refine_dilations: list[PositiveInt] | None = Field(
         None,

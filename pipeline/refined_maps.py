@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from legrad.images import ImageTransform
 from legrad.masks import Normalisation, heatmaps_of, minmax_normalise
 from legrad.refine import Refinement, dilations_for_patch, refine_heatmaps
 from pipeline.config import MasksConfig
@@ -27,6 +28,11 @@ def refinement_of(masks: MasksConfig, patch_pixels: int) -> Refinement | None:
         tuple(masks.refine_dilations or dilations_for_patch(patch_pixels)),
         masks.refine_contrast,
     )
+
+
+def map_bytes(transform: ImageTransform) -> int:
+    """Memory of one refined map at most."""
+    return transform.height * transform.width * torch.float32.itemsize
 
 
 def refined_maps(

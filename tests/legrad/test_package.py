@@ -16,12 +16,14 @@ def test_the_public_names_are_these():
         "LeGradError",
         "ModelLoadError",
         "ModelSupport",
+        "Refinement",
         "TokenizerError",
         "Trace",
         "UnsupportedModelError",
         "explain_image",
         "layer_strip",
         "overlay",
+        "refine_heatmaps",
         "supported_models",
     ]
     assert all(hasattr(legrad, name) for name in legrad.__all__)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import legrad
-from legrad.refine import Refinement, dilations_for_patch, refine_heatmaps
+from legrad import Refinement, refine_heatmaps
+from legrad.refine import dilations_for_patch
 
 SMALL = Refinement(iterations=2, dilations=(1, 2))
 
@@ -122,6 +123,13 @@ def test_a_batch_equals_its_singles_however_much_memory_there_is(max_bytes):
         torch.testing.assert_close(refined[row : row + 1], single, rtol=0, atol=1e-6)
 
 
+def test_maps_as_the_explainer_gives_them_need_no_index():
+    images, heatmaps = scenes(11, 2, 6)
+    by_image = refine_heatmaps(images, heatmaps.reshape(2, 3, 9, 12), refinement=SMALL)
+    flat = refine_heatmaps(images, heatmaps, torch.tensor([0, 0, 0, 1, 1, 1]), SMALL)
+    assert torch.equal(by_image, flat.reshape(2, 3, 9, 12))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_arithmetic_is_in_float32_whatever_the_maps_are_in(dtype):
     images, heatmaps = scenes(5, 2, 2)
@@ -179,10 +187,12 @@ def test_no_maps_give_no_maps():
     ("heatmaps", "index", "message"),
     [
         (torch.zeros(2, 9, 11), None, "frame"),
-        (torch.zeros(3, 9, 12), None, "3 maps for 2 images"),
+        (torch.zeros(3, 9, 12), None, "each of 2 images"),
+        (torch.zeros(9, 12), None, "each of 2 images"),
         (torch.zeros(2, 9, 12), torch.tensor([0, 2]), "image_index"),
         (torch.zeros(2, 9, 12), torch.tensor([-1, 0]), "image_index"),
         (torch.zeros(2, 9, 12), torch.tensor([0]), "image_index"),
+        (torch.zeros(2, 1, 9, 12), torch.tensor([0, 1]), "image_index"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(heatmaps, index, message):
