@@ -133,7 +133,9 @@ def report(
         str | None, typer.Option(metavar="FILE", help="The page; default: OUT/report.html.")
     ] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=0, max=300, help="Rows in the gallery.")] = 60,
-    classes: Annotated[str | None, typer.Option(help="File whose line i names class id i.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names of the classes: .txt or .yaml; default: the job's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at random.")] = 0,
 ) -> None:
     """Write one self-contained HTML page: pictures, distributions, errors, runs, provenance."""

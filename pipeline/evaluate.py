@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.config import InputConfig, parse_config
 from pipeline.decode import decode_image
 from pipeline.errors import SampleFailure, ShardError, UserError
+from pipeline.evaluation_plot import plot_evaluation
 from pipeline.evaluation_result import EvaluationResult, RecognitionScores
 from pipeline.evaluation_table import render_evaluation
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
@@ -73,7 +74,7 @@ def evaluate_output(
     result_name: str = EVALUATION_FILE,
     perturbed_scenes: int = 0,
 ) -> EvaluationResult:
-    """Evaluate a job: its masks as written, and the maps of its model; also written into the folder as JSON.
+    """Evaluate a job: its masks as written, and the maps of its model; written there as JSON and plot.
 
     Args:
         out_dir: the job's output folder.
@@ -104,6 +105,7 @@ def evaluate_output(
         raise UserError(str(error)) from error
     result = replace(maps, written=written)
     storage.publish(out_dir, result_name, result.to_json().encode())
+    storage.publish(out_dir, f"{Path(result_name).stem}.png", plot_evaluation(result))
     return result
 
 

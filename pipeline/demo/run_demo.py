@@ -88,6 +88,8 @@ def _show_written(out: Path, console: Console) -> None:
         "_SUCCESS": "totals",
         "evaluation-heldout.json": "scores on the held-out scenes",
         "evaluation-newartist.json": "scores on the other artist's scenes",
+        "evaluation-heldout.png": "the scores as a plot",
+        "evaluation-newartist.png": "the same of the other artist's scenes",
         "contact_sheet.png": "scenes chosen at random",
         REPORT_FILE: "pictures, distributions, provenance; open it in a browser",
     }
