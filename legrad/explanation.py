@@ -14,7 +14,7 @@ from torch import Tensor
 
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
-from legrad.masks import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
+from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
 from legrad.overlay import draw_panels, fitted, heat_over, overlay
 
 PANELS_PER_LINE = 4

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from legrad.masks import upsample_grid
+from legrad.heatmaps import upsample_grid
 
 COLORMAP = "turbo"
 PANEL_GAP, LABEL_TOP, LABEL_HEIGHT, LABEL_SIZE = 8, 4, 22, 16

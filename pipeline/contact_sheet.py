@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
 
-from legrad.masks import decode_rle, minmax_normalise
-from legrad.metrics import foreground_iou
+from legrad.rle import decode_rle
 from pipeline import storage
-from pipeline.config import InputConfig, JobConfig, parse_config
+from pipeline.config import JobConfig, parse_config
 from pipeline.decode import find_field, open_image
 from pipeline.errors import UserError
-from pipeline.ground_truth import LABEL_MAP_FIELD, Scene, list_truth_shards, scene_of
+from pipeline.ground_truth import Scene, list_truth_shards, scene_of
 from pipeline.job import JOB_FILE, read_job
-from pipeline.label_map import in_frame
+from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.scene_scores import row_target
-from pipeline.shards import RawSample, read_samples
+from pipeline.shards import RawSample
 from pipeline.sheet_drawing import CARDS_PER_LINE, Card, draw_sheet
 from pipeline.storage import ShardSource
 from pipeline.written_masks import match_annotations, read_rows
@@ -132,24 +129,12 @@ def _cards(chosen: Sequence[tuple[ShardSource, Row]], config: JobConfig) -> list
     samples = {
         (url, sample.index): sample
         for url, indices in wanted.items()
-        for sample in _read_wanted(sources[url], indices, config.input)
+        for sample in read_samples_at(sources[url], indices, config.input)
     }
     found = [(samples.get((shard.canonical_url, row["sample_index"])), row) for shard, row in chosen]
     return [
         _card(sample, row, config) for sample, row in found if sample is not None and sample.key == row["key"]
     ]
-
-
-def _read_wanted(shard: ShardSource, indices: set[int], settings: InputConfig) -> Iterator[RawSample]:
-    with storage.open_shard(shard) as stream:
-        wanted = [*settings.image.split(";"), LABEL_MAP_FIELD, "json"]
-        samples = read_samples(stream, max_member_bytes=settings.max_member_bytes, wanted_fields=wanted)
-        for sample in samples:
-            if isinstance(sample, RawSample) and sample.index in indices:
-                yield sample
-                indices = indices - {sample.index}
-                if not indices:
-                    return
 
 
 def _card(sample: RawSample, row: Row, config: JobConfig) -> Card:
@@ -161,24 +146,5 @@ def _card(sample: RawSample, row: Row, config: JobConfig) -> Card:
     truth, iou = None, None
     if isinstance(scene, Scene):
         truth = row_target(scene, row, config.prompts.source)
-        iou = None if truth is None else _iou(mask, truth, scene.valid)
-    return Card(image, row["prompt"], row["similarity"], _relevance(row), mask, truth, iou)
-
-
-def _relevance(row: Row) -> Float[np.ndarray, "grid_height grid_width"] | None:
-    """The stored grid, stretched to the range from 0 to 1."""
-    if row["heatmap"] is None:
-        return None
-    levels = np.frombuffer(row["heatmap"], dtype=np.uint8).reshape(
-        row["heatmap_height"], row["heatmap_width"]
-    )
-    grid: np.ndarray = minmax_normalise(torch.from_numpy(levels.astype(np.float32))).numpy()
-    return grid
-
-
-def _iou(
-    mask: Bool[np.ndarray, "mask_height mask_width"],
-    truth: Bool[np.ndarray, "height width"],
-    valid: Bool[np.ndarray, "height width"],
-) -> float:
-    return float(foreground_iou(in_frame(mask, truth.shape)[None], truth[None], valid[None])[0])
+        iou = None if truth is None else mask_iou(mask, truth, scene.valid)
+    return Card(image, row["prompt"], row["similarity"], stored_heatmap(row), mask, truth, iou)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from legrad.masks import minmax_normalise
+from legrad.heatmaps import minmax_normalise
 from legrad.metrics import foreground_iou
 from pipeline import storage
 from pipeline.config import InputConfig

@@ -12,7 +12,7 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from legrad.errors import LeGradError
-from legrad.masks import decode_rle
+from legrad.rle import decode_rle
 from pipeline import storage
 from pipeline.config import JobConfig
 from pipeline.decode import find_field, open_image

@@ -201,6 +201,7 @@ def _charts(scores: ScoredRows) -> list[Histogram]:
         histogram("Peak", "maximum of the raw relevance grid", scores.peak, accepted),
         histogram("Mask area", "share of the image, accepted rows", scores.area_share, accepted, (0.0, 1.0)),
         histogram("Threshold", "foreground cut of the heat map", scores.threshold, accepted, (0.0, 1.0)),
+        histogram("Ignored", "share of the image", scores.ignored_share, accepted, (0.0, 1.0)),
     ]
     return [chart for chart in drawn if chart is not None]
 

@@ -13,10 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
+from legrad.rle import Rle, mask_area
 from pipeline import storage
 
 SCORE_COLUMNS = ("sample_index", "status", "class_id", "similarity", "peak", "threshold", "area")
 FRAME_COLUMN = "mask.size"
+IGNORE_COLUMN = "ignore"
 READERS = 16
 MAX_FILES = 64
 MAX_ROWS = 200_000
@@ -39,6 +41,7 @@ class ScoredRows:
         peak: maximum of the raw grid.
         threshold: NaN where the row has none.
         area_share: of the mask in its frame, 0 to 1; NaN without a mask.
+        ignored_share: of the pixels of which the row says that nothing is known; NaN where it does not say.
         files_read: annotation files that were looked into.
         files_total: annotation files that there are.
         unreadable: shard ids of files that could not be read.
@@ -54,6 +57,7 @@ class ScoredRows:
     peak: Float[np.ndarray, " rows"]
     threshold: Float[np.ndarray, " rows"]
     area_share: Float[np.ndarray, " rows"]
+    ignored_share: Float[np.ndarray, " rows"]
     files_read: int
     files_total: int
     unreadable: tuple[str, ...]
@@ -140,7 +144,8 @@ def _read_group(folder: str, group: Group) -> pa.Table | None:
     shard_id, number = group
     try:
         with open_parquet(folder, shard_id) as file:
-            return file.read_row_group(number, columns=[*SCORE_COLUMNS, FRAME_COLUMN])
+            table = file.read_row_group(number, columns=[*SCORE_COLUMNS, FRAME_COLUMN, IGNORE_COLUMN])
+            return _with_shares(table)
     except (OSError, KeyError, pa.ArrowException):
         return None
 
@@ -148,7 +153,7 @@ def _read_group(folder: str, group: Group) -> pa.Table | None:
 def _scored(
     read: Sequence[tuple[Group, pa.Table]], files_read: int, files_total: int, unreadable: tuple[str, ...]
 ) -> ScoredRows:
-    tables = [_with_frame(table) for _, table in read]
+    tables = [table for _, table in read]
     whole = pa.concat_tables(tables) if tables else _EMPTY
     lengths = [len(table) for table in tables]
 
@@ -169,17 +174,26 @@ def _scored(
         peak=numbers("peak"),
         threshold=numbers("threshold"),
         area_share=np.divide(numbers("area"), frame, out=np.full(len(frame), np.nan), where=accepted),
+        ignored_share=numbers("ignored"),
         files_read=files_read,
         files_total=files_total,
         unreadable=unreadable,
     )
 
 
-def _with_frame(table: pa.Table) -> pa.Table:
-    """The score columns, and the pixels of the mask's frame."""
+def _with_shares(table: pa.Table) -> pa.Table:
+    """The score columns, the pixels of the mask's frame, and the share of ignored pixels."""
     sizes = pc.struct_field(table.column("mask").combine_chunks(), "size")
     height, width = (pc.cast(pc.list_element(sizes, side), pa.int64()) for side in (0, 1))
-    return table.select(SCORE_COLUMNS).append_column("frame", pc.multiply(height, width)).cast(_SCHEMA)
+    ignored = [_share(rle) for rle in table.column(IGNORE_COLUMN).to_pylist()]
+    scores = table.select(SCORE_COLUMNS).append_column("frame", pc.multiply(height, width))
+    return scores.append_column("ignored", pa.array(ignored, pa.float32())).cast(_SCHEMA)
+
+
+def _share(rle: Rle | None) -> float | None:
+    """Of the pixels of a mask in its frame, told from the runs alone."""
+    pixels = 0 if rle is None else rle["size"][0] * rle["size"][1]
+    return int(mask_area([rle])[0]) / pixels if rle is not None and pixels else None
 
 
 _SCHEMA = pa.schema(
@@ -192,6 +206,7 @@ _SCHEMA = pa.schema(
         ("threshold", pa.float32()),
         ("area", pa.int64()),
         ("frame", pa.int64()),
+        ("ignored", pa.float32()),
     ]
 )
 _EMPTY = _SCHEMA.empty_table()

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from pipeline import storage
+from pipeline.class_list import ClassEntry, read_class_list
 from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.image_shards import LocatedShards, locate_shards
@@ -68,7 +69,7 @@ def write_report(
         shards: where the tars are, as `locate_shards` takes it; empty: where the job read them.
         to: path or URL of the page; None: report.html in the output folder.
         samples: how many rows the gallery shows at most.
-        classes_file: line i names class id i; None: classes go by their prompts or numbers.
+        classes_file: names of the classes, as `read_class_list` reads them; None: the job's own.
         seed: of all that is random.
 
     Raises:
@@ -79,7 +80,7 @@ def write_report(
         raise UserError(f"samples: expected a number from 0 to {MAX_SAMPLES}, got {samples}")
     job = read_job(out_dir)
     config = parse_config(job.get("config") or {}, where=storage.join_url(out_dir, JOB_FILE))
-    class_names = _class_names(classes_file)
+    class_names = _class_names(classes_file, config.prompts.classes)
     totals = read_totals(out_dir, str(job.get("config_hash")))
     located = locate_shards(totals.listed, shards)
     generator = np.random.default_rng(seed)
@@ -117,10 +118,14 @@ def _told(url: str, page: bytes, gallery: Gallery) -> Report:
     )
 
 
-def _class_names(classes_file: str | None) -> dict[int, str]:
-    if classes_file is None:
-        return {}
-    return dict(enumerate(storage.read_text(classes_file).splitlines(), start=1))
+def _class_names(classes_file: str | None, configured: str | Sequence[ClassEntry] | None) -> dict[int, str]:
+    """Names from the file that the user gives, else from the job's own classes, which job.json spells out."""
+    entries: Sequence[ClassEntry] = ()
+    if classes_file is not None:
+        entries = read_class_list(classes_file)
+    elif configured is not None and not isinstance(configured, str):
+        entries = configured
+    return {entry.class_id: entry.name for entry in entries}
 
 
 def _shown_shards(

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from corpus import demo_job, image_bytes, sample, write_shard
 
-from legrad.masks import encode_rle
+from legrad.rle import encode_rle
 from pipeline.job import prepare_job
 from pipeline.progress import RunState
 from pipeline.records import SampleError, ShardCounts
