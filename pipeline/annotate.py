@@ -22,7 +22,7 @@ from pipeline.measures import Measures, Meter
 from pipeline.model import views_wanted
 from pipeline.records import SampleError, ShardCounts, total_counts
 from pipeline.refined_maps import map_bytes, refinement_of
-from pipeline.sample_prompts import Companions, SamplePrompts, companions_of
+from pipeline.sample_prompts import SamplePrompts, companions_of
 from pipeline.shards import RawSample, read_samples
 from pipeline.stages import Stages, StreamLimits
 from pipeline.storage import ShardSource
@@ -106,7 +106,7 @@ class ShardAnnotator:
         self._engine = Engine(
             explainer,
             config.prompts.max_per_sample,
-            self._batch_size(companions),
+            self._batch_size(usual_maps),
             self._meter,
             batches_at_once=batches_at_once,
             companions=companions,
@@ -156,11 +156,10 @@ class ShardAnnotator:
         """Images decoded and time on the device, since the model was loaded."""
         return self._meter.read()
 
-    def _batch_size(self, companions: Companions) -> int:
+    def _batch_size(self, maps_per_sample: int) -> int:
         if self._config.run.batch_size != "auto":
             return self._config.run.batch_size
-        prompts = min(self._config.prompts.max_per_sample, self._sample_prompts.usual_number)
-        return find_batch_size(self._explainer, prompts + companions.most_maps, self._views)
+        return find_batch_size(self._explainer, maps_per_sample, self._views)
 
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:

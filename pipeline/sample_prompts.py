@@ -85,7 +85,7 @@ class SamplePrompts:
 
     Attributes:
         field: of a sample, where its prompts are found; None: they need none.
-        usual_number: prompts of a sample, as far as that can be told beforehand.
+        usual_number: prompts of a sample that get maps, as far as that can be told beforehand.
 
     Raises:
         UserError: the classes file cannot be read, or is wrong.
@@ -97,10 +97,9 @@ class SamplePrompts:
         self._every_class = _class_prompts(self._settings)
         takes_classes = self._settings.source == "classes"
         self.field = self._settings.mentioned_in if takes_classes else config.input.caption
-        several = self._settings.source == "captions" or takes_classes
-        self.usual_number = USUAL_PROMPTS if several else 1
-        if self.field is None:
-            self.usual_number = len(self._every_class)
+        found = 1 if self._settings.source == "caption" else USUAL_PROMPTS
+        usual = len(self._every_class) if self.field is None else found
+        self.usual_number = min(usual, self._settings.max_per_sample)
         mentions = takes_classes and self.field is not None
         self._finder = MentionFinder(_listed(self._settings.classes)) if mentions else None
 

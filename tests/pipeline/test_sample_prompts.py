@@ -165,3 +165,16 @@ def test_rejected_classes_have_no_rows_unless_they_are_asked_for():
     assert demo_job([], "out", prompts=settings, output={"rows": "all"}).rows_written == "all"
     assert job().rows_written == "all"
     assert demo_job([], "out", output={"rows": "accepted"}).rows_written == "accepted"
+
+
+def test_how_many_prompts_to_expect_is_told_before_a_sample_is_read():
+    classes = {"source": "classes", "classes": [f"class {number}" for number in range(50)]}
+    expected = [
+        ({}, 1),
+        ({"source": "captions"}, 4),
+        (classes, 32),
+        ({**classes, "max_per_sample": 3}, 3),
+        ({**classes, "mentioned_in": "txt"}, 4),
+    ]
+    for settings, number in expected:
+        assert SamplePrompts(job(**settings)).usual_number == number
