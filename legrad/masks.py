@@ -149,7 +149,7 @@ def independent_masks(stack: HeatmapStack, rule: MaskRule, cleaning: Cleaning = 
     ignores: list[Rle] = []
     lows, highs = [torch.zeros(0)], [torch.zeros(0)]
     for heatmaps in stack.chunks():
-        low, high = cuts_of(heatmaps, rule)
+        low, high = cuts_of(heatmaps, rule, is_stretched=stack.normalisation == "upsampled")
         masks = clean_masks(heatmaps > high[:, None, None], cleaning)
         rles += encode_rle(masks)
         if rule.rule == "band":

@@ -57,30 +57,31 @@ class MaskRule:
 
 
 def cuts_of(
-    heatmaps: Float[Tensor, "maps height width"], rule: MaskRule
+    heatmaps: Float[Tensor, "maps height width"], rule: MaskRule, *, is_stretched: bool = False
 ) -> tuple[Float[Tensor, " maps"], Float[Tensor, " maps"]]:
     """Find the lower and the upper cut of each heat map; they are one but for `band`.
 
     Args:
         heatmaps: values from 0 to 1.
         rule: how.
+        is_stretched: see `otsu_threshold`.
     """
     if rule.rule == "otsu":
-        cuts = otsu_threshold(heatmaps)
+        cuts = otsu_threshold(heatmaps, is_stretched=is_stretched)
     elif rule.rule == "quantile":
         cuts = quantile_threshold(heatmaps, rule.quantile)
     elif rule.rule == "fixed":
         cuts = heatmaps.new_full((heatmaps.shape[0],), rule.value)
     else:
-        return _band(heatmaps, rule)
+        return _band(heatmaps, rule, is_stretched)
     return cuts, cuts
 
 
 def _band(
-    heatmaps: Float[Tensor, "maps height width"], rule: MaskRule
+    heatmaps: Float[Tensor, "maps height width"], rule: MaskRule, is_stretched: bool
 ) -> tuple[Float[Tensor, " maps"], Float[Tensor, " maps"]]:
     if rule.band_center == "otsu":
-        center = otsu_threshold(heatmaps)
+        center = otsu_threshold(heatmaps, is_stretched=is_stretched)
     else:
         center = heatmaps.new_full((heatmaps.shape[0],), 0.5)
     return _on_scale(rule.low, center), _on_scale(rule.high, center)
@@ -92,11 +93,14 @@ def _on_scale(position: float, center: Float[Tensor, " maps"]) -> Float[Tensor, 
     return center + (2 * position - 1) * (1 - center)
 
 
-def otsu_threshold(heatmaps: Float[Tensor, "*leading height width"]) -> Float[Tensor, "*leading"]:
+def otsu_threshold(
+    heatmaps: Float[Tensor, "*leading height width"], *, is_stretched: bool = False
+) -> Float[Tensor, "*leading"]:
     """Find the cut that separates each map's values best into two classes.
 
     Args:
         heatmaps: values from 0 to 1.
+        is_stretched: whether each map is known to reach from 0 to 1, or to be all zeros; saves time.
 
     Returns:
         The centre of the chosen bin, of 256 between the map's own extremes; a constant map's own value.
@@ -109,23 +113,23 @@ def otsu_threshold(heatmaps: Float[Tensor, "*leading height width"]) -> Float[Te
         return heatmaps.new_zeros(leading)
     # mT first: maps from upsample_grid are stored column by column, and flattening them so takes no copy.
     values = heatmaps.mT.reshape(leading.numel(), -1)
-    # one after the other: torch.aminmax along a dimension is eight times slower
-    lowest = values.amin(dim=1, keepdim=True)
-    span = values.amax(dim=1, keepdim=True) - lowest
-    counts = _histograms(_stretched(values, lowest, span))
-    centres = (torch.arange(OTSU_BINS, dtype=torch.float64, device=values.device) + 0.5) / OTSU_BINS
+    if is_stretched:
+        cuts = _otsu_of_stretched(values)
+    else:
+        # one after the other: torch.aminmax along a dimension is eight times slower
+        lowest = values.amin(dim=1)
+        span = values.amax(dim=1) - lowest
+        stretched = (values - lowest[:, None]).div_(torch.where(span > 0, span, 1)[:, None])
+        cuts = lowest + _otsu_of_stretched(stretched) * span
+    return cuts.to(heatmaps.dtype).reshape(leading)
+
+
+def _otsu_of_stretched(unit_values: Float[Tensor, "maps pixels"]) -> Float[Tensor, " maps"]:
+    counts = _histograms(unit_values)
+    centres = (torch.arange(OTSU_BINS, dtype=torch.float64, device=counts.device) + 0.5) / OTSU_BINS
     best_bin = _between_class_variance(counts, centres).argmax(dim=1)
-    thresholds = torch.where(span[:, 0] > 0, lowest[:, 0] + centres[best_bin] * span[:, 0], lowest[:, 0])
-    return thresholds.to(heatmaps.dtype).reshape(leading)
-
-
-def _stretched(
-    values: Float[Tensor, "maps pixels"], lowest: Float[Tensor, "maps 1"], span: Float[Tensor, "maps 1"]
-) -> Float[Tensor, "maps pixels"]:
-    # min-maxed maps are what it is called with most, and two passes over the pixels are saved
-    if bool(((lowest == 0) & ((span == 1) | (span == 0))).all()):
-        return values
-    return (values - lowest).div_(torch.where(span > 0, span, 1))
+    is_constant = counts[:, 0] == unit_values.shape[1]
+    return torch.where(is_constant, 0.0, centres[best_bin])
 
 
 def _histograms(unit_values: Float[Tensor, "maps pixels"]) -> Float[Tensor, "maps bins"]:

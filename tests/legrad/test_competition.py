@@ -1,0 +1,121 @@
+"""Prompts that compete, against the same done pixel by pixel in plain Python."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from legrad.cleaning import Cleaning
+from legrad.competition import Contestants, competing_masks
+from legrad.masks import HeatmapStack, MaskRule, decode_rle, heatmaps_of, independent_masks, otsu_threshold
+
+FRAME = (17, 13)
+NO_MAPS = torch.zeros(0, 4, 5)
+rules = st.sampled_from(
+    [MaskRule("fixed", 0.4), MaskRule("otsu"), MaskRule("quantile"), MaskRule("band", low=0.3, high=0.6)]
+)
+
+
+def random_grids(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(count, 1, 1, generator=generator) + 0.1
+    return torch.rand(count, 4, 5, generator=generator) ** 2 * scale
+
+
+def contestants(grids: torch.Tensor, **settings) -> Contestants:
+    peaks = grids.amax((1, 2)) if len(grids) else torch.zeros(0)
+    return Contestants(HeatmapStack(grids, *FRAME, **settings), peaks)
+
+
+def strengths_of(grids: torch.Tensor, highest_peak: float) -> list[np.ndarray]:
+    return [
+        heatmaps_of(grid, *FRAME, "upsampled").numpy() * np.sqrt(float(grid.max()) / highest_peak)
+        for grid in grids
+    ]
+
+
+def decoded(rles) -> np.ndarray:
+    return np.array([decode_rle(rle) for rle in rles]).reshape(len(rles), *FRAME)
+
+
+@given(st.integers(1, 4), st.integers(0, 2), st.integers(0, 10_000), rules)
+def test_each_pixel_goes_to_the_strongest(prompts, backgrounds, seed, rule):
+    grids, others = random_grids(prompts, seed), random_grids(backgrounds, seed + 1)
+    made = competing_masks(contestants(grids, max_chunk_pixels=300), contestants(others), rule)
+    highest = float(grids.max())
+    own, theirs = strengths_of(grids, highest), strengths_of(others, highest)
+    best = np.max(own, axis=0)
+    low, high = {
+        "fixed": (0.4, 0.4),
+        "otsu": (float(otsu_threshold(torch.from_numpy(best))),) * 2,
+        "quantile": (np.quantile(best, 0.8, method="inverted_cdf"),) * 2,
+        "band": (0.3, 0.6),
+    }[rule.rule]
+    masks = decoded(made.rles)
+    ignored = decoded(made.ignores).any(axis=0)
+    for y, x in np.ndindex(*FRAME):
+        strength = best[y, x]
+        rivals = [low, high, *(each[y, x] for each in theirs), *sorted(each[y, x] for each in own)[:-1]]
+        if min(abs(strength - rival) for rival in rivals) < 1e-5:
+            continue  # rounding may decide
+        beats_texts = all(strength > each[y, x] for each in theirs)
+        winner = int(np.argmax([each[y, x] for each in own])) if beats_texts and strength > high else None
+        assert np.flatnonzero(masks[:, y, x]).tolist() == ([] if winner is None else [winner])
+        if len(made.ignores):
+            assert ignored[y, x] == (beats_texts and low < strength < high)
+
+
+@given(st.integers(0, 5), st.integers(0, 10_000), rules, st.sampled_from([0.0, 0.05, 0.3]))
+def test_masks_and_the_ignored_never_meet_however_they_are_cleaned(prompts, seed, rule, share):
+    cleaning = Cleaning(min_component=share, max_hole=share)
+    made = competing_masks(contestants(random_grids(prompts, seed)), contestants(NO_MAPS), rule, cleaning)
+    together = np.concatenate([decoded(made.rles), decoded(made.ignores)]).sum(axis=0)
+    assert together.max(initial=0) <= 1
+    assert made.areas.tolist() == [int(mask.sum()) for mask in decoded(made.rles)]
+    assert made.thresholds is None
+    assert len(made.ignores) == (rule.rule == "band")
+
+
+def test_a_prompt_alone_has_the_mask_that_it_has_independently():
+    grids = random_grids(1, 3)
+    for rule in (MaskRule("otsu"), MaskRule("band")):
+        alone = independent_masks(HeatmapStack(grids, *FRAME), rule)
+        competing = competing_masks(contestants(grids), contestants(NO_MAPS), rule)
+        assert (competing.rles, list(competing.ignores)) == (alone.rles, list(alone.ignores))
+
+
+def test_of_two_equal_prompts_the_first_one_wins():
+    grids = random_grids(1, 5).repeat(2, 1, 1)
+    masks = decoded(competing_masks(contestants(grids), contestants(NO_MAPS), MaskRule()).rles)
+    assert masks[0].any()
+    assert not masks[1].any()
+
+
+def test_a_background_text_takes_pixels_and_gets_no_mask():
+    grid = torch.zeros(1, 4, 5)
+    grid[0, :, :3] = 1.0
+    background = torch.zeros(1, 4, 5)
+    background[0, :2] = 2.0
+    rule = MaskRule("fixed", 0.5)
+    without = competing_masks(contestants(grid), contestants(NO_MAPS), rule)
+    with_it = competing_masks(contestants(grid), contestants(background), rule)
+    assert len(with_it.rles) == 1
+    assert 0 < with_it.areas[0] < without.areas[0]
+    assert not decoded(with_it.rles)[0, :6].any()
+
+
+def test_a_hole_that_another_prompt_fills_stays_the_others():
+    grids = torch.zeros(2, 9, 9)
+    grids[0, 1:8, 1:8] = 1.0
+    grids[0, 4, 4], grids[1, 4, 4] = 0.0, 1.0
+    frame = {"heatmaps": HeatmapStack(grids, 9, 9), "peaks": torch.ones(2)}
+    none = Contestants(HeatmapStack(torch.zeros(0, 9, 9), 9, 9), torch.zeros(0))
+    made = competing_masks(Contestants(**frame), none, MaskRule(), Cleaning(max_hole=1.0))
+    assert made.areas.tolist() == [48, 1]
+
+
+@pytest.mark.parametrize("rule", [MaskRule("otsu"), MaskRule("band")])
+def test_where_nothing_is_relevant_nobody_wins(rule):
+    made = competing_masks(contestants(torch.zeros(2, 4, 5)), contestants(NO_MAPS), rule)
+    assert made.areas.tolist() == [0, 0]

@@ -1,0 +1,121 @@
+"""Cuts against numpy, and what bands promise."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from legrad.masks import (
+    HeatmapStack,
+    MaskError,
+    MaskRule,
+    decode_rle,
+    grid_to_masks,
+    minmax_normalise,
+    otsu_threshold,
+)
+from legrad.thresholds import cuts_of, quantile_threshold, relevance_contrast
+
+unit_maps = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=9),
+    elements=st.floats(0, 1, width=32),
+)
+shares = st.floats(0, 1)
+
+
+@given(unit_maps, st.integers(0, 20))
+def test_a_quantile_is_numpys_inverted_distribution(maps, twentieths):
+    # at a twentieth of few pixels, no rounding moves the rank
+    share = twentieths / 20
+    expected = [np.quantile(each, share, method="inverted_cdf") for each in maps]
+    assert quantile_threshold(torch.from_numpy(maps), share).tolist() == expected
+
+
+@given(unit_maps, shares)
+def test_a_quantile_leaves_at_least_its_share_of_the_pixels_outside(maps, share):
+    cuts, _ = cuts_of(torch.from_numpy(maps), MaskRule("quantile", quantile=share))
+    outside = (maps <= cuts.numpy()[:, None, None]).mean(axis=(1, 2))
+    assert (outside >= share - 1e-6).all()
+
+
+@given(unit_maps, st.tuples(shares, shares).filter(lambda pair: pair[0] < pair[1]), st.data())
+def test_a_band_splits_a_frame_into_background_ignored_and_foreground(maps, band, data):
+    center = data.draw(st.sampled_from(["half", "otsu"]))
+    rule = MaskRule("band", low=band[0], high=band[1], band_center=center)
+    masks = grid_to_masks(torch.from_numpy(maps), 13, 11, rule)
+    assert (masks.thresholds_low <= masks.thresholds).all()
+    for rle, ignore in zip(masks.rles, masks.ignores, strict=True):
+        assert not (decode_rle(rle) & decode_rle(ignore)).any()
+
+
+def test_a_band_around_the_half_cuts_at_its_own_values():
+    grid = torch.tensor([[[0.0, 0.2, 0.25, 0.5, 0.75, 0.8, 1.0]]])
+    masks = grid_to_masks(grid, 1, 7, MaskRule("band", low=0.25, high=0.75))
+    assert decode_rle(masks.rles[0])[0].tolist() == [False] * 5 + [True] * 2
+    assert decode_rle(masks.ignores[0])[0].tolist() == [False] * 3 + [True] * 2 + [False] * 2
+    assert (masks.thresholds.tolist(), masks.thresholds_low.tolist()) == ([0.75], [0.25])
+
+
+@given(unit_maps)
+def test_a_band_around_otsus_cut_has_it_at_one_half(maps):
+    heatmaps = torch.from_numpy(maps)
+    cut = otsu_threshold(heatmaps)
+    low, high = cuts_of(heatmaps, MaskRule("band", low=0.25, high=0.5, band_center="otsu"))
+    torch.testing.assert_close(high, cut)
+    torch.testing.assert_close(low, cut / 2)
+    low, high = cuts_of(heatmaps, MaskRule("band", low=0.5, high=0.75, band_center="otsu"))
+    torch.testing.assert_close(low, cut)
+    torch.testing.assert_close(high, (cut + 1) / 2)
+
+
+@pytest.mark.parametrize("rule", ["fixed", "otsu", "quantile"])
+def test_a_rule_of_one_cut_ignores_nothing(rule):
+    masks = grid_to_masks(torch.rand(2, 4, 5), 8, 9, MaskRule(rule))
+    assert (masks.ignores, masks.thresholds_low) == ([], None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantile": 1.1},
+        {"low": -0.1},
+        {"high": float("nan")},
+        {"low": 0.6, "high": 0.6},
+        {"low": 0.9, "high": 0.2},
+        {"band_center": "mean"},
+    ],
+)
+def test_impossible_numbers_are_refused_by_name(settings):
+    with pytest.raises(MaskError, match=f"{next(iter(settings))}.*received"):
+        MaskRule("band", **settings)
+
+
+def test_contrast_is_the_gap_between_what_stands_out_and_the_rest_in_raw_units():
+    grid = torch.zeros(3, 4, 5)
+    grid[0, :2, :2], grid[1, :2, :2] = 8.0, 0.5
+    grid[1] += 3
+    assert relevance_contrast(grid).tolist() == [8.0, 0.5, 0.0]
+
+
+@given(unit_maps, st.floats(0.01, 100))
+def test_contrast_has_the_unit_of_relevance(maps, unit):
+    grids = torch.from_numpy(maps)
+    np.testing.assert_allclose(
+        relevance_contrast(grids * unit), relevance_contrast(grids) * unit, rtol=0.05, atol=1e-4 * unit
+    )
+
+
+@given(unit_maps)
+def test_otsu_says_the_same_of_maps_that_are_known_to_be_stretched(maps):
+    heatmaps = minmax_normalise(torch.from_numpy(maps))
+    assert torch.equal(otsu_threshold(heatmaps, is_stretched=True), otsu_threshold(heatmaps))
+
+
+def test_maps_that_are_heat_maps_already_are_resized_and_not_stretched():
+    stack = HeatmapStack(torch.full((1, 2, 2), 0.4), 6, 8, normalisation=None)
+    (heatmaps,) = stack.chunks()
+    assert heatmaps.shape == (1, 6, 8)
+    np.testing.assert_allclose(heatmaps, 0.4, rtol=1e-6)

@@ -1,0 +1,277 @@
+"""From an explained sample to rows: which prompts are rejected, who competes, what stands on which row."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from corpus import demo_job, sample, write_shard
+
+import legrad
+from legrad.masks import decode_rle, heatmaps_of, otsu_threshold
+from pipeline import storage
+from pipeline.annotate import ShardAnnotator
+from pipeline.config import load_config
+from pipeline.decode import DecodedImage
+from pipeline.demo import assets
+from pipeline.engine import ExplainedPrompt, ExplainedSample, PreparedSample, Prompt
+from pipeline.errors import UserError
+from pipeline.label_map import label_map
+from pipeline.mask_rows import annotation_rows
+from pipeline.records import ANNOTATION_SCHEMA
+from pipeline.shards import RawSample, read_samples
+
+HEIGHT, WIDTH = 18, 30
+LEFT, RIGHT, LAST = "left", "right", "last column"
+GRIDS = {
+    LEFT: torch.tensor([[9.0, 8.0, 3.0, 1.0, 0.0]]).repeat(3, 1),
+    RIGHT: torch.tensor([[0.0, 1.0, 3.0, 4.0, 4.0]]).repeat(3, 1),
+    LAST: torch.tensor([[0.0, 0.0, 0.0, 0.0, 2.0]]).repeat(3, 1),
+}
+
+
+def explained(*names, similarities=None, grids=None, **fields):
+    similarities = similarities or [0.3] * len(names)
+    prompts = tuple(
+        ExplainedPrompt(Prompt(index, name, index + 1), False, similarity)
+        for index, (name, similarity) in enumerate(zip(names, similarities, strict=True))
+    )
+    image = DecodedImage(np.zeros((12, 20, 3), dtype=np.uint8), HEIGHT, WIDTH)
+    prepared = PreparedSample(0, "a", image, tuple(each.prompt for each in prompts))
+    if grids is None:
+        grids = torch.stack([GRIDS[name] for name in names])
+    return ExplainedSample(prepared, prompts, grids, 0, **fields)
+
+
+def rows_of(explained_sample, rows="all", heatmap=False, **masks):
+    config = demo_job(["a.tar"], "out", masks=masks, output={"rows": rows, "heatmap": heatmap})
+    return annotation_rows(explained_sample, config, "upsampled")
+
+
+def mask_of(row, column="mask"):
+    return decode_rle(row[column])
+
+
+# ---------------------------------------------------------------- filters
+
+
+@pytest.mark.parametrize(
+    ("masks", "statuses"),
+    [
+        ({"min_similarity": 0.25}, ["ok", "ok", "rejected_similarity"]),
+        ({"min_peak": 3.0}, ["ok", "ok", "rejected_peak"]),
+        ({"min_contrast": 3.5}, ["ok", "rejected_contrast", "rejected_contrast"]),
+        ({"min_area": 0.3, "rule": "fixed"}, ["ok", "ok", "rejected_area"]),
+        ({"min_similarity": 0.25, "min_contrast": 1e6}, ["rejected_contrast"] * 2 + ["rejected_similarity"]),
+    ],
+)
+@pytest.mark.parametrize("combine", ["independent", "argmax"])
+def test_a_prompt_below_a_limit_is_rejected_by_its_name(masks, statuses, combine):
+    rows = rows_of(explained(LEFT, RIGHT, LAST, similarities=[0.3, 0.3, 0.2]), combine=combine, **masks)
+    assert [row["status"] for row in rows] == statuses
+    for row in rows:
+        if row["status"] != "ok":
+            assert (row["area"], row["mask"], row["bbox_xywh"], row["ignore"]) == (0, None, None, None)
+
+
+def test_contrast_tells_noise_from_an_object_where_min_maxed_maps_do_not():
+    noise = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.1
+    thing = torch.full((1, 6, 6), 0.1)
+    thing[0, 1:4, 1:4] = 5.0
+    rows = rows_of(explained("noise", "thing", grids=torch.cat([noise, thing])), min_contrast=1.0)
+    assert [row["status"] for row in rows] == ["rejected_contrast", "ok"]
+
+
+def test_a_prompt_that_was_not_cut_has_no_threshold_and_one_too_small_has():
+    masks = {"min_peak": 3.0, "min_area": 0.9, "rule": "fixed", "value": 0.25}
+    left, last = rows_of(explained(LEFT, LAST), **masks)
+    assert (left["status"], left["threshold"]) == ("rejected_area", 0.25)
+    assert (last["status"], last["threshold"], last["threshold_low"]) == ("rejected_peak", None, None)
+
+
+# ---------------------------------------------------------------- competition
+
+
+def test_under_argmax_masks_are_disjoint_and_have_no_threshold():
+    rows = rows_of(explained(LEFT, RIGHT), combine="argmax", rule="fixed", value=0.2)
+    assert not (mask_of(rows[0]) & mask_of(rows[1])).any()
+    assert all(row["area"] == mask_of(row).sum() > 0 for row in rows)
+    assert [(row["threshold"], row["threshold_low"], row["ignore"]) for row in rows] == [(None,) * 3] * 2
+    labels = label_map(rows, HEIGHT, WIDTH)
+    np.testing.assert_array_equal(labels, mask_of(rows[0]) + 2 * mask_of(rows[1]))
+
+
+@pytest.mark.parametrize(
+    "limit", [{"min_similarity": 0.25}, {"min_peak": 3.0}, {"min_area": 0.3}, {"min_contrast": 2.9}]
+)
+def test_a_rejected_prompt_takes_no_pixel_from_the_others(limit):
+    masks = {"combine": "argmax", "rule": "fixed", "value": 0.3}
+    alone = rows_of(explained(RIGHT), **masks)[0]
+    contested = rows_of(explained(RIGHT, LAST), **masks)[0]
+    both = rows_of(explained(RIGHT, LAST, similarities=[0.3, 0.2]), **(masks | limit))
+    if limit == {"min_contrast": 2.9}:
+        assert [row["status"] for row in both] == ["ok", "rejected_contrast"]
+    assert both[1]["status"].startswith("rejected")
+    assert both[0]["mask"] == alone["mask"]
+    assert contested["area"] <= alone["area"]
+
+
+def test_the_images_ignore_mask_stands_on_its_first_row_even_if_that_is_rejected():
+    masks = {"combine": "argmax", "rule": "band", "low": 0.2, "high": 0.6, "min_similarity": 0.25}
+    sample_of_two = explained(LEFT, RIGHT, similarities=[0.1, 0.3])
+    rejected, accepted = rows_of(sample_of_two, **masks)
+    assert (rejected["status"], rejected["mask"], accepted["ignore"]) == ("rejected_similarity", None, None)
+    assert mask_of(rejected, "ignore").any()
+    assert not (mask_of(rejected, "ignore") & mask_of(accepted)).any()
+    (only,) = rows_of(sample_of_two, rows="accepted", **masks)
+    assert (only["prompt"], only["ignore"], only["mask"]) == (RIGHT, rejected["ignore"], accepted["mask"])
+    labels = label_map([rejected, accepted], HEIGHT, WIDTH)
+    np.testing.assert_array_equal(labels == 255, mask_of(rejected, "ignore"))
+    np.testing.assert_array_equal(labels == 2, mask_of(accepted))
+
+
+def test_where_every_prompt_is_rejected_no_pixel_is_anybodys():
+    rows = rows_of(explained(LEFT, RIGHT), combine="argmax", rule="band", min_peak=1e6)
+    assert [row["mask"] for row in rows] == [None, None]
+    assert not label_map(rows, HEIGHT, WIDTH).any()
+    assert rows_of(explained(LEFT), rows="accepted", combine="argmax", min_peak=1e6) == []
+
+
+def test_a_background_text_takes_pixels_under_argmax_alone():
+    backgrounds = torch.stack([GRIDS[LEFT] * 1.5, torch.full((3, 5), torch.nan)])
+    competing = {"combine": "argmax", "rule": "fixed", "value": 0.3}
+    without = rows_of(explained(LEFT, RIGHT), **competing)
+    with_them = rows_of(explained(LEFT, RIGHT, background_grids=backgrounds), **competing)
+    assert len(with_them) == 2
+    assert with_them[0]["area"] == 0 < without[0]["area"]
+    plain = rows_of(explained(LEFT, RIGHT))
+    assert rows_of(explained(LEFT, RIGHT, background_grids=backgrounds)) == plain
+
+
+# ---------------------------------------------------------------- bands, neutral patches, refined maps
+
+
+def test_a_band_has_two_thresholds_and_an_ignore_mask_on_every_accepted_row():
+    rows = rows_of(explained(LEFT, RIGHT, LAST), rule="band", low=0.3, high=0.7, min_peak=3.0)
+    assert [row["threshold"] for row in rows] == [pytest.approx(0.7)] * 2 + [None]
+    assert [row["threshold_low"] for row in rows] == [pytest.approx(0.3)] * 2 + [None]
+    for row, name in zip(rows[:2], (LEFT, RIGHT), strict=True):
+        heatmap = heatmaps_of(GRIDS[name], HEIGHT, WIDTH, "upsampled").numpy()
+        np.testing.assert_array_equal(mask_of(row), heatmap > np.float32(0.7))
+        between = (heatmap > np.float32(0.3)) & (heatmap <= np.float32(0.7))
+        np.testing.assert_array_equal(mask_of(row, "ignore"), between)
+    assert rows[2]["ignore"] is None
+
+
+def test_neutral_patches_are_zeroed_in_the_mask_and_kept_in_peak_and_heat_map():
+    neutral = torch.zeros(3, 5, dtype=torch.bool)
+    neutral[:, 0] = True
+    plain = explained(LEFT)
+    corrected = explained(LEFT, neutral_patches=neutral)
+    (before,), (after,) = rows_of(plain, heatmap=True), rows_of(corrected, heatmap=True)
+    assert (after["peak"], after["heatmap"]) == (before["peak"], before["heatmap"])
+    heatmap = heatmaps_of(GRIDS[LEFT].masked_fill(neutral, 0), HEIGHT, WIDTH, "upsampled")
+    np.testing.assert_array_equal(mask_of(after), (heatmap > otsu_threshold(heatmap)).numpy())
+    assert before["mask"] != after["mask"]
+
+
+def test_refined_maps_take_the_place_of_grids_and_the_backgrounds_come_after_the_prompts():
+    refined = torch.zeros(3, 12, 20)
+    refined[0, :, 10:] = 0.9
+    refined[1, :6] = 0.8
+    refined[2, :, 15:] = 1.0
+    fields = {"refined_maps": refined, "background_grids": GRIDS[LEFT][None]}
+    right, top = rows_of(explained(LEFT, RIGHT, **fields), rule="fixed")
+    assert mask_of(right)[:, 16:].all()
+    assert not mask_of(right)[:, :14].any()
+    assert mask_of(top)[:8].all()
+    competing = rows_of(explained(LEFT, RIGHT, **fields), rule="fixed", combine="argmax")
+    assert not any(mask_of(row)[:, 23:].any() for row in competing)
+    assert mask_of(competing[0])[:, 17:21].all()
+
+
+def test_smoothing_acts_alike_on_grids_and_on_refined_maps():
+    grid = torch.zeros(1, 6, 10)
+    grid[0, 2:4, 3:6] = 1.0
+    fine = heatmaps_of(grid, 12, 20, "upsampled")
+    by_grid = mask_of(rows_of(explained(LEFT, grids=grid), smooth=1.0, rule="otsu")[0])
+    by_map = mask_of(rows_of(explained(LEFT, grids=grid, refined_maps=fine), smooth=1.0, rule="otsu")[0])
+    assert (by_grid & by_map).sum() / (by_grid | by_map).sum() > 0.85
+
+
+def test_a_prompt_that_is_not_finite_has_no_row_and_shifts_no_other():
+    grids = torch.stack([torch.full((3, 5), torch.nan), GRIDS[RIGHT]])
+    (row,) = rows_of(explained(LEFT, RIGHT, grids=grids), combine="argmax")
+    assert (row["prompt"], row["class_id"]) == (RIGHT, 2)
+    assert row["mask"] == rows_of(explained(RIGHT), combine="argmax")[0]["mask"]
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["masks.low=0.8"], "masks.high.*above masks.low, which is 0.8"),
+        (["masks.low=0.5", "masks.high=0.5"], "masks.high.*above masks.low"),
+        (["masks.rule=median"], "masks.rule.*'median'"),
+        (["masks.quantile=1.2"], "masks.quantile.*1.2"),
+        (["masks.band_center=mean"], "masks.band_center.*'mean'"),
+        (["masks.combine=sum"], "masks.combine.*'sum'"),
+        (["masks.min_contrast=-1"], "masks.min_contrast.*-1"),
+        (["masks.smooth=-0.5"], "masks.smooth.*-0.5"),
+        (["masks.min_component=2"], "masks.min_component.*2"),
+        (["masks.max_hole=-1"], "masks.max_hole.*-1"),
+    ],
+)
+def test_a_wrong_setting_is_told_by_its_key(tmp_path, overrides, told):
+    path = tmp_path / "job.yaml"
+    path.write_text("{input: {shards: a.tar}, model: {name: ViT-B-32, pretrained: x}, output: {dir: out}}")
+    with pytest.raises(UserError, match=told):
+        load_config(path, overrides)
+
+
+# ---------------------------------------------------------------- through Parquet
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A scene of two objects that the demo model never saw."""
+    with assets.demo_shard_paths("heldout")[0].open("rb") as tar:
+        for item in read_samples(tar, max_member_bytes=1 << 24):
+            if isinstance(item, RawSample) and len(json.loads(item.fields["json"])["class_ids"]) == 2:
+                return item.fields["jpg"], json.loads(item.fields["json"])
+    raise AssertionError("the demo has scenes of two objects")
+
+
+@pytest.mark.parametrize("combine", ["independent", "argmax"])
+def test_a_shard_by_classes_becomes_label_maps_with_ignored_pixels(tmp_path, scene, combine):
+    jpg, document = scene
+    shard = write_shard(tmp_path / "0.tar", [sample("a", jpg=jpg, txt=document["caption"].encode())])
+    classes = [
+        {"id": class_id, "name": name}
+        for class_id, name in zip(document["class_ids"], document["class_names"], strict=True)
+    ]
+    config = demo_job(
+        [shard],
+        tmp_path / "out",
+        prompts={"source": "classes", "classes": [*classes, {"id": 200, "name": "nothing of the kind"}]},
+        masks={"combine": combine, "rule": "band", "min_similarity": 0.0},
+        output={"rows": "all"},
+    )
+    name = assets.register_demo_model()
+    explainer = legrad.LeGrad.from_open_clip(name, str(assets.demo_weights_path()), layers=1)
+    annotator = ShardAnnotator(config, explainer, decode_threads=1, metadata={"config_hash": "h"})
+    annotator.annotate(storage.list_shards(config.input.shards)[0])
+    annotator.close()
+    table = pq.read_table(tmp_path / "out" / "annotations")
+    assert table.schema.equals(ANNOTATION_SCHEMA)
+    rows = table.to_pylist()
+    assert {row["class_id"] for row in rows} == {*document["class_ids"], 200}
+    accepted = [row for row in rows if row["status"] == "ok"]
+    ignoring = [row for row in rows if row["ignore"] is not None]
+    assert ignoring == ([rows[0]] if combine == "argmax" else accepted)
+    assert all((row["threshold"] is None) == (combine == "argmax") for row in accepted)
+    labels = label_map(rows, rows[0]["image_height"], rows[0]["image_width"])
+    assert {0, 255, *(row["class_id"] for row in accepted if row["area"])} == set(np.unique(labels))
