@@ -73,7 +73,7 @@ def read_class_list(url: str) -> tuple[ClassEntry, ...]:
     """
     text = storage.read_text(url).removeprefix("\ufeff")
     where = storage.without_credentials(url)
-    suffix = PurePosixPath(urlsplit(url).path).suffix.lower()
+    suffix = PurePosixPath(urlsplit(storage.canonical_url(url)).path).suffix.lower()
     if suffix == ".txt":
         items, place = [line.strip() for line in text.rstrip().split("\n")], "line"
     elif suffix in (".yaml", ".yml"):

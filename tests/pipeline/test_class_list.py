@@ -1,7 +1,10 @@
 """Classes files: what they may hold, and what is said of what they may not."""
 
+from functools import partial
+
 import pytest
 import yaml
+from object_servers import FolderHandler, serving
 
 from pipeline.class_list import ClassEntry, class_entries, read_class_list
 from pipeline.errors import UserError
@@ -24,7 +27,18 @@ def test_line_i_of_a_text_file_names_class_i(read):
         (2, "hot dog"),
         (3, "Zaunkönig"),
     ]
-    assert read("marked.TXT", "\ufeffdog") == entries[:1]
+    assert read("marked #2?.TXT", "\ufeffdog") == entries[:1]
+
+
+def test_a_list_on_a_web_server_is_read_and_no_secret_of_its_url_is_told(tmp_path, only_loopback):
+    (tmp_path / "classes.yaml").write_text("- dog\n- cat")
+    (tmp_path / "wrong.yaml").write_text("- dog\n- dog")
+    with serving(partial(FolderHandler, directory=str(tmp_path))) as port:
+        entries = read_class_list(f"http://127.0.0.1:{port}/classes.yaml?X-Amz-Signature=hunter2")
+        with pytest.raises(UserError, match="entry 2") as raised:
+            read_class_list(f"http://user:hunter2@127.0.0.1:{port}/wrong.yaml?X-Amz-Signature=hunter2")
+    assert [entry.name for entry in entries] == ["dog", "cat"]
+    assert "hunter2" not in str(raised.value)
 
 
 def test_a_yaml_list_holds_names_or_mappings(read):
