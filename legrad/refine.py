@@ -113,7 +113,8 @@ def refine_heatmaps(
     maps = heatmaps.reshape(-1, height, width)
     refined = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     map_bytes = height * width * _FLOAT_BYTES
-    affinity_bytes = map_bytes * (8 * len(refinement.dilations) + 8 * images.shape[1])
+    # weights before and after they are made to sum to 1, and a few frames of colours
+    affinity_bytes = map_bytes * (16 * len(refinement.dilations) + 8 * images.shape[1])
     # maps are padded by the widest step, and two generations of them are held at a time
     padded_bytes = map_bytes + _FLOAT_BYTES * _padded_pixels(height, width, max(refinement.dilations))
     for map_rows in _groups(index, len(images), max_bytes, affinity_bytes, padded_bytes):
@@ -126,7 +127,7 @@ def refine_heatmaps(
 
 def _as_rows(frames: Tensor) -> Float32[Tensor, "images channels height width"]:
     # pixels often come with their channels last and maps column by column, which is twice as slow here
-    return frames.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    return frames.to(torch.float32).contiguous()
 
 
 def _padded_pixels(height: int, width: int, margin: int) -> int:
