@@ -16,6 +16,8 @@ from legrad.overlay import overlay
 from legrad.refine import Refinement, refine_heatmaps
 from legrad.support import ModelSupport, supported_models
 from legrad.trace import LayerTrace, Trace
+from legrad.view_relevance import view_relevance
+from legrad.views import Views
 
 __all__ = [
     "Explanation",
@@ -30,9 +32,11 @@ __all__ = [
     "TokenizerError",
     "Trace",
     "UnsupportedModelError",
+    "Views",
     "explain_image",
     "layer_strip",
     "overlay",
     "refine_heatmaps",
     "supported_models",
+    "view_relevance",
 ]

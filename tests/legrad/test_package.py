@@ -20,11 +20,13 @@ def test_the_public_names_are_these():
         "TokenizerError",
         "Trace",
         "UnsupportedModelError",
+        "Views",
         "explain_image",
         "layer_strip",
         "overlay",
         "refine_heatmaps",
         "supported_models",
+        "view_relevance",
     ]
     assert all(hasattr(legrad, name) for name in legrad.__all__)
 
