@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-all check fix bench bench-gpu bench-pipeline demo-model clean
+.PHONY: help setup demo test test-all check fix bench bench-gpu bench-pipeline demo-model train-demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ demo-model: $(STAMP)  ## train the demo model and render its shards again (needs
 	$(BIN)/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[train-demo-model]'
 	$(BIN)/python -m pipeline.demo.train
 	$(BIN)/python -m pipeline.demo.make_shards
+
+train-demo: $(STAMP)  ## train a segmenter on the demo's pseudo-masks, beside one on ground truth: 15 minutes on two cores
+	$(BIN)/python -m pipeline.demo.train_segmenter
 
 clean:  ## remove what was built or written here
 	rm -rf $(VENV) out .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -53,7 +53,7 @@ def label_map_target(
     """A sample's label map, and a weight for each label.
 
     Args:
-        rows: of one sample, with classes.
+        rows: of one sample, with classes; at least one has a mask.
         height: of the image, in pixels.
         width: of the image, in pixels.
         similarity_range: see `similarity_weight`.
@@ -63,14 +63,14 @@ def label_map_target(
         [256]: a class's weight is that of its most similar row, the background's the mean of the classes',
         since a background is as sure as the masks that it surrounds; 0 for labels that do not occur.
     """
-    weights = torch.zeros(LABELS)
-    for row in rows:
-        if row["mask"] is not None:
-            weight = similarity_weight(row["similarity"], similarity_range)
-            weights[row["class_id"]] = max(weight, float(weights[row["class_id"]]))
-    present = [row["class_id"] for row in rows if row["mask"] is not None]
-    weights[BACKGROUND_LABEL] = weights[sorted(set(present))].mean() if present else 1.0
+    # first, since it refuses rows without a class
     labels = label_map(rows, height, width)
+    weights = torch.zeros(LABELS)
+    masked = [row for row in rows if row["mask"] is not None]
+    for row in masked:
+        weight = similarity_weight(row["similarity"], similarity_range)
+        weights[row["class_id"]] = max(weight, float(weights[row["class_id"]]))
+    weights[BACKGROUND_LABEL] = weights[sorted({row["class_id"] for row in masked})].mean()
     return {"label_map": tv_tensors.Mask(torch.from_numpy(labels)), "label_weights": weights}
 
 
