@@ -166,4 +166,4 @@ def _cell(estimate: Estimate | None) -> Text:
 
 def _short(value: float, *, digits: int = 3) -> str:
     """A share without its leading zero, as tables of this field have it."""
-    return f"{value:.{digits}f}".removeprefix("0")
+    return f"{value:.{digits}f}".replace("0.", ".", 1)

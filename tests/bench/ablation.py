@@ -27,7 +27,13 @@ from pipeline.config import JobConfig, load_config
 from pipeline.demo import assets
 from pipeline.ground_truth import list_truth_shards
 from pipeline.worker import build_annotator
-from pipeline.written_masks import SummedFigure, WrittenMasks, collect_written_masks, summed_figures
+from pipeline.written_masks import (
+    SummedFigure,
+    WrittenMasks,
+    collect_written_masks,
+    score_written_masks,
+    summed_figures,
+)
 
 BASELINE = "fixed 0.5"
 COMMON = ("masks.rule=fixed", "masks.value=0.5", "output.heatmap=false")
@@ -75,10 +81,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "otsu, scales 1, 1.5": (*OTSU, "views.scales=[1.0, 1.5]"),
     "otsu, scales 1, 0.75, 1.5": (*OTSU, *SCALES),
     "otsu, par, scales 1, 0.75, 1.5": (*OTSU, "masks.refine=par", *SCALES),
+    "argmax, par": ("masks.combine=argmax", "masks.refine=par"),
+    "otsu, argmax, par": (*OTSU, "masks.combine=argmax", "masks.refine=par"),
+    "otsu, argmax, par, flip": (*OTSU, "masks.combine=argmax", "masks.refine=par", "views.flip=true"),
+    "background, par": (*BACKGROUND, "masks.refine=par"),
+    "all classes": ("prompts.source=classes", "prompts.classes=CLASSES", "prompts.max_per_sample=64"),
     "otsu, size 3/2": (*OTSU, "model.image_size=SIZE*1.5"),
     "otsu, size 3/2, par": (*OTSU, "model.image_size=SIZE*1.5", "masks.refine=par"),
 }
 FIGURES = ("mean_iou", "iou", "boundary_f", "precision", "recall", "coverage")
+SHOWN = (*FIGURES, "presence_auroc")
 
 
 @dataclass(frozen=True)
@@ -112,16 +124,19 @@ def try_config(config: JobConfig, rounds: int = 1) -> Trial:
 
 
 def variant_config(set_name: str, overrides: tuple[str, ...]) -> JobConfig:
-    """The demo's configuration on one set of scenes, with overrides; SIZE*x is x times the model's input."""
+    """The demo's configuration on one set of scenes, with overrides.
+
+    SIZE*x stands for x times the model's input in whole patches, CLASSES for the shipped list of classes.
+    """
     shards = [str(path) for path in assets.demo_shard_paths(set_name)]
-    found = [_sized(override) for override in (*COMMON, *overrides)]
+    found = [_filled_in(override) for override in (*COMMON, *overrides)]
     return load_config(assets.demo_config_path(), [f"input.shards={json.dumps(shards)}", *found])
 
 
-def _sized(override: str) -> str:
-    key, times, factor = override.partition("SIZE*")
+def _filled_in(override: str) -> str:
+    key, times, factor = override.replace("CLASSES", str(assets.demo_classes_path())).partition("SIZE*")
     if not times:
-        return override
+        return key
     vision = json.loads(Path(assets.demo_config_path()).with_name("legrad_demo_clip.json").read_text())[
         "vision_cfg"
     ]
@@ -161,12 +176,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     head = {"benchmark": "ablation", **environment(), "set": arguments.set, "rounds": arguments.rounds}
-    columns = ["variant", "mIoU", "difference", *FIGURES[1:], "ms/image"]
+    columns = ["variant", "mIoU", "difference", *SHOWN[1:], "ms/image"]
     print("| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), sep="\n")
     for name, config, trial, differences in measured(arguments.set, arguments.only, arguments.rounds):
-        estimates = {key: figure.estimate(0) for key, figure in summed_figures(trial.written).items()}
+        scores = asdict(score_written_masks(trial.written))
+        estimates = {name: value and Estimate(**value) for name, value in scores.items() if name in SHOWN}
         cells = [name, shown(estimates["mean_iou"]), shown(differences["mean_iou"], signed=True)]
-        cells += [shown(estimates[key]) for key in FIGURES[1:]]
+        cells += [shown(estimates[key]) for key in SHOWN[1:]]
         print("| " + " | ".join([*cells, f"{1000 * trial.seconds_per_image:.0f}"]) + " |", flush=True)
         if arguments.out:
             row = {
@@ -174,7 +190,7 @@ def main() -> None:
                 "variant": name,
                 "config": config.model_dump(mode="json", include={"model", "views", "prompts", "masks"}),
                 "seconds_per_image": trial.seconds_per_image,
-                "figures": {key: value and asdict(value) for key, value in estimates.items()},
+                "scores": scores,
                 "difference_to_baseline": {
                     key: value and asdict(value) for key, value in differences.items()
                 },

@@ -11,6 +11,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from legrad.baselines import (
+    attention_rollout,
     baseline_grids,
     centre_prior,
     cls_attention,
@@ -73,6 +74,34 @@ def explicit_attention(block: nn.Module, normalised: Tensor) -> Tensor:
 def traced(model: nn.Module, images: Tensor) -> Trace:
     tower = describe_tower(model)
     return trace_images(tower, images, 2, tower.reference)
+
+
+def test_rollout_is_the_product_of_every_blocks_attention_halved_with_the_identity(model, images):
+    visual = model.visual
+    tokens, rollout = visual._embeds(images), torch.eye(1 + GRID[0] * GRID[1], dtype=torch.float64)
+    for block in visual.transformer.resblocks:
+        attention = explicit_attention(block, block.ln_1(tokens)).mean(dim=1)
+        rollout = (attention + torch.eye(attention.shape[-1])) / 2 @ rollout
+        tokens = block(tokens)
+    tower = describe_tower(model)
+    trace = trace_images(tower, images, 3, tower.reference)
+    expected = rollout[:, 0, 1:].reshape(3, *GRID).float()
+    torch.testing.assert_close(attention_rollout(tower, trace, images), expected)
+
+
+def test_rollout_wants_every_block(model, images):
+    with pytest.raises(InputError, match="all 3 blocks, received 2"):
+        attention_rollout(describe_tower(model), traced(model, images), images)
+
+
+def test_rollout_is_a_baseline_where_the_images_are_given(model, images, texts):
+    tower = describe_tower(model)
+    trace = trace_images(tower, images, 3, tower.reference)
+    names = [
+        set(baseline_grids(tower, trace, texts, IMAGE_INDEX, generator=torch.Generator(), images=given))
+        for given in (images, None)
+    ]
+    assert names[0] - names[1] == {"attention rollout"}
 
 
 def test_attention_maps_are_rows_of_the_explicit_attention_matrix(model, images):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ground_truth_shards import (
 )
 from PIL import Image
 from rich.console import Console
+from skimage.filters import threshold_otsu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import legrad
@@ -33,6 +35,7 @@ from legrad.masks import encode_rle
 from pipeline.config import InputConfig
 from pipeline.errors import UserError
 from pipeline.evaluate import EvaluationOptions, evaluate_output, evaluate_shards, render_evaluation
+from pipeline.evaluation_plot import plot_evaluation
 from pipeline.ground_truth import Scene, read_scenes
 from pipeline.records import ANNOTATION_SCHEMA
 from pipeline.storage import list_shards
@@ -96,6 +99,100 @@ def test_the_maps_of_legrad_have_the_figures_of_plain_definitions(explainer, sha
     for name, expected in figures_by_hand(explainer, shard).items():
         # Pixels whose values differ only by rounding may swap ranks, hence not tighter.
         assert getattr(scores, name).value == pytest.approx(expected, abs=2e-4), name
+
+
+def class_iou_by_hand(explainer: legrad.LeGrad, shard: Path) -> dict[int, float]:
+    """IoU of each class over the set, pixel by pixel: Otsu's cut, and of several maps the hottest."""
+    both: Counter[int] = Counter()
+    either: Counter[int] = Counter()
+    for scene in scenes_of(shard):
+        images = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
+        heat = []
+        for caption in scene.captions:
+            grid = explainer.relevance(images, explainer.embed_text([caption]))
+            pixels = F.interpolate(grid, size=scene.label_map.shape, mode="bilinear")[0, 0].numpy()
+            pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+            heat.append(np.where(pixels > threshold_otsu(pixels, nbins=256), pixels, 0))
+        hottest = np.array([0, *scene.class_ids])[np.argmax([np.zeros_like(heat[0]), *heat], axis=0)]
+        for predicted, true in zip(hottest.ravel(), scene.label_map.ravel(), strict=True):
+            if true != 255:
+                both[predicted] += predicted == true
+                either[predicted] += 1
+                either[true] += predicted != true
+    return {class_id: both[class_id] / either[class_id] for class_id in either if class_id}
+
+
+def test_mean_iou_of_the_maps_is_that_of_their_pixels_pooled_by_class(explainer, shard):
+    scores = {scores.method: scores for scores in evaluate_shards(explainer, [shard]).maps}["LeGrad, last 2"]
+    expected = np.mean(list(class_iou_by_hand(explainer, shard).values()))
+    assert scores.mean_iou.value == pytest.approx(expected, abs=0.01)
+
+
+def point_shard(path: Path) -> Path:
+    """Two scenes whose truth is points alone; in the second no point says yes to the car."""
+    samples = {}
+    for number, answers in enumerate(({"1": "yes", "2": "yes"}, {"1": "yes", "2": "no"})):
+        fields = scene_fields(label_map({}), ["a dog", "a car"], [1, 2], seed=number)
+        points = [
+            {"x": x / 10, "y": y / 10, "class_id": int(c), "label": answers[c] if (x + y) % 2 else "no"}
+            for c in answers
+            for x in range(0, 10, 3)
+            for y in range(0, 10, 3)
+        ]
+        document = {**json.loads(fields["json"]), "points": points}
+        samples[f"scene{number}"] = {"png": fields["png"], "json": json.dumps(document).encode()}
+    return write_shard(path, samples)
+
+
+def test_scenes_of_points_are_scored_by_points_alone(explainer, tmp_path):
+    path = point_shard(tmp_path / "points.tar")
+    result = evaluate_shards(explainer, [path])
+    assert (result.scenes, result.pairs) == (2, 3)
+    assert result.left_out == {"objects without a visible pixel or point": 1}
+    scores = {scores.method: scores for scores in result.maps}["LeGrad, last 2"]
+    assert (scores.pointing, scores.iou_best, scores.mean_iou, scores.iou_curve) == (None, None, None, ())
+    found, union = Counter(), Counter()
+    for scene in scenes_of(path):
+        images = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
+        for index in scene.pointed_objects():
+            grid = explainer.relevance(images, explainer.embed_text([scene.captions[index]]))
+            heat = F.interpolate(grid, size=(24, 40), mode="bilinear")[0, 0].numpy()
+            heat = (heat - heat.min()) / (heat.max() - heat.min())
+            for point in scene.points:
+                if point.class_id == scene.class_ids[index]:
+                    said = heat[int(point.y * 24), int(point.x * 40)] > 0.5
+                    found[point.class_id] += said and point.is_object
+                    union[point.class_id] += said or point.is_object
+    expected = np.mean([found[class_id] / union[class_id] for class_id in union])
+    assert scores.point_mean_iou_at_half.value == pytest.approx(expected)
+
+
+def test_hiding_patches_starts_at_the_models_own_scores_and_ends_where_insertion_reversed_begins(
+    explainer, shard
+):
+    options = EvaluationOptions(layers=(2,), perturbed_scenes=2)
+    result = evaluate_shards(explainer, [shard], CLASSES, options)
+    assert result.perturbed_scenes == 2
+    cosines = []
+    for scene in scenes_of(shard)[:2]:
+        with torch.no_grad():
+            image = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
+            features = explainer.model.encode_image(image, normalize=True)
+        cosines += (explainer.embed_text(scene.captions) @ features[0]).tolist()
+    for scores in result.perturbation:
+        by_test = {(curve.test, curve.order): curve for curve in scores.curves}
+        assert len(by_test) == 4
+        for curve in by_test.values():
+            assert (len(curve.cosine), len(curve.accuracy)) == (10, 10)
+            area = (np.sum(curve.cosine) - (curve.cosine[0] + curve.cosine[-1]) / 2) / 9
+            assert curve.cosine_area.value == pytest.approx(area)
+        for order in ("positive", "negative"):
+            assert by_test["deletion", order].cosine[0] == pytest.approx(np.mean(cosines), abs=1e-6)
+            assert by_test["insertion", order].cosine[0] == result.perturbation[0].curves[2].cosine[0]
+
+
+def test_nothing_is_perturbed_unless_asked_for(explainer, shard):
+    assert evaluate_shards(explainer, [shard]).perturbation == ()
 
 
 def test_every_method_is_scored_on_every_prompt_and_the_configured_one_is_marked(explainer, shard):
@@ -302,6 +399,8 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(render_evaluation(result))
     text = console.export_text()
+    with Image.open(Path(out) / "evaluation.png") as picture:
+        assert (picture.format, min(picture.size) > 300) == ("PNG", True)
     for scores in result.maps:
         line = next(line for line in text.splitlines() if scores.method in line)
         for figure in (scores.pointing, scores.iou_at_half, scores.iou_otsu, scores.average_precision):
@@ -310,6 +409,24 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
     assert "LeGrad, last 2 *" in text
     assert "1 rows scored" in text
     assert "R@n" in text
+    assert f"{result.written.mean_iou.value:.3f}"[-4:] in next(
+        line for line in text.splitlines() if line.strip().startswith("mIoU ")
+    )
+
+
+def test_curves_of_hidden_patches_are_drawn_and_told(explainer, shard, tmp_path):
+    points = point_shard(tmp_path / "points.tar")
+    for path, classes in ((shard, CLASSES), (points, None)):
+        result = evaluate_shards(explainer, [path], classes, EvaluationOptions(perturbed_scenes=1))
+        picture = Image.open(io.BytesIO(plot_evaluation(result)))
+        assert min(picture.size) > 300
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(render_evaluation(result))
+        text = console.export_text()
+        assert "…" not in text
+        assert "Cosine under perturbation" in text
+        assert ("Accuracy under perturbation" in text) == (classes is not None)
+        assert ("Labelled points" in text) == (path == points)
 
 
 def test_a_folder_without_a_job_is_a_user_error(truth_shard, tmp_path):
