@@ -102,7 +102,7 @@ def test_training_images_come_at_the_size_of_the_input_with_labels_that_stay_lab
 def test_the_proof_runs_from_scenes_to_scores(tmp_path):
     command = [sys.executable, "-m", "pipeline.demo.train_segmenter", "--scale", "0.02"]
     places = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
-    done = subprocess.run([*command, *places], capture_output=True, text=True, timeout=580)
+    done = subprocess.run([*command, *places], check=False, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert len(result["miou"]) == 6
