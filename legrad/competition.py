@@ -1,9 +1,10 @@
 """From heat maps to one label a pixel: the prompts of an image and its background compete."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int16
 from torch import Tensor
 
 from legrad.cleaning import NO_CLEANING, Cleaning, clean_masks
@@ -72,26 +73,24 @@ def _weights(peaks: Float[Tensor, " maps"], highest: Float[Tensor, ""]) -> Float
 
 def _winners(
     texts: Contestants, highest_peak: Float[Tensor, ""]
-) -> tuple[Float[Tensor, "height width"], Int64[Tensor, "height width"]]:
+) -> tuple[Float[Tensor, "height width"], Int16[Tensor, "height width"]]:
     """The greatest strength on each pixel, and whose it is; of no maps: zeros."""
     stack, weights = texts.heatmaps, _weights(texts.peaks, highest_peak)
     # column by column, as maps are stored
     best = stack.maps.new_zeros(stack.width, stack.height, dtype=torch.float32).mT
-    winner = torch.full_like(best, NOBODY, dtype=torch.int64)
-    first = 0
-    for heatmaps in stack.chunks():
-        strengths = heatmaps * weights[first : first + len(heatmaps), None, None]
-        index = strengths.argmax(dim=0)
-        value = strengths.amax(dim=0)
-        winner = torch.where(value > best, index + first, winner)
-        best = torch.maximum(best, value)
-        first += len(heatmaps)
+    winner = torch.full_like(best, NOBODY, dtype=torch.int16)
+    # one after the other: argmax over the first dimension takes ten times as long
+    heatmaps = itertools.chain.from_iterable(stack.chunks())
+    for index, (heatmap, weight) in enumerate(zip(heatmaps, weights, strict=True)):
+        strength = heatmap * weight
+        winner.masked_fill_(strength > best, index)
+        torch.maximum(best, strength, out=best)
     return best, winner
 
 
 def _cleaned(
-    winner: Int64[Tensor, "height width"], prompts: int, cleaning: Cleaning
-) -> Int64[Tensor, "height width"]:
+    winner: Int16[Tensor, "height width"], prompts: int, cleaning: Cleaning
+) -> Int16[Tensor, "height width"]:
     if not cleaning.changes_masks:
         return winner
     tidy = torch.full_like(winner, NOBODY)
