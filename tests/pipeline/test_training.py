@@ -500,8 +500,27 @@ def test_an_object_store_serves_images_and_masks_but_not_to_forked_workers(
     annotate("s3://training/out", shard, [rows_of(item, index) for index, item in enumerate(items)])
     dataset = MaskDataset("s3://training/out")
     assert sorted(numbers(dataset)) == [0, 1, 2]
+    assert all(sample["shard"] == url for sample in dataset)
     with pytest.raises(UserError, match="forkserver"):
         next(iter(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_workers_started_anew_read_from_an_object_store(tmp_path, only_loopback, store, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+    store.put("workers", b"")
+    for number, items in enumerate(plain_plans([3, 4])):
+        path = write_tar(tmp_path / "a.tar", [member for item in items for member in members_of(item)])
+        store.put(f"workers/data/{number}.tar", path.read_bytes())
+    url = "s3://workers/data/{0,1}.tar"
+    shards = begin_job([url], "s3://workers/out")
+    for shard, items in zip(shards, plain_plans([3, 4]), strict=True):
+        annotate("s3://workers/out", shard, [rows_of(item, index) for index, item in enumerate(items)])
+    loader = DataLoader(
+        MaskDataset("s3://workers/out"), batch_size=None, num_workers=2, multiprocessing_context="forkserver"
+    )
+    assert sorted(numbers(loader)) == list(range(7))
 
 
 def test_pictures_tell_their_numbers():
