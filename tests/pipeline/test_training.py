@@ -517,10 +517,21 @@ def test_workers_started_anew_read_from_an_object_store(tmp_path, only_loopback,
     shards = begin_job([url], "s3://workers/out")
     for shard, items in zip(shards, plain_plans([3, 4]), strict=True):
         annotate("s3://workers/out", shard, [rows_of(item, index) for index, item in enumerate(items)])
+    dataset = MaskDataset("s3://workers/out")
     loader = DataLoader(
-        MaskDataset("s3://workers/out"), batch_size=None, num_workers=2, multiprocessing_context="forkserver"
+        dataset,
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context="forkserver",
+        persistent_workers=True,
     )
-    assert sorted(numbers(loader)) == list(range(7))
+    orders = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        orders.append(numbers(loader))
+        assert sorted(orders[-1]) == list(range(7))
+        assert dataset.counts().joined == 7
+    assert len(set(map(tuple, orders))) > 1
 
 
 def test_pictures_tell_their_numbers():
