@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from pipeline.config import InputConfig
 from pipeline.errors import UserError
 from pipeline.evaluate import EvaluationOptions, evaluate_output, evaluate_shards, render_evaluation
 from pipeline.evaluation_plot import plot_evaluation
+from pipeline.evaluation_result import EvaluationResult
 from pipeline.ground_truth import Scene, read_scenes
 from pipeline.records import ANNOTATION_SCHEMA
 from pipeline.storage import list_shards
@@ -167,11 +169,15 @@ def test_scenes_of_points_are_scored_by_points_alone(explainer, tmp_path):
     assert scores.point_mean_iou_at_half.value == pytest.approx(expected)
 
 
-def test_hiding_patches_starts_at_the_models_own_scores_and_ends_where_insertion_reversed_begins(
-    explainer, shard
+@pytest.fixture(scope="module")
+def perturbed(explainer, shard) -> EvaluationResult:
+    return evaluate_shards(explainer, [shard], CLASSES, EvaluationOptions(layers=(2,), perturbed_scenes=2))
+
+
+def test_hiding_patches_starts_at_the_models_own_cosine_and_showing_them_at_the_blurred_images(
+    explainer, shard, perturbed
 ):
-    options = EvaluationOptions(layers=(2,), perturbed_scenes=2)
-    result = evaluate_shards(explainer, [shard], CLASSES, options)
+    result = perturbed
     assert result.perturbed_scenes == 2
     cosines = []
     for scene in scenes_of(shard)[:2]:
@@ -414,19 +420,41 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
     )
 
 
-def test_curves_of_hidden_patches_are_drawn_and_told(explainer, shard, tmp_path):
-    points = point_shard(tmp_path / "points.tar")
-    for path, classes in ((shard, CLASSES), (points, None)):
-        result = evaluate_shards(explainer, [path], classes, EvaluationOptions(perturbed_scenes=1))
-        picture = Image.open(io.BytesIO(plot_evaluation(result)))
-        assert min(picture.size) > 300
-        console = Console(width=80, record=True, file=io.StringIO())
-        console.print(render_evaluation(result))
-        text = console.export_text()
-        assert "…" not in text
-        assert "Cosine under perturbation" in text
-        assert ("Accuracy under perturbation" in text) == (classes is not None)
-        assert ("Labelled points" in text) == (path == points)
+def told(result: EvaluationResult) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render_evaluation(result))
+    text = console.export_text()
+    assert "…" not in text
+    return text
+
+
+def test_hidden_patches_are_told_and_drawn_with_a_class_list_and_without(perturbed):
+    curves = [
+        tuple(replace(curve, accuracy=(), accuracy_area=None) for curve in scores.curves)
+        for scores in perturbed.perturbation
+    ]
+    without_classes = replace(
+        perturbed,
+        perturbation=tuple(
+            replace(scores, curves=own) for scores, own in zip(perturbed.perturbation, curves, strict=True)
+        ),
+    )
+    assert "Accuracy under perturbation" in told(perturbed)
+    assert "Accuracy under perturbation" not in told(without_classes)
+    assert "Cosine under perturbation" in told(without_classes)
+    with_panels, bare = (
+        Image.open(io.BytesIO(plot_evaluation(result))).size
+        for result in (without_classes, replace(perturbed, perturbation=()))
+    )
+    assert with_panels[1] > bare[1]
+
+
+def test_points_are_told_and_drawn(explainer, tmp_path):
+    result = evaluate_shards(explainer, [point_shard(tmp_path / "points.tar")])
+    text = told(result)
+    assert "Labelled points" in text
+    assert "pointing" not in text
+    assert Image.open(io.BytesIO(plot_evaluation(result))).format == "PNG"
 
 
 def test_a_folder_without_a_job_is_a_user_error(truth_shard, tmp_path):
