@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -39,12 +39,9 @@ def view_relevance(
     merged = []
     for image in images:
         canvases = [
-            explainer.transform.normalise(
-                torch.from_numpy(pixels)[None].to(explainer.device), explainer.dtype
-            )
-            for pixels in canvas_pixels(views, explainer.transform, image)
+            torch.from_numpy(pixels)[None] for pixels in canvas_pixels(views, explainer.transform, image)
         ]
-        trace = explainer.encode(canvases[0])
+        trace = explainer.encode(preprocessed(explainer, canvases[0]))
         image_index = torch.zeros(len(text_embeddings), dtype=torch.int64)
         merged.append(merged_relevance(explainer, trace, canvases, text_embeddings, image_index, views=views))
     return merged
@@ -53,7 +50,7 @@ def view_relevance(
 def merged_relevance(
     explainer: LeGrad,
     trace: Trace,
-    canvases: Sequence[Float[Tensor, "batch 3 _height _width"]],
+    canvases: Sequence[UInt8[Tensor, "batch _height _width 3"]],
     text_embeddings: Float[Tensor, "prompts embed_dim"],
     image_index: Int[Tensor, " prompts"],
     *,
@@ -65,7 +62,7 @@ def merged_relevance(
     Args:
         explainer: explains each view.
         trace: of the first canvas as it is.
-        canvases: the batch on each canvas, preprocessed, as `legrad.views.canvas_pixels` resizes images.
+        canvases: the batch on each canvas, as `legrad.views.canvas_pixels` resizes images; on any device.
         text_embeddings: one row for each prompt.
         image_index: for each prompt, the row of its image.
         views: which views.
@@ -90,15 +87,24 @@ def merged_relevance(
     def explained() -> Iterator[tuple[View, Tensor]]:
         yield whole, first
         for part in _parts(others, max(1, images_at_once // batch)):
-            seen = torch.cat([_seen(canvases[view.canvas], view, explainer.patch_size) for view in part])
+            pixels = torch.cat([_seen(canvases[view.canvas], view, explainer.patch_size) for view in part])
             rows = torch.cat([image_index + batch * place for place in range(len(part))])
-            relevance = explainer.relevance(seen, text_embeddings.repeat(len(part), 1), rows)
+            relevance = explainer.relevance(
+                preprocessed(explainer, pixels), text_embeddings.repeat(len(part), 1), rows
+            )
             # the derivative by one attention weight falls with the number of tokens that the score averages
             scale = 1.0 if explainer.scoring.pooler is not None else _tokens(explainer, part[0]) / tokens
             by_view = (relevance * scale).reshape(len(part), prompts, *relevance.shape[-2:])
             yield from zip(part, by_view, strict=True)
 
     return merge_grids(grids, explained())
+
+
+def preprocessed(
+    explainer: LeGrad, pixels: UInt8[Tensor, "batch height width 3"]
+) -> Float[Tensor, "batch 3 height width"]:
+    """Bring resized pixels to the model's device, range and dtype."""
+    return explainer.transform.normalise(pixels.to(explainer.device), explainer.dtype)
 
 
 def _parts(views: Sequence[View], length: int) -> Iterator[list[View]]:
@@ -108,10 +114,10 @@ def _parts(views: Sequence[View], length: int) -> Iterator[list[View]]:
         yield from (listed[start : start + length] for start in range(0, len(listed), length))
 
 
-def _seen(canvas: Float[Tensor, "batch 3 height width"], view: View, patch: int) -> Tensor:
+def _seen(canvas: UInt8[Tensor, "batch height width 3"], view: View, patch: int) -> Tensor:
     top, left = view.top * patch, view.left * patch
-    seen = canvas[:, :, top : top + view.rows * patch, left : left + view.columns * patch]
-    return seen.flip(-1) if view.is_mirrored else seen
+    seen = canvas[:, top : top + view.rows * patch, left : left + view.columns * patch]
+    return seen.flip(2) if view.is_mirrored else seen
 
 
 def _tokens(explainer: LeGrad, view: View) -> int:
@@ -119,4 +125,4 @@ def _tokens(explainer: LeGrad, view: View) -> int:
 
 
 def _grid_of(explainer: LeGrad, canvas: Tensor) -> Grid:
-    return canvas.shape[-2] // explainer.patch_size, canvas.shape[-1] // explainer.patch_size
+    return canvas.shape[1] // explainer.patch_size, canvas.shape[2] // explainer.patch_size

@@ -15,7 +15,7 @@ import legrad
 from legrad.inputs import neutral_patches
 from legrad.refine import Refinement
 from legrad.text_embedder import TextEmbedder
-from legrad.view_relevance import merged_relevance
+from legrad.view_relevance import merged_relevance, preprocessed
 from legrad.views import Views
 from pipeline.batch_texts import ImageMaps, choose_maps, embed_batch
 from pipeline.decode import WHOLE_IMAGE, DecodedImage
@@ -190,8 +190,9 @@ class Engine:
 
     def _explain(self, samples: Sequence[PreparedSample], images_at_once: int) -> list[ExplainedSample]:
         explainer, companions = self._explainer, self._companions
-        canvases = self._canvases(samples)
-        trace = explainer.encode(canvases[0])
+        by_canvas = zip(*(sample.image.canvases for sample in samples), strict=True)
+        canvases = [torch.from_numpy(np.stack(pixels)) for pixels in by_canvas]
+        trace = explainer.encode(preprocessed(explainer, canvases[0]))
         texts = embed_batch(self._embedder, [sample.prompts for sample in samples], companions)
         similarities = explainer.similarity(trace, texts.unit_rows).float().cpu().numpy()
         chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, companions.max_background)
@@ -226,13 +227,6 @@ class Engine:
             self._explainer.device,
         )
         return [replace(result, refined_maps=own) for result, own in zip(explained, maps, strict=True)]
-
-    def _canvases(self, samples: Sequence[PreparedSample]) -> list[torch.Tensor]:
-        """The batch as the model takes it, on every canvas."""
-        explainer = self._explainer
-        by_canvas = zip(*(sample.image.canvases for sample in samples), strict=True)
-        pixels = (torch.from_numpy(np.stack(canvas)).to(explainer.device) for canvas in by_canvas)
-        return [explainer.transform.normalise(canvas, explainer.dtype) for canvas in pixels]
 
     def _explained(
         self,
