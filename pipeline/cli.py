@@ -101,7 +101,9 @@ def status(out: OutputDir) -> None:
 def evaluate(
     out: OutputDir,
     shards: TruthShards,
-    classes: Annotated[Path | None, typer.Option(help="File whose line i names class id i.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="File of the classes: line i of a .txt names class i; or .yaml.")
+    ] = None,
     perturbation: Annotated[
         bool,
         typer.Option("--perturbation", help="Also hide patches by each map and ask the model again; slow."),

@@ -15,6 +15,7 @@ import torch
 import legrad
 from legrad import metrics
 from pipeline import storage
+from pipeline.class_list import read_class_list
 from pipeline.config import InputConfig, parse_config
 from pipeline.decode import decode_image
 from pipeline.errors import SampleFailure, ShardError, UserError
@@ -79,7 +80,7 @@ def evaluate_output(
     Args:
         out_dir: the job's output folder.
         shard_patterns: the tars that the job annotated, with ground truth in them.
-        classes_file: line i names class id i; given, recognition is measured as well.
+        classes_file: see `pipeline.class_list.read_class_list`; given, recognition is measured as well.
         result_name: of the JSON file in the output folder; the plot beside it has its stem.
         perturbed_scenes: see `EvaluationOptions`.
 
@@ -177,10 +178,14 @@ def _read_all(shards: Iterable[ShardSource], settings: InputConfig) -> Iterator[
 
 
 def _class_names(classes_file: str | Path) -> list[str]:
-    try:
-        return Path(classes_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{classes_file}: the class list cannot be read: {error}") from error
+    """Names of class id 1, 2, ..."""
+    entries = sorted(read_class_list(str(classes_file)), key=lambda entry: entry.class_id)
+    class_ids = [entry.class_id for entry in entries]
+    if class_ids != list(range(1, len(entries) + 1)):
+        raise UserError(
+            f"{classes_file}: expected class ids from 1 without gaps, received {class_ids!r:.200}"
+        )
+    return [entry.name for entry in entries]
 
 
 def _decoded(

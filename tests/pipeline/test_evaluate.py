@@ -468,3 +468,11 @@ def test_a_missing_shard_or_class_list_is_a_user_error(weights, truth_shard, tmp
         evaluate_output(out, str(tmp_path / "gone.tar"))
     with pytest.raises(UserError, match=r"gone\.txt"):
         evaluate_output(out, str(truth_shard), tmp_path / "gone.txt")
+
+
+def test_classes_whose_ids_have_gaps_are_a_user_error(weights, truth_shard, tmp_path):
+    out = write_output(tmp_path / "out", weights, {})
+    classes = tmp_path / "classes.yaml"
+    classes.write_text("- {name: dog, id: 1}\n- {name: car, id: 3}\n")
+    with pytest.raises(UserError, match=r"classes\.yaml: .*without gaps, received \[1, 3\]"):
+        evaluate_output(out, str(truth_shard), classes)
