@@ -137,7 +137,7 @@ def train_transform(plan: Plan) -> v2.Transform:
     )
 
 
-def test_transform() -> v2.Transform:
+def heldout_transform() -> v2.Transform:
     """The whole image, stretched to the input."""
     return v2.Compose([v2.Resize((INPUT_SIDE, INPUT_SIDE), antialias=True), *_to_input()])
 
@@ -225,7 +225,7 @@ def score_all(out: Path, split: SceneSplit, segmenters: Mapping[str, Segmenter])
         for name, folder in ((MASKS, out / WITHOUT_BAND), (BAND_MASKS, banded))
     }
     for what, segmenter in segmenters.items():
-        images = _dataset(banded, split.heldout, "ground_truth", transform=test_transform(), shuffle=False)
+        images = _dataset(banded, split.heldout, "ground_truth", transform=heldout_transform(), shuffle=False)
         found[what] = score(predict(segmenter, images, truth), truth)
         found[f"{what}, classes known"] = score(predict(segmenter, images, truth, tags), truth)
     return found
