@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 40
 BINS = 30
 MAX_BARS = 30
+PACE_STEPS = 20
 # a tail longer than this many times the rest is cut off, and said so
 TAIL_PERCENTILE, LONG_TAIL = 99.5, 1.5
 
@@ -183,7 +184,9 @@ def pace_chart(history: Sequence[tuple[float, int]]) -> LineChart | None:
     Returns:
         The chart; None where fewer than two points leave nothing to draw.
     """
-    points = np.array(history, dtype=np.float64).reshape(-1, 2)
+    # workers tell of whole batches, so short steps would jump between none and many
+    spacing = -(-len(history) // PACE_STEPS) or 1
+    points = np.array([*history[:-1:spacing], *history[-1:]], dtype=np.float64).reshape(-1, 2)
     seconds = points[:, 0]
     if len(points) < 2 or not np.isfinite(points).all() or (np.diff(seconds) <= 0).any():
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def render_page(content: PageContent) -> str:
         style=Markup(style),  # noqa: S704 (our own file)
         script=Markup(script),  # noqa: S704
         out=content.out,
-        made=content.made,
+        made=_moment(content.made),
         complete=content.totals.complete,
         facts=_facts(content),
         notes=_notes(content),
@@ -306,8 +307,8 @@ def _errors(totals: Totals) -> dict[str, Any]:
 
 def _run(run: RunRecord) -> dict[str, Any]:
     return {
-        "started": run.started,
-        "ended": run.ended if run.ended != RUNNING else f"running, last heard of at {run.updated}",
+        "started": _moment(run.started),
+        "ended": run.ended if run.ended != RUNNING else f"running, last heard of at {_moment(run.updated)}",
         "duration": as_duration(run.elapsed_s),
         "shards": f"{run.shards_done:,}",
         "samples": f"{run.samples:,}",
@@ -318,12 +319,17 @@ def _run(run: RunRecord) -> dict[str, Any]:
     }
 
 
+def _moment(text: str) -> str:
+    """A moment as people write it; what is none stays as it is."""
+    return re.sub(r"(\d)T(\d)", r"\1 \2", shortened(text, 60)).replace("+00:00", " UTC")
+
+
 def _provenance(content: PageContent) -> list[tuple[str, str]]:
     job, config = content.job, content.config
     layers = config.model.layers
     facts = [
         ("output", content.out),
-        ("job started", str(job.get("started", "unknown"))),
+        ("job started", _moment(str(job.get("started", "unknown")))),
         ("model", f"{config.model.name}, {config.model.pretrained}"),
         ("explained layers", "all" if layers == "all" else f"the last {layers}"),
         ("weights", str(job.get("weights_digest", "unknown"))),

@@ -439,6 +439,14 @@ def test_the_pace_between_two_points_is_a_step():
     assert (corners[0][0], corners[-1][0]) == (52.0, 346.0)
 
 
+def test_a_long_history_is_drawn_in_few_steps_and_keeps_its_end():
+    chart = pace_chart([(float(second), 10 * second) for second in range(200)])
+    corners = [tuple(map(float, pair.split(","))) for pair in chart.points.split()]
+    assert 30 < len(corners) <= 44
+    assert (corners[0][0], corners[-1][0]) == (52.0, 346.0)
+    assert len({y for _, y in corners}) == 1, "an even pace is a level line"
+
+
 @pytest.mark.parametrize("history", [[], [(0.0, 0)], [(0.0, 0), (0.0, 5)], [(0.0, 0), (float("nan"), 5)]])
 def test_a_history_that_tells_no_pace_gives_no_chart(history):
     assert pace_chart(history) is None
