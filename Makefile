@@ -55,7 +55,7 @@ demo-model: $(STAMP)  ## train the demo model and render its shards again (needs
 	$(BIN)/python -m pipeline.demo.train
 	$(BIN)/python -m pipeline.demo.make_shards
 
-train-demo: $(STAMP)  ## train a segmenter on the demo's pseudo-masks, beside one on ground truth: 15 minutes on two cores
+train-demo: $(STAMP)  ## train a segmenter on the demo's pseudo-masks, beside one on ground truth
 	$(BIN)/python -m pipeline.demo.train_segmenter
 
 clean:  ## remove what was built or written here
