@@ -251,10 +251,10 @@ def test_noise_in_every_picture_keeps_the_page_within_its_bound(tmp_path):
     path = tmp_path / "noise.png"
     Image.fromarray(noise).save(path)
     rows = [
-        row(index, heatmap=noise.tobytes()[:900], heatmap_height=30, heatmap_width=30) for index in range(40)
+        row(index, heatmap=noise.tobytes()[:900], heatmap_height=30, heatmap_width=30) for index in range(30)
     ]
-    report, page = page_of(write_job(tmp_path, [rows], images=path.read_bytes()), samples=40)
-    assert report.pictures == 40
+    report, page = page_of(write_job(tmp_path, [rows], images=path.read_bytes()), samples=30)
+    assert report.pictures == 30
     assert sum(len(attributes["src"]) for attributes in page.having("src")) <= PICTURE_BYTES
 
 
@@ -341,15 +341,13 @@ def test_reading_is_bounded_by_files_and_by_rows(tmp_path):
     assert (few_files.files_read, few_files.files_total, len(few_files)) == (2, 6, 20)
     few_rows = read_scores(str(out), shards, np.random.default_rng(1), max_rows=25)
     assert len(few_rows) == 30, "whole row groups"
-    _, page = page_of(out)
-    assert "All 60 rows" in page.text
 
 
 def test_the_same_seed_shows_the_same_rows_and_another_seed_others(tmp_path):
-    out = write_job(tmp_path, [varied_rows(40)])
+    out = write_job(tmp_path, [varied_rows(12)])
 
     def shown(seed):
-        return [card["data-similarity"] for card in page_of(out, samples=8, seed=seed)[1].cards]
+        return [card["data-similarity"] for card in page_of(out, samples=4, seed=seed)[1].cards]
 
     assert shown(1) == shown(1) != shown(2)
 
@@ -461,7 +459,7 @@ def test_the_most_frequent_classes_come_first_and_the_others_are_counted():
     assert [bar.accepted + bar.rejected for bar in bars] == list(range(40, 10, -1))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     width=st.integers(1, 300),
     height=st.integers(1, 300),
