@@ -107,7 +107,7 @@ def _written_parts(written: WrittenMaskScores) -> list[RenderableType]:
 def _written_figures(written: WrittenMaskScores) -> list[tuple[str, Estimate | None, str]]:
     figures = [
         ("IoU per prompt", written.iou, "mean over rows"),
-        ("boundary F", written.boundary_f, "mean over rows, within .75 % of the diagonal"),
+        ("boundary F", written.boundary_f, "mean over rows, within .75 % of diagonal"),
         ("mIoU", written.mean_iou, "mean over classes"),
         ("mIoU with background", written.mean_iou_with_background, "background as a class"),
         ("point-wise mIoU", written.point_mean_iou, "mean over classes, of labelled points"),
