@@ -40,7 +40,7 @@ def competing_masks(
 
     Heat maps alone, each stretched to 1, let a prompt that is not in the image win as often as one that is;
     raw maps let one strong prompt take the others' objects. The square root lies between: on the demo's
-    scenes as good as heat maps alone where each prompt is in the image, and 2 to 4 points of mIoU better
+    scenes as good as heat maps alone where each prompt is in the image, and 2 to 3 points of mIoU better
     where prompts are chosen by similarity. Cutting the heat map itself, not the strength, keeps `value`,
     `low` and `high` what they are for prompts by themselves.
 
