@@ -124,6 +124,9 @@ class LeGrad:
             fit: see `LeGrad`.
             compile: see `LeGrad`.
 
+        Returns:
+            The explainer, with the model in evaluation mode on its device, and the model's own tokenizer.
+
         Raises:
             ModelLoadError: name, tag, checkpoint or precision give no model.
             UnsupportedModelError: the vision tower's structure is not covered; for open_clip's own names

@@ -96,6 +96,9 @@ def explain_image(explainer: LeGrad, image: Image.Image, texts: Sequence[str]) -
         image: of any size and mode.
         texts: what is looked for, at least one.
 
+    Returns:
+        Heat maps at the size of the model's input, similarities and the raw grids of every layer, on the CPU.
+
     Raises:
         InputError: no text, or one text where a list of them is expected.
         TokenizerError: the explainer was made without a tokenizer.
@@ -129,6 +132,9 @@ def layer_strip(explainer: LeGrad, image: Image.Image, text: str, *, panel_side:
         image: of any size and mode.
         text: what is looked for.
         panel_side: longer side of a panel, in pixels.
+
+    Returns:
+        The panels in lines, first block to last, the sum at the end.
 
     Source: the per-layer maps of https://arxiv.org/abs/2404.03214, section 3.3.
     """

@@ -67,7 +67,16 @@ class ImageTransform:
         return self.resize_to(image, *self.input_size(image.height, image.width))
 
     def resize_to(self, image: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-        """Resize an image of any mode to a given size in pixels, as RGB."""
+        """Resize an image to a given size, as RGB; see `resize`.
+
+        Args:
+            image: of any size and mode.
+            height: in pixels.
+            width: in pixels.
+
+        Returns:
+            Values from 0 to 255.
+        """
         resized = image.resize((width, height), _RESAMPLING[self.interpolation])
         return np.array(resized.convert("RGB"))
 
