@@ -209,8 +209,8 @@ class MasksConfig(Section):
     )
     refine: Literal["none", "pamr", "par"] = Field(
         "none",
-        description="Whether heat maps are made to follow the image's edges, at the model's input size: par as "
-        "Ru et al. (2022), pamr as Araslanov and Roth (2020).",
+        description="Whether heat maps are made to follow the image's edges, at the model's input size: par "
+        "as Ru et al. (2022), pamr as Araslanov and Roth (2020).",
     )
     refine_iterations: PositiveInt = Field(
         8, description="How often each pixel becomes the weighted mean of its neighbours."
