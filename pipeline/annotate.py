@@ -13,7 +13,6 @@ import legrad
 from legrad.views import canvas_bytes
 from pipeline import storage
 from pipeline.batch_size import find_batch_size
-from pipeline.config import InputConfig, JobConfig
 from pipeline.decode import decode_image, find_field
 from pipeline.engine import Engine, ExplainedSample, PreparedSample
 from pipeline.errors import SampleFailure
@@ -23,6 +22,7 @@ from pipeline.model import views_wanted
 from pipeline.records import SampleError, ShardCounts, total_counts
 from pipeline.refined_maps import map_bytes, refinement_of
 from pipeline.sample_prompts import SamplePrompts, companions_of
+from pipeline.settings import InputConfig, JobConfig
 from pipeline.shards import RawSample, read_samples
 from pipeline.stages import Stages, StreamLimits
 from pipeline.storage import ShardSource

@@ -5,13 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 
 from pipeline import job as jobs
-from pipeline.config import JobConfig
 from pipeline.estimate import dry_run, told_dry_run, told_extrapolation
 from pipeline.job import Job, prepare_job
 from pipeline.progress import Progress, SharedProgress, as_duration, as_share, open_progress
 from pipeline.result import JobResult
 from pipeline.run import run_job
 from pipeline.run_record import recorded_run
+from pipeline.settings import JobConfig
 from pipeline.storage import ShardSource
 
 DONE, INCOMPLETE = 0, 3

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.config import RunConfig
 from pipeline.progress import RunState
+from pipeline.settings import RunConfig
 
 BUDGET_SAMPLES = 1000
 

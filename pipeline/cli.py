@@ -1,4 +1,4 @@
-"""The command line: `legrad annotate | status | report | evaluate | explain | models | demo`.
+"""The command line: `legrad annotate | status | report | evaluate | export | shards | explain | models | demo`.
 
 Exit codes: 0 done; 1 the user's mistake; 2 the environment's or our own fault; 3 finished with shards failed
 or left; 130 Ctrl-C; 143 SIGTERM.
@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import ModelConfig, load_config
+from pipeline.config import load_config
 from pipeline.errors import PipelineError, UserError
 from pipeline.readers.commands import shards_app
+from pipeline.settings import ModelConfig
 
 USAGE_EXIT_CODE = 2  # typer's own
 USER_MISTAKE, FAULT, INCOMPLETE = 1, 2, 3

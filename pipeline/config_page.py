@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import JobConfig
+from pipeline.settings import JobConfig
 
 BEGIN = "<!-- keys: made by python -m pipeline.config_page configs/README.md -->"
 END = "<!-- end of keys -->"

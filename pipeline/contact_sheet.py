@@ -11,13 +11,14 @@ import numpy as np
 
 from legrad.rle import decode_rle
 from pipeline import storage
-from pipeline.config import JobConfig, parse_config
+from pipeline.config import parse_config
 from pipeline.decode import find_field, open_image
 from pipeline.errors import UserError
 from pipeline.ground_truth import Scene, list_truth_shards, scene_of
 from pipeline.job import JOB_FILE, read_job
 from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.scene_scores import row_target
+from pipeline.settings import JobConfig
 from pipeline.shards import RawSample
 from pipeline.sheet_drawing import CARDS_PER_LINE, Card, draw_sheet
 from pipeline.storage import ShardSource

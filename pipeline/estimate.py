@@ -14,12 +14,12 @@ import pyarrow.fs as pafs
 from pipeline import job as jobs
 from pipeline import storage
 from pipeline.annotate import wanted_fields
-from pipeline.config import JobConfig
 from pipeline.errors import OutputError, PipelineError, SampleFailure
 from pipeline.job import Job
 from pipeline.plan import spread_evenly
 from pipeline.progress import RunState, as_duration
 from pipeline.sample_prompts import SamplePrompts
+from pipeline.settings import JobConfig
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource
 

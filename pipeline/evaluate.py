@@ -16,7 +16,7 @@ import legrad
 from legrad import metrics
 from pipeline import storage
 from pipeline.class_list import read_class_list
-from pipeline.config import InputConfig, parse_config
+from pipeline.config import parse_config
 from pipeline.decode import decode_image
 from pipeline.errors import SampleFailure, ShardError, UserError
 from pipeline.evaluation_plot import plot_evaluation
@@ -29,6 +29,7 @@ from pipeline.map_measures import DecodedScene
 from pipeline.map_scores import all_map_scores, all_perturbation_scores
 from pipeline.model import load_explainer
 from pipeline.records import SampleError
+from pipeline.settings import InputConfig
 from pipeline.storage import ShardSource
 from pipeline.written_masks import collect_written_masks, score_written_masks
 

@@ -26,10 +26,10 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8, UInt16
 from PIL import Image
 
-from pipeline.config import InputConfig
 from pipeline.decode import find_field
 from pipeline.errors import SampleFailure
 from pipeline.records import SampleError
+from pipeline.settings import InputConfig
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource, list_shards, open_shard
 

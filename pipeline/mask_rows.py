@@ -13,8 +13,8 @@ from legrad.cleaning import Cleaning
 from legrad.competition import Contestants, competing_masks
 from legrad.masks import HeatmapStack, ImageMasks, MaskRule, Normalisation, Rle, independent_masks
 from legrad.thresholds import relevance_contrast
-from pipeline.config import JobConfig, MasksConfig
 from pipeline.engine import ExplainedSample
+from pipeline.settings import JobConfig, MasksConfig
 
 OK = "ok"
 

@@ -17,9 +17,9 @@ import legrad
 from legrad.errors import InputError, LeGradError
 from legrad.support import model_support
 from legrad.views import Views, check_views
-from pipeline.config import JobConfig, ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
+from pipeline.settings import JobConfig, ModelConfig
 
 DEMO = "demo"
 HUB_PREFIXES = ("hf-hub:", "local-dir:")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.settings import RunConfig
 
 Shard = TypeVar("Shard")
 

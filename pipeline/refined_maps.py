@@ -10,7 +10,7 @@ import torch
 from legrad.images import ImageTransform
 from legrad.masks import Normalisation, heatmaps_of, minmax_normalise
 from legrad.refine import Refinement, dilations_for_patch, refine_heatmaps
-from pipeline.config import MasksConfig
+from pipeline.settings import MasksConfig
 
 
 def refinement_of(masks: MasksConfig, patch_pixels: int) -> Refinement | None:

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from legrad.heatmaps import minmax_normalise
 from legrad.metrics import foreground_iou
 from pipeline import storage
-from pipeline.config import InputConfig
 from pipeline.ground_truth import LABEL_MAP_FIELD
 from pipeline.label_map import in_frame
+from pipeline.settings import InputConfig
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource
 

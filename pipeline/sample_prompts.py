@@ -8,10 +8,10 @@ from importlib import resources
 from typing import Literal, TypeVar
 
 from pipeline.class_list import read_class_list
-from pipeline.config import JobConfig, PromptsConfig
 from pipeline.decode import read_captions
 from pipeline.errors import SampleFailure
 from pipeline.mentions import MentionFinder
+from pipeline.settings import JobConfig, PromptsConfig
 
 Element = TypeVar("Element")
 Ensemble = tuple[str, ...]

@@ -14,11 +14,11 @@ from typing import Any, Literal, Protocol
 import torch
 
 from pipeline.annotate import ShardAnnotator, ShardReport
-from pipeline.config import JobConfig
 from pipeline.errors import OutputError, ShardError, UserError
 from pipeline.measures import Measures
 from pipeline.model import load_explainer
 from pipeline.records import ShardCounts
+from pipeline.settings import JobConfig
 from pipeline.storage import ShardSource
 
 logger = logging.getLogger(__name__)

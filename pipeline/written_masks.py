@@ -23,10 +23,10 @@ from legrad.label_metrics import (
 )
 from legrad.metrics import Estimate, bootstrap_statistic, presence_auroc
 from pipeline import storage
-from pipeline.config import InputConfig
 from pipeline.evaluation_result import WrittenMaskScores
 from pipeline.ground_truth import Scene, read_scenes
 from pipeline.scene_scores import SceneScores, score_scene
+from pipeline.settings import InputConfig
 from pipeline.storage import ShardSource
 
 COLUMNS = ["key", "sample_index", "prompt_index", "class_id", "status", "similarity", "mask", "ignore"]

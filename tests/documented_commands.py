@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import typer
-from documents import ROOT, options_of
+from documents import CONFIGS, PAGES, ROOT, blocks, code_spans, options_of, told_words
 
 from pipeline.cli import app
 from pipeline.config import load_config
@@ -217,3 +217,47 @@ CHECKS = {
     "export": _nothing_of_ours,
     "mypy": _nothing_of_ours,
 }
+
+
+def kind_of(block):
+    """What a block is, told from its language and its text."""
+    if block.language in {"python", "yaml", "toml"}:
+        return block.language
+    if block.text.lstrip().startswith("{"):
+        return "json"
+    first = re.sub(r"^([A-Z_]+=\S*\s+|nohup\s+)*", "", block.lines[0]).split()[0]
+    if first in CHECKS:
+        return "shell"
+    if re.match(r"[\w./<>-]*/[\w./<>-]*\s{2,}\S", block.lines[0]):
+        return "tree"
+    words = set(re.findall(r"[A-Za-z]{2,}", re.sub(r"\S*/\S*", "", block.text)))
+    return "output" if words <= told_words() else "unknown"
+
+
+def blocks_of(kind):
+    """All blocks of a kind, page by page."""
+    return [block for page in (*PAGES, *CONFIGS) for block in blocks(page) if kind_of(block) == kind]
+
+
+def documented_commands():
+    """The calls in all blocks, then those in sentences."""
+    in_blocks = [
+        command
+        for block in blocks_of("shell")
+        for line in block.lines
+        for command in commands_of(line, block.where)
+    ]
+    called = re.compile(r"(([A-Z_]+=\S+|nohup) )*(legrad|make|python|pytest|pip|ray) \S")
+    in_sentences = [
+        command
+        for page in PAGES
+        for span in code_spans(page)
+        if called.match(span)
+        for command in commands_of(span, str(page.relative_to(ROOT)), mentioned=True)
+    ]
+    return [*in_blocks, *in_sentences]
+
+
+def once(commands):
+    """Each call once, where it stands first."""
+    return list({command.words: command for command in reversed(commands)}.values())[::-1]

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from pipeline.config import InputConfig
 from pipeline.decode import find_field, open_image, upright_transpose
 from pipeline.errors import SampleFailure
 from pipeline.label_map import label_map
+from pipeline.settings import InputConfig
 from pipeline.training.joining import JoinedSample
 
 MAX_NAME_CHARACTERS = 80

@@ -16,13 +16,13 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from pipeline.config import JobConfig
 from pipeline.progress import as_duration, as_share
 from pipeline.report.charts import Histogram, class_bars, histogram, pace_chart
 from pipeline.report.gallery import CardRow, Gallery, shortened
 from pipeline.report.scores import ScoredRows
 from pipeline.report.totals import Totals
 from pipeline.run_record import RUNNING, RunRecord
+from pipeline.settings import JobConfig
 
 MAX_LISTED = 20
 MAX_CONFIG_CHARACTERS = 30_000

@@ -15,11 +15,12 @@ from torchvision import tv_tensors
 
 from legrad.errors import LeGradError
 from pipeline import storage
-from pipeline.config import InputConfig, parse_config
+from pipeline.config import parse_config
 from pipeline.decode import find_field, open_image
 from pipeline.errors import SampleFailure, UserError
 from pipeline.ground_truth import LABEL_MAP_FIELD, read_label_map
 from pipeline.job import JOB_FILE, read_job
+from pipeline.settings import InputConfig
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
 from pipeline.training.counts import JoinCounts, SharedCounts, WorkerCounts
 from pipeline.training.joining import JoinedSample, Source

@@ -23,9 +23,10 @@ from hands import work_through
 
 from legrad.metrics import Estimate
 from pipeline import storage
-from pipeline.config import JobConfig, load_config
+from pipeline.config import load_config
 from pipeline.demo import assets
 from pipeline.ground_truth import list_truth_shards
+from pipeline.settings import JobConfig
 from pipeline.worker import build_annotator
 from pipeline.written_masks import (
     SummedFigure,

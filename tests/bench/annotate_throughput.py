@@ -22,11 +22,11 @@ from hands import work_through
 
 import legrad
 from pipeline import storage
-from pipeline.config import JobConfig
 from pipeline.decode import decode_image, find_field, read_captions
 from pipeline.demo.run_demo import demo_config
 from pipeline.engine import Engine, PreparedSample, Prompt
 from pipeline.model import load_explainer
+from pipeline.settings import JobConfig
 from pipeline.shards import RawSample, read_samples
 from pipeline.worker import build_annotator
 

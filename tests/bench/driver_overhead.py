@@ -22,11 +22,12 @@ from pathlib import Path
 from environment import environment
 from noop_annotator import noop
 
-from pipeline.config import JobConfig, parse_config
+from pipeline.config import parse_config
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.job import prepare_job
 from pipeline.progress import RunState
 from pipeline.run import run_job
+from pipeline.settings import JobConfig
 
 PAGE_BYTES = resource.getpagesize()
 

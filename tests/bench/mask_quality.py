@@ -25,13 +25,14 @@ import legrad
 from legrad.masks import decode_rle
 from legrad.metrics import bootstrap_mean, bootstrap_statistic
 from legrad.thresholds import relevance_contrast
-from pipeline.config import InputConfig, parse_config
+from pipeline.config import parse_config
 from pipeline.decode import decode_image
 from pipeline.demo import assets
 from pipeline.engine import ExplainedPrompt, ExplainedSample, PreparedSample, Prompt
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.label_map import label_map
 from pipeline.mask_rows import annotation_rows
+from pipeline.settings import InputConfig
 
 BACKGROUND_TEXT = "a photo"
 RECIPES: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.annotate import ShardReport
-from pipeline.config import JobConfig
 from pipeline.measures import Measures
 from pipeline.records import ShardCounts
+from pipeline.settings import JobConfig
 from pipeline.storage import ShardSource
 from pipeline.writer import ShardWriter
 

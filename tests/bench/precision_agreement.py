@@ -25,9 +25,9 @@ from torch import Tensor
 
 import legrad
 from legrad.masks import minmax_normalise
-from pipeline.config import InputConfig
 from pipeline.demo import assets
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
+from pipeline.settings import InputConfig
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS = (

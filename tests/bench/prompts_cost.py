@@ -23,7 +23,6 @@ from open_clip import IMAGENET_CLASSNAMES
 import legrad
 from pipeline import storage
 from pipeline.class_list import class_entries
-from pipeline.config import JobConfig, PromptsConfig
 from pipeline.decode import decode_image, find_field
 from pipeline.demo import assets
 from pipeline.demo.run_demo import demo_config
@@ -31,6 +30,7 @@ from pipeline.engine import Engine, PreparedSample
 from pipeline.mentions import MentionFinder
 from pipeline.model import load_explainer
 from pipeline.sample_prompts import SamplePrompts, companions_of
+from pipeline.settings import JobConfig, PromptsConfig
 from pipeline.shards import RawSample, read_samples
 
 CLASSES = {"source": "classes", "classes": str(assets.demo_classes_path())}

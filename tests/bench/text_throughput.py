@@ -26,10 +26,10 @@ from torch.nn import functional as F
 import legrad
 from legrad.prompts import embed_tokens
 from legrad.text_embedder import TextEmbedder
-from pipeline.config import ModelConfig
 from pipeline.demo import assets
 from pipeline.job import installed_versions
 from pipeline.model import DEMO, load_explainer
+from pipeline.settings import ModelConfig
 
 LAYERS = 2
 

@@ -17,12 +17,12 @@ from legrad.view_relevance import view_relevance
 from legrad.views import Views
 from pipeline import storage
 from pipeline.annotate import ShardAnnotator
-from pipeline.config import ModelConfig
 from pipeline.decode import open_image
 from pipeline.demo.assets import demo_shard_paths
 from pipeline.errors import UserError
 from pipeline.job import prepare_job
 from pipeline.model import check_model, load_explainer, views_wanted
+from pipeline.settings import ModelConfig
 
 SIZES = [(60, 60), (200, 230), (60, 60)]
 CAPTIONS = ["a dog", "a red car", "cactus"]

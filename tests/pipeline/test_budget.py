@@ -3,9 +3,9 @@
 import pytest
 
 from pipeline.budget import reason_to_stop
-from pipeline.config import RunConfig
 from pipeline.progress import RunState
 from pipeline.records import ShardCounts
+from pipeline.settings import RunConfig
 
 
 def counts(annotated=0, failed=0, **kinds):

@@ -12,12 +12,12 @@ from PIL import Image
 from legrad.masks import heatmaps_of
 from legrad.view_relevance import view_relevance
 from legrad.views import Views, canvas_pixels
-from pipeline.config import ModelConfig
 from pipeline.decode import DecodedImage
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.engine import Engine, PreparedSample, Prompt
 from pipeline.model import load_explainer
 from pipeline.sample_prompts import Companions
+from pipeline.settings import ModelConfig
 
 TILES = Views(tile=True, scales=(1.0, 0.75), tile_zoom=1.25, max_tiles=4)
 SOON_S = 60.0

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from legrad.masks import decode_rle, encode_rle
 from pipeline.cli import app
-from pipeline.config import InputConfig
 from pipeline.errors import UserError
 from pipeline.export.samples import index_png
 from pipeline.export.write import ExportOptions, export_job
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.job import prepare_job
 from pipeline.label_map import label_map
+from pipeline.settings import InputConfig
 from pipeline.writer import ShardWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -3,11 +3,11 @@
 import pytest
 from corpus import demo_job, write_word_shards
 
-from pipeline.config import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.errors import UserError
 from pipeline.job import prepare_job
 from pipeline.model import check_model
+from pipeline.settings import ModelConfig
 
 
 def model(name="ViT-B-32", pretrained="openai", **settings):

@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.config import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.errors import UserError
 from pipeline.model import load_explainer
+from pipeline.settings import ModelConfig
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.plan import plan_workers, spread_evenly
+from pipeline.settings import RunConfig
 
 EIGHT_GPUS = {"CPU": 64, "GPU": 8}
 

@@ -27,7 +27,6 @@ from pycocotools.coco import COCO
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.class_list import read_class_list
-from pipeline.config import InputConfig
 from pipeline.decode import open_image, read_captions
 from pipeline.errors import UserError
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
@@ -37,6 +36,7 @@ from pipeline.readers.imagenet_s import open_imagenet_s
 from pipeline.readers.openimages import open_openimages
 from pipeline.readers.voc import open_voc
 from pipeline.readers.writing import write_shards
+from pipeline.settings import InputConfig
 
 
 def scenes_of(folder):

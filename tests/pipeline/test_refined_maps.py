@@ -16,13 +16,13 @@ import legrad
 from legrad.masks import decode_rle, heatmaps_of, minmax_normalise
 from pipeline import storage
 from pipeline.annotate import ShardAnnotator
-from pipeline.config import MasksConfig
 from pipeline.decode import DecodedImage
 from pipeline.demo import assets
 from pipeline.engine import Engine, PreparedSample, Prompt
 from pipeline.errors import UserError
 from pipeline.refined_maps import refined_maps, refinement_of
 from pipeline.sample_prompts import Companions
+from pipeline.settings import MasksConfig
 
 PAR = refinement_of(MasksConfig(refine="par"), 8)
 SCENES = 8

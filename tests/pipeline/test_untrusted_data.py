@@ -31,12 +31,12 @@ from hostile_shards import (
 import legrad
 from pipeline import storage
 from pipeline.annotate import ShardAnnotator
-from pipeline.config import ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.ground_truth import Scene, scene_of
 from pipeline.model import load_explainer
 from pipeline.records import SampleError, printable
+from pipeline.settings import ModelConfig
 from pipeline.shards import RawSample
 
 FAULTS = TAR_FAULTS | IMAGE_FAULTS | CAPTION_FAULTS
