@@ -1,4 +1,4 @@
-"""The command line: `legrad annotate | status | report | evaluate | export | shards | explain | models | demo`.
+"""The command line of `legrad`: annotate, status, report, evaluate, export, shards, explain, models, demo.
 
 Exit codes: 0 done; 1 the user's mistake; 2 the environment's or our own fault; 3 finished with shards failed
 or left; 130 Ctrl-C; 143 SIGTERM.
