@@ -1,4 +1,4 @@
-"""A small segmenter: the demo CLIP's vision tower with a light convolutional decoder."""
+"""A small segmenter: the demo CLIP's vision tower, a light decoder, and the classes' texts as classifier."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from pipeline.demo import assets
+from pipeline.demo.captions import canonical_caption
 
 INPUT_SIDE = 96
 BLOCKS = (1, 3, 5)
+IMAGE_GAIN = 10.0
 TOWER_WIDTH = 192
 
 
@@ -21,11 +23,11 @@ class Segmenter(nn.Module):
 
     Args:
         tower: open_clip's vision transformer, with a grid of 12 x 12 patches.
-        labels: background and classes.
+        texts: embedding of each class; the classifier of pixels, beside what the whole image shows.
         frozen_blocks: how many of the tower's first blocks stay as they are, which saves time.
     """
 
-    def __init__(self, tower: nn.Module, labels: int, frozen_blocks: int = 3) -> None:
+    def __init__(self, tower: nn.Module, texts: Float[Tensor, "classes dim"], frozen_blocks: int = 3) -> None:
         super().__init__()
         self.tower = tower
         tower.requires_grad_(False)
@@ -38,21 +40,28 @@ class Segmenter(nn.Module):
         self.narrow = Conv2dNormActivation(len(BLOCKS) * TOWER_WIDTH, 96, kernel_size=1)
         self.at_quarter = Conv2dNormActivation(96 + 32, 64)
         self.at_half = Conv2dNormActivation(64 + 16, 64)
-        self.score = nn.Conv2d(64, labels, kernel_size=1)
+        # one more than a text is long: background
+        self.embed = nn.Conv2d(64, 1 + texts.shape[1], kernel_size=1)
+        # what all texts have in common tells no class from another
+        self.texts = nn.Parameter(F.normalize(texts - texts.mean(dim=0), dim=1))
+        self.image_gain = nn.Parameter(torch.tensor(IMAGE_GAIN))
 
     def forward(
         self, images: Float[Tensor, "batch 3 side side"]
     ) -> Float[Tensor, "batch labels rows columns"]:
         """Score images, normalised as the tower expects; rows and columns are half the side."""
-        features = self.tower.forward_intermediates(  # type: ignore[operator]
-            images, indices=list(BLOCKS), intermediates_only=True, output_fmt="NCHW"
-        )["image_intermediates"]
+        seen = self.tower.forward_intermediates(  # type: ignore[operator]
+            images, indices=list(BLOCKS), output_fmt="NCHW"
+        )
+        features = seen["image_intermediates"]
+        shown = F.normalize(seen["image_features"], dim=1) @ self.texts.T
         half = self.stem(images)
         quarter = self.stem_deeper(half)
         known = self.narrow(torch.cat(features, dim=1))
         known = self.at_quarter(torch.cat([_as_large_as(quarter, known), quarter], dim=1))
-        scores: Tensor = self.score(self.at_half(torch.cat([_as_large_as(half, known), half], dim=1)))
-        return scores
+        pixels = self.embed(self.at_half(torch.cat([_as_large_as(half, known), half], dim=1)))
+        classes = torch.einsum("bdyx,cd->bcyx", pixels[:, 1:], self.texts)
+        return torch.cat([pixels[:, :1], classes + self.image_gain * shown[..., None, None]], dim=1)
 
 
 def _as_large_as(
@@ -61,10 +70,13 @@ def _as_large_as(
     return F.interpolate(maps, size=frame.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def make_segmenter(labels: int, seed: int) -> Segmenter:
-    """An untrained segmenter; the tower is the demo CLIP's, the rest is drawn from the seed."""
+def make_segmenter(seed: int) -> Segmenter:
+    """An untrained segmenter; tower and texts are the demo CLIP's, the rest is drawn from the seed."""
     name = assets.register_demo_model()
     clip = open_clip.create_model(name, pretrained=str(assets.demo_weights_path()), precision="fp32")
+    names = [canonical_caption(class_id) for class_id in range(1, 1 + len(assets.demo_classes()))]
+    with torch.no_grad():
+        texts = clip.encode_text(open_clip.get_tokenizer(name)(names), normalize=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Segmenter(clip.visual, labels)
+        return Segmenter(clip.visual, texts)

@@ -31,11 +31,12 @@ from torchvision.transforms import v2
 
 from legrad.metrics import Estimate
 from pipeline.annotate_job import annotate_with_config
-from pipeline.config import JobConfig, load_config
+from pipeline.config import load_config
 from pipeline.demo import assets
 from pipeline.demo.segmenter import INPUT_SIDE, Segmenter, make_segmenter
 from pipeline.demo.segmenter_scenes import SceneSplit, scene_split
 from pipeline.demo.segmenter_scores import Scores, predict, read_label_maps, score
+from pipeline.settings import JobConfig
 from pipeline.training import MaskDataset, collate, pixel_weights
 
 CONFIG = Path(__file__).parent / "train_demo.yaml"
@@ -78,7 +79,7 @@ def train(plan: Plan, dataset: MaskDataset, console: Console, what: str) -> Segm
         what: is trained, for the console.
     """
     torch.manual_seed(plan.seed)
-    segmenter = make_segmenter(1 + len(assets.demo_classes()), plan.seed).train()
+    segmenter = make_segmenter(plan.seed).train()
     tower = [value for value in segmenter.tower.parameters() if value.requires_grad]
     others = [value for name, value in segmenter.named_parameters() if not name.startswith("tower.")]
     rates = [plan.tower_learning_rate, plan.learning_rate]

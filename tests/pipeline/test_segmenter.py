@@ -42,14 +42,14 @@ def test_a_scene_without_prediction_is_all_background_and_so_is_what_a_predictio
 
 
 def test_the_twins_start_from_the_same_weights_and_another_seed_from_others():
-    first, second, other = (make_segmenter(65, seed).state_dict() for seed in (1, 1, 2))
+    first, second, other = (make_segmenter(seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["score.weight"], other["score.weight"])
+    assert not torch.equal(first["embed.weight"], other["embed.weight"])
     assert torch.equal(first["tower.class_embedding"], other["tower.class_embedding"])
 
 
 def test_a_segmenter_scores_every_label_and_learns_in_all_parts_but_the_frozen_ones():
-    segmenter = make_segmenter(65, 1)
+    segmenter = make_segmenter(1)
     scores = segmenter(torch.rand(2, 3, INPUT_SIDE, INPUT_SIDE))
     assert scores.shape == (2, 65, INPUT_SIDE // 2, INPUT_SIDE // 2)
     scores.square().mean().backward()
@@ -109,4 +109,4 @@ def test_the_proof_runs_from_scenes_to_scores(tmp_path):
     assert result["miou"]["pseudo-masks, classes known"]["classes_only"]["value"] > 0.3
     assert "supervised twin" in done.stdout
     weights = load_file(tmp_path / "out" / "student.safetensors")
-    make_segmenter(65, 1).load_state_dict(weights)
+    make_segmenter(1).load_state_dict(weights)
