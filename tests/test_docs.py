@@ -40,6 +40,7 @@ from pipeline.errors import UserError
 from pipeline.progress import Pace, RunState, as_line
 from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, ShardCounts
 from pipeline.settings import JobConfig
+from pipeline.settings import JobConfig
 
 README, CONTRIBUTING = PAGES[:2]
 
