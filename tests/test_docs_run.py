@@ -12,7 +12,8 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 from documented_commands import blocks_of, commands_of, documented_commands, once, parsed, runs_here
-from documents import PAGES, ROOT, section
+from documents import PAGES, ROOT, code_spans, section
+from PIL import Image
 
 from pipeline import cli
 from pipeline.demo import assets
@@ -119,6 +120,11 @@ def test_python_in_the_documents_runs_and_gives_the_shapes_in_its_comments(page_
         for variable, told in re.findall(r"^(\w+) = .*#.*?\[([\d, ]+)\]", text, re.MULTILINE):
             shape = [sizes.get(number, int(number)) for number in told.split(", ")]
             assert list(namespace[variable].shape) == shape, f"{block.where}: {variable}"
+    _write_picture(checkout, "image.jpg")
+    with Image.open("image.jpg") as image:
+        for span in code_spans(page_blocks[0].page):
+            if re.match(r"legrad(\.\w+)+\(", span):
+                assert eval(span, namespace | {"assets": assets, "image": image}), span
 
 
 def _on_the_demo_model(text):
