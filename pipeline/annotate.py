@@ -19,9 +19,9 @@ from pipeline.errors import SampleFailure
 from pipeline.mask_rows import annotation_rows, finite_prompts
 from pipeline.measures import Measures, Meter
 from pipeline.model import views_wanted
+from pipeline.prompts.sample_prompts import SamplePrompts, companions_of
 from pipeline.records import SampleError, ShardCounts, total_counts
 from pipeline.refined_maps import map_bytes, refinement_of
-from pipeline.sample_prompts import SamplePrompts, companions_of
 from pipeline.settings import InputConfig, JobConfig
 from pipeline.shards import RawSample, read_samples
 from pipeline.stages import Stages, StreamLimits

@@ -114,7 +114,7 @@ def evaluate(
     ] = 50,
 ) -> None:
     """Score masks and maps against ground truth in the shards, beside baselines on the same model."""
-    from pipeline.evaluate import evaluate_output, render_evaluation
+    from pipeline.evaluation.evaluate import evaluate_output, render_evaluation
 
     found = evaluate_output(out, shards, classes, perturbed_scenes=scenes if perturbation else 0)
     console.print(render_evaluation(found))

@@ -14,15 +14,16 @@ from pipeline import storage
 from pipeline.config import parse_config
 from pipeline.decode import find_field, open_image
 from pipeline.errors import UserError
+from pipeline.evaluation.scene_scores import row_target
+from pipeline.evaluation.written_masks import read_rows
 from pipeline.ground_truth import Scene, list_truth_shards, scene_of
+from pipeline.image_shards import match_annotations
 from pipeline.job import JOB_FILE, read_job
 from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
-from pipeline.scene_scores import row_target
 from pipeline.settings import JobConfig
 from pipeline.shards import RawSample
 from pipeline.sheet_drawing import CARDS_PER_LINE, Card, draw_sheet
 from pipeline.storage import ShardSource
-from pipeline.written_masks import match_annotations, read_rows
 
 COLUMNS = [
     "key",

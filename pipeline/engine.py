@@ -17,11 +17,11 @@ from legrad.refine import Refinement
 from legrad.text_embedder import TextEmbedder
 from legrad.view_relevance import merged_relevance, preprocessed
 from legrad.views import Views
-from pipeline.batch_texts import ImageMaps, choose_maps, embed_batch
 from pipeline.decode import WHOLE_IMAGE, DecodedImage
 from pipeline.measures import Meter
+from pipeline.prompts.batch_texts import ImageMaps, choose_maps, embed_batch
+from pipeline.prompts.sample_prompts import Companions, Prompt
 from pipeline.refined_maps import refined_maps
-from pipeline.sample_prompts import Companions, Prompt
 
 __all__ = ["Engine", "ExplainedPrompt", "ExplainedSample", "PreparedSample", "Prompt"]
 

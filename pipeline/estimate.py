@@ -18,7 +18,7 @@ from pipeline.errors import OutputError, PipelineError, SampleFailure
 from pipeline.job import Job
 from pipeline.plan import spread_evenly
 from pipeline.progress import RunState, as_duration
-from pipeline.sample_prompts import SamplePrompts
+from pipeline.prompts.sample_prompts import SamplePrompts
 from pipeline.settings import JobConfig
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource

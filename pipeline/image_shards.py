@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from pipeline.storage import (
     without_credentials,
 )
 from pipeline.storage.commands import is_command
-from pipeline.written_masks import match_annotations
+
+DIGEST = re.compile(r"-[0-9a-f]{8}$")
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,30 @@ def _lies_in(url: str, start: str) -> bool:
 def _moved(url: str, old: str, new: str) -> str:
     rest = url[len(old) + 1 :]
     return join_url(new, *filter(None, [unquote(rest) if url.startswith("file://") else rest]))
+
+
+def match_annotations(shards: Sequence[ShardSource], names: Collection[str]) -> dict[str, str]:
+    """Find each shard's annotations file: by its URL, else by its stem where that leaves no doubt.
+
+    Args:
+        shards: the tars.
+        names: names of the annotations files.
+
+    Returns:
+        Canonical URL of a shard to the name of its file; shards without one are left out.
+    """
+    exact = {shard.canonical_url: f"{shard.shard_id}.parquet" for shard in shards}
+    exact = {url: name for url, name in exact.items() if name in names}
+    moved = [shard for shard in shards if shard.canonical_url not in exact]
+    free_stems = Counter(_stem(name.removesuffix(".parquet")) for name in set(names) - set(exact.values()))
+    moved_stems = Counter(_stem(shard.shard_id) for shard in moved)
+    by_stem = {_stem(name.removesuffix(".parquet")): name for name in set(names) - set(exact.values())}
+    return exact | {
+        shard.canonical_url: by_stem[stem]
+        for shard in moved
+        if free_stems[stem := _stem(shard.shard_id)] == 1 and moved_stems[stem] == 1
+    }
+
+
+def _stem(shard_id: str) -> str:
+    return DIGEST.sub("", shard_id)

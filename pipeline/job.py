@@ -20,9 +20,9 @@ from pipeline import storage
 from pipeline.config import config_hash
 from pipeline.errors import UserError
 from pipeline.model import check_model, is_local_checkpoint, weights_digest
+from pipeline.prompts.sample_prompts import with_files_read
 from pipeline.records import ShardCounts
 from pipeline.run_record import RUNS_FOLDER
-from pipeline.sample_prompts import with_files_read
 from pipeline.settings import JobConfig
 from pipeline.storage import ShardSource
 from pipeline.writer import counts_as_metadata

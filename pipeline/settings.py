@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.class_list import ClassEntry, Template, class_entries
+from pipeline.prompts.class_list import ClassEntry, Template, class_entries
 
 MEBIBYTE = 1 << 20
 

@@ -13,7 +13,7 @@ from pipeline.annotate_job import annotate_with_config
 from pipeline.config import load_config
 from pipeline.contact_sheet import write_contact_sheet
 from pipeline.demo import assets
-from pipeline.evaluate import evaluate_output, render_evaluation
+from pipeline.evaluation.evaluate import evaluate_output, render_evaluation
 from pipeline.report import REPORT_FILE, write_report
 from pipeline.settings import JobConfig
 

@@ -11,7 +11,6 @@ from typing import Literal, Protocol
 
 from legrad.errors import LeGradError
 from pipeline import storage
-from pipeline.class_list import ClassEntry, read_class_list
 from pipeline.config import parse_config
 from pipeline.errors import ShardError, UserError
 from pipeline.export.coco import CocoExport, Kind, merge_parts
@@ -19,6 +18,7 @@ from pipeline.export.samples import ExportSample, export_samples
 from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
 from pipeline.job import JOB_FILE, read_job
+from pipeline.prompts.class_list import ClassEntry, read_class_list
 from pipeline.settings import InputConfig
 from pipeline.training.counts import SharedCounts
 from pipeline.training.joining import Source

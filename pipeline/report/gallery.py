@@ -16,13 +16,13 @@ from legrad.rle import decode_rle
 from pipeline import storage
 from pipeline.decode import find_field, open_image
 from pipeline.errors import PipelineError, SampleFailure
+from pipeline.evaluation.scene_scores import row_class, row_target
 from pipeline.ground_truth import Scene, scene_of
 from pipeline.image_shards import LocatedShards
 from pipeline.records import printable
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
 from pipeline.report.scores import ScoredRows, open_parquet
 from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
-from pipeline.scene_scores import row_class, row_target
 from pipeline.settings import JobConfig
 from pipeline.shards import RawSample
 

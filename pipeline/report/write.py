@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Bool
 
 from pipeline import storage
-from pipeline.class_list import ClassEntry, read_class_list
 from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.image_shards import LocatedShards, locate_shards
 from pipeline.job import JOB_FILE, read_job
+from pipeline.prompts.class_list import ClassEntry, read_class_list
 from pipeline.report.gallery import Gallery, read_cards, with_pictures
 from pipeline.report.page import PageContent, render_page
 from pipeline.report.scores import ScoredRows, read_scores

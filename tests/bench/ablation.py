@@ -25,16 +25,16 @@ from legrad.metrics import Estimate
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.demo import assets
-from pipeline.ground_truth import list_truth_shards
-from pipeline.settings import JobConfig
-from pipeline.worker import build_annotator
-from pipeline.written_masks import (
+from pipeline.evaluation.written_masks import (
     SummedFigure,
     WrittenMasks,
     collect_written_masks,
     score_written_masks,
     summed_figures,
 )
+from pipeline.ground_truth import list_truth_shards
+from pipeline.settings import JobConfig
+from pipeline.worker import build_annotator
 
 BASELINE = "fixed 0.5"
 COMMON = ("masks.rule=fixed", "masks.value=0.5", "output.heatmap=false")

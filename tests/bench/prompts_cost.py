@@ -22,14 +22,14 @@ from open_clip import IMAGENET_CLASSNAMES
 
 import legrad
 from pipeline import storage
-from pipeline.class_list import class_entries
 from pipeline.decode import decode_image, find_field
 from pipeline.demo import assets
 from pipeline.demo.run_demo import demo_config
 from pipeline.engine import Engine, PreparedSample
-from pipeline.mentions import MentionFinder
 from pipeline.model import load_explainer
-from pipeline.sample_prompts import SamplePrompts, companions_of
+from pipeline.prompts.class_list import class_entries
+from pipeline.prompts.mentions import MentionFinder
+from pipeline.prompts.sample_prompts import SamplePrompts, companions_of
 from pipeline.settings import JobConfig, PromptsConfig
 from pipeline.shards import RawSample, read_samples
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batch_texts import BatchTexts, choose_maps
+from pipeline.prompts.batch_texts import BatchTexts, choose_maps
 
 TEXTS = 9
 

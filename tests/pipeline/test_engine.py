@@ -16,7 +16,7 @@ from pipeline.decode import DecodedImage
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.engine import Engine, PreparedSample, Prompt
 from pipeline.model import load_explainer
-from pipeline.sample_prompts import Companions
+from pipeline.prompts.sample_prompts import Companions
 from pipeline.settings import ModelConfig
 
 TILES = Views(tile=True, scales=(1.0, 0.75), tile_zoom=1.25, max_tiles=4)

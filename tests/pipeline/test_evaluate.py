@@ -34,9 +34,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import legrad
 from legrad.masks import encode_rle
 from pipeline.errors import UserError
-from pipeline.evaluate import EvaluationOptions, evaluate_output, evaluate_shards, render_evaluation
-from pipeline.evaluation_plot import plot_evaluation
-from pipeline.evaluation_result import EvaluationResult
+from pipeline.evaluation.evaluate import (
+    EvaluationOptions,
+    evaluate_output,
+    evaluate_shards,
+    render_evaluation,
+)
+from pipeline.evaluation.plot import plot_evaluation
+from pipeline.evaluation.result import EvaluationResult
 from pipeline.ground_truth import Scene, read_scenes
 from pipeline.records import ANNOTATION_SCHEMA
 from pipeline.settings import InputConfig

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.class_list import class_entries
 from pipeline.demo.assets import demo_classes
-from pipeline.mentions import MentionFinder
+from pipeline.prompts.class_list import class_entries
+from pipeline.prompts.mentions import MentionFinder
 
 ENTRIES = class_entries(
     [

@@ -26,11 +26,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.class_list import read_class_list
 from pipeline.decode import open_image, read_captions
 from pipeline.errors import UserError
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
-from pipeline.mentions import MentionFinder
+from pipeline.prompts.class_list import read_class_list
+from pipeline.prompts.mentions import MentionFinder
 from pipeline.readers.coco import open_coco
 from pipeline.readers.imagenet_s import open_imagenet_s
 from pipeline.readers.openimages import open_openimages

@@ -20,8 +20,8 @@ from pipeline.decode import DecodedImage
 from pipeline.demo import assets
 from pipeline.engine import Engine, PreparedSample, Prompt
 from pipeline.errors import UserError
+from pipeline.prompts.sample_prompts import Companions
 from pipeline.refined_maps import refined_maps, refinement_of
-from pipeline.sample_prompts import Companions
 from pipeline.settings import MasksConfig
 
 PAR = refinement_of(MasksConfig(refine="par"), 8)

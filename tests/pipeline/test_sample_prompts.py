@@ -7,7 +7,7 @@ import pytest
 from corpus import demo_job
 
 from pipeline.errors import SampleFailure, UserError
-from pipeline.sample_prompts import (
+from pipeline.prompts.sample_prompts import (
     Companions,
     Prompt,
     SamplePrompts,

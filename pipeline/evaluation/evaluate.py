@@ -15,23 +15,23 @@ import torch
 import legrad
 from legrad import metrics
 from pipeline import storage
-from pipeline.class_list import read_class_list
 from pipeline.config import parse_config
 from pipeline.decode import decode_image
 from pipeline.errors import SampleFailure, ShardError, UserError
-from pipeline.evaluation_plot import plot_evaluation
-from pipeline.evaluation_result import EvaluationResult, RecognitionScores
-from pipeline.evaluation_table import render_evaluation
+from pipeline.evaluation.map_figures import ExaminedBatch, Examiner, legrad_name
+from pipeline.evaluation.map_measures import DecodedScene
+from pipeline.evaluation.map_scores import all_map_scores, all_perturbation_scores
+from pipeline.evaluation.plot import plot_evaluation
+from pipeline.evaluation.result import EvaluationResult, RecognitionScores
+from pipeline.evaluation.table import render_evaluation
+from pipeline.evaluation.written_masks import collect_written_masks, score_written_masks
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.job import JOB_FILE, read_job
-from pipeline.map_figures import ExaminedBatch, Examiner, legrad_name
-from pipeline.map_measures import DecodedScene
-from pipeline.map_scores import all_map_scores, all_perturbation_scores
 from pipeline.model import load_explainer
+from pipeline.prompts.class_list import read_class_list
 from pipeline.records import SampleError
 from pipeline.settings import InputConfig
 from pipeline.storage import ShardSource
-from pipeline.written_masks import collect_written_masks, score_written_masks
 
 __all__ = [
     "EvaluationOptions",
@@ -81,7 +81,7 @@ def evaluate_output(
     Args:
         out_dir: the job's output folder.
         shard_patterns: the tars that the job annotated, with ground truth in them.
-        classes_file: see `pipeline.class_list.read_class_list`; given, recognition is measured as well.
+        classes_file: see `prompts.class_list.read_class_list`; given, recognition is measured as well.
         result_name: of the JSON file in the output folder; the plot beside it has its stem.
         perturbed_scenes: see `EvaluationOptions`.
 

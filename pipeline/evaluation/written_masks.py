@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +22,14 @@ from legrad.label_metrics import (
 )
 from legrad.metrics import Estimate, bootstrap_statistic, presence_auroc
 from pipeline import storage
-from pipeline.evaluation_result import WrittenMaskScores
+from pipeline.evaluation.result import WrittenMaskScores
+from pipeline.evaluation.scene_scores import SceneScores, score_scene
 from pipeline.ground_truth import Scene, read_scenes
-from pipeline.scene_scores import SceneScores, score_scene
+from pipeline.image_shards import match_annotations
 from pipeline.settings import InputConfig
 from pipeline.storage import ShardSource
 
 COLUMNS = ["key", "sample_index", "prompt_index", "class_id", "status", "similarity", "mask", "ignore"]
-DIGEST = re.compile(r"-[0-9a-f]{8}$")
 
 Row = Mapping[str, Any]
 
@@ -189,39 +188,12 @@ def _presence_auroc(scenes: Sequence[SceneScores], seed: int) -> Estimate | None
     return bootstrap_statistic(auroc, len(scenes), seed=seed)
 
 
-def match_annotations(shards: Sequence[ShardSource], names: Collection[str]) -> dict[str, str]:
-    """Find each shard's annotations file: by its URL, else by its stem where that leaves no doubt.
-
-    Args:
-        shards: the tars.
-        names: names of the annotations files.
-
-    Returns:
-        Canonical URL of a shard to the name of its file; shards without one are left out.
-    """
-    exact = {shard.canonical_url: f"{shard.shard_id}.parquet" for shard in shards}
-    exact = {url: name for url, name in exact.items() if name in names}
-    moved = [shard for shard in shards if shard.canonical_url not in exact]
-    free_stems = Counter(_stem(name.removesuffix(".parquet")) for name in set(names) - set(exact.values()))
-    moved_stems = Counter(_stem(shard.shard_id) for shard in moved)
-    by_stem = {_stem(name.removesuffix(".parquet")): name for name in set(names) - set(exact.values())}
-    return exact | {
-        shard.canonical_url: by_stem[stem]
-        for shard in moved
-        if free_stems[stem := _stem(shard.shard_id)] == 1 and moved_stems[stem] == 1
-    }
-
-
 def read_rows(url: str, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of one annotations file, as dictionaries of the given columns."""
     filesystem, path = storage.resolve(url)
     with filesystem.open_input_file(path) as file:
         rows: list[dict[str, Any]] = pq.read_table(file, columns=list(columns)).to_pylist()
     return rows
-
-
-def _stem(shard_id: str) -> str:
-    return DIGEST.sub("", shard_id)
 
 
 def _row_count(url: str) -> int:

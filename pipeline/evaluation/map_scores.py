@@ -11,9 +11,8 @@ from legrad import metrics
 from legrad.label_metrics import bootstrap_sums, mean_iou, tabulate_counts
 from legrad.metrics import Estimate
 from legrad.perturbation import area_under_curve
-from pipeline.evaluation_result import MapScores, PerturbationCurve, PerturbationScores
-from pipeline.map_figures import ExaminedBatch
-from pipeline.map_measures import (
+from pipeline.evaluation.map_figures import ExaminedBatch
+from pipeline.evaluation.map_measures import (
     AVERAGE_PRECISION,
     FIRST_IOU,
     IOU_AT_HALF,
@@ -25,7 +24,8 @@ from pipeline.map_measures import (
     POINTS_OTSU,
     THRESHOLDS,
 )
-from pipeline.perturbation_test import TESTS, PerturbedScores
+from pipeline.evaluation.perturbation_test import TESTS, PerturbedScores
+from pipeline.evaluation.result import MapScores, PerturbationCurve, PerturbationScores
 
 
 def all_map_scores(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Literal, TypeVar
 
-from pipeline.class_list import read_class_list
 from pipeline.decode import read_captions
 from pipeline.errors import SampleFailure
-from pipeline.mentions import MentionFinder
+from pipeline.prompts.class_list import read_class_list
+from pipeline.prompts.mentions import MentionFinder
 from pipeline.settings import JobConfig, PromptsConfig
 
 Element = TypeVar("Element")
@@ -162,7 +162,8 @@ def with_files_read(prompts: PromptsConfig) -> PromptsConfig:
 
 def default_background() -> tuple[str, ...]:
     """The shipped list of what pictures commonly have behind their subjects."""
-    return tuple(resources.files("pipeline").joinpath("background.txt").read_text("utf-8").split("\n")[:-1])
+    listed = resources.files("pipeline.prompts").joinpath("background.txt").read_text("utf-8")
+    return tuple(listed.splitlines())
 
 
 def companions_of(prompts: PromptsConfig) -> Companions:

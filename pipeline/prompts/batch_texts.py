@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from legrad.text_embedder import TextEmbedder
-from pipeline.sample_prompts import Companions, Ensemble, Prompt
+from pipeline.prompts.sample_prompts import Companions, Ensemble, Prompt
 
 
 @dataclass(frozen=True)

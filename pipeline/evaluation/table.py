@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from legrad.metrics import Estimate
-from pipeline.evaluation_result import EvaluationResult, RecognitionScores, WrittenMaskScores
+from pipeline.evaluation.result import EvaluationResult, RecognitionScores, WrittenMaskScores
 
 
 def render_evaluation(result: EvaluationResult) -> RenderableType:

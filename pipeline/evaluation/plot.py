@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from legrad.metrics import Estimate
-from pipeline.evaluation_result import EvaluationResult, MapScores
-from pipeline.map_measures import THRESHOLDS
+from pipeline.evaluation.map_measures import THRESHOLDS
+from pipeline.evaluation.result import EvaluationResult, MapScores
 
 CURVES_PER_LINE = 3
 # Tol's muted colours, which most eyes tell apart
