@@ -174,7 +174,7 @@ class MasksConfig(Section):
     """How a heat map becomes a mask."""
 
     rule: Literal["fixed", "otsu", "quantile", "band"] = Field(
-        "otsu",
+        "fixed",
         description="Threshold of the heat map in [0, 1]. fixed: value; otsu: found for each map; quantile: "
         "so that a share of the pixels is left outside; band: above high foreground, up to low background, "
         "and between them the ignore mask.",
@@ -198,7 +198,7 @@ class MasksConfig(Section):
         "and its background compete for each pixel; the background's level is the threshold of the rule.",
     )
     refine: Literal["none", "pamr", "par"] = Field(
-        "none",
+        "par",
         description="Whether heat maps are made to follow the image's edges, at the model's input size: par "
         "as Ru et al. (2022), pamr as Araslanov and Roth (2020).",
     )

@@ -41,7 +41,7 @@ def test_a_shipped_configuration_opens_with_its_command_and_what_was_measured(pa
 @pytest.mark.parametrize("path", sorted((CONFIGS / "protocol").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_papers_protocol_is_a_map_for_each_class_in_the_image_cut_at_a_half(path):
     config = load_config(path)
-    assert (config.masks.rule, config.masks.value) == ("fixed", 0.5)
+    assert (config.masks.rule, config.masks.value, config.masks.refine) == ("fixed", 0.5, "none")
     assert (config.prompts.source, config.input.caption) == ("captions", "json:captions")
     assert config.prompts.templates == ("a photo of a {}.",)
     assert config.model.image_size == 448

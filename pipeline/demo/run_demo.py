@@ -18,7 +18,7 @@ from pipeline.report import REPORT_FILE, write_report
 from pipeline.settings import JobConfig
 
 SHOWN_ROWS = 6
-ROW_COLUMNS = ("key", "prompt", "similarity", "threshold", "area", "bbox_xywh")
+ROW_COLUMNS = ("key", "prompt", "similarity", "peak", "area", "bbox_xywh")
 SET_TITLES = {
     "heldout": "Held-out scenes: artists of the training, new scenes, new backgrounds",
     "newartist": "Another artist: neither sprites nor backgrounds were ever trained on",
@@ -74,7 +74,7 @@ def _show_rows(out: Path, console: Console) -> None:
     table = Table(*ROW_COLUMNS, title=f"A few rows of {out}/annotations", title_justify="left")
     for row in rows:
         box = ", ".join(f"{value:g}" for value in row["bbox_xywh"])
-        figures = (f"{row['similarity']:.3f}", f"{row['threshold']:.3f}", f"{row['area']:,}", box)
+        figures = (f"{row['similarity']:.3f}", f"{row['peak']:.5f}", f"{row['area']:,}", box)
         table.add_row(Text(row["key"]), Text(row["prompt"]), *figures)
     console.print(table)
 

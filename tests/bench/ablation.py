@@ -37,7 +37,10 @@ from pipeline.settings import JobConfig
 from pipeline.worker import build_annotator
 
 BASELINE = "fixed 0.5"
-COMMON = ("masks.rule=fixed", "masks.value=0.5", "output.heatmap=false")
+COMMON = (
+    *("masks.rule=fixed", "masks.value=0.5", "masks.refine=none", "masks.combine=independent"),
+    *("prompts.background=none", "model.layers=4", "output.heatmap=false"),
+)
 CLEANED = ("masks.smooth=0.5", "masks.min_component=0.01", "masks.max_hole=0.01")
 BACKGROUND = ("prompts.background=default", "masks.combine=argmax")
 OTSU = ("masks.rule=otsu",)
@@ -76,6 +79,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "par, fixed 0.4": ("masks.refine=par", "masks.value=0.4"),
     "par, argmax": ("masks.refine=par", "masks.combine=argmax"),
     "par, background": ("masks.refine=par", *BACKGROUND),
+    "par, background, layers 2": ("masks.refine=par", "model.layers=2", *BACKGROUND),
+    "par, background, scales 1, 0.75": ("masks.refine=par", "views.scales=[1.0, 0.75]", *BACKGROUND),
+    "par, background, scales 1, 0.75, 1.5": ("masks.refine=par", *SCALES, *BACKGROUND),
+    "par, background, smooth 0.5": ("masks.refine=par", "masks.smooth=0.5", *BACKGROUND),
+    "par, background, neutral": ("masks.refine=par", "prompts.neutral=a photo of a", *BACKGROUND),
     "par, band around otsu": ("masks.refine=par", "masks.rule=band", "masks.band_center=otsu"),
     "par, cleaned": ("masks.refine=par", *CLEANED),
     "par, flip": ("masks.refine=par", "views.flip=true"),

@@ -76,6 +76,7 @@ def demo_job(shards, out, **sections):
     document = {
         "input": {"shards": [str(path) for path in shards]},
         "model": {"name": DEMO_MODEL_NAME, "pretrained": "demo"},
+        "masks": {"rule": "otsu", "refine": "none"},
         "output": {"dir": str(out)},
         "run": {"batch_size": 8, "cpus_per_worker": 1},
     }

@@ -117,7 +117,7 @@ def test_the_hash_ignores_what_does_not_change_the_rows(section, values):
         ("views", {"flip": True}),
         ("views", {"scales": [1.0, 1.5]}),
         ("views", {"max_tiles": 4}),
-        ("masks", {"rule": "fixed"}),
+        ("masks", {"rule": "otsu"}),
         ("masks", {"min_area": 0.1}),
         ("prompts", {"max_per_sample": 2}),
         ("input", {"caption": "json:text"}),
