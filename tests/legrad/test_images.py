@@ -105,7 +105,7 @@ def test_keep_makes_whole_patches_never_more_than_the_square_has_and_near_its_as
     assert input_height % 16 == input_width % 16 == 0
     patches = input_height * input_width // 256
     assert 1 <= patches <= (side // 16) ** 2
-    assert (input_height >= input_width) == (height >= width) or abs(height - width) < max(height, width) / 8
+    assert (input_height - input_width) * (height - width) >= 0
     if max(height, width) <= 2 * min(height, width):
         # Each side is off by half a patch at most, and the longer by what the bound takes.
         ideal_rows = (side // 16) * (height / width) ** 0.5

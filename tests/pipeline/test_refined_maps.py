@@ -153,7 +153,7 @@ def test_a_map_that_is_not_finite_and_a_constant_one_spoil_no_other(normalisatio
 
 
 def test_steps_are_told_in_patches_unless_they_are_given():
-    assert refinement_of(MasksConfig(), 16) is None
+    assert refinement_of(MasksConfig(refine="none"), 16) is None
     assert refinement_of(MasksConfig(refine="pamr"), 16).dilations == (4, 8, 16, 32)
     given = MasksConfig(refine="pamr", refine_dilations=[1, 5], refine_contrast=0.7, refine_iterations=3)
     assert refinement_of(given, 16) == legrad.Refinement("pamr", 3, (1, 5), 0.7)
