@@ -39,7 +39,7 @@ from pipeline.worker import build_annotator
 BASELINE = "fixed 0.5"
 COMMON = (
     *("masks.rule=fixed", "masks.value=0.5", "masks.refine=none", "masks.combine=independent"),
-    *("prompts.background=none", "model.layers=4", "output.heatmap=false"),
+    *("prompts.background=none", "views.scales=[1.0]", "model.layers=4", "output.heatmap=false"),
 )
 CLEANED = ("masks.smooth=0.5", "masks.min_component=0.01", "masks.max_hole=0.01")
 BACKGROUND = ("prompts.background=default", "masks.combine=argmax")
