@@ -157,6 +157,7 @@ def test_status_ends_with_3_while_shards_are_left_and_1_without_a_job(legrad, tm
     assert legrad("status", tmp_path / "in")[0] == 1
 
 
+@pytest.mark.slow
 def test_models_lists_what_is_supported_and_on_request_why_the_rest_is_not(legrad):
     code, out, _ = legrad("models")
     assert code == 0

@@ -246,6 +246,7 @@ def test_annotation_files_that_cannot_be_read_are_named_and_left_out(tmp_path):
     assert "1 to be redone" in page.text
 
 
+@pytest.mark.slow
 def test_noise_in_every_picture_keeps_the_page_within_its_bound(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (500, 400, 3), dtype=np.uint8)
     path = tmp_path / "noise.png"
