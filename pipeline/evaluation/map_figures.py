@@ -15,7 +15,7 @@ from legrad.baselines import baseline_grids
 from legrad.trace import Trace, trace_images
 from pipeline.errors import UserError
 from pipeline.evaluation.map_measures import DecodedScene, MapMeasures, measure_maps
-from pipeline.evaluation.perturbation_test import PerturbedScores, perturb
+from pipeline.evaluation.perturbation_scores import PerturbedScores, perturb
 from pipeline.ground_truth import Scene
 
 

@@ -24,7 +24,7 @@ from pipeline.evaluation.map_measures import (
     POINTS_OTSU,
     THRESHOLDS,
 )
-from pipeline.evaluation.perturbation_test import TESTS, PerturbedScores
+from pipeline.evaluation.perturbation_scores import TESTS, PerturbedScores
 from pipeline.evaluation.result import MapScores, PerturbationCurve, PerturbationScores
 
 
