@@ -95,14 +95,12 @@ def read(data: bytes) -> tuple[list[RawSample], list[SampleError]]:
 def check_pairing(samples: list[RawSample], written: Written, data: bytes) -> None:
     """All of a sample's fields lie in one sample of the archive, whatever its name became."""
     for sample in samples:
-        owners = [
-            {
-                body.key
-                for body in written.bodies
-                if body.field == field and data[body.start : body.stop] == content
-            }
-            for field, content in sample.fields.items()
+        # by content alone, which differs from body to body: damage may have changed the field's name too
+        found = [
+            {body.key for body in written.bodies if data[body.start : body.stop] == content}
+            for content in sample.fields.values()
         ]
+        owners = [keys for keys in found if keys]
         assert not owners or set.intersection(*owners), sample.key
     assert len({sample.key for sample in samples}) == len(samples)
 
@@ -131,14 +129,18 @@ def test_an_archive_cut_anywhere_loses_only_what_was_cut_off_and_says_so(written
         assert all(whole[sample.key, field] == content for field, content in sample.fields.items())
 
 
+# where in an archive something is overwritten, as a share of its bytes, and by what
+places = st.floats(0, 1, exclude_max=True)
+junks = st.binary(min_size=1, max_size=8) | st.integers(1, 1200).map(bytes)
+
+
 @settings(deadline=None, max_examples=250)
-@given(archives, st.data())
-def test_overwritten_bytes_anywhere_never_pair_wrongly_and_never_lose_a_sample_in_silence(written, data):
+@given(archives, st.lists(st.tuples(places, junks), min_size=1, max_size=3))
+def test_overwritten_bytes_anywhere_never_pair_wrongly_and_never_lose_a_sample_in_silence(written, blows):
     damaged = bytearray(written.data)
     first = len(damaged)
-    for _ in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.integers(0, len(damaged) - 1))
-        junk = data.draw(st.binary(min_size=1, max_size=8) | st.integers(1, 1200).map(bytes))
+    for place, junk in blows:
+        start = int(place * len(damaged))
         damaged[start : start + len(junk)] = junk[: len(damaged) - start]
         first = min(first, start)
     samples, errors = read(bytes(damaged))
