@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 from scipy import ndimage
 
+from legrad.cleaning import EIGHT_NEIGHBOURS
 from legrad.masks import decode_rle, encode_rle, mask_area, mask_bbox_xywh
 from pipeline import storage
 from pipeline.export.samples import ExportSample
@@ -21,8 +22,6 @@ PARTS_FOLDER, MERGED_FILE = "annotations", "annotations.json"
 # a JSON number is exact up to 2**53, so there is room for 2**21 shards of 2**32 annotations
 SAMPLE_BITS, ANNOTATION_BITS = 31, 32
 WITHOUT_CLASS_ID, WITHOUT_CLASS_NAME = 1, "prompt"
-EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
-SPOOLED_BYTES = 64 << 20
 
 Kind = Literal["stuff", "instances"]
 
@@ -85,8 +84,9 @@ class CocoExport:
     def _annotations(self, sample: ExportSample) -> Iterator[dict[str, Any]]:
         for row in sample.rows:
             mask = in_frame(decode_rle(row["mask"]), (sample.height, sample.width))
-            parts = _connected(mask) if self.kind == "instances" else mask[None]
-            rles = encode_rle(parts)
+            parts = _connected(mask) if self.kind == "instances" else [mask]
+            # one after the other: a ragged mask has thousands of parts
+            rles = [encode_rle(part[None])[0] for part in parts]
             figures = zip(rles, mask_area(rles).tolist(), mask_bbox_xywh(rles).tolist(), strict=True)
             for rle, area, bbox_xywh in figures:
                 if area:
@@ -109,7 +109,7 @@ def merge_parts(dest: str, shard_ids: Iterable[str], class_names: Mapping[int, s
     """
     names = list(shard_ids)
     categories = dict(class_names) or {WITHOUT_CLASS_ID: WITHOUT_CLASS_NAME}
-    with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as spool:
+    with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
         spool.write(b'{"info": {"description": "LeGrad pseudo-masks"}, "licenses": [], "images": [')
         _write_all(spool, dest, names, "images")
         spool.write(b'], "annotations": [')
@@ -127,10 +127,9 @@ def _write_all(spool: IO[bytes], dest: str, shard_ids: Iterable[str], section: s
             between = b",\n"
 
 
-def _connected(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "parts height width"]:
+def _connected(mask: Bool[np.ndarray, "height width"]) -> Iterator[Bool[np.ndarray, "height width"]]:
     labels, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
-    parts: np.ndarray = labels == np.arange(1, count + 1)[:, None, None]
-    return parts
+    return (labels == part for part in range(1, count + 1))
 
 
 def _category_of(row: Mapping[str, Any]) -> tuple[int, str]:

@@ -13,8 +13,6 @@ from pipeline import storage
 from pipeline.export.samples import ExportSample, index_png
 from pipeline.ground_truth import LABEL_MAP_FIELD
 
-SPOOLED_BYTES = 64 << 20
-
 
 @dataclass(frozen=True)
 class WebDatasetExport:
@@ -43,7 +41,7 @@ class WebDatasetExport:
         """
         del number
         written = 0
-        with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as spool:
+        with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
             # nothing of the machine or the hour: a second export writes the same bytes
             with webdataset.TarWriter(spool, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
                 for sample in samples:

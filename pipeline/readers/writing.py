@@ -24,7 +24,6 @@ from pipeline.readers.dataset import IGNORED, TruthDataset, TruthSample
 
 CLASSES_FILE = "classes.txt"
 CONVERSION_FILE = "conversion.json"
-SPOOLED_BYTES = 64 << 20
 # the file stays readable, however many images a dataset lacks
 NAMES_PER_REASON = 1000
 MAX_KEY_CHARACTERS = 80
@@ -107,7 +106,7 @@ def write_shards(
     conversion = _start(dataset, dest, limits, resume=resume, overwrite=overwrite)
     keys: set[str] = {sample_key(name) for name in dataset.image_names[: conversion.images_read]}
     while conversion.images_read < conversion.images:
-        with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as spool:
+        with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
             samples = _fill_shard(dataset, conversion, keys, spool, limits)
             conversion.left_out = dict(+dataset.left_out)
             if samples:
