@@ -32,12 +32,16 @@ class ShardSource:
         url: what is opened; may carry a signature, so it is never written down, nor shown in a log.
         canonical_url: absolute, without user info and query.
         size_bytes: size of the object; None where the server does not tell.
+        mtime_ns: when it was last changed, in nanoseconds since the epoch; None where that is not told.
+        etag: what the store calls this version of the object; None where it does not tell.
     """
 
     shard_id: str
     url: str = field(repr=False)
     canonical_url: str
     size_bytes: int | None
+    mtime_ns: int | None = None
+    etag: str | None = None
 
 
 def split_url(url: str) -> SplitResult:
