@@ -77,6 +77,7 @@ class SampleError:
         key: sample key; None where no sample can be named.
         sample_index: ordinal of the sample in its shard; None where no sample can be named.
         prompt_index: ordinal of the prompt in its sample; None where the whole sample is meant.
+        damages_shard: the archive was not read to a sound end, so samples that nothing names may be missing.
     """
 
     stage: str
@@ -85,6 +86,7 @@ class SampleError:
     key: str | None = None
     sample_index: int | None = None
     prompt_index: int | None = None
+    damages_shard: bool = False
 
     def as_row(self, shard: str) -> dict[str, Any]:
         """The row of the errors file; texts printable, message bounded to MAX_MESSAGE_CHARACTERS."""

@@ -53,7 +53,8 @@ def read_samples(
 
     Returns:
         An iterator that yields, for each ordinal from 0 upwards, either the sample or the one error that
-        makes it unusable; and between them, with `sample_index` None, errors that belong to no sample.
+        makes it unusable; and between them, with `sample_index` None, errors that belong to no sample. The
+        last item, and no other, has `damages_shard` where the archive was not read to a sound end.
 
     Raises:
         OSError, ShardError: whatever the stream raises itself; a broken connection is not the data's fault.
@@ -84,7 +85,7 @@ def read_samples(
     if group is not None:
         yield group.outcome()
     if damage is not None:
-        yield SampleError(damage.stage, damage.kind, damage.message)
+        yield SampleError(damage.stage, damage.kind, damage.message, damages_shard=True)
 
 
 class _Group:

@@ -369,6 +369,42 @@ def test_what_is_no_tar_is_one_error_of_the_shard(data, kind):
     assert items[0].stage == "open"
 
 
+SOUND = members("a.jpg", "b.jpg")
+UNSOUND = {
+    "truncated": SOUND,
+    "corrupt_header": SOUND + b"?" * BLOCK + END,
+    "compressed": gzip.compress(SOUND + END),
+    "not_a_tar": b"<!doctype html>" + bytes(2 * BLOCK),
+    "zero_bytes": b"",
+    "data_after_end": SOUND + END + members("c.jpg") + END,
+    "too_many_samples": SOUND + members("c.jpg") + END,
+}
+
+
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_an_archive_without_a_sound_end_damages_the_shard_and_says_so_last_and_once(kind):
+    *before, last = read(UNSOUND[kind], max_samples=2)
+    assert (last.kind, last.sample_index, last.damages_shard) == (kind, None, True)
+    assert not any(item.damages_shard for item in before if isinstance(item, SampleError))
+
+
+def test_a_sample_that_the_end_cuts_off_fails_and_the_shard_is_damaged_besides():
+    sample, shard = read(WHOLE[: BLOCK + 3])
+    assert [(sample.key, sample.damages_shard), (shard.key, shard.damages_shard)] == [
+        ("a", False),
+        (None, True),
+    ]
+
+
+def test_faults_of_samples_and_strays_do_not_damage_a_shard():
+    too_large = member("d.jpg", bytes(LIMIT + 1))
+    link = header("latest", 0, type=tarfile.SYMTYPE, linkname="/etc")
+    names = ("a.jpg", "README", "b.jpg", "a.txt", "../c.jpg", "x/._a.jpg", "e.jpg", "e.JPG")
+    items = read(members(*names) + too_large + link + END)
+    assert len([item for item in items if isinstance(item, SampleError)]) > 5
+    assert not any(item.damages_shard for item in items if isinstance(item, SampleError))
+
+
 def test_data_after_the_end_of_the_archive_is_not_passed_over_in_silence():
     second = members("c.txt") + END
     assert summary(read(members("a.txt") + END + bytes(20 * BLOCK) + second)) == [
