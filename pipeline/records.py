@@ -113,6 +113,8 @@ class ShardCounts:
         error_rows: rows of the errors file.
         dropped_prompts: prompts left out by ``prompts.max_per_sample``.
         errors_by_kind: error rows by ``stage/kind``.
+        error_examples: for each of these kinds the key of one sample, or where no sample can be named, the
+            shard.
     """
 
     annotated: int = 0
@@ -122,6 +124,7 @@ class ShardCounts:
     error_rows: int = 0
     dropped_prompts: int = 0
     errors_by_kind: Mapping[str, int] = field(default_factory=dict)
+    error_examples: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def samples_in(self) -> int:
@@ -140,6 +143,7 @@ class ShardCounts:
             error_rows=self.error_rows + other.error_rows,
             dropped_prompts=self.dropped_prompts + other.dropped_prompts,
             errors_by_kind=kinds,
+            error_examples={**other.error_examples, **self.error_examples},
         )
 
 

@@ -6,8 +6,8 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, cast
 
@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, SampleError, ShardCounts
+from pipeline.footers import METADATA_KEY, counts_as_metadata
+from pipeline.output_folder import ANNOTATIONS, DAMAGED, ERRORS, LAYOUT, OutputFolder, new_run_id
+from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, SampleError, ShardCounts, printable
+from pipeline.storage import ShardSource
+from pipeline.storage.versions import version_of
 
 ROWS_PER_GROUP = 1000
-FOOTER_READERS = 16
-METADATA_KEY = b"legrad"
 
 
 class _TableSpool:
@@ -57,21 +59,36 @@ class _TableSpool:
         self.file.close()
 
 
+@dataclass(frozen=True)
+class Published:
+    """What was committed for a shard.
+
+    Attributes:
+        counts: outcomes of its samples.
+        damage: why its archive was not read to a sound end; empty where it was.
+    """
+
+    counts: ShardCounts
+    damage: str = ""
+
+
 class ShardWriter:
     """Collects a shard's rows and errors, counts outcomes, and commits both files.
 
     Args:
-        shard_url: canonical URL, written into every row.
-        metadata: written into both files beside the counts (config hash, versions, attempt id).
+        shard: whose URL is written into every row, and whose version into both footers.
+        metadata: written into both files beside the counts: config hash, versions, ids of run and attempt.
     """
 
-    def __init__(self, shard_url: str, metadata: Mapping[str, Any]) -> None:
-        self._shard_url = shard_url
+    def __init__(self, shard: ShardSource, metadata: Mapping[str, Any]) -> None:
+        self._shard = shard
         self._metadata = metadata
         self._annotations = _TableSpool(ANNOTATION_SCHEMA)
         self._errors = _TableSpool(ERROR_SCHEMA)
         self._tally: Counter[str] = Counter()
         self._errors_by_kind: Counter[str] = Counter()
+        self._error_examples: dict[str, str] = {}
+        self._damage = ""
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -89,112 +106,58 @@ class ShardWriter:
         self._tally["annotated" if rows else "failed" if errors else "empty"] += 1
         self._tally["dropped_prompts"] += dropped_prompts
         self._tally["rows"] += len(rows)
-        self._annotations.add([row | {"shard": self._shard_url} for row in rows])
+        self._annotations.add([row | {"shard": self._shard.canonical_url} for row in rows])
         for error in errors:
             self.add_error(error)
 
     def add_error(self, error: SampleError) -> None:
         """Record an error row, also one that belongs to no sample."""
         self._tally["error_rows"] += 1
-        self._errors_by_kind[f"{error.stage}/{error.kind}"] += 1
-        self._errors.add([error.as_row(self._shard_url)])
+        kind = f"{error.stage}/{error.kind}"
+        self._errors_by_kind[kind] += 1
+        self._error_examples.setdefault(
+            kind, self._shard.canonical_url if error.key is None else printable(error.key)
+        )
+        self._errors.add([error.as_row(self._shard.canonical_url)])
+        if error.damages_shard:
+            self._damage = f"{kind}: {printable(error.message)}"
 
     def counts(self) -> ShardCounts:
         """The outcomes recorded so far."""
-        return ShardCounts(**self._tally, errors_by_kind=dict(self._errors_by_kind))
+        return ShardCounts(
+            **self._tally,
+            errors_by_kind=dict(self._errors_by_kind),
+            error_examples=dict(self._error_examples),
+        )
 
-    def publish(self, output_dir: str, shard_id: str) -> ShardCounts:
-        """Commit: the errors file first, then the annotations, whose presence says that the shard is done.
+    def publish(self, output_dir: str, content_digest: str = "") -> Published:
+        """Commit: the errors file first, then the annotations, whose presence says that the shard is published.
+
+        A damaged shard is known by its record in `damaged/`, which is there before its annotations are.
+
+        Args:
+            output_dir: the job's output folder.
+            content_digest: of all bytes of the shard, by which it is known again where it moved.
 
         Raises:
             OutputError: one of them cannot be written.
         """
-        counts = self.counts()
-        metadata = {**self._metadata, "shard": self._shard_url, **counts_as_metadata(counts)}
-        name = f"{shard_id}.parquet"
-        storage.publish(storage.join_url(output_dir, "errors"), name, self._errors.finish(metadata))
-        storage.publish(storage.join_url(output_dir, "annotations"), name, self._annotations.finish(metadata))
-        return counts
-
-
-def counts_as_metadata(counts: ShardCounts) -> dict[str, Any]:
-    """Counts as they stand in Parquet footers and in ``_SUCCESS``."""
-    return {
-        "samples_in": counts.samples_in,
-        "annotated": counts.annotated,
-        "empty": counts.empty,
-        "failed": counts.failed,
-        "rows": counts.rows,
-        "error_rows": counts.error_rows,
-        "dropped_prompts": counts.dropped_prompts,
-        "errors_by_kind": dict(counts.errors_by_kind),
-    }
-
-
-def counts_from_metadata(metadata: Mapping[str, Any]) -> ShardCounts:
-    """The inverse of `counts_as_metadata`."""
-    return ShardCounts(
-        **{
-            name: metadata[name]
-            for name in (
-                "annotated",
-                "empty",
-                "failed",
-                "rows",
-                "error_rows",
-                "dropped_prompts",
-                "errors_by_kind",
-            )
+        folder = OutputFolder(output_dir, str(self._metadata.get("run") or new_run_id()))
+        counts, shard_id = self.counts(), self._shard.shard_id
+        metadata = {
+            **self._metadata,
+            "layout": LAYOUT,
+            "shard": self._shard.canonical_url,
+            "state": "damaged" if self._damage else "done",
+            "input": version_of(self._shard).as_metadata(),
+            "content_digest": content_digest,
+            **counts_as_metadata(counts),
         }
-    )
-
-
-def read_footer(url: str) -> dict[str, Any]:
-    """This package's metadata in a Parquet file's footer; only the footer is read.
-
-    Raises:
-        OSError: the file cannot be read.
-        pyarrow.ArrowInvalid: it is not a Parquet file.
-        KeyError: it was not written by this package.
-    """
-    filesystem, path = storage.resolve(url)
-    with filesystem.open_input_file(path) as file:
-        metadata = pq.ParquetFile(file).metadata.metadata
-    return cast("dict[str, Any]", json.loads(metadata[METADATA_KEY]))
-
-
-def published_counts(output_dir: str, shard_id: str) -> ShardCounts:
-    """The counts in the footer of a shard's published annotations; raises like `read_footer`."""
-    return counts_from_metadata(
-        read_footer(storage.join_url(output_dir, "annotations", f"{shard_id}.parquet"))
-    )
-
-
-def checked_counts(
-    output_dir: str, shard_ids: Sequence[str], config_hash: str
-) -> dict[str, ShardCounts | None]:
-    """The counts of published shards, footers read concurrently.
-
-    Args:
-        output_dir: the job's output folder.
-        shard_ids: whose files are looked at.
-        config_hash: of the job; two that start together may each have found the folder empty.
-
-    Returns:
-        By shard id; None where the two files are not of the same attempt, or of another configuration, or
-        one of them cannot be read.
-    """
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        found = pool.map(lambda shard_id: _checked(output_dir, f"{shard_id}.parquet", config_hash), shard_ids)
-        return dict(zip(shard_ids, found, strict=True))
-
-
-def _checked(output_dir: str, name: str, config_hash: str) -> ShardCounts | None:
-    try:
-        annotations = read_footer(storage.join_url(output_dir, "annotations", name))
-        errors = read_footer(storage.join_url(output_dir, "errors", name))
-        belong_together = annotations["attempt"] == errors["attempt"]
-        as_configured = annotations["config_hash"] == config_hash
-        return counts_from_metadata(annotations) if belong_together and as_configured else None
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid):
-        return None
+        if self._damage:
+            record = {"shard_id": shard_id, "shard": self._shard.canonical_url, "reason": self._damage}
+            folder.publish(f"{shard_id}.json", json.dumps(record, ensure_ascii=False).encode(), DAMAGED)
+        else:
+            folder.remove(f"{shard_id}.json", DAMAGED)
+        folder.publish(f"{shard_id}.parquet", self._errors.finish(metadata), ERRORS)
+        folder.publish(f"{shard_id}.parquet", self._annotations.finish(metadata), ANNOTATIONS)
+        return Published(counts, self._damage)

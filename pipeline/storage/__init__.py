@@ -7,12 +7,14 @@ from pipeline.storage.filesystems import resolve
 from pipeline.storage.listing import list_shards
 from pipeline.storage.output import (
     IN_MEMORY_BYTES,
-    TEMPORARY_PREFIX,
+    TEMPORARY_SUFFIX,
     exists,
     list_names,
+    move,
     publish,
     remove,
-    sweep_temporary_files,
+    remove_staging,
+    sweep_staging,
 )
 from pipeline.storage.reading import READAHEAD_BYTES, open_shard, read_bytes, read_text
 from pipeline.storage.urls import (
@@ -27,7 +29,7 @@ from pipeline.storage.urls import (
 __all__ = [
     "IN_MEMORY_BYTES",
     "READAHEAD_BYTES",
-    "TEMPORARY_PREFIX",
+    "TEMPORARY_SUFFIX",
     "ShardSource",
     "absolute",
     "canonical_url",
@@ -35,13 +37,15 @@ __all__ = [
     "join_url",
     "list_names",
     "list_shards",
+    "move",
     "open_shard",
     "publish",
     "read_bytes",
     "read_text",
     "remove",
+    "remove_staging",
     "resolve",
     "shard_id",
-    "sweep_temporary_files",
+    "sweep_staging",
     "without_credentials",
 ]

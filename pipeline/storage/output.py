@@ -1,14 +1,18 @@
-"""The output folder: listing, publishing in one step, removing."""
+"""Folders that are written: listing, publishing in one step, moving, removing."""
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
 import posixpath
+import shutil
+import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +22,7 @@ from pipeline.errors import OutputError
 from pipeline.storage.filesystems import resolve, resolved
 from pipeline.storage.urls import join_url, told_as
 
-TEMPORARY_PREFIX = ".tmp-"
+TEMPORARY_SUFFIX = ".part"
 BLOCK_BYTES = 4 << 20
 IN_MEMORY_BYTES = 64 << 20
 # four parts of pyarrow's, which keeps a copy of what it has not sent
@@ -35,14 +39,23 @@ def list_names(folder_url: str) -> set[str]:
         filesystem, path = resolved(folder_url)
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return {
-        info.base_name for info in infos if info.is_file and not info.base_name.startswith(TEMPORARY_PREFIX)
+        info.base_name for info in infos if info.is_file and not info.base_name.endswith(TEMPORARY_SUFFIX)
     }
 
 
-def publish(folder_url: str, name: str, content: IO[bytes] | bytes) -> None:
+def publish(
+    folder_url: str, name: str, content: IO[bytes] | bytes, *, staging_url: str | None = None
+) -> None:
     """Make a file appear under its final name whole, or not at all; replaces an earlier one.
 
-    Local: a temporary file in the same folder, fsync, rename. Object stores: one completed upload.
+    Local: a temporary file, fsync, rename. Object stores: one completed upload.
+
+    Args:
+        folder_url: where the file goes.
+        name: its final name.
+        content: its bytes, from the first one on.
+        staging_url: local folder for the temporary file, which no reader of `folder_url` looks into; None:
+            the temporary file lies beside the final one, hidden, under a name that ends in ``.part``.
 
     Raises:
         OutputError: it cannot be written; the path and the cause are in the message.
@@ -52,7 +65,8 @@ def publish(folder_url: str, name: str, content: IO[bytes] | bytes) -> None:
     with told_as(OutputError, join_url(folder_url, name), "cannot be written"):
         filesystem, folder = resolved(folder_url)
         if isinstance(filesystem, pafs.LocalFileSystem):
-            _publish_local(Path(folder), name, stream)
+            staging = None if staging_url is None else Path(resolved(staging_url)[1])
+            _publish_local(Path(folder), name, stream, staging)
         else:
             _publish_object(filesystem, posixpath.join(folder, name), _in_one_piece(stream))
 
@@ -85,20 +99,75 @@ def _publish_object(filesystem: pafs.FileSystem, path: str, content: bytes | mma
         pool.submit(upload).result()
 
 
-def _publish_local(folder: Path, name: str, stream: IO[bytes]) -> None:
+def _publish_local(folder: Path, name: str, stream: IO[bytes], staging: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{name}"
-    try:
+    if staging is None:
+        temporary = _beside(folder / name)
+    else:
+        staging.mkdir(parents=True, exist_ok=True)
+        temporary = staging / f"{uuid.uuid4().hex}-{folder.name}-{name}{TEMPORARY_SUFFIX}"
+    with _removed_on_failure(temporary):
         with temporary.open("xb") as sink:
             while block := stream.read(BLOCK_BYTES):
                 sink.write(block)
             sink.flush()
             os.fsync(sink.fileno())
-        temporary.replace(folder / name)
+        _rename(temporary, folder / name)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{uuid.uuid4().hex}-{path.name}{TEMPORARY_SUFFIX}")
+
+
+@contextmanager
+def _removed_on_failure(temporary: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename, also where both lie on different file systems: the target still appears in one step."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = _beside(target)
+        with _removed_on_failure(beside):
+            shutil.copyfile(source, beside)
+            with beside.open("rb+") as copied:
+                os.fsync(copied.fileno())
+            beside.replace(target)
+        source.unlink()
+
+
+def move(folder_url: str, name: str, to_folder_url: str, to_name: str) -> bool:
+    """Give a file another place within one store.
+
+    Returns:
+        Whether it was there.
+
+    Raises:
+        OutputError: it cannot be moved.
+    """
+    with told_as(OutputError, join_url(folder_url, name), "cannot be moved"):
+        filesystem, folder = resolved(folder_url)
+        _, to_folder = resolved(to_folder_url)
+        source, target = posixpath.join(folder, name), posixpath.join(to_folder, to_name)
+        # another job may move it in between
+        with suppress(FileNotFoundError):
+            if filesystem.get_file_info(source).is_file:
+                if isinstance(filesystem, pafs.LocalFileSystem):
+                    Path(to_folder).mkdir(parents=True, exist_ok=True)
+                    _rename(Path(source), Path(target))
+                else:
+                    filesystem.move(source, target)
+                return True
+    return False
 
 
 def exists(folder_url: str, name: str) -> bool:
@@ -119,25 +188,45 @@ def remove(folder_url: str, name: str) -> None:
                 filesystem.delete_file(path)
 
 
-def sweep_temporary_files(folder_url: str, *, older_than_s: float, now_s: float) -> int:
-    """Delete temporary files that a killed writer left in a local folder.
+def sweep_staging(folder_url: str, *, idle_for_s: float) -> int:
+    """Delete what killed runs left in a local staging folder, which has a folder for each run.
 
     Args:
-        folder_url: the folder; object stores have no temporary files.
-        older_than_s: younger ones may belong to a job that is running.
-        now_s: seconds since the epoch.
+        folder_url: the folder above those of the runs; object stores have none.
+        idle_for_s: a run's folder in which something was written since then may belong to a living run.
 
     Returns:
-        How many were deleted.
+        How many runs were swept away.
     """
-    filesystem, folder = resolve(folder_url)
-    if not isinstance(filesystem, pafs.LocalFileSystem) or not Path(folder).is_dir():
+    filesystem, path = resolve(folder_url)
+    if not isinstance(filesystem, pafs.LocalFileSystem) or not Path(path).is_dir():
         return 0
-    swept = 0
-    for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
-        # another job may just have renamed its own
+    cutoff_s = time.time() - idle_for_s
+    idle = [run for run in Path(path).iterdir() if not run.is_symlink() and _last_touched_s(run) < cutoff_s]
+    return sum(_removed_with_its_files(run) for run in idle)
+
+
+def remove_staging(folder_url: str) -> None:
+    """Delete the local staging folder of one run, with the temporary files in it."""
+    filesystem, path = resolve(folder_url)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        _removed_with_its_files(Path(path))
+
+
+def _last_touched_s(run: Path) -> float:
+    times = [run.lstat().st_mtime]
+    for file in run.glob(f"*{TEMPORARY_SUFFIX}"):
+        # another job may just have renamed it
         with suppress(FileNotFoundError):
-            if path.stat().st_mtime < now_s - older_than_s:
-                path.unlink()
-                swept += 1
-    return swept
+            times.append(file.lstat().st_mtime)
+    return max(times)
+
+
+def _removed_with_its_files(run: Path) -> bool:
+    """Remove a run's folder, unless it holds anything but temporary files."""
+    with suppress(OSError):
+        for file in run.glob(f"*{TEMPORARY_SUFFIX}"):
+            file.unlink(missing_ok=True)
+        run.rmdir()
+        return True
+    return False
