@@ -68,10 +68,17 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """A shard that was annotated and published, and how long that took in seconds."""
+    """A shard that was annotated and published.
+
+    Attributes:
+        counts: outcomes of its samples.
+        duration_s: time taken, in seconds.
+        damage: why its archive was not read to a sound end; empty where it was.
+    """
 
     counts: ShardCounts
     duration_s: float
+    damage: str = ""
 
 
 class ShardAnnotator:
@@ -139,10 +146,15 @@ class ShardAnnotator:
         """
         started_s = time.monotonic()
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
-        with ShardWriter(shard.canonical_url, metadata) as writer, self._listed(writer):
-            self._stream.run(self._samples(shard), lambda outcome: outcome.add_to(writer))
-            counts = writer.publish(self._config.output.dir, shard.shard_id)
-        return ShardReport(counts, time.monotonic() - started_s)
+        with (
+            ShardWriter(shard, metadata) as writer,
+            self._listed(writer),
+            storage.open_shard(shard) as stream,
+        ):
+            digested = storage.DigestingStream(stream)
+            self._stream.run(self._samples(digested), lambda outcome: outcome.add_to(writer))
+            published = writer.publish(self._config.output.dir, digested.digest())
+        return ShardReport(published.counts, time.monotonic() - started_s, published.damage)
 
     def wait_for_room(self) -> None:
         """Return when another shard would be begun at once; until then it is better off elsewhere."""
@@ -173,13 +185,12 @@ class ShardAnnotator:
         """Stop the threads."""
         self._stream.close()
 
-    def _samples(self, shard: ShardSource) -> Iterator[RawSample | SampleError]:
-        with storage.open_shard(shard) as stream:
-            yield from read_samples(
-                stream,
-                max_member_bytes=self._config.input.max_member_bytes,
-                wanted_fields=self._wanted_fields,
-            )
+    def _samples(self, stream: storage.DigestingStream) -> Iterator[RawSample | SampleError]:
+        return read_samples(
+            stream,
+            max_member_bytes=self._config.input.max_member_bytes,
+            wanted_fields=self._wanted_fields,
+        )
 
     def _size_bytes(self, item: RawSample | SampleError) -> int:
         """What a sample takes at most, as read and as decoded; the stream's limit counts it ahead."""

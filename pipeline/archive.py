@@ -10,7 +10,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import Protocol
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 PIECE_BYTES = 2**20
@@ -33,6 +33,13 @@ _TYPES_WITHOUT_BODY = {
 }
 # where GNU tar's older sparse headers, and the blocks that follow them, say whether another block follows
 _SPARSE_HEADER_GOES_ON, _SPARSE_BLOCK_GOES_ON = 482, 504
+
+
+class ByteSource(Protocol):
+    """What an archive is read from, forwards."""
+
+    def read(self, size_bytes: int = -1, /) -> bytes:
+        """The next bytes, at most so many; none at the end."""
 
 
 class DamageError(Exception):
@@ -81,7 +88,7 @@ class _Extensions:
 class Archive:
     """Reads a tar forwards: header by header, and the body of the current member on demand."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: ByteSource) -> None:
         self._stream = stream
         self._offset_bytes = 0
         self._body_bytes = 0

@@ -1,23 +1,26 @@
-"""When a hopeless job stops early."""
+"""When a hopeless job stops early, and when one that came to its end is not complete."""
 
 from __future__ import annotations
 
-from pipeline.progress import RunState
+from pipeline.progress import RunState, told_kinds
+from pipeline.records import ShardCounts
 from pipeline.settings import RunConfig
 
 BUDGET_SAMPLES = 1000
 
 
 def reason_to_stop(run: RunConfig, state: RunState) -> str:
-    """Why a run should not go on; empty where it should.
+    """Why a run should not go on; empty where it should. Only finished shards count."""
+    if run.max_failed_shards is not None and state.shards_failed > run.max_failed_shards:
+        return f"{state.shards_failed} shards given up; run.max_failed_shards is {run.max_failed_shards}"
+    return reason_at_end(run, state.counts) if state.counts.samples_in >= BUDGET_SAMPLES else ""
 
-    Samples of shards in hand count too, or a job of large shards would go on for long without hope.
-    """
-    counts, given_up = state.counts + state.live_counts, state.shards_failed
-    if run.max_failed_shards is not None and given_up > run.max_failed_shards:
-        return f"{given_up} shards given up; run.max_failed_shards is {run.max_failed_shards}"
-    if counts.samples_in < BUDGET_SAMPLES or counts.failed <= run.error_budget * counts.samples_in:
+
+def reason_at_end(run: RunConfig, counts: ShardCounts) -> str:
+    """Why a job with these counts is not complete; empty where it is. Holds whatever the job's size."""
+    if not counts.samples_in and counts.error_rows:
+        return f"not one sample could be read ({told_kinds(counts)})"
+    if counts.failed <= run.error_budget * counts.samples_in:
         return ""
-    kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.errors_by_kind.items()))
     share = f"{counts.failed} of {counts.samples_in} samples failed"
-    return f"{share}; run.error_budget is {run.error_budget:g} ({kinds})"
+    return f"{share}; run.error_budget is {run.error_budget:g} ({told_kinds(counts)})"

@@ -77,15 +77,23 @@ def annotate(
         int | None,
         typer.Option(metavar="N", min=1, help="Do N shards, spread evenly, and extrapolate to all."),
     ] = None,
+    moved: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="Shards that lay in the folder OLD when they were annotated lie in NEW now, and are not "
+            "annotated again. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Annotate shards: the main job. Runs here, or on the cluster that RAY_ADDRESS names."""
     from pipeline.annotate_job import annotate_with_config, tell_dry_run
 
     settings = load_config(config, overrides or ())
     if dry_run:
-        tell_dry_run(settings, console)
+        tell_dry_run(settings, console, moved or ())
         return
-    raise typer.Exit(annotate_with_config(settings, console, max_shards=limit))
+    raise typer.Exit(annotate_with_config(settings, console, max_shards=limit, moves=moved or ()))
 
 
 @app.command()

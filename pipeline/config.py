@@ -78,6 +78,18 @@ def config_hash(config: JobConfig, weights_digest: str) -> str:
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def differing_keys(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two configurations and that change the rows."""
+    keys = []
+    for section in ("input", "model", "prompts", "masks", "output"):
+        before, after = earlier.get(section) or {}, now.get(section) or {}
+        for key in sorted(set(before) | set(after)):
+            counts = (section, key) not in {("input", "shards"), ("output", "dir"), ("output", "on_mismatch")}
+            if counts and before.get(key) != after.get(key):
+                keys.append(f"{section}.{key}")
+    return keys
+
+
 def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:
     dotted_key, separator, text = override.partition("=")
     if not separator or not all(dotted_key.split(".")):

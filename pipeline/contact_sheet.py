@@ -18,7 +18,8 @@ from pipeline.evaluation.scene_scores import row_target
 from pipeline.evaluation.written_masks import read_rows
 from pipeline.ground_truth import Scene, list_truth_shards, scene_of
 from pipeline.image_shards import match_annotations
-from pipeline.job import JOB_FILE, read_job
+from pipeline.job_record import read_job
+from pipeline.output_folder import JOB_FILE
 from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.settings import JobConfig
 from pipeline.shards import RawSample

@@ -15,7 +15,9 @@ from pipeline import job as jobs
 from pipeline import storage
 from pipeline.annotate import wanted_fields
 from pipeline.errors import OutputError, PipelineError, SampleFailure
+from pipeline.former_results import rows_of_unlisted_files
 from pipeline.job import Job
+from pipeline.output_folder import OutputFolder, new_run_id
 from pipeline.plan import spread_evenly
 from pipeline.progress import RunState, as_duration
 from pipeline.prompts.sample_prompts import SamplePrompts
@@ -80,15 +82,25 @@ class _CountedStream(io.RawIOBase):
         return data
 
 
-def dry_run(config: JobConfig) -> DryRun:
+def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
     """List a job's shards and look into a few; nothing is written or started.
+
+    Args:
+        config: the job's configuration.
+        moves: OLD=NEW for each folder or file of shards that lies elsewhere now.
 
     Raises:
         UserError: no shard matches, one of the patterns is refused, or the classes cannot be read.
     """
-    shards = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
+    listing = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
     out = storage.absolute(config.output.dir)
-    done = jobs.shard_ids_in(out, "annotations", ".parquet") & {shard.shard_id for shard in shards}
+    folder = OutputFolder(out, new_run_id())
+    ids = jobs.ids_of(folder)
+    listed = jobs.listed_earlier(folder)
+    found = jobs.look_into(
+        folder, ids, [*listed, *rows_of_unlisted_files(folder, ids, listed)], listing, moves
+    )
+    shards, done = found.shards, found.done if config.run.retry_damaged else found.done | found.damaged
     # of unknown size: missing, or made by a command that is not to be run now
     sized = [shard for shard in shards if shard.size_bytes is not None]
     probe = _probe(config, spread_evenly(sized, PROBED_SHARDS))

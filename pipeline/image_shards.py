@@ -49,7 +49,7 @@ def locate_shards(listed: Sequence[Mapping[str, Any]], given: Sequence[str] = ()
     Raises:
         UserError: a pattern matches nothing, no shard lies in an OLD, or both kinds are given.
     """
-    parsed = [(text, _mapping(text, listed)) for text in given]
+    parsed = [(text, parse_move(text, listed)) for text in given]
     patterns = [text for text, mapping in parsed if mapping is None]
     mappings = [mapping for _, mapping in parsed if mapping is not None]
     if not patterns:
@@ -68,13 +68,13 @@ def locate_shards(listed: Sequence[Mapping[str, Any]], given: Sequence[str] = ()
     return LocatedShards(found, dict.fromkeys(absent, "is not among the shards given"))
 
 
-def _mapping(text: str, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
-    """OLD as canonical URLs begin, and NEW; None for a path or a URL, in which a = may stand too."""
+def parse_move(text: str, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """Split OLD=NEW into OLD, as shown URLs begin, and NEW; None for a path or a URL, which may hold a =."""
     old, _, new = text.partition("=")
     if not (old and new) or "?" in old or Path(text).exists():
         return None
     start = canonical_url(old).rstrip("/")
-    if any(_lies_in(row["shard"], start) for row in listed):
+    if any(lies_in(row["shard"], start) for row in listed):
         return start, absolute(new)
     known = f"; the first is {listed[0]['shard']}" if listed else ""
     raise UserError(
@@ -87,7 +87,7 @@ def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]
     sources, missing = {}, {}
     for row in listed:
         shard_id, url = row["shard_id"], row["shard"]
-        moved = next((_moved(url, old, new) for old, new in mappings if _lies_in(url, old)), None)
+        moved = next((moved_url(url, old, new) for old, new in mappings if lies_in(url, old)), None)
         if moved is not None:
             # the copy has a size of its own
             sources[shard_id] = ShardSource(shard_id, moved, canonical_url(moved), None)
@@ -98,11 +98,13 @@ def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]
     return LocatedShards(sources, missing)
 
 
-def _lies_in(url: str, start: str) -> bool:
+def lies_in(url: str, start: str) -> bool:
+    """Whether a shown URL is that of a folder or file, or of something in it."""
     return url == start or url.startswith(f"{start}/")
 
 
-def _moved(url: str, old: str, new: str) -> str:
+def moved_url(url: str, old: str, new: str) -> str:
+    """Where a shard lies now that what lay in OLD lies in NEW."""
     rest = url[len(old) + 1 :]
     return join_url(new, *filter(None, [unquote(rest) if url.startswith("file://") else rest]))
 
@@ -120,15 +122,16 @@ def match_annotations(shards: Sequence[ShardSource], names: Collection[str]) -> 
     exact = {shard.canonical_url: f"{shard.shard_id}.parquet" for shard in shards}
     exact = {url: name for url, name in exact.items() if name in names}
     moved = [shard for shard in shards if shard.canonical_url not in exact]
-    free_stems = Counter(_stem(name.removesuffix(".parquet")) for name in set(names) - set(exact.values()))
-    moved_stems = Counter(_stem(shard.shard_id) for shard in moved)
-    by_stem = {_stem(name.removesuffix(".parquet")): name for name in set(names) - set(exact.values())}
+    free_stems = Counter(stem_of(name.removesuffix(".parquet")) for name in set(names) - set(exact.values()))
+    moved_stems = Counter(stem_of(shard.shard_id) for shard in moved)
+    by_stem = {stem_of(name.removesuffix(".parquet")): name for name in set(names) - set(exact.values())}
     return exact | {
         shard.canonical_url: by_stem[stem]
         for shard in moved
-        if free_stems[stem := _stem(shard.shard_id)] == 1 and moved_stems[stem] == 1
+        if free_stems[stem := stem_of(shard.shard_id)] == 1 and moved_stems[stem] == 1
     }
 
 
-def _stem(shard_id: str) -> str:
+def stem_of(shard_id: str) -> str:
+    """The part of a shard's id that does not depend on where the shard is."""
     return DIGEST.sub("", shard_id)

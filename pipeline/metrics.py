@@ -20,7 +20,7 @@ COUNTERS = {
     "legrad_worker_seconds": ("Seconds in which workers had their model loaded, summed.", None),
 }
 GAUGES = {
-    "legrad_shards": ("Shards of the job: done, failed or left.", "state"),
+    "legrad_shards": ("Shards of the job: done, damaged, failed or left.", "state"),
     "legrad_workers": ("Workers that have loaded their model.", None),
 }
 
@@ -88,6 +88,7 @@ class RunMetrics:
     def _gauge(self, state: RunState) -> None:
         shards = {
             "done": state.shards_skipped + state.shards_done,
+            "damaged": state.shards_damaged,
             "failed": state.shards_failed,
             "left": state.shards_left,
         }

@@ -81,7 +81,7 @@ class OutputFolder:
 
 
 def ids_in(output_dir: str, folder: str) -> frozenset[str]:
-    """Ids of the shards that have a file in a folder of an output; raises OutputError if it cannot be listed."""
+    """Ids of the shards that have a file in a folder; raises OutputError where it cannot be listed."""
     suffix = SUFFIXES[folder]
     names = storage.list_names(storage.join_url(output_dir, folder))
     return frozenset(name.removesuffix(suffix) for name in names if name.endswith(suffix))

@@ -31,6 +31,7 @@ class RunState:
         shards_skipped: done before this run.
         shards_done: done in this run.
         shards_failed: given up.
+        shards_damaged: published, of archives that were not read to a sound end; earlier ones included.
         counts: outcomes of the samples of shards done in this run.
         live_counts: outcomes in shards that are still in hand.
         measures: of all workers of this run, since each loaded its model.
@@ -43,6 +44,7 @@ class RunState:
     shards_skipped: int
     shards_done: int = 0
     shards_failed: int = 0
+    shards_damaged: int = 0
     counts: ShardCounts = field(default_factory=ShardCounts)
     live_counts: ShardCounts = field(default_factory=ShardCounts)
     measures: Measures = field(default_factory=Measures)
@@ -52,8 +54,9 @@ class RunState:
 
     @property
     def shards_left(self) -> int:
-        """Shards that are neither done nor given up."""
-        return self.shards_total - self.shards_skipped - self.shards_done - self.shards_failed
+        """Shards that are neither published nor given up."""
+        settled = self.shards_skipped + self.shards_done + self.shards_damaged + self.shards_failed
+        return self.shards_total - settled
 
     @property
     def working_s(self) -> float:
@@ -117,7 +120,7 @@ def as_line(state: RunState, pace: Pace) -> str:
     waiting = "" if state.workers_ready else "waiting for workers | "
     return (
         f"{waiting}shards {state.shards_skipped + state.shards_done}/{state.shards_total}, "
-        f"{state.shards_failed} failed, {state.shards_left} left | "
+        f"{state.shards_damaged} damaged, {state.shards_failed} failed, {state.shards_left} left | "
         f"samples {counts.samples_in:,} ({pace.samples_per_s:,.1f}/s), {counts.failed:,} failed | "
         f"images {state.measures.images_decoded:,} | rows {counts.rows:,} | "
         f"device busy {as_share(pace.device_busy_share)} | errors {_errors(counts)} | "
@@ -140,6 +143,19 @@ def _errors(counts: ShardCounts) -> str:
     kinds = [f"{kind} {count:,}" for kind, count in largest[:SHOWN_KINDS]]
     kinds += ["..."] if len(largest) > SHOWN_KINDS else []
     return f"{counts.error_rows:,}" + (f" ({', '.join(kinds)})" if kinds else "")
+
+
+def told_kinds(counts: ShardCounts, most: int = SHOWN_KINDS) -> str:
+    """The most frequent kinds of errors, one key of each: ``decode/truncated 60, for example 000123``."""
+    largest = sorted(counts.errors_by_kind.items(), key=lambda item: (-item[1], item[0]))
+    kinds = [f"{kind} {rows:,}{_example(counts, kind)}" for kind, rows in largest[:most]]
+    kinds += [f"{len(largest) - most} more kinds"] if len(largest) > most else []
+    return "; ".join(kinds)
+
+
+def _example(counts: ShardCounts, kind: str) -> str:
+    example = counts.error_examples.get(kind)
+    return f", for example {example}" if example else ""
 
 
 def as_share(share: float | None) -> str:
@@ -224,10 +240,10 @@ def open_progress(console: Console, interval_s: float) -> Iterator[Progress]:
 
 def _display(state: RunState, pace: Pace) -> RenderableType:
     counts = state.counts_so_far
-    settled = state.shards_skipped + state.shards_done + state.shards_failed
+    settled = state.shards_total - state.shards_left
     lines = {
         "shards": f"{state.shards_skipped + state.shards_done:,}/{state.shards_total:,} done, "
-        f"{state.shards_failed:,} failed, {state.shards_left:,} left",
+        f"{state.shards_damaged:,} damaged, {state.shards_failed:,} failed, {state.shards_left:,} left",
         "samples": f"{counts.samples_in:,} at {pace.samples_per_s:,.1f}/s: {counts.annotated:,} annotated, "
         f"{counts.empty:,} empty, {counts.failed:,} failed",
         "images": f"{state.measures.images_decoded:,} decoded, {counts.rows:,} rows",

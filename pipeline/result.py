@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 
 from pipeline import job as jobs
 from pipeline import storage
+from pipeline.budget import reason_at_end
+from pipeline.footers import UNREADABLE, ShardFooter, checked_footers
 from pipeline.job import Job
+from pipeline.output_folder import DAMAGED, SUCCESS_FILE
 from pipeline.progress import RunState
-from pipeline.records import total_counts
-from pipeline.writer import checked_counts
+from pipeline.records import ShardCounts, total_counts
 
 
 @dataclass(frozen=True)
@@ -18,64 +21,103 @@ class JobResult:
 
     Attributes:
         state: shard and sample counts of this run.
-        failed: canonical URL and last error of every shard given up.
-        stopped: why the run stopped early; empty where it did not.
-        torn: canonical URLs of shards whose two files did not belong together and that are to be done again.
+        failed: URL and last error of every shard given up.
+        damaged: URL and reason of every shard whose archive was not read to a sound end.
+        damaged_accepted: whether the job is complete all the same, by `run.accept_damaged`.
+        stopped: why the run stopped early, or is not complete though it came to its end; empty otherwise.
+        torn: URLs of shards whose two files did not belong together and that are to be done again.
+        totals: outcomes of all samples of the job; None where shards are left or given up.
     """
 
     state: RunState
     failed: tuple[tuple[str, str], ...] = ()
+    damaged: tuple[tuple[str, str], ...] = ()
+    damaged_accepted: bool = False
     stopped: str = ""
     torn: tuple[str, ...] = ()
+    totals: ShardCounts | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether every shard of the job is done."""
+        """Whether every shard of the job is done, or damaged where that is accepted."""
+        return self.settled and (self.damaged_accepted or not self.damaged)
+
+    @property
+    def settled(self) -> bool:
+        """Whether every shard of the job is published and nothing speaks against its end."""
         return not self.stopped and not self.state.shards_failed and not self.state.shards_left
 
 
 def first_state(job: Job) -> RunState:
     """Where a run begins: with what earlier runs have done."""
     given_up = sum(shard.shard_id in job.given_up for shard in job.shards)
-    return RunState(shards_total=len(job.shards), shards_skipped=len(job.shards) - len(job.todo) - given_up)
+    return RunState(
+        shards_total=len(job.shards),
+        shards_skipped=len(job.shards) - len(job.todo) - given_up - len(job.damaged),
+        shards_damaged=len(job.damaged),
+    )
 
 
 def concluded(job: Job, result: JobResult) -> JobResult:
-    """Close a run: count what earlier runs gave up, and write OUT/_SUCCESS where every shard is done."""
-    left_alone = [
+    """Close a run: count what earlier runs left, and write OUT/_SUCCESS where the job is complete.
+
+    Without completeness there is no OUT/_SUCCESS, whatever an earlier run found.
+    """
+    given_up = [
         (shard.canonical_url, "given up in an earlier run")
         for shard in job.shards
         if shard.shard_id in job.given_up
     ]
+    damaged = [
+        (shard.canonical_url, damage_of(job.folder.url, shard.shard_id))
+        for shard in job.shards
+        if shard.shard_id in job.damaged
+    ]
     result = replace(
         result,
-        state=replace(result.state, shards_failed=result.state.shards_failed + len(left_alone)),
-        failed=(*result.failed, *left_alone),
+        state=replace(result.state, shards_failed=result.state.shards_failed + len(given_up)),
+        failed=(*result.failed, *given_up),
+        damaged=(*damaged, *result.damaged),
+        damaged_accepted=job.config.run.accept_damaged,
     )
-    return _succeeded(job, result) if result.complete else result
+    if result.settled:
+        result = _checked_to_the_end(job, result)
+    if not result.complete:
+        job.folder.remove(SUCCESS_FILE)
+    return result
 
 
-def _succeeded(job: Job, result: JobResult) -> JobResult:
-    """Write OUT/_SUCCESS, unless files do not belong together or not one sample could be read."""
-    out = job.config.output.dir
-    counts = checked_counts(out, [shard.shard_id for shard in job.shards], job.stamp.config_hash)
-    torn = [shard for shard in job.shards if counts[shard.shard_id] is None]
-    for shard in torn:
-        storage.remove(storage.join_url(out, "annotations"), f"{shard.shard_id}.parquet")
+def damage_of(output_dir: str, shard_id: str) -> str:
+    """Why a shard is damaged, as OUT/damaged/<shard-id>.json says."""
+    url = storage.join_url(output_dir, DAMAGED, f"{shard_id}.json")
+    try:
+        return str(json.loads(storage.read_bytes(url))["reason"])
+    except UNREADABLE:
+        return f"its record cannot be read: {storage.without_credentials(url)}"
+
+
+def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
+    """Hold every footer against the list of shards, look at the error budget, and write OUT/_SUCCESS."""
+    footers = checked_footers(job.folder.url, job.listed, job.stamp.config_hash)
+    torn = [shard for shard in job.shards if _is_torn(footers[shard.shard_id], shard.shard_id in job.done)]
     if torn:
-        storage.remove(out, jobs.SUCCESS_FILE)
+        job.folder.remove(SUCCESS_FILE)
+        job.folder.set_aside(shard.shard_id for shard in torn)
         names = ", ".join(shard.canonical_url for shard in torn)
-        state = replace(result.state, shards_skipped=result.state.shards_skipped - len(torn))
         return replace(
             result,
-            state=state,
-            stopped=f"files of different attempts or configurations; the same command redoes: {names}",
+            state=replace(result.state, shards_skipped=result.state.shards_skipped - len(torn)),
+            stopped=f"files of different attempts, configurations or inputs; run the same command again to "
+            f"redo: {names}",
             torn=tuple(shard.canonical_url for shard in torn),
         )
-    total = total_counts(found for found in counts.values() if found is not None)
-    if not total.samples_in and total.error_rows:
-        kinds = ", ".join(sorted(total.errors_by_kind))
-        return replace(result, stopped=f"not one sample could be read ({kinds}); see {out}/errors")
-    if not storage.exists(out, jobs.SUCCESS_FILE):
-        jobs.record_success(out, len(job.shards), total)
+    total = total_counts(footer.counts for footer in footers.values() if footer is not None)
+    result = replace(result, totals=total, stopped=reason_at_end(job.config.run, total))
+    if result.complete:
+        jobs.record_success(job.folder, len(job.shards), len(result.damaged), total)
     return result
+
+
+def _is_torn(footer: ShardFooter | None, is_listed_as_done: bool) -> bool:
+    """Whether files do not belong together; also those of a damaged archive whose record was lost."""
+    return footer is None or (is_listed_as_done and footer.state != "done")

@@ -24,18 +24,18 @@ from pipeline import storage
 from pipeline.budget import reason_to_stop
 from pipeline.cluster import Machine, cause_of_death, check_address, find_machine, machine_is_lost
 from pipeline.errors import OutputError, PipelineError, UserError
+from pipeline.footers import checked_footer
 from pipeline.job import Job
 from pipeline.measures import Measures
 from pipeline.metrics import RunMetrics
 from pipeline.plan import WorkerPlan, plan_workers, spread_evenly
 from pipeline.progress import Progress, SharedProgress
 from pipeline.records import ShardCounts, total_counts
-from pipeline.result import JobResult, concluded, first_state
+from pipeline.result import JobResult, concluded, damage_of, first_state
 from pipeline.shard_queue import GivenUp, ShardQueue
 from pipeline.signals import ended_by_sigterm
 from pipeline.storage import ShardSource
 from pipeline.worker import AnnotatorFactory, LoadOutcome, Pulse, ShardOutcome, Worker, build_annotator
-from pipeline.writer import published_counts
 
 MAX_SHARDS_IN_HAND = 12
 PULSE_INTERVAL_S = 2.0
@@ -76,15 +76,18 @@ def run_job(
         OutputError: the output cannot be written.
         WorkersDied: workers die again and again while they load.
     """
-    result = _run_once(job, progress, factory, max_shards)
-    for _ in range(MAX_REDOS):
-        if not result.torn:
-            break
-        # two jobs on one folder may each have written one file of a shard
-        progress.say(f"files that do not belong together; done again: {', '.join(result.torn)}")
-        job = jobs.looked_at_again(job)
+    try:
         result = _run_once(job, progress, factory, max_shards)
-    return result
+        for _ in range(MAX_REDOS):
+            if not result.torn:
+                break
+            # two jobs on one folder may each have written one file of a shard
+            progress.say(f"files that do not belong together; done again: {', '.join(result.torn)}")
+            job = jobs.looked_at_again(job)
+            result = _run_once(job, progress, factory, max_shards)
+        return result
+    finally:
+        job.folder.close()
 
 
 def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shards: int | None) -> JobResult:
@@ -186,6 +189,8 @@ class _Dispatcher:
         self._factory = factory
         self._queue = ShardQueue(shards, max_attempts=run.max_attempts, backoff_s=RETRY_BACKOFF_S)
         self._failed: list[tuple[str, str]] = []
+        self._damaged: list[tuple[str, str]] = []
+        self._listed = job.listed
         self._seats: list[_Seat] = []
         self._calls: dict[Any, _Call] = {}
         self._losses: list[_Loss] = []
@@ -210,7 +215,7 @@ class _Dispatcher:
             self._complain_if_no_worker_comes()
             self._show()
             stopped = reason_to_stop(self._job.config.run, self._state)
-        return JobResult(self._state, tuple(self._failed), stopped)
+        return JobResult(self._state, tuple(self._failed), tuple(self._damaged), stopped=stopped)
 
     def stop_workers(self) -> None:
         for seat in self._seats:
@@ -230,7 +235,7 @@ class _Dispatcher:
             .options(**options)
             .remote(
                 self._job.config,
-                self._job.stamp.as_metadata(),
+                self._job.metadata,
                 cpus=self._plan.cpus,
                 device=self._plan.device,
                 factory=self._factory,
@@ -316,22 +321,27 @@ class _Dispatcher:
         if outcome.status == "fatal":
             raise OutputError(outcome.message)
         if outcome.report is not None:
-            self._done(shard, outcome.report.counts)
+            self._published(shard, outcome.report.counts, outcome.report.damage)
             return
         self._progress.say(f"{shard.canonical_url}: attempt failed: {outcome.message}")
         given_up = self._queue.attempt_failed(shard, outcome.message, time.monotonic())
         if given_up is not None:
             self._give_up(given_up)
 
-    def _done(self, shard: ShardSource, counts: ShardCounts) -> None:
+    def _published(self, shard: ShardSource, counts: ShardCounts, damage: str) -> None:
         if shard.shard_id in self._job.failed:
-            jobs.forget_failure(self._job.config.output.dir, shard.shard_id)
-        state = self._state
-        self._state = replace(state, shards_done=state.shards_done + 1, counts=state.counts + counts)
+            jobs.forget_failure(self._job.folder, shard.shard_id)
+        state = replace(self._state, counts=self._state.counts + counts)
+        if damage:
+            self._damaged.append((shard.canonical_url, damage))
+            self._progress.say(f"{shard.canonical_url}: damaged: {damage}; its intact samples are annotated")
+            self._state = replace(state, shards_damaged=state.shards_damaged + 1)
+        else:
+            self._state = replace(state, shards_done=state.shards_done + 1)
 
     def _give_up(self, given_up: GivenUp) -> None:
         shard = given_up.shard
-        jobs.record_failure(self._job.config.output.dir, shard, given_up.attempts, given_up.message)
+        jobs.record_failure(self._job.folder, shard, given_up.attempts, given_up.message)
         self._failed.append((shard.canonical_url, given_up.message))
         self._state = replace(self._state, shards_failed=self._state.shards_failed + 1)
         self._progress.say(f"{shard.canonical_url}: given up after {given_up.attempts} attempt(s)")
@@ -380,10 +390,13 @@ class _Dispatcher:
             self._give_up(gone)
 
     def _found_published(self, shard: ShardSource) -> bool:
-        out = self._job.config.output.dir
-        if not storage.exists(storage.join_url(out, "annotations"), f"{shard.shard_id}.parquet"):
+        """Whether a lost worker had published a shard: both files of one attempt, of the input as listed."""
+        out, shard_id = self._job.folder.url, shard.shard_id
+        footer = checked_footer(out, shard_id, self._listed[shard_id], self._job.stamp.config_hash)
+        if footer is None:
             return False
-        self._done(shard, published_counts(out, shard.shard_id))
+        damage = damage_of(out, shard_id) if footer.state == "damaged" else ""
+        self._published(shard, footer.counts, damage)
         return True
 
     def _complain_if_no_worker_comes(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,9 +15,9 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.errors import OutputError
 from pipeline.measures import Measures
+from pipeline.output_folder import RUNS, OutputFolder
 from pipeline.progress import RunState
 
-RUNS_FOLDER = "runs"
 INTERVAL_S = 60.0
 MAX_POINTS = 256
 RUNNING = "running"
@@ -95,12 +94,9 @@ class RunRecorder:
     A record that cannot be written is left out: it is no reason to end a run.
     """
 
-    def __init__(self, output_dir: str) -> None:
-        self._folder = storage.join_url(output_dir, RUNS_FOLDER)
-        now = datetime.now(timezone.utc)
-        self._started = now.isoformat(timespec="seconds")
-        # sorted by name is sorted by time; two jobs on one folder do not meet
-        self._name = f"{now:%Y%m%dT%H%M%SZ}-{os.getpid()}.json"
+    def __init__(self, folder: OutputFolder) -> None:
+        self._folder = folder
+        self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._state = RunState(shards_total=0, shards_skipped=0)
         self._history = _History()
         self._next_s = 0.0
@@ -136,13 +132,13 @@ class RunRecorder:
             history=self._history.until(state),
         )
         with suppress(OutputError):
-            storage.publish(self._folder, self._name, record.as_json())
+            self._folder.publish(f"{self._folder.run_id}.json", record.as_json(), RUNS)
 
 
 @contextmanager
-def recorded_run(output_dir: str) -> Iterator[RunRecorder]:
+def recorded_run(folder: OutputFolder) -> Iterator[RunRecorder]:
     """A recorder that also knows of exceptions and signals; without them, whoever opened it closes it."""
-    recorder = RunRecorder(output_dir)
+    recorder = RunRecorder(folder)
     try:
         yield recorder
     except BaseException as error:
@@ -168,12 +164,12 @@ def latest_runs(output_dir: str, most: int) -> list[RunRecord]:
 
 
 def _record_names(output_dir: str) -> list[str]:
-    folder = storage.join_url(output_dir, RUNS_FOLDER)
+    folder = storage.join_url(output_dir, RUNS)
     return sorted(name for name in storage.list_names(folder) if name.endswith(".json"))
 
 
 def _read_record(output_dir: str, name: str) -> RunRecord | None:
     try:
-        return record_from(json.loads(storage.read_bytes(storage.join_url(output_dir, RUNS_FOLDER, name))))
+        return record_from(json.loads(storage.read_bytes(storage.join_url(output_dir, RUNS, name))))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         return None

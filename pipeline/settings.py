@@ -308,8 +308,25 @@ class RunConfig(Section):
     )
     max_attempts: PositiveInt = Field(3, description="Attempts at a shard before it is given up.")
     retry_failed: bool = Field(True, description="Whether a rerun tries given-up shards again.")
+    retry_damaged: bool = Field(
+        False,
+        description="Whether a rerun reads damaged shards again though they have not changed; changed ones "
+        "are always read again.",
+    )
+    accept_damaged: bool = Field(
+        False,
+        description="Whether a job is complete though some of its shards are damaged: cut, corrupt, "
+        "compressed or no archives; their intact samples are annotated in any case.",
+    )
+    check_inputs: bool = Field(
+        True,
+        description="Whether each shard on a web server is asked for its size, ETag and date when a job "
+        "starts, so that a replaced shard is annotated again.",
+    )
     error_budget: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.2, description="Share of failed samples that stops the job, looked at after 1000 samples."
+        0.2,
+        description="Share of failed samples above which a job is not complete. It stops a job early once "
+        "1000 samples are done, and is looked at again at the end.",
     )
     max_failed_shards: int | None = Field(
         None, ge=0, description="More shards given up than this stop the job; null: no limit."

@@ -6,9 +6,8 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
-from pipeline.archive import Archive, DamageError, Member
+from pipeline.archive import Archive, ByteSource, DamageError, Member
 from pipeline.records import SampleError, printable
 
 MAX_FIELDS_PER_SAMPLE = 64
@@ -37,7 +36,7 @@ class RawSample:
 
 
 def read_samples(
-    stream: BinaryIO,
+    stream: ByteSource,
     *,
     max_member_bytes: int,
     wanted_fields: Collection[str] | None = None,

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import job as jobs
 from pipeline import storage
+from pipeline.budget import reason_at_end
+from pipeline.footers import UNREADABLE, checked_footers
+from pipeline.job_record import read_job
+from pipeline.output_folder import ANNOTATIONS, FAILED, SUCCESS_FILE, ids_in
 from pipeline.progress import as_duration, as_share
 from pipeline.records import ShardCounts, total_counts
+from pipeline.result import damage_of
 from pipeline.run_record import RUNNING, RunRecord, latest_run
-from pipeline.writer import checked_counts
+from pipeline.settings import RunConfig
+from pipeline.shard_list import read_shard_list
 
 
 @dataclass(frozen=True)
@@ -25,27 +31,31 @@ class OutputStatus:
     Attributes:
         shards_total: shards of the job.
         done: ids of shards whose two files are there and belong together.
-        failed: canonical URL and last error of shards given up.
+        damaged: URL and reason of published shards whose archive was not read to a sound end.
+        failed: URL and last error of shards given up.
         left: ids of shards still to do.
         mismatched: ids of shards whose two files differ in their attempt, or are unreadable: to be redone.
-        counts: outcomes of the samples of done shards.
+        counts: outcomes of the samples of done and damaged shards.
+        shortfall: why the job is not complete though no shard is left or failed; empty otherwise.
         succeeded: whether OUT/_SUCCESS is there.
         run: what the newest run recorded of itself; None where none did.
     """
 
     shards_total: int
     done: tuple[str, ...]
+    damaged: tuple[tuple[str, str], ...]
     failed: tuple[tuple[str, str], ...]
     left: tuple[str, ...]
     mismatched: tuple[str, ...]
     counts: ShardCounts
+    shortfall: str
     succeeded: bool
     run: RunRecord | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether every shard is done."""
-        return len(self.done) == self.shards_total
+        """Whether `legrad annotate` would have nothing to do and nothing to complain about."""
+        return not (self.failed or self.left or self.shortfall)
 
 
 def read_status(output_dir: str) -> OutputStatus:
@@ -54,39 +64,67 @@ def read_status(output_dir: str) -> OutputStatus:
     Raises:
         UserError: the folder is not the output of a job.
     """
-    config_hash = str(jobs.read_job(output_dir).get("config_hash"))
-    listed = {row["shard_id"]: row["shard"] for row in jobs.read_shard_list(output_dir)}
-    published = sorted(jobs.shard_ids_in(output_dir, "annotations", ".parquet") & set(listed))
-    counts = checked_counts(output_dir, published, config_hash)
-    done = {shard: found for shard, found in counts.items() if found is not None}
-    failed = sorted((jobs.shard_ids_in(output_dir, "failed", ".json") & set(listed)) - set(done))
+    document = read_job(output_dir)
+    listed = {row["shard_id"]: row for row in read_shard_list(output_dir)}
+    published = ids_in(output_dir, ANNOTATIONS)
+    footers = checked_footers(
+        output_dir,
+        {shard_id: row for shard_id, row in listed.items() if shard_id in published},
+        str(document.get("config_hash")),
+    )
+    valid = {shard_id: footer for shard_id, footer in footers.items() if footer is not None}
+    damaged = [shard_id for shard_id, footer in valid.items() if footer.state == "damaged"]
+    failed = sorted((ids_in(output_dir, FAILED) & set(listed)) - set(valid))
+    counts = total_counts(footer.counts for footer in valid.values())
     return OutputStatus(
         shards_total=len(listed),
-        done=tuple(done),
-        failed=tuple((listed[shard], _last_error(output_dir, shard)) for shard in failed),
-        left=tuple(sorted(set(listed) - set(done) - set(failed))),
-        mismatched=tuple(shard for shard, found in counts.items() if found is None),
-        counts=total_counts(done.values()),
-        succeeded=storage.exists(output_dir, jobs.SUCCESS_FILE),
+        done=tuple(shard_id for shard_id in valid if shard_id not in set(damaged)),
+        damaged=tuple((listed[shard_id]["shard"], damage_of(output_dir, shard_id)) for shard_id in damaged),
+        failed=tuple((listed[shard_id]["shard"], last_error(output_dir, shard_id)) for shard_id in failed),
+        left=tuple(sorted(set(listed) - set(valid) - set(failed))),
+        mismatched=tuple(shard_id for shard_id, footer in footers.items() if footer is None),
+        counts=counts,
+        shortfall=shortfall(run_settings(document), counts, len(damaged)),
+        succeeded=storage.exists(output_dir, SUCCESS_FILE),
         run=latest_run(output_dir),
     )
 
 
-def _last_error(output_dir: str, shard_id: str) -> str:
-    url = storage.join_url(output_dir, "failed", f"{shard_id}.json")
+def run_settings(document: Mapping[str, Any]) -> RunConfig:
+    """The section `run` of a job's record; its defaults where it cannot be read."""
+    try:
+        return RunConfig.model_validate(document["config"]["run"])
+    except (KeyError, TypeError, ValueError):
+        return RunConfig()
+
+
+def shortfall(run: RunConfig, counts: ShardCounts, damaged: int) -> str:
+    """Why a job is not complete though no shard of it is left or failed; empty where it is."""
+    if damaged and not run.accept_damaged:
+        return f"{damaged:,} shard(s) are damaged; run.accept_damaged is false"
+    return reason_at_end(run, counts)
+
+
+def last_error(output_dir: str, shard_id: str) -> str:
+    """Why a shard was given up, as OUT/failed/<shard-id>.json says."""
+    url = storage.join_url(output_dir, FAILED, f"{shard_id}.json")
     try:
         return str(json.loads(storage.read_bytes(url))["last_error"])
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         return f"({storage.without_credentials(url)} cannot be read: {error})"
 
 
 def render_status(status: OutputStatus) -> RenderableType:
     """The status as a person reads it, also in 80 columns."""
     parts: list[RenderableType] = [Text("complete" if status.complete else "incomplete", style="bold")]
+    if status.shortfall:
+        parts.append(Text(f"  {status.shortfall}", overflow="fold"))
     parts.append(_pairs(_totals(status)))
     if status.counts.errors_by_kind:
-        kinds = sorted(status.counts.errors_by_kind.items(), key=lambda item: (-item[1], item[0]))
-        parts += [_heading("errors by kind"), _pairs([(kind, f"{rows:,}") for kind, rows in kinds])]
+        parts += [_heading("errors by kind"), _pairs(_kinds(status.counts))]
+    if status.damaged:
+        parts.append(_heading("damaged shards: the rows of their intact samples are here"))
+        parts += [Text(f"  {url}\n    {reason}", overflow="fold") for url, reason in status.damaged]
     if status.failed:
         parts.append(_heading("shards given up"))
         parts += [Text(f"  {url}\n    {message}", overflow="fold") for url, message in status.failed]
@@ -96,13 +134,25 @@ def render_status(status: OutputStatus) -> RenderableType:
     return Group(*parts)
 
 
+def _kinds(counts: ShardCounts) -> list[tuple[str, str]]:
+    kinds = sorted(counts.errors_by_kind.items(), key=lambda item: (-item[1], item[0]))
+    return [
+        (
+            kind,
+            f"{rows:,}"
+            + (f", for example {counts.error_examples[kind]}" if kind in counts.error_examples else ""),
+        )
+        for kind, rows in kinds
+    ]
+
+
 def _totals(status: OutputStatus) -> list[tuple[str, str]]:
     counts = status.counts
     totals = [
         (
             "shards",
-            f"{status.shards_total:,}: {len(status.done):,} done, {len(status.failed):,} failed, "
-            f"{len(status.left):,} left",
+            f"{status.shards_total:,}: {len(status.done):,} done, {len(status.damaged):,} damaged, "
+            f"{len(status.failed):,} failed, {len(status.left):,} left",
         ),
         (
             "samples",

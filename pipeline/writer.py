@@ -131,7 +131,7 @@ class ShardWriter:
         )
 
     def publish(self, output_dir: str, content_digest: str = "") -> Published:
-        """Commit: the errors file first, then the annotations, whose presence says that the shard is published.
+        """Commit: the errors file first, then the annotations, whose presence says that the shard is there.
 
         A damaged shard is known by its record in `damaged/`, which is there before its annotations are.
 

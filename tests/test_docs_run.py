@@ -40,7 +40,7 @@ def small_shard(source, target):
 
 def annotate_here(job, progress, max_shards=None):
     """What `run_job` does, without ray."""
-    annotator = build_annotator(job.config, {**job.stamp.as_metadata(), "attempt": "a"}, cpus=1, device="cpu")
+    annotator = build_annotator(job.config, {**job.metadata, "attempt": "a"}, cpus=1, device="cpu")
     counts = total_counts(annotator.annotate(shard).counts for shard in job.todo)
     annotator.close()
     state = dataclasses.replace(first_state(job), shards_done=len(job.todo), counts=counts)

@@ -26,8 +26,9 @@ from pipeline.evaluation.result import EvaluationResult, RecognitionScores
 from pipeline.evaluation.table import render_evaluation
 from pipeline.evaluation.written_masks import collect_written_masks, score_written_masks
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
-from pipeline.job import JOB_FILE, read_job
+from pipeline.job_record import read_job
 from pipeline.model import load_explainer
+from pipeline.output_folder import JOB_FILE
 from pipeline.prompts.class_list import read_class_list
 from pipeline.records import SampleError
 from pipeline.settings import InputConfig

@@ -17,14 +17,15 @@ from pipeline.export.coco import CocoExport, Kind, merge_parts
 from pipeline.export.samples import ExportSample, export_samples
 from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
-from pipeline.job import JOB_FILE, read_job
+from pipeline.footers import read_footer
+from pipeline.job_record import read_job
+from pipeline.output_folder import JOB_FILE
 from pipeline.prompts.class_list import ClassEntry, read_class_list
 from pipeline.settings import InputConfig
 from pipeline.training.counts import SharedCounts
 from pipeline.training.joining import Source
 from pipeline.training.pairs import ShardPair, pair_shards
 from pipeline.training.shares import Share
-from pipeline.writer import read_footer
 
 Format = Literal["coco", "voc", "webdataset"]
 EXPORT_FILE, RECORDS_FOLDER, CLASSES_FILE = "export.json", "export", "classes.txt"

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from pipeline.progress import as_duration, as_share
+from pipeline.progress import as_duration, as_share, told_kinds
 from pipeline.report.charts import Histogram, class_bars, histogram, pace_chart
 from pipeline.report.gallery import CardRow, Gallery, shortened
 from pipeline.report.scores import ScoredRows
@@ -100,6 +100,8 @@ def render_page(content: PageContent) -> str:
         class_chart=_class_chart(content, names),
         errors=_errors(content.totals),
         failed=[(shortened(url), shortened(error)) for url, error in content.totals.failed],
+        damaged=[(shortened(url), shortened(reason)) for url, reason in content.totals.damaged],
+        damaged_more=content.totals.damaged_count - len(content.totals.damaged),
         failed_more=content.totals.failed_count - len(content.totals.failed),
         unread=[
             (shortened(url), reason)
@@ -147,7 +149,12 @@ def _fact(name: str, value: str, detail: str) -> dict[str, str]:
 
 def _shards_detail(totals: Totals) -> str:
     left = len(totals.listed) - len(totals.done) - totals.failed_count
-    parts = [(totals.failed_count, "given up"), (totals.mismatched, "to be redone"), (left, "left")]
+    parts = [
+        (totals.damaged_count, "damaged"),
+        (totals.failed_count, "given up"),
+        (totals.mismatched, "to be redone"),
+        (left, "left"),
+    ]
     told = ", ".join(f"{count:,} {what}" for count, what in parts if count > 0)
     return told or "none failed, none left"
 
@@ -157,6 +164,19 @@ def _notes(content: PageContent) -> list[str]:
     notes = []
     if content.totals.counts is None:
         notes.append("Samples are not counted here: there are too many shards, and no _SUCCESS yet.")
+    elif (counts := content.totals.counts).failed:
+        notes.append(
+            f"{counts.failed:,} of {counts.samples_in:,} samples failed and have no rows. Errors: "
+            f"{shortened(told_kinds(counts))}."
+        )
+    if content.totals.damaged:
+        url, reason = content.totals.damaged[0]
+        notes.append(
+            f"{content.totals.damaged_count:,} shard(s) are damaged, so samples may be missing: "
+            f"{shortened(url)}: {shortened(reason)}."
+        )
+    if content.totals.shortfall:
+        notes.append(f"The job is not complete: {shortened(content.totals.shortfall)}.")
     if content.scores.unreadable:
         names = ", ".join(content.scores.unreadable[:MAX_LISTED])
         notes.append(f"Annotation files that cannot be read, and are left out: {names}")

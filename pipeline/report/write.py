@@ -14,7 +14,8 @@ from pipeline import storage
 from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.image_shards import LocatedShards, locate_shards
-from pipeline.job import JOB_FILE, read_job
+from pipeline.job_record import read_job
+from pipeline.output_folder import JOB_FILE
 from pipeline.prompts.class_list import ClassEntry, read_class_list
 from pipeline.report.gallery import Gallery, read_cards, with_pictures
 from pipeline.report.page import PageContent, render_page
@@ -81,7 +82,7 @@ def write_report(
     job = read_job(out_dir)
     config = parse_config(job.get("config") or {}, where=storage.join_url(out_dir, JOB_FILE))
     class_names = _class_names(classes_file, config.prompts.classes)
-    totals = read_totals(out_dir, str(job.get("config_hash")))
+    totals = read_totals(out_dir, job)
     located = locate_shards(totals.listed, shards)
     generator = np.random.default_rng(seed)
     scores = read_scores(out_dir, totals.done, generator)

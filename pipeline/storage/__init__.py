@@ -16,7 +16,7 @@ from pipeline.storage.output import (
     remove_staging,
     sweep_staging,
 )
-from pipeline.storage.reading import READAHEAD_BYTES, open_shard, read_bytes, read_text
+from pipeline.storage.reading import READAHEAD_BYTES, DigestingStream, open_shard, read_bytes, read_text
 from pipeline.storage.urls import (
     ShardSource,
     absolute,
@@ -30,6 +30,7 @@ __all__ = [
     "IN_MEMORY_BYTES",
     "READAHEAD_BYTES",
     "TEMPORARY_SUFFIX",
+    "DigestingStream",
     "ShardSource",
     "absolute",
     "canonical_url",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,24 @@ class _CountedStream(io.RawIOBase):
                 f"{self._shard.canonical_url}: only {self._read_bytes} of {self._announced_bytes} bytes came"
             )
         return len(data)
+
+
+class DigestingStream:
+    """Passes the bytes of a stream on, and knows the digest of those that were read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def read(self, size_bytes: int = -1, /) -> bytes:
+        """The next bytes, at most so many; none at the end."""
+        data = self._stream.read(size_bytes)
+        self._digest.update(data)
+        return data
+
+    def digest(self) -> str:
+        """BLAKE2b of the bytes so far, as 32 hexadecimal digits."""
+        return f"blake2b:{self._digest.hexdigest()}"
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from pipeline.config import parse_config
 from pipeline.decode import find_field, open_image
 from pipeline.errors import SampleFailure, UserError
 from pipeline.ground_truth import LABEL_MAP_FIELD, read_label_map
-from pipeline.job import JOB_FILE, read_job
+from pipeline.job_record import read_job
+from pipeline.output_folder import JOB_FILE
 from pipeline.settings import InputConfig
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
 from pipeline.training.counts import JoinCounts, SharedCounts, WorkerCounts

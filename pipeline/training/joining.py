@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import ShardError
+from pipeline.footers import METADATA_KEY, read_footer
 from pipeline.records import SampleError
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource
@@ -22,7 +23,6 @@ from pipeline.storage.urls import told_as
 from pipeline.training.counts import WorkerCounts
 from pipeline.training.pairs import ShardPair
 from pipeline.training.shares import Share
-from pipeline.writer import METADATA_KEY, read_footer
 
 ROW_COLUMNS = (
     *("key", "sample_index", "prompt_index", "prompt", "class_id", "status"),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.image_shards import locate_shards
-from pipeline.job import read_shard_list, shard_ids_in
+from pipeline.output_folder import ANNOTATIONS, ids_in
+from pipeline.shard_list import read_shard_list
 from pipeline.storage import ShardSource
 
 
@@ -45,7 +46,7 @@ def pair_shards(out_dir: str, given: Sequence[str] = ()) -> Pairing:
     """
     listed = read_shard_list(out_dir)
     located = locate_shards(listed, given)
-    annotated = shard_ids_in(out_dir, "annotations", ".parquet")
+    annotated = ids_in(out_dir, ANNOTATIONS)
     left_out = {
         row["shard_id"]: "has no annotations" for row in listed if row["shard_id"] not in annotated
     } | dict(located.missing)

@@ -27,7 +27,7 @@ import legrad
 from legrad.prompts import embed_tokens
 from legrad.text_embedder import TextEmbedder
 from pipeline.demo import assets
-from pipeline.job import installed_versions
+from pipeline.job_record import installed_versions
 from pipeline.model import DEMO, load_explainer
 from pipeline.settings import ModelConfig
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA
-from pipeline.storage import TEMPORARY_PREFIX, shard_id
+from pipeline.storage import TEMPORARY_SUFFIX, shard_id
 
-FOLDERS = {"annotations": ".parquet", "errors": ".parquet", "failed": ".json"}
+FOLDERS = {"annotations": ".parquet", "errors": ".parquet", "failed": ".json", "damaged": ".json"}
 TOP_FILES = {"job.json", "shards.parquet", "_SUCCESS"}
-RUN_RECORD = re.compile(r"\d{8}T\d{6}Z-\d+\.json")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def sample_keys(tar_path):
 
 
 def is_temporary(path):
-    return path.name.startswith(TEMPORARY_PREFIX)
+    return path.name.endswith(TEMPORARY_SUFFIX)
 
 
 def check_names(out, keys):
@@ -100,7 +99,13 @@ def check_names(out, keys):
     final = {path for path in out.rglob("*") if path.is_file()} - set(temporary)
     expected = {out / folder / f"{shard}{end}" for folder, end in FOLDERS.items() for shard in keys}
     told_of_runs = set((out / "runs").glob("*.json"))
-    assert final <= expected | told_of_runs | {out / name for name in TOP_FILES}, sorted(final - expected)
+    superseded = set((out / "unlisted").glob("*.moved"))
+    known = expected | told_of_runs | superseded | {out / name for name in TOP_FILES}
+    assert final <= known, sorted(final - known)
+    # what a reader's pattern finds: never a temporary file, nor a superseded one
+    for folder in ("annotations", "errors"):
+        assert set((out / folder).glob("*")) <= expected
+    assert {path.parent.name for path in out.rglob("*.parquet")} <= {"annotations", "errors", out.name}
     return len(temporary)
 
 

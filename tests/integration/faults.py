@@ -102,9 +102,9 @@ class Faults:
 
         def struck_fsync(descriptor):
             path = Path(f"/proc/self/fd/{descriptor}").readlink()
-            name = path.name.removeprefix(storage.TEMPORARY_PREFIX).split("-", 1)[1]
+            _, folder, name = path.name.split("-", 2)
             half = partial(os.ftruncate, descriptor, os.fstat(descriptor).st_size // 2)
-            self.strike(stem_of(name), path.parent.name, before=half)
+            self.strike(stem_of(name), folder, before=half)
             fsync(descriptor)
 
         def struck_rename(path, target):
@@ -140,12 +140,12 @@ class WordAnnotator:
 
     def annotate(self, shard):
         stem, started_s = stem_of(shard.shard_id), time.monotonic()
-        with ShardWriter(shard.canonical_url, {**self._metadata, "attempt": uuid.uuid4().hex}) as writer:
+        with ShardWriter(shard, {**self._metadata, "attempt": uuid.uuid4().hex}) as writer:
             self._in_hand.add(writer)
             try:
                 self._faults.strike(stem, "begin")
                 self._add_samples(shard, writer, stem)
-                counts = writer.publish(self._output_dir, shard.shard_id)
+                counts = writer.publish(self._output_dir).counts
             finally:
                 self._in_hand.discard(writer)
                 with self._room:
@@ -201,7 +201,7 @@ def annotate_all(job, factory):
     """A worker's life; ends with 1 where a shard could not be done, as a driver would stop the job."""
     # a death on purpose needs no traceback
     faulthandler.disable()
-    worker = Worker(job.config, job.stamp.as_metadata(), cpus=1, device="cpu", factory=factory)
+    worker = Worker(job.config, job.metadata, cpus=1, device="cpu", factory=factory)
     worker.load()
     for shard in job.todo:
         outcome = worker.annotate(shard)

@@ -43,7 +43,7 @@ class LightAnnotator:
             raise OutputError(f"{self.config.output.dir}: No space left on device")
         if name.startswith("bug"):
             raise ZeroDivisionError("division by zero")
-        with ShardWriter(shard.canonical_url, {**self.metadata, "attempt": "a"}) as writer:
+        with ShardWriter(shard, {**self.metadata, "attempt": "a"}) as writer:
             if name.startswith("errors"):
                 for index in range(1500):
                     writer.add_sample([], [SampleError("decode", "truncated", "m", str(index), index)])
@@ -51,7 +51,7 @@ class LightAnnotator:
                 writer.add_sample(
                     [{"key": name, "sample_index": 0, "prompt_index": 0, "prompt": "p", "status": "ok"}], []
                 )
-            return ShardReport(writer.publish(self.config.output.dir, shard.shard_id), 0.1)
+            return ShardReport(writer.publish(self.config.output.dir).counts, 0.1)
 
     def wait_for_room(self):
         with self.changed:

@@ -43,7 +43,7 @@ def annotate_here(tmp_path):
         no_faults = Faults([], tmp_path)
         worker = Worker(
             job.config,
-            job.stamp.as_metadata(),
+            job.metadata,
             cpus=1,
             device="cpu",
             factory=lambda config, metadata, cpus, device: WordAnnotator(config, metadata, no_faults),

@@ -95,10 +95,11 @@ def save_tiny_model(folder: Path) -> Path:
 
 def job_document(out: Path, weights: Path, **prompts: Any) -> dict[str, Any]:
     return {
+        "layout": LAYOUT,
         "config": {
             "input": {"shards": "unused.tar", "image": "png", "caption": "json:captions"},
             "model": {"name": MODEL_NAME, "pretrained": str(weights), "layers": 2},
             "prompts": {"source": "captions", **prompts},
             "output": {"dir": str(out), "heatmap": True},
-        }
+        },
     }

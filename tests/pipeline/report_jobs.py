@@ -6,6 +6,7 @@ from corpus import demo_job, image_bytes, sample, write_shard
 
 from legrad.rle import encode_rle
 from pipeline.job import prepare_job
+from pipeline.output_folder import OutputFolder, new_run_id
 from pipeline.progress import RunState
 from pipeline.records import SampleError, ShardCounts
 from pipeline.run_record import recorded_run
@@ -70,9 +71,9 @@ def write_job(folder, shards, *, errors=(), done=None, runs=True, images=None, *
         paths.append(write_shard(folder / f"{number}.tar", samples))
     out = folder / "out"
     job = prepare_job(demo_job(paths, out, **sections))
-    metadata = {**job.stamp.as_metadata(), "attempt": "a"}
+    metadata = {**job.metadata, "attempt": "a"}
     for number, shard in enumerate(job.shards[:done]):
-        with ShardWriter(shard.canonical_url, metadata) as writer:
+        with ShardWriter(shard, metadata) as writer:
             by_sample = {}
             for entry in shards[number]:
                 by_sample.setdefault(entry["sample_index"], []).append(entry)
@@ -80,7 +81,7 @@ def write_job(folder, shards, *, errors=(), done=None, runs=True, images=None, *
                 writer.add_sample(rows, ())
             for error in errors if number == 0 else ():
                 writer.add_sample((), [error])
-            writer.publish(str(out), shard.shard_id)
+            writer.publish(str(out))
     if runs:
         record_run(out)
     return out
@@ -88,7 +89,7 @@ def write_job(folder, shards, *, errors=(), done=None, runs=True, images=None, *
 
 def record_run(out, ended="complete"):
     """Leave the record of a run of ten seconds."""
-    with recorded_run(str(out)) as recorder:
+    with recorded_run(OutputFolder(str(out), new_run_id())) as recorder:
         for second in range(1, 11):
             recorder.update(
                 RunState(

@@ -19,10 +19,10 @@ from pipeline import storage
 from pipeline.annotate import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError
+from pipeline.footers import read_footer
 from pipeline.mask_rows import mask_frame
 from pipeline.model import load_explainer
 from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA
-from pipeline.writer import read_footer
 
 
 @pytest.fixture(scope="module")
@@ -273,16 +273,16 @@ def test_a_crash_between_the_two_files_leaves_the_shard_undone_and_a_rerun_gives
     expected, _, _ = annotate(path, out=tmp_path / "undisturbed")
     publish = storage.publish
 
-    def crash_before_annotations(folder, name, content):
+    def crash_before_annotations(folder, name, content, **options):
         if folder.endswith("annotations"):
             raise OutputError("the machine went down")
-        publish(folder, name, content)
+        publish(folder, name, content, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(storage, "publish", crash_before_annotations)
         with pytest.raises(OutputError):
             annotate(path)
-    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["errors"]
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [".tmp", "errors"]
     again, _, _ = annotate(path)
     assert again == expected
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.budget import reason_to_stop
+from pipeline.budget import reason_at_end, reason_to_stop
 from pipeline.progress import RunState
 from pipeline.records import ShardCounts
 from pipeline.settings import RunConfig
@@ -23,7 +23,7 @@ def state(done=NOTHING, in_hand=NOTHING, shards_failed=0):
 def test_a_share_of_failed_samples_above_the_budget_stops_the_job_and_names_the_kinds():
     reason = reason_to_stop(RunConfig(error_budget=0.2), state(counts(799, 201, truncated=150, too_large=51)))
     assert reason == (
-        "201 of 1000 samples failed; run.error_budget is 0.2 (decode/too_large: 51, decode/truncated: 150)"
+        "201 of 1000 samples failed; run.error_budget is 0.2 (decode/truncated 150; decode/too_large 51)"
     )
 
 
@@ -32,8 +32,23 @@ def test_within_the_budget_or_before_a_thousand_samples_the_job_goes_on(done):
     assert reason_to_stop(RunConfig(error_budget=0.2), state(done)) == ""
 
 
-def test_samples_of_shards_in_hand_count():
-    assert "800 of 1400" in reason_to_stop(RunConfig(error_budget=0.5), state(counts(600), counts(0, 800)))
+def test_only_finished_shards_count_so_one_bad_shard_at_the_front_stops_nothing():
+    assert reason_to_stop(RunConfig(error_budget=0.5), state(counts(600), counts(0, 3000))) == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "complete"),
+    [(counts(0, 60), False), (counts(26, 91), False), (counts(8, 2), True), (counts(), True)],
+)
+def test_at_the_end_the_budget_holds_whatever_the_size_of_the_job(found, complete):
+    assert (reason_at_end(RunConfig(error_budget=0.2), found) == "") is complete
+
+
+def test_the_reason_names_a_key_of_each_kind():
+    failed = ShardCounts(
+        failed=3, errors_by_kind={"decode/cut": 3}, error_examples={"decode/cut": "000007"}, error_rows=3
+    )
+    assert "decode/cut 3, for example 000007" in reason_at_end(RunConfig(), failed)
 
 
 def test_a_budget_of_one_never_stops():

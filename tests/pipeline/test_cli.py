@@ -80,7 +80,7 @@ def test_a_limited_run_is_asked_for_so_many_shards_and_extrapolated(
     monkeypatch.setattr("pipeline.annotate_job.run_job", done)
     code, out, _ = legrad("annotate", config_file, "--limit", "1")
     assert code == 3
-    assert "0001.tar; the same command goes on" in out
+    assert "0001.tar; run the same command again to resume" in out
     assert "extrapolated from 1 of 2 shards" in out
     assert "about 2 samples, 6 rows, 4.0 kB of output" in out
 
@@ -127,7 +127,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(legrad, config_file, monkeyp
     monkeypatch.setattr("pipeline.annotate_job.run_job", interrupted)
     code, out, err = legrad("annotate", config_file)
     assert code == 130
-    assert "interrupted; the same command goes on" in out
+    assert "interrupted; run the same command again to resume" in out
     assert "Traceback" not in err
 
 

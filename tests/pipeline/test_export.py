@@ -150,9 +150,9 @@ def annotate_again(job, rows):
 
     prepared = prepare_job(parse_config(document))
     shard = prepared.shards[-1]
-    with ShardWriter(shard.canonical_url, {**prepared.stamp.as_metadata(), "attempt": "b"}) as writer:
+    with ShardWriter(shard, {**prepared.metadata, "attempt": "b"}) as writer:
         writer.add_sample(rows, ())
-        writer.publish(str(job), shard.shard_id)
+        writer.publish(str(job))
 
 
 def test_a_killed_export_leaves_no_file_under_a_final_name_that_is_cut(job, tmp_path, monkeypatch):

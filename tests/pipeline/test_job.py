@@ -8,8 +8,10 @@ from corpus import demo_job, write_corpus
 
 from pipeline import job as jobs
 from pipeline.errors import UserError
+from pipeline.job_record import job_document, read_job
 from pipeline.records import SampleError
 from pipeline.result import JobResult, concluded, first_state
+from pipeline.shard_list import read_shard_list
 from pipeline.status import read_status
 from pipeline.writer import ShardWriter
 
@@ -24,18 +26,18 @@ def row(index):
 
 
 def commit(job, shard, rows=2, failures=0):
-    with ShardWriter(shard.canonical_url, {**job.stamp.as_metadata(), "attempt": shard.shard_id}) as writer:
+    with ShardWriter(shard, {**job.metadata, "attempt": shard.shard_id}) as writer:
         for index in range(rows):
             writer.add_sample([row(index)], [])
         for index in range(failures):
             writer.add_sample([], [SampleError("decode", "truncated", "m", f"f{index}", rows + index)])
-        writer.publish(job.config.output.dir, shard.shard_id)
+        writer.publish(job.config.output.dir)
 
 
 def test_a_new_folder_gets_its_job_file_and_the_frozen_list_of_shards(corpus, tmp_path):
     job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     assert [shard.canonical_url for shard in job.todo] == [path.as_uri() for path in corpus]
-    document = jobs.read_job(str(tmp_path / "out"))
+    document = read_job(str(tmp_path / "out"))
     assert document["config_hash"] == job.stamp.config_hash
     assert document["weights_digest"].startswith("sha256:")
     assert document["versions"]["torch"]
@@ -59,7 +61,7 @@ def test_new_shards_are_taken_in_and_the_job_is_no_longer_complete(corpus, tmp_p
     job = jobs.prepare_job(config)
     for shard in job.shards:
         commit(job, shard)
-    jobs.record_success(config.output.dir, 2, read_status(config.output.dir).counts)
+    jobs.record_success(job.folder, 2, 0, read_status(config.output.dir).counts)
     assert jobs.prepare_job(config).todo == []
     assert (tmp_path / "out" / "_SUCCESS").exists()
     grown = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
@@ -96,7 +98,7 @@ def test_another_configuration_is_refused_and_what_differs_is_named(corpus, tmp_
 def test_a_folder_without_results_takes_a_corrected_configuration(corpus, tmp_path):
     jobs.prepare_job(demo_job(corpus, tmp_path / "out", model={"layers": 1}))
     corrected = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
-    assert jobs.read_job(str(tmp_path / "out"))["config_hash"] == corrected.stamp.config_hash
+    assert read_job(str(tmp_path / "out"))["config_hash"] == corrected.stamp.config_hash
 
 
 def test_another_configuration_may_overwrite_where_that_is_asked_for(corpus, tmp_path):
@@ -130,7 +132,7 @@ def test_other_versions_are_a_warning_not_a_refusal(corpus, tmp_path):
 def test_given_up_shards_are_tried_again_unless_told_not_to(corpus, tmp_path, retry):
     config = demo_job(corpus, tmp_path / "out", run={"retry_failed": retry})
     job = jobs.prepare_job(config)
-    jobs.record_failure(config.output.dir, job.shards[0], 3, "killed")
+    jobs.record_failure(job.folder, job.shards[0], 3, "killed")
     again = jobs.prepare_job(config)
     assert (job.shards[0] in again.todo) is retry
     assert (job.shards[0].shard_id in again.given_up) is not retry
@@ -144,7 +146,7 @@ def test_no_secret_of_a_url_is_written_down(corpus, tmp_path):
             "input": config.input.model_copy(update={"shards": ["s3://id:hunter2@bucket/{0..1}.tar?sig=abc"]})
         }
     )
-    written = jobs._job_document(hidden, jobs.prepare_job(config).stamp).decode()
+    written = job_document(hidden, jobs.prepare_job(config).stamp).decode()
     assert "hunter2" not in written
     assert "sig=abc" not in written
     assert "s3://bucket/{0..1}.tar" in written
@@ -154,7 +156,7 @@ def test_status_counts_what_is_done_failed_and_left(corpus, tmp_path):
     config = demo_job(corpus, tmp_path / "out")
     job = jobs.prepare_job(config)
     commit(job, job.shards[0], rows=3, failures=2)
-    jobs.record_failure(config.output.dir, job.shards[1], 3, "it kills its worker")
+    jobs.record_failure(job.folder, job.shards[1], 3, "it kills its worker")
     status = read_status(config.output.dir)
     assert (status.shards_total, status.done, status.left) == (
         3,
@@ -189,7 +191,7 @@ def test_status_of_a_folder_without_a_job_is_the_users_mistake(tmp_path):
 def test_the_list_of_shards_that_is_frozen_is_the_one_that_is_worked_on(corpus, tmp_path):
     config = demo_job([str(corpus[0].parent / "*.tar")], tmp_path / "out")
     job = jobs.prepare_job(config)
-    frozen = [(row["shard_id"], row["shard"]) for row in jobs.read_shard_list(config.output.dir)]
+    frozen = [(row["shard_id"], row["shard"]) for row in read_shard_list(config.output.dir)]
     assert frozen == [(shard.shard_id, shard.canonical_url) for shard in job.shards]
 
 

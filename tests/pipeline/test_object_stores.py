@@ -308,7 +308,7 @@ def test_an_object_is_removed_and_removing_nothing_is_no_error(store, bucket):
     assert not storage.exists(out, "x.bin")
     assert store.get(f"{bucket}/out/x.bin") is None
     assert storage.list_names(out) == set()
-    assert storage.sweep_temporary_files(out, older_than_s=0, now_s=time.time()) == 0
+    assert storage.sweep_staging(out, idle_for_s=0) == 0
 
 
 def test_content_that_breaks_off_leaves_nothing_under_the_final_name(store, bucket):
@@ -394,7 +394,7 @@ def test_a_job_reads_from_s3_and_writes_the_same_rows_to_s3_as_to_a_disk(store, 
     config = demo_job([f"s3://{bucket}/in/*.tar"], f"s3://{bucket}/out")
     job = jobs.prepare_job(config)
     assert [shard.size_bytes for shard in job.todo] == [path.stat().st_size for path in paths]
-    annotator = ShardAnnotator(config, explainer, decode_threads=1, metadata=job.stamp.as_metadata())
+    annotator = ShardAnnotator(config, explainer, decode_threads=1, metadata=job.metadata)
     annotator.annotate(job.todo[0])
     half = read_status(config.output.dir)
     assert (half.done, half.left) == ((job.shards[0].shard_id,), (job.shards[1].shard_id,))
@@ -438,7 +438,7 @@ def test_no_credential_of_input_or_output_is_written_down(store, bucket, explain
         f"s3://{bucket}/out?{options}",
     )
     job = jobs.prepare_job(config)
-    annotator = ShardAnnotator(config, explainer, decode_threads=1, metadata=job.stamp.as_metadata())
+    annotator = ShardAnnotator(config, explainer, decode_threads=1, metadata=job.metadata)
     annotator.annotate(job.todo[0])
     annotator.close()
     jobs.record_failure(config.output.dir, ShardSource("gone", "s3://x/gone", "s3://x/gone", 1), 1, "m")

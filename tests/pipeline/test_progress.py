@@ -39,7 +39,7 @@ def test_a_log_gets_one_plain_line_with_everything_that_is_asked_of_it():
     assert line.count("\n") == 1
     assert "\x1b" not in line
     for told in (
-        "shards 5/10, 1 failed, 4 left",
+        "shards 5/10, 0 damaged, 1 failed, 4 left",
         "samples 300 (10.0/s), 10 failed",
         "images 290",
         "device busy 90 %",
@@ -68,7 +68,13 @@ def test_a_terminal_gets_a_live_display_that_fits(width):
         progress.say("a worker died")
     shown = screen.getvalue()
     assert "\x1b[" in shown
-    for told in ("5/10 done, 1 failed, 4 left", "10.0/s", "290 decoded", "busy 90 %", "decode/truncated 10"):
+    for told in (
+        "5/10 done, 0 damaged, 1 failed, 4 left",
+        "10.0/s",
+        "290 decoded",
+        "busy 90 %",
+        "decode/truncated 10",
+    ):
         assert told in shown
     assert "a worker died" in shown
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.measures import Measures
+from pipeline.output_folder import OutputFolder, new_run_id
 from pipeline.progress import RunState
 from pipeline.records import ShardCounts
 from pipeline.run_record import MAX_POINTS, latest_run, latest_runs, record_from, recorded_run
@@ -29,7 +30,7 @@ def records(out):
 
 
 def test_a_run_tells_where_it_stands_while_it_goes_on_and_how_it_ended(tmp_path):
-    with recorded_run(str(tmp_path)) as recorder:
+    with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
         meanwhile = latest_run(str(tmp_path))
         recorder.close("complete")
@@ -49,7 +50,7 @@ def test_a_run_tells_where_it_stands_while_it_goes_on_and_how_it_ended(tmp_path)
     ],
 )
 def test_what_ended_a_run_early_is_recorded_and_passed_on(tmp_path, error, ended):
-    with pytest.raises(type(error)), recorded_run(str(tmp_path)) as recorder:
+    with pytest.raises(type(error)), recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
         raise error
     assert latest_run(str(tmp_path)).ended == ended
@@ -57,14 +58,14 @@ def test_what_ended_a_run_early_is_recorded_and_passed_on(tmp_path, error, ended
 
 def test_a_record_that_cannot_be_written_ends_no_run(tmp_path):
     (tmp_path / "runs").write_text("a file in the way")
-    with recorded_run(str(tmp_path)) as recorder:
+    with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
         recorder.close("complete")
     assert (tmp_path / "runs").read_text() == "a file in the way"
 
 
 def test_a_run_that_never_began_leaves_no_record(tmp_path):
-    with recorded_run(str(tmp_path)) as recorder:
+    with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.close("complete")
     assert latest_run(str(tmp_path)) is None
 
@@ -77,7 +78,7 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path, content):
 
 
 def test_a_record_survives_its_way_through_json(tmp_path):
-    with recorded_run(str(tmp_path)) as recorder:
+    with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
         record = latest_run(str(tmp_path))
     assert record_from(json.loads(record.as_json())) == record
@@ -87,7 +88,7 @@ def test_a_record_survives_its_way_through_json(tmp_path):
 @given(steps_s=st.lists(st.floats(0.1, 100), min_size=1, max_size=900))
 def test_the_history_is_bounded_rises_in_time_and_ends_with_the_newest_state(tmp_path_factory, steps_s):
     out, elapsed_s, samples = tmp_path_factory.mktemp("out"), 0.0, 0
-    with recorded_run(str(out)) as recorder:
+    with recorded_run(OutputFolder(str(out), new_run_id())) as recorder:
         for step_s in steps_s:
             elapsed_s, samples = elapsed_s + step_s, samples + 7
             state = replace(STATE, elapsed_s=elapsed_s, counts=ShardCounts(annotated=samples))
@@ -102,7 +103,7 @@ def test_the_history_is_bounded_rises_in_time_and_ends_with_the_newest_state(tmp
 
 
 def test_the_newest_runs_come_oldest_first_and_unreadable_ones_are_left_out(tmp_path):
-    with recorded_run(str(tmp_path)) as recorder:
+    with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
     (record,) = (tmp_path / "runs").glob("*.json")
     for name, samples in (("20250101T000000Z-1.json", 5), ("20250102T000000Z-1.json", 6)):

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from pipeline.job import prepare_job
 from pipeline.measures import Measures
+from pipeline.output_folder import OutputFolder, new_run_id
 from pipeline.progress import RunState
 from pipeline.records import ShardCounts
 from pipeline.run_record import RunRecord, recorded_run
@@ -27,6 +28,7 @@ RUN = RunRecord(
 STATUS = OutputStatus(
     shards_total=50_000,
     done=tuple(f"shard-{number}" for number in range(1234)),
+    damaged=(("s3://bucket/cut.tar", "read/truncated: the archive ends in a member, at byte 512"),),
     failed=(
         ("s3://" + "a-very-long-bucket/" * 6 + "000001.tar", "the worker died: " + "out of memory " * 12),
     ),
@@ -38,7 +40,9 @@ STATUS = OutputStatus(
         failed=45_000,
         rows=31_000_000,
         errors_by_kind={"decode/truncated": 40_000, "caption/not_utf8": 5_000},
+        error_examples={"decode/truncated": "000123"},
     ),
+    shortfall="45000 of 12048000 samples failed",
     succeeded=False,
     run=RUN,
 )
@@ -56,12 +60,14 @@ def test_a_status_fits_the_screen_and_keeps_its_figures_whole(width):
     assert max(len(line) for line in text.splitlines()) <= width
     for told in (
         "incomplete",
-        "50,000: 1,234 done, 1 failed, 48,765 left",
+        "50,000: 1,234 done, 1 damaged, 1 failed, 48,765 left",
         "12,048,000: 12,000,000 annotated, 3,000 empty, 45,000 failed",
         "31,000,000",
         "1,234,567 samples (171.5/s)",
         "1,234,000 images decoded; device busy 97 % on 8 worker(s)",
-        "decode/truncated  40,000",
+        "decode/truncated  40,000, for example 000123",
+        "s3://bucket/cut.tar",
+        "read/truncated: the archive ends in a member, at byte 512",
         "caption/not_utf8  5,000",
     ):
         assert told in text
@@ -87,7 +93,7 @@ def test_a_status_without_any_run_says_nothing_of_one(tmp_path):
 
 def test_the_newest_run_is_the_one_that_is_told(tmp_path):
     prepare_job(demo_job(write_corpus(tmp_path / "in", 2, 1), tmp_path / "out"))
-    with recorded_run(str(tmp_path / "out")) as recorder:
+    with recorded_run(OutputFolder(str(tmp_path / "out"), new_run_id())) as recorder:
         recorder.update(RunState(shards_total=2, shards_skipped=0, shards_done=1))
         recorder.close("stopped early: too many errors")
     assert "stopped early: too many errors" in shown(read_status(str(tmp_path / "out")))

@@ -2,7 +2,8 @@
 
 import errno
 import os
-import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow.fs as pafs
 import pytest
@@ -175,16 +176,45 @@ def test_a_folder_that_cannot_be_made_is_told_with_its_path(tmp_path):
 
 
 def test_temporary_files_are_neither_listed_nor_kept_for_ever(tmp_path):
-    touch(
-        tmp_path,
-        "x.parquet",
-        f"{storage.TEMPORARY_PREFIX}old-x.parquet",
-        f"{storage.TEMPORARY_PREFIX}new-x.parquet",
-    )
-    os.utime(tmp_path / f"{storage.TEMPORARY_PREFIX}old-x.parquet", (0, 0))
+    touch(tmp_path, "x.parquet", f".abc-y.parquet{storage.TEMPORARY_SUFFIX}")
     assert storage.list_names(str(tmp_path)) == {"x.parquet"}
-    assert storage.sweep_temporary_files(str(tmp_path), older_than_s=60, now_s=time.time()) == 1
-    assert (tmp_path / f"{storage.TEMPORARY_PREFIX}new-x.parquet").exists()
+
+
+def test_staging_folders_are_swept_once_no_run_has_written_there_for_long(tmp_path):
+    for run in ("old", "new", "old-with-other-files"):
+        (tmp_path / run).mkdir()
+        touch(tmp_path / run, f"1-annotations-x.parquet{storage.TEMPORARY_SUFFIX}")
+    touch(tmp_path / "old-with-other-files", "photo.jpg")
+    for path in [*tmp_path.glob("old*/*"), *tmp_path.glob("old*")]:
+        os.utime(path, (0, 0))
+    assert storage.sweep_staging(str(tmp_path), idle_for_s=60) == 1
+    assert not (tmp_path / "old").exists()
+    assert len(list((tmp_path / "new").iterdir())) == 1
+    assert (tmp_path / "old-with-other-files" / "photo.jpg").exists()
+
+
+def test_a_file_that_is_written_in_a_staging_folder_appears_in_one_step_and_leaves_nothing_there(tmp_path):
+    storage.publish(str(tmp_path / "a"), "x.bin", b"one", staging_url=str(tmp_path / "staging"))
+    assert (tmp_path / "a" / "x.bin").read_bytes() == b"one"
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system at /dev/shm")
+def test_a_staging_folder_on_another_file_system_does_not_keep_a_file_from_being_published():
+    with (
+        TemporaryDirectory(dir="/dev/shm") as staging,
+        TemporaryDirectory(dir=Path(__file__).parent) as folder,
+    ):
+        storage.publish(folder, "x.bin", b"one", staging_url=staging)
+        assert [path.name for path in Path(folder).iterdir()] == ["x.bin"]
+        assert list(Path(staging).iterdir()) == []
+
+
+def test_a_file_is_moved_whole_and_what_is_not_there_is_not_moved(tmp_path):
+    touch(tmp_path, "x.parquet")
+    assert storage.move(str(tmp_path), "x.parquet", str(tmp_path / "unlisted"), "x.parquet.moved")
+    assert not storage.move(str(tmp_path), "x.parquet", str(tmp_path / "unlisted"), "y")
+    assert [path.name for path in (tmp_path / "unlisted").iterdir()] == ["x.parquet.moved"]
 
 
 def test_removing_and_asking_for_what_is_not_there_is_no_error(tmp_path):

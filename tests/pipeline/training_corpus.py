@@ -7,15 +7,14 @@ import uuid
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from corpus import demo_job
 from PIL import Image
 from pycocotools import mask as coco
 
 from pipeline import storage
-from pipeline.job import JOB_FILE, SHARDS_FILE, SHARDS_SCHEMA
+from pipeline.output_folder import JOB_FILE, LAYOUT, SHARDS_FILE
 from pipeline.records import ANNOTATION_SCHEMA, SampleError
+from pipeline.shard_list import shard_list_bytes
 from pipeline.writer import ShardWriter
 
 HEIGHT, WIDTH = 6, 10
@@ -150,25 +149,29 @@ def begin_job(shards, out):
     config = demo_job(shards, out, input={"image": "png", "shards": [str(shard) for shard in shards]})
     sources = storage.list_shards(config.input.shards)
     listed = [
-        {"shard_id": shard.shard_id, "shard": shard.canonical_url, "size_bytes": shard.size_bytes}
+        {
+            "shard_id": shard.shard_id,
+            "shard": shard.canonical_url,
+            "size_bytes": shard.size_bytes,
+            "mtime_ns": shard.mtime_ns,
+            "etag": shard.etag,
+        }
         for shard in sources
     ]
-    table = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(listed, schema=SHARDS_SCHEMA), table)
-    document = {"config": config.model_dump(mode="json"), "config_hash": "0" * 16}
+    document = {"config": config.model_dump(mode="json"), "config_hash": "0" * 16, "layout": LAYOUT}
     storage.publish(config.output.dir, JOB_FILE, json.dumps(document).encode())
-    storage.publish(config.output.dir, SHARDS_FILE, table.getvalue())
+    storage.publish(config.output.dir, SHARDS_FILE, shard_list_bytes(listed))
     return sources
 
 
 def annotate(out, shard, rows_by_sample):
     """Publish a shard's two files."""
     metadata = {"attempt": uuid.uuid4().hex, "config_hash": "0" * 16}
-    with ShardWriter(shard.canonical_url, metadata) as writer:
+    with ShardWriter(shard, metadata) as writer:
         for index, rows in enumerate(rows_by_sample):
             failed = [] if rows else [SampleError("decode", "unreadable", "broken", None, index)]
             writer.add_sample(rows, failed if index % 2 else [])
-        writer.publish(str(out), shard.shard_id)
+        writer.publish(str(out))
 
 
 def write_corpus(folder, plans, *, not_annotated=()):

@@ -1,0 +1,202 @@
+"""What earlier runs left in an output folder: whether it may stay, and how it is deleted on request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from pipeline import storage
+from pipeline.config import differing_keys
+from pipeline.errors import UserError
+from pipeline.footers import FOOTER_READERS, UNREADABLE, read_footer
+from pipeline.job_record import JobStamp, read_job
+from pipeline.output_folder import (
+    ANNOTATIONS,
+    DAMAGED,
+    FAILED,
+    JOB_FILE,
+    LAYOUT,
+    SUCCESS_FILE,
+    SUFFIXES,
+    OutputFolder,
+)
+from pipeline.settings import JobConfig
+from pipeline.survey import FolderIds, Row
+
+NAMED_FILES = 5
+
+
+@dataclass(frozen=True)
+class Former:
+    """What became of earlier results: what the user should know of it, and whether they were deleted."""
+
+    warnings: tuple[str, ...] = ()
+    deleted: bool = False
+
+
+def agreed_with_former(
+    folder: OutputFolder, ids: FolderIds, config: JobConfig, stamp: JobStamp, listed: Sequence[Row]
+) -> Former:
+    """Make sure that what is in a folder belongs to this configuration, or delete it where that is asked for.
+
+    Args:
+        folder: the output folder.
+        ids: the shards that have files in it.
+        config: the configuration.
+        stamp: identifies its results.
+        listed: rows of the folder's list of shards.
+
+    Raises:
+        UserError: the folder holds results of another configuration, or it is not known of which.
+        OutputError: files cannot be deleted.
+    """
+    if JOB_FILE not in storage.list_names(folder.url):
+        _refuse_results_without_job(folder, ids)
+        return Former()
+    if not (ids.annotations or ids.errors or ids.failed or ids.damaged):
+        return Former()
+    former = read_job(folder.url)
+    if former.get("config_hash") == stamp.config_hash:
+        return Former(_changed_versions(former.get("versions") or {}, stamp.versions))
+    if config.output.on_mismatch == "refuse":
+        differing = differing_keys(former.get("config") or {}, config.model_dump(mode="json"))
+        raise UserError(
+            f"{storage.without_credentials(folder.url)}: holds results of another configuration "
+            f"({former.get('config_hash')}, now {stamp.config_hash}).\n"
+            f"  changed: {', '.join(differing) or 'the model weights'}\n"
+            f"  choose another output.dir, or set output.on_mismatch=overwrite to delete what is there"
+        )
+    folder.remove(SUCCESS_FILE)
+    removed = _delete_results(folder, [row["shard_id"] for row in listed])
+    return Former((f"removed {removed} files of another configuration",), deleted=True)
+
+
+def _refuse_results_without_job(folder: OutputFolder, ids: FolderIds) -> None:
+    names = sorted(f"{shard_id}.parquet" for shard_id in ids.annotations)
+    if not names:
+        return
+    hashes = {_config_hash(storage.join_url(folder.url, ANNOTATIONS, name)) for name in names[:NAMED_FILES]}
+    known = ", ".join(sorted(filter(None, hashes)))
+    origin = f"made with the configuration {known}" if known else "not written by this program"
+    raise UserError(
+        f"{storage.without_credentials(folder.url)}: holds annotations ({_named(names)}; {origin}) but no "
+        f"{JOB_FILE}, so it is not known what they are: restore {JOB_FILE}, or choose another output.dir"
+    )
+
+
+def _config_hash(url: str) -> str | None:
+    try:
+        return str(read_footer(url)["config_hash"])
+    except UNREADABLE:
+        return None
+
+
+def _changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
+    changed = [
+        f"{package} {before.get(package)} -> {installed}"
+        for package, installed in now.items()
+        if before.get(package) != installed
+    ]
+    return (f"other versions than in the earlier run: {', '.join(changed)}",) if changed else ()
+
+
+def _delete_results(folder: OutputFolder, listed_ids: Iterable[str]) -> int:
+    """Delete the files of listed shards that this program wrote, and nothing else."""
+    ours = [
+        (name, f"{shard_id}{suffix}")
+        for name, suffix in SUFFIXES.items()
+        for shard_id in sorted(folder.ids(name) & set(listed_ids))
+    ]
+    _refuse_links(folder.url, ours)
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        is_ours = list(pool.map(lambda file: _was_written_here(folder.url, *file), ours))
+    deleted = [file for file, known in zip(ours, is_ours, strict=True) if known]
+    for name, file_name in deleted:
+        folder.remove(file_name, name)
+    folder.set_aside({file_name.removesuffix(SUFFIXES[name]) for name, file_name in set(ours) - set(deleted)})
+    if others := sorted(folder.ids(ANNOTATIONS)):
+        where = storage.without_credentials(storage.join_url(folder.url, ANNOTATIONS))
+        raise UserError(
+            f"{where}: holds files of shards that this job never listed "
+            f"({_named([f'{name}.parquet' for name in others])}); they are not deleted: choose another "
+            "output.dir"
+        )
+    return len(deleted)
+
+
+def _refuse_links(url: str, files: Iterable[tuple[str, str]]) -> None:
+    filesystem, path = storage.resolve(url)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        return
+    places = {Path(path) / name for name in SUFFIXES} | {Path(path) / name / file for name, file in files}
+    links = sorted(str(place) for place in places if place.is_symlink())
+    if links:
+        raise UserError(
+            f"{_named(links)}: a symbolic link; nothing is deleted through links: choose another output.dir, "
+            "or delete what is there yourself"
+        )
+
+
+def _was_written_here(url: str, folder: str, name: str) -> bool:
+    where = storage.join_url(url, folder, name)
+    try:
+        if folder in (FAILED, DAMAGED):
+            return bool(
+                json.loads(storage.read_bytes(where))["shard_id"] == name.removesuffix(SUFFIXES[folder])
+            )
+        return bool(read_footer(where)["config_hash"])
+    except UNREADABLE:
+        return False
+
+
+def rows_of_unlisted_files(
+    folder: OutputFolder, ids: FolderIds, listed: Sequence[Row]
+) -> list[dict[str, Any]]:
+    """Rows, as in the list of shards, of files in `annotations/` that are missing in that list.
+
+    Such files are left by another job on the same folder, or where the list was lost. Their footers say which
+    shard they belong to, and which version of it.
+
+    Raises:
+        UserError: one of them was not written by this program.
+    """
+    unlisted = sorted(ids.annotations - {row["shard_id"] for row in listed})
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        rows = list(pool.map(lambda shard_id: _row_of(folder.url, shard_id), unlisted))
+    foreign = [f"{shard_id}.parquet" for shard_id, row in zip(unlisted, rows, strict=True) if row is None]
+    if foreign:
+        where = storage.without_credentials(storage.join_url(folder.url, ANNOTATIONS))
+        raise UserError(
+            f"{where}: holds files that this program did not write, which every reader of the folder would "
+            f"take for annotations ({_named(foreign)}): move them away, or choose another output.dir"
+        )
+    return [row for row in rows if row is not None]
+
+
+def _row_of(url: str, shard_id: str) -> dict[str, Any] | None:
+    try:
+        footer = read_footer(storage.join_url(url, ANNOTATIONS, f"{shard_id}.parquet"))
+        if footer["layout"] != LAYOUT:
+            return None
+        read_from = footer["input"]
+        return {
+            "shard_id": shard_id,
+            "shard": str(footer["shard"]),
+            "size_bytes": read_from["size"],
+            "mtime_ns": read_from["mtime_ns"],
+            "etag": read_from["etag"],
+            "moved_from": None,
+        }
+    except UNREADABLE:
+        return None
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED_FILES:,} more" if len(names) > NAMED_FILES else ""
+    return ", ".join(names[:NAMED_FILES]) + more
