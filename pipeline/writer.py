@@ -153,11 +153,11 @@ class ShardWriter:
             "content_digest": content_digest,
             **counts_as_metadata(counts),
         }
+        folder.publish(f"{shard_id}.parquet", self._errors.finish(metadata), ERRORS)
         if self._damage:
             record = {"shard_id": shard_id, "shard": self._shard.canonical_url, "reason": self._damage}
             folder.publish(f"{shard_id}.json", json.dumps(record, ensure_ascii=False).encode(), DAMAGED)
         else:
             folder.remove(f"{shard_id}.json", DAMAGED)
-        folder.publish(f"{shard_id}.parquet", self._errors.finish(metadata), ERRORS)
         folder.publish(f"{shard_id}.parquet", self._annotations.finish(metadata), ANNOTATIONS)
         return Published(counts, self._damage)
