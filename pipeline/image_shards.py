@@ -17,7 +17,7 @@ from pipeline.storage import (
     canonical_url,
     join_url,
     list_shards,
-    without_credentials,
+    shown_url,
 )
 from pipeline.storage.commands import is_command
 
@@ -78,8 +78,7 @@ def parse_move(text: str, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str
         return start, absolute(new)
     known = f"; the first is {listed[0]['shard']}" if listed else ""
     raise UserError(
-        f"{without_credentials(old)}=...: expected as OLD of OLD=NEW a folder or a file of the job's "
-        f"shards{known}"
+        f"{shown_url(old)}=...: expected as OLD of OLD=NEW a folder or a file of the job's shards{known}"
     )
 
 

@@ -72,7 +72,7 @@ def read_class_list(url: str) -> tuple[ClassEntry, ...]:
         UserError: the file cannot be read, or an entry is wrong; names the file and the lines or entries.
     """
     text = storage.read_text(url).removeprefix("\ufeff")
-    where = storage.without_credentials(url)
+    where = storage.shown_url(url)
     suffix = PurePosixPath(urlsplit(storage.canonical_url(url)).path).suffix.lower()
     if suffix == ".txt":
         items, place = [line.strip() for line in text.rstrip().split("\n")], "line"

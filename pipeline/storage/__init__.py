@@ -23,7 +23,7 @@ from pipeline.storage.urls import (
     canonical_url,
     join_url,
     shard_id,
-    without_credentials,
+    shown_url,
 )
 
 __all__ = [
@@ -47,6 +47,6 @@ __all__ = [
     "remove_staging",
     "resolve",
     "shard_id",
+    "shown_url",
     "sweep_staging",
-    "without_credentials",
 ]

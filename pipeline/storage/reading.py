@@ -17,9 +17,9 @@ from pipeline.storage.urls import (
     WEB_SCHEMES,
     ShardSource,
     local_path,
+    shown_url,
     split_url,
     told_as,
-    without_credentials,
     without_secrets,
 )
 
@@ -130,4 +130,4 @@ def read_text(url: str) -> str:
         cause = error.strerror or without_secrets(error, url)
     except UnicodeDecodeError as error:
         cause = str(error)
-    raise UserError(f"{without_credentials(url)}: cannot be read: {cause}")
+    raise UserError(f"{shown_url(url)}: cannot be read: {cause}")

@@ -83,7 +83,7 @@ def canonical_url(url: str) -> str:
     return urlunsplit((parts.scheme, host_of(parts), parts.path, "", ""))
 
 
-def without_credentials(pattern: str) -> str:
+def shown_url(pattern: str) -> str:
     """A path or URL pattern as it may be written down: user info, query and fragment removed from URLs."""
     is_remote = urlsplit(pattern).scheme in (*OBJECT_SCHEMES, *WEB_SCHEMES)
     return canonical_url(pattern) if is_remote or is_command(pattern) else pattern
