@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
     Raises:
         UserError: unreadable file, invalid YAML, unknown key (the nearest known one is named), bad value.
     """
-    where = storage.without_credentials(str(path))
+    where = storage.shown_url(str(path))
     text = storage.read_text(str(path))
     try:
         document = yaml.safe_load(text)

@@ -168,7 +168,7 @@ def _sizes_bytes(folder_url: str) -> dict[str, int]:
     try:
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     except OSError as error:
-        raise OutputError(f"{storage.without_credentials(folder_url)}: cannot be listed") from error
+        raise OutputError(f"{storage.shown_url(folder_url)}: cannot be listed") from error
     return {info.base_name: info.size for info in infos if info.is_file}
 
 

@@ -111,7 +111,7 @@ def explain_file(
 
 def render_explained(written: Sequence[ExplainedText], folder: str) -> str:
     """What a person reads once the pictures are there."""
-    shown = storage.without_credentials(folder)
+    shown = storage.shown_url(folder)
     lines = [
         f"similarity {found.similarity:+.3f}  {printable(found.text)}\n"
         f"  {storage.join_url(shown, found.overlay)}\n  {storage.join_url(shown, found.layers)}"
@@ -141,7 +141,7 @@ def _loaded(model: ModelConfig) -> legrad.LeGrad:
 
 
 def _read_image(url: str) -> Image.Image:
-    shown = storage.without_credentials(url)
+    shown = storage.shown_url(url)
     try:
         data = storage.read_bytes(url)
         return open_image(data, max_image_pixels=InputConfig(shards=[]).max_image_pixels)

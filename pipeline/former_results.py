@@ -67,7 +67,7 @@ def agreed_with_former(
     if config.output.on_mismatch == "refuse":
         differing = differing_keys(former.get("config") or {}, config.model_dump(mode="json"))
         raise UserError(
-            f"{storage.without_credentials(folder.url)}: holds results of another configuration "
+            f"{storage.shown_url(folder.url)}: holds results of another configuration "
             f"({former.get('config_hash')}, now {stamp.config_hash}).\n"
             f"  changed: {', '.join(differing) or 'the model weights'}\n"
             f"  choose another output.dir, or set output.on_mismatch=overwrite to delete what is there"
@@ -85,7 +85,7 @@ def _refuse_results_without_job(folder: OutputFolder, ids: FolderIds) -> None:
     known = ", ".join(sorted(filter(None, hashes)))
     origin = f"made with the configuration {known}" if known else "not written by this program"
     raise UserError(
-        f"{storage.without_credentials(folder.url)}: holds annotations ({_named(names)}; {origin}) but no "
+        f"{storage.shown_url(folder.url)}: holds annotations ({_named(names)}; {origin}) but no "
         f"{JOB_FILE}, so it is not known what they are: restore {JOB_FILE}, or choose another output.dir"
     )
 
@@ -121,7 +121,7 @@ def _delete_results(folder: OutputFolder, listed_ids: Iterable[str]) -> int:
         folder.remove(file_name, name)
     folder.set_aside({file_name.removesuffix(SUFFIXES[name]) for name, file_name in set(ours) - set(deleted)})
     if others := sorted(folder.ids(ANNOTATIONS)):
-        where = storage.without_credentials(storage.join_url(folder.url, ANNOTATIONS))
+        where = storage.shown_url(storage.join_url(folder.url, ANNOTATIONS))
         raise UserError(
             f"{where}: holds files of shards that this job never listed "
             f"({_named([f'{name}.parquet' for name in others])}); they are not deleted: choose another "
@@ -171,7 +171,7 @@ def rows_of_unlisted_files(
         rows = list(pool.map(lambda shard_id: _row_of(folder.url, shard_id), unlisted))
     foreign = [f"{shard_id}.parquet" for shard_id, row in zip(unlisted, rows, strict=True) if row is None]
     if foreign:
-        where = storage.without_credentials(storage.join_url(folder.url, ANNOTATIONS))
+        where = storage.shown_url(storage.join_url(folder.url, ANNOTATIONS))
         raise UserError(
             f"{where}: holds files that this program did not write, which every reader of the folder would "
             f"take for annotations ({_named(foreign)}): move them away, or choose another output.dir"

@@ -11,17 +11,11 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipeline.errors import UserError
-from pipeline.storage import (
-    ShardSource,
-    absolute,
-    canonical_url,
-    join_url,
-    list_shards,
-    without_credentials,
-)
+from pipeline.storage import ShardSource, absolute, join_url, list_shards, shard_name, shown_url
 from pipeline.storage.commands import is_command
+from pipeline.storage.urls import ID_DIGITS, LONG_ID_DIGITS, file_url, id_of_name, is_local, local_path
 
-DIGEST = re.compile(r"-[0-9a-f]{8}$")
+DIGEST = re.compile(rf"-[0-9a-f]{{{ID_DIGITS}}}(?:[0-9a-f]{{{LONG_ID_DIGITS - ID_DIGITS}}})?$")
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,8 @@ def locate_shards(listed: Sequence[Mapping[str, Any]], given: Sequence[str] = ()
     """Find the tars of a job's shards.
 
     Args:
-        listed: the rows of OUT/shards.parquet: shard_id, shard (canonical URL), size_bytes.
-        given: what the user names: paths, URLs and patterns of tars, joined by canonical URL, else by stem
+        listed: the rows of OUT/shards.parquet: shard_id, shard (its name), size_bytes.
+        given: what the user names: paths, URLs and patterns of tars, joined by name, else by stem
             where that leaves no doubt; or OLD=NEW, which says that what lay in OLD, a folder or a file, lies
             in NEW. Without any, the job's own URLs hold.
 
@@ -55,51 +49,53 @@ def locate_shards(listed: Sequence[Mapping[str, Any]], given: Sequence[str] = ()
     if not patterns:
         return _own(listed, mappings)
     if mappings:
-        raise UserError(f"expected either shards or OLD=NEW, received both: {', '.join(given)}")
-    names = {f"{row['shard_id']}.parquet" for row in listed}
-    shards = list_shards(patterns)
-    matched = match_annotations(shards, names)
-    found = {
-        matched[shard.canonical_url].removesuffix(".parquet"): shard
-        for shard in shards
-        if shard.canonical_url in matched
-    }
+        told = ", ".join(map(shown_url, given))
+        raise UserError(f"expected either shards or OLD=NEW, received both: {told}")
+    found = _matched(list_shards(patterns), {row["shard_id"]: row["shard"] for row in listed})
     absent = [row["shard_id"] for row in listed if row["shard_id"] not in found]
     return LocatedShards(found, dict.fromkeys(absent, "is not among the shards given"))
 
 
 def parse_move(text: str, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
-    """Split OLD=NEW into OLD, as shown URLs begin, and NEW; None for a path or a URL, which may hold a =."""
+    """Split OLD=NEW: OLD as names of shards begin, and NEW; None for a path or a URL, which may hold a =."""
     old, _, new = text.partition("=")
     if not (old and new) or "?" in old or Path(text).exists():
         return None
-    start = canonical_url(old).rstrip("/")
-    if any(lies_in(row["shard"], start) for row in listed):
-        return start, absolute(new)
+    for start in _beginnings(old):
+        if any(lies_in(row["shard"], start) for row in listed):
+            return start, absolute(new)
     known = f"; the first is {listed[0]['shard']}" if listed else ""
     raise UserError(
-        f"{without_credentials(old)}=...: expected as OLD of OLD=NEW a folder or a file of the job's "
-        f"shards{known}"
+        f"{shown_url(old)}=...: expected as OLD of OLD=NEW a folder or a file of the job's shards{known}"
     )
+
+
+def _beginnings(old: str) -> list[str]:
+    """How names of shards in OLD begin: by its real path, or as written where its links are gone."""
+    real = shard_name(old).rstrip("/")
+    return [real, file_url(str(local_path(old))).rstrip("/")] if is_local(old) else [real]
 
 
 def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]]) -> LocatedShards:
     sources, missing = {}, {}
     for row in listed:
-        shard_id, url = row["shard_id"], row["shard"]
-        moved = next((moved_url(url, old, new) for old, new in mappings if lies_in(url, old)), None)
-        if moved is not None:
-            # the copy has a size of its own
-            sources[shard_id] = ShardSource(shard_id, moved, canonical_url(moved), None)
-        elif is_command(url):
+        shard_id, name = row["shard_id"], row["shard"]
+        mapping = next(((old, new) for old, new in mappings if lies_in(name, old)), None)
+        if is_command(name) and mapping is None:
             missing[shard_id] = "was written by a command, which is not kept"
+        elif "?" in name and (mapping is None or mapping[0] != name):
+            missing[shard_id] = "has a query in its URL, which is not kept: name the shards as the job does"
+        elif mapping is None:
+            sources[shard_id] = ShardSource(shard_id, name, name, row["size_bytes"])
         else:
-            sources[shard_id] = ShardSource(shard_id, url, url, row["size_bytes"])
+            moved = moved_url(name, *mapping)
+            # the copy has a size of its own
+            sources[shard_id] = ShardSource(shard_id, moved, shard_name(moved), None)
     return LocatedShards(sources, missing)
 
 
 def lies_in(url: str, start: str) -> bool:
-    """Whether a shown URL is that of a folder or file, or of something in it."""
+    """Whether a shard's name is that of a folder or file, or of something in it."""
     return url == start or url.startswith(f"{start}/")
 
 
@@ -117,16 +113,31 @@ def match_annotations(shards: Sequence[ShardSource], names: Collection[str]) -> 
         names: names of the annotations files.
 
     Returns:
-        Canonical URL of a shard to the name of its file; shards without one are left out.
+        Name of a shard, its `canonical_url`, to the name of its file; shards without one are left out.
     """
-    exact = {shard.canonical_url: f"{shard.shard_id}.parquet" for shard in shards}
-    exact = {url: name for url, name in exact.items() if name in names}
-    moved = [shard for shard in shards if shard.canonical_url not in exact]
-    free_stems = Counter(stem_of(name.removesuffix(".parquet")) for name in set(names) - set(exact.values()))
-    moved_stems = Counter(stem_of(shard.shard_id) for shard in moved)
-    by_stem = {stem_of(name.removesuffix(".parquet")): name for name in set(names) - set(exact.values())}
+    ids = dict.fromkeys(name.removesuffix(".parquet") for name in names)
+    return {shard.canonical_url: f"{known}.parquet" for known, shard in _matched(shards, ids).items()}
+
+
+def _matched(shards: Sequence[ShardSource], known: Mapping[str, str | None]) -> dict[str, ShardSource]:
+    """Shards by the id under which a job knows them; `known` has those ids, and the shard's name if it is."""
+    by_name = {name: shard_id for shard_id, name in known.items() if name is not None}
+    exact = {}
+    for shard in shards:
+        # a job whose other shards would have had the same id gave it a longer one
+        longer = id_of_name(shard.canonical_url, digits=LONG_ID_DIGITS)
+        own = by_name.get(shard.canonical_url)
+        for shard_id in (own, longer, shard.shard_id):
+            if shard_id is not None and shard_id in known:
+                exact[shard_id] = shard
+                break
+    matched = {shard.canonical_url for shard in exact.values()}
+    moved = [shard for shard in shards if shard.canonical_url not in matched]
+    free = [shard_id for shard_id in known if shard_id not in exact]
+    free_stems, moved_stems = Counter(map(stem_of, free)), Counter(stem_of(shard.shard_id) for shard in moved)
+    by_stem = {stem_of(shard_id): shard_id for shard_id in free}
     return exact | {
-        shard.canonical_url: by_stem[stem]
+        by_stem[stem]: shard
         for shard in moved
         if free_stems[stem := stem_of(shard.shard_id)] == 1 and moved_stems[stem] == 1
     }

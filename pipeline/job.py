@@ -149,10 +149,10 @@ def _told_moves(moves: Sequence[str], listed: Sequence[Row]) -> dict[str, Row]:
     for text in moves:
         move = parse_move(text, listed)
         if move is None:
-            raise UserError(f"--moved: expected OLD=NEW, got {storage.without_credentials(text)!r}")
+            raise UserError(f"--moved: expected OLD=NEW, got {storage.shown_url(text)!r}")
         old, new = move
         moved = {
-            storage.canonical_url(moved_url(row["shard"], old, new)): row
+            storage.shard_name(moved_url(row["shard"], old, new)): row
             for row in listed
             if lies_in(row["shard"], old)
         }

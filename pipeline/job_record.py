@@ -57,12 +57,12 @@ def read_job(output_dir: str) -> dict[str, Any]:
         UserError: the folder has none, it is not readable, or another version of this program wrote it.
     """
     url = storage.join_url(output_dir, JOB_FILE)
-    where = storage.without_credentials(url)
+    where = storage.shown_url(url)
     try:
         document = json.loads(storage.read_bytes(url))
     except FileNotFoundError:
         raise UserError(
-            f"{storage.without_credentials(output_dir)}: holds no {JOB_FILE}; "
+            f"{storage.shown_url(output_dir)}: holds no {JOB_FILE}; "
             "is it the output folder of `legrad annotate`?"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -83,9 +83,9 @@ def job_document(config: JobConfig, stamp: JobStamp) -> bytes:
     listed = config.input.shards
     patterns = [listed] if isinstance(listed, str) else listed
     document["input"]["shards"] = [
-        storage.without_credentials(url) for pattern in patterns for url in _with_scheme_first(pattern)
+        storage.shown_url(url) for pattern in patterns for url in _with_scheme_first(pattern)
     ]
-    document["output"]["dir"] = storage.without_credentials(config.output.dir)
+    document["output"]["dir"] = storage.shown_url(config.output.dir)
     return as_json(
         {
             **stamp.as_metadata(),

@@ -93,7 +93,7 @@ def damage_of(output_dir: str, shard_id: str) -> str:
     try:
         return str(json.loads(storage.read_bytes(url))["reason"])
     except UNREADABLE:
-        return f"its record cannot be read: {storage.without_credentials(url)}"
+        return f"its record cannot be read: {storage.shown_url(url)}"
 
 
 def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:

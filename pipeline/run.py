@@ -100,9 +100,7 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
             f"{len(shards)} shard(s) to do, {first_state(job).shards_skipped} done before; "
             f"{plan.workers} worker(s) on {plan.device} with {plan.cpus} CPU core(s) each"
         )
-        metrics = RunMetrics(
-            storage.without_credentials(job.config.output.dir), ray_metrics.Counter, ray_metrics.Gauge
-        )
+        metrics = RunMetrics(storage.shown_url(job.config.output.dir), ray_metrics.Counter, ray_metrics.Gauge)
         dispatcher = _Dispatcher(job, shards, plan, SharedProgress([progress, metrics]), factory)
         try:
             result = dispatcher.run()

@@ -36,7 +36,7 @@ def read_shard_list(output_dir: str) -> list[dict[str, Any]]:
         UserError: it is not there, not readable, or holds what this program does not write.
     """
     url = storage.join_url(output_dir, SHARDS_FILE)
-    where = storage.without_credentials(url)
+    where = storage.shown_url(url)
     try:
         table = pq.read_table(BytesIO(storage.read_bytes(url)))
     except (OSError, pa.ArrowException) as error:

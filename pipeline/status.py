@@ -111,7 +111,7 @@ def last_error(output_dir: str, shard_id: str) -> str:
     try:
         return str(json.loads(storage.read_bytes(url))["last_error"])
     except UNREADABLE as error:
-        return f"({storage.without_credentials(url)} cannot be read: {error})"
+        return f"({storage.shown_url(url)} cannot be read: {error})"
 
 
 def render_status(status: OutputStatus) -> RenderableType:

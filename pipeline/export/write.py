@@ -212,7 +212,7 @@ def _claim(export: _Export, shard_ids: Sequence[str]) -> None:
     what = [asdict(export.options), export.out, sorted(shard_ids)]
     own = {
         "format": export.options.format,
-        "job": storage.without_credentials(export.out),
+        "job": storage.shown_url(export.out),
         "fingerprint": hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16],
     }
     where = storage.join_url(export.dest, EXPORT_FILE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -20,6 +19,7 @@ from pydantic import (
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.storage.urls import split_url
 
 LARGEST_CLASS_ID = 2**15 - 1
 TOLD_PROBLEMS = 10
@@ -71,9 +71,9 @@ def read_class_list(url: str) -> tuple[ClassEntry, ...]:
     Raises:
         UserError: the file cannot be read, or an entry is wrong; names the file and the lines or entries.
     """
-    text = storage.read_text(url).removeprefix("\ufeff")
-    where = storage.without_credentials(url)
-    suffix = PurePosixPath(urlsplit(storage.canonical_url(url)).path).suffix.lower()
+    text = storage.read_text(url)
+    where = storage.shown_url(url)
+    suffix = PurePosixPath(split_url(url).path).suffix.lower()
     if suffix == ".txt":
         items, place = [line.strip() for line in text.rstrip().split("\n")], "line"
     elif suffix in (".yaml", ".yml"):

@@ -92,7 +92,7 @@ def write_report(
     gallery = with_pictures(cards, located, config, PICTURE_BYTES // max(1, len(cards)))
     page = render_page(
         PageContent(
-            out=storage.without_credentials(out_dir),
+            out=storage.shown_url(out_dir),
             job=job,
             config=config,
             totals=totals,
@@ -111,7 +111,7 @@ def write_report(
 
 def _told(url: str, page: bytes, gallery: Gallery) -> Report:
     return Report(
-        url=storage.without_credentials(url),
+        url=storage.shown_url(url),
         size_bytes=len(page),
         rows_shown=len(gallery.cards),
         pictures=sum(card.pictures is not None for card in gallery.cards),

@@ -4,7 +4,7 @@ Local paths, ``s3://`` and ``gs://`` for everything; ``http://`` and ``https://`
 """
 
 from pipeline.storage.filesystems import resolve
-from pipeline.storage.listing import list_shards
+from pipeline.storage.listing import ShardListing, find_shards, list_shards
 from pipeline.storage.output import (
     IN_MEMORY_BYTES,
     TEMPORARY_SUFFIX,
@@ -20,10 +20,10 @@ from pipeline.storage.reading import READAHEAD_BYTES, DigestingStream, open_shar
 from pipeline.storage.urls import (
     ShardSource,
     absolute,
-    canonical_url,
     join_url,
     shard_id,
-    without_credentials,
+    shard_name,
+    shown_url,
 )
 
 __all__ = [
@@ -31,10 +31,11 @@ __all__ = [
     "READAHEAD_BYTES",
     "TEMPORARY_SUFFIX",
     "DigestingStream",
+    "ShardListing",
     "ShardSource",
     "absolute",
-    "canonical_url",
     "exists",
+    "find_shards",
     "join_url",
     "list_names",
     "list_shards",
@@ -47,6 +48,7 @@ __all__ = [
     "remove_staging",
     "resolve",
     "shard_id",
+    "shard_name",
+    "shown_url",
     "sweep_staging",
-    "without_credentials",
 ]

@@ -43,10 +43,16 @@ def named_shard(url: str) -> str:
     named = [word for word in arguments or [program] if _TAR_NAME.search(basename(urlsplit(word).path))]
     if len(named) != 1:
         raise UserError(
-            f"input.shards: {COMMAND_PREFIX}{program}: expected one argument that names the shard (*.tar, "
-            f"*.tar.gz, ...), by which its results are known; found {len(named)}"
+            f"input.shards: {COMMAND_PREFIX}{_plain(program)}: expected one argument that names the shard "
+            f"(*.tar, *.tar.gz, ...), by which its results are known; found {len(named)}"
         )
     return named[0]
+
+
+def _plain(program: str) -> str:
+    """A program's name; whatever else stands in its place may hold a secret."""
+    name = basename(program)
+    return name if re.fullmatch(r"[\w.+-]+", name) and "://" not in program else "..."
 
 
 def _words(url: str) -> list[str]:

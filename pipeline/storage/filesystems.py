@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote
 import pyarrow.fs as pafs
 
 from pipeline.errors import UserError
-from pipeline.storage.urls import OBJECT_SCHEMES, canonical_url, host_of, local_path, split_url, told_as
+from pipeline.storage.urls import OBJECT_SCHEMES, host_of, is_local, local_path, shown_url, split_url, told_as
 
 CONNECT_TIMEOUT_S = 10
 # pyarrow's own default is none: a read whose server falls silent would never end
@@ -42,13 +42,21 @@ def resolve(url: str) -> tuple[pafs.FileSystem, str]:
 def resolved(url: str) -> tuple[pafs.FileSystem, str]:
     """Like `resolve`, but a store that does not answer is an OSError."""
     parts = split_url(url)
-    if parts.scheme in ("", "file"):
-        return pafs.LocalFileSystem(), str(local_path(url))
+    if is_local(url):
+        return pafs.LocalFileSystem(), _as_utf8(str(local_path(url)))
     if parts.scheme in OBJECT_SCHEMES:
         root = parts._replace(path="", fragment="")
         return _object_filesystem(root), f"{host_of(parts)}{parts.path}"
     expected = "a local path, s3:// or gs:// (http:// only for input)"
-    raise UserError(f"{canonical_url(url)}: expected {expected}, got scheme {parts.scheme!r}")
+    raise UserError(f"{shown_url(url)}: expected {expected}, got scheme {parts.scheme!r}")
+
+
+def _as_utf8(path: str) -> str:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{shown_url(path)}: expected a path in UTF-8; rename the folder") from None
+    return path
 
 
 @lru_cache(maxsize=64)
@@ -92,7 +100,7 @@ def _s3(root: SplitResult) -> pafs.S3FileSystem:
 
 def _gcs(root: SplitResult) -> pafs.GcsFileSystem:
     if root.username not in (None, ANONYMOUS):
-        raise UserError(f"{canonical_url(root.geturl())}: credentials come from the environment")
+        raise UserError(f"{shown_url(root.geturl())}: credentials come from the environment")
     return pafs.GcsFileSystem(
         **_options(root, GCS_OPTIONS),
         anonymous=root.username == ANONYMOUS,
@@ -103,7 +111,7 @@ def _gcs(root: SplitResult) -> pafs.GcsFileSystem:
 def _options(root: SplitResult, known: tuple[str, ...]) -> dict[str, str]:
     options = dict(parse_qsl(root.query))
     if unknown := sorted(set(options) - set(known)):
-        where = canonical_url(root.geturl())
+        where = shown_url(root.geturl())
         raise UserError(
             f"{where}: cannot be used: expected options {', '.join(known)}, got {', '.join(unknown)}"
         )

@@ -1,123 +1,251 @@
-"""Shard patterns spelled out: braces, globs and lists, to shards with their sizes."""
+"""Shard patterns to shards: what each name means, how large it is, and which version of it is there."""
 
 from __future__ import annotations
 
+import os
+import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
-from urllib.parse import urlsplit
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-import braceexpand
 import pyarrow.fs as pafs
 
 from pipeline.errors import UserError
 from pipeline.storage import web
-from pipeline.storage.commands import is_command, named_shard
+from pipeline.storage.commands import is_command
 from pipeline.storage.filesystems import resolve
-from pipeline.storage.reading import read_text
+from pipeline.storage.globs import LocalGlob, fits, has_glob
+from pipeline.storage.lists import SpelledPatterns
 from pipeline.storage.urls import (
+    LONG_ID_DIGITS,
     OBJECT_SCHEMES,
     WEB_SCHEMES,
     ShardSource,
-    absolute,
-    canonical_url,
+    file_url,
     host_of,
-    shard_id,
+    id_of_name,
+    is_local,
+    local_path,
+    shard_name,
+    shown_url,
     split_url,
     told_as,
 )
 
-SIZE_REQUESTS_AT_ONCE = 32
+REQUESTS_AT_ONCE = 32
 
 
-def list_shards(patterns: str | list[str], *, allow_commands: bool = False) -> list[ShardSource]:
-    """Expand shard patterns to a sorted list without repetitions.
+@dataclass(frozen=True)
+class ShardListing:
+    """What shard patterns name.
+
+    Attributes:
+        shards: the shards, sorted by name.
+        warnings: what the user should know of the patterns, a line each: names that were the same file.
+    """
+
+    shards: list[ShardSource]
+    warnings: tuple[str, ...] = ()
+
+
+def list_shards(
+    patterns: str | Sequence[str], *, allow_commands: bool = False, check_inputs: bool = True
+) -> list[ShardSource]:
+    """The shards of `find_shards`, for callers that show no warnings."""
+    return find_shards(patterns, allow_commands=allow_commands, check_inputs=check_inputs).shards
+
+
+def find_shards(
+    patterns: str | Sequence[str], *, allow_commands: bool = False, check_inputs: bool = True
+) -> ShardListing:
+    """Expand shard patterns to a sorted list in which each file stands once.
 
     Args:
         patterns: paths or URLs with braces and globs; ``@FILE`` reads patterns from a text file, one a line.
+            A path that is there as it is written is that file, whatever characters it holds.
         allow_commands: whether ``pipe:COMMAND`` may stand among them; it is run when the shard is opened.
-
-    Returns:
-        The shards, sorted by canonical URL.
+        check_inputs: whether web servers are asked for size and version of each object.
 
     Raises:
-        UserError: nothing matches a pattern, the pattern would run a command, or an object store refuses.
+        UserError: the patterns name no shard, nothing matches one of them, one would run a command, or an
+            object store refuses.
     """
-    sizes: dict[str, int | None] = {}
-    unsized: list[str] = []
-    for pattern in _spelled_out([patterns] if isinstance(patterns, str) else patterns, allow_commands):
-        if not _is_glob(pattern):
-            unsized.append(pattern)
-        elif matches := _matches(pattern):
-            sizes |= matches
-        else:
-            raise UserError(f"input.shards: nothing matches {canonical_url(pattern)}")
-    sizes |= _sizes_bytes(url for url in dict.fromkeys(unsized) if url not in sizes)
-    urls = {canonical_url(url): url for url in sizes}
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not given:
+        raise UserError("input.shards: names no shard: the list of patterns is empty")
+    spelled, found = SpelledPatterns(allow_commands), _Found()
+    for pattern in spelled.of(given):
+        found.take(pattern)
+    if not found.sources:
+        raise UserError(f"input.shards: names no shard: {', '.join(map(shown_url, given))}")
+    shards = _with_unique_ids(_asked_for(found, check_inputs))
+    return ShardListing(shards, found.warnings(spelled.repeated))
+
+
+def _with_unique_ids(shards: Iterable[ShardSource]) -> list[ShardSource]:
+    """Sorted shards; where several would share an id, and so their results, they get longer ones."""
+    ordered = sorted(shards, key=lambda shard: shard.canonical_url)
+    uses = Counter(shard.shard_id for shard in ordered)
     return [
-        ShardSource(shard_id(known), absolute(known_url), known, sizes[known_url])
-        for known, known_url in sorted(urls.items())
+        shard
+        if uses[shard.shard_id] == 1
+        else replace(shard, shard_id=id_of_name(shard.canonical_url, digits=LONG_ID_DIGITS))
+        for shard in ordered
     ]
 
 
-def _spelled_out(patterns: list[str], allow_commands: bool) -> Iterator[str]:
-    for pattern in patterns:
-        if pattern.startswith("@"):
-            yield from _spelled_out(_lines(pattern[1:]), allow_commands)
-            continue
-        # a command's own backslashes stay
-        for url in braceexpand.braceexpand(pattern, escape=not is_command(pattern)):
-            _check_is_url(url, allow_commands)
-            yield url
+def _source(name: str, url: str, size_bytes: int | None = None, mtime_ns: int | None = None) -> ShardSource:
+    return ShardSource(id_of_name(name), url, name, size_bytes, mtime_ns)
 
 
-def _check_is_url(url: str, allow_commands: bool) -> None:
-    if is_command(url):
-        if not allow_commands:
-            raise UserError(
-                f"input.shards: {url.split(maxsplit=1)[0]!r} would run a command: give a path or a URL, "
-                "or set input.allow_commands"
+@dataclass
+class _Found:
+    """The shards by name, as one pattern after the other is looked up.
+
+    Attributes:
+        sources: the shards; those on servers that are named one by one have no size yet.
+        unasked: names of the latter.
+    """
+
+    sources: dict[str, ShardSource] = field(default_factory=dict)
+    unasked: set[str] = field(default_factory=set)
+    _first_named: dict[str, str] = field(default_factory=dict)
+    _repeated: int = 0
+    _repetition: tuple[str, str] = ("", "")
+    _aliases: dict[str, str] = field(default_factory=dict)
+    _real_folders: dict[str, str] = field(default_factory=dict)
+
+    def take(self, pattern: str) -> None:
+        """Look up what a name or a glob means."""
+        scheme = split_url(pattern).scheme
+        if is_command(pattern):
+            self._note(pattern, _source(shard_name(pattern), pattern))
+        elif is_local(pattern):
+            self._take_local(pattern)
+        elif scheme in OBJECT_SCHEMES and has_glob(_key(pattern)):
+            self._take_objects(pattern)
+        else:
+            source = _source(shard_name(pattern), pattern)
+            self._note(pattern, source)
+            self.unasked.add(source.canonical_url)
+
+    def _note(self, given: str, source: ShardSource) -> None:
+        name = source.canonical_url
+        first = self._first_named.setdefault(name, given)
+        if name in self.sources:
+            self._repetition = self._repetition if self._repeated else (given, first)
+            self._repeated += 1
+        # of URLs that were signed twice, the later one is valid for longer
+        self.sources[name] = source
+
+    def _take_local(self, pattern: str) -> None:
+        path = str(local_path(pattern))
+        if not has_glob(path) or os.path.lexists(path):
+            self._note(path, self._local_source(path))
+            return
+        glob = LocalGlob(path)
+        with told_as(UserError, pattern, "cannot be listed"):
+            matches = 0
+            for real_folder, entry in glob.files():
+                self._note(entry.path, _entry_source(real_folder, entry))
+                matches += 1
+        if not matches:
+            raise UserError(f"input.shards: nothing matches {shown_url(pattern)}")
+        self._aliases |= glob.aliases
+
+    def _local_source(self, path: str) -> ShardSource:
+        folder, name = os.path.split(path)
+        if name in ("", ".", ".."):
+            return _linked_source(path)
+        if folder not in self._real_folders:
+            self._real_folders[folder] = os.path.realpath(folder)
+        real = posixpath.join(self._real_folders[folder], name)
+        try:
+            found = os.lstat(real)
+        except OSError:
+            return _source(file_url(real), real)
+        return _linked_source(path) if stat.S_ISLNK(found.st_mode) else _stat_source(real, found)
+
+    def _take_objects(self, pattern: str) -> None:
+        matches = _matching_objects(pattern)
+        for url, info in matches:
+            self._note(url, _source(shard_name(url), url, info.size, info.mtime_ns))
+        if not matches:
+            raise UserError(f"input.shards: nothing matches {shown_url(pattern)}")
+
+    def warnings(self, repeated_lists: int) -> tuple[str, ...]:
+        """What the user should know of names that turned out to be the same file or folder."""
+        lines = []
+        if self._repeated:
+            given, first = map(shown_url, self._repetition)
+            other = f"{given} is {first}" if given != first else f"{given} is listed twice"
+            lines.append(
+                f"input.shards: {self._repeated:,} name(s) are of files that are listed already ({other}); "
+                "each file is annotated once"
             )
-        named_shard(url)
-        return
+        if known := self._aliases_with_shards():
+            real, alias = known[0]
+            lines.append(
+                f"input.shards: links lead to {len(known):,} folder(s) that are searched already "
+                f"({alias} is {real}); each file is annotated once"
+            )
+        if repeated_lists:
+            lines.append(f"input.shards: lists are named again {repeated_lists:,} time(s); each is read once")
+        return tuple(lines)
+
+    def _aliases_with_shards(self) -> list[tuple[str, str]]:
+        names = sorted(self.sources) if self._aliases else []
+
+        def holds_a_shard(folder: str) -> bool:
+            start = f"{file_url(folder).rstrip('/')}/"
+            place = bisect_left(names, start)
+            return place < len(names) and names[place].startswith(start)
+
+        return [(real, alias) for real, alias in sorted(self._aliases.items()) if holds_a_shard(real)]
+
+
+def _linked_source(path: str) -> ShardSource:
+    real = os.path.realpath(path)
     try:
-        urlsplit(url)
-    except ValueError as error:
-        raise UserError(f"input.shards: expected a path or a URL: {error}") from None
+        return _stat_source(real, Path(real).stat())
+    except OSError:
+        return _source(file_url(real), real)
 
 
-def _lines(url: str) -> list[str]:
-    try:
-        text = read_text(url)
-    except UserError as error:
-        raise UserError(f"input.shards: the list {error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+def _entry_source(real_folder: str, entry: os.DirEntry[str]) -> ShardSource:
+    if entry.is_symlink():
+        return _linked_source(entry.path)
+    return _stat_source(posixpath.join(real_folder, entry.name), entry.stat())
 
 
-def _is_glob(pattern: str) -> bool:
-    if is_command(pattern):
-        return False
-    parts = split_url(pattern)
-    where = host_of(parts) + parts.path if parts.scheme in OBJECT_SCHEMES else pattern
-    return parts.scheme not in WEB_SCHEMES and any(character in where for character in "*?[")
+def _stat_source(real: str, found: os.stat_result) -> ShardSource:
+    if not stat.S_ISREG(found.st_mode):
+        return _source(file_url(real), real)
+    return _source(file_url(real), real, found.st_size, found.st_mtime_ns)
 
 
-def _matches(pattern: str) -> dict[str, int]:
-    """URLs and sizes of the files that match a glob, by one listing of the folder above it."""
+def _key(url: str) -> str:
+    parts = split_url(url)
+    return host_of(parts) + parts.path
+
+
+def _matching_objects(pattern: str) -> list[tuple[str, pafs.FileInfo]]:
+    """URLs of the objects that match a glob, by one listing of the folder above it."""
     filesystem, path = resolve(pattern)
     folder, slash, below = _cut_before_glob(path)
     if not slash:
-        raise UserError(f"input.shards: {canonical_url(pattern)}: expected the bucket's name, got a glob")
+        raise UserError(f"input.shards: {shown_url(pattern)}: expected the bucket's name, got a glob")
     selector = pafs.FileSelector(folder or "/", recursive="/" in below, allow_not_found=True)
-    glob = re.compile(_glob_regex(path))
     with told_as(UserError, pattern, "cannot be listed"):
-        infos = filesystem.get_file_info(selector)
-    return {
-        _url_like(pattern, info.path): info.size
-        for info in infos
-        if info.is_file and glob.fullmatch(info.path)
-    }
+        infos = [info for info in filesystem.get_file_info(selector) if info.is_file]
+    literal = [info for info in infos if info.path == path]
+    matching = literal or [info for info in infos if fits(info.path, path)]
+    return [(_url_like(pattern, info.path), info) for info in matching]
 
 
 def _cut_before_glob(path: str) -> tuple[str, str, str]:
@@ -126,47 +254,32 @@ def _cut_before_glob(path: str) -> tuple[str, str, str]:
     return folder, slash, path[len(folder) + 1 :]
 
 
-def _glob_regex(glob: str) -> str:
-    tokens = re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", glob)
-    known = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    return "".join(
-        known.get(token)
-        or (token.replace("[!", "[^", 1) if re.fullmatch(r"\[[^\]]+\]", token) else re.escape(token))
-        for token in tokens
-    )
-
-
 def _url_like(pattern: str, path: str) -> str:
     """The URL of a path found by a pattern, with the pattern's user info and options."""
     parts = split_url(pattern)
-    if parts.scheme not in OBJECT_SCHEMES:
-        return path
     key = path.partition("/")[2]
     return f"{parts.scheme}://{parts.netloc}/{key}" + (f"?{parts.query}" if parts.query else "")
 
 
-def _sizes_bytes(urls: Iterable[str]) -> Mapping[str, int | None]:
-    listed = list(urls)
-    with ThreadPoolExecutor(SIZE_REQUESTS_AT_ONCE) as pool:
-        sizes = dict(zip(listed, pool.map(_size_bytes, listed), strict=True))
-    _check_buckets(url for url, size in sizes.items() if size is None)
-    return sizes
+def _asked_for(found: _Found, check_inputs: bool) -> Iterator[ShardSource]:
+    """The shards, with size and version of those on servers that were named one by one."""
+    unasked = [found.sources[name] for name in found.unasked]
+    if not check_inputs:
+        unasked = [shard for shard in unasked if split_url(shard.url).scheme not in WEB_SCHEMES]
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        asked = {shard.canonical_url: shard for shard in pool.map(_asked, unasked)}
+    _check_buckets(shard.url for shard in asked.values() if shard.size_bytes is None)
+    return (asked.get(name, shard) for name, shard in found.sources.items())
 
 
-def _size_bytes(url: str) -> int | None:
-    if is_command(url):
-        return None
-    scheme = split_url(url).scheme
-    if scheme in WEB_SCHEMES:
-        return web.size_bytes(url)
-    filesystem, path = resolve(url)
-    if scheme in OBJECT_SCHEMES:
-        with told_as(UserError, url, "cannot be looked up"):
-            return cast("int | None", filesystem.get_file_info(path).size)
-    try:
-        return cast("int | None", filesystem.get_file_info(path).size)
-    except OSError:
-        return None
+def _asked(shard: ShardSource) -> ShardSource:
+    if split_url(shard.url).scheme in WEB_SCHEMES:
+        told = web.ask(shard.url)
+        return replace(shard, size_bytes=told.size_bytes, mtime_ns=told.mtime_ns, etag=told.etag)
+    filesystem, path = resolve(shard.url)
+    with told_as(UserError, shard.url, "cannot be looked up"):
+        info = filesystem.get_file_info(path)
+    return replace(shard, size_bytes=info.size, mtime_ns=info.mtime_ns)
 
 
 def _check_buckets(urls: Iterable[str]) -> None:
@@ -177,4 +290,4 @@ def _check_buckets(urls: Iterable[str]) -> None:
         bucket = path.partition("/")[0]
         with told_as(UserError, url, "its bucket cannot be looked up"):
             if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
-                raise UserError(f"{canonical_url(url)}: there is no bucket {bucket!r}")
+                raise UserError(f"{shown_url(url)}: there is no bucket {bucket!r}")

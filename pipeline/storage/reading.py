@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from pipeline.errors import ShardError, ShortReadError, UserError
 from pipeline.storage import web
@@ -16,14 +16,16 @@ from pipeline.storage.filesystems import resolve, resolved
 from pipeline.storage.urls import (
     WEB_SCHEMES,
     ShardSource,
+    is_local,
     local_path,
+    shown_url,
     split_url,
     told_as,
-    without_credentials,
     without_secrets,
 )
 
 READAHEAD_BYTES = 4 << 20
+MAX_TEXT_BYTES = 256 << 20
 
 
 class _CountedStream(io.RawIOBase):
@@ -93,41 +95,58 @@ def _opened(shard: ShardSource) -> tuple[Any, int]:
             found.close()
             raise OSError("the server does not tell how long it is, so a cut could not be told from its end")
         return found, max(listed_bytes, found.announced_bytes or 0)
+    if is_local(shard.url):
+        # pyarrow takes no path that is not UTF-8
+        return local_path(shard.url).open("rb", buffering=0), listed_bytes
     filesystem, path = resolved(shard.url)
     return filesystem.open_input_stream(path, buffer_size=READAHEAD_BYTES), listed_bytes
 
 
-def read_bytes(url: str) -> bytes:
-    """The whole content of a small file; raises FileNotFoundError or another OSError."""
-    scheme = split_url(url).scheme
-    if scheme in ("", "file"):
-        return local_path(url).read_bytes()
-    if scheme in WEB_SCHEMES:
-        return _read_web(url)
-    filesystem, path = resolve(url)
-    with filesystem.open_input_stream(path) as stream:
-        return cast(bytes, stream.read())
+def read_bytes(url: str, *, max_bytes: int | None = None) -> bytes:
+    """The whole content of a small file.
+
+    Raises:
+        OSError: it cannot be read (FileNotFoundError: there is none), or has more than `max_bytes` bytes.
+    """
+    pieces: list[bytes] = []
+    left = float("inf") if max_bytes is None else max_bytes
+    with _opened_file(url) as stream:
+        while piece := stream.read(READAHEAD_BYTES):
+            pieces.append(piece)
+            left -= len(piece)
+            if left < 0:
+                raise OSError(f"has more than {max_bytes} bytes, the limit")
+    return b"".join(pieces)
 
 
-def _read_web(url: str) -> bytes:
-    try:
-        with web.WebObject(url) as found:
-            return b"".join(iter(lambda: found.read(READAHEAD_BYTES), b""))
-    except HTTPException as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+@contextmanager
+def _opened_file(url: str) -> Iterator[Any]:
+    if is_local(url):
+        with local_path(url).open("rb") as stream:
+            yield stream
+    elif split_url(url).scheme in WEB_SCHEMES:
+        try:
+            with web.WebObject(url) as found:
+                yield found
+        except HTTPException as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+    else:
+        filesystem, path = resolve(url)
+        with filesystem.open_input_stream(path) as stream:
+            yield stream
 
 
 def read_text(url: str) -> str:
-    """The whole content of a small text file that the user names.
+    """The whole content of a text file that the user names, without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read, is larger than MAX_TEXT_BYTES, or is not UTF-8.
     """
     try:
-        return read_bytes(url).decode("utf-8")
+        return read_bytes(url, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
     except OSError as error:
         # an operating system's error repeats the path
         cause = error.strerror or without_secrets(error, url)
     except UnicodeDecodeError as error:
         cause = str(error)
-    raise UserError(f"{without_credentials(url)}: cannot be read: {cause}")
+    raise UserError(f"{shown_url(url)}: cannot be read: {cause}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import re
 import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException, HTTPResponse, IncompleteRead
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from http.client import HTTPException, HTTPResponse, IncompleteRead, InvalidURL
 from types import TracebackType
 from typing import cast
 from urllib.error import HTTPError, URLError
@@ -13,12 +17,18 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from pipeline.records import printable
+from pipeline.storage.versions import InputVersion
+
 SILENCE_TIMEOUT_S = 60.0
 SIZE_TIMEOUT_S = 20.0
 ATTEMPTS = 6
 LONGEST_WAIT_S = 60.0
 THROTTLED_OR_DOWN = (408, 429, 500, 502, 503, 504)
+LONGEST_TAG = 256
 RESERVED = "%/:?#[]@!$&'()*+,;=~"
+
+_DIGITS = re.compile("[0-9]{1,18}")
 
 
 class WebObject:
@@ -43,7 +53,9 @@ class WebObject:
         self._url = url
         self._read_bytes = 0
         self._response: HTTPResponse | None = _retrying()(_answer, url, "GET", SILENCE_TIMEOUT_S)
-        self.announced_bytes = self._response.length
+        # http.client takes what int() takes
+        sent_whole = self._response.length is not None
+        self.announced_bytes = _whole_number(self._response.headers["Content-Length"]) if sent_whole else None
         self.tells_its_end = self.announced_bytes is not None or self._response.chunked
         self._validator = _validator(self._response)
 
@@ -95,13 +107,38 @@ class WebObject:
             self._response = None
 
 
-def size_bytes(url: str) -> int | None:
-    """Size of an object as the server announces it without sending it; None where it does not."""
+def ask(url: str) -> InputVersion:
+    """Ask for an object's size and version by one request; a server that refuses tells neither."""
     try:
         with _answer(url, "HEAD", SIZE_TIMEOUT_S) as response:
-            return int(response.headers["Content-Length"])
-    except (OSError, HTTPException, TypeError, ValueError):
+            told = response.headers
+    except (OSError, HTTPException):
+        return InputVersion()
+    return InputVersion(
+        _whole_number(told.get("Content-Length")), _time_ns(told.get("Last-Modified")), _tag(told.get("ETag"))
+    )
+
+
+def _whole_number(text: str | None) -> int | None:
+    """Digits alone, not more than fit 64 bits; int() takes signs, underscores and digits of any script."""
+    return int(text) if text is not None and _DIGITS.fullmatch(text.strip(" \t")) else None
+
+
+def _time_ns(text: str | None) -> int | None:
+    try:
+        seconds = parsedate_to_datetime(text or "").timestamp()
+    except (TypeError, ValueError, OverflowError):
         return None
+    time_ns = round(seconds) * 10**9
+    return time_ns if 0 <= time_ns < 2**63 else None
+
+
+def _tag(text: str | None) -> str | None:
+    """The ETag as it may be stored: a server may send anything."""
+    if not text:
+        return None
+    tag = printable(text)
+    return tag if len(tag) <= LONGEST_TAG else f"sha256:{hashlib.sha256(tag.encode()).hexdigest()}"
 
 
 def _validator(response: HTTPResponse) -> str | None:
@@ -122,10 +159,30 @@ def _answer(
         # not sent on to where a redirect leads
         request.add_unredirected_header("Authorization", f"Basic {token}")
     try:
-        return cast(HTTPResponse, urllib.request.urlopen(request, timeout=timeout_s))  # noqa: S310
+        return cast(HTTPResponse, _opener().open(request, timeout=timeout_s))
     except HTTPError as error:
         error.close()  # it holds the connection
         raise
+    except (ValueError, OverflowError) as error:
+        # a host or a port that is none, perhaps where a redirect leads
+        raise InvalidURL(f"no valid web address: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _opener() -> urllib.request.OpenerDirector:
+    """Opens http and https alone: what urllib opens by default, redirects may lead to files and FTP."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    return opener
 
 
 def _retrying() -> Retrying:
@@ -140,11 +197,13 @@ def _retrying() -> Retrying:
 def _may_pass(error: BaseException) -> bool:
     if isinstance(error, HTTPError):
         return error.code in THROTTLED_OR_DOWN
-    return isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError))
+    passing = (URLError, HTTPException, ConnectionError, TimeoutError)
+    return isinstance(error, passing) and not isinstance(error, InvalidURL)
 
 
 def _wait_s(state: RetryCallState) -> float:
     own_s = float(wait_random_exponential(max=LONGEST_WAIT_S)(state))
     error = state.outcome.exception() if state.outcome is not None else None
-    asked = error.headers.get("Retry-After", "") if isinstance(error, HTTPError) else ""
-    return max(own_s, min(float(asked), LONGEST_WAIT_S)) if asked.isdigit() else own_s
+    headers = error.headers if isinstance(error, HTTPError) else None
+    asked_s = _whole_number(headers.get("Retry-After")) if headers else None
+    return own_s if asked_s is None else max(own_s, min(float(asked_s), LONGEST_WAIT_S))

@@ -54,6 +54,6 @@ def pair_shards(out_dir: str, given: Sequence[str] = ()) -> Pairing:
     if not usable:
         reasons = "; ".join(sorted(set(left_out.values())))
         raise UserError(
-            f"{storage.without_credentials(out_dir)}: none of the {len(listed)} shards can be used: {reasons}"
+            f"{storage.shown_url(out_dir)}: none of the {len(listed)} shards can be used: {reasons}"
         )
     return Pairing(tuple(ShardPair(located.sources[name], name) for name in usable), left_out)

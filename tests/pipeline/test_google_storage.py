@@ -52,13 +52,13 @@ def test_shards_are_listed_with_sizes_and_read_byte_for_byte(objects, url):
     content = os.urandom(9 * MEBIBYTE)
     objects |= {("bucket", "in/0.tar"): content, ("bucket", "in/1.tar"): b"x", ("bucket", "in/note"): b"n"}
     shards = storage.list_shards([url("in/*.tar"), url("in/{1,2}.tar")])
-    assert [(shard.canonical_url, shard.size_bytes) for shard in shards] == [
+    assert [(shard.canonical_url.partition("?")[0], shard.size_bytes) for shard in shards] == [
         ("gs://bucket/in/0.tar", 9 * MEBIBYTE),
         ("gs://bucket/in/1.tar", 1),
         ("gs://bucket/in/2.tar", None),
     ]
     assert whole(shards[0]) == content
-    with pytest.raises(ShardError, match=r"gs://bucket/in/2\.tar: cannot be opened"):
+    with pytest.raises(ShardError, match=r"gs://bucket/in/2\.tar\S*: cannot be opened"):
         whole(shards[2])
 
 
@@ -115,7 +115,7 @@ def test_an_upload_that_never_ends_leaves_the_earlier_object(objects, url, monke
     objects["bucket", "out/x.bin"] = b"before"
     out = url("out", Fault("PUT", status=503, times=999))
     for name in ("x.bin", "new.bin"):
-        with pytest.raises(OutputError, match=rf"gs://bucket/out/{name}: cannot be written"):
+        with pytest.raises(OutputError, match=rf"gs://bucket/out/{name}\S*: cannot be written"):
             storage.publish(out, name, os.urandom(9 * MEBIBYTE))
     assert objects == {("bucket", "out/x.bin"): b"before"}
 

@@ -4,13 +4,12 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.image_shards import locate_shards
-from pipeline.storage import canonical_url, list_shards, shard_id
+from pipeline.storage import list_shards, shard_id, shard_name
 
 
 def listed(*urls):
     return [
-        {"shard_id": shard_id(url), "shard": canonical_url(str(url)), "size_bytes": 7}
-        for url in map(str, urls)
+        {"shard_id": shard_id(url), "shard": shard_name(str(url)), "size_bytes": 7} for url in map(str, urls)
     ]
 
 

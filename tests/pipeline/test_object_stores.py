@@ -133,7 +133,10 @@ def test_options_of_a_url_hold_for_what_its_glob_finds(store, bucket, monkeypatc
         f"s3://testing:{SECRET}@{bucket}/in/?.tar?scheme=http&region=us-east-1&endpoint_override={endpoint}"
     )
     (shard,) = storage.list_shards(pattern)
-    assert shard.canonical_url == f"s3://{bucket}/in/0.tar"
+    assert re.fullmatch(
+        rf"s3://{bucket}/in/0\.tar\?endpoint_override=~\w{{16}}&region=~\w{{16}}&scheme=~\w{{16}}",
+        shard.canonical_url,
+    )
     assert whole(shard) == b"content"
 
 
@@ -165,7 +168,7 @@ def test_wrong_credentials_for_the_input_are_the_users_mistake(rude_bucket, patt
 
 @pytest.mark.parametrize("url", ["s3://b/0.tar?X-Amz-Signature={}", "s3://id:{}@b/0.tar?nonsense=1"])
 def test_an_option_that_is_not_known_is_told_without_its_secrets(url):
-    with pytest.raises(UserError, match=r"s3://b: cannot be used: expected options region") as error:
+    with pytest.raises(UserError, match=r"s3://b\S*: cannot be used: expected options region") as error:
         storage.list_shards(url.format(SECRET))
     one_line(error)
 
@@ -449,7 +452,7 @@ def test_no_credential_of_input_or_output_is_written_down(store, bucket, explain
     }
     for key, content in written.items():
         assert SECRET.encode() not in content, key
-        assert b"endpoint_override" not in content, key
+        assert store.endpoint.removeprefix("http://").encode() not in content, key
 
 
 def test_credentials_in_the_outputs_url_are_refused_and_not_shown(tmp_path):

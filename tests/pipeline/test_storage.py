@@ -25,13 +25,13 @@ from pipeline.storage import ShardSource
         ("/data/odd?name#1.tar", "file:///data/odd%3Fname%231.tar"),
     ],
 )
-def test_a_canonical_url_is_absolute_and_carries_no_secret(url, canonical):
-    assert storage.canonical_url(url) == canonical
+def test_a_shards_name_is_absolute_and_carries_no_secret(url, canonical):
+    assert storage.shard_name(url) == canonical
 
 
 def test_a_relative_path_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert storage.canonical_url("x.tar") == (tmp_path / "x.tar").as_uri()
+    assert storage.shard_name("x.tar") == (tmp_path / "x.tar").as_uri()
 
 
 @given(
