@@ -96,7 +96,11 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
     """
     config = _with_absolute_paths(config)
     config = config.model_copy(update={"prompts": with_files_read(config.prompts)})
-    listing = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
+    listing = storage.find_shards(
+        config.input.shards,
+        allow_commands=config.input.allow_commands,
+        check_inputs=config.run.check_inputs,
+    )
     digest = weights_digest(config.model)
     check_model(config.model, config.views.scales)
     stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
@@ -106,10 +110,10 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
     ids = ids_of(folder) if former.deleted else ids
     listed += rows_of_unlisted_files(folder, ids, listed)
     folder.sweep()
-    found = look_into(folder, ids, listed, listing, moves)
+    found = look_into(folder, ids, listed, listing.shards, moves)
     job = _job_from(config, stamp, folder, found, tuple(found.list_rows(listed)))
     _settle(job, found)
-    return replace(job, warnings=(*former.warnings, *_told(found)))
+    return replace(job, warnings=(*former.warnings, *listing.warnings, *_told(found)))
 
 
 def listed_earlier(folder: OutputFolder) -> list[dict[str, Any]]:
