@@ -60,15 +60,19 @@ WORDS_IN_TURN = ("a dog", "a red cactus", "-", "", "sky")
 
 
 def write_word_shards(folder, names, samples):
-    """Shards of captions alone, by name; among five samples one is to be empty and one is an error."""
+    """Shards of captions alone, by name; among five samples one is to be empty and one is an error.
+
+    Shards that are there stay as they are: one that is written again is another version of itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    return [
-        write_shard(
-            folder / f"{name}.tar",
-            [[(f"{name}{index:05d}.txt", WORDS_IN_TURN[index % 5].encode())] for index in range(samples)],
-        )
-        for name in names
-    ]
+    paths = [folder / f"{name}.tar" for name in names]
+    for path in paths:
+        if not path.exists():
+            members = [
+                (f"{path.stem}{index:05d}.txt", WORDS_IN_TURN[index % 5].encode()) for index in range(samples)
+            ]
+            write_shard(path, [[member] for member in members])
+    return paths
 
 
 def demo_job(shards, out, **sections):

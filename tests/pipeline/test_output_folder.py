@@ -4,19 +4,16 @@ import json
 import os
 import shutil
 
-import duckdb
-import polars as pl
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from corpus import demo_job, write_corpus, write_word_shards
+from output_readers import assert_all_readers_find
 
 from pipeline.errors import UserError
 from pipeline.job import prepare_job
 from pipeline.output_folder import new_run_id
 from pipeline.records import SampleError
-from pipeline.report.totals import read_totals
 from pipeline.result import JobResult, concluded, first_state
 from pipeline.status import read_status
 from pipeline.storage import DigestingStream, open_shard
@@ -64,28 +61,6 @@ def digest_of(shard):
         while digested.read(1 << 20):
             pass
     return digested.digest()
-
-
-def rows_by_reader(out):
-    """How many rows each reader finds, by the patterns that people write."""
-    pattern = str(out / "annotations" / "*.parquet")
-    return {
-        "duckdb": duckdb.sql(f"SELECT count(*) FROM '{pattern}'").fetchall()[0][0],
-        "polars": pl.scan_parquet(pattern).select(pl.len()).collect().item(),
-        "polars, the folder": pl.scan_parquet(out / "annotations").select(pl.len()).collect().item(),
-        "pyarrow": ds.dataset(out / "annotations", format="parquet").count_rows(),
-        "status": read_status(str(out)).counts.rows,
-        "report": read_totals(str(out), json.loads((out / "job.json").read_text())).counts.rows,
-    }
-
-
-def assert_all_readers_find(out, rows):
-    assert set(rows_by_reader(out).values()) == {rows}, rows_by_reader(out)
-    anywhere = {path.parent.name for path in out.glob("**/*.parquet")} - {out.name}
-    assert anywhere <= {"annotations", "errors"}
-    success = out / "_SUCCESS"
-    if success.exists():
-        assert json.loads(success.read_text())["rows"] == rows
 
 
 def names(paths):
