@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.model import check_model, is_local_checkpoint, weights_digest
 from pipeline.prompts.sample_prompts import with_files_read
 from pipeline.records import ShardCounts
+from pipeline.row_keys import told_differences
 from pipeline.run_record import RUNS_FOLDER
 from pipeline.settings import JobConfig
 from pipeline.storage import ShardSource
@@ -233,8 +234,7 @@ def _has_results(out: str) -> bool:
 def _mismatch(config: JobConfig, stamp: JobStamp, earlier: Mapping[str, Any]) -> tuple[str, ...]:
     out = config.output.dir
     if config.output.on_mismatch == "refuse":
-        differing = differing_keys(earlier.get("config", {}), config.model_dump(mode="json"))
-        what = ", ".join(differing) or "the model's weights"
+        what = told_differences(earlier, config, stamp.weights_digest)
         raise UserError(
             f"{storage.without_credentials(out)}: holds results of another configuration "
             f"({earlier.get('config_hash')}, now {stamp.config_hash}).\n"
@@ -249,18 +249,6 @@ def _mismatch(config: JobConfig, stamp: JobStamp, earlier: Mapping[str, Any]) ->
             storage.remove(url, name)
             removed += 1
     return (f"removed {removed} files of another configuration",)
-
-
-def differing_keys(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Dotted keys whose values differ between two configurations and that change the rows."""
-    keys = []
-    for section in ("input", "model", "prompts", "masks", "output"):
-        before, after = earlier.get(section) or {}, now.get(section) or {}
-        for key in sorted(set(before) | set(after)):
-            counts = (section, key) not in {("input", "shards"), ("output", "dir"), ("output", "on_mismatch")}
-            if counts and before.get(key) != after.get(key):
-                keys.append(f"{section}.{key}")
-    return keys
 
 
 def _job_document(config: JobConfig, stamp: JobStamp) -> bytes:
