@@ -20,6 +20,7 @@ from pipeline.decode import find_field, open_image
 from pipeline.errors import SampleFailure, UserError
 from pipeline.ground_truth import LABEL_MAP_FIELD, read_label_map
 from pipeline.job import JOB_FILE, read_job
+from pipeline.records import has_pixels
 from pipeline.settings import InputConfig
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
 from pipeline.training.counts import JoinCounts, SharedCounts, WorkerCounts
@@ -183,7 +184,7 @@ class MaskDataset(IterableDataset[Sample]):
     def _sample(self, joined: JoinedSample, counts: WorkerCounts) -> Sample | None:
         """The sample as it is handed out, before transforms; None, and counted, where it cannot be used."""
         rows = with_classes(joined.rows, self._class_ids) if self._target == "label_map" else joined.rows
-        if all(row["mask"] is None for row in rows) and self._target != "ground_truth":
+        if not any(has_pixels(row) for row in rows) and self._target != "ground_truth":
             counts.add("without_mask")
             return None
         try:
