@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.row_keys import row_keys
 from pipeline.settings import JobConfig, Section
 
 URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
@@ -57,37 +58,17 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobCo
 
 
 def config_hash(config: JobConfig, weights_digest: str) -> str:
-    """Hash of what changes the rows: neither run.* nor the list of shards counts.
+    """Hash what changes the rows, as `pipeline.row_keys` tells it.
 
     Args:
-        config: the job's configuration.
+        config: the job's configuration, with the content of its files.
         weights_digest: digest of the model's weights.
 
     Returns:
         16 hexadecimal digits.
     """
-    relevant = {
-        "input": config.input.model_dump(mode="json", exclude={"shards", "allow_commands"}),
-        "model": config.model.model_dump(mode="json", exclude={"pretrained"}),
-        "views": config.views.model_dump(mode="json"),
-        "prompts": config.prompts.model_dump(mode="json"),
-        "masks": config.masks.model_dump(mode="json"),
-        "output": {"heatmap": config.output.heatmap, "rows": config.rows_written},
-        "weights": weights_digest,
-    }
+    relevant = {**row_keys(config), "weights": weights_digest}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differing_keys(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Dotted keys whose values differ between two configurations and that change the rows."""
-    keys = []
-    for section in ("input", "model", "prompts", "masks", "output"):
-        before, after = earlier.get(section) or {}, now.get(section) or {}
-        for key in sorted(set(before) | set(after)):
-            counts = (section, key) not in {("input", "shards"), ("output", "dir"), ("output", "on_mismatch")}
-            if counts and before.get(key) != after.get(key):
-                keys.append(f"{section}.{key}")
-    return keys
 
 
 def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from pipeline import storage
-from pipeline.config import differing_keys
 from pipeline.errors import UserError
 from pipeline.footers import FOOTER_READERS, UNREADABLE, read_footer
 from pipeline.job_record import JobStamp, read_job
@@ -26,6 +25,7 @@ from pipeline.output_folder import (
     SUFFIXES,
     OutputFolder,
 )
+from pipeline.row_keys import told_differences
 from pipeline.settings import JobConfig
 from pipeline.survey import FolderIds, Row
 
@@ -65,11 +65,10 @@ def agreed_with_former(
     if former.get("config_hash") == stamp.config_hash:
         return Former(_changed_versions(former.get("versions") or {}, stamp.versions))
     if config.output.on_mismatch == "refuse":
-        differing = differing_keys(former.get("config") or {}, config.model_dump(mode="json"))
         raise UserError(
             f"{storage.shown_url(folder.url)}: holds results of another configuration "
             f"({former.get('config_hash')}, now {stamp.config_hash}).\n"
-            f"  changed: {', '.join(differing) or 'the model weights'}\n"
+            f"  changed: {told_differences(former, config, stamp.weights_digest)}\n"
             f"  choose another output.dir, or set output.on_mismatch=overwrite to delete what is there"
         )
     folder.remove(SUCCESS_FILE)

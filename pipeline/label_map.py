@@ -22,7 +22,8 @@ def label_map(rows: Sequence[Row], height: int, width: int) -> UInt8[np.ndarray,
     """Merge the rows of one sample: the class id where a mask lies, 0 elsewhere, 255 where nothing is known.
 
     Where masks overlap, the prompt of the higher similarity wins, of equal ones the lower class id. A pixel
-    that one row ignores and another's mask covers is the other's. Rejected rows have no mask and no say.
+    that one row ignores and another's mask covers is the other's. Under argmax the rows of a sample share one
+    ignore mask. Rejected rows have no mask and no say.
 
     Args:
         rows: annotation rows with ``class_id``, ``similarity``, ``mask`` and ``ignore``, in any order.
@@ -35,9 +36,9 @@ def label_map(rows: Sequence[Row], height: int, width: int) -> UInt8[np.ndarray,
         MaskError: a mask that is no run-length encoding of its size.
     """
     labels = np.zeros((height, width), dtype=np.uint8)
-    for row in rows:
-        if row["ignore"] is not None:
-            labels[in_frame(decode_rle(row["ignore"]), labels.shape)] = IGNORED_LABEL
+    ignores = {(*rle["size"], rle["counts"]): rle for row in rows if (rle := row["ignore"]) is not None}
+    for ignore in ignores.values():
+        labels[in_frame(decode_rle(ignore), labels.shape)] = IGNORED_LABEL
     masked = [row for row in rows if row["mask"] is not None]
     for row in masked:
         _check_class_id(row)

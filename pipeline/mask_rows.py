@@ -14,9 +14,8 @@ from legrad.competition import Contestants, competing_masks
 from legrad.masks import HeatmapStack, ImageMasks, MaskRule, Normalisation, Rle, independent_masks
 from legrad.thresholds import relevance_contrast
 from pipeline.engine import ExplainedSample
+from pipeline.records import ACCEPTED, EMPTY_MASK, OK
 from pipeline.settings import JobConfig, MasksConfig
-
-OK = "ok"
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,10 @@ class _Made:
     Attributes:
         columns: of each prompt that has a mask, by its position in the sample.
         area_shares: the share of the frame that each of them covers.
-        image_ignore: what is ignored of the whole image, where prompts compete.
     """
 
     columns: Mapping[int, dict[str, Any]]
     area_shares: Mapping[int, float]
-    image_ignore: Rle | None = None
 
 
 def annotation_rows(
@@ -97,7 +94,8 @@ def annotation_rows(
     """Turn one sample's grids into rows, in its prompts' order; prompts without finite grids have none.
 
     Prompts rejected by similarity, peak or contrast are not cut, so they have no threshold, and compete with
-    nobody. What a prompt had won that is rejected for its area falls to the others.
+    nobody. What a prompt had won that is rejected for its area falls to the others. Accepted prompts without
+    a pixel are `empty_mask`: they have a mask of zeros.
 
     Args:
         explained: what the device step says of the sample.
@@ -109,15 +107,13 @@ def annotation_rows(
     frame = _Frame(explained, config.masks, normalisation)
     make = _competing if config.masks.combine == "argmax" else _independent
     made, too_small = make(frame, contestants)
-    status_by_position |= dict.fromkeys(too_small, "rejected_area")
-    rows = [
+    empty = [position for position, column in made.columns.items() if not column["area"]]
+    status_by_position |= dict.fromkeys(empty, EMPTY_MASK) | dict.fromkeys(too_small, "rejected_area")
+    return [
         _row(explained, position, status, made, with_heatmap=config.output.heatmap)
         for position, status in status_by_position.items()
-        if status == OK or config.rows_written == "all"
+        if status in ACCEPTED or config.rows_written == "all"
     ]
-    if rows and made.image_ignore is not None:
-        rows[0]["ignore"] = made.image_ignore
-    return rows
 
 
 def finite_prompts(explained: ExplainedSample) -> torch.Tensor:
@@ -172,7 +168,8 @@ def _competing(frame: _Frame, positions: Sequence[int]) -> tuple[_Made, list[int
     while True:
         live = [position for position in positions if position not in rejected]
         masks = competing_masks(frame.of_prompts(live), backgrounds, frame.rule, frame.cleaning)
-        made = _made(frame, live, masks, (), image_ignore=masks.ignores[0] if masks.ignores else None)
+        # one for the image: whoever reads a single row must not take what is unknown for background
+        made = _made(frame, live, masks, list(masks.ignores) * len(live))
         too_small = _too_small(frame, made)
         if not too_small:
             return made, rejected
@@ -184,7 +181,6 @@ def _made(
     positions: Sequence[int],
     masks: ImageMasks,
     ignores: Sequence[Rle],
-    image_ignore: Rle | None = None,
 ) -> _Made:
     height, width = frame.size
     columns = {
@@ -199,7 +195,7 @@ def _made(
         for ordinal, position in enumerate(positions)
     }
     shares = {position: column["area"] / (height * width) for position, column in columns.items()}
-    return _Made(columns, shares, image_ignore)
+    return _Made(columns, shares)
 
 
 def _too_small(frame: _Frame, made: _Made) -> list[int]:
@@ -216,7 +212,7 @@ def _row(
     grid = explained.relevance_grids[position]
     peak = float(grid.max())
     columns = made.columns.get(position, {})
-    if status != OK:
+    if status not in ACCEPTED:
         columns = {name: columns.get(name) for name in ("threshold", "threshold_low")}
         columns |= {"area": 0, "bbox_xywh": None, "mask": None, "ignore": None}
     return {

@@ -54,6 +54,17 @@ MAX_MESSAGE_CHARACTERS = 500
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# statuses of rows; all others say by what a prompt was rejected
+OK = "ok"
+EMPTY_MASK = "empty_mask"
+ACCEPTED = (OK, EMPTY_MASK)
+
+
+def has_pixels(row: Mapping[str, Any]) -> bool:
+    """Whether there is something to learn from an annotation row: accepted, with at least one pixel."""
+    return row["mask"] is not None and row["status"] != EMPTY_MASK
+
+
 def printable(text: str) -> str:
     """Escape what untrusted text must not carry into files, logs and terminals; all else stays as it is."""
     return _UNPRINTABLE.sub(_escaped, text)

@@ -38,7 +38,7 @@ from pipeline.config import known_keys, parse_config
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.progress import Pace, RunState, as_line
-from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, ShardCounts
+from pipeline.records import ACCEPTED, ANNOTATION_SCHEMA, ERROR_SCHEMA, ShardCounts
 from pipeline.settings import JobConfig
 
 README, CONTRIBUTING = PAGES[:2]
@@ -196,7 +196,7 @@ def test_every_column_is_told_and_no_other():
     columns = {*ANNOTATION_SCHEMA.names, *ERROR_SCHEMA.names}
     assert columns - names == set()
     keys = {key.partition(".")[2] for key in known_keys()}
-    others = {"ok", "null", "uint8", "argmax", "band"}
+    others = {*ACCEPTED, "null", "uint8", "argmax", "band"}
     assert names - columns - keys - others == set()
     errors = told[told.index("An error row") :].partition("\n\n")[0]
     assert set(re.findall(r"`([a-z_]+)`", errors)) == set(ERROR_SCHEMA.names)

@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.decode import find_field, open_image, upright_transpose
 from pipeline.errors import SampleFailure
 from pipeline.label_map import label_map
+from pipeline.records import has_pixels
 from pipeline.settings import InputConfig
 from pipeline.training.joining import JoinedSample
 
@@ -28,7 +29,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ExportSample:
-    """A sample with at least one mask.
+    """A sample with at least one mask that has pixels.
 
     Attributes:
         name: unique within its shard, safe as the name of a file: ordinal, and what is safe of the key.
@@ -38,7 +39,7 @@ class ExportSample:
         suffix: jpg or png.
         height: of the image, in pixels.
         width: of the image, in pixels.
-        rows: annotation rows with a mask, class ids included where they are known.
+        rows: annotation rows with pixels, class ids included where they are known.
     """
 
     name: str
@@ -102,12 +103,10 @@ def safe_name(index: int, key: str) -> str:
 def _with_masks(
     rows: Sequence[Row], class_ids: Mapping[str, int] | None, counts: Counter[str]
 ) -> list[dict[str, Any]]:
-    # under argmax the first row carries the image's ignore mask, whether or not it has a mask of its own
-    ignore = rows[0]["ignore"]
     kept = []
     for row in rows:
-        if row["mask"] is None:
-            counts["rows_rejected"] += 1
+        if not has_pixels(row):
+            counts["rows_rejected" if row["mask"] is None else "rows_empty"] += 1
             continue
         class_id = row["class_id"]
         if class_id is None and class_ids is not None:
@@ -116,8 +115,6 @@ def _with_masks(
                 counts["rows_without_class"] += 1
                 continue
         kept.append({**row, "class_id": class_id})
-    if kept and kept[0]["threshold"] is None:
-        kept[0]["ignore"] = ignore
     return kept
 
 

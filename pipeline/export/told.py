@@ -7,11 +7,12 @@ from pipeline.export.write import ExportOptions, ExportTotals
 MEANINGS = {
     "exported": "samples exported",
     "without_rows": "samples left out: without annotation rows",
-    "without_mask": "samples left out: no accepted mask",
+    "without_mask": "samples left out: no accepted mask with a pixel",
     "damaged": "samples left out: damaged in the shard",
     "mispaired": "samples left out: not the ones that were annotated",
     "undecodable": "samples left out: the image cannot be decoded",
     "rows_rejected": "rows left out: rejected by the job",
+    "rows_empty": "rows left out: accepted, but without a pixel",
     "rows_without_class": "rows left out: the prompt is no name of a class",
     "rows_without_sample": "rows left out: the shard has no such sample",
 }

@@ -108,8 +108,8 @@ def export_job(
 ) -> ExportTotals:
     """Write a job's masks in another format.
 
-    Samples without a mask, because they failed, no prompt applied or every prompt was rejected, are left out
-    and counted: nothing is known of their pixels.
+    Samples without a mask, because they failed, no prompt applied or every prompt was rejected or won no
+    pixel, are left out and counted: nothing is known of their pixels.
 
     Args:
         out_dir: output folder of the job: local path, s3:// or gs://.

@@ -17,6 +17,7 @@ import yaml
 from markupsafe import Markup
 
 from pipeline.progress import as_duration, as_share, told_kinds
+from pipeline.records import EMPTY_MASK, OK
 from pipeline.report.charts import Histogram, class_bars, histogram, pace_chart
 from pipeline.report.gallery import CardRow, Gallery, shortened
 from pipeline.report.scores import ScoredRows
@@ -27,7 +28,8 @@ from pipeline.settings import JobConfig
 MAX_LISTED = 20
 MAX_CONFIG_CHARACTERS = 30_000
 STATUS_WORDS = {
-    "ok": "accepted",
+    OK: "accepted",
+    EMPTY_MASK: "accepted: no pixel left",
     "rejected_similarity": "rejected: similarity",
     "rejected_peak": "rejected: peak",
     "rejected_area": "rejected: area",
@@ -135,8 +137,12 @@ def _facts(content: PageContent) -> list[dict[str, str]]:
         facts.append(_fact("error rows", f"{counts.error_rows:,}", told))
     if len(scores):
         rejected = Counter(str(status) for status in scores.status[~scores.accepted])
-        detail = ", ".join(f"{count:,} {_status_word(name)}" for name, count in rejected.most_common(2))
-        facts.append(_fact("accepted", _percent(float(scores.accepted.mean())), detail or "none rejected"))
+        words = [f"{count:,} {_status_word(name)}" for name, count in rejected.most_common(2)]
+        empty = int((scores.status == EMPTY_MASK).sum())
+        detail = ", ".join(
+            [*(words or ["none rejected"]), *([f"{empty:,} without a pixel"] if empty else [])]
+        )
+        facts.append(_fact("accepted", _percent(float(scores.accepted.mean())), detail))
     if totals.runs:
         run = totals.runs[-1]
         facts.append(_fact("last run", f"{run.samples_per_s:,.1f}/s", f"samples, {run.workers} worker(s)"))

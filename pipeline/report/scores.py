@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from legrad.rle import Rle, mask_area
 from pipeline import storage
+from pipeline.records import ACCEPTED
 
 SCORE_COLUMNS = ("sample_index", "status", "class_id", "similarity", "peak", "threshold", "area")
 FRAME_COLUMN = "mask.size"
@@ -35,13 +37,14 @@ class ScoredRows:
         group: which of them a row is from.
         offset: the row's place in its group.
         sample_index: ordinal of the sample in its shard.
-        status: ``ok``, or why the row was rejected.
+        status: ``ok``, ``empty_mask``, or why the row was rejected.
         class_id: -1 where the row has none.
         similarity: cosine.
         peak: maximum of the raw grid.
         threshold: NaN where the row has none.
         area_share: of the mask in its frame, 0 to 1; NaN without a mask.
         ignored_share: of the pixels of which the row says that nothing is known; NaN where it does not say.
+            Of prompts that competed, which share one ignore mask, the sample's first row alone has it.
         files_read: annotation files that were looked into.
         files_total: annotation files that there are.
         unreadable: shard ids of files that could not be read.
@@ -67,8 +70,8 @@ class ScoredRows:
 
     @property
     def accepted(self) -> Bool[np.ndarray, " rows"]:
-        """Rows that have a mask."""
-        accepted: np.ndarray = self.status == "ok"
+        """Rows that have a mask, be it of no pixel."""
+        accepted: np.ndarray = np.isin(self.status.astype(str), ACCEPTED)
         return accepted
 
     def shard_id(self, row: int) -> str:
@@ -185,9 +188,21 @@ def _with_shares(table: pa.Table) -> pa.Table:
     """The score columns, the pixels of the mask's frame, and the share of ignored pixels."""
     sizes = pc.struct_field(table.column("mask").combine_chunks(), "size")
     height, width = (pc.cast(pc.list_element(sizes, side), pa.int64()) for side in (0, 1))
-    ignored = [_share(rle) for rle in table.column(IGNORE_COLUMN).to_pylist()]
+    ignored = _ignored_shares(table.select(["sample_index", "threshold", IGNORE_COLUMN]).to_pylist())
     scores = table.select(SCORE_COLUMNS).append_column("frame", pc.multiply(height, width))
     return scores.append_column("ignored", pa.array(ignored, pa.float32())).cast(_SCHEMA)
+
+
+def _ignored_shares(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    shares: list[float | None] = []
+    image: int | None = None
+    for row in rows:
+        ignore, is_shared = row[IGNORE_COLUMN], row["threshold"] is None
+        told_before = is_shared and image == row["sample_index"]
+        shares.append(None if told_before else _share(ignore))
+        if is_shared and ignore is not None:
+            image = row["sample_index"]
+    return shares
 
 
 def _share(rle: Rle | None) -> float | None:

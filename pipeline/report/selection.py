@@ -1,4 +1,4 @@
-"""Which rows of those that were read are shown: a random half, the extremes, and some of each rejection."""
+"""Which rows of those that were read are shown: a random half, the extremes, and some of each status."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import chain, zip_longest
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from pipeline.records import OK
 from pipeline.report.scores import ScoredRows
 
 RANDOM_SHARE = 0.5
@@ -19,7 +20,7 @@ def choose_rows(
     """Choose rows for the gallery.
 
     Half are drawn at random, rejected ones included; the rest are by turns the highest and the lowest in
-    similarity and peak, the largest and the smallest masks, and rows of each rejected status.
+    similarity and peak, the largest and the smallest masks, and rows of each status but `ok`.
 
     Args:
         scores: the rows that were read.
@@ -44,7 +45,7 @@ def _extremes(scores: ScoredRows, candidates: Int[np.ndarray, " rows"]) -> Itera
         order = _ascending(values, candidates)
         yield order[::-1]
         yield order
-    for status in sorted(set(scores.status[candidates]) - {"ok"}):
+    for status in sorted(set(scores.status[candidates]) - {OK}):
         yield candidates[scores.status[candidates] == status]
 
 

@@ -19,7 +19,8 @@ class JoinCounts:
     Attributes:
         joined: handed out.
         without_rows: in the shard, but without annotation rows: failed, or no prompt applied.
-        without_mask: all their prompts were rejected, or none has a class where classes are asked for.
+        without_mask: all their prompts were rejected or won no pixel, or none has a class where classes are
+            asked for.
         damaged: unreadable in the shard.
         mispaired: the rows at their ordinal have another key, or were made of an image of another size.
         undecodable: image, mask or label map cannot be decoded.

@@ -21,6 +21,7 @@ from pipeline.errors import SampleFailure, UserError
 from pipeline.ground_truth import LABEL_MAP_FIELD, read_label_map
 from pipeline.job_record import read_job
 from pipeline.output_folder import JOB_FILE
+from pipeline.records import has_pixels
 from pipeline.settings import InputConfig
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
 from pipeline.training.counts import JoinCounts, SharedCounts, WorkerCounts
@@ -184,7 +185,7 @@ class MaskDataset(IterableDataset[Sample]):
     def _sample(self, joined: JoinedSample, counts: WorkerCounts) -> Sample | None:
         """The sample as it is handed out, before transforms; None, and counted, where it cannot be used."""
         rows = with_classes(joined.rows, self._class_ids) if self._target == "label_map" else joined.rows
-        if all(row["mask"] is None for row in rows) and self._target != "ground_truth":
+        if not any(has_pixels(row) for row in rows) and self._target != "ground_truth":
             counts.add("without_mask")
             return None
         try:

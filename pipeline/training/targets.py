@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 
 from legrad.masks import decode_rle
 from pipeline.label_map import BACKGROUND_LABEL, IGNORED_LABEL, in_frame, label_map
+from pipeline.records import has_pixels
 
 LABELS = 256
 NO_CLASS = -1
@@ -53,7 +54,7 @@ def label_map_target(
     """A sample's label map, and a weight for each label.
 
     Args:
-        rows: of one sample, with classes; at least one has a mask.
+        rows: of one sample, with classes; at least one has pixels.
         height: of the image, in pixels.
         width: of the image, in pixels.
         similarity_range: see `similarity_weight`.
@@ -66,7 +67,7 @@ def label_map_target(
     # first, since it refuses rows without a class
     labels = label_map(rows, height, width)
     weights = torch.zeros(LABELS)
-    masked = [row for row in rows if row["mask"] is not None]
+    masked = [row for row in rows if has_pixels(row)]
     for row in masked:
         weight = similarity_weight(row["similarity"], similarity_range)
         weights[row["class_id"]] = max(weight, float(weights[row["class_id"]]))
@@ -80,7 +81,7 @@ def prompt_target(
     """A sample's accepted prompts, each with its mask.
 
     Args:
-        rows: of one sample; those without a mask are left out.
+        rows: of one sample; those without pixels are left out.
         height: of the image, in pixels.
         width: of the image, in pixels.
         similarity_range: see `similarity_weight`.
@@ -89,10 +90,8 @@ def prompt_target(
         `masks`, uint8 [prompts, height, width]: 1 foreground, 0 background, 255 ignored; aligned with it
         `prompts` (texts), `class_ids` (int64, -1 without), `similarities` and `weights` (float32).
     """
-    accepted = [row for row in rows if row["mask"] is not None]
-    # under argmax, where no row has a threshold, the image's ignore mask stands on its first row
-    ignored = [rows[0]["ignore"] if row["threshold"] is None else row["ignore"] for row in accepted]
-    masks = [_prompt_mask(row, ignore, height, width) for row, ignore in zip(accepted, ignored, strict=True)]
+    accepted = [row for row in rows if has_pixels(row)]
+    masks = [_prompt_mask(row, height, width) for row in accepted]
     similarities = [row["similarity"] for row in accepted]
     classes = [NO_CLASS if row["class_id"] is None else row["class_id"] for row in accepted]
     stacked = np.stack(masks) if masks else np.zeros((0, height, width), dtype=np.uint8)
@@ -105,10 +104,10 @@ def prompt_target(
     }
 
 
-def _prompt_mask(row: Row, ignore: Any, height: int, width: int) -> UInt8[np.ndarray, "height width"]:
+def _prompt_mask(row: Row, height: int, width: int) -> UInt8[np.ndarray, "height width"]:
     mask = np.zeros((height, width), dtype=np.uint8)
-    if ignore is not None:
-        mask[in_frame(decode_rle(ignore), mask.shape)] = IGNORED_LABEL
+    if row["ignore"] is not None:
+        mask[in_frame(decode_rle(row["ignore"]), mask.shape)] = IGNORED_LABEL
     mask[in_frame(decode_rle(row["mask"]), mask.shape)] = 1
     return mask
 

@@ -255,6 +255,21 @@ def test_the_command_counts_what_it_wrote_and_what_it_left_out(job, tmp_path):
     assert f"4 annotation(s) of 2 class(es) in {dest}: 2 shard(s) written, 0 done before" in result.output
 
 
+@pytest.mark.parametrize("form", ["coco", "voc", "webdataset"])
+def test_a_prompt_that_won_no_pixel_is_left_out_and_an_image_of_no_other_too(tmp_path, form):
+    empty = {"status": "empty_mask", "area": 0, "mask": box_rle(0, 0, 0, 0), "bbox_xywh": [0.0] * 4}
+    rows = [
+        row(0, 0, prompt="cat", class_id=3),
+        row(0, 1, prompt="dog", class_id=1, **empty),
+        row(1, 0, prompt="dog", class_id=1, **empty),
+    ]
+    totals = export_job(
+        str(write_job(tmp_path / "job", [rows], runs=False)), str(tmp_path / "to"), ExportOptions(form)
+    )
+    assert totals.counts == {"exported": 1, "rows_empty": 2, "without_mask": 1}
+    assert totals.written == 1
+
+
 def test_every_name_that_is_written_stays_within_the_folder(tmp_path):
     keys = ["deep/er", "a\\b", "c:d", "x" * 300, "ein Bär", "-", "%2e%2e", "~"]
     rows = [row(index, prompt="cat", class_id=1, key=key) for index, key in enumerate(keys)]

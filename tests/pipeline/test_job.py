@@ -91,8 +91,16 @@ def test_files_of_a_job_with_another_configuration_that_started_at_the_same_time
 def test_another_configuration_is_refused_and_what_differs_is_named(corpus, tmp_path):
     job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     commit(job, job.shards[0])
-    with pytest.raises(UserError, match=r"changed: masks\.rule, masks\.value"):
+    changed = r"changed: masks\.rule: otsu before, fixed now\n +masks\.value: 0\.5 before, 0\.3 now\n  choose"
+    with pytest.raises(UserError, match=changed):
         jobs.prepare_job(demo_job(corpus, tmp_path / "out", masks={"rule": "fixed", "value": 0.3}))
+
+
+def test_a_key_that_does_nothing_leaves_finished_work_as_it_is(corpus, tmp_path):
+    job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
+    commit(job, job.shards[0])
+    again = jobs.prepare_job(demo_job(corpus, tmp_path / "out", masks={"quantile": 0.1, "value": 0.9}))
+    assert again.done == {job.shards[0].shard_id}
 
 
 def test_a_folder_without_results_takes_a_corrected_configuration(corpus, tmp_path):

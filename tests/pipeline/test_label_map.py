@@ -34,8 +34,8 @@ def test_of_equal_similarities_the_lower_class_id_wins():
     assert label_map(rows, 1, 2).tolist() == label_map(rows[::-1], 1, 2).tolist() == [[9, 4]]
 
 
-def test_a_rejected_row_has_no_say_but_the_ignore_mask_that_stands_on_it_counts():
-    rows = [row(None, 7, 0.9, ignore=[[0, 0, 1]]), row([[1, 0, 0]], 3)]
+def test_a_rejected_row_has_no_say_and_an_empty_mask_only_what_it_ignores():
+    rows = [row(None, 7, 0.9), row([[1, 0, 0]], 3), row([[0, 0, 0]], 4, 0.9, ignore=[[0, 0, 1]])]
     assert label_map(rows, 1, 3).tolist() == [[3, 0, 255]]
 
 

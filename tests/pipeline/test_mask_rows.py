@@ -7,6 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from corpus import demo_job, sample, write_shard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 import legrad
 from legrad.masks import decode_rle, heatmaps_of, otsu_threshold
@@ -117,18 +120,79 @@ def test_a_rejected_prompt_takes_no_pixel_from_the_others(limit):
     assert contested["area"] <= alone["area"]
 
 
-def test_the_images_ignore_mask_stands_on_its_first_row_even_if_that_is_rejected():
+def test_the_images_ignore_mask_stands_on_every_accepted_row_and_on_no_other():
     masks = {"combine": "argmax", "rule": "band", "low": 0.2, "high": 0.6, "min_similarity": 0.25}
-    sample_of_two = explained(LEFT, RIGHT, similarities=[0.1, 0.3])
-    rejected, accepted = rows_of(sample_of_two, **masks)
-    assert (rejected["status"], rejected["mask"], accepted["ignore"]) == ("rejected_similarity", None, None)
-    assert mask_of(rejected, "ignore").any()
-    assert not (mask_of(rejected, "ignore") & mask_of(accepted)).any()
-    (only,) = rows_of(sample_of_two, rows="accepted", **masks)
-    assert (only["prompt"], only["ignore"], only["mask"]) == (RIGHT, rejected["ignore"], accepted["mask"])
-    labels = label_map([rejected, accepted], HEIGHT, WIDTH)
-    np.testing.assert_array_equal(labels == 255, mask_of(rejected, "ignore"))
-    np.testing.assert_array_equal(labels == 2, mask_of(accepted))
+    sample_of_three = explained(LEFT, RIGHT, LAST, similarities=[0.1, 0.3, 0.3])
+    rejected, first, second = rows_of(sample_of_three, **masks)
+    assert (rejected["status"], rejected["mask"], rejected["ignore"]) == ("rejected_similarity", None, None)
+    assert first["ignore"] == second["ignore"]
+    assert mask_of(first, "ignore").any()
+    assert not (mask_of(first, "ignore") & (mask_of(first) | mask_of(second))).any()
+    assert rows_of(sample_of_three, rows="accepted", **masks) == [first, second]
+    for rows in ([rejected, first, second], [first, second], [first], [second]):
+        labels = label_map(rows, HEIGHT, WIDTH)
+        np.testing.assert_array_equal(labels == 255, mask_of(first, "ignore"))
+    np.testing.assert_array_equal(label_map([first], HEIGHT, WIDTH) == 2, mask_of(first))
+
+
+@pytest.mark.parametrize("rows", ["all", "accepted"])
+def test_an_accepted_prompt_that_won_no_pixel_has_a_status_and_an_empty_mask_of_its_own(rows):
+    grids = torch.stack([GRIDS[RIGHT], GRIDS[RIGHT] * 0.5])
+    masks = {"combine": "argmax", "rule": "band", "low": 0.2, "high": 0.6}
+    winner, empty = rows_of(explained(LEFT, RIGHT, grids=grids), rows=rows, **masks)
+    assert (winner["status"], empty["status"]) == ("ok", "empty_mask")
+    assert (empty["area"], empty["bbox_xywh"], mask_of(empty).any()) == (0, [0.0] * 4, False)
+    assert mask_of(empty).shape == (HEIGHT, WIDTH)
+    assert empty["ignore"] == winner["ignore"]
+    (rejected,) = rows_of(explained(LEFT, RIGHT, grids=grids), rows="all", min_area=0.01, **masks)[1:]
+    assert (rejected["status"], rejected["mask"], rejected["ignore"]) == ("rejected_area", None, None)
+
+
+@pytest.mark.parametrize(
+    ("grid", "masks"),
+    [
+        (torch.zeros(3, 5), {"rule": "otsu"}),
+        (GRIDS[LEFT], {"rule": "fixed", "value": 1.0}),
+        (GRIDS[LEFT], {"rule": "fixed", "min_component": 1.0}),
+        (GRIDS[LEFT], {"rule": "band", "low": 0.2, "high": 1.0}),
+        (GRIDS[LEFT], {"rule": "quantile", "quantile": 1.0}),
+    ],
+    ids=["no relevance", "cut at the peak", "only specks", "all unsure", "nothing inside"],
+)
+@pytest.mark.parametrize("combine", ["independent", "argmax"])
+def test_a_mask_of_which_nothing_is_left_is_accepted_and_empty(grid, masks, combine):
+    (row,) = rows_of(explained(LEFT, grids=grid[None]), combine=combine, **masks)
+    assert (row["status"], row["area"], row["bbox_xywh"]) == ("empty_mask", 0, [0.0] * 4)
+    assert not mask_of(row).any()
+    assert (row["threshold"] is None) == (combine == "argmax")
+    assert (row["ignore"] is None) == (masks["rule"] != "band")
+
+
+@settings(max_examples=60)
+@given(
+    grids=hnp.arrays(np.float32, (3, 3, 5), elements=st.floats(0, 8, width=16)),
+    similarities=st.lists(st.sampled_from([0.1, 0.3]), min_size=3, max_size=3),
+    masks=st.fixed_dictionaries(
+        {
+            "combine": st.sampled_from(["argmax", "independent"]),
+            "rule": st.sampled_from(["fixed", "band", "quantile", "otsu"]),
+            "min_area": st.sampled_from([None, 0.2]),
+            "min_peak": st.sampled_from([None, 3.0]),
+            "min_component": st.sampled_from([0.0, 0.1]),
+        }
+    ),
+)
+def test_what_the_rows_that_are_ok_say_of_an_image_is_what_all_rows_say(grids, similarities, masks):
+    sample_of_three = explained(LEFT, RIGHT, LAST, similarities=similarities, grids=torch.from_numpy(grids))
+    rows = rows_of(sample_of_three, min_similarity=0.2, **masks)
+    fine = [row for row in rows if row["status"] == "ok"]
+    for row in rows:
+        assert (row["mask"] is None) == row["status"].startswith("rejected_")
+        assert (
+            (row["area"] > 0) == (row["status"] == "ok") == (row["mask"] is not None and mask_of(row).any())
+        )
+    if fine and masks["combine"] == "argmax":
+        np.testing.assert_array_equal(label_map(fine, HEIGHT, WIDTH), label_map(rows, HEIGHT, WIDTH))
 
 
 def test_where_every_prompt_is_rejected_no_pixel_is_anybodys():
@@ -269,9 +333,9 @@ def test_a_shard_by_classes_becomes_label_maps_with_ignored_pixels(tmp_path, sce
     assert table.schema.equals(ANNOTATION_SCHEMA)
     rows = table.to_pylist()
     assert {row["class_id"] for row in rows} == {*document["class_ids"], 200}
-    accepted = [row for row in rows if row["status"] == "ok"]
+    accepted = [row for row in rows if row["status"] in ("ok", "empty_mask")]
     ignoring = [row for row in rows if row["ignore"] is not None]
-    assert ignoring == ([rows[0]] if combine == "argmax" else accepted)
+    assert ignoring == accepted
     assert all((row["threshold"] is None) == (combine == "argmax") for row in accepted)
     labels = label_map(rows, rows[0]["image_height"], rows[0]["image_width"])
     assert {0, 255, *(row["class_id"] for row in accepted if row["area"])} == set(np.unique(labels))

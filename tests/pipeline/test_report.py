@@ -319,11 +319,38 @@ def test_scores_are_those_in_the_files(job):
             assert np.isnan(scores.area_share[number])
 
 
+def test_what_prompts_that_competed_ignore_together_counts_once(tmp_path):
+    shared = {"threshold": None, "ignore": box_rle(0, 0, 24, 64)}
+    rows = [
+        row(0, 0, status="rejected_peak"),
+        *(row(0, prompt, **shared) for prompt in (1, 2)),
+        row(1, 0, **shared),
+        *(row(2, prompt, ignore=box_rle(0, 0, 12, 64)) for prompt in (0, 1)),
+    ]
+    out = write_job(tmp_path, [rows])
+    scores = read_scores(str(out), listed_shards(out), np.random.default_rng(0))
+    np.testing.assert_allclose(scores.ignored_share, [np.nan, 0.5, np.nan, 0.5, 0.25, 0.25])
+    _, page = page_of(out)
+    assert "4 rows: median 0.375" in page.text
+
+
+def test_an_accepted_row_without_a_pixel_counts_as_accepted_and_is_told(tmp_path):
+    empty = {"area": 0, "mask": box_rle(0, 0, 0, 0), "bbox_xywh": [0.0] * 4, "threshold": 0.5}
+    rows = [row(0), row(1, status="empty_mask", **empty), row(2, status="rejected_peak")]
+    out = write_job(tmp_path, [rows])
+    scores = read_scores(str(out), listed_shards(out), np.random.default_rng(0))
+    assert scores.accepted.tolist() == [True, True, False]
+    np.testing.assert_allclose(scores.area_share[1], 0)
+    _, page = page_of(out)
+    assert "1 rejected: peak, 1 without a pixel" in page.texts
+    assert "accepted: no pixel left" in page.texts
+
+
 def test_ignored_pixels_are_counted_where_rows_tell_of_some(tmp_path):
     rows = [
         row(0),
         row(1, ignore=box_rle(0, 0, 24, 64)),
-        row(2, status="rejected_peak", ignore=box_rle(0, 0, 12, 32)),
+        row(2, ignore=box_rle(0, 0, 12, 32)),
     ]
     out = write_job(tmp_path, [rows])
     scores = read_scores(str(out), listed_shards(out), np.random.default_rng(0))

@@ -92,6 +92,13 @@ def test_absent_classes_are_rightly_rejected_or_false_alarms():
     assert scores.presence_auroc.value == pytest.approx(5 / 6)
 
 
+def test_an_accepted_row_without_a_pixel_is_scored_as_a_miss():
+    rows = [row(0, DOG, class_id=1), row(1, np.zeros_like(CAR), class_id=2)]
+    scores = summary(score_scene(scene(), rows, "classes"))
+    assert (scores.rows_scored, scores.rows_rejected, scores.iou.value) == (2, 0, 0.5)
+    assert (scores.mean_iou.value, scores.precision.value) == (0.5, 1.0)
+
+
 def test_classes_that_no_row_names_are_missed():
     scores = summary(score_scene(scene(), [row(0, DOG, class_id=1)], "classes"))
     assert scores.objects_without_row == 1

@@ -279,13 +279,33 @@ def test_masks_come_one_for_each_accepted_prompt_with_what_belongs_to_it(tmp_pat
 def test_prompts_that_competed_for_pixels_share_what_is_ignored(tmp_path):
     ignore = np.zeros((HEIGHT, WIDTH), dtype=bool)
     ignore[5] = True
-    competing = {"threshold": None, "class_id": 4}
+    competing = {"threshold": None, "ignore": rle(ignore)}
     rows = [
-        row("s000001", 0, 0, mask=None, ignore=rle(ignore), **competing),
-        row("s000001", 0, 1, mask=mask_of(2), **competing),
+        row("s000001", 0, 0, mask=None, class_id=3),
+        row("s000001", 0, 1, mask=mask_of(2), class_id=4, **competing),
+        row("s000001", 0, 2, mask=mask_of(4, 2) & ~mask_of(2), class_id=5, **competing),
     ]
     (sample,) = MaskDataset(two_sample_job(tmp_path, rows), target="masks")
-    assert (sample["masks"][0].numpy() == np.where(mask_of(2), 1, np.where(ignore, 255, 0))).all()
+    for place, mask in enumerate([mask_of(2), mask_of(4, 2) & ~mask_of(2)]):
+        assert (sample["masks"][place].numpy() == np.where(mask, 1, np.where(ignore, 255, 0))).all()
+
+
+@pytest.mark.parametrize("target", ["masks", "label_map"])
+def test_a_prompt_that_won_no_pixel_teaches_nothing(tmp_path, target):
+    nothing = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    empty = row("s000001", 0, 0, mask=nothing, status="empty_mask", class_id=3, similarity=0.9)
+    fine = row("s000001", 0, 1, mask=mask_of(2), class_id=4, similarity=0.2)
+    for folder in ("two", "alone"):
+        (tmp_path / folder).mkdir()
+    (sample,) = MaskDataset(two_sample_job(tmp_path / "two", [empty, fine]), target=target)
+    if target == "masks":
+        assert sample["class_ids"].tolist() == [4]
+    else:
+        assert sample["label_weights"].nonzero().flatten().tolist() == [0, 4]
+        assert (sample["label_map"].numpy() == 4 * mask_of(2)).all()
+    alone = MaskDataset(two_sample_job(tmp_path / "alone", [empty]), target=target)
+    assert list(alone) == []
+    assert alone.counts().without_mask == 1
 
 
 def test_classes_can_be_given_for_captions_and_other_captions_are_left_out(tmp_path):

@@ -1,0 +1,330 @@
+"""Which keys change rows: one description, held against what the pipeline does with each key."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from legrad.images import ImageTransform
+from legrad.inputs import neutral_patches
+from legrad.text_embedder import EmbeddedTexts
+from legrad.views import Views, canvas_grids, views_of
+from pipeline.config import config_hash, known_keys, parse_config
+from pipeline.decode import DecodedImage
+from pipeline.engine import ExplainedPrompt, ExplainedSample, PreparedSample
+from pipeline.errors import SampleFailure, UserError
+from pipeline.mask_rows import annotation_rows
+from pipeline.prompts.batch_texts import choose_maps, embed_batch
+from pipeline.prompts.sample_prompts import SamplePrompts, companions_of, with_files_read
+from pipeline.refined_maps import refined_maps, refinement_of
+from pipeline.row_keys import row_keys, told_differences
+
+GRID = (3, 4)
+PATCH = 4
+TRANSFORM = ImageTransform(GRID[0] * PATCH, GRID[1] * PATCH, (0.5,) * 3, (0.5,) * 3, patch_size=PATCH)
+FIELDS = {
+    "txt": b"A dog and two cats.",
+    "json": json.dumps({"captions": ["a cow", "a dog", "grass"], "cls": ["kitten"]}).encode(),
+}
+CLASSES = [
+    {"id": 3, "name": "dog", "synonyms": ["hound"]},
+    {"id": 1, "name": "cat", "plurals": ["felines"], "templates": ["one {}"]},
+    "cow",
+]
+
+share = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
+VALUES = {
+    "input": {
+        "shards": st.sampled_from(["a.tar", ["b.tar"]]),
+        "image": st.sampled_from(["jpg", "png;jpg", "JPG"]),
+        "caption": st.sampled_from(["txt", "TXT", "json:captions", "JSON:captions"]),
+        "max_image_pixels": st.sampled_from([100, 200]),
+        "max_member_bytes": st.sampled_from([100, 200]),
+        "allow_commands": st.booleans(),
+    },
+    "model": {
+        "name": st.sampled_from(["ViT-B-32", "ViT-B-16"]),
+        "pretrained": st.sampled_from(["openai", "laion400m_e32"]),
+        "precision": st.sampled_from(["fp32", "bf16"]),
+        "layers": st.sampled_from([2, 3, "all"]),
+        "image_size": st.sampled_from([None, 32, [32, 32], [32, 64]]),
+        "fit": st.sampled_from(["stretch", "keep", "tile"]),
+    },
+    "views": {
+        "flip": st.booleans(),
+        "scales": st.sampled_from([[1.0], [1.0, 2.0]]),
+        "tile_zoom": st.sampled_from([1.0, 2.0, 3.0]),
+        "tile_overlap": st.sampled_from([0.0, 0.5]),
+        "max_tiles": st.sampled_from([1, 4, 16]),
+    },
+    "prompts": {
+        "source": st.sampled_from(["caption", "captions", "classes"]),
+        "max_per_sample": st.sampled_from([1, 2, 3, 32]),
+        "classes": st.sampled_from([None, CLASSES, CLASSES[1:2], [{"id": 3, "name": "dog"}, *CLASSES[1:]]]),
+        "mentioned_in": st.sampled_from([None, "txt", "TXT", "json:cls"]),
+        "templates": st.sampled_from([["{}"], ["a {}"], ["a {}", "the {}"], "simple-imagenet"]),
+        "embed_synonyms": st.booleans(),
+        "background": st.sampled_from(["none", "default", ["grass", "sky", "grass"], ["hounds", "sky"]]),
+        "max_background": st.sampled_from([1, 2, 4]),
+        "neutral": st.sampled_from([None, "a photo of a"]),
+        "neutral_threshold": share,
+    },
+    "masks": {
+        "rule": st.sampled_from(["fixed", "otsu", "quantile", "band"]),
+        "value": share,
+        "quantile": share,
+        "low": st.sampled_from([0.1, 0.3]),
+        "high": st.sampled_from([0.5, 0.8]),
+        "band_center": st.sampled_from(["half", "otsu"]),
+        "combine": st.sampled_from(["independent", "argmax"]),
+        "refine": st.sampled_from(["none", "par", "pamr"]),
+        "refine_iterations": st.sampled_from([1, 2]),
+        "refine_dilations": st.sampled_from([None, [1], [1, 2]]),
+        "refine_contrast": st.sampled_from([None, 0.1, 0.3, 0.7]),
+        "max_side": st.sampled_from([None, 8, 1000]),
+        "min_similarity": st.sampled_from([None, -1.0, 0.0, 0.5]),
+        "min_peak": st.sampled_from([None, 0.0, 0.9]),
+        "min_area": st.sampled_from([None, 0.0, 0.3]),
+        "min_contrast": st.sampled_from([None, 0.0, 0.4]),
+        "smooth": st.sampled_from([0.0, 1.0]),
+        "min_component": st.sampled_from([0.0, 0.1]),
+        "max_hole": st.sampled_from([0.0, 0.1]),
+    },
+    "output": {
+        "dir": st.sampled_from(["out", "elsewhere"]),
+        "heatmap": st.booleans(),
+        "rows": st.sampled_from([None, "all", "accepted"]),
+        "on_mismatch": st.sampled_from(["refuse", "overwrite"]),
+    },
+}
+KEYS = [f"{section}.{key}" for section, keys in VALUES.items() for key in keys]
+documents = st.fixed_dictionaries({name: st.fixed_dictionaries(keys) for name, keys in VALUES.items()})
+
+
+def of_job(document):
+    """A configuration as a job holds it, with the content of its files."""
+    prompts = dict(document["prompts"])
+    if prompts["source"] != "classes":
+        prompts |= {"classes": None, "mentioned_in": None}
+    try:
+        config = parse_config({**document, "prompts": prompts})
+    except UserError:
+        assume(False)
+    return config.model_copy(update={"prompts": with_files_read(config.prompts)})
+
+
+def noise(text):
+    return np.random.default_rng(zlib.crc32(text.encode()))
+
+
+class Embedder:
+    """Embeds each ensemble by chance, the same at every call."""
+
+    def embed_ensembles(self, ensembles):
+        rows = [torch.from_numpy(noise(repr(ensemble)).uniform(-1, 1, 2)) for ensemble in ensembles]
+        return EmbeddedTexts(torch.stack(rows), (False,) * len(rows))
+
+
+def rows_of(config):
+    """What the application makes of a sample by the configuration, on relevance drawn for each text."""
+    views = Views(tile=config.model.fit == "tile", **config.views.model_dump())
+    canvases = [canvas_grids(views, TRANSFORM, *size) for size in ((50, 300), (90, 80), (6, 6))]
+    seen = [views_of(views, grids, GRID) for grids in canvases]
+    try:
+        prompts = SamplePrompts(config).of(FIELDS).prompts
+    except SampleFailure as failure:
+        return [seen, str(failure)]
+    if not prompts:
+        return seen
+    companions = companions_of(config.prompts)
+    texts = embed_batch(Embedder(), [prompts], companions)
+    cosines = texts.unit_rows[:, 0].numpy()
+    chosen = choose_maps(cosines[None], texts, config.prompts.max_per_sample, companions.max_background)[0]
+    grids = torch.stack(
+        [
+            torch.from_numpy(noise(repr(texts.unit_rows[row].tolist())).random(GRID))
+            for row in chosen.text_rows
+        ]
+    ).float()
+    end = len(chosen.prompts)
+    own, background, neutral = (
+        grids[:end],
+        grids[end : end + chosen.backgrounds],
+        grids[end + chosen.backgrounds :],
+    )
+    image = DecodedImage(noise("image").integers(0, 256, (12, 16, 3), dtype=np.uint8), 20, 30)
+    sample = ExplainedSample(
+        PreparedSample(0, "a", image, prompts),
+        tuple(
+            ExplainedPrompt(prompts[position], False, float(cosines[row]))
+            for position, row in zip(chosen.prompts.tolist(), chosen.text_rows.tolist(), strict=False)
+        ),
+        own,
+        len(prompts) - end,
+        background,
+        neutral_patches(neutral[None], companions.neutral_threshold)[0] if len(neutral) else None,
+        None,
+    )
+    refinement = refinement_of(config.masks, PATCH)
+    if refinement is not None:
+        competing = torch.cat([own, background])
+        if sample.neutral_patches is not None:
+            competing = competing.masked_fill(sample.neutral_patches, 0)
+        (refined,) = refined_maps([image.pixels], [competing], refinement, "upsampled", torch.device("cpu"))
+        sample = ExplainedSample(
+            *(getattr(sample, name) for name in list(ExplainedSample.__dataclass_fields__)[:-1]), refined
+        )
+    return [seen, sample.dropped_prompts, annotation_rows(sample, config, "upsampled")]
+
+
+def written(config, digest="w"):
+    """What job.json says of a configuration, once read back."""
+    return json.loads(json.dumps({"config": config.model_dump(mode="json"), "weights_digest": digest}))
+
+
+def keys_told(before, now, digest="w"):
+    lines = told_differences(written(before), now, digest, most=99).split("\n")
+    return [line.strip().partition(": ")[0] for line in lines]
+
+
+def test_the_strategies_know_every_key_but_those_of_run():
+    assert set(KEYS) == {key for key in known_keys() if "." in key and not key.startswith("run.")}
+
+
+@settings(max_examples=100)
+@given(documents, st.sampled_from(KEYS), st.data())
+def test_an_idle_key_changes_neither_hash_nor_rows_and_an_active_one_is_named(document, dotted, data):
+    section, key = dotted.split(".")
+    value = data.draw(VALUES[section][key].filter(lambda value: value != document[section][key]))
+    before, now = of_job(document), of_job({**document, section: {**document[section], key: value}})
+    same = config_hash(before, "w") == config_hash(now, "w")
+    assert same == (row_keys(before) == row_keys(now))
+    if same:
+        assert repr(rows_of(before)) == repr(rows_of(now))
+    else:
+        # classes go with their source
+        brought = {"prompts.classes", "prompts.mentioned_in"} if dotted == "prompts.source" else set()
+        assert {dotted} <= set(keys_told(before, now)) <= {dotted, *brought}
+
+
+@settings(max_examples=60)
+@given(documents, documents)
+def test_what_is_told_of_two_configurations_are_keys_that_changed_and_count_in_one(first, second):
+    before, now = of_job(first), of_job(second)
+    if config_hash(before, "w") == config_hash(now, "w"):
+        return
+    told = keys_told(before, now)
+    assert told
+    assert set(told) <= set(row_keys(before)) | set(row_keys(now))
+    for dotted in told:
+        section, key = dotted.split(".")
+        assert getattr(getattr(before, section), key) != getattr(getattr(now, section), key)
+
+
+def job(**sections):
+    document = {
+        "input": {"shards": "a.tar"},
+        "model": {"name": "ViT-B-32", "pretrained": "openai"},
+        "output": {"dir": "out"},
+    }
+    merged = {name: {**document.get(name, {}), **sections.get(name, {})} for name in {**document, **sections}}
+    config = parse_config(merged)
+    return config.model_copy(update={"prompts": with_files_read(config.prompts)})
+
+
+def told(before, now, digest_now="w"):
+    return told_differences(written(before), now, digest_now)
+
+
+CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"masks": {"quantile": 0.3}}),
+        ({}, {"masks": {"low": 0.1, "high": 0.9, "band_center": "otsu"}}),
+        ({"masks": {"rule": "otsu"}}, {"masks": {"rule": "otsu", "value": 0.1}}),
+        ({"masks": {"refine": "none"}}, {"masks": {"refine": "none", "refine_iterations": 3}}),
+        ({}, {"masks": {"refine_contrast": 0.3}}),
+        ({}, {"masks": {"min_area": 0}}),
+        ({}, {"views": {"tile_zoom": 3, "tile_overlap": 0.5, "max_tiles": 3}}),
+        ({}, {"prompts": {"max_per_sample": 3, "embed_synonyms": True, "neutral_threshold": 0.1}}),
+        ({}, {"prompts": {"background": "default", "max_background": 2}}),
+        ({}, {"output": {"rows": "all"}}),
+        ({}, {"input": {"caption": "TXT", "shards": "b.tar", "allow_commands": True}}),
+        ({}, {"run": {"batch_size": 3}}),
+        ({"model": {"image_size": 224}}, {"model": {"image_size": [224, 224]}}),
+        (
+            {"prompts": CLASSES_JOB},
+            {"prompts": {**CLASSES_JOB, "max_per_sample": 2}, "input": {"caption": "x"}},
+        ),
+        ({"prompts": CLASSES_JOB}, {"prompts": CLASSES_JOB, "output": {"rows": "accepted"}}),
+    ],
+)
+def test_finished_work_stands_where_only_idle_keys_changed(before, now):
+    assert config_hash(job(**before), "w") == config_hash(job(**now), "w")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"views": {"flip": True}}, "views.flip: false before, true now"),
+        ({}, {"masks": {"value": 0.4, "quantile": 0.1}}, "masks.value: 0.5 before, 0.4 now"),
+        ({}, {"masks": {"rule": "otsu"}}, "masks.rule: fixed before, otsu now"),
+        ({}, {"output": {"rows": "accepted"}}, "output.rows: null before, accepted now"),
+        (
+            {"prompts": CLASSES_JOB},
+            {"prompts": {"source": "classes", "classes": ["dog", "cow"]}},
+            "prompts.classes: 2 entries before, 2 now; entry 2: "
+            '{"class_id": 2, "name": "cat", "synonyms": [], "plurals": [], "templates": []} before, '
+            '{"class_id": 2, "name": "cow", "synonyms": [], "plurals": [], "templates": []} now',
+        ),
+    ],
+)
+def test_a_change_is_told_with_both_values_and_nothing_else_is(before, now, message):
+    assert told(job(**before), job(**now)) == message
+
+
+def test_the_weights_are_named_where_their_digest_differs_and_only_there():
+    tag = job(model={"pretrained": "laion400m_e32"})
+    assert told(job(), tag, digest_now="v") == "the model's weights: openai (w) before, laion400m_e32 (v) now"
+    assert "nothing in the configuration" in told(job(), tag)
+
+
+def test_a_secret_and_a_control_character_in_a_value_are_not_shown():
+    signed = job(model={"pretrained": "https://user:key@host/w.pt?sig=key"})
+    message = told(signed, job(model={"name": "x\x1b[2J"}), digest_now="v")
+    assert "key" not in message
+    assert "\x1b" not in message
+    assert "model.name" in message
+
+
+def test_at_most_ten_keys_are_told_and_the_rest_is_counted():
+    limits = ("min_similarity", "min_peak", "min_area", "min_contrast", "smooth", "max_hole")
+    changed = job(
+        masks={**dict.fromkeys(limits, 0.1), "min_component": 0.1, "combine": "argmax", "rule": "otsu"},
+        views={"flip": True},
+        model={"layers": 3, "precision": "bf16"},
+    )
+    lines = told(job(), changed).split("\n")
+    assert len(lines) == 11
+    assert lines[-1].strip() == "... and 2 more"
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        {},
+        {"config": None},
+        {"config": []},
+        {"config": {"model": 3}, "weights_digest": ["w"]},
+        {"config": {"masks": {"of_another_version": 1}}, "weights_digest": "w"},
+    ],
+)
+def test_a_record_that_cannot_be_read_is_told_as_that(earlier):
+    assert "this version cannot read" in told_differences(earlier, job(), "w")
