@@ -3,6 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# what .github/workflows/test.yml tries
+PYTHONS := 3.10 to 3.13
+CHECK_PYTHON = version=$$($(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null \
+	|| echo 'not there'); case $$version in 3.1[0-3].*) ;; \
+	*) echo "legrad needs Python $(PYTHONS); $(PYTHON) is $$version; run make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; false;; esac
+
 .DEFAULT_GOAL := help
 
 .PHONY: help setup demo test test-all check fix bench bench-gpu bench-pipeline demo-model train-demo clean
@@ -11,7 +17,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml configs/constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || { $(CHECK_PYTHON) && $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -1,13 +1,14 @@
 """From heat maps to one label a pixel: the prompts of an image and its background compete."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int16
 from torch import Tensor
 
 from legrad.cleaning import NO_CLEANING, Cleaning, clean_masks
+from legrad.heatmaps import first_of_equal_maps
 from legrad.masks import HeatmapStack, ImageMasks, image_masks
 from legrad.rle import Rle, encode_rle
 from legrad.thresholds import MaskRule, cuts_of
@@ -82,13 +83,18 @@ class _Winners:
 
 
 def _winners(texts: Contestants, highest_peak: Float[Tensor, ""]) -> _Winners:
-    stack, weights = texts.heatmaps, _weights(texts.peaks, highest_peak)
+    # equal texts have equal strengths but for rounding: without this they would win by turns
+    firsts = first_of_equal_maps(texts.heatmaps.maps)
+    peaks = texts.peaks.tolist()
+    live = [number for number, first in enumerate(firsts) if first == number or peaks[first] != peaks[number]]
+    stack = replace(texts.heatmaps, maps=texts.heatmaps.maps[live])
+    weights = _weights(texts.peaks[live], highest_peak)
     # column by column, as maps are stored
     best = stack.maps.new_zeros(stack.width, stack.height, dtype=torch.float32).mT
     of_best, winner = torch.zeros_like(best), torch.full_like(best, NOBODY, dtype=torch.int16)
     # one after the other: argmax over the first dimension takes ten times as long
     heatmaps = itertools.chain.from_iterable(stack.chunks())
-    for index, (heatmap, weight) in enumerate(zip(heatmaps, weights, strict=True)):
+    for index, heatmap, weight in zip(live, heatmaps, weights, strict=True):
         strength = heatmap * weight
         is_stronger = strength > best
         winner.masked_fill_(is_stronger, index)

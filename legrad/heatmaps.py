@@ -26,6 +26,17 @@ def minmax_normalise(maps: Float[Tensor, "*leading height width"]) -> Float[Tens
     return (maps - lowest).div_(torch.where(span > 0, span, 1))
 
 
+def first_of_equal_maps(maps: Float[Tensor, "maps height width"]) -> list[int]:
+    """For each map the position of the first one that is the same to the last bit; often its own.
+
+    Steps that follow may treat a map differently by its place among others, by a rounding error: which of two
+    equal maps is ahead is decided before them.
+    """
+    first: dict[bytes, int] = {}
+    every_map = maps.cpu().contiguous().view(torch.uint8).flatten(1).numpy() if maps.numel() else ()
+    return [first.setdefault(map_bytes.tobytes(), position) for position, map_bytes in enumerate(every_map)]
+
+
 def upsample_grid(
     relevance_grid: Float[Tensor, "*leading grid_height grid_width"], height: int, width: int
 ) -> Float[Tensor, "*leading height width"]:

@@ -19,7 +19,8 @@ from legrad.view_relevance import merged_relevance, preprocessed
 from legrad.views import Views
 from pipeline.decode import WHOLE_IMAGE, DecodedImage
 from pipeline.measures import Meter
-from pipeline.prompts.batch_texts import ImageMaps, choose_maps, embed_batch
+from pipeline.prompts.batch_texts import BatchTextEmbedder, BatchTexts, ImageMaps, choose_maps
+from pipeline.prompts.equal_texts import equal_within
 from pipeline.prompts.sample_prompts import Companions, Prompt
 from pipeline.refined_maps import refined_maps
 
@@ -113,7 +114,8 @@ class Engine:
         self._refinement = refinement
         self._companions = companions
         self._max_prompts_per_sample = max_prompts_per_sample
-        self._embedder = TextEmbedder(explainer)
+        within = equal_within(explainer.dtype)
+        self._texts = BatchTextEmbedder(TextEmbedder(explainer), companions, within)
         self._turns = threading.Semaphore(batches_at_once)
         self._batches_at_once = batches_at_once
         self._memory_lock = threading.Lock()
@@ -189,13 +191,15 @@ class Engine:
                 self._batches_at_once -= 1
 
     def _explain(self, samples: Sequence[PreparedSample], images_at_once: int) -> list[ExplainedSample]:
-        explainer, companions = self._explainer, self._companions
+        explainer = self._explainer
         by_canvas = zip(*(sample.image.canvases for sample in samples), strict=True)
         canvases = [torch.from_numpy(np.stack(pixels)) for pixels in by_canvas]
         trace = explainer.encode(preprocessed(explainer, canvases[0]))
-        texts = embed_batch(self._embedder, [sample.prompts for sample in samples], companions)
+        texts = self._texts.embed([sample.prompts for sample in samples])
         similarities = explainer.similarity(trace, texts.unit_rows).float().cpu().numpy()
-        chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, companions.max_background)
+        chosen = choose_maps(
+            similarities, texts, self._max_prompts_per_sample, self._companions.max_background
+        )
         text_rows = torch.from_numpy(np.concatenate([maps.text_rows for maps in chosen]))
         counts = [len(maps.text_rows) for maps in chosen]
         owners = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts))
@@ -209,9 +213,9 @@ class Engine:
         )
         return self._refined(
             [
-                self._explained(sample, maps, own_grids, texts.truncated, cosines)
-                for sample, maps, own_grids, cosines in zip(
-                    samples, chosen, torch.split(grids, counts), similarities, strict=True
+                self._explained(sample, maps, own_grids, _told(sample, maps, rows, cosines, texts))
+                for sample, maps, own_grids, rows, cosines in zip(
+                    samples, chosen, torch.split(grids, counts), texts.prompt_rows, similarities, strict=True
                 )
             ]
         )
@@ -233,25 +237,32 @@ class Engine:
         sample: PreparedSample,
         maps: ImageMaps,
         grids: torch.Tensor,
-        truncated: Sequence[bool],
-        cosines: np.ndarray,
+        prompts: tuple[ExplainedPrompt, ...],
     ) -> ExplainedSample:
-        end = len(maps.prompts)
+        end = maps.prompt_maps
         neutral_grid = grids[end + maps.backgrounds :]
         neutral = None
         if self._companions.neutral is not None:
             neutral = neutral_patches(neutral_grid[None], self._companions.neutral_threshold)[0]
         return ExplainedSample(
             sample=sample,
-            prompts=tuple(
-                ExplainedPrompt(sample.prompts[position], truncated[row], float(cosines[row]))
-                for position, row in zip(maps.prompts.tolist(), maps.text_rows.tolist(), strict=False)
-            ),
-            relevance_grids=grids[:end],
-            dropped_prompts=len(sample.prompts) - end,
+            prompts=prompts,
+            relevance_grids=grids[torch.from_numpy(maps.map_of_prompt)],
+            dropped_prompts=len(sample.prompts) - len(prompts),
             background_grids=grids[end : end + maps.backgrounds],
             neutral_patches=neutral,
         )
+
+
+def _told(
+    sample: PreparedSample, maps: ImageMaps, prompt_rows: np.ndarray, cosines: np.ndarray, texts: BatchTexts
+) -> tuple[ExplainedPrompt, ...]:
+    """The prompts kept of a sample; equal ones have the similarity of the first."""
+    similarities = cosines[maps.text_rows[maps.map_of_prompt]].tolist()
+    return tuple(
+        ExplainedPrompt(sample.prompts[position], texts.truncated[prompt_rows[position]], similarity)
+        for position, similarity in zip(maps.prompts.tolist(), similarities, strict=True)
+    )
 
 
 def _competing_grids(explained: ExplainedSample) -> torch.Tensor:

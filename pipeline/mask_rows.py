@@ -17,6 +17,11 @@ from pipeline.engine import ExplainedSample
 from pipeline.records import ACCEPTED, EMPTY_MASK, OK
 from pipeline.settings import JobConfig, MasksConfig
 
+# A sample's neighbours in its batch move a score by a rounding error; one that stands at a limit but for
+# that is within it, always.
+SIMILARITY_ROUNDING = 1e-5
+RELATIVE_ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class _Frame:
@@ -145,11 +150,11 @@ def _statuses_before_masks(explained: ExplainedSample, masks: MasksConfig) -> di
 
 
 def _status(masks: MasksConfig, similarity: float, peak: float, contrast: float) -> str:
-    if masks.min_similarity is not None and similarity < masks.min_similarity:
+    if masks.min_similarity is not None and similarity < masks.min_similarity - SIMILARITY_ROUNDING:
         return "rejected_similarity"
-    if masks.min_peak is not None and peak < masks.min_peak:
+    if masks.min_peak is not None and peak < masks.min_peak * (1 - RELATIVE_ROUNDING):
         return "rejected_peak"
-    if masks.min_contrast is not None and contrast < masks.min_contrast:
+    if masks.min_contrast is not None and contrast < masks.min_contrast * (1 - RELATIVE_ROUNDING):
         return "rejected_contrast"
     return OK
 

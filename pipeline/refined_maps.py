@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from legrad.heatmaps import first_of_equal_maps
 from legrad.images import ImageTransform
 from legrad.masks import Normalisation, heatmaps_of, minmax_normalise
 from legrad.refine import Refinement, dilations_for_patch, refine_heatmaps
@@ -53,12 +54,20 @@ def refined_maps(
 
     Returns:
         For each image float32 on the CPU, [maps, height, width], each map from 0 to 1; a constant one zeros.
+        Equal grids have equal maps, to the last bit.
     """
-    counts = [len(own_grids) for own_grids in grids]
+    places = [first_of_equal_maps(own_grids) for own_grids in grids]
+    firsts = [sorted(set(own_places)) for own_places in places]
+    counts = [len(own_firsts) for own_firsts in firsts]
     image_index = torch.repeat_interleave(torch.arange(len(pixels)), torch.tensor(counts))
     images = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2)
     height, width = images.shape[-2:]
-    heatmaps = heatmaps_of(torch.cat(list(grids)).to(device), height, width, normalisation)
+    distinct = torch.cat([own_grids[own] for own_grids, own in zip(grids, firsts, strict=True)])
+    heatmaps = heatmaps_of(distinct.to(device), height, width, normalisation)
     refined = refine_heatmaps(images, heatmaps, image_index, refinement)
     # the mean of neighbours lowers a peak, and a fixed cut is meant for maps that reach 1
-    return list(torch.split(minmax_normalise(refined).cpu(), counts))
+    maps = torch.split(minmax_normalise(refined).cpu(), counts)
+    return [
+        own_maps[np.searchsorted(own_firsts, own_places)]
+        for own_maps, own_firsts, own_places in zip(maps, firsts, places, strict=True)
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -46,11 +47,15 @@ class Accounts:
 def audit(out, tars):
     """Check an output folder against the input tars, with nothing but listings, footers and rows.
 
+    Args:
+        out: the folder.
+        tars: as the job lists them: paths, or commands whose last word is the path.
+
     Raises AssertionError where a file is partial or stray, footers and rows disagree, the two files of a
     shard do not belong together, or a sample is lost or doubled.
     """
     out = Path(out)
-    keys = {shard_id(str(tar)): sample_keys(tar) for tar in tars}
+    keys = {shard_id(str(tar)): sample_keys(tar_path(tar)) for tar in tars}
     temporary = check_names(out, keys)
     done = {path.stem for path in (out / "annotations").glob("*.parquet") if not is_temporary(path)}
     failed = {path.stem for path in (out / "failed").glob("*.json") if not is_temporary(path)} - done
@@ -83,9 +88,13 @@ def assert_they_add_up(accounts):
     assert outcomes + accounts.in_failed_shards + accounts.in_left_shards == accounts.samples_in, accounts
 
 
-def sample_keys(tar_path):
+def tar_path(listed):
+    return shlex.split(listed)[-1] if str(listed).startswith("pipe:") else listed
+
+
+def sample_keys(path):
     """Keys of a good tar's samples, in order: member names up to the first dot, neighbours taken together."""
-    with tarfile.open(tar_path) as tar:
+    with tarfile.open(path) as tar:
         return list(dict.fromkeys(re.sub(r"\.[^/]*$", "", member.name) for member in tar))
 
 

@@ -17,6 +17,7 @@ from accounts import audit
 from corpus import demo_job, write_word_shards
 from faults import annotate_all, struck_by
 from rich.console import Console
+from waiting import PATIENCE_S, TEST_PATIENCE_S
 
 from pipeline.job import prepare_job
 from pipeline.progress import open_progress
@@ -31,6 +32,13 @@ TABLE_HEAD = (
     "| fault | injected how | samples in | annotated | empty | in error | in shards given up | left "
     "| lost | duplicated |\n|---|---|---|---|---|---|---|---|---|---|\n"
 )
+
+
+def pytest_collection_modifyitems(items):
+    """Give the tests here time for a machine with other work."""
+    for item in items:
+        if item.path.parent == HERE and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_PATIENCE_S))
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +122,7 @@ def struck_worker(tmp_path):
         factory = struck_by(*faults, marks_folder=tmp_path / "marks")
         process = multiprocessing.get_context("fork").Process(target=annotate_all, args=(job, factory))
         process.start()
-        process.join(60)
+        process.join(PATIENCE_S)
         process.kill()
         return process.exitcode, audit(tmp_path / "out", tars)
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from waiting import wait_until
+
 from pipeline import storage
 from pipeline.annotate import ShardReport
 from pipeline.measures import Measures
@@ -35,7 +37,8 @@ class Fault:
         point: "begin"; "middle": half of the samples done; "errors": the errors file half written under its
             temporary name; "between": errors published, annotations not; "annotations": these half written;
             "published": both files there, the driver not told.
-        action: a key of ACTIONS.
+        action: a key of ACTIONS; "wait_for_rival", "between" alone: until another process has published the
+            annotations.
         times: how often; later attempts go well.
     """
 
@@ -69,7 +72,6 @@ ACTIONS = {
     # the worker's parent is the daemon of its machine
     "kill_machine": lambda: send(signal.SIGKILL, os.getppid),
     "hang": sleep_for_ever,
-    "nap": lambda: time.sleep(2),
     "hog": hog_memory,
     # from here on the kernel refuses to let any file of this process grow
     "file_size_limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY)),
@@ -84,7 +86,7 @@ class Faults:
         self._faults = {(fault.shard, fault.point): fault for fault in faults}
         self._marks = Path(marks)
 
-    def strike(self, shard, point, before=lambda: None):
+    def strike(self, shard, point, before=lambda: None, rival=None):
         fault = self._faults.get((shard, point))
         for blow in range(fault.times if fault else 0):
             mark = self._marks / f"{shard}-{point}-{blow}"
@@ -93,7 +95,10 @@ class Faults:
             except FileExistsError:
                 continue
             before()
-            ACTIONS[fault.action]()
+            if fault.action == "wait_for_rival":
+                wait_until(rival.exists, lambda: f"nobody else published {rival}")
+            else:
+                ACTIONS[fault.action]()
             return
 
     def watch_publishing(self):
@@ -110,7 +115,8 @@ class Faults:
         def struck_rename(path, target):
             renamed = rename(path, target)
             after = {"errors": "between", "annotations": "published"}
-            self.strike(stem_of(Path(target).name), after.get(Path(target).parent.name, ""))
+            rival = Path(target).parents[1] / "annotations" / Path(target).name
+            self.strike(stem_of(Path(target).name), after.get(Path(target).parent.name, ""), rival=rival)
             return renamed
 
         os.fsync, Path.replace = struck_fsync, struck_rename

@@ -41,6 +41,8 @@ class LightAnnotator:
             raise ShardError(f"{name}: connection refused")
         if name.startswith("full"):
             raise OutputError(f"{self.config.output.dir}: No space left on device")
+        if name.startswith("zheld"):
+            threading.Event().wait()
         if name.startswith("bug"):
             raise ZeroDivisionError("division by zero")
         with ShardWriter(shard, {**self.metadata, "attempt": "a"}) as writer:

@@ -8,14 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-START_TIMEOUT_S = 120
+from waiting import PATIENCE_S, wait_until
 
 
 @dataclass(frozen=True)
@@ -78,29 +76,39 @@ def ray_head(*, dashboard, token=False):
         )
     try:
         for port in (gcs, *([web] if dashboard else [])):
-            wait_until_answered(port, process, log)
+            wait_until(lambda port=port: is_answered(port), log.read_text, process)
+        if dashboard:
+            wait_until_jobs_are_taken(f"http://127.0.0.1:{web}", environment, process)
         yield RayHead(
             f"127.0.0.1:{gcs}", f"http://127.0.0.1:{web}", f"http://127.0.0.1:{metrics}/metrics", environment
         )
     finally:
         process.terminate()
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_until_answered(port, process, log):
-    """Wait until something listens on a port."""
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        assert process.poll() is None, log.read_text()
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    raise TimeoutError(f"nothing listens on port {port}:\n{log.read_text()}")
+def is_answered(port):
+    """Whether something listens on a port."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def wait_until_jobs_are_taken(dashboard_url, environment, process):
+    """Wait for the agent that starts jobs: it registers some time after the dashboard listens."""
+    command = ["ray", "job", "submit", "--address", dashboard_url, "--no-wait", "--", "true"]
+    answers = []
+
+    def is_taken():
+        ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        answers.append(ended.stdout + ended.stderr)
+        return ended.returncode == 0
+
+    wait_until(is_taken, lambda: answers[-1], process)

@@ -1,21 +1,16 @@
 """Machines that go away, clusters that do not answer, memory that runs out."""
 
 import re
-import time
 from pathlib import Path
 
 import pytest
 from accounts import audit
 from faults import Fault, marks
-
-pytestmark = pytest.mark.timeout(240)
+from waiting import PATIENCE_S, wait_until
 
 
 def wait_for_mark(tmp_path, mark, process):
-    deadline_s = time.monotonic() + 120
-    while mark not in marks(tmp_path / "marks") and time.monotonic() < deadline_s:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.05)
+    wait_until(lambda: mark in marks(tmp_path / "marks"), (tmp_path / "log").read_text, process)
 
 
 @pytest.mark.slow
@@ -32,7 +27,7 @@ def test_a_machine_lost_in_mid_shard_is_no_strike_and_its_successor_does_the_res
     wait_for_mark(tmp_path, "b-middle", process)
     cluster.remove_node(lost, allow_graceful=False)
     machines()
-    assert process.wait(timeout=150) == 0, (tmp_path / "log").read_text()
+    assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
     assert "a machine was lost" in (tmp_path / "log").read_text()
     accounts = audit(tmp_path / "out", tars)
     assert accounts.shards_done == 4
@@ -55,7 +50,7 @@ def test_while_a_machine_is_lost_another_one_goes_on(cluster, machines, word_com
     )
     wait_for_mark(tmp_path, "00-middle", process)
     cluster.remove_node(lost, allow_graceful=False)
-    assert process.wait(timeout=150) == 0, (tmp_path / "log").read_text()
+    assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
     accounts = audit(tmp_path / "out", tars)
     assert accounts.shards_done == 20
     fault_table(
@@ -72,7 +67,7 @@ def test_a_shard_that_takes_its_machine_down_each_time_is_given_up_in_the_end(
     process, tars = word_command(
         [*"abc"], Fault("b", "middle", "kill_machine", times=99), run={"workers": 1, "max_attempts": 1}
     )
-    assert process.wait(timeout=200) == 3, (tmp_path / "log").read_text()
+    assert process.wait(timeout=PATIENCE_S) == 3, (tmp_path / "log").read_text()
     accounts = audit(tmp_path / "out", tars)
     assert [shard.split("-")[0] for shard in accounts.failed] == ["b"]
     assert accounts.shards_done == 2
@@ -94,7 +89,7 @@ def test_a_worker_that_rays_memory_monitor_kills_is_replaced(machines, word_comm
     process, tars = word_command(
         [*"abcd"], Fault("b", "middle", "hog"), run={"workers": 1}, environment=environment
     )
-    assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
     assert marks(tmp_path / "marks") == {"b-middle": 1}
     log = (tmp_path / "log").read_text()
     assert re.search(r"a worker died: .* killed due to the node running low on memory", log)

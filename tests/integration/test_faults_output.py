@@ -10,6 +10,7 @@ import pytest
 from accounts import audit
 from corpus import demo_job, write_word_shards
 from faults import Fault, Faults, WordAnnotator, annotate_all, struck_by
+from waiting import PATIENCE_S
 
 from pipeline.errors import OutputError
 from pipeline.job import looked_at_again, prepare_job
@@ -162,21 +163,21 @@ def test_of_two_jobs_that_write_the_same_shards_at_once_no_torn_pair_passes_for_
     tars = write_word_shards(tmp_path / "in", [f"{number:03d}" for number in range(60)], 6)
     jobs = [prepare_job(demo_job(tars, tmp_path / "out")) for _ in range(2)]
     (tmp_path / "marks").mkdir()
-    # whoever comes first sleeps between its two files, while the other one publishes both of its own
-    factory = struck_by(Fault("030", "between", "nap"), marks_folder=tmp_path / "marks")
+    # whoever comes first waits between its two files until the other one has published both of its own
+    factory = struck_by(Fault("030", "between", "wait_for_rival"), marks_folder=tmp_path / "marks")
     fork = multiprocessing.get_context("fork").Process
     processes = [fork(target=annotate_all, args=(job, factory)) for job in jobs]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE_S)
     assert [process.exitcode for process in processes] == [0, 0]
     job = looked_at_again(jobs[0])
     torn = concluded(job, JobResult(first_state(job))).torn
     assert tars[30].as_uri() in torn
     again = fork(target=annotate_all, args=(looked_at_again(job), factory))
     again.start()
-    again.join(60)
+    again.join(PATIENCE_S)
     assert concluded(looked_at_again(job), JobResult(first_state(looked_at_again(job)))).complete
     accounts = audit(tmp_path / "out", tars)
     assert (accounts.shards_done, accounts.temporary_files) == (60, 0)
@@ -189,7 +190,9 @@ def test_two_jobs_on_one_output_at_once_do_no_harm(machines, word_command, tmp_p
     names = [f"{number:02d}" for number in range(30)]
     settings = {"seconds_per_sample": 0.05, "run": {"workers": 1}}
     processes = [word_command(names, **settings)[0] for _ in range(2)]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0], (tmp_path / "log").read_text()
+    assert [process.wait(timeout=PATIENCE_S) for process in processes] == [0, 0], (
+        tmp_path / "log"
+    ).read_text()
     accounts = audit(tmp_path / "out", sorted((tmp_path / "in").iterdir()))
     assert (accounts.shards_done, accounts.shards_left) == (30, 0)
     assert (tmp_path / "out" / "_SUCCESS").exists()
@@ -208,11 +211,11 @@ def test_a_changed_configuration_is_refused_and_with_overwrite_replaces_everythi
         "run": {"workers": 1},
     }
     process, tars = word_command([*"abc"], **changed)
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=PATIENCE_S) == 1
     assert "changed: masks.rule, masks.value" in (tmp_path / "log").read_text()
     assert audit(tmp_path / "out", tars) == before
     process, tars = word_command([*"abc"], output={"on_mismatch": "overwrite"}, **changed)
-    assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
     after = audit(tmp_path / "out", tars)
     assert after.shards_done == 3
     fault_table("configuration changed between runs", "refused; then output.on_mismatch=overwrite", after)

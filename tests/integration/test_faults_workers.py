@@ -83,12 +83,12 @@ def test_poison_among_good_shards_and_a_death_at_every_point_of_publishing_cost_
 def test_a_frozen_worker_is_replaced_and_its_shards_are_done(machines, struck_job, tmp_path, fault_table):
     machines(2)
     result, log, accounts = struck_job(
-        [*"abcd"], Fault("b", "middle", "freeze"), workers=1, stall_timeout_s=2.0
+        [*"abcd"], Fault("b", "middle", "freeze"), workers=1, stall_timeout_s=6.0
     )
     assert marks(tmp_path / "marks") == {"b-middle": 1}
     assert result.complete, log
-    assert "finished no sample for 2 s" in log
-    fault_table("worker freezes", "SIGSTOP in mid-shard, run.stall_timeout_s 2", accounts)
+    assert "finished no sample for 6 s" in log
+    fault_table("worker freezes", "SIGSTOP in mid-shard, run.stall_timeout_s 6", accounts)
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_a_shard_that_hangs_its_worker_each_time_is_given_up_and_the_others_fini
 ):
     machines()
     result, log, accounts = struck_job(
-        [*"abcd"], Fault("b", "middle", "hang", times=9), workers=1, stall_timeout_s=2.0, max_attempts=2
+        [*"abcd"], Fault("b", "middle", "hang", times=9), workers=1, stall_timeout_s=6.0, max_attempts=2
     )
     assert [url.rsplit("/", 1)[1] for url, _ in result.failed] == ["b.tar"], log
     record = failure_record(tmp_path / "out", "b")
@@ -110,8 +110,10 @@ def test_a_shard_that_hangs_its_worker_each_time_is_given_up_and_the_others_fini
 def test_a_shard_that_is_merely_slow_is_waited_for(machines, struck_job, fault_table):
     machines()
     result, log, accounts = struck_job(
-        ["slow"], samples=8, seconds_per_sample=1.0, workers=1, stall_timeout_s=4.0
+        ["slow"], samples=12, seconds_per_sample=1.0, workers=1, stall_timeout_s=10.0
     )
     assert result.complete, log
     assert "finished no sample" not in log
-    fault_table("shard slower than the time-out", "1 s a sample, 8 samples, run.stall_timeout_s 4", accounts)
+    fault_table(
+        "shard slower than the time-out", "1 s a sample, 12 samples, run.stall_timeout_s 10", accounts
+    )

@@ -10,12 +10,12 @@ from corpus import demo_job
 from light_annotator import slow
 from prometheus_client.parser import text_string_to_metric_families
 from ray_head import ray_head
+from waiting import PATIENCE_S
 
 from pipeline.job import prepare_job
 from pipeline.progress import SharedProgress
 from pipeline.run import run_job
 
-SCRAPING_S = 120
 KINDS = 7  # every kind but errors, of which there are none
 
 
@@ -51,12 +51,12 @@ class Scraper:
     """Looks at the metrics while the run goes on; once all have come, lets the last shard go."""
 
     def __init__(self, url, go):
-        self.url, self.go, self.seen, self.until_s = url, go, {}, time.monotonic() + SCRAPING_S
+        self.url, self.go, self.seen, self.until_s = url, go, {}, time.monotonic() + PATIENCE_S
 
     def update(self, state):
         if not state.shards_done or self.go.exists():
             return
-        with urllib.request.urlopen(self.url, timeout=10) as answer:
+        with urllib.request.urlopen(self.url, timeout=PATIENCE_S) as answer:
             for family in text_string_to_metric_families(answer.read().decode()):
                 if family.name.startswith("ray_legrad_"):
                     self.seen[family.name] = family

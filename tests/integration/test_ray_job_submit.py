@@ -5,13 +5,13 @@ import os
 import re
 import signal
 import subprocess
-import time
 
 import pytest
 import yaml
 from accounts import audit
 from corpus import demo_job, write_corpus
 from ray_head import ray_head
+from waiting import PATIENCE_S, held_shard, published, wait_until
 
 from pipeline.run_record import latest_run
 from pipeline.status import read_status
@@ -19,8 +19,7 @@ from pipeline.status import read_status
 pytestmark = pytest.mark.slow
 
 SAMPLES = 40
-# enough for the command that stops the job to come in time
-SHARDS_TO_STOP = 24
+SHARDS_TO_STOP = 5
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def head():
 def ray_job(head):
     """Runs `ray job ACTION ...`; returns the finished process."""
 
-    def run(action, *arguments, timeout_s=240, **environment):
+    def run(action, *arguments, timeout_s=PATIENCE_S, **environment):
         return subprocess.run(
             ["ray", "job", action, "--address", head.dashboard_url, *arguments],
             env={**head.environment, **environment},
@@ -123,34 +122,30 @@ def test_the_drivers_own_exit_code_stands_in_the_jobs_status(
 def test_a_stopped_job_goes_on_where_it_was_when_it_is_submitted_again(
     ray_job, job_folder, tmp_path, frozen, ended
 ):
-    tars = write_corpus(tmp_path / "shared", SHARDS_TO_STOP, SAMPLES)
+    *tars, last = write_corpus(tmp_path / "shared", SHARDS_TO_STOP, SAMPLES)
+    shards = [*map(str, tars), held_shard(last, tmp_path / "go")]
     folder, _ = job_folder()
     document = yaml.safe_load((folder / "job.yaml").read_text())
-    document["input"]["shards"] = str(tmp_path / "shared" / "*.tar")
+    document["input"] |= {"shards": shards, "allow_commands": True}
     (folder / "job.yaml").write_text(yaml.safe_dump(document))
     out = tmp_path / "out"
     name = f"stopped-{ended}"
-    assert submit(ray_job, folder, name, "--no-wait").returncode == 0
-    wait_for(lambda: list((out / "annotations").glob("[!.]*.parquet")), ray_job, name)
+    begun = submit(ray_job, folder, name, "--no-wait")
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    wait_until(lambda: published(out), lambda: ray_job("logs", name).stdout)
     if frozen:
         # SIGTERM does not reach it; SIGKILL comes three seconds later
         os.kill(json.loads((out / "job.json").read_text())["pid"], signal.SIGSTOP)
     stopped = ray_job("stop", name)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert f"Job '{name}' was stopped" in ray_job("status", name).stdout
-    before = audit(out, tars)
-    assert before.shards_left > 0
+    before = audit(out, shards)
+    assert 0 < before.shards_done < SHARDS_TO_STOP
     assert latest_run(str(out)).ended == ended
+    (tmp_path / "go").touch()
     again = submit(ray_job, folder, f"{name}-again")
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"{before.shards_done} done before" in again.stdout
-    after = audit(out, tars)
+    after = audit(out, shards)
     assert (after.shards_done, after.shards_left) == (SHARDS_TO_STOP, 0)
     assert json.loads((out / "_SUCCESS").read_text())["annotated"] == SHARDS_TO_STOP * SAMPLES
-
-
-def wait_for(condition, ray_job, name):
-    deadline_s = time.monotonic() + 200
-    while not condition():
-        assert time.monotonic() < deadline_s, ray_job("logs", name).stdout
-        time.sleep(0.1)

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -16,6 +16,7 @@ from accounts import audit
 from corpus import demo_job, write_corpus
 from light_annotator import LightAnnotator, dies_while_loading, light
 from rich.console import Console
+from waiting import PATIENCE_S, held_shard, wait_for_first_shard
 
 from pipeline.annotate import ShardAnnotator
 from pipeline.errors import OutputError, UserError
@@ -94,9 +95,11 @@ def test_a_full_disk_stops_the_job_with_the_cause(run):
 
 
 def test_more_errors_than_the_budget_allows_stop_the_job_early(run, tmp_path):
-    result, _ = run("errors", *[f"z{index}" for index in range(30)], workers=1, error_budget=0.5)
-    assert "1500 of 150" in result.stopped
-    assert "decode/truncated: 1500" in result.stopped
+    # the last shard is never done: the job ends although it is left
+    names = ["errors", *[f"z{index}" for index in range(9)], "zheld"]
+    result, _ = run(*names, workers=1, error_budget=0.5)
+    assert re.match("1500 of 150[0-9] ", result.stopped)
+    assert "decode/truncated 1,500" in result.stopped
     assert result.state.shards_left > 0
 
 
@@ -144,22 +147,51 @@ def test_a_damaged_checkpoint_is_found_by_the_workers_and_told_once(tmp_path):
         run_job(prepare_job(config), progress)
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """Shards as a job lists them; the last one is not done before the file `go` is there."""
+
+    shards: list
+    go: Path
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"), shards=6, samples_per_shard=40)
+    folder = tmp_path_factory.mktemp("corpus")
+    *tars, last = write_corpus(folder, shards=6, samples_per_shard=40)
+    return Corpus([*map(str, tars), held_shard(last, folder / "go")], folder / "go")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
     """Rows of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
+    corpus.go.touch()
     finished = annotate(corpus, out)
-    assert finished.wait(timeout=240) == 0
+    assert finished.wait(timeout=PATIENCE_S) == 0
     return rows_of(out)
 
 
+@pytest.fixture
+def begun(corpus, undisturbed, tmp_path):
+    """A job in mid-run, until `corpus.go` is there: some shard is published, and the last one is not."""
+    corpus.go.unlink(missing_ok=True)
+    process = annotate(corpus, tmp_path / "out")
+    wait_for_first_shard(tmp_path / "out", process, tmp_path / "log")
+    yield process
+    corpus.go.touch()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def annotate(corpus, out):
-    config = demo_job(corpus, out, run={"workers": 1, "batch_size": 4, "progress_interval_s": 0.5})
+    config = demo_job(
+        corpus.shards,
+        out,
+        input={"allow_commands": True},
+        run={"workers": 1, "batch_size": 4, "progress_interval_s": 0.5},
+    )
     path = out.parent / f"{out.name}.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     with (out.parent / "log").open("a") as log:
@@ -173,16 +205,6 @@ def rows_of(out):
         columns=["shard", "sample_index", "prompt_index", "key", "prompt", "area"]
     )
     return sorted(tuple(row.values()) for row in table.to_pylist())
-
-
-def wait_for_first_shard(out, process):
-    deadline_s = time.monotonic() + 200
-    while time.monotonic() < deadline_s:
-        if list((out / "annotations").glob("*.parquet")):
-            return
-        assert process.poll() is None, (out.parent / "log").read_text()
-        time.sleep(0.02)
-    raise TimeoutError((out.parent / "log").read_text())
 
 
 def worker_pids(process):
@@ -212,7 +234,7 @@ def nothing_lost_or_doubled(corpus, undisturbed, fault_table):
     """Holds an output folder against the input, against a run that nothing disturbed, and notes the fault."""
 
     def check(out, fault, injected_how):
-        accounts = audit(out, corpus)
+        accounts = audit(out, corpus.shards)
         for (*row, area), (*expected_row, expected_area) in zip(rows_of(out), undisturbed, strict=True):
             assert row == expected_row
             # a sample's neighbours in its batch move it by a rounding error
@@ -226,53 +248,53 @@ def nothing_lost_or_doubled(corpus, undisturbed, fault_table):
 
 
 def test_a_worker_killed_in_mid_shard_costs_no_row_and_doubles_none(
-    corpus, tmp_path, nothing_lost_or_doubled
+    corpus, begun, tmp_path, nothing_lost_or_doubled
 ):
     out = tmp_path / "out"
-    process = annotate(corpus, out)
-    wait_for_first_shard(out, process)
-    pids = worker_pids(process)
+    pids = worker_pids(begun)
     assert len(pids) == 1
     os.kill(pids[0], signal.SIGKILL)
-    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    corpus.go.touch()
+    assert begun.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
     assert "a worker died" in (tmp_path / "log").read_text()
     nothing_lost_or_doubled(out, "worker killed in mid-shard, real model", "SIGKILL to the worker")
 
 
 @pytest.mark.slow
 def test_ctrl_c_then_the_same_command_again_costs_no_row_and_doubles_none(
-    corpus, tmp_path, nothing_lost_or_doubled
+    corpus, begun, tmp_path, nothing_lost_or_doubled
 ):
     out = tmp_path / "out"
-    process = annotate(corpus, out)
-    wait_for_first_shard(out, process)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130, (tmp_path / "log").read_text()
+    os.killpg(begun.pid, signal.SIGINT)
+    assert begun.wait(timeout=PATIENCE_S) == 130, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
     assert "interrupted" in log
     assert "Traceback" not in log
     assert len(list((out / "annotations").glob("*.parquet"))) < 6
-    assert annotate(corpus, out).wait(timeout=240) == 0
+    corpus.go.touch()
+    assert annotate(corpus, out).wait(timeout=PATIENCE_S) == 0
     nothing_lost_or_doubled(out, "Ctrl-C, rerun, real model", "SIGINT to the process group")
 
 
-def test_sigterm_ends_with_its_own_exit_code_and_a_rerun_completes(corpus, tmp_path, nothing_lost_or_doubled):
+def test_sigterm_ends_with_its_own_exit_code_and_a_rerun_completes(
+    corpus, begun, tmp_path, nothing_lost_or_doubled
+):
     out = tmp_path / "out"
-    process = annotate(corpus, out)
-    wait_for_first_shard(out, process)
-    process.terminate()
-    assert process.wait(timeout=60) == 143, (tmp_path / "log").read_text()
-    assert annotate(corpus, out).wait(timeout=240) == 0
+    begun.terminate()
+    assert begun.wait(timeout=PATIENCE_S) == 143, (tmp_path / "log").read_text()
+    corpus.go.touch()
+    assert annotate(corpus, out).wait(timeout=PATIENCE_S) == 0
     nothing_lost_or_doubled(out, "driver told to end, rerun, real model", "SIGTERM to the driver")
 
 
-def test_a_driver_killed_with_9_leaves_what_a_rerun_completes(corpus, tmp_path, nothing_lost_or_doubled):
+def test_a_driver_killed_with_9_leaves_what_a_rerun_completes(
+    corpus, begun, tmp_path, nothing_lost_or_doubled
+):
     out = tmp_path / "out"
-    process = annotate(corpus, out)
-    wait_for_first_shard(out, process)
-    process.kill()
-    process.wait(timeout=60)
-    assert annotate(corpus, out).wait(timeout=240) == 0
+    begun.kill()
+    begun.wait(timeout=PATIENCE_S)
+    corpus.go.touch()
+    assert annotate(corpus, out).wait(timeout=PATIENCE_S) == 0
     nothing_lost_or_doubled(out, "driver killed, rerun, real model", "SIGKILL to the driver")
 
 

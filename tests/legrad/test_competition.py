@@ -121,3 +121,24 @@ def test_a_hole_that_another_prompt_fills_stays_the_others():
 def test_where_nothing_is_relevant_nobody_wins(rule):
     made = competing_masks(contestants(torch.zeros(2, 4, 5)), contestants(NO_MAPS), rule)
     assert made.areas.tolist() == [0, 0]
+
+
+def test_of_equal_texts_the_first_wins_every_pixel_wherever_it_stands_among_others():
+    grids = random_grids(3, 5)
+    once = competing_masks(contestants(grids), contestants(NO_MAPS), MaskRule("fixed", 0.4))
+    again = torch.cat([grids[[0, 0, 1]], grids, grids[[0]]])
+    made = competing_masks(
+        contestants(again, max_chunk_pixels=300), contestants(again[[2, 2]] * 0.1), MaskRule("fixed", 0.4)
+    )
+    masks = decoded(made.rles)
+    assert (masks[[0, 2, 5]] == decoded(once.rles)).all()
+    assert not masks[[1, 3, 4, 6]].any()
+
+
+def test_equal_maps_of_another_peak_are_not_equal_texts():
+    heatmap = torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(3)).repeat(2, 1, 1)
+    stack = HeatmapStack(heatmap, *FRAME, normalisation=None)
+    made = competing_masks(
+        Contestants(stack, torch.tensor([1.0, 4.0])), contestants(NO_MAPS), MaskRule("fixed", 0.4)
+    )
+    assert made.areas[0] == 0 < made.areas[1]

@@ -78,6 +78,16 @@ def test_a_prompt_below_a_limit_is_rejected_by_its_name(masks, statuses, combine
             assert (row["area"], row["mask"], row["bbox_xywh"], row["ignore"]) == (0, None, None, None)
 
 
+@pytest.mark.parametrize("limit", ["min_similarity", "min_peak", "min_contrast"])
+@pytest.mark.parametrize(("rounding", "status"), [(-1e-6, "ok"), (1e-6, "ok"), (-1e-3, "rejected")])
+def test_a_score_that_stands_at_its_limit_but_for_rounding_is_within_it(limit, rounding, status):
+    similarity = 0.25 * (1 + rounding)
+    at_limit = {"min_similarity": 0.25, "min_peak": 9.0, "min_contrast": 7.1666665}
+    grids = GRIDS[LEFT][None] * (1 + rounding)
+    (row,) = rows_of(explained(LEFT, similarities=[similarity], grids=grids), **{limit: at_limit[limit]})
+    assert row["status"].split("_")[0] == status
+
+
 def test_contrast_tells_noise_from_an_object_where_min_maxed_maps_do_not():
     noise = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.1
     thing = torch.full((1, 6, 6), 0.1)

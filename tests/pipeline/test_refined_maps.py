@@ -152,6 +152,21 @@ def test_a_map_that_is_not_finite_and_a_constant_one_spoil_no_other(normalisatio
     torch.testing.assert_close(maps[[0, 3]], good)
 
 
+@pytest.mark.parametrize("side", [16, 21])
+def test_equal_grids_have_equal_maps_to_the_last_bit(side):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    grids = torch.rand(3, 2, 3)
+    repeated = [grids[[0, 1, 0, 2, 0, 1]], grids[[2, 2]]]
+    refinement = replace(PAR, dilations=(1, 4))
+    maps = refined_maps(list(pixels), repeated, refinement, "upsampled", torch.device("cpu"))
+    assert [len(own) for own in maps] == [6, 2]
+    assert torch.equal(maps[0][[0, 0, 1]], maps[0][[2, 4, 5]])
+    assert torch.equal(maps[1][0], maps[1][1])
+    for own, own_pixels, own_grids in zip(maps, pixels, (grids, grids[[2]]), strict=True):
+        (alone,) = refined_maps([own_pixels], [own_grids], refinement, "upsampled", torch.device("cpu"))
+        torch.testing.assert_close(own[[0, 1, 3]] if len(own) > 2 else own[[0]], alone)
+
+
 def test_steps_are_told_in_patches_unless_they_are_given():
     assert refinement_of(MasksConfig(refine="none"), 16) is None
     assert refinement_of(MasksConfig(refine="pamr"), 16).dilations == (4, 8, 16, 32)
