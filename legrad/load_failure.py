@@ -8,10 +8,13 @@ from urllib.error import URLError
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+
+from legrad.errors import ModelLoadError
 
 MAX_CAUSE_LENGTH = 300
 
@@ -28,8 +31,11 @@ def load_failure(name: str, pretrained: str | None, error: Exception) -> str:
     cause = " ".join(str(error).split()) or type(error).__name__
     if find_spec("transformers") is None and (isinstance(error, ImportError) or "transformers" in cause):
         return f"{name} needs the text tower or tokenizer of Hugging Face: pip install 'legrad-pipeline[hf]'"
-    fetch = f"legrad models --fetch {name} {pretrained or 'TAG'}"
+    tag = pretrained or ("null" if ":" in name else "TAG")
+    fetch = f"legrad models --fetch {name} {tag}"
     advice = next((advice for link in _chain(error) if (advice := _advice(link, fetch))), None)
+    if isinstance(error, ModelLoadError):  # our own, which says what to do
+        return f"{asked}: {'; '.join(filter(None, (cause, advice)))}"
     return f"{asked}: {advice or _shortened(cause)}"
 
 
@@ -54,6 +60,8 @@ def _advice(error: BaseException, fetch: str) -> str | None:
         )
     if isinstance(error, EntryNotFoundError):
         return f"its repository on the Hugging Face hub lacks a file: {_shortened(str(error))}"
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hugging Face hub refused a file: {_shortened(str(error))}"
     return None
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config import config_hash
 from pipeline.errors import UserError
-from pipeline.model import check_model, is_local_checkpoint, weights_digest
+from pipeline.model import check_model, weights_digest, with_absolute_paths
 from pipeline.prompts.sample_prompts import with_files_read
 from pipeline.records import ShardCounts
 from pipeline.run_record import RUNS_FOLDER
@@ -96,8 +96,8 @@ def prepare_job(config: JobConfig) -> Job:
     config = _with_absolute_paths(config)
     config = config.model_copy(update={"prompts": with_files_read(config.prompts)})
     shards = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
-    digest = weights_digest(config.model)
     check_model(config.model, config.views.scales)
+    digest = weights_digest(config.model)
     stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
     out = config.output.dir
     warnings = _checked_against_earlier(config, stamp)
@@ -125,10 +125,7 @@ def looked_at_again(job: Job) -> Job:
 def _with_absolute_paths(config: JobConfig) -> JobConfig:
     # workers on a cluster have another working directory than the driver
     output = config.output.model_copy(update={"dir": storage.absolute(config.output.dir)})
-    if not is_local_checkpoint(config.model):
-        return config.model_copy(update={"output": output})
-    model = config.model.model_copy(update={"pretrained": storage.absolute(config.model.pretrained)})
-    return config.model_copy(update={"output": output, "model": model})
+    return config.model_copy(update={"output": output, "model": with_absolute_paths(config.model)})
 
 
 def shard_ids_in(output_dir: str, folder: str, suffix: str) -> set[str]:

@@ -20,7 +20,7 @@ def test_models_with_known_tags_checkpoints_and_hub_addresses_pass(tmp_path):
         model(),
         model("ViT-B/32", "laion2b-s34b-b79k", layers=12),
         model(pretrained=str(tmp_path / "weights.pt"), layers="all"),
-        model("hf-hub:someone/something"),
+        model("hf-hub:someone/something", None),
         model(DEMO_MODEL_NAME, "demo"),
     ):
         check_model(good)
