@@ -63,11 +63,13 @@ def _opened(path: Path) -> Iterator[_Tensors]:
             with safe_open(path, framework="pt") as file:
                 yield _Tensors(list(file.keys()), file.get_tensor)
         except SafetensorError as error:
-            raise ModelLoadError(f"{path} is no sound safetensors file ({error}); fetch it again") from error
+            raise ModelLoadError(
+                f"{path.name} is no sound safetensors file ({error}); fetch it again"
+            ) from error
         return
     if _is_torchscript(path):
         raise ModelLoadError(
-            f"{path} is a TorchScript archive, which is code and never run. OpenAI's own are the tag openai; "
+            f"{path.name} is a TorchScript archive, which is code and never run. OpenAI's own are the tag openai; "
             "of another, save torch.jit.load(FILE).state_dict() with torch.save where you trust it"
         )
     state = _state_dict(path, _unpickled(path))
@@ -80,26 +82,30 @@ def _unpickled(path: Path) -> Any:
     except UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None:
-            raise ModelLoadError(f"{path} is damaged, or no checkpoint; code in it is never run") from error
+            raise ModelLoadError(
+                f"{path.name} is damaged, or no checkpoint; code in it is never run"
+            ) from error
         raise ModelLoadError(
-            f"{path} holds {named[1]} beside its weights, and code in it is never run: where you trust it, "
+            f"{path.name} holds {named[1]} beside its weights, and code in it is never run: where you trust it, "
             "load it with weights_only=False and save its state_dict alone"
         ) from error
     except (EOFError, RuntimeError, ValueError, KeyError, RecursionError) as error:
-        raise ModelLoadError(f"{path} is damaged or cut off: fetch it again") from error
+        raise ModelLoadError(f"{path.name} is damaged or cut off: fetch it again") from error
 
 
 def _check_first_bytes(path: Path) -> None:
     with path.open("rb") as file:
         first = file.read(64)
     if not first:
-        raise ModelLoadError(f"{path} is empty: fetch it again")
+        raise ModelLoadError(f"{path.name} is empty: fetch it again")
     if first.startswith(LFS_POINTER):
-        raise ModelLoadError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` beside it")
+        raise ModelLoadError(
+            f"{path.name} is a pointer of Git LFS, not the weights: run `git lfs pull` beside it"
+        )
     if first.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        raise ModelLoadError(f"{path} is a web page, not weights: fetch the file itself")
+        raise ModelLoadError(f"{path.name} is a web page, not weights: fetch the file itself")
     if first[8:9] == b"{" and path.suffix != ".safetensors":
-        raise ModelLoadError(f"{path} is a safetensors file by its content: rename it to *.safetensors")
+        raise ModelLoadError(f"{path.name} is a safetensors file by its content: rename it to *.safetensors")
 
 
 def _is_zip(path: Path) -> bool:
@@ -121,14 +127,14 @@ def _state_dict(path: Path, checkpoint: Any) -> dict[str, Tensor]:
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
         raise ModelLoadError(
-            f"{path} holds {type(checkpoint).__name__}; expected weights by name, as model.state_dict() gives"
+            f"{path.name} holds {type(checkpoint).__name__}; expected weights by name, as model.state_dict() gives"
         )
     if not checkpoint:
-        raise ModelLoadError(f"{path} holds no weights")
+        raise ModelLoadError(f"{path.name} holds no weights")
     for key, value in checkpoint.items():
         if isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values()):
             raise ModelLoadError(
-                f"{path} has its weights under {key!r}; expected them at the top or under 'state_dict': "
+                f"{path.name} has its weights under {key!r}; expected them at the top or under 'state_dict': "
                 f"{_saved_anew(f'checkpoint[{key!r}]')}"
             )
     if str(next(iter(checkpoint))).startswith("module"):
@@ -138,10 +144,10 @@ def _state_dict(path: Path, checkpoint: Any) -> dict[str, Tensor]:
 
 def _check_keys(path: Path, tensors: _Tensors, files: ModelFiles) -> None:
     if not tensors.keys:
-        raise ModelLoadError(f"{path} holds no weights")
+        raise ModelLoadError(f"{path.name} holds no weights")
     if OPENAI_KEYS & set(tensors.keys):
         raise ModelLoadError(
-            f"{path} is in OpenAI's own form; use the tag openai, or take the keys "
+            f"{path.name} is in OpenAI's own form; use the tag openai, or take the keys "
             f"{', '.join(sorted(OPENAI_KEYS))} out of it{_quick_gelu_name(files)}"
         )
     firsts = {key.partition(".")[0] for key in tensors.keys}
@@ -150,7 +156,7 @@ def _check_keys(path: Path, tensors: _Tensors, files: ModelFiles) -> None:
     if len(firsts) == 1 and prefix not in TOWER_NAMES and all("." in key for key in tensors.keys):
         renamed = f"{{key.removeprefix('{prefix}.'): value for key, value in checkpoint.items()}}"
         raise ModelLoadError(
-            f"{path}: every name of a weight begins with '{prefix}.', as a wrapper leaves it: "
+            f"{path.name}: every name of a weight begins with '{prefix}.', as a wrapper leaves it: "
             f"{_saved_anew(renamed)}"
         )
 
@@ -176,7 +182,7 @@ def _check_known_tag(path: Path, files: ModelFiles) -> None:
         same_tower = name.removesuffix("-quickgelu") == files.name.removesuffix("-quickgelu")
         if same_tower and quick_gelu != files.quick_gelu and _is_file_of(path, config, sha256):
             raise ModelLoadError(
-                f"{path} has the weights of the tag {tag}, which {'needs' if quick_gelu else 'does without'} "
+                f"{path.name} has the weights of the tag {tag}, which {'needs' if quick_gelu else 'does without'} "
                 f"QuickGELU; {files.name} {'has' if files.quick_gelu else 'lacks'} it. Use model {name} with "
                 f"pretrained={tag!r}{_quick_gelu_name(files) if quick_gelu else ''}"
             )
@@ -201,13 +207,14 @@ def _check_rounding(path: Path, tensors: _Tensors, files: ModelFiles) -> None:
     linear, embedding = "visual.transformer.resblocks.0.mlp.c_fc.weight", "token_embedding.weight"
     if files.quick_gelu or not {linear, embedding} <= set(tensors.keys):
         return
-    if _is_rounded(tensors.read(linear)) and not _is_rounded(tensors.read(embedding)):
+    rounded = _is_rounded(tensors.read(embedding), torch.float16, torch.bfloat16)
+    if _is_rounded(tensors.read(linear), torch.float16) and not rounded:
         raise ModelLoadError(
-            f"{path}: its linear layers are rounded to half precision and its embeddings are not, as in "
+            f"{path.name}: its linear layers are rounded to half precision and its embeddings are not, as in "
             f"OpenAI's weights{_quick_gelu_name(files)}. Weights trained with GELU go into a folder with an "
             "open_clip_config.json that says so: local-dir:FOLDER"
         )
 
 
-def _is_rounded(weights: Tensor) -> bool:
-    return bool((weights.float() == weights.half().float()).all())
+def _is_rounded(weights: Tensor, *dtypes: torch.dtype) -> bool:
+    return any(bool((weights.float() == weights.to(dtype).float()).all()) for dtype in dtypes)

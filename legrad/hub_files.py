@@ -4,9 +4,11 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 BLOCK_BYTES = 1 << 22
 
@@ -28,6 +30,8 @@ def hub_file(repository: str, filenames: Sequence[str]) -> Path:
         try:
             return Path(hf_hub_download(repository, filename))
         except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+                raise  # the hub has an answer, only not now: another file is no substitute
             # That the hub could not be asked says more than that another name is not there.
             missing = missing if isinstance(missing, LocalEntryNotFoundError) else error
     raise missing or ValueError("no filenames")
@@ -65,7 +69,7 @@ def hub_folder(repository: str, patterns: Sequence[str]) -> Path:
         LocalEntryNotFoundError: the hub cannot be reached, and nothing is in the cache.
         HfHubHTTPError: the hub answers with an error, and nothing is in the cache.
     """
-    return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    return Path(snapshot_download(repository, allow_patterns=list(patterns), tqdm_class=_NoBar))
 
 
 def file_sha256(path: Path) -> str:
@@ -75,6 +79,13 @@ def file_sha256(path: Path) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+class _NoBar(tqdm):
+    """A progress bar that is not shown: the files are small, and many workers fetch them."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
 
 def _is_sha256(text: str) -> bool:

@@ -43,7 +43,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those it came from; open_clip wraps what its hubs raise."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _advice(error: BaseException, fetch: str) -> str | None:
@@ -53,6 +53,11 @@ def _advice(error: BaseException, fetch: str) -> str | None:
         return "its files on the Hugging Face hub are for those who accepted their terms: set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return "the Hugging Face hub has no such repository, or shows it to members alone: set HF_TOKEN"
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        return (
+            "its files are not in this machine's cache, and the Hugging Face hub does not give them now: "
+            f"{_shortened(str(error.__cause__))}; try again later, or run `{fetch}` ahead of the job"
+        )
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | URLError):
         return (
             "its files are not in this machine's cache and the Hugging Face hub cannot be reached; run "

@@ -156,7 +156,7 @@ def find_model_files(name: str, pretrained: str | None) -> ModelFiles:
         return _by_name(plain_name(name), pretrained)
     if pretrained is not None:
         raise ModelLoadError(
-            f"{name} brings its own weights, so that pretrained={pretrained!r} would be ignored; leave it out"
+            "the name brings its own weights, so that pretrained would be ignored; leave it out"
         )
     prefix, _, address = name.partition(":")
     return _in_folder(name, Path(address)) if f"{prefix}:" == FOLDER_PREFIX else _in_repository(name, address)
@@ -164,9 +164,9 @@ def find_model_files(name: str, pretrained: str | None) -> ModelFiles:
 
 def _in_folder(name: str, folder: Path) -> ModelFiles:
     if not folder.is_dir():
-        raise ModelLoadError(f"{name}: {folder} is no folder on this machine")
+        raise ModelLoadError(f"{folder} is no folder on this machine")
     if not (folder / CONFIG_FILE).is_file():
-        raise ModelLoadError(f"{name}: the folder has no {CONFIG_FILE}; {_how_open_clip_writes_it()}")
+        raise ModelLoadError(f"the folder has no {CONFIG_FILE}; {_how_open_clip_writes_it()}")
     model_config, preprocess_config = _read_open_clip_config(folder / CONFIG_FILE)
     tokenizer = folder if model_config["text_cfg"].get("hf_tokenizer_name") else None
     return ModelFiles(
@@ -184,11 +184,11 @@ def _in_repository(name: str, repository: str) -> ModelFiles:
         path = hub_file(repository, [CONFIG_FILE])
     except LocalEntryNotFoundError:
         raise
-    except EntryNotFoundError as error:
+    except EntryNotFoundError:
         raise ModelLoadError(
-            f"{name}: the repository has no {CONFIG_FILE}, so it is no model of open_clip's; "
+            f"the repository has no {CONFIG_FILE}, so it is no model of open_clip's; "
             f"{_how_open_clip_writes_it()}"
-        ) from error
+        ) from None
     model_config, preprocess_config = _read_open_clip_config(path)
     return ModelFiles(
         name,
