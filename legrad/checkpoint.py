@@ -69,8 +69,8 @@ def _opened(path: Path) -> Iterator[_Tensors]:
         return
     if _is_torchscript(path):
         raise ModelLoadError(
-            f"{path.name} is a TorchScript archive, which is code and never run. OpenAI's own are the tag openai; "
-            "of another, save torch.jit.load(FILE).state_dict() with torch.save where you trust it"
+            f"{path.name} is a TorchScript archive, which is code and never run. OpenAI's own are the "
+            "tag openai; of others, save torch.jit.load(FILE).state_dict() where you trust them"
         )
     state = _state_dict(path, _unpickled(path))
     yield _Tensors(list(state), state.__getitem__)
@@ -86,8 +86,8 @@ def _unpickled(path: Path) -> Any:
                 f"{path.name} is damaged, or no checkpoint; code in it is never run"
             ) from error
         raise ModelLoadError(
-            f"{path.name} holds {named[1]} beside its weights, and code in it is never run: where you trust it, "
-            "load it with weights_only=False and save its state_dict alone"
+            f"{path.name} holds {named[1]} beside its weights, and code in it is never run: where you "
+            "trust it, load it with weights_only=False and save its state_dict alone"
         ) from error
     except (EOFError, RuntimeError, ValueError, KeyError, RecursionError) as error:
         raise ModelLoadError(f"{path.name} is damaged or cut off: fetch it again") from error
@@ -100,7 +100,7 @@ def _check_first_bytes(path: Path) -> None:
         raise ModelLoadError(f"{path.name} is empty: fetch it again")
     if first.startswith(LFS_POINTER):
         raise ModelLoadError(
-            f"{path.name} is a pointer of Git LFS, not the weights: run `git lfs pull` beside it"
+            f"{path.name} is a pointer of Git LFS, not weights: run `git lfs pull` beside it"
         )
     if first.lstrip()[:5].lower() in (b"<!doc", b"<html"):
         raise ModelLoadError(f"{path.name} is a web page, not weights: fetch the file itself")
@@ -127,7 +127,8 @@ def _state_dict(path: Path, checkpoint: Any) -> dict[str, Tensor]:
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
         raise ModelLoadError(
-            f"{path.name} holds {type(checkpoint).__name__}; expected weights by name, as model.state_dict() gives"
+            f"{path.name} holds {type(checkpoint).__name__}; expected weights by name, as "
+            "model.state_dict() gives"
         )
     if not checkpoint:
         raise ModelLoadError(f"{path.name} holds no weights")
@@ -182,9 +183,9 @@ def _check_known_tag(path: Path, files: ModelFiles) -> None:
         same_tower = name.removesuffix("-quickgelu") == files.name.removesuffix("-quickgelu")
         if same_tower and quick_gelu != files.quick_gelu and _is_file_of(path, config, sha256):
             raise ModelLoadError(
-                f"{path.name} has the weights of the tag {tag}, which {'needs' if quick_gelu else 'does without'} "
-                f"QuickGELU; {files.name} {'has' if files.quick_gelu else 'lacks'} it. Use model {name} with "
-                f"pretrained={tag!r}{_quick_gelu_name(files) if quick_gelu else ''}"
+                f"{path.name} has the weights of the tag {tag}, which "
+                f"{'needs' if quick_gelu else 'does without'} QuickGELU; {files.name} "
+                f"{'has' if files.quick_gelu else 'lacks'} it. Use model {name} with pretrained={tag!r}"
             )
 
 

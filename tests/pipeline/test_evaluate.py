@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections import Counter
@@ -464,6 +465,50 @@ def test_points_are_told_and_drawn(explainer, tmp_path):
     assert "Labelled points" in text
     assert "pointing" not in text
     assert Image.open(io.BytesIO(plot_evaluation(result))).format == "PNG"
+
+
+def test_a_model_that_a_folder_names_by_path_is_loaded_only_where_it_is_repeated(
+    weights, truth_shard, tmp_path, monkeypatch
+):
+    out = write_output(tmp_path / "out", weights, {})
+    monkeypatch.setattr("pipeline.evaluation.evaluate.load_explainer", lambda *_, **__: pytest.fail("loaded"))
+    told = rf"names a model by a path.* --model {MODEL_NAME} --pretrained {weights}"
+    with pytest.raises(UserError, match=told):
+        evaluate_output(out, str(truth_shard))
+
+
+@pytest.mark.parametrize("name", ["local-dir:/evil", "hf-hub:evil/model"])
+def test_an_address_that_a_folder_names_is_loaded_only_where_it_is_repeated(
+    weights, truth_shard, tmp_path, monkeypatch, name
+):
+    out = write_output(tmp_path / "out", weights, {})
+    document = json.loads((Path(out) / "job.json").read_text())
+    document["config"]["model"] |= {"name": name, "pretrained": None}
+    (Path(out) / "job.json").write_text(json.dumps(document))
+    loaded = []
+    monkeypatch.setattr(
+        "pipeline.evaluation.evaluate.load_explainer", lambda model, *_, **__: loaded.append(model.name)
+    )
+    with pytest.raises(UserError, match=f"If you trust it: --model {name}$"):
+        evaluate_output(out, str(truth_shard))
+    with pytest.raises(UserError, match="must be null"):
+        evaluate_output(out, str(truth_shard), pretrained="openai")
+    assert loaded == []
+    with contextlib.suppress(AttributeError):  # of the model that is none
+        evaluate_output(out, str(truth_shard), model_name=name)
+    assert loaded == [name]
+
+
+def test_weights_may_have_moved_but_not_changed(weights, truth_shard, tmp_path):
+    out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): [annotation("first", 0, 0, DOG)]})
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes(weights.read_bytes())
+    assert evaluated(moved, out, str(truth_shard)).written.rows_scored == 1
+    state = torch.load(moved, weights_only=True)
+    state["visual.proj"][0, 0] += 1
+    torch.save(state, moved)
+    with pytest.raises(UserError, match="have the digest"):
+        evaluated(moved, out, str(truth_shard))
 
 
 def test_a_folder_without_a_job_is_a_user_error(truth_shard, tmp_path):
