@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Literal
 
-import open_clip
 import torch
 from jaxtyping import Float, Int
-from open_clip.pretrained import get_pretrained_cfg
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from legrad.errors import InputError, ModelLoadError, UnsupportedModelError
-from legrad.families import SUPPORTED, describe_tower
+from legrad.errors import InputError
+from legrad.families import describe_tower
 from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
     as_ragged,
@@ -27,14 +24,11 @@ from legrad.inputs import (
     common_input_size,
     neutral_patches,
 )
-from legrad.load_failure import load_failure
+from legrad.loading import load_model
 from legrad.masks import heatmaps_of
 from legrad.prompts import Tokenizer, embed_texts, require_tokenizer
 from legrad.relevance import relevance_grids
-from legrad.support import model_support
 from legrad.trace import Trace, trace_images
-
-PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
 
 
 class LeGrad:
@@ -111,11 +105,15 @@ class LeGrad:
     ) -> "LeGrad":
         """Make a model by open_clip's own factory, and its tokenizer, and explain it.
 
+        Code that comes with a model is never run: neither checkpoints nor configurations may name any.
+
         Args:
-            name: open_clip model name; also `hf-hub:...` and `local-dir:...`.
-            pretrained: a tag, whose activation and preprocessing are followed, or the path of a checkpoint.
-                Checkpoints are read without executing code. None: random weights, unless the name brings its
-                own.
+            name: open_clip model name; or `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`, which bring their
+                weights.
+            pretrained: a tag, whose activation and preprocessing are followed; or the path of a checkpoint,
+                which is run with the activation of the name, and with the preprocessing on which all tags of
+                the name agree, else open_clip's default. None: for an address, its own weights; for a plain
+                name RANDOM weights, whose maps mean nothing.
             layers: see `LeGrad`.
             pool: see `LeGrad`.
             device: None: CUDA where there is one, else CPU.
@@ -128,29 +126,16 @@ class LeGrad:
             The explainer, with the model in evaluation mode on its device, and the model's own tokenizer.
 
         Raises:
-            ModelLoadError: name, tag, checkpoint or precision give no model.
-            UnsupportedModelError: the vision tower's structure is not covered; for open_clip's own names
-                this is found before anything is downloaded.
+            ModelLoadError: name, tag, checkpoint or precision give no model with the weights that are named;
+                a file is missing, damaged or of another model, weights are not finite, or code is named.
+            UnsupportedModelError: the vision tower's structure is not covered; this is found before weights
+                are downloaded.
             InputError: an option does not fit the model.
         """
-        _check_request(name, precision)
-        tag = get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}
-        try:
-            model = open_clip.create_model(
-                name,
-                pretrained=pretrained,
-                precision=precision,
-                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-                force_quick_gelu=bool(tag.get("quick_gelu", False)),
-            ).eval()
-            tokenizer = open_clip.get_tokenizer(name)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # open_clip, torch and the readers of checkpoints share no base class
-            raise ModelLoadError(load_failure(name, pretrained, error)) from error
+        loaded = load_model(name, pretrained, precision=precision, device=device)
         return cls(
-            model,
-            tokenizer=tokenizer,
+            loaded.model,
+            tokenizer=loaded.tokenizer,
             layers=layers,
             pool=pool,
             image_size=image_size,
@@ -350,22 +335,6 @@ class LeGrad:
                 f"received one made with pool={images.pool!r}"
             )
         return images
-
-
-def _check_request(name: str, precision: str) -> None:
-    """Refuse what needs no download to be refused."""
-    if precision not in PRECISIONS:
-        raise ModelLoadError(f"precision: expected one of {', '.join(PRECISIONS)}, received {precision!r}")
-    if name.startswith(("hf-hub:", "local-dir:")):
-        return
-    known = open_clip.list_models()
-    plain_name = name.replace("/", "-")
-    if plain_name not in known:
-        nearest = ", ".join(get_close_matches(plain_name, known)) or "none is near"
-        raise ModelLoadError(f"open_clip has no model named {name!r}; nearest: {nearest}")
-    support = model_support(plain_name)
-    if support.reason is not None:
-        raise UnsupportedModelError(f"{name}: {support.reason}. Supported: {SUPPORTED}")
 
 
 def _sized(

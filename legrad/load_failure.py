@@ -8,10 +8,13 @@ from urllib.error import URLError
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+
+from legrad.errors import ModelLoadError
 
 MAX_CAUSE_LENGTH = 300
 
@@ -28,8 +31,11 @@ def load_failure(name: str, pretrained: str | None, error: Exception) -> str:
     cause = " ".join(str(error).split()) or type(error).__name__
     if find_spec("transformers") is None and (isinstance(error, ImportError) or "transformers" in cause):
         return f"{name} needs the text tower or tokenizer of Hugging Face: pip install 'legrad-pipeline[hf]'"
-    fetch = f"legrad models --fetch {name} {pretrained or 'TAG'}"
+    tag = pretrained or ("null" if ":" in name else "TAG")
+    fetch = f"legrad models --fetch {name} {tag}"
     advice = next((advice for link in _chain(error) if (advice := _advice(link, fetch))), None)
+    if isinstance(error, ModelLoadError):  # our own, which says what to do
+        return f"{asked}: {'; '.join(filter(None, (cause, advice)))}"
     return f"{asked}: {advice or _shortened(cause)}"
 
 
@@ -37,7 +43,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those it came from; open_clip wraps what its hubs raise."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _advice(error: BaseException, fetch: str) -> str | None:
@@ -47,6 +53,11 @@ def _advice(error: BaseException, fetch: str) -> str | None:
         return "its files on the Hugging Face hub are for those who accepted their terms: set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return "the Hugging Face hub has no such repository, or shows it to members alone: set HF_TOKEN"
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        return (
+            "its files are not in this machine's cache, and the Hugging Face hub does not give them now: "
+            f"{_shortened(str(error.__cause__))}; try again later, or run `{fetch}` ahead of the job"
+        )
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | URLError):
         return (
             "its files are not in this machine's cache and the Hugging Face hub cannot be reached; run "
@@ -54,6 +65,8 @@ def _advice(error: BaseException, fetch: str) -> str | None:
         )
     if isinstance(error, EntryNotFoundError):
         return f"its repository on the Hugging Face hub lacks a file: {_shortened(str(error))}"
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hugging Face hub refused a file: {_shortened(str(error))}"
     return None
 
 

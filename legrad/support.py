@@ -1,8 +1,10 @@
 """Which of open_clip's models can be explained, from their configurations alone."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import open_clip
 import torch
@@ -44,8 +46,13 @@ def model_support(name: str) -> ModelSupport:
     config = open_clip.get_model_config(name)
     if config is None:
         return ModelSupport(None, f"open_clip has no model of the name {name!r}")
-    vision = config["vision_cfg"] | {"timm_model_pretrained": False}
-    return _vision_support(config["embed_dim"], json.dumps(vision, sort_keys=True))
+    return support_of(config)
+
+
+def support_of(model_config: Mapping[str, Any]) -> ModelSupport:
+    """Say whether a model of this configuration, open_clip's `model_cfg`, can be explained."""
+    vision = model_config["vision_cfg"] | {"timm_model_pretrained": False}
+    return _vision_support(model_config["embed_dim"], json.dumps(vision, sort_keys=True))
 
 
 @cache

@@ -23,7 +23,6 @@ from rich.text import Text
 from pipeline.config import load_config
 from pipeline.errors import PipelineError, UserError
 from pipeline.readers.commands import shards_app
-from pipeline.settings import ModelConfig
 
 USAGE_EXIT_CODE = 2  # typer's own
 USER_MISTAKE, FAULT, INCOMPLETE = 1, 2, 3
@@ -113,6 +112,7 @@ def evaluate(
     classes: Annotated[
         Path | None, typer.Option(help="File of the classes: line i of a .txt names class i; or .yaml.")
     ] = None,
+    *,
     perturbation: Annotated[
         bool,
         typer.Option("--perturbation", help="Also hide patches by each map and ask the model again; slow."),
@@ -120,11 +120,30 @@ def evaluate(
     scenes: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many scenes --perturbation takes.")
     ] = 50,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The job's model, repeated, where it is a path or a hub's address."
+        ),
+    ] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P", help="The job's weights, if they are a file: repeated, or where it is now."
+        ),
+    ] = None,
 ) -> None:
     """Score masks and maps against ground truth in the shards, beside baselines on the same model."""
     from pipeline.evaluation.evaluate import evaluate_output, render_evaluation
 
-    found = evaluate_output(out, shards, classes, perturbed_scenes=scenes if perturbation else 0)
+    found = evaluate_output(
+        out,
+        shards,
+        classes,
+        perturbed_scenes=scenes if perturbation else 0,
+        model_name=model,
+        pretrained=pretrained,
+    )
     console.print(render_evaluation(found))
 
 
@@ -209,7 +228,8 @@ def explain(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="An open_clip model; or demo, which is shipped and knows 64 things. Default: ViT-B-16 "
+            help="An open_clip model, hf-hub:..., local-dir:..., or demo, which is shipped and knows 64 "
+            "things. Default: ViT-B-16 "
             "with laion2b_s34b_b88k, 600 MB from the hub at first.",
         ),
     ] = None,
@@ -238,16 +258,20 @@ def models(
     refused: Annotated[bool, typer.Option("--refused", help="Also list the others, and why.")] = False,
     fetch: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="NAME TAG", help="Download this model's files into HF_HOME and load it once."),
+        typer.Option(
+            metavar="NAME TAG",
+            help="Download this model's files into HF_HOME and load it once; TAG is null for hf-hub:...",
+        ),
     ] = None,
 ) -> None:
     """List the open_clip models that can be explained, with their family; or fetch one ahead of a job."""
     import legrad
 
     if fetch:
+        from pipeline.explain import model_named
         from pipeline.model import load_explainer
 
-        explainer = load_explainer(ModelConfig(name=fetch[0], pretrained=fetch[1]), "cpu")
+        explainer = load_explainer(model_named(fetch[0], None if fetch[1] == "null" else fetch[1]), "cpu")
         console.print(f"{' '.join(fetch)}: {explainer.tower.family}, its files are here", markup=False)
         return
     table = Table("model", "family" if not refused else "family, or why it is refused")

@@ -20,7 +20,7 @@ from pipeline.demo import assets
 from pipeline.errors import SampleFailure, UserError
 from pipeline.model import DEMO, load_explainer
 from pipeline.records import printable
-from pipeline.settings import InputConfig, ModelConfig
+from pipeline.settings import ADDRESS_PREFIXES, InputConfig, ModelConfig
 
 DEFAULT_MODEL, DEFAULT_TAG = "ViT-B-16", "laion2b_s34b_b88k"
 SIDE_BY_SIDE_FILE = "side-by-side.png"
@@ -50,7 +50,8 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
 
     Args:
         name: an open_clip name, ``demo`` for the shipped model, or None for the default.
-        tag: a hub tag or a checkpoint's path; None: the default model's own, and needed for other models.
+        tag: a hub tag or a checkpoint's path; None: the default model's own, or for names that bring their
+            weights; needed for other models.
         settings: further keys of the section.
 
     Raises:
@@ -60,10 +61,12 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
         name, tag = assets.DEMO_MODEL_NAME, DEMO
     elif name is None:
         name, tag = DEFAULT_MODEL, tag or DEFAULT_TAG
-    if tag is None and name != DEFAULT_MODEL:
+    elif name == DEFAULT_MODEL:
+        tag = tag or DEFAULT_TAG
+    if tag is None and not name.startswith(ADDRESS_PREFIXES):
         raise UserError(f"--pretrained: expected a tag or a checkpoint's path for --model {name}, got none")
     try:
-        model = ModelConfig.model_validate({"name": name, "pretrained": tag or DEFAULT_TAG, **settings})
+        model = ModelConfig.model_validate({"name": name, "pretrained": tag, **settings})
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"--{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None

@@ -15,7 +15,7 @@ from pipeline.footers import UNREADABLE, counts_as_metadata, read_footer
 from pipeline.former_results import agreed_with_former, rows_of_unlisted_files
 from pipeline.image_shards import lies_in, moved_url, parse_move
 from pipeline.job_record import JobStamp, as_json, installed_versions, job_document, utc_now
-from pipeline.model import check_model, is_local_checkpoint, weights_digest
+from pipeline.model import check_model, weights_digest, with_absolute_paths
 from pipeline.output_folder import (
     ANNOTATIONS,
     DAMAGED,
@@ -101,8 +101,8 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
         allow_commands=config.input.allow_commands,
         check_inputs=config.run.check_inputs,
     )
-    digest = weights_digest(config.model)
     check_model(config.model, config.views.scales)
+    digest = weights_digest(config.model)
     stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
     folder = OutputFolder(config.output.dir, new_run_id())
     listed, ids = listed_earlier(folder), ids_of(folder)
@@ -238,10 +238,7 @@ def looked_at_again(job: Job) -> Job:
 def _with_absolute_paths(config: JobConfig) -> JobConfig:
     # workers on a cluster have another working directory than the driver
     output = config.output.model_copy(update={"dir": storage.absolute(config.output.dir)})
-    if not is_local_checkpoint(config.model):
-        return config.model_copy(update={"output": output})
-    model = config.model.model_copy(update={"pretrained": storage.absolute(config.model.pretrained)})
-    return config.model_copy(update={"output": output, "model": model})
+    return config.model_copy(update={"output": output, "model": with_absolute_paths(config.model)})
 
 
 def record_failure(folder: OutputFolder, shard: ShardSource, attempts: int, last_error: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +13,22 @@ import torch
 
 import legrad
 from legrad.errors import InputError, LeGradError
+from legrad.loading import load_model, model_digest
+from legrad.model_files import plain_name
 from legrad.support import model_support
 from legrad.views import Views, check_views
+from pipeline import storage
 from pipeline.demo import assets
 from pipeline.errors import UserError
-from pipeline.settings import JobConfig, ModelConfig
+from pipeline.settings import ADDRESS_PREFIXES, JobConfig, ModelConfig
 
 DEMO = "demo"
-HUB_PREFIXES = ("hf-hub:", "local-dir:")
+FOLDER_PREFIX = "local-dir:"
 
 
-def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeGrad:
+def load_explainer(
+    model: ModelConfig, device: torch.device | str, *, expected_digest: str | None = None
+) -> legrad.LeGrad:
     """Load the configured model, ready to explain images.
 
     What a hub has is downloaded once into this machine's cache, `HF_HOME`; processes that load at the same
@@ -36,23 +39,27 @@ def load_explainer(model: ModelConfig, device: torch.device | str) -> legrad.LeG
     Args:
         model: the configuration's model section.
         device: where the model goes.
+        expected_digest: what `weights_digest` gave for the job; other files are refused.
 
     Raises:
-        UserError: unknown name or tag, unsupported architecture, missing or unreadable checkpoint.
+        UserError: unknown name or tag, unsupported architecture, missing or unreadable checkpoint, other
+            files than the job's.
     """
-    try:
-        with _quiet_hub():
-            return legrad.LeGrad.from_open_clip(
-                _open_clip_name(model),
-                _checkpoint(model),
-                layers=model.layers,
-                device=torch.device(device),
-                precision=model.precision,
-                image_size=model.image_size,
-                fit="stretch" if model.fit == "tile" else model.fit,
-            )
-    except (LeGradError, OSError, ValueError) as error:
-        raise UserError(f"model.name {model.name}, model.pretrained {model.pretrained}: {error}") from error
+    with _as_user_error(model):
+        loaded = load_model(
+            _open_clip_name(model),
+            _checkpoint(model),
+            precision=model.precision,
+            device=device,
+            expected_digest=expected_digest,
+        )
+        return legrad.LeGrad(
+            loaded.model,
+            tokenizer=loaded.tokenizer,
+            layers=model.layers,
+            image_size=model.image_size,
+            fit="stretch" if model.fit == "tile" else model.fit,
+        )
 
 
 def views_wanted(config: JobConfig, explainer: legrad.LeGrad) -> Views:
@@ -68,28 +75,10 @@ def views_wanted(config: JobConfig, explainer: legrad.LeGrad) -> Views:
         raise UserError(f"views.{error}") from error
 
 
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Leave out what open_clip and the hub's client log; what fails is told once, by the error."""
-    root, hub = logging.getLogger(), logging.getLogger("huggingface_hub")
-    earlier_level = hub.level
-    hub.setLevel(logging.ERROR)
-    root.addFilter(_not_by_open_clip)  # which logs by the root logger
-    try:
-        yield
-    finally:
-        hub.setLevel(earlier_level)
-        root.removeFilter(_not_by_open_clip)
-
-
-def _not_by_open_clip(record: logging.LogRecord) -> bool:
-    return Path(record.pathname).parent.name != "open_clip"
-
-
 def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
     """Refuse what can be told from the names alone, before any worker starts; nothing is loaded.
 
-    Models from a hub by address are left to the workers, which download their configuration.
+    What a name stands for that is an address is looked at by `weights_digest`.
 
     Args:
         model: the configuration's model section.
@@ -99,8 +88,8 @@ def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
         UserError: unknown name or tag, unsupported architecture, more layers than there are, sizes that the
             model cannot take.
     """
-    name = _open_clip_name(model).replace("/", "-")
-    if name.startswith(HUB_PREFIXES):
+    name = plain_name(_open_clip_name(model))
+    if name.startswith(ADDRESS_PREFIXES):
         return
     support = model_support(name)
     if support.reason is not None:
@@ -113,7 +102,7 @@ def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
             f"views.scales than 1 are not; got {model.fit} and {list(scales)}"
         )
     checkpoint = _checkpoint(model)
-    if not _names_a_file(checkpoint) and not open_clip.is_pretrained_cfg(name, checkpoint):
+    if checkpoint is not None and not _is_tag(name, checkpoint) and not _is_path(checkpoint):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
         raise UserError(
             f"model.pretrained: expected a checkpoint's path, or for {model.name} one of {tags}; "
@@ -128,29 +117,56 @@ def _nearest_names(name: str) -> str:
 
 
 def weights_digest(model: ModelConfig) -> str:
-    """Identify the weights: SHA-256 of a local checkpoint, the tag itself for weights from a hub.
+    """Identify all that decides what the model computes: weights, its and its tokenizer's configuration.
+
+    The model is not loaded, and what a hub has is downloaded only where the hub does not tell its digest.
 
     Raises:
-        UserError: the demo weights are asked for under another model's name, or the file cannot be read.
+        UserError: a file is missing, damaged or no weights of this model; a configuration names code; the
+            demo's weights are asked for under another model's name.
     """
-    checkpoint = _checkpoint(model)
-    if not _names_a_file(checkpoint):
-        return f"open_clip:{model.name}:{checkpoint}"
-    digest = hashlib.sha256()
+    with _as_user_error(model):
+        checkpoint = _checkpoint(model)
+        return model_digest(_open_clip_name(model), checkpoint)
+
+
+def describe_model(model: ModelConfig) -> str:
+    """Name a model and its weights for people."""
+    return model.name if model.pretrained is None else f"{model.name} ({model.pretrained})"
+
+
+def with_absolute_paths(model: ModelConfig) -> ModelConfig:
+    """Return the section with absolute paths: workers on a cluster have another working directory."""
+    if model.name.startswith(FOLDER_PREFIX):
+        folder = storage.absolute(model.name.removeprefix(FOLDER_PREFIX))
+        return model.model_copy(update={"name": f"{FOLDER_PREFIX}{folder}"})
+    if model.pretrained is None or is_built_in(model) or not _is_path(model.pretrained):
+        return model
+    return model.model_copy(update={"pretrained": storage.absolute(model.pretrained)})
+
+
+def is_built_in(model: ModelConfig) -> bool:
+    """Whether name and weights are open_clip's own, or the demo's: neither a path nor a hub's address."""
+    if model.pretrained is None or model.name.startswith(ADDRESS_PREFIXES):
+        return False
+    demo = (assets.DEMO_MODEL_NAME, DEMO)
+    return (model.name, model.pretrained) == demo or _is_tag(plain_name(model.name), model.pretrained)
+
+
+@contextmanager
+def _as_user_error(model: ModelConfig) -> Iterator[None]:
     try:
-        with Path(checkpoint).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"model.pretrained {checkpoint}: cannot be read: {error.strerror}") from error
-    return f"sha256:{digest.hexdigest()}"
+        yield
+    except (LeGradError, OSError, ValueError) as error:
+        named = f"model.name {model.name}, model.pretrained {model.pretrained}"
+        raise UserError(f"{named}: {error}") from error
 
 
 def _open_clip_name(model: ModelConfig) -> str:
     return assets.register_demo_model() if model.pretrained == DEMO else model.name
 
 
-def _checkpoint(model: ModelConfig) -> str:
+def _checkpoint(model: ModelConfig) -> str | None:
     if model.pretrained != DEMO:
         return model.pretrained
     if model.name != assets.DEMO_MODEL_NAME:
@@ -160,10 +176,10 @@ def _checkpoint(model: ModelConfig) -> str:
     return str(assets.demo_weights_path())
 
 
-def is_local_checkpoint(model: ModelConfig) -> bool:
-    """Whether `model.pretrained` is a path, neither a hub tag nor the demo's weights."""
-    return model.pretrained != DEMO and _names_a_file(model.pretrained)
+def _is_tag(name: str, pretrained: str) -> bool:
+    """Whether open_clip has the tag; a file of the same name never hides it."""
+    return bool(open_clip.is_pretrained_cfg(name, pretrained))
 
 
-def _names_a_file(checkpoint: str) -> bool:
-    return os.sep in checkpoint or Path(checkpoint).exists()
+def _is_path(pretrained: str) -> bool:
+    return os.sep in pretrained or Path(pretrained).exists()

@@ -19,6 +19,8 @@ from pydantic import (
 from pipeline.prompts.class_list import ClassEntry, Template, class_entries
 
 MEBIBYTE = 1 << 20
+# Names of models that are addresses: of a repository on a hub, or of a folder.
+ADDRESS_PREFIXES = ("hf-hub:", "local-dir:")
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -55,8 +57,16 @@ class InputConfig(Section):
 class ModelConfig(Section):
     """Which model explains the samples, and how."""
 
-    name: str = Field(description="Name of an open_clip model; `legrad models` lists them.")
-    pretrained: str = Field(description="Hub tag, path of a local checkpoint, or demo.")
+    name: str = Field(
+        description="Name of an open_clip model (`legrad models` lists them), or hf-hub:ORGANISATION/NAME or "
+        "local-dir:FOLDER, which bring their own weights."
+    )
+    pretrained: str | None = Field(
+        None,
+        validate_default=True,
+        description="Hub tag, path of a local checkpoint, or demo; null, or left out, for names that bring "
+        "their own weights.",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of weights and activations."
     )
@@ -72,6 +82,20 @@ class ModelConfig(Section):
         "own aspect ratio, with at most as many patches; tile: as stretch, and large images also in windows "
         "(views.tile_*).",
     )
+
+    @field_validator("pretrained")
+    @classmethod
+    def _weights_named_once(cls, pretrained: str | None, info: ValidationInfo) -> str | None:
+        name = info.data.get("name")
+        if name is None:
+            return pretrained
+        if name.startswith(ADDRESS_PREFIXES) and pretrained is not None:
+            raise ValueError(f"must be null, as {name} brings its own weights")
+        if not name.startswith(ADDRESS_PREFIXES) and not pretrained:
+            raise ValueError(
+                f"required, as {name} brings no weights: a tag, the path of a checkpoint, or demo"
+            )
+        return pretrained
 
 
 class ViewsConfig(Section):

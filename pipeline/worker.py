@@ -89,7 +89,7 @@ def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, d
     batches_at_once = min(BATCHES_AT_ONCE, cpus)
     # batches side by side share the cores better than the threads of one batch, which wait for each other
     torch.set_num_threads(cpus // batches_at_once)
-    explainer = load_explainer(config.model, device)
+    explainer = load_explainer(config.model, device, expected_digest=metadata.get("weights_digest"))
     return ShardAnnotator(
         config,
         explainer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 import legrad
 from legrad import metrics
@@ -27,11 +29,11 @@ from pipeline.evaluation.table import render_evaluation
 from pipeline.evaluation.written_masks import collect_written_masks, score_written_masks
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.job_record import read_job
-from pipeline.model import load_explainer
+from pipeline.model import describe_model, is_built_in, load_explainer
 from pipeline.output_folder import JOB_FILE
 from pipeline.prompts.class_list import read_class_list
-from pipeline.records import SampleError
-from pipeline.settings import InputConfig
+from pipeline.records import SampleError, printable
+from pipeline.settings import InputConfig, ModelConfig
 from pipeline.storage import ShardSource
 
 __all__ = [
@@ -76,8 +78,14 @@ def evaluate_output(
     *,
     result_name: str = EVALUATION_FILE,
     perturbed_scenes: int = 0,
+    model_name: str | None = None,
+    pretrained: str | None = None,
 ) -> EvaluationResult:
     """Evaluate a job: its masks as written, and the maps of its model; written there as JSON and plot.
+
+    An output folder may be anybody's. So the model that it names is loaded only where it is one of
+    open_clip's own with one of its tags, or the demo's, unless the caller names it as well; and only where
+    its files are those that annotated.
 
     Args:
         out_dir: the job's output folder.
@@ -85,18 +93,27 @@ def evaluate_output(
         classes_file: see `prompts.class_list.read_class_list`; given, recognition is measured as well.
         result_name: of the JSON file in the output folder; the plot beside it has its stem.
         perturbed_scenes: see `EvaluationOptions`.
+        model_name: the job's `model.name`, repeated; or where that model is now.
+        pretrained: the job's `model.pretrained`, repeated; or where those weights are now.
 
     Raises:
-        UserError: no job in the folder, nothing to evaluate, unreadable shards or class list.
+        UserError: no job in the folder, nothing to evaluate, unreadable shards or class list; a model that
+            must be repeated, or whose files are not those that annotated.
         OutputError: the result cannot be written.
     """
-    config = parse_config(read_job(out_dir)["config"], where=storage.join_url(out_dir, JOB_FILE))
+    job = read_job(out_dir)
+    config = parse_config(job.get("config") or {}, where=storage.join_url(out_dir, JOB_FILE))
     class_names = None if classes_file is None else _class_names(classes_file)
     shards = list_truth_shards(shard_patterns)
-    explainer = load_explainer(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    model = _trusted_model(config.model, model_name, pretrained)
+    explainer = load_explainer(
+        model,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        expected_digest=str(job.get("weights_digest", "none")),
+    )
     options = EvaluationOptions(
-        configured_layers=config.model.layers,
-        label=f"{config.model.name} ({config.model.pretrained})",
+        configured_layers=model.layers,
+        label=describe_model(model),
         perturbed_scenes=perturbed_scenes,
     )
     try:
@@ -110,6 +127,27 @@ def evaluate_output(
     storage.publish(out_dir, result_name, result.to_json().encode())
     storage.publish(out_dir, f"{Path(result_name).stem}.png", plot_evaluation(result))
     return result
+
+
+def _trusted_model(named_by_job: ModelConfig, name: str | None, pretrained: str | None) -> ModelConfig:
+    """Return the model to load: the job's where anybody may name it, else the caller's."""
+    if name is None and pretrained is None:
+        if is_built_in(named_by_job):
+            return named_by_job
+        repeated = " ".join(
+            f"--{option} {shlex.quote(printable(value))}"
+            for option, value in (("model", named_by_job.name), ("pretrained", named_by_job.pretrained))
+            if value is not None
+        )
+        raise UserError(
+            f"{JOB_FILE} names a model by a path or a hub's address, which is loaded only where you repeat "
+            f"it. If you trust it: {repeated}"
+        )
+    section = named_by_job.model_dump() | {"name": name or named_by_job.name, "pretrained": pretrained}
+    try:
+        return ModelConfig.model_validate(section)
+    except ValidationError as error:
+        raise UserError(f"--pretrained: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def evaluate_shards(

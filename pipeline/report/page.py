@@ -356,7 +356,7 @@ def _provenance(content: PageContent) -> list[tuple[str, str]]:
     facts = [
         ("output", content.out),
         ("job started", _moment(str(job.get("started", "unknown")))),
-        ("model", f"{config.model.name}, {config.model.pretrained}"),
+        ("model", ", ".join(filter(None, (config.model.name, config.model.pretrained)))),
         ("explained layers", "all" if layers == "all" else f"the last {layers}"),
         ("weights", str(job.get("weights_digest", "unknown"))),
         ("configuration", str(job.get("config_hash", "unknown"))),

@@ -7,6 +7,9 @@ the same architectures, with random weights.
 import string
 from pathlib import Path
 
+import open_clip
+from safetensors.torch import save_model
+from tiny_models import fill
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoModel,
@@ -99,3 +102,11 @@ def text_model_config_like(name: str) -> PreTrainedConfig:
 def save_text_model_like(name: str, folder: Path) -> None:
     """Write a small text model and its configuration where `from_pretrained` finds them."""
     AutoModel.from_config(text_model_config_like(name)).save_pretrained(folder)
+
+
+def save_random_weights(folder: Path, seed: int = 0) -> Path:
+    """Write weights of the model that a folder's `open_clip_config.json` describes, beside it."""
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+    path = folder / "open_clip_model.safetensors"
+    save_model(fill(model, seed), str(path))
+    return path

@@ -27,7 +27,7 @@ def _offline(monkeypatch, tmp_path):
     [
         ("ViT-B-32", "openai", "ViT-B-32 openai`"),
         ("roberta-ViT-B-32", None, "roberta-ViT-B-32 TAG`"),
-        ("hf-hub:nobody/nothing", None, "hf-hub:nobody/nothing TAG`"),
+        ("hf-hub:nobody/nothing", None, "hf-hub:nobody/nothing null`"),
     ],
 )
 def test_without_a_connection_one_line_says_how_to_fetch_the_files(name, pretrained, advised):

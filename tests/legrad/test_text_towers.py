@@ -1,14 +1,14 @@
 """Every kind of text tower and tokenizer that open_clip configures, against the model one text at a time."""
 
 import json
+import pickle
 from copy import deepcopy
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from local_hub import VOCABULARY, WIDTH, save_text_model_like, tokenizer_like
-from tiny_models import fill
+from local_hub import VOCABULARY, WIDTH, save_random_weights, save_text_model_like, tokenizer_like
 
 import legrad
 from legrad.prompts import truncated
@@ -72,8 +72,8 @@ def _in_small(name: str, folder: Path) -> Path:
 @pytest.fixture(scope="module", params=_one_model_of_each_kind())
 def explainer(request, tmp_path_factory) -> legrad.LeGrad:
     folder = _in_small(request.param, tmp_path_factory.mktemp("model"))
+    save_random_weights(folder)
     made = legrad.LeGrad.from_open_clip(f"local-dir:{folder}", device="cpu")
-    fill(made.model)
     made.configured_context = open_clip.get_model_config(request.param)["text_cfg"].get("context_length", 77)
     return made
 
@@ -84,6 +84,12 @@ def test_rows_are_the_models_own_of_each_text_alone(explainer):
     embedder = TextEmbedder(explainer, batch_size=3)
     torch.testing.assert_close(embedder.embed(TEXTS).unit_rows, torch.cat(alone), rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(explainer.embed_text(TEXTS), torch.cat(alone), rtol=1e-5, atol=2e-6)
+
+
+def test_a_copy_of_the_tokenizer_needs_no_files(explainer):
+    copied = deepcopy(explainer.tokenizer)
+    assert torch.equal(copied(TEXTS), explainer.tokenizer(TEXTS))
+    assert torch.equal(pickle.loads(pickle.dumps(copied))(TEXTS), copied(TEXTS))
 
 
 def test_the_tokenizer_has_the_configured_context(explainer):

@@ -14,6 +14,8 @@ import open_clip
 import torch
 from PIL import Image
 
+from legrad.loading import model_digest
+
 IMAGE_SIZE, PATCH_SIZE, LAYERS = 32, 8, 3
 MODEL_NAME = "evaluation-test-clip"
 MODEL_CONFIG = {
@@ -96,6 +98,7 @@ def save_tiny_model(folder: Path) -> Path:
 def job_document(out: Path, weights: Path, **prompts: Any) -> dict[str, Any]:
     return {
         "layout": LAYOUT,
+        "weights_digest": model_digest(MODEL_NAME, str(weights)) if weights.exists() else "unknown",
         "config": {
             "input": {"shards": "unused.tar", "image": "png", "caption": "json:captions"},
             "model": {"name": MODEL_NAME, "pretrained": str(weights), "layers": 2},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections import Counter
@@ -306,6 +307,10 @@ def annotation(key: str, index: int, prompt: int, mask: np.ndarray | None, **col
     return {**found, "similarity": 0.3, **columns}
 
 
+def evaluated(weights: Path, out: str, *arguments: Any) -> EvaluationResult:
+    return evaluate_output(out, *arguments, model_name=MODEL_NAME, pretrained=str(weights))
+
+
 def write_output(
     out: Path, weights: Path, rows_by_name: Mapping[str, list[dict[str, Any]]], **prompts: Any
 ) -> str:
@@ -352,7 +357,7 @@ def test_written_masks_are_joined_and_every_other_row_is_accounted_for(weights, 
     others = [annotation("x", 0, 0, DOG)] * 3
     out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): rows, "elsewhere-12345678": others})
     missing = two_object_shard(tmp_path / "missing.tar")
-    written = evaluate_output(out, [str(truth_shard), str(missing)]).written
+    written = evaluated(weights, out, [str(truth_shard), str(missing)]).written
     assert written.iou.value == pytest.approx((1.0 + 0.5) / 2)
     assert written.iou.images == 2
     assert (written.rows_scored, written.rows_rejected, written.rows_without_object) == (2, 1, 1)
@@ -367,7 +372,7 @@ def test_written_masks_are_joined_and_every_other_row_is_accounted_for(weights, 
 def test_a_whole_caption_is_held_against_all_its_objects(weights, truth_shard, tmp_path):
     rows = [annotation("first", 0, 0, DOG | CAR), annotation("second", 1, 0, CAR)]
     out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): rows}, source="caption")
-    written = evaluate_output(out, str(truth_shard)).written
+    written = evaluated(weights, out, str(truth_shard)).written
     assert written.iou.value == pytest.approx((1 + CAR.sum() / (DOG | CAR).sum()) / 2)
 
 
@@ -376,15 +381,15 @@ def test_masks_in_a_smaller_frame_are_enlarged(weights, tmp_path):
     path = write_shard(tmp_path / "truth.tar", {"first": scene_fields(labels, ["a dog"], [1])})
     rows = [annotation("first", 0, 0, (labels == 1)[::2, ::2])]
     out = write_output(tmp_path / "out", weights, {shard_id(path): rows})
-    assert evaluate_output(out, str(path)).written.iou.value == 1.0
+    assert evaluated(weights, out, str(path)).written.iou.value == 1.0
 
 
 def test_a_moved_shard_is_found_by_its_stem_unless_that_is_ambiguous(weights, truth_shard, tmp_path):
     rows = [annotation("first", 0, 0, DOG)]
     moved = write_output(tmp_path / "moved", weights, {"truth-00000000": rows})
-    assert evaluate_output(moved, str(truth_shard)).written.rows_scored == 1
+    assert evaluated(weights, moved, str(truth_shard)).written.rows_scored == 1
     twice = write_output(tmp_path / "twice", weights, {"truth-00000000": rows, "truth-11111111": rows})
-    written = evaluate_output(twice, str(truth_shard)).written
+    written = evaluated(weights, twice, str(truth_shard)).written
     assert (written.rows_scored, written.rows_of_other_shards, written.iou) == (0, 2, None)
     assert written.shards_without_annotations == (truth_shard.as_uri(),)
 
@@ -394,7 +399,7 @@ def test_two_shards_of_one_stem_never_share_a_file(weights, truth_shard, tmp_pat
     (tmp_path / "copy").mkdir()
     copy = tmp_path / "copy" / "truth.tar"
     copy.write_bytes(truth_shard.read_bytes())
-    written = evaluate_output(out, [str(truth_shard), str(copy)]).written
+    written = evaluated(weights, out, [str(truth_shard), str(copy)]).written
     assert (written.rows_scored, written.rows_of_other_shards) == (0, 1)
 
 
@@ -402,7 +407,7 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
     out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): [annotation("first", 0, 0, DOG)]})
     classes = tmp_path / "classes.txt"
     classes.write_text("dog\ncar\n")
-    result = evaluate_output(out, str(truth_shard), classes)
+    result = evaluated(weights, out, str(truth_shard), classes)
     assert result.recognition.auroc is None, "every class of the list is in every scene"
     document = json.loads((Path(out) / "evaluation.json").read_text())
     assert document["written"]["rows_scored"] == 1
@@ -462,6 +467,50 @@ def test_points_are_told_and_drawn(explainer, tmp_path):
     assert Image.open(io.BytesIO(plot_evaluation(result))).format == "PNG"
 
 
+def test_a_model_that_a_folder_names_by_path_is_loaded_only_where_it_is_repeated(
+    weights, truth_shard, tmp_path, monkeypatch
+):
+    out = write_output(tmp_path / "out", weights, {})
+    monkeypatch.setattr("pipeline.evaluation.evaluate.load_explainer", lambda *_, **__: pytest.fail("loaded"))
+    told = rf"names a model by a path.* --model {MODEL_NAME} --pretrained {weights}"
+    with pytest.raises(UserError, match=told):
+        evaluate_output(out, str(truth_shard))
+
+
+@pytest.mark.parametrize("name", ["local-dir:/evil", "hf-hub:evil/model"])
+def test_an_address_that_a_folder_names_is_loaded_only_where_it_is_repeated(
+    weights, truth_shard, tmp_path, monkeypatch, name
+):
+    out = write_output(tmp_path / "out", weights, {})
+    document = json.loads((Path(out) / "job.json").read_text())
+    document["config"]["model"] |= {"name": name, "pretrained": None}
+    (Path(out) / "job.json").write_text(json.dumps(document))
+    loaded = []
+    monkeypatch.setattr(
+        "pipeline.evaluation.evaluate.load_explainer", lambda model, *_, **__: loaded.append(model.name)
+    )
+    with pytest.raises(UserError, match=f"If you trust it: --model {name}$"):
+        evaluate_output(out, str(truth_shard))
+    with pytest.raises(UserError, match="must be null"):
+        evaluate_output(out, str(truth_shard), pretrained="openai")
+    assert loaded == []
+    with contextlib.suppress(AttributeError):  # of the model that is none
+        evaluate_output(out, str(truth_shard), model_name=name)
+    assert loaded == [name]
+
+
+def test_weights_may_have_moved_but_not_changed(weights, truth_shard, tmp_path):
+    out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): [annotation("first", 0, 0, DOG)]})
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes(weights.read_bytes())
+    assert evaluated(moved, out, str(truth_shard)).written.rows_scored == 1
+    state = torch.load(moved, weights_only=True)
+    state["visual.proj"][0, 0] += 1
+    torch.save(state, moved)
+    with pytest.raises(UserError, match="have the digest"):
+        evaluated(moved, out, str(truth_shard))
+
+
 def test_a_folder_without_a_job_is_a_user_error(truth_shard, tmp_path):
     with pytest.raises(UserError, match=r"job\.json"):
         evaluate_output(str(tmp_path), str(truth_shard))
@@ -470,9 +519,9 @@ def test_a_folder_without_a_job_is_a_user_error(truth_shard, tmp_path):
 def test_a_missing_shard_or_class_list_is_a_user_error(weights, truth_shard, tmp_path):
     out = write_output(tmp_path / "out", weights, {})
     with pytest.raises(UserError, match=r"gone\.tar"):
-        evaluate_output(out, str(tmp_path / "gone.tar"))
+        evaluated(weights, out, str(tmp_path / "gone.tar"))
     with pytest.raises(UserError, match=r"gone\.txt"):
-        evaluate_output(out, str(truth_shard), tmp_path / "gone.txt")
+        evaluated(weights, out, str(truth_shard), tmp_path / "gone.txt")
 
 
 def test_classes_whose_ids_have_gaps_are_a_user_error(weights, truth_shard, tmp_path):
@@ -480,4 +529,4 @@ def test_classes_whose_ids_have_gaps_are_a_user_error(weights, truth_shard, tmp_
     classes = tmp_path / "classes.yaml"
     classes.write_text("- {name: dog, id: 1}\n- {name: car, id: 3}\n")
     with pytest.raises(UserError, match=r"classes\.yaml: .*without gaps, received \[1, 3\]"):
-        evaluate_output(out, str(truth_shard), classes)
+        evaluated(weights, out, str(truth_shard), classes)

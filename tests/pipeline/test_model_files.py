@@ -27,6 +27,12 @@ def test_a_model_is_fetched_ahead_of_a_job():
 
 
 @pytest.mark.usefixtures("_offline")
+def test_a_model_that_brings_its_weights_is_fetched_by_its_address_alone():
+    result = CliRunner().invoke(app, ["models", "--fetch", "hf-hub:org/model", "null"])
+    assert "models --fetch hf-hub:org/model null" in str(result.exception)
+
+
+@pytest.mark.usefixtures("_offline")
 def test_files_out_of_reach_are_told_once_by_the_error_alone(caplog):
     filters, level = list(logging.getLogger().filters), logging.getLogger("huggingface_hub").level
     with (

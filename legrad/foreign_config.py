@@ -1,0 +1,156 @@
+"""Configurations that came with somebody's weights: read within bounds, and refused where they name code."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from open_clip.hf_configs import arch_dict
+
+from legrad.errors import ModelLoadError
+
+MAX_CONFIG_BYTES = 16 << 20
+# Whatever their values: each makes transformers import, or fetch and import, what the configuration names.
+NAMES_OF_CODE = frozenset(
+    {
+        "trust_remote_code",
+        "auto_map",
+        "custom_generate",
+        "attn_implementation",
+        "_attn_implementation",
+        "experts_implementation",
+        "_experts_implementation",
+        "use_kernels",
+        "kernel_config",
+        "quantization_config",
+    }
+)
+TOKENIZER_OPTIONS = frozenset({"clean", "strip_sep_token", "language"})
+# Without "Fast": what only reads vocabularies, and runs nothing that its configuration names.
+# fmt: off
+TOKENIZER_CLASSES = frozenset({
+    "Albert", "Bart", "Barthez", "Bert", "BigBird", "Bloom", "Camembert", "CLIP", "Cohere", "Deberta",
+    "DebertaV2", "DistilBert", "Electra", "FNet", "Gemma", "GPT2", "GPTNeoX", "Llama", "Longformer",
+    "M2M100", "MBart", "MBart50", "MPNet", "MT5", "Nllb", "PreTrained", "Qwen2", "RemBert", "Roberta",
+    "Siglip", "Siglip2", "T5", "XGLM", "XLMRoberta", "XLNet",
+})
+# fmt: on
+# By these transformers chooses a class where none is named.
+TOKENIZER_MODEL_TYPES = frozenset(arch_dict) | {"clip", "siglip", "siglip2", "t5", "gemma", "gpt2", "llama"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelLoadError: the file is missing, too large, or holds something else.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ModelLoadError(f"{path} has {size:,} bytes; the limit is {MAX_CONFIG_BYTES:,}")
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ModelLoadError(f"{path} holds {type(document).__name__}; expected a JSON object")
+    return document
+
+
+def refuse_code_in_model(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a model configuration of open_clip's that has code run, or has files fetched that it names.
+
+    Args:
+        config: what `model_cfg` holds.
+        where: what to call it.
+
+    Raises:
+        ModelLoadError: it names code, an option of the tokenizer that is not on the list, or a vision tower
+            that is not timm's own.
+    """
+    _refuse_names_of_code(config, where)
+    for section in ("vision_cfg", "text_cfg"):
+        if not isinstance(config.get(section), Mapping):
+            raise ModelLoadError(f"{where} has no {section}; expected a configuration of open_clip's")
+    options = config["text_cfg"].get("tokenizer_kwargs") or {}
+    unknown = set(options) - TOKENIZER_OPTIONS
+    if unknown:
+        raise ModelLoadError(
+            f"{where}: text_cfg.tokenizer_kwargs has {_listed(unknown)}, which may run code or draw "
+            f"lots; only {_listed(TOKENIZER_OPTIONS)} are taken"
+        )
+    timm_name = config["vision_cfg"].get("timm_model_name")
+    if timm_name is not None and not timm.is_model(str(timm_name)):
+        raise ModelLoadError(
+            f"{where}: vision_cfg.timm_model_name is {timm_name!r}, which is no model of timm's own"
+        )
+
+
+def refuse_code_in_text_model(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a configuration of a text model of Hugging Face that names code, or is of another architecture.
+
+    Raises:
+        ModelLoadError: it does, or is.
+    """
+    _refuse_names_of_code(config, where)
+    if config.get("model_type") not in arch_dict:
+        raise ModelLoadError(
+            f"{where}: model_type is {config.get('model_type')!r}; open_clip takes {_listed(set(arch_dict))}"
+        )
+
+
+def refuse_code_in_tokenizer(folder: Path) -> None:
+    """Refuse the files of a tokenizer of Hugging Face that name code, or a class that is not on the list.
+
+    Raises:
+        ModelLoadError: they do.
+    """
+    paths = [folder / name for name in ("tokenizer_config.json", "config.json")]
+    configs = {path: read_config(path) for path in paths if path.exists()}
+    for path, config in configs.items():
+        _refuse_names_of_code(config, str(path))
+    classes = [config["tokenizer_class"] for config in configs.values() if config.get("tokenizer_class")]
+    types = [config["model_type"] for config in configs.values() if config.get("model_type")]
+    unlisted = [found for found in classes if _plain(str(found)) not in TOKENIZER_CLASSES]
+    if not classes:
+        unlisted = [found for found in types if found not in TOKENIZER_MODEL_TYPES]
+    if unlisted:
+        raise ModelLoadError(
+            f"the tokenizer in {folder} is of the class or type {unlisted[0]!r}, which is not on the list of "
+            "those that run nothing; save it as a PreTrainedTokenizerFast (tokenizer.json)"
+        )
+
+
+def _plain(tokenizer_class: str) -> str:
+    if tokenizer_class == "TokenizersBackend":  # as transformers 5 calls its PreTrainedTokenizerFast
+        return "PreTrained"
+    return tokenizer_class.removesuffix("Fast").removesuffix("Tokenizer")
+
+
+def _refuse_names_of_code(config: Mapping[str, Any], where: str) -> None:
+    try:
+        found = next((key for key in _keys(config) if key in NAMES_OF_CODE), None)
+    except RecursionError:
+        raise ModelLoadError(f"{where} is nested too deeply") from None
+    if found is not None:
+        raise ModelLoadError(
+            f"{where} has the key {found}: code that comes with a model is never run. If the model works "
+            "without it, take the key out of a copy, and name that as local-dir:FOLDER"
+        )
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, nested in value.items():
+            yield key
+            yield from _keys(nested)
+    elif isinstance(value, list):
+        for nested in value:
+            yield from _keys(nested)
+
+
+def _listed(names: frozenset[str] | set[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,224 @@
+"""From a name to a model with its weights, or to one line that says why not."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import open_clip
+import torch
+from torch import nn
+
+from legrad.checkpoint import check_checkpoint
+from legrad.errors import ModelLoadError, UnsupportedModelError
+from legrad.families import SUPPORTED
+from legrad.hub_files import file_sha256
+from legrad.load_failure import load_failure
+from legrad.model_files import (
+    CONFIG_FILE,
+    LocalWeights,
+    ModelFiles,
+    brings_weights,
+    find_model_files,
+    plain_name,
+)
+from legrad.prompts import Tokenizer
+from legrad.support import model_support, support_of
+
+PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
+TEXT_MODEL_FOLDER = "text_model"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model of open_clip's in evaluation mode, and its own tokenizer."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+
+
+def load_model(
+    name: str,
+    pretrained: str | None,
+    *,
+    precision: str = "fp32",
+    device: str | torch.device | None = None,
+    expected_digest: str | None = None,
+) -> LoadedModel:
+    """Make a model of open_clip's with the weights that are named, and with nothing else.
+
+    Everything is found before the weights are read: configuration, then tokenizer, then weights. open_clip is
+    given these files alone, so that it neither falls back on random weights nor fetches anything itself.
+
+    Args:
+        name: name of an open_clip model, `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`.
+        pretrained: tag or path of a checkpoint. None: random weights; for an address, which brings its
+            weights, the only value.
+        precision: one of `PRECISIONS`.
+        device: None: CUDA where there is one, else CPU.
+        expected_digest: what `model_digest` gave where the job was begun; other files are refused.
+
+    Raises:
+        ModelLoadError: no such model, or its weights are missing, damaged, of another model, not finite.
+        UnsupportedModelError: the vision tower's structure is not covered; nothing was fetched for it but
+            its configuration.
+    """
+    check_request(name, precision)
+    with _told_as_load_failure(name, pretrained), _quiet():
+        files = _supported_files(name, pretrained)
+        checkpoint = None if files.weights is None else files.weights.fetch()
+        before = None if checkpoint is None else _state_of(checkpoint)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, files)
+            if expected_digest is not None:
+                _check_digest(files.digest(file_sha256(checkpoint)), expected_digest)
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded = _made(files, checkpoint, precision, where)
+        if checkpoint is not None and _state_of(checkpoint) != before:
+            raise ModelLoadError(f"{checkpoint} changed while it was loaded")
+        return loaded
+
+
+def model_digest(name: str, pretrained: str | None) -> str:
+    """Identify what a model computes, by all files that it is made of, without loading it.
+
+    Weights on a hub are not downloaded where the hub, or its cache here, tells their SHA-256. Those on this
+    machine are read, and refused where they can be told to be no weights of this model.
+
+    Args:
+        name: as in `load_model`.
+        pretrained: as in `load_model`.
+
+    Raises:
+        ModelLoadError, UnsupportedModelError: as `load_model` does.
+    """
+    check_request(name, "fp32")
+    with _told_as_load_failure(name, pretrained), _quiet():
+        files = _supported_files(name, pretrained)
+        if files.weights is None:
+            raise ModelLoadError("random weights have no digest; name a tag or a checkpoint")
+        if isinstance(files.weights, LocalWeights):
+            check_checkpoint(files.weights.path, files)
+        return files.digest(files.weights.sha256())
+
+
+def check_request(name: str, precision: str) -> None:
+    """Refuse what needs neither a file nor a hub to be refused.
+
+    Raises:
+        ModelLoadError: unknown name or precision.
+        UnsupportedModelError: the vision tower's structure is not covered.
+    """
+    if precision not in PRECISIONS:
+        raise ModelLoadError(f"precision: expected one of {', '.join(PRECISIONS)}, received {precision!r}")
+    if brings_weights(name):
+        return
+    known = open_clip.list_models()
+    if plain_name(name) not in known:
+        nearest = ", ".join(get_close_matches(plain_name(name), known)) or "none is near"
+        raise ModelLoadError(f"open_clip has no model named {name!r}; nearest: {nearest}")
+    reason = model_support(plain_name(name)).reason
+    if reason is not None:
+        raise UnsupportedModelError(f"{name}: {reason}. Supported: {SUPPORTED}")
+
+
+def _supported_files(name: str, pretrained: str | None) -> ModelFiles:
+    files = find_model_files(name, pretrained)
+    reason = support_of(files.model_config).reason
+    if reason is not None:
+        raise UnsupportedModelError(f"{name}: {reason}. Supported: {SUPPORTED}")
+    return files
+
+
+def _check_digest(found: str, expected: str) -> None:
+    if found != expected:
+        raise ModelLoadError(
+            f"this machine's files of the model have the digest {found}, and the job's have {expected}: its "
+            "weights, configuration or tokenizer differ. Give all machines the same files, for instance by "
+            "HF_HOME on shared storage"
+        )
+
+
+def _made(files: ModelFiles, checkpoint: Path | None, precision: str, device: torch.device) -> LoadedModel:
+    with TemporaryDirectory(prefix="legrad-") as folder:
+        address = _laid_out(files, Path(folder))
+        tokenizer = open_clip.get_tokenizer(address)
+        model = open_clip.create_model(
+            address, load_weights=False, pretrained_text=False, precision=precision, device=device
+        ).eval()
+    if checkpoint is not None:
+        _fill_with_nan(model)
+        open_clip.load_checkpoint(model, str(checkpoint), strict=True, weights_only=True, device="cpu")
+        _check_finite(model, precision)
+    return LoadedModel(model, tokenizer)
+
+
+def _laid_out(files: ModelFiles, folder: Path) -> str:
+    """Lay a model's small files out in a folder of their own, and return its address for open_clip."""
+    text = dict(files.model_config["text_cfg"])
+    if files.text_model_config is not None:
+        (folder / TEXT_MODEL_FOLDER).mkdir()
+        (folder / TEXT_MODEL_FOLDER / "config.json").symlink_to(files.text_model_config.resolve())
+        text["hf_model_name"] = str(folder / TEXT_MODEL_FOLDER)
+    for path in files.tokenizer_files:
+        (folder / path.name).symlink_to(path.resolve())
+    config = {
+        "model_cfg": {**files.model_config, "text_cfg": text},
+        "preprocess_cfg": dict(files.preprocess_config),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+@torch.no_grad()
+def _fill_with_nan(model: nn.Module) -> None:
+    """Make what a checkpoint leaves as it is recognisable."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+
+
+def _check_finite(model: nn.Module, precision: str) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ModelLoadError(
+                f"its weights are not finite, or the checkpoint lacks some: {name} holds NaN or infinity at "
+                f"precision {precision}"
+            )
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _told_as_load_failure(name: str, pretrained: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, UnsupportedModelError):
+        raise
+    except Exception as error:  # open_clip, torch and the readers of checkpoints share no base class
+        raise ModelLoadError(load_failure(name, pretrained, error)) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what open_clip and the hub's client log; what fails is told once, by the error."""
+    root, hub = logging.getLogger(), logging.getLogger("huggingface_hub")
+    earlier_level = hub.level
+    hub.setLevel(logging.ERROR)
+    root.addFilter(_not_by_open_clip)  # which logs by the root logger
+    try:
+        yield
+    finally:
+        hub.setLevel(earlier_level)
+        root.removeFilter(_not_by_open_clip)
+
+
+def _not_by_open_clip(record: logging.LogRecord) -> bool:
+    return Path(record.pathname).parent.name != "open_clip"
