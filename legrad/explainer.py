@@ -1,7 +1,8 @@
 """The public face of the method: one class that explains an open_clip model."""
 
+import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from legrad.errors import InputError
-from legrad.families import describe_tower
+from legrad.faithful import describe_model
 from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
     as_ragged,
@@ -28,7 +29,21 @@ from legrad.loading import load_model
 from legrad.masks import heatmaps_of
 from legrad.prompts import Tokenizer, embed_texts, require_tokenizer
 from legrad.relevance import relevance_grids
-from legrad.trace import Trace, trace_images
+from legrad.snapshot import Snapshot
+from legrad.trace import Pool, Trace, pool_of, trace_images
+
+# Made anew from the model wherever an explainer is copied to: they hold functions of the model's modules.
+_DERIVED = ("tower", "scoring", "_layers", "_relevance_grids", "_snapshot")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What an explainer was asked for, to be resolved for the tower that the model has."""
+
+    layers: int | Literal["all"]
+    pool: Pool
+    image_size: int | tuple[int, int] | None
+    fit: Fit
 
 
 class LeGrad:
@@ -36,6 +51,15 @@ class LeGrad:
 
     The model is left as it is found: its weights, its flags for gradients and training, the random state. It
     may be in training mode; patch dropout never acts.
+
+    What is explained is always the model as it is at the call: weights that change in place are followed;
+    where modules, hooks or settings of the vision tower have changed, it is described anew, or refused. An
+    explainer can be copied, deep-copied and pickled; a deep copy explains the copied model.
+
+    The default map is the authors', but for two families. SigLIP: their package corrects every map by the map
+    of the text "a photo of a". PE-Core, which their package does not have: tokens pass the model's final norm
+    before its attentional pooler, and would not in theirs. `as_authors=True` of `heatmaps` and
+    `legrad.explain_image` gives their map.
 
     Attributes:
         model: the explained model.
@@ -46,6 +70,8 @@ class LeGrad:
 
     Source: Bousselham et al., https://arxiv.org/abs/2404.03214.
     """
+
+    transform: ImageTransform
 
     def __init__(
         self,
@@ -75,19 +101,65 @@ class LeGrad:
                 shape and one number of prompts: another shape is compiled anew, for half a minute or so.
 
         Raises:
-            UnsupportedModelError: the vision tower's structure is not covered.
+            UnsupportedModelError: the vision tower's structure is not covered, or the model computes
+                something else than its classes say: adapters that are not merged, hooks, forward methods of
+                its own. Names the module, its class, and the way out.
             InputError: an option does not fit the model.
+
+        To make sure that the model is what is explained, one image of noise is encoded twice, by the model
+        and in closed form: two forward passes of one image, once.
         """
         self.model = model
-        self.tower = describe_tower(model)
-        self._relevance_grids = torch.compile(relevance_grids) if compile else relevance_grids
         self.tokenizer = tokenizer
-        self._layers = check_layers(layers, self.tower)
-        self.scoring = self.tower.reference if check_pool(pool) == "reference" else self.tower.own
-        patch_size = self.tower.patch_size
-        transform = _sized(transform_of(model.visual), image_size, patch_size)  # type: ignore[arg-type]
-        self.transform = replace(transform, fit=check_fit(fit, self.tower), patch_size=patch_size)
-        check_image_size(self.tower, self.transform.height, self.transform.width, "preprocessing")
+        self._compile = compile
+        self._options = _Options(layers, check_pool(pool), image_size, fit)
+        self._own_transform: ImageTransform | None = None
+        self._describe()
+
+    def _describe(self) -> None:
+        """Describe the model as it is now, and resolve the options for it."""
+        options, tower = self._options, describe_model(self.model)
+        layers = check_layers(options.layers, tower)
+        own_transform = transform_of(self.model.visual)  # type: ignore[arg-type]
+        if own_transform == self._own_transform:
+            transform = self.transform
+        else:
+            sized = _sized(own_transform, options.image_size, tower.patch_size)
+            transform = replace(sized, fit=check_fit(options.fit, tower), patch_size=tower.patch_size)
+        check_image_size(tower, transform.height, transform.width, "preprocessing")
+        self._layers, self.tower = layers, tower
+        self.transform, self._own_transform = transform, own_transform
+        self.scoring = {"reference": tower.reference, "model": tower.own, "authors": tower.authors}[
+            options.pool
+        ]
+        self._relevance_grids = torch.compile(relevance_grids) if self._compile else relevance_grids
+        self._snapshot = Snapshot.of(self.model)
+
+    def _follow_changes(self) -> None:
+        if not self._snapshot.is_of(self.model):
+            self._describe()
+
+    def __copy__(self) -> "LeGrad":
+        """Return another explainer of the same model."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __getstate__(self) -> dict[str, object]:
+        """Give all that is not derived from the model."""
+        return {name: value for name, value in vars(self).items() if name not in _DERIVED}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Become an explainer of the copied model."""
+        vars(self).update(state)
+        self._describe()
+
+    def _by_authors(self) -> "LeGrad":
+        """Return an explainer of the same model that scores layers as the authors' package does."""
+        self._follow_changes()
+        other = copy.copy(self)
+        other._options, other.scoring = replace(self._options, pool="authors"), self.tower.authors
+        return other
 
     @classmethod
     def from_open_clip(
@@ -205,9 +277,12 @@ class LeGrad:
 
         Raises:
             InputError: the images do not fit the model.
+            UnsupportedModelError: the model was changed into one that cannot be explained.
         """
+        self._follow_changes()
         check_images(self.tower, images)
-        return trace_images(self.tower, images, self._layers, self.scoring)
+        trace = trace_images(self.tower, images, self._layers, self.scoring)
+        return replace(trace, structure=self._snapshot.identity)
 
     def relevance(
         self,
@@ -234,7 +309,9 @@ class LeGrad:
 
         Raises:
             InputError: shapes, dtypes, devices or indices do not fit.
+            UnsupportedModelError: the model was changed into one that cannot be explained.
         """
+        self._follow_changes()
         # Checked first: on a GPU the check waits for what was launched before it.
         prompts = as_ragged(self._features_like(images), text_embeddings, image_index)
         trace = self._as_trace(images)
@@ -257,6 +334,7 @@ class LeGrad:
         *,
         neutral_embedding: Float[Tensor, "*one embed_dim"] | None = None,
         neutral_threshold: float = 0.8,
+        as_authors: bool = False,
     ) -> Float[Tensor, "*maps height width"]:
         """Compute heat maps from 0 to 1 at the pixel size of the model's input.
 
@@ -268,6 +346,9 @@ class LeGrad:
                 own map is high, every prompt's map is set to zero before it is normalised. None: no
                 correction.
             neutral_threshold: from 0 to 1; how high is high.
+            as_authors: compute the map of the authors' package, whatever the choice of `pool`. SigLIP:
+                without a `neutral_embedding` the text "a photo of a" is taken, which needs the tokenizer.
+                PE-Core: tokens reach the pooler without the final norm. All other families: the default map.
 
         Returns:
             [batch, prompts, height, width], or with `image_index` [prompts, height, width]. A constant map is
@@ -275,7 +356,23 @@ class LeGrad:
 
         Raises:
             InputError: shapes, dtypes, devices, indices or the threshold do not fit.
+            TokenizerError: `as_authors` needs a text to be embedded.
+            UnsupportedModelError: the model was changed into one that cannot be explained.
+
+        Source: `legrad_torch` 1.1, `LeWrapper.compute_legrad`.
         """
+        if as_authors:
+            authors = self._by_authors()
+            neutral_text = authors.tower.authors_neutral_text
+            if neutral_embedding is None and neutral_text is not None:
+                neutral_embedding = self.embed_text([neutral_text])
+            return authors.heatmaps(
+                images,
+                text_embeddings,
+                image_index,
+                neutral_embedding=neutral_embedding,
+                neutral_threshold=neutral_threshold,
+            )
         trace = self._as_trace(images)
         grids = self.relevance(trace, text_embeddings, image_index)
         if neutral_embedding is not None:
@@ -327,7 +424,12 @@ class LeGrad:
     def _as_trace(self, images: Float[Tensor, "batch 3 height width"] | Trace) -> Trace:
         if not isinstance(images, Trace):
             return self.encode(images)
-        expected = "reference" if self.scoring is self.tower.reference else "model"
+        if images.structure not in (None, self._snapshot.identity):
+            raise InputError(
+                "trace: made of another model, or before modules of this one were replaced; encode the "
+                "images again"
+            )
+        expected = pool_of(self.tower, self.scoring)
         # Without a pooler the layers are kept as they are, whatever they are scored by.
         if self.scoring.pooler is not None and images.pool != expected:
             raise InputError(

@@ -15,9 +15,11 @@ from torch import Tensor
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
+from legrad.inputs import neutral_patches
 from legrad.overlay import draw_panels, fitted, heat_over, overlay
 
 PANELS_PER_LINE = 4
+AUTHORS_NEUTRAL_THRESHOLD = 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +90,18 @@ class Explanation:
         return sink.getvalue()
 
 
-def explain_image(explainer: LeGrad, image: Image.Image, texts: Sequence[str]) -> Explanation:
+def explain_image(
+    explainer: LeGrad, image: Image.Image, texts: Sequence[str], *, as_authors: bool = False
+) -> Explanation:
     """Explain one image for several texts, in one forward pass.
 
     Args:
         explainer: whose layers are explained.
         image: of any size and mode.
         texts: what is looked for, at least one.
+        as_authors: compute the maps of the authors' package, as `LeGrad.heatmaps` says. The default is theirs
+            too, but for SigLIP, whose maps they correct by the map of the text "a photo of a", and PE-Core,
+            whose final norm they would leave out before the pooler.
 
     Returns:
         Heat maps at the size of the model's input, similarities and the raw grids of every layer, on the CPU.
@@ -105,10 +112,17 @@ def explain_image(explainer: LeGrad, image: Image.Image, texts: Sequence[str]) -
     """
     if isinstance(texts, str) or not texts:
         raise InputError(f"texts: expected a list of at least one text, received {texts!r}")
+    if as_authors:
+        explainer = explainer._by_authors()
     pixels = explainer.preprocess([image])
     trace = explainer.encode(pixels)
     embeddings = explainer.embed_text(texts)
-    grids = explainer.relevance(trace, embeddings, per_layer=True)[:, 0].float().cpu()
+    grids = explainer.relevance(trace, embeddings, per_layer=True)[:, 0]
+    neutral_text = explainer.tower.authors_neutral_text
+    if as_authors and neutral_text is not None:
+        neutral_grids = explainer.relevance(trace, explainer.embed_text([neutral_text]))
+        grids = grids.masked_fill(neutral_patches(neutral_grids, AUTHORS_NEUTRAL_THRESHOLD), 0)
+    grids = grids.float().cpu()
     normalisation = explainer.tower.normalisation
     return Explanation(
         image=image.convert("RGB"),

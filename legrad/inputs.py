@@ -120,11 +120,11 @@ def check_layers(layers: int | Literal["all"], tower: Tower) -> int:
     return layers
 
 
-def check_pool(pool: str) -> str:
+def check_pool(pool: str) -> Literal["reference", "model"]:
     """Return the way to score a layer, or raise an InputError."""
     if pool not in ("reference", "model"):
         raise InputError(f"pool: expected 'reference' or 'model', received {pool!r}")
-    return pool
+    return "reference" if pool == "reference" else "model"
 
 
 def neutral_patches(

@@ -80,6 +80,7 @@ class Tower:
         family: name of the rules that apply, as `legrad.supported_models` lists it.
         patch_size: side of a square patch, in pixels of the model's input.
         native_grid: patches (down, across) at the size the tower was trained for.
+        native_size: (height, width) of that size in pixels; patches may leave a margin of it unseen.
         takes_any_grid: other grids are possible; else images must have the native size.
         embed_dim: dimension of the joint image-text space.
         prefix_tokens: tokens in front of the patches (class and register tokens).
@@ -87,14 +88,18 @@ class Tower:
             before ("grid") it is upsampled.
         embed: images [batch, 3, height, width] -> tokens entering the first block.
         blocks: every block, first to last.
-        reference: how the authors score a layer, or the nearest to it for a family that they do not have.
+        reference: how a layer is scored by default: the authors' way, or the nearest to it for a family that
+            they do not have.
+        authors: how the authors' package would score a layer; `reference`, but for PE-Core.
         own: the model's own pooling and head; of the last block's tokens it makes the image feature.
         parameter: one parameter of the patch embedding; its dtype and device are those of the images.
+        authors_neutral_text: the text by whose map the authors correct every map of this family, or None.
     """
 
     family: str
     patch_size: int
     native_grid: tuple[int, int]
+    native_size: tuple[int, int]
     takes_any_grid: bool
     embed_dim: int
     prefix_tokens: int
@@ -102,5 +107,7 @@ class Tower:
     embed: Callable[[Tensor], EmbeddedImages]
     blocks: tuple[Block, ...]
     reference: Scoring
+    authors: Scoring
     own: Scoring
     parameter: Callable[[], Tensor]
+    authors_neutral_text: str | None = None

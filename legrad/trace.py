@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from legrad.stages import run_stages
 from legrad.towers import Block, Scoring, Tower
 
+Pool = Literal["reference", "model", "authors"]
 StageInputs = tuple[Tensor | None, ...]
 
 
@@ -48,7 +49,10 @@ class Trace:
         grid_height: patches down.
         grid_width: patches across.
         rotary: the rotary position embedding that the blocks used, or None.
-        pool: the choice of `pool` that the layers were kept for.
+        pool: the choice of `pool` that the layers were kept for; "authors": that of `as_authors`, where it is
+            another.
+        structure: tells the modules that were run from those of another model; None in a copy or where it is
+            not known.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -56,12 +60,17 @@ class Trace:
     grid_height: int
     grid_width: int
     rotary: Tensor | None = None
-    pool: Literal["reference", "model"] = "reference"
+    pool: Pool = "reference"
+    structure: int | None = None
 
     @property
     def batch_size(self) -> int:
         """Number of images."""
         return len(self.image_features)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Give what a copy keeps: its explainer may be one of copied modules."""
+        return vars(self) | {"structure": None}
 
 
 @torch.no_grad()
@@ -96,8 +105,14 @@ def trace_images(
         features = F.normalize(score_features(tower.own, tokens), dim=-1)
     height, width = images.shape[-2:]
     grid_height, grid_width = height // tower.patch_size, width // tower.patch_size
-    pool: Literal["reference", "model"] = "reference" if scoring is tower.reference else "model"
-    return Trace(tuple(kept), features, grid_height, grid_width, embedded.rotary, pool)
+    return Trace(tuple(kept), features, grid_height, grid_width, embedded.rotary, pool_of(tower, scoring))
+
+
+def pool_of(tower: Tower, scoring: Scoring) -> Pool:
+    """Name the way in which a tower's layers are scored."""
+    if scoring is tower.reference:
+        return "reference"
+    return "model" if scoring is tower.own else "authors"
 
 
 def run_block(

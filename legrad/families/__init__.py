@@ -4,6 +4,7 @@ The family is decided by the tower's structure, never by its name.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import timm
 from open_clip.timm_model import TimmModel
@@ -12,13 +13,13 @@ from torch import nn
 
 from legrad.errors import UnsupportedModelError
 from legrad.families import clip, eva, relpos, timm_vit
-from legrad.families.parts import NotCovered
+from legrad.families.modules import check_modules, way_out
+from legrad.families.parts import NotCovered, qualified_name
 from legrad.towers import Tower
 
 SUPPORTED = "open_clip's vision transformers, its own and timm's (`legrad models` lists them)"
 
 
-# Exact classes: a subclass may compute something else.
 _TIMM: dict[type[nn.Module], Callable[[TimmModel], Tower]] = {
     timm.models.vision_transformer.VisionTransformer: timm_vit.describe,
     timm.models.eva.Eva: eva.describe,
@@ -41,12 +42,14 @@ def describe_tower(model: nn.Module) -> Tower:
         model: a model with a `visual` tower, as `open_clip.create_model` gives it. It is not changed.
 
     Raises:
-        UnsupportedModelError: the tower's structure is not covered; names model, tower and reason.
+        UnsupportedModelError: the tower's structure is not covered; names model, tower, the module that is at
+            fault, and the way out.
     """
     visual = getattr(model, "visual", None)
-    if visual is None:
+    if not isinstance(visual, nn.Module):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: expected an open_clip model with a `visual` tower"
+            f"{qualified_name(type(model))}: expected an open_clip model with a `visual` tower. Way out: "
+            f"{_way_out_of_wrapper(model)}"
         )
     try:
         return describe_visual(visual)
@@ -63,12 +66,39 @@ def describe_visual(visual: nn.Module) -> Tower:
     Raises:
         NotCovered: its structure is not covered; the message is the reason.
     """
-    if isinstance(visual, VisionTransformer):
-        return clip.describe(visual)
-    if isinstance(visual, TimmModel) and type(visual.trunk) in _TIMM:
-        return _TIMM[type(visual.trunk)](visual)
-    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
-    raise NotCovered(f"a {_class_name(visual)} {_WHY_NOT.get(type(trunk).__name__, 'is not covered')}")
+    try:
+        describe = _description(visual)
+        check_modules(visual)
+        return describe(visual)
+    except NotCovered as reason:
+        raise NotCovered(_located(visual, reason)) from None
+
+
+def _description(visual: nn.Module) -> Callable[[Any], Tower]:
+    """Choose by exact classes: a subclass may compute something else."""
+    if type(visual) is VisionTransformer:
+        return clip.describe
+    trunk: Any = visual.trunk if type(visual) is TimmModel else visual
+    if trunk is not visual and type(trunk) in _TIMM:
+        return _TIMM[type(trunk)]
+    why = next((_WHY_NOT[kind.__name__] for kind in type(trunk).__mro__ if kind.__name__ in _WHY_NOT), None)
+    reason = f"a {_class_name(visual)} {why or 'is not covered'}"
+    raise NotCovered(reason, None if why else trunk)
+
+
+def _located(visual: nn.Module, reason: NotCovered) -> str:
+    """Add to a reason which module is at fault, and what to do, unless it says so itself."""
+    if reason.module is None:
+        return str(reason)
+    paths = (path for path, module in visual.named_modules() if module is reason.module)
+    place = ".".join(["visual", *filter(None, paths)])
+    named = f"{reason} ({place}, a {qualified_name(type(reason.module))})"
+    return named if "Way out" in named else f"{named}. Way out: {way_out(reason.module)}"
+
+
+def _way_out_of_wrapper(model: nn.Module) -> str:
+    plain = "put the model's own module back in its place"
+    return "explain what `open_clip.create_model` gives" if way_out(model) == plain else way_out(model)
 
 
 def _class_name(visual: nn.Module) -> str:

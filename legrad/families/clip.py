@@ -8,8 +8,16 @@ from jaxtyping import Float
 from open_clip.transformer import AttentionalPooler, LayerScale, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from legrad.families.parts import NotCovered, check_covered, describe_blocks, is_affine_norm, split_heads
+from legrad.families.parts import (
+    NotCovered,
+    check_affine_norm,
+    check_covered,
+    class_name,
+    describe_blocks,
+    split_heads,
+)
 from legrad.positions import resample_positions
 from legrad.stages import Activation, Linear, Norm, Scale, Stage
 from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
@@ -24,9 +32,12 @@ def describe(visual: VisionTransformer) -> Tower:
         NotCovered: a part of it is not covered.
     """
     pooler = visual.attn_pool
+    check_affine_norm(visual.ln_post, "ln_post")
     check_covered(
-        ("its final projection was removed", visual.proj is None),
-        ("its ln_post is no LayerNorm with weight and bias", not is_affine_norm(visual.ln_post)),
+        (
+            f"its final projection was removed, or is no matrix but {type(visual.proj).__name__}",
+            not isinstance(visual.proj, Tensor),
+        ),
         (f"its patches are not square: {visual.patch_size}", len(set(visual.patch_size)) != 1),
         (
             "it pools by the 'parallel' or 'cascade' attention, which no configuration of open_clip uses",
@@ -36,56 +47,67 @@ def describe(visual: VisionTransformer) -> Tower:
             f"its pooling is {visual.pool_type!r}, not 'tok' or 'avg'",
             visual.pool_type not in (("tok",) if pooler is not None else ("tok", "avg")),
         ),
-        (f"it pools by a {type(pooler).__name__}", pooler is not None and not _is_covered_pooler(pooler)),
     )
+    if pooler is not None:
+        _check_pooler(pooler)
     grid_height, grid_width = visual.grid_size
+    reference = _mean_of_all_tokens(visual) if pooler is None else _authors_coca(visual)
     return Tower(
         family="clip" if pooler is None else "coca",
         patch_size=visual.patch_size[0],
         native_grid=(grid_height, grid_width),
+        native_size=tuple(visual.image_size),
         takes_any_grid=True,
         embed_dim=visual.proj.shape[1],
         prefix_tokens=PREFIX_TOKENS,
         normalisation="upsampled",
         embed=partial(_embed, visual),
         blocks=describe_blocks(visual.transformer.resblocks, _describe_block),
-        reference=_mean_of_all_tokens(visual) if pooler is None else _authors_coca(visual),
+        reference=reference,
+        authors=reference,
         own=_own_scoring(visual) if pooler is None else _pooled_by_attention(visual),
         parameter=partial(getattr, visual.conv1, "weight"),
     )
 
 
-def _is_covered_pooler(pooler: nn.Module) -> bool:
-    return isinstance(pooler, AttentionalPooler) and is_affine_norm(pooler.ln_k)
+def _check_pooler(pooler: Any) -> None:
+    if type(pooler) is not AttentionalPooler:
+        raise NotCovered(f"it pools by {class_name(pooler)}", pooler)
+    check_affine_norm(pooler.ln_k, "attn_pool.ln_k")
+    _check_attention(pooler.attn)
+    if pooler.attn.in_proj_bias is None:
+        raise NotCovered("its pooler's attention has no bias", pooler.attn)
+
+
+def _check_attention(attention: Any) -> None:
+    if type(attention) is not nn.MultiheadAttention:
+        raise NotCovered(f"its attention is {class_name(attention)}", attention)
+    if attention.bias_k is not None or attention.add_zero_attn:
+        raise NotCovered("its attention adds keys of its own", attention)
 
 
 def _check_block(block: Any) -> None:
     if type(block) is not ResidualAttentionBlock:
-        raise NotCovered(f"it is a {type(block).__name__}, not a ResidualAttentionBlock")
-    attention, parts = block.attn, dict(block.mlp.named_children())
-    if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
-        raise NotCovered("its queries, keys and values have no joint projection")
-    check_covered(
-        ("its attention adds keys of its own", attention.bias_k is not None or attention.add_zero_attn),
-        (
-            f"its MLP is made of {list(parts)}, not ['c_fc', 'gelu', 'c_proj']",
-            list(parts) != ["c_fc", "gelu", "c_proj"],
-        ),
-        (
-            "its norms are not LayerNorms with weight and bias",
-            not (is_affine_norm(block.ln_1) and is_affine_norm(block.ln_2)),
-        ),
-    )
-    kinds: list[tuple[str, nn.Module, tuple[type[nn.Module], ...]]] = [
-        ("attn.out_proj", attention.out_proj, (nn.Linear,)),
-        ("mlp.c_fc", parts["c_fc"], (nn.Linear,)),
-        ("mlp.c_proj", parts["c_proj"], (nn.Linear,)),
+        raise NotCovered(f"it is {class_name(block)}, not a ResidualAttentionBlock", block)
+    _check_attention(block.attn)
+    if block.attn.in_proj_weight is None:
+        raise NotCovered("its queries, keys and values have no joint projection", block.attn)
+    if type(block.mlp) is not nn.Sequential or list(block.mlp._modules) != ["c_fc", "gelu", "c_proj"]:
+        parts = list(block.mlp._modules)
+        raise NotCovered(f"its MLP is made of {parts}, not ['c_fc', 'gelu', 'c_proj']", block.mlp)
+    check_affine_norm(block.ln_1, "ln_1")
+    check_affine_norm(block.ln_2, "ln_2")
+    linear = (nn.Linear, NonDynamicallyQuantizableLinear)
+    kinds: list[tuple[str, Any, tuple[type[nn.Module], ...]]] = [
+        ("attn.out_proj", block.attn.out_proj, linear),
+        ("mlp.c_fc", block.mlp.c_fc, linear),
+        ("mlp.c_proj", block.mlp.c_proj, linear),
         ("ls_1", block.ls_1, (nn.Identity, LayerScale)),
         ("ls_2", block.ls_2, (nn.Identity, LayerScale)),
     ]
     for name, module, allowed in kinds:
-        if not isinstance(module, allowed):
-            raise NotCovered(f"its {name} is a {type(module).__name__}")
+        if type(module) not in allowed:
+            raise NotCovered(f"its {name} is {class_name(module)}", module)
 
 
 def _describe_block(block: Any) -> Block:

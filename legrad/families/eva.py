@@ -9,12 +9,12 @@ from jaxtyping import Float
 from open_clip.timm_model import TimmModel
 from timm.layers.attention import AttentionRope
 from timm.layers.patch_embed import PatchEmbed
-from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, apply_rot_embed_cat
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from legrad.families.parts import NotCovered, check_covered, describe_blocks, split_heads
+from legrad.families.parts import NotCovered, check_covered, class_name, describe_blocks, split_heads
 from legrad.families.timm_parts import (
     Stages,
     add_prefix_and_positions,
@@ -44,19 +44,16 @@ def describe(visual: TimmModel) -> Tower:
     check_covered(
         other_patches(trunk, PatchEmbed),
         (
-            f"its rotary position embedding is a {type(trunk.rope).__name__}",
-            trunk.rope is not None and type(trunk.rope) is not RotaryEmbeddingCat,
-        ),
-        (
             f"its pooling is {trunk.global_pool!r}",
             trunk.attn_pool is None and trunk.global_pool not in ("token", "avg"),
         ),
     )
-    reference, own = _scorings(visual)
+    reference, authors, own = _scorings(visual)
     return Tower(
         family="eva" if trunk.attn_pool is None else "pe",
         patch_size=square_patch_size(trunk.patch_embed),
         native_grid=tuple(trunk.patch_embed.grid_size),
+        native_size=tuple(trunk.patch_embed.img_size),
         takes_any_grid=True,
         embed_dim=embed_dim(visual),
         prefix_tokens=trunk.num_prefix_tokens,
@@ -64,32 +61,38 @@ def describe(visual: TimmModel) -> Tower:
         embed=partial(_embed, trunk),
         blocks=describe_blocks(trunk.blocks, _describe_block),
         reference=reference,
+        authors=authors,
         own=own,
         parameter=lambda: next(trunk.patch_embed.parameters()),
     )
 
 
-def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
-    """Describe how a layer is scored: the reference way, and the model's own.
+def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring, Scoring]:
+    """Describe how a layer is scored: the reference way, as the authors would, and the model's own way.
 
-    The authors do not have these families; with a pooler both are the model's own path: its final norm, then
-    the pooler.
+    The authors do not have these families; with a pooler the reference is the model's own path: its final
+    norm, then the pooler. Theirs leaves out the norm, as it does for SigLIP.
     """
     trunk = visual.trunk
     if trunk.attn_pool is None:
-        return mean_scorings(visual)
-    pooler = describe_pooler(trunk.attn_pool, trunk.norm)
-    pooled = Scoring((), slice(0, 1), head_stages(trunk, visual.head), pooler)
-    return pooled, pooled
+        reference, own = mean_scorings(visual)
+        return reference, reference, own
+    head = head_stages(trunk, visual.head)
+    pooled = Scoring((), slice(0, 1), head, describe_pooler(trunk.attn_pool, trunk.norm))
+    straight = Scoring((), slice(0, 1), head, describe_pooler(trunk.attn_pool, nn.Identity()))
+    return pooled, straight, pooled
 
 
 def _describe_block(block: Any) -> Block:
     if type(block) not in (EvaBlock, EvaBlockPostNorm):
-        raise NotCovered(f"it is a {type(block).__name__}")
+        raise NotCovered(f"it is {class_name(block)}", block)
     attention = block.attn
     if type(attention) not in (EvaAttention, AttentionRope):
-        raise NotCovered(f"its attention is a {type(attention).__name__}")
+        raise NotCovered(f"its attention is {class_name(attention)}", attention)
     check_no_gate(attention)
+    for projection in (attention.qkv, *(getattr(attention, f"{part}_proj", None) for part in "qkv")):
+        if projection is not None:
+            linear_stages(projection)
     out = (*norm_stages(attention.norm), *linear_stages(attention.proj))
     mlp = mlp_stages(block.mlp)
     project = partial(_project, attention)

@@ -12,7 +12,26 @@ from legrad.towers import Block, QueriesKeysValues
 
 
 class NotCovered(LeGradError):
-    """A part of a tower that no description covers; the message is the reason."""
+    """A part of a tower that no description covers; the message is the reason.
+
+    Attributes:
+        module: the module that is at fault, or None.
+    """
+
+    def __init__(self, reason: str, module: nn.Module | None = None) -> None:
+        """Keep the reason and the module."""
+        super().__init__(reason)
+        self.module = module
+
+
+def qualified_name(thing: Any) -> str:
+    """Name a class or function with the Python module that it comes from."""
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def class_name(module: nn.Module) -> str:
+    """Name the class of a module, with its article; a refusal adds the qualified name, and the path."""
+    return f"a {type(module).__name__}"
 
 
 def check_covered(*checks: tuple[str, bool]) -> None:
@@ -22,14 +41,16 @@ def check_covered(*checks: tuple[str, bool]) -> None:
             raise NotCovered(reason)
 
 
-def is_affine_norm(norm: nn.Module) -> bool:
-    """Whether a module is a LayerNorm over one axis with weight and bias."""
-    return (
+def check_affine_norm(norm: nn.Module, name: str) -> None:
+    """Refuse what is no LayerNorm over one axis with weight and bias."""
+    is_affine = (
         isinstance(norm, nn.LayerNorm)
         and len(norm.normalized_shape) == 1
         and norm.weight is not None
         and norm.bias is not None
     )
+    if not is_affine:
+        raise NotCovered(f"its {name} is {class_name(norm)}, not a LayerNorm with weight and bias", norm)
 
 
 def split_heads(joint: Float[Tensor, "batch tokens three_widths"], heads: int) -> QueriesKeysValues:
@@ -45,5 +66,6 @@ def describe_blocks(blocks: Iterable[nn.Module], describe_block: Callable[[Any],
         try:
             described.append(describe_block(block))
         except NotCovered as reason:
-            raise NotCovered(f"block {index}: {reason}") from None
+            culprit = block if reason.module is None else reason.module
+            raise NotCovered(f"block {index}: {reason}", culprit) from None
     return tuple(described)

@@ -12,7 +12,7 @@ from timm.layers.pos_embed_rel import RelPosBias, RelPosMlp
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
 
-from legrad.families.parts import NotCovered, check_covered, describe_blocks, split_heads
+from legrad.families.parts import NotCovered, check_covered, class_name, describe_blocks, split_heads
 from legrad.families.timm_parts import (
     embed_dim,
     linear_stages,
@@ -43,6 +43,7 @@ def describe(visual: TimmModel) -> Tower:
         family="relpos",
         patch_size=square_patch_size(trunk.patch_embed),
         native_grid=tuple(trunk.patch_embed.grid_size),
+        native_size=tuple(trunk.patch_embed.img_size),
         takes_any_grid=False,
         embed_dim=embed_dim(visual),
         prefix_tokens=trunk.num_prefix_tokens,
@@ -50,6 +51,7 @@ def describe(visual: TimmModel) -> Tower:
         embed=partial(_embed, trunk),
         blocks=describe_blocks(trunk.blocks, partial(_describe_block, trunk.shared_rel_pos)),
         reference=reference,
+        authors=reference,
         own=own,
         parameter=lambda: next(trunk.patch_embed.parameters()),
     )
@@ -57,13 +59,13 @@ def describe(visual: TimmModel) -> Tower:
 
 def _describe_block(shared_bias: nn.Module | None, block: Any) -> Block:
     if type(block) not in (RelPosBlock, ResPostRelPosBlock):
-        raise NotCovered(f"it is a {type(block).__name__}")
+        raise NotCovered(f"it is {class_name(block)}", block)
     attention = block.attn
     if type(attention) is not RelPosAttention:
-        raise NotCovered(f"its attention is a {type(attention).__name__}")
-    position_bias = shared_bias if attention.rel_pos is None else attention.rel_pos
+        raise NotCovered(f"its attention is {class_name(attention)}", attention)
+    position_bias: Any = shared_bias if attention.rel_pos is None else attention.rel_pos
     if type(position_bias) not in (RelPosMlp, RelPosBias, type(None)):
-        raise NotCovered(f"its positions are a {type(position_bias).__name__}")
+        raise NotCovered(f"its positions are {class_name(position_bias)}", position_bias)
     out, mlp = linear_stages(attention.proj), mlp_stages(block.mlp)
     first_norm, second_norm = norm_stages(block.norm1), norm_stages(block.norm2)
     project, bias = partial(_project, attention), partial(_bias, position_bias)

@@ -13,7 +13,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
-from legrad.families.parts import NotCovered, check_covered, is_affine_norm
+from legrad.families.parts import NotCovered, check_affine_norm, check_covered, class_name
 from legrad.positions import resample_positions
 from legrad.stages import Activation, Gate, Linear, Norm, Scale, Stage
 from legrad.towers import Block, QueriesKeysValues, Scoring
@@ -25,17 +25,16 @@ def norm_stages(module: nn.Module) -> Stages:
     """Describe a LayerNorm, or the identity in its place."""
     if isinstance(module, nn.Identity):
         return ()
-    if not isinstance(module, nn.LayerNorm) or not is_affine_norm(module):
-        raise NotCovered(f"its norm is a {type(module).__name__}, not a LayerNorm with weight and bias")
-    return (Norm(module),)
+    check_affine_norm(module, "norm")
+    return (Norm(module),)  # type: ignore[arg-type]
 
 
 def linear_stages(module: nn.Module) -> Stages:
     """Describe a linear layer, or the identity in its place."""
     if isinstance(module, nn.Identity):
         return ()
-    if not isinstance(module, nn.Linear):
-        raise NotCovered(f"a {type(module).__name__} stands where a linear layer is expected")
+    if type(module) is not nn.Linear:
+        raise NotCovered(f"{class_name(module)} stands where a linear layer is expected", module)
     return (Linear.of(module),)
 
 
@@ -43,8 +42,8 @@ def scale_stages(module: nn.Module) -> Stages:
     """Describe a LayerScale, or the identity in its place."""
     if isinstance(module, nn.Identity):
         return ()
-    if not isinstance(module, LayerScale):
-        raise NotCovered(f"a {type(module).__name__} stands where a LayerScale is expected")
+    if type(module) is not LayerScale:
+        raise NotCovered(f"{class_name(module)} stands where a LayerScale is expected", module)
     return (Scale(partial(getattr, module, "gamma")),)
 
 
@@ -61,7 +60,7 @@ def mlp_stages(mlp: nn.Module) -> Stages:
     if type(mlp) is GeGluMlp:
         first = side_by_side(mlp.w0, mlp.w1)
         return (*norm_stages(mlp.norm), first, Gate(mlp.act), *linear_stages(mlp.w2))
-    raise NotCovered(f"its MLP is a {type(mlp).__name__}")
+    raise NotCovered(f"its MLP is {class_name(mlp)}", mlp)
 
 
 def side_by_side(first: nn.Linear, second: nn.Linear) -> Linear:
@@ -79,8 +78,8 @@ def head_stages(trunk: nn.Module, head: nn.Sequential) -> Stages:
     for name, module in head.named_children():
         if isinstance(module, nn.Dropout):
             continue
-        if not isinstance(module, Mlp | nn.Linear):
-            raise NotCovered(f"its head has a part {name!r}, a {type(module).__name__}")
+        if type(module) not in (Mlp, nn.Linear):
+            raise NotCovered(f"its head has a part {name!r}, {class_name(module)}", module)
         stages += mlp_stages(module) if isinstance(module, Mlp) else linear_stages(module)
     return stages
 
@@ -109,8 +108,8 @@ def describe_pooler(pooler: nn.Module, norm: nn.Module) -> Block:
         pooler: the pooler.
         norm: what the tokens pass before the pooler.
     """
-    if not isinstance(pooler, AttentionPoolLatent):
-        raise NotCovered(f"it pools by a {type(pooler).__name__}")
+    if type(pooler) is not AttentionPoolLatent:
+        raise NotCovered(f"it pools by {class_name(pooler)}", pooler)
     check_covered(
         ("its pooler adds position embeddings", pooler.pos_embed is not None),
         (f"its pooler takes {pooler.pool!r}, not the first query", pooler.pool != "token"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from legrad.errors import InputError
-from legrad.families.parts import NotCovered, check_covered, describe_blocks, split_heads
+from legrad.families.parts import NotCovered, check_covered, class_name, describe_blocks, split_heads
 from legrad.families.timm_parts import (
     add_prefix_and_positions,
     check_no_gate,
@@ -29,6 +29,9 @@ from legrad.families.timm_parts import (
     scale_stages,
 )
 from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
+
+# `legrad_torch`, `compute_legrad_siglip`: its `apply_correction` is true by default.
+AUTHORS_NEUTRAL_TEXT = "a photo of a"
 
 
 def describe(visual: TimmModel) -> Tower:
@@ -60,6 +63,7 @@ def describe(visual: TimmModel) -> Tower:
         family=_family(trunk),
         patch_size=patch_height,
         native_grid=tuple(patches.grid_size),
+        native_size=tuple(patches.img_size),
         takes_any_grid=True,
         embed_dim=embed_dim(visual),
         prefix_tokens=trunk.num_prefix_tokens,
@@ -67,8 +71,10 @@ def describe(visual: TimmModel) -> Tower:
         embed=partial(_embed, trunk),
         blocks=describe_blocks(trunk.blocks, _describe_block),
         reference=reference,
+        authors=reference,
         own=own,
         parameter=lambda: next(patches.parameters()),
+        authors_neutral_text=None if trunk.attn_pool is None else AUTHORS_NEUTRAL_TEXT,
     )
 
 
@@ -90,9 +96,10 @@ def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
 
 
 def _describe_block(block: Any) -> Block:
-    attention = block.attn
+    attention = getattr(block, "attn", block)
     if type(block) is not TimmBlock or type(attention) is not Attention:
-        raise NotCovered(f"it is a {type(block).__name__} with a {type(attention).__name__}")
+        culprit = attention if type(block) is TimmBlock else block
+        raise NotCovered(f"it is {class_name(block)} with {class_name(attention)}", culprit)
     check_no_gate(attention)
     norm_stages(block.norm1)
     return Block(

@@ -176,8 +176,8 @@ REFUSED = {
         _replaced("blocks.2.attn.gate", nn.Linear(32, 32)),
         "block 2: its attention has a gate",
     ),
-    "mixed rotation": ({"rope_type": "mixed"}, None, "rotary position embedding is a RotaryEmbeddingMixed"),
-    "rotation of DINOv3": ({"rope_type": "dinov3"}, None, "is a RotaryEmbeddingDinoV3"),
+    "mixed rotation": ({"rope_type": "mixed"}, None, "its trunk.rope is a RotaryEmbeddingMixed"),
+    "rotation of DINOv3": ({"rope_type": "dinov3"}, None, "its trunk.rope is a RotaryEmbeddingDinoV3"),
     "largest of the patches": ({"global_pool": "max"}, None, "its pooling is 'max'"),
     "no pooling": ({"global_pool": ""}, None, "its pooling is ''"),
     "other norms": (
@@ -191,11 +191,11 @@ REFUSED = {
         _replaced("blocks.1.attn", Attention(32)),
         "block 1: its attention is a Attention",
     ),
-    "other MLP": ({}, _replaced("blocks.0.mlp", _SwiGLU(32)), "block 0: its MLP is a _SwiGLU"),
+    "other MLP": ({}, _replaced("blocks.0.mlp", _SwiGLU(32)), "its trunk.blocks.0.mlp is a _SwiGLU"),
     "other projection": (
         {},
         _replaced("blocks.0.attn.proj", nn.Bilinear(32, 32, 32)),
-        "block 0: a Bilinear stands where a linear layer is expected",
+        "its trunk.blocks.0.attn.proj is a Bilinear",
     ),
     "other patches": (
         {},

@@ -1,0 +1,178 @@
+"""The modules whose forward the closed form writes out or leaves out: exact types, nothing hung on them.
+
+A description (`legrad.families`) reads weights and settings from a tower's modules and computes with them
+itself. That is the model's own computation only if each module is exactly of a known type, and if nothing
+else acts when it is called: no forward of its own, no hook, no parametrization.
+"""
+
+from collections.abc import Iterator
+
+import timm.layers
+import timm.models.eva
+import timm.models.vision_transformer
+import timm.models.vision_transformer_relpos
+from open_clip import transformer
+from open_clip.timm_model import TimmModel
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.drop import DropPath
+from timm.layers.hybrid_embed import HybridEmbed
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.norm import LayerNorm, RmsNorm
+from timm.layers.patch_dropout import PatchDropout
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed_rel import RelPosBias, RelPosMlp
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
+from timm.models.vitamin import GeGluMlp
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from legrad.families.parts import NotCovered, class_name, qualified_name
+
+# Left out by the closed form: they act in training alone.
+DROPOUTS: frozenset[type[nn.Module]] = frozenset(
+    {nn.Dropout, DropPath, PatchDropout, transformer.PatchDropout}
+    # from timm 1.0.20 on
+    | {getattr(timm.layers, "PatchDropoutWithIndices", nn.Dropout)}
+)
+WRITTEN_OUT: frozenset[type[nn.Module]] = frozenset(
+    {
+        *(nn.Identity, nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention),
+        *(nn.Sequential, nn.ModuleList, nn.LayerNorm, nn.RMSNorm, nn.Conv2d),
+        *(transformer.VisionTransformer, transformer.Transformer, transformer.ResidualAttentionBlock),
+        *(transformer.AttentionalPooler, transformer.LayerNorm, transformer.LayerNormFp32),
+        *(transformer.LayerScale, TimmModel, PatchEmbed, HybridEmbed, Attention, AttentionRope),
+        *(AttentionPoolLatent, LayerScale, LayerNorm, RmsNorm, Mlp, GluMlp, SwiGLU, GeGluMlp),
+        *(RotaryEmbeddingCat, RelPosBias, RelPosMlp),
+        timm.models.vision_transformer.VisionTransformer,
+        timm.models.vision_transformer.Block,
+        *(timm.models.eva.Eva, timm.models.eva.EvaBlock, timm.models.eva.EvaBlockPostNorm),
+        timm.models.eva.EvaAttention,
+        timm.models.vision_transformer_relpos.VisionTransformerRelPos,
+        timm.models.vision_transformer_relpos.RelPosBlock,
+        timm.models.vision_transformer_relpos.ResPostRelPosBlock,
+        timm.models.vision_transformer_relpos.RelPosAttention,
+    }
+    | ({getattr(timm.layers.norm, "LayerNormFp32", nn.LayerNorm)})
+)
+# What cuts images into patches is called as it is and never differentiated: all that hangs on it acts.
+_CALLED = ("conv1", "trunk.patch_embed.proj")
+_CALLED_WITH_CHILDREN = "trunk.patch_embed.backbone"
+# Called too, and differentiated one element at a time: `legrad.faithful` tries out those of unknown types.
+ACTIVATION_NAMES = ("gelu", "act", "bias_act")
+HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+_GLOBAL_HOOKS = {
+    "_global_forward_hooks": "forward hook",
+    "_global_forward_pre_hooks": "forward pre-hook",
+    "_global_backward_hooks": "backward hook",
+    "_global_backward_pre_hooks": "backward pre-hook",
+}
+
+
+def written_out(visual: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Walk the modules of a vision tower that the closed form does not merely call, each with its path."""
+    for path, module in visual.named_modules(remove_duplicate=False):
+        if path not in _CALLED and not f"{path}.".startswith(f"{_CALLED_WITH_CHILDREN}."):
+            yield path, module
+
+
+def check_modules(visual: nn.Module) -> None:
+    """Refuse modules that may compute something else than the closed form; the tower is not run.
+
+    Raises:
+        NotCovered: names the module, its class and the way out.
+    """
+    for path in _CALLED:
+        called = _submodule(visual, path)
+        if called is not None and type(called) not in (nn.Conv2d, nn.Identity):
+            raise NotCovered("its patches are not made by a plain convolution", called)
+    for path, module in written_out(visual):
+        _check_type(path, module)
+        _check_nothing_hangs_on(module)
+    for name, kind in _GLOBAL_HOOKS.items():
+        if hooks := getattr(torch_module, name, None):
+            raise NotCovered(
+                f"a {kind} is registered for all modules ({_names(hooks)}), which the explanation would pass "
+                "over. Way out: remove it first, by its handle's `remove()`"
+            )
+
+
+def _check_type(path: str, module: nn.Module) -> None:
+    parts = path.split(".")
+    if type(module) is nn.Identity or not {*ACTIVATION_NAMES}.isdisjoint(parts):
+        return
+    known = DROPOUTS if "drop" in parts[-1] else WRITTEN_OUT
+    if type(module) not in known:
+        raise NotCovered(f"its {path} is {class_name(module)}, which may compute something else", module)
+
+
+def _check_nothing_hangs_on(module: nn.Module) -> None:
+    if parametrize.is_parametrized(module):
+        raise NotCovered(f"{class_name(module)} has parametrized weights", module)
+    own = [key for key in vars(module) if callable(getattr(type(module), key, None))]
+    if own:
+        raise NotCovered(
+            f"its method `{own[0]}` was replaced on the module itself, which the explanation would pass "
+            f"over. Way out: take it off first (`del module.{own[0]}`)",
+            module,
+        )
+    for name, kind in HOOKS.items():
+        if hooks := getattr(module, name):
+            raise NotCovered(
+                f"a {kind} is registered ({_names(hooks)}), which the explanation would pass over. Way "
+                "out: remove it first, by its handle's `remove()`, or remove_weight_norm, "
+                "remove_spectral_norm and prune.remove of torch.nn.utils",
+                module,
+            )
+    for name, parameter in module.named_parameters(recurse=False):
+        if type(parameter) not in (nn.Parameter, Tensor):
+            raise NotCovered(
+                f"its {name} is a {qualified_name(type(parameter))}, no plain tensor of numbers. Way out: "
+                "explain the model before its weights are quantised or distributed",
+                module,
+            )
+
+
+def _names(hooks: dict[int, object]) -> str:
+    return ", ".join(
+        dict.fromkeys(
+            qualified_name(hook if hasattr(hook, "__qualname__") else type(hook)) for hook in hooks.values()
+        )
+    )
+
+
+def _submodule(visual: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = visual
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def way_out(module: nn.Module) -> str:
+    """Say what to do about a module of a class that is not covered."""
+    kinds = [qualified_name(kind).lower() for kind in type(module).__mro__]
+    if "_orig_mod" in module._modules:
+        return "it is what torch.compile gave: use its `_orig_mod` in its place"
+    if parametrize.is_parametrized(module):
+        return "bake the weights in first (`torch.nn.utils.parametrize.remove_parametrizations`)"
+    if any("lora" in kind or kind.startswith("peft.") for kind in kinds) or hasattr(
+        module, "merge_and_unload"
+    ):
+        return (
+            "merge the adapter into the weights and take it off first (`model.merge_and_unload()` in peft; "
+            "elsewhere a plain layer with the merged weights in its place)"
+        )
+    if "module" in module._modules:
+        return "it wraps the model: use its `model.module` in its place"
+    plain = next((kind for kind in type(module).__mro__ if kind in WRITTEN_OUT | DROPOUTS), None)
+    if plain is not None and plain is not type(module):
+        return f"put a {qualified_name(plain)} with the same weights in its place, if its forward is the same"
+    return "put the model's own module back in its place"
