@@ -20,21 +20,21 @@ from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from legrad.images import ImageTransform
 from legrad.views import Views, canvas_pixels
 from pipeline.errors import SampleFailure
+from pipeline.image_files.bmp import check_bmp
+from pipeline.image_files.jpeg import CheckedJpeg
+from pipeline.image_files.png import check_png, png_without_texts
+from pipeline.image_files.webp import check_webp, check_webp_length
 
 # Pillow reads the parts of a file (segments, chunks, blocks) one by one in Python, metadata included
 MAX_READS = 2**18
 # the longest side of a JPEG; Pillow keeps a pointer and a step of resizing for each row
 MAX_IMAGE_SIDE = 2**16 - 1
-# each scan of a progressive JPEG costs a pass over the whole image; encoders write about ten
-MAX_JPEG_SCANS = 64
-MAX_JPEG_PARTS = 2**12
 # Pillow joins the segments one by one, in quadratic time; a picture has one, and so has each further picture
 MAX_EXIF_SEGMENTS = 64
 
@@ -56,9 +56,6 @@ _TRANSPOSE_BY_EXIF_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# what may stand within a scan is left out: escaped bytes, restart marks and padding
-_JPEG_MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-_JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
 _LETTERS = re.compile(r"[^\W\d_]+")
 _MODES_WITH_A_WAY_TO_RGB = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
@@ -125,13 +122,15 @@ def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
 
     Raises:
         SampleFailure: stage `decode`; kind `empty`, `format_not_allowed`, `too_many_pixels`, `side_too_long`,
-            `too_many_parts`, `animated`, `unsupported_mode`, `truncated` or `unreadable`.
+            `too_many_parts`, `animated`, `unsupported_mode`, `truncated`, `corrupt` (the file shows that it
+            is damaged) or `unreadable` (its decoder gives up).
     """
     with _faults_as_failures():
         header = _read_header(data)
         _check_size(header, max_image_pixels)
         if getattr(header, "is_animated", False):
             raise SampleFailure("decode", "animated", "the image has several frames, expected is one")
+        _check_soundness(header, data)
         orientation = _exif_orientation(header.info.get("exif", b""))
         # Not simplejpeg: into a PIL image, which resizing needs, it is no faster and for large images slower.
         header.load()
@@ -149,13 +148,6 @@ def upright_transpose(data: bytes) -> Image.Transpose | None:
     with _faults_as_failures():
         orientation = _exif_orientation(_read_header(data).info.get("exif", b""))
         return _TRANSPOSE_BY_EXIF_ORIENTATION.get(orientation)
-
-
-class _JpegHeader(JpegImageFile):
-    """A JPEG whose resolution is of no interest: Pillow would look for it in the EXIF data, and warn."""
-
-    def _read_dpi_from_exif(self) -> None:
-        pass
 
 
 class _BoundedReader(io.BytesIO):
@@ -178,30 +170,20 @@ def _check_size(header: ImageFile, max_image_pixels: int) -> None:
         raise SampleFailure("decode", "side_too_long", f"{size}, a side may have {MAX_IMAGE_SIDE}")
 
 
-def _check_jpeg_parts(data: bytes) -> None:
-    """Refuse a JPEG of too many parts, walking over its first picture from mark to mark.
-
-    Source: ITU-T T.81, annex B: marks, and the lengths of the segments that follow them.
-    """
+def _check_exif_segments(data: bytes) -> None:
     if data.count(b"Exif\0\0") > MAX_EXIF_SEGMENTS:
         message = f"the JPEG has more than {MAX_EXIF_SEGMENTS} segments of EXIF data"
         raise SampleFailure("decode", "too_many_parts", message)
-    # the marks may also stand in metadata and behind the picture, so few of them are a quick answer
-    if data.count(bytes([0xFF, _JPEG_SCAN])) <= MAX_JPEG_SCANS:
-        return
-    scans = position = 0
-    for _ in range(MAX_JPEG_PARTS):
-        mark = _JPEG_MARK.search(data, position)
-        code = data[mark.end() - 1] if mark is not None else _JPEG_END
-        if mark is None or code == _JPEG_END:
-            return
-        scans += code == _JPEG_SCAN
-        if scans > MAX_JPEG_SCANS:
-            break
-        length_bytes = 0 if code == _JPEG_START else int.from_bytes(data[mark.end() : mark.end() + 2], "big")
-        position = mark.end() + length_bytes
-    message = f"the JPEG has more than {MAX_JPEG_SCANS} scans or {MAX_JPEG_PARTS} segments"
-    raise SampleFailure("decode", "too_many_parts", message)
+
+
+def _check_soundness(header: ImageFile, data: bytes) -> None:
+    """Refuse a file that shows damage; a JPEG does so itself, as it is decoded."""
+    if isinstance(header, PngImageFile):
+        check_png(data)
+    elif isinstance(header, WebPImageFile):
+        check_webp(data, header.width * header.height)
+    elif isinstance(header, BmpImageFile):
+        check_bmp(data)
 
 
 def _read_header(data: bytes) -> ImageFile:
@@ -212,14 +194,16 @@ def _read_header(data: bytes) -> ImageFile:
     if reader is None:
         message = f"expected a JPEG, PNG, WebP, BMP or GIF, received bytes that begin with {data[:12]!r}"
         raise SampleFailure("decode", "format_not_allowed", message)
-    if reader is _JpegHeader:
-        _check_jpeg_parts(data)
-    return reader(_BoundedReader(data))
+    if reader is CheckedJpeg:
+        _check_exif_segments(data)
+    if reader is WebPImageFile:
+        check_webp_length(data)
+    return reader(_BoundedReader(png_without_texts(data) if reader is PngImageFile else data))
 
 
 def _reader_of(data: bytes) -> Callable[[io.BytesIO], ImageFile] | None:
     if data.startswith(b"\xff\xd8\xff"):
-        return _JpegHeader
+        return CheckedJpeg
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImageFile
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":

@@ -28,6 +28,7 @@ from PIL import Image
 
 from pipeline.decode import find_field
 from pipeline.errors import SampleFailure
+from pipeline.image_files.png import check_png, png_without_texts
 from pipeline.records import SampleError
 from pipeline.settings import InputConfig
 from pipeline.shards import RawSample, read_samples
@@ -240,18 +241,19 @@ def _is_share(value: Any) -> bool:
 def read_label_map(data: bytes) -> LabelMap:
     """Decode a label map; raises SampleFailure, kind `bad_ground_truth`, where the bytes are none."""
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        check_png(data)
+        with Image.open(io.BytesIO(png_without_texts(data)), formats=("PNG",)) as image:
             if image.mode in ("L", "P"):
                 return np.array(image, dtype=np.uint8)
             if image.mode in GREY_16_BIT_MODES:
                 return np.array(image).astype(np.uint16)
-            message = f"expected a grey or palette PNG of 8 or 16 bits as label map, received {image.mode}"
-            raise _bad_truth(message)
-    except SampleFailure:
-        raise
+            mode = image.mode
+    except SampleFailure as failure:
+        raise _bad_truth(f"{LABEL_MAP_FIELD}: {failure.message}") from failure
     # decoders raise about any type on crafted bytes
     except Exception as error:
         raise _bad_truth(f"{LABEL_MAP_FIELD} is unreadable: {error}") from error
+    raise _bad_truth(f"expected a grey or palette PNG of 8 or 16 bits as label map, received {mode}")
 
 
 def _bad_truth(message: str) -> SampleFailure:

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from pipeline.decode import open_image, upright_transpose
 from pipeline.errors import SampleFailure, UserError
+from pipeline.image_files.png import check_png, png_without_texts
 
 BACKGROUND = 0
 # in label maps as readers make them; written as 255 where the class ids leave room
@@ -158,7 +159,8 @@ def read_png(data: bytes, stored: StoredImage, modes: Collection[str]) -> np.nda
         SampleFailure: kind `bad_label_map` or `size_mismatch`.
     """
     try:
-        header = PngImageFile(io.BytesIO(data))
+        check_png(data)
+        header = PngImageFile(io.BytesIO(png_without_texts(data)))
         if sorted(header.size) != sorted((stored.height, stored.width)):
             sizes = f"{header.width} x {header.height}, the image {stored.width} x {stored.height}"
             raise SampleFailure("read", "size_mismatch", f"the label map has {sizes} pixels")
@@ -166,8 +168,10 @@ def read_png(data: bytes, stored: StoredImage, modes: Collection[str]) -> np.nda
             message = f"expected a PNG of mode {' or '.join(modes)}, received {header.mode}"
             raise SampleFailure("read", "bad_label_map", message)
         return np.array(header)
-    except SampleFailure:
-        raise
+    except SampleFailure as failure:
+        if failure.stage == "read":
+            raise
+        raise SampleFailure("read", "bad_label_map", failure.message) from failure
     # decoders raise about any type on crafted bytes
     except Exception as error:
         raise SampleFailure("read", "bad_label_map", f"{type(error).__name__}: {error}") from error

@@ -179,6 +179,21 @@ def png_with_texts(count: int) -> bytes:
     return whole[:33] + png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20 - 1))) * count + whole[33:]
 
 
+def flipped(data: bytes, position: int) -> bytes:
+    """One bit is another."""
+    return data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
+
+
+def zero_tail(data: bytes, count: int) -> bytes:
+    """So many zeros in place of the last bytes."""
+    return data[:-count] + bytes(count)
+
+
+def with_hole(data: bytes, start: int, count: int) -> bytes:
+    """So many zeros somewhere in the middle."""
+    return data[:start] + bytes(count) + data[start + count :]
+
+
 def jpeg_with_scans(count: int) -> bytes:
     """A progressive JPEG that refines its pixels again and again."""
     sink = io.BytesIO()
@@ -442,9 +457,23 @@ IMAGE_FAULTS = {
     "a PNG of one row of 10^8 pixels": Fault(
         with_bad(jpg=png_claiming(10**8, 1)), **c_fails("side_too_long")
     ),
-    "a PNG with 100 texts that swell": Fault(
-        with_bad(jpg=lambda: png_with_texts(100)), **c_fails("unreadable")
+    "a PNG with 100 texts that swell": Fault(with_bad(jpg=lambda: png_with_texts(100))),
+    "a PNG without its end": Fault(with_bad(jpg=lambda: image("c", "PNG")[:-12]), **c_fails("truncated")),
+    "a PNG with a wrong checksum": Fault(
+        with_bad(jpg=lambda: flipped(image("c", "PNG"), 60)), **c_fails("corrupt")
     ),
+    "a JPEG without its end mark": Fault(with_bad(jpg=image("c")[:-2]), **c_fails("truncated")),
+    "a JPEG with zeros in place of its end": Fault(
+        with_bad(jpg=zero_tail(image("c"), 100)), **c_fails("truncated")
+    ),
+    "a JPEG with a hole": Fault(with_bad(jpg=with_hole(image("c"), 700, 80)), **c_fails("corrupt")),
+    "a WebP with zeros in place of its end": Fault(
+        with_bad(jpg=lambda: zero_tail(image("c", "WEBP"), 60)), **c_fails("corrupt")
+    ),
+    "a WebP shorter than it says": Fault(
+        with_bad(jpg=lambda: image("c", "WEBP")[:-2]), **c_fails("truncated")
+    ),
+    "a BMP shorter than it says": Fault(with_bad(jpg=lambda: image("c", "BMP")[:-2]), **c_fails("truncated")),
     "a JPEG of 5000 scans": Fault(with_bad(jpg=lambda: jpeg_with_scans(5000)), **c_fails("too_many_parts")),
     "a JPEG of 300,000 comments": Fault(
         with_bad(jpg=b"\xff\xd8" + b"\xff\xfe\0\2" * 300_000 + image("c")[2:]), **c_fails("too_many_parts")

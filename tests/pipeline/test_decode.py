@@ -21,7 +21,6 @@ from legrad.images import ImageTransform
 from pipeline.decode import (
     MAX_CAPTION_CHARACTERS,
     MAX_CAPTIONS,
-    MAX_JPEG_SCANS,
     MAX_JSON_BYTES,
     MAX_LETTERS_IN_A_ROW,
     decode_image,
@@ -30,6 +29,7 @@ from pipeline.decode import (
     read_captions,
 )
 from pipeline.errors import SampleFailure
+from pipeline.image_files.jpeg import MAX_JPEG_SCANS
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)
 TRANSFORM = ImageTransform(32, 48, MEAN, STD, "bicubic")
@@ -294,21 +294,17 @@ def _with_jpeg_size(data: bytes, height: int, width: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
-def test_a_png_whose_text_swells_is_bounded(kind):
+def test_a_text_or_profile_that_swells_is_never_inflated(kind):
     swollen = zlib.compress(bytes(24 * 2**20))
     head = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind]
     whole = encoded(rgb(), "PNG")
     data = whole[:33] + png_chunk(kind, head + swollen) + whole[33:]
     tracemalloc.start()
-    try:
-        np.testing.assert_array_equal(
-            np.asarray(open_image(data, max_image_pixels=LIMIT)), np.asarray(by_pillow(whole))
-        )
-    except SampleFailure as failure:
-        assert failure.kind == "unreadable"
+    image = open_image(data, max_image_pixels=LIMIT)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak_bytes < 4 * PngImagePlugin.MAX_TEXT_CHUNK
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(by_pillow(whole)))
+    assert peak_bytes < PngImagePlugin.MAX_TEXT_CHUNK
 
 
 def png_with(chunks: bytes) -> bytes:
@@ -451,14 +447,14 @@ def test_an_animated_png_is_refused_by_what_it_claims(frames):
     assert failure_of(data).kind == "animated"
 
 
-def test_many_texts_that_swell_are_bounded_together():
+def test_many_texts_that_swell_are_never_inflated():
     swollen = png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK - 1)))
+    data = png_with(swollen * 100)
     tracemalloc.start()
-    failure = failure_of(png_with(swollen * 100))
+    assert open_image(data, max_image_pixels=LIMIT).size == (59, 41)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert failure.kind == "unreadable"
-    assert peak_bytes < 2 * PngImagePlugin.MAX_TEXT_MEMORY
+    assert peak_bytes < len(data) + PngImagePlugin.MAX_TEXT_CHUNK
 
 
 def test_an_exif_directory_of_every_entry_that_fits_is_harmless():
@@ -487,7 +483,8 @@ def test_a_cut_file_is_an_error_unless_only_its_trailer_is_gone(name, share):
     except SampleFailure as failure:
         assert failure.kind in ("truncated", "unreadable", "empty", "format_not_allowed")
     else:
-        assert len(whole) - len(cut) <= 32
+        # nothing but a GIF's end mark is dispensable
+        assert name.startswith("GIF")
         np.testing.assert_array_equal(np.asarray(image), np.asarray(by_pillow(whole)))
 
 

@@ -20,6 +20,7 @@ from hostile_shards import (
     TAR_FAULTS,
     Fault,
     LeavesATrace,
+    flipped,
     harmful_pickle,
     image_height,
     png_chunk,
@@ -256,9 +257,9 @@ OBJECTS = b'{"captions": ["a dog"], "class_ids": [1]}'
         (b"\xff" + OBJECTS, LABEL_MAP),
         (OBJECTS, grey_png(10**5, 10**5)),
         (OBJECTS, LABEL_MAP[:40]),
-        (OBJECTS, grey_png(extra=TEXT * 100)),
-        (OBJECTS, grey_png(extra=png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**22))))),
         (OBJECTS, grey_png(data=b"rubbish")),
+        (OBJECTS, LABEL_MAP[:-12]),
+        (OBJECTS, flipped(LABEL_MAP, 45)),
         (OBJECTS, b"%!PS-Adobe-3.0 EPSF-3.0"),
     ],
 )
@@ -268,6 +269,13 @@ def test_ground_truth_is_trusted_no_more_than_anything_else(document, label_map)
     found = scene_of(RawSample(0, "a", good | {"json": document, "seg.png": label_map}), "jpg")
     assert isinstance(found, SampleError)
     assert found.kind == "bad_ground_truth"
+
+
+@pytest.mark.parametrize("texts", [TEXT * 100, png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**22)))])
+def test_texts_beside_a_label_map_are_of_no_interest(texts):
+    fields = {"jpg": b"", "json": OBJECTS, "seg.png": grey_png(extra=texts)}
+    scene = scene_of(RawSample(0, "a", fields), "jpg")
+    np.testing.assert_array_equal(scene.label_map, np.zeros((4, 4)))
 
 
 def test_a_sample_without_prompts_costs_no_look_at_its_image(explainer, tmp_path):
