@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.demo import assets
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.errors import UserError
-from pipeline.job import prepare_job, read_job
+from pipeline.job import prepare_job
+from pipeline.job_record import read_job
 from pipeline.model import check_model, is_built_in, load_explainer, resolved, weights_digest
 from pipeline.settings import ModelConfig
 from pipeline.worker import Worker, build_annotator
