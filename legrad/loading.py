@@ -29,6 +29,8 @@ from legrad.model_files import (
 from legrad.prompts import Tokenizer
 from legrad.support import model_support, support_of
 
+logger = logging.getLogger(__name__)
+
 PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
 TEXT_MODEL_FOLDER = "text_model"
 
@@ -68,6 +70,8 @@ def load_model(
             its configuration.
     """
     check_request(name, precision)
+    if pretrained is None and not brings_weights(name):
+        logger.warning("%s gets random weights, as pretrained is None: its maps mean nothing", name)
     with _told_as_load_failure(name, pretrained), _quiet():
         files = _supported_files(name, pretrained)
         checkpoint = None if files.weights is None else files.weights.fetch()

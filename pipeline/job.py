@@ -15,7 +15,7 @@ from pipeline.footers import UNREADABLE, counts_as_metadata, read_footer
 from pipeline.former_results import agreed_with_former, rows_of_unlisted_files
 from pipeline.image_shards import lies_in, moved_url, parse_move
 from pipeline.job_record import JobStamp, as_json, installed_versions, job_document, utc_now
-from pipeline.model import check_model, weights_digest, with_absolute_paths
+from pipeline.model import check_model, resolved, weights_digest
 from pipeline.output_folder import (
     ANNOTATIONS,
     DAMAGED,
@@ -238,7 +238,7 @@ def looked_at_again(job: Job) -> Job:
 def _with_absolute_paths(config: JobConfig) -> JobConfig:
     # workers on a cluster have another working directory than the driver
     output = config.output.model_copy(update={"dir": storage.absolute(config.output.dir)})
-    return config.model_copy(update={"output": output, "model": with_absolute_paths(config.model)})
+    return config.model_copy(update={"output": output, "model": resolved(config.model)})
 
 
 def record_failure(folder: OutputFolder, shard: ShardSource, attempts: int, last_error: str) -> None:

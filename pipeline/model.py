@@ -135,11 +135,15 @@ def describe_model(model: ModelConfig) -> str:
     return model.name if model.pretrained is None else f"{model.name} ({model.pretrained})"
 
 
-def with_absolute_paths(model: ModelConfig) -> ModelConfig:
-    """Return the section with absolute paths: workers on a cluster have another working directory."""
+def resolved(model: ModelConfig) -> ModelConfig:
+    """Return the section as any process reads it: names without slashes, absolute paths.
+
+    Workers on a cluster have another working directory than the driver.
+    """
     if model.name.startswith(FOLDER_PREFIX):
         folder = storage.absolute(model.name.removeprefix(FOLDER_PREFIX))
         return model.model_copy(update={"name": f"{FOLDER_PREFIX}{folder}"})
+    model = model.model_copy(update={"name": plain_name(model.name)})
     if model.pretrained is None or is_built_in(model) or not _is_path(model.pretrained):
         return model
     return model.model_copy(update={"pretrained": storage.absolute(model.pretrained)})

@@ -100,6 +100,12 @@ def test_an_unknown_precision_is_refused(precision):
         legrad.LeGrad.from_open_clip("tiny", precision=precision)
 
 
+def test_random_weights_are_told(caplog):
+    legrad.LeGrad.from_open_clip("tiny", device="cpu")
+    (told,) = caplog.messages
+    assert told == "tiny gets random weights, as pretrained is None: its maps mean nothing"
+
+
 def test_an_unknown_tag_is_refused():
     with pytest.raises(legrad.ModelLoadError, match="'tiny' with pretrained='no-such-tag'"):
         legrad.LeGrad.from_open_clip("tiny", "no-such-tag")

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.demo import assets
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.errors import UserError
-from pipeline.job import prepare_job, read_job
-from pipeline.model import check_model, is_built_in, load_explainer, weights_digest, with_absolute_paths
+from pipeline.job import prepare_job
+from pipeline.job_record import read_job
+from pipeline.model import check_model, is_built_in, load_explainer, resolved, weights_digest
 from pipeline.settings import ModelConfig
 from pipeline.worker import Worker, build_annotator
 
@@ -119,10 +120,9 @@ def test_a_job_whose_weights_are_not_there_writes_nothing(tmp_path, damage):
     else:
         path.write_text("version https://git-lfs.github.com/spec/v1")
     shards = write_word_shards(tmp_path / "in", ["a"], 1)
+    section = {"name": f"local-dir:{folder}", "pretrained": None}
     with pytest.raises(UserError, match=r"model\.name local-dir:") as caught:
-        prepare_job(
-            demo_job(shards, tmp_path / "out", model={"name": f"local-dir:{folder}", "pretrained": None})
-        )
+        prepare_job(demo_job(shards, tmp_path / "out", model=section))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -149,7 +149,7 @@ def test_a_worker_with_other_weights_than_the_drivers_annotates_nothing(tmp_path
 def test_a_folder_that_is_named_from_here_is_found_from_elsewhere(tmp_path, monkeypatch):
     demo_folder(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    named = with_absolute_paths(model("local-dir:model", None))
+    named = resolved(model("local-dir:model", None))
     monkeypatch.chdir("/")
     assert load_explainer(named, "cpu").embed_dim
 
@@ -159,7 +159,7 @@ def test_a_tag_stays_a_tag_beside_a_file_of_its_name(tmp_path, monkeypatch):
     Path("openai").write_bytes(b"no weights")
     check_model(model())
     assert is_built_in(model())
-    assert with_absolute_paths(model()) == model()
+    assert resolved(model()) == resolved(model("ViT-B/32")) == model()
 
 
 @pytest.mark.parametrize(
