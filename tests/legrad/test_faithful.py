@@ -388,6 +388,7 @@ FOLLOWED = {
         lambda model: model.visual.conv1.register_forward_hook(lambda _m, _i, output: output * 1.5)
     ),
     "blocks compiled in place": _does(lambda model: block(model).compile()),
+    "checkpointed gradients": _does(lambda model: model.set_grad_checkpointing(True)),
     "frozen weights": _does(lambda model: model.requires_grad_(False)),
     "weights on other memory": _does(lambda model: model.to(torch.float64)),
 }
@@ -547,3 +548,31 @@ def test_an_explainer_and_its_trace_are_copied_together():
     expected = explainer.relevance(trace, unit_texts(2))
     other, other_trace = pickle.loads(pickle.dumps((explainer, trace)))
     assert torch.equal(other.relevance(other_trace, unit_texts(2)), expected)
+
+
+def test_a_default_device_of_the_caller_does_not_act():
+    model = tiny_clip()
+    with torch.device("meta"):
+        explainer = legrad.LeGrad(model)
+    assert explainer.tower.family == "clip"
+
+
+class OtherText(open_clip.transformer.TextTransformer):
+    def forward(self, text):
+        return super().forward(text) + 1
+
+
+def test_a_text_tower_that_computes_something_else_gets_its_texts_whole():
+    text = TEXT | {"vocab_size": 49408}
+    model = open_clip.CustomTextCLIP(EMBED_DIM, VISION, text).eval()
+    tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
+    explainer = legrad.LeGrad(model, tokenizer=tokenizer)
+    for change in (
+        lambda: setattr(model.text, "__class__", OtherText),
+        lambda: model.text.register_forward_hook(lambda _m, _i, output: output * torch.arange(EMBED_DIM)),
+        lambda: setattr(model, "encode_text", partial(open_clip.CustomTextCLIP.encode_text, model)),
+    ):
+        change()
+        with torch.no_grad():
+            expected = model.encode_text(tokenizer(["a dog", "two cats on a hill"]), normalize=True)
+        torch.testing.assert_close(explainer.embed_text(["a dog", "two cats on a hill"]), expected)
