@@ -21,7 +21,7 @@ from legrad.trace import trace_images
 
 # Of unit features. The structural check comes first, so that what is left to find is no matter of last bits;
 # float32 leaves room for TF32, the others for deep towers.
-TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Those of open_clip's models as they were imported: `visual`, and nothing after it but a normalisation.
 _ENCODE_IMAGE: tuple[Callable[..., Any], ...] = (
     CLIP.encode_image,
