@@ -21,7 +21,7 @@ from legrad.trace import trace_images
 
 # Of unit features. The structural check comes first, so that what is left to find is no matter of last bits;
 # float32 leaves room for TF32, the others for deep towers.
-TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Those of open_clip's models as they were imported: `visual`, and nothing after it but a normalisation.
 _ENCODE_IMAGE: tuple[Callable[..., Any], ...] = (
     CLIP.encode_image,
@@ -72,7 +72,7 @@ def _check_encode_image(model: nn.Module) -> None:
 
 def _check_features(model: Any, tower: Tower) -> None:
     parameter = tower.parameter()
-    noise = torch.randn(1, 3, *tower.native_size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 3, *tower.native_size, generator=_seeded(), device="cpu")
     images = noise.to(parameter.device, parameter.dtype)
     own = _own_features(model, images)
     if not bool(own.isfinite().all()):
@@ -149,9 +149,9 @@ def _check_activations(model: Any, tower: Tower) -> None:
 
 def _is_elementwise(activation: nn.Module, like: Tensor) -> bool:
     """Try whether elements in other places and another shape, in training and out of it, give the same."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2, 3, 16, generator=generator).to(like.device, like.dtype)
-    places = torch.randperm(inputs.numel(), generator=generator).to(like.device)[:40]
+    generator = _seeded()
+    inputs = torch.randn(2, 3, 16, generator=generator, device="cpu").to(like.device, like.dtype)
+    places = torch.randperm(inputs.numel(), generator=generator, device="cpu").to(like.device)[:40]
     outputs = activation(inputs.clone())
     _train(activation, True)
     others = activation(inputs.flatten()[places].reshape(1, 5, 8).clone())
@@ -160,6 +160,10 @@ def _is_elementwise(activation: nn.Module, like: Tensor) -> bool:
         return False
     slack = 8 * torch.finfo(like.dtype).eps
     return torch.allclose(outputs.flatten()[places], others.flatten(), rtol=slack, atol=slack, equal_nan=True)
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(0)
 
 
 def _train(module: nn.Module, mode: bool) -> None:

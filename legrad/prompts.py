@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from open_clip import CLIP
+from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import TextTransformer
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from legrad.errors import InputError, TokenizerError
+from legrad.families.modules import HOOKS
 
 # open_clip's tokenizers share no class: called with texts they give tokens, and they have a context_length.
 Tokenizer: TypeAlias = Any
@@ -76,14 +77,15 @@ def embed_tokens(
     """
     tower = _text_tower(model)
     _check_tokens(tower, token_ids)
-    lengths = _needed_lengths(tower, token_ids)
+    known_tower = tower if _is_known(model, tower) else None
+    lengths = _needed_lengths(known_tower, token_ids)
     size = batch_size or (CPU_BATCH_SIZE if device.type == "cpu" else DEVICE_BATCH_SIZE)
     by_length = lengths.argsort()
     batches = []
     for rows in torch.split(by_length, size):
         batch = token_ids[rows, : int(lengths[rows[-1]])].to(device)
         with torch.autocast(device.type, enabled=False):
-            embeddings = _encode(model, tower, batch, token_ids.shape[1])
+            embeddings = _encode(model, known_tower, batch, token_ids.shape[1])
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         batches.append(F.normalize(embeddings, dim=-1))
     return torch.cat(batches)[by_length.argsort().to(device)]
@@ -136,6 +138,19 @@ def _text_tower(model: nn.Module) -> nn.Module:
     """The module that holds the text tower; in open_clip's plain CLIP that is the model itself."""
     tower = getattr(model, "text", None)
     return tower if isinstance(tower, nn.Module) else model
+
+
+def _is_known(model: nn.Module, tower: nn.Module) -> bool:
+    """Whether a text tower computes what its class says, so that its texts may be cut."""
+    if isinstance(tower, HFTextEncoder):  # which is called in any case
+        return True
+    own_methods = ("encode_text", "forward")
+    return (
+        type(tower) in (CLIP, TextTransformer)
+        and (not isinstance(model, CustomTextCLIP | CoCa) or type(model) in (CustomTextCLIP, CoCa))
+        and not any(name in vars(module) for module in (model, tower) for name in own_methods)
+        and not any(getattr(tower, hooks) for hooks in HOOKS)
+    )
 
 
 def _check_tokens(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> None:

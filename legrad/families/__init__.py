@@ -72,6 +72,8 @@ def describe_visual(visual: nn.Module) -> Tower:
         return describe(visual)
     except NotCovered as reason:
         raise NotCovered(_located(visual, reason)) from None
+    except AttributeError as error:  # a part was replaced by one that lacks what is read of it
+        raise NotCovered(f"a part of it lacks what belongs to it: {error}") from error
 
 
 def _description(visual: nn.Module) -> Callable[[Any], Tower]:

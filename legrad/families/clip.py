@@ -33,11 +33,10 @@ def describe(visual: VisionTransformer) -> Tower:
     """
     pooler = visual.attn_pool
     check_affine_norm(visual.ln_post, "ln_post")
+    if isinstance(visual.proj, nn.Module):
+        raise NotCovered("its final projection is no matrix", visual.proj)
     check_covered(
-        (
-            f"its final projection was removed, or is no matrix but {type(visual.proj).__name__}",
-            not isinstance(visual.proj, Tensor),
-        ),
+        ("its final projection was removed", visual.proj is None),
         (f"its patches are not square: {visual.patch_size}", len(set(visual.patch_size)) != 1),
         (
             "it pools by the 'parallel' or 'cascade' attention, which no configuration of open_clip uses",
@@ -56,7 +55,7 @@ def describe(visual: VisionTransformer) -> Tower:
         family="clip" if pooler is None else "coca",
         patch_size=visual.patch_size[0],
         native_grid=(grid_height, grid_width),
-        native_size=tuple(visual.image_size),
+        native_size=(grid_height * visual.patch_size[0], grid_width * visual.patch_size[1]),
         takes_any_grid=True,
         embed_dim=visual.proj.shape[1],
         prefix_tokens=PREFIX_TOKENS,

@@ -72,10 +72,14 @@ def side_by_side(first: nn.Linear, second: nn.Linear) -> Linear:
     return Linear(lambda: torch.cat([first.weight, second.weight]), bias)
 
 
-def head_stages(trunk: nn.Module, head: nn.Sequential) -> Stages:
+def head_stages(trunk: nn.Module, head: nn.Module) -> Stages:
     """Describe what follows pooling: the trunk's last norm and linear layer, and open_clip's projection."""
     stages = (*norm_stages(trunk.fc_norm), *linear_stages(trunk.head))  # type: ignore[arg-type]
-    for name, module in head.named_children():
+    # Sequential in all that open_clip makes
+    parts = head.named_children() if type(head) is nn.Sequential else [("head", head)]
+    for name, module in parts:
+        if type(module) is nn.Identity:
+            continue
         if isinstance(module, nn.Dropout):
             continue
         if type(module) not in (Mlp, nn.Linear):

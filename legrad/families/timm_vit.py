@@ -6,12 +6,14 @@ from typing import Any
 from jaxtyping import Float
 from open_clip.timm_model import TimmModel
 from timm.layers.attention import Attention
+from timm.layers.drop import DropPath
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from legrad.errors import InputError
 from legrad.families.parts import NotCovered, check_covered, class_name, describe_blocks, split_heads
@@ -132,16 +134,23 @@ def _patches(
     patch_embed: PatchEmbed | HybridEmbed, images: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch width_ grid_height grid_width"]:
     if isinstance(patch_embed, HybridEmbed):
-        _check_no_batch_norm_trains(patch_embed.backbone)
+        _check_nothing_trains(patch_embed.backbone)
         features = patch_embed.backbone(images)
         images = features[-1] if isinstance(features, list | tuple) else features
     patches: Tensor = patch_embed.proj(images)
     return patches
 
 
-def _check_no_batch_norm_trains(backbone: nn.Module) -> None:
-    if any(isinstance(module, _BatchNorm) and module.training for module in backbone.modules()):
+def _check_nothing_trains(backbone: nn.Module) -> None:
+    """Refuse convolutions that are called as they are, where training mode would change what they compute."""
+    training = [module for module in backbone.modules() if module.training]
+    if any(isinstance(module, _BatchNorm) for module in training):
         raise InputError(
             "the convolutions before the patches hold batch norms in training mode, which would mix the "
             "images of a batch and change the model: call model.eval() first"
+        )
+    if any(isinstance(module, _DropoutNd | DropPath) for module in training):
+        raise InputError(
+            "the convolutions before the patches hold dropouts in training mode, which would make maps "
+            "random: call model.eval() first"
         )

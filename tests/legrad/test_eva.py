@@ -12,6 +12,7 @@ from tiny_models import GRID_HEIGHT, GRID_WIDTH, LAYERS, PATCH, relative_error, 
 from torch import nn
 
 import legrad
+from legrad.heatmaps import heatmaps_of
 from legrad.support import model_support
 
 MODELS = {
@@ -76,6 +77,24 @@ def _check_against_autograd(model, pool):
 @pytest.mark.parametrize("name", MODELS)
 def test_features_and_every_layer_equal_the_models_own_forward_pass_with_autograd(name, pool):
     _check_against_autograd(_tiny(name), pool)
+
+
+@pytest.mark.parametrize("pool", ["reference", "model"])
+@pytest.mark.parametrize("name", ["PE-Core with class token", "PE-Core without class token"])
+def test_as_the_authors_would_the_pooler_takes_tokens_that_are_not_normed(name, pool):
+    model = _tiny(name)
+    without_norm = copy.deepcopy(model)
+    without_norm.visual.trunk.norm = nn.Identity()
+    images, texts = tiny_images(2, dtype=torch.float64), unit_texts(2, 3, dtype=torch.float64)
+    prefix_tokens = model.visual.trunk.num_prefix_tokens
+    expected = relevance_by_autograd(without_norm, images, texts, prefix_tokens=prefix_tokens)
+    explainer = legrad.LeGrad(model, layers="all", pool=pool)
+    grids = expected.sum(dim=0).unflatten(-1, (GRID_HEIGHT, GRID_WIDTH))
+    received = explainer.heatmaps(images, texts, as_authors=True)
+    assert relative_error(received, heatmaps_of(grids, *images.shape[-2:], "upsampled")) < 1e-10
+    assert relative_error(explainer.heatmaps(images, texts), received) > 1e-3
+    with pytest.raises(legrad.InputError, match="made with pool='authors'"):
+        explainer.heatmaps(explainer.encode(images), texts, as_authors=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -86,6 +86,12 @@ def test_an_explanation_is_of_the_image_as_rgb(explainer, image):
     assert explained.image.mode == "RGB"
 
 
+def test_for_clip_the_authors_map_is_the_default(explainer, image, explanation):
+    received = legrad.explain_image(explainer, image, TEXTS, as_authors=True)
+    assert torch.equal(received.heatmaps, explanation.heatmaps)
+    assert torch.equal(received.layer_grids, explanation.layer_grids)
+
+
 @pytest.mark.parametrize("texts", ["a dog", []])
 def test_what_is_no_list_of_texts_is_refused(explainer, image, texts):
     with pytest.raises(legrad.InputError, match="list of at least one text"):

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 from oracle import oracle_relevance
-from timm_models import tiny_timm_clip
+from timm_models import relevance_by_autograd, tiny_timm_clip
 from tiny_models import EMBED_DIM, TEXT, VISION, relative_error, tiny_clip, tiny_images, unit_texts
 from torch import nn
 from torch.nn import functional as F
@@ -167,6 +167,18 @@ REFUSED = {
         "visual.patch_dropout",
         "",
     ),
+    "head that is a layer": (
+        _does(lambda model: setattr(model.visual, "proj", nn.Linear(32, 24, bias=False))),
+        "torch.nn.modules.linear.Linear",
+        "visual.proj",
+        "own module back",
+    ),
+    "blocks in another container": (
+        _put("visual.transformer", lambda transformer: nn.Sequential(*transformer.resblocks)),
+        "Sequential",
+        "resblocks",
+        "",
+    ),
     "model": (_become("", OtherClip), "OtherClip", "encode_image", "open_clip model inside"),
     "own encode_image": (_own_method("", "encode_image"), "CLIP", "encode_image", "open_clip model inside"),
     "own forward": (_own_method(BLOCK, "forward"), "ResidualAttentionBlock", BLOCK, "del module.forward"),
@@ -297,7 +309,7 @@ def test_what_cannot_be_explained_is_refused_with_class_place_and_way_out(way, m
     change, *named = REFUSED[way]
     said = _refusal(change, moment)
     assert [name for name in named if name not in said] == []
-    assert "Way out: " in said
+    assert "Way out: " in said or not named[-1]
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -388,6 +400,7 @@ FOLLOWED = {
         lambda model: model.visual.conv1.register_forward_hook(lambda _m, _i, output: output * 1.5)
     ),
     "blocks compiled in place": _does(lambda model: block(model).compile()),
+    "checkpointed gradients": _does(lambda model: model.set_grad_checkpointing(True)),
     "frozen weights": _does(lambda model: model.requires_grad_(False)),
     "weights on other memory": _does(lambda model: model.to(torch.float64)),
 }
@@ -482,6 +495,18 @@ def test_subclasses_in_a_trunk_of_timm_are_refused(way, moment):
     assert "Way out: " in str(refusal.value)
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_head_that_is_put_behind_a_trunk_of_timm_is_followed(moment):
+    model = tiny_timm_clip("ViT-B-16-SigLIP").double()
+    images, texts = tiny_images(2, dtype=torch.float64), unit_texts(2, 3, dtype=torch.float64)
+    explainer = legrad.LeGrad(model, pool="model")
+    model.visual.head = nn.Linear(explainer.embed_dim, EMBED_DIM).double()
+    if moment == "before":
+        explainer = legrad.LeGrad(model, pool="model")
+    expected = relevance_by_autograd(model, images, texts, prefix_tokens=0)[-2:]
+    assert relative_error(explainer.relevance(images, texts, per_layer=True).flatten(-2), expected) < 1e-10
+
+
 MODELS = {
     "clip": tiny_clip,
     "coca": lambda: tiny_clip(attentional_pool=True, attn_pooler_heads=4),
@@ -547,3 +572,31 @@ def test_an_explainer_and_its_trace_are_copied_together():
     expected = explainer.relevance(trace, unit_texts(2))
     other, other_trace = pickle.loads(pickle.dumps((explainer, trace)))
     assert torch.equal(other.relevance(other_trace, unit_texts(2)), expected)
+
+
+def test_a_default_device_of_the_caller_does_not_act():
+    model = tiny_clip()
+    with torch.device("meta"):
+        explainer = legrad.LeGrad(model)
+    assert explainer.tower.family == "clip"
+
+
+class OtherText(open_clip.transformer.TextTransformer):
+    def forward(self, text):
+        return super().forward(text) + 1
+
+
+def test_a_text_tower_that_computes_something_else_gets_its_texts_whole():
+    text = TEXT | {"vocab_size": 49408}
+    model = open_clip.CustomTextCLIP(EMBED_DIM, VISION, text).eval()
+    tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
+    explainer = legrad.LeGrad(model, tokenizer=tokenizer)
+    for change in (
+        lambda: setattr(model.text, "__class__", OtherText),
+        lambda: model.text.register_forward_hook(lambda _m, _i, output: output * torch.arange(EMBED_DIM)),
+        lambda: setattr(model, "encode_text", partial(open_clip.CustomTextCLIP.encode_text, model)),
+    ):
+        change()
+        with torch.no_grad():
+            expected = model.encode_text(tokenizer(["a dog", "two cats on a hill"]), normalize=True)
+        torch.testing.assert_close(explainer.embed_text(["a dog", "two cats on a hill"]), expected)

@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from tiny_models import relative_error
 
 import legrad
@@ -70,3 +71,29 @@ def test_heatmaps_equal_those_of_the_published_package(name):
     heatmaps = explainer.heatmaps(images, texts, neutral_embedding=neutral)
     assert heatmaps.shape == (case["batch"], case["prompts"], case["image_size"], case["image_size"])
     assert relative_error(heatmaps[..., ::4, ::4], torch.from_numpy(golden["maps"])) < 1e-5
+
+
+NEUTRAL = "ViT-B-16-SigLIP-224px-last3-neutral"
+
+
+def test_one_argument_gives_siglips_map_of_the_published_package(monkeypatch):
+    golden = np.load(GOLDEN / f"{NEUTRAL}.npz")
+    case, maps = json.loads(str(golden["case"])), torch.from_numpy(golden["maps"])
+    assert case["correction"]
+    explainer = _explainer_by_recipe(case["model"], case["layers"])
+    images, texts = _recipe().golden_inputs(
+        case["seed"], case["batch"], case["image_size"], case["prompts"], explainer.embed_dim
+    )
+    neutral = _neutral_embedding(case["seed"], explainer.embed_dim)
+    rows = {"a photo of a": neutral[0]} | {f"text {number}": row for number, row in enumerate(texts)}
+    monkeypatch.setattr(legrad.LeGrad, "embed_text", lambda _, given: torch.stack([rows[it] for it in given]))
+
+    heatmaps = explainer.heatmaps(images, texts, as_authors=True)
+    assert relative_error(heatmaps[..., ::4, ::4], maps) < 1e-5
+    assert relative_error(explainer.heatmaps(images, texts)[..., ::4, ::4], maps) > 1e-2
+
+    monkeypatch.setattr(legrad.LeGrad, "preprocess", lambda _, __: images[:1])
+    asked = [text for text in rows if text != "a photo of a"]
+    explanation = legrad.explain_image(explainer, Image.new("RGB", (224, 224)), asked, as_authors=True)
+    assert relative_error(explanation.heatmaps[:, ::4, ::4], maps[0]) < 1e-5
+    torch.testing.assert_close(explanation.heatmaps, heatmaps[0])

@@ -112,6 +112,14 @@ def test_batch_norms_that_would_be_trained_are_refused_and_nothing_changes():
     assert model.training
 
 
+def test_dropout_that_would_act_before_the_patches_is_refused():
+    model = tiny("ViTamin").train()
+    legrad.LeGrad(model).encode(images_for("ViTamin"))
+    model.visual.trunk.patch_embed.backbone.pool.add_module("drop", nn.Dropout(0.5))
+    with pytest.raises(legrad.InputError, match=r"dropouts in training mode.*model\.eval\(\)"):
+        legrad.LeGrad(model).encode(images_for("ViTamin"))
+
+
 def test_siglip_is_normalised_on_the_grid_and_the_others_after_upsampling():
     by_name = {name: legrad.LeGrad(_made(name)).tower.normalisation for name in MODELS}
     assert {name for name, how in by_name.items() if how == "grid"} == set(POOLED_BY_ATTENTION)
