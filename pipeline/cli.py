@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import load_config
 from pipeline.errors import PipelineError, UserError
+from pipeline.progress import PatientConsole
 from pipeline.readers.commands import shards_app
 from pipeline.settings import ModelConfig
 
@@ -36,8 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(shards_app)
-console = Console()
-error_console = Console(stderr=True)
+console = PatientConsole()
+error_console = PatientConsole(stderr=True)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")]
 TruthShards = Annotated[
