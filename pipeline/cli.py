@@ -43,8 +43,20 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 TruthShards = Annotated[
     list[str], typer.Argument(metavar="SHARDS...", help="Annotated shards, with seg.png.")
 ]
+
+
+def _folder(url: str) -> str:
+    from pipeline import storage
+
+    storage.check_folder(url)
+    return url
+
+
 OutputDir = Annotated[
-    str, typer.Argument(metavar="OUT", help="Output folder of a job: local path, s3:// or gs://.")
+    str,
+    typer.Argument(
+        metavar="OUT", help="Output folder of a job: local path, s3:// or gs://.", callback=_folder
+    ),
 ]
 
 
@@ -159,7 +171,10 @@ def report(
 @app.command()
 def export(
     out: OutputDir,
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="A folder of its own: local, s3:// or gs://.")],
+    dest: Annotated[
+        str,
+        typer.Argument(metavar="DEST", help="A folder of its own: local, s3:// or gs://.", callback=_folder),
+    ],
     *,
     format_: Annotated[
         Literal["coco", "voc", "webdataset"],

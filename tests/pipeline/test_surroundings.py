@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.surroundings import settle_in
+from pipeline.surroundings import CACHE_VARIABLES, READ_CACHES, settle_in
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,8 @@ def temporary(tmp_path, monkeypatch):
         "HF_HOME",
         "RAY_AUTH_TOKEN",
     ):
+        monkeypatch.delenv(name, raising=False)
+    for name in (*CACHE_VARIABLES, *READ_CACHES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
