@@ -1,11 +1,22 @@
 """``python -m pipeline`` and the console script ``legrad``: the command line in a process of its own."""
 
+import sys
+
 from pipeline.ending import skip_native_exit
+from pipeline.errors import UserError
+from pipeline.surroundings import settle_in
 
 
 def run() -> None:
     """Run the command line and end with its exit code."""
     end_with = skip_native_exit()
+    try:
+        settle_in()
+    except UserError as error:
+        print(f"legrad: {error}", file=sys.stderr)
+        end_with(1)
+        return
+    # only now: what it imports looks at the environment
     from pipeline.cli import main
 
     try:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import load_config
 from pipeline.errors import PipelineError, UserError
+from pipeline.progress import PatientConsole
 from pipeline.readers.commands import shards_app
 
 USAGE_EXIT_CODE = 2  # typer's own
@@ -35,15 +35,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(shards_app)
-console = Console()
-error_console = Console(stderr=True)
+console = PatientConsole()
+error_console = PatientConsole(stderr=True)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")]
 TruthShards = Annotated[
     list[str], typer.Argument(metavar="SHARDS...", help="Annotated shards, with seg.png.")
 ]
+
+
+def _folder(url: str) -> str:
+    from pipeline import storage
+
+    storage.check_folder(url)
+    return url
+
+
 OutputDir = Annotated[
-    str, typer.Argument(metavar="OUT", help="Output folder of a job: local path, s3:// or gs://.")
+    str,
+    typer.Argument(
+        metavar="OUT", help="Output folder of a job: local path, s3:// or gs://.", callback=_folder
+    ),
 ]
 
 
@@ -178,7 +190,10 @@ def report(
 @app.command()
 def export(
     out: OutputDir,
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="A folder of its own: local, s3:// or gs://.")],
+    dest: Annotated[
+        str,
+        typer.Argument(metavar="DEST", help="A folder of its own: local, s3:// or gs://.", callback=_folder),
+    ],
     *,
     format_: Annotated[
         Literal["coco", "voc", "webdataset"],

@@ -6,10 +6,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from pipeline.progress import RunState
 
 INTERVAL_S = 1.0
+_ASCII = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 COUNTERS = {
     "legrad_samples": ("Samples that reached an outcome: annotated, empty or failed.", "outcome"),
@@ -57,22 +59,32 @@ class RunMetrics:
     """
 
     def __init__(self, output_dir: str, counter: MetricKind, gauge: MetricKind) -> None:
-        self._output = {"output": output_dir}
-        self._counters = {
-            name: _Counter(counter(name, text, _tag_keys(tag))) for name, (text, tag) in COUNTERS.items()
-        }
-        self._gauges = {name: gauge(name, text, _tag_keys(tag)) for name, (text, tag) in GAUGES.items()}
+        self._output = {"output": _tag_value(output_dir)}
+        self._kinds = counter, gauge
+        self._counters: dict[str, _Counter] = {}
+        self._gauges: dict[str, Any] = {}
         self._next_s = 0.0
 
     def update(self, state: RunState) -> None:
         """Record where the run stands, unless that was done less than a second ago."""
         if time.monotonic() >= self._next_s or not state.shards_left:
             self._next_s = time.monotonic() + INTERVAL_S
+            self._make_instruments()
             self._count(state)
             self._gauge(state)
 
     def say(self, message: str) -> None:
         """Messages are no metrics."""
+
+    def _make_instruments(self) -> None:
+        # only now: an update that fails is made good, a metric that cannot be made would end the run
+        if self._gauges:
+            return
+        counter, gauge = self._kinds
+        self._counters = {
+            name: _Counter(counter(name, text, _tag_keys(tag))) for name, (text, tag) in COUNTERS.items()
+        }
+        self._gauges = {name: gauge(name, text, _tag_keys(tag)) for name, (text, tag) in GAUGES.items()}
 
     def _count(self, state: RunState) -> None:
         counts, measures = state.counts_so_far, state.measures
@@ -97,7 +109,14 @@ class RunMetrics:
         self._gauges["legrad_workers"].set(state.workers_ready, tags=self._output)
 
     def _rise(self, name: str, total: float, **tags: str) -> None:
-        self._counters[name].rise_to(total, {**self._output, **tags})
+        self._counters[name].rise_to(
+            total, {**self._output, **{key: _tag_value(value) for key, value in tags.items()}}
+        )
+
+
+def _tag_value(text: str) -> str:
+    """The text as ray takes it: in ASCII; what is not is escaped as in URLs."""
+    return quote(text, safe=_ASCII, errors="replace")
 
 
 def _tag_keys(tag: str | None) -> tuple[str, ...]:

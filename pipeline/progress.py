@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.measures import Measures
-from pipeline.records import ShardCounts
+from pipeline.records import ShardCounts, printable
+
+logger = logging.getLogger(__name__)
 
 RECENT_S = 60.0
 SHOWN_KINDS = 3
@@ -182,20 +186,45 @@ class Progress(Protocol):
 
 
 class SharedProgress:
-    """Passes everything on to several."""
+    """Passes everything on to several; one that fails is told once and left out, for the run matters more."""
 
     def __init__(self, parts: Sequence[Progress]) -> None:
-        self._parts = tuple(parts)
+        self._parts = list(parts)
 
     def update(self, state: RunState) -> None:
         """Pass the state on."""
-        for part in self._parts:
-            part.update(state)
+        for part in tuple(self._parts):
+            with self._left_out_if_it_fails(part):
+                part.update(state)
 
     def say(self, message: str) -> None:
         """Pass the message on."""
-        for part in self._parts:
-            part.say(message)
+        for part in tuple(self._parts):
+            with self._left_out_if_it_fails(part):
+                part.say(message)
+
+    @contextmanager
+    def _left_out_if_it_fails(self, part: Progress) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._parts.remove(part)
+            logger.warning(
+                "%s failed (%s: %s); the run goes on without it",
+                type(part).__name__.strip("_"),
+                type(error).__name__,
+                printable(str(error)),
+            )
+
+
+class PatientConsole(Console):
+    """A console whose reader may go away: the run goes on in silence, where rich would end it."""
+
+    def on_broken_pipe(self) -> None:
+        """Write the rest to nowhere."""
+        self.quiet = True
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class _TerminalProgress:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -13,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.errors import OutputError
 from pipeline.measures import Measures
 from pipeline.output_folder import RUNS, OutputFolder
 from pipeline.progress import RunState
@@ -21,6 +22,10 @@ from pipeline.progress import RunState
 INTERVAL_S = 60.0
 MAX_POINTS = 256
 RUNNING = "running"
+# for a record at the end of a run
+LONGEST_WAIT_S = 20.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def _point(state: RunState) -> tuple[float, int]:
 class RunRecorder:
     """Publishes the state of a run every minute, and once more at its end.
 
-    A record that cannot be written is left out: it is no reason to end a run.
+    A record that cannot be written is left out and told once: no reason to end a run, or to hold it up.
     """
 
     def __init__(self, folder: OutputFolder) -> None:
@@ -100,6 +105,8 @@ class RunRecorder:
         self._state = RunState(shards_total=0, shards_skipped=0)
         self._history = _History()
         self._next_s = 0.0
+        self._writing: threading.Thread | None = None
+        self._failed = False
 
     def update(self, state: RunState) -> None:
         """Take the newest state in, and publish it where the last time is a minute ago."""
@@ -115,7 +122,13 @@ class RunRecorder:
     def close(self, ended: str) -> None:
         """Record how the run ended, if it had begun."""
         if self._next_s:
+            self._wait()
             self._publish(ended)
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.join(LONGEST_WAIT_S)
 
     def _publish(self, ended: str) -> None:
         state = self._state
@@ -131,8 +144,22 @@ class RunRecorder:
             workers=state.workers_ready,
             history=self._history.until(state),
         )
-        with suppress(OutputError):
-            self._folder.publish(f"{self._folder.run_id}.json", record.as_json(), RUNS)
+        self._write(record.as_json())
+
+    def _write(self, content: bytes) -> None:
+        """Write in the background: a store that dawdles holds up neither the run nor its end."""
+        if self._writing is not None and self._writing.is_alive():
+            return
+        self._writing = threading.Thread(target=self._written, args=(content,), daemon=True)
+        self._writing.start()
+
+    def _written(self, content: bytes) -> None:
+        try:
+            self._folder.publish(f"{self._folder.run_id}.json", content, RUNS)
+        except Exception as error:
+            if not self._failed:
+                self._failed = True
+                logger.warning("the record of this run cannot be written: %s; the run goes on", error)
 
 
 @contextmanager

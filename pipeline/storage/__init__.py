@@ -3,7 +3,7 @@
 Local paths, ``s3://`` and ``gs://`` for everything; ``http://`` and ``https://`` for what is only read.
 """
 
-from pipeline.storage.filesystems import resolve
+from pipeline.storage.filesystems import check_folder, resolve
 from pipeline.storage.listing import ShardListing, find_shards, list_shards
 from pipeline.storage.output import (
     IN_MEMORY_BYTES,
@@ -34,6 +34,7 @@ __all__ = [
     "ShardListing",
     "ShardSource",
     "absolute",
+    "check_folder",
     "exists",
     "find_shards",
     "join_url",

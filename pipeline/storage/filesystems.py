@@ -41,22 +41,36 @@ def resolve(url: str) -> tuple[pafs.FileSystem, str]:
 
 def resolved(url: str) -> tuple[pafs.FileSystem, str]:
     """Like `resolve`, but a store that does not answer is an OSError."""
-    parts = split_url(url)
+    check_folder(url)
     if is_local(url):
-        return pafs.LocalFileSystem(), _as_utf8(str(local_path(url)))
-    if parts.scheme in OBJECT_SCHEMES:
-        root = parts._replace(path="", fragment="")
-        return _object_filesystem(root), f"{host_of(parts)}{parts.path}"
-    expected = "a local path, s3:// or gs:// (http:// only for input)"
-    raise UserError(f"{shown_url(url)}: expected {expected}, got scheme {parts.scheme!r}")
+        return pafs.LocalFileSystem(), str(local_path(url))
+    parts = split_url(url)
+    root = parts._replace(path="", fragment="")
+    return _object_filesystem(root), f"{host_of(parts)}{parts.path}"
 
 
-def _as_utf8(path: str) -> str:
+def check_folder(url: str) -> None:
+    """Refuse what can be no folder of ours; nothing is looked up.
+
+    Raises:
+        UserError: it is neither a local path nor on an object store.
+    """
+    if is_local(url):
+        _check_utf8(str(local_path(url)))
+        return
+    parts = split_url(url)
+    if parts.scheme not in OBJECT_SCHEMES:
+        expected = "a local path, s3:// or gs:// (http:// only for input)"
+        raise UserError(f"{shown_url(url)}: expected {expected}, got scheme {parts.scheme or 'pipe'!r}")
+    if not host_of(parts):
+        raise UserError(f"{shown_url(url)}: expected a bucket after ://, got none")
+
+
+def _check_utf8(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
         raise UserError(f"{shown_url(path)}: expected a path in UTF-8; rename the folder") from None
-    return path
 
 
 @lru_cache(maxsize=64)

@@ -131,7 +131,12 @@ def _absolute(path: str, url: str) -> Path:
     if not path or "\0" in path:
         raise UserError(f"{shown_url(url)!r}: expected a path, got {'a NUL byte in it' if path else 'none'}")
     try:
+        os.fsencode(path)
         return Path(path).absolute()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{shown_url(url)}: this locale cannot write such a path; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        ) from None
     except FileNotFoundError:
         raise UserError(f"{shown_url(url)}: relative to a working folder that no longer exists") from None
 

@@ -1,6 +1,7 @@
 """What a person sees of a run: lines in a log, a display on a terminal."""
 
 import io
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pipeline.measures import Measures, Meter
-from pipeline.progress import RecentPace, RunState, SharedProgress, as_duration, as_line, open_progress
+from pipeline.progress import (
+    PatientConsole,
+    RecentPace,
+    RunState,
+    SharedProgress,
+    as_duration,
+    as_line,
+    open_progress,
+)
 from pipeline.records import ShardCounts
 
 STATE = RunState(
@@ -159,3 +168,42 @@ def test_what_several_are_told_all_of_them_hear():
 @pytest.mark.parametrize(("seconds", "told"), [(0.4, "0s"), (59.6, "1m00s"), (200, "3m20s"), (3720, "1h02m")])
 def test_durations_are_told_briefly(seconds, told):
     assert as_duration(seconds) == told
+
+
+class Failing:
+    """A part of what people see that fails each time."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def update(self, state):
+        self.calls += 1
+        raise UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range")
+
+    def say(self, message):
+        self.calls += 1
+        raise OSError("the terminal is gone")
+
+
+def test_a_part_that_fails_is_told_once_and_the_others_go_on(caplog):
+    log, failing = io.StringIO(), Failing()
+    with open_progress(Console(file=log, width=80), 0.0) as shown:
+        for progress in (SharedProgress([failing, shown]), SharedProgress([shown, failing])):
+            progress.update(STATE)
+            progress.say("still here")
+            progress.update(STATE)
+    assert failing.calls == 2
+    assert log.getvalue().count("still here") == 2
+    assert caplog.text.count("Failing failed (UnicodeEncodeError") == 2
+
+
+def test_a_reader_who_goes_away_ends_no_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with (
+        os.fdopen(writer, "w") as stream,
+        open_progress(PatientConsole(file=stream, width=80), 0.0) as progress,
+    ):
+        for _ in range(3):
+            progress.update(STATE)
+            progress.say("nobody reads this")

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.measures import Measures
 from pipeline.metrics import COUNTERS, GAUGES, RunMetrics
-from pipeline.progress import RunState
+from pipeline.progress import RunState, SharedProgress
 from pipeline.records import ShardCounts
 
 
@@ -29,7 +29,7 @@ class Recorder:
 
     def _put(self, tags, value):
         assert set(tags) == self.tag_keys
-        assert all(isinstance(text, str) for text in tags.values())
+        assert all(isinstance(text, str) and text.encode("ascii") for text in tags.values())
         self.values[frozenset(tags.items())] = value
 
 
@@ -84,3 +84,27 @@ def test_metrics_are_recorded_no_more_often_than_the_interval_but_always_at_the_
     assert value("legrad_workers") == 2
     metrics.update(replace(STATE, shards_done=7, workers_ready=6))
     assert value("legrad_workers") == 6
+
+
+@pytest.mark.parametrize(
+    ("out", "tag"),
+    [
+        ("/data/é/漢字", "/data/%C3%A9/%E6%BC%A2%E5%AD%97"),
+        ("/data/100% [a] #1", "/data/100%25 [a] #1"),
+        ("/data/\udce9", "/data/?"),
+    ],
+)
+def test_any_folder_can_name_a_run(metrics, out, tag):
+    RunMetrics(out, Recorder, Recorder).update(
+        replace(STATE, counts=ShardCounts(errors_by_kind={"décode": 1}))
+    )
+    assert Recorder.made["legrad_workers"].values == {frozenset({("output", tag)}): 2}
+    assert frozenset({("output", tag), ("kind", "d%C3%A9code")}) in Recorder.made["legrad_errors"].values
+
+
+def test_metrics_that_cannot_be_made_end_no_run():
+    def broken(*_args):
+        raise RuntimeError("no agent")
+
+    metrics = RunMetrics("out", broken, broken)
+    SharedProgress([metrics]).update(STATE)

@@ -1,6 +1,8 @@
 """What a run writes down about itself."""
 
 import json
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -32,7 +34,8 @@ def records(out):
 def test_a_run_tells_where_it_stands_while_it_goes_on_and_how_it_ended(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
-        meanwhile = latest_run(str(tmp_path))
+        while (meanwhile := latest_run(str(tmp_path))) is None:
+            time.sleep(0.01)
         recorder.close("complete")
     assert meanwhile.ended == "running"
     assert (meanwhile.samples, meanwhile.samples_per_s, meanwhile.shards_done) == (100, 10.0, 2)
@@ -64,6 +67,40 @@ def test_a_record_that_cannot_be_written_ends_no_run(tmp_path):
     assert (tmp_path / "runs").read_text() == "a file in the way"
 
 
+@pytest.mark.parametrize("error", [OSError("no space"), ValueError("a bug"), RuntimeError("and another")])
+def test_whatever_fails_in_a_record_is_told_once_and_ends_no_run(tmp_path, monkeypatch, caplog, error):
+    monkeypatch.setattr("pipeline.run_record.INTERVAL_S", 0.0)
+    folder = OutputFolder(str(tmp_path), new_run_id())
+
+    def publish(*_args):
+        raise error
+
+    monkeypatch.setattr(OutputFolder, "publish", publish)
+    with recorded_run(folder) as recorder:
+        for _ in range(5):
+            recorder.update(STATE)
+        recorder.close("complete")
+    assert caplog.text.count("the record of this run cannot be written") == 1
+
+
+def test_a_store_that_hangs_does_not_hold_a_run_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.run_record.INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.run_record.LONGEST_WAIT_S", 0.01)
+    over, begun = threading.Event(), []
+
+    def publish(*_args):
+        begun.append(1)
+        over.wait()
+
+    monkeypatch.setattr(OutputFolder, "publish", publish)
+    with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
+        for _ in range(5):
+            recorder.update(STATE)
+        recorder.close("complete")
+    assert begun == [1]
+    over.set()
+
+
 def test_a_run_that_never_began_leaves_no_record(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.close("complete")
@@ -80,6 +117,7 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path, content):
 def test_a_record_survives_its_way_through_json(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
+        recorder.close("complete")
         record = latest_run(str(tmp_path))
     assert record_from(json.loads(record.as_json())) == record
 
@@ -105,6 +143,7 @@ def test_the_history_is_bounded_rises_in_time_and_ends_with_the_newest_state(tmp
 def test_the_newest_runs_come_oldest_first_and_unreadable_ones_are_left_out(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
+        recorder.close("complete")
     (record,) = (tmp_path / "runs").glob("*.json")
     for name, samples in (("20250101T000000Z-1.json", 5), ("20250102T000000Z-1.json", 6)):
         document = json.loads(record.read_text()) | {"samples": samples}
