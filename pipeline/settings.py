@@ -141,7 +141,8 @@ class PromptsConfig(Section):
     )
     max_per_sample: PositiveInt = Field(
         32,
-        description="Where a sample has more, the most similar are kept and the others counted.",
+        description="Where a sample has more, the most similar are kept and the others counted; of equally "
+        "similar ones the first.",
     )
     classes: str | tuple[ClassEntry, ...] | None = Field(
         None,
@@ -167,7 +168,8 @@ class PromptsConfig(Section):
     background: Literal["none", "default"] | tuple[Text, ...] = Field(
         "none",
         description="Texts that compete with the prompts for pixels: a shipped list, or your own; those that "
-        "name one of the classes are left out.",
+        "name one of the classes are left out; of texts whose embeddings are equal but for rounding the "
+        "first stands for all.",
     )
     max_background: PositiveInt = Field(
         4, description="Of the background texts the most similar to an image get a map."
@@ -246,7 +248,11 @@ class MasksConfig(Section):
         None, description="Longest side of the mask frame in pixels; null: the image's original size."
     )
     min_similarity: float | None = Field(
-        None, ge=-1, le=1, description="Prompts with a smaller cosine are rejected_similarity."
+        None,
+        ge=-1,
+        le=1,
+        description="Prompts with a smaller cosine are rejected_similarity. What falls short of this, of "
+        "min_peak or min_contrast by a rounding error (1e-5) is accepted.",
     )
     min_peak: float | None = Field(
         None, ge=0, description="Raw maps with a smaller maximum are rejected_peak."

@@ -161,14 +161,14 @@ def _run_for_real(command, folder):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=1700,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "command",
     [

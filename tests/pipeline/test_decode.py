@@ -326,7 +326,7 @@ GIF_BODY = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)
 MANY = 300_000
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "make",
     [

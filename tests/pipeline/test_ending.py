@@ -14,7 +14,7 @@ def ended(program, *arguments):
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 

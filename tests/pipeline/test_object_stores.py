@@ -477,7 +477,7 @@ def test_two_threads_read_and_write_the_same_store(store, bucket):
 
     def round_trip(name):
         try:
-            barrier.wait(20)
+            barrier.wait(120)
             storage.publish(f"s3://{bucket}/x", name, contents[name])
             (shard,) = storage.list_shards(f"s3://{bucket}/x/{name}")
             assert whole(shard) == contents[name]
@@ -504,7 +504,7 @@ def test_a_program_that_used_s3_ends_cleanly(store, bucket):
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         env=dict(os.environ),
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "{'x'} [1]\n", "")

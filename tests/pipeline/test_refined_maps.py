@@ -124,7 +124,7 @@ def test_the_maps_are_what_the_library_makes_of_grid_and_pixels(explainer, demo_
 
 def test_backgrounds_follow_the_prompts_and_a_neutral_text_takes_its_patches_first(explainer, demo_scenes):
     (sample,) = scene_samples(demo_scenes[:1])
-    companions = Companions((("sky",), ("a wall",), ("grass",)), 2, "a photo of a", 0.3)
+    companions = Companions((("sky",), ("a wall",), ("a very old wall",)), 2, "a photo of a", 0.3)
     result = Engine(explainer, 32, 8, companions=companions, refinement=PAR).explain([sample])[0]
     assert result.neutral_patches.any()
     grids = torch.cat([result.relevance_grids, result.background_grids])

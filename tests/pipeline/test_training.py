@@ -526,7 +526,7 @@ def test_an_object_store_serves_images_and_masks_but_not_to_forked_workers(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_workers_started_anew_read_from_an_object_store(tmp_path, only_loopback, store, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
     store.put("workers", b"")
