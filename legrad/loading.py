@@ -26,8 +26,8 @@ from legrad.model_files import (
     find_model_files,
     plain_name,
 )
-from legrad.prompts import Tokenizer
 from legrad.support import model_support, support_of
+from legrad.tokens import Tokenizer
 
 PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
 TEXT_MODEL_FOLDER = "text_model"
