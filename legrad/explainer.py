@@ -27,9 +27,10 @@ from legrad.inputs import (
 )
 from legrad.loading import load_model
 from legrad.masks import heatmaps_of
-from legrad.prompts import Tokenizer, embed_texts, require_tokenizer
+from legrad.prompts import embed_texts, require_tokenizer
 from legrad.relevance import relevance_grids
 from legrad.snapshot import Snapshot
+from legrad.tokens import Tokenizer
 from legrad.trace import Pool, Trace, pool_of, trace_images
 
 # Made anew from the model wherever an explainer is copied to: they hold functions of the model's modules.

@@ -26,8 +26,8 @@ from legrad.model_files import (
     find_model_files,
     plain_name,
 )
-from legrad.prompts import Tokenizer
 from legrad.support import model_support, support_of
+from legrad.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
 

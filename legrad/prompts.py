@@ -1,7 +1,7 @@
 """From texts to unit embeddings: each text once, in batches of similar length, without needless padding."""
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from legrad.errors import InputError, TokenizerError
 from legrad.families.modules import HOOKS
+from legrad.tokens import Tokenizer, exceeds_context, token_ids_of
 
-# open_clip's tokenizers share no class: called with texts they give tokens, and they have a context_length.
-Tokenizer: TypeAlias = Any
 # A processor's caches hold few texts; on a device the launches of kernels are what counts.
 CPU_BATCH_SIZE, DEVICE_BATCH_SIZE = 16, 256
 
@@ -47,7 +46,7 @@ def embed_texts(
     if not texts:
         return torch.zeros(0, embed_dim, device=device)
     row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    unit_rows = embed_tokens(model, tokenizer(list(row_of)), device)
+    unit_rows = embed_tokens(model, token_ids_of(tokenizer, list(row_of)), device)
     return unit_rows[torch.tensor([row_of[text] for text in texts], device=device)]
 
 
@@ -103,8 +102,8 @@ def truncated(
             is slow, from tokenising most again.
     """
     suspects = range(len(texts)) if token_ids is None else _suspect_rows(tokenizer, token_ids)
-    counts = _uncut_token_counts(tokenizer, [texts[row] for row in suspects])
-    cut = {row for row, count in zip(suspects, counts, strict=True) if count > tokenizer.context_length}
+    is_cut = _exceed_context(tokenizer, [texts[row] for row in suspects])
+    cut = {row for row, exceeds in zip(suspects, is_cut, strict=True) if exceeds}
     return [row in cut for row in range(len(texts))]
 
 
@@ -249,11 +248,11 @@ def _suspect_rows(tokenizer: Tokenizer, token_ids: Int[Tensor, "prompts context"
     return token_ids[:, -1].nonzero().flatten().tolist()
 
 
-def _uncut_token_counts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
-    """Count the tokens of each uncut text, start and end marks included."""
+def _exceed_context(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
+    """Whether each text has more tokens than its context takes, start and end marks included."""
     pretrained = getattr(tokenizer, "tokenizer", None)
     if pretrained is None:
-        return [len(tokenizer.encode(text)) + 2 for text in texts]
+        return [exceeds_context(tokenizer, text) for text in texts]
     if not texts:
         return []
     clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn("canonicalize")  # SigLipTokenizer's only way
@@ -261,4 +260,4 @@ def _uncut_token_counts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]
     token_ids = pretrained(
         [clean(text) for text in texts], truncation=False, add_special_tokens=not own_marks, verbose=False
     )["input_ids"]
-    return [len(ids) + 3 * own_marks for ids in token_ids]
+    return [len(ids) + 3 * own_marks > tokenizer.context_length for ids in token_ids]

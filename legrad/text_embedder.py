@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from legrad.explainer import LeGrad
 from legrad.prompts import embed_tokens, refuse_active_dropout, require_tokenizer, truncated
+from legrad.tokens import token_ids_of
 
 # What Python and torch keep for one text beside its characters and its numbers: measured, rounded up.
 ENTRY_OVERHEAD_BYTES = 1024
@@ -142,7 +143,7 @@ class TextEmbedder:
     def _keep(self, ensembles: Sequence[tuple[str, ...]]) -> None:
         refuse_active_dropout(self._explainer.model)
         texts = list(dict.fromkeys(text for ensemble in ensembles for text in ensemble))
-        token_ids = self._tokenizer(texts)
+        token_ids = token_ids_of(self._tokenizer, texts)
         is_cut = dict(zip(texts, truncated(self._tokenizer, texts, token_ids), strict=True))
         text_rows = embed_tokens(self._explainer.model, token_ids, self._explainer.device, self._batch_size)
         for ensemble, row in zip(ensembles, _means(ensembles, texts, text_rows), strict=True):

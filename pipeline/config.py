@@ -9,14 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.records import printable, received
 from pipeline.row_keys import row_keys
 from pipeline.settings import JobConfig, Section
+from pipeline.yaml_text import parse_yaml
 
+MAX_FILE_BYTES = 1 << 20
+TOLD_PROBLEMS = 20
 URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
 
 
@@ -34,11 +37,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
         UserError: unreadable file, invalid YAML, unknown key (the nearest known one is named), bad value.
     """
     where = storage.shown_url(str(path))
-    text = storage.read_text(str(path))
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: is not valid YAML: {error}") from error
+    document = parse_yaml(storage.read_text(str(path), MAX_FILE_BYTES), where)
     if not isinstance(document, dict):
         raise UserError(
             f"{where}: expected a mapping with sections input, model, output; got {type(document).__name__}"
@@ -54,7 +53,11 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobCo
         return JobConfig.model_validate(document)
     except ValidationError as error:
         lines = list(dict.fromkeys(_told(problem) for problem in error.errors()))
-        raise UserError("\n".join([f"{where}: {len(lines)} problem(s)", *lines])) from None
+        more = [f"  ... and {len(lines) - TOLD_PROBLEMS} more"] if len(lines) > TOLD_PROBLEMS else []
+        told = [f"{where}: {len(lines)} problem(s)", *lines[:TOLD_PROBLEMS], *more]
+        raise UserError("\n".join(told)) from None
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply to be a configuration") from None
 
 
 def config_hash(config: JobConfig, weights_digest: str) -> str:
@@ -73,28 +76,33 @@ def config_hash(config: JobConfig, weights_digest: str) -> str:
 
 def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:
     dotted_key, separator, text = override.partition("=")
-    if not separator or not all(dotted_key.split(".")):
-        raise UserError(f"expected an override of the form section.key=value, got {override!r}")
-    try:
-        # @FILE, *.tar and {0..9}.tar are patterns of input.shards, and no YAML
-        value = text if text.startswith(("@", "*", "{")) else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    return _set(document, dotted_key.split("."), value, override)
+    keys = dotted_key.split(".")
+    if not separator or not all(keys) or len(keys) > 2:
+        raise UserError(f"expected an override of the form section.key=value, got {_shown(override)}")
+    # @FILE, *.tar and {0..9}.tar are patterns of input.shards, and no YAML
+    is_pattern = text.startswith(("@", "*", "{"))
+    value = text if is_pattern else parse_yaml(text, f"override {dotted_key}: the value")
+    return _set(document, keys, value)
 
 
-def _set(document: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> dict[str, Any]:
+def _shown(override: str) -> str:
+    # what stands behind the key may carry credentials
+    key, separator, _ = override.partition("=")
+    return received(f"{key}{separator}..." if separator else storage.shown_url(override))
+
+
+def _set(document: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
     if len(keys) == 1:
         return {**document, keys[0]: value}
     nested = document.get(keys[0]) or {}
     if not isinstance(nested, dict):
-        raise UserError(f"override {override!r}: {keys[0]} is not a section")
-    return {**document, keys[0]: _set(nested, keys[1:], value, override)}
+        raise UserError(f"override {'.'.join(keys)}: {keys[0]} is not a section")
+    return {**document, keys[0]: _set(nested, keys[1:], value)}
 
 
 def _told(problem: Any) -> str:
     # deeper parts name alternatives of a type, not keys
-    location = [str(part) for part in problem["loc"]][:2]
+    location = [printable(str(part))[:80] for part in problem["loc"]][:2]
     dotted = ".".join(location) or "config"
     if problem["type"] == "extra_forbidden":
         return f"  {dotted}: unknown key{_suggestion(location)}"
@@ -104,8 +112,9 @@ def _told(problem: Any) -> str:
     if len(location) < 2 and problem["type"] == "value_error":
         return f"  {message}"
     # URLs may carry credentials or signatures
-    received = type(problem["input"]).__name__ if dotted in URL_KEYS else repr(problem["input"])
-    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {received}"
+    value = problem["input"]
+    told_value = type(value).__name__ if dotted in URL_KEYS else received(value)
+    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {told_value}"
 
 
 def _suggestion(location: Sequence[str]) -> str:

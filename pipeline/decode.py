@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import regex
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -42,6 +43,8 @@ MAX_JSON_BYTES = 4 * 2**20
 MAX_CAPTION_CHARACTERS = 2**14
 # byte-pair encoding takes quadratic time on a run of letters, and no language has such words
 MAX_LETTERS_IN_A_ROW = 400
+# bringing marks into their order takes quadratic time too; one letter has a few
+MAX_MARKS_IN_A_ROW = 400
 # all of a sample's captions are embedded, if only to find the most similar ones
 MAX_CAPTIONS = 1024
 
@@ -57,6 +60,7 @@ _TRANSPOSE_BY_EXIF_ORIENTATION = {
     8: Image.Transpose.ROTATE_90,
 }
 _LETTERS = re.compile(r"[^\W\d_]+")
+_MARKS = regex.compile(rf"\p{{M}}{{{MAX_MARKS_IN_A_ROW + 1}}}")
 _MODES_WITH_A_WAY_TO_RGB = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
@@ -332,6 +336,8 @@ def _caption(value: object) -> str:
         )
     if any(len(letters) > MAX_LETTERS_IN_A_ROW for letters in _LETTERS.findall(caption)):
         raise _failure("too_long", f"the caption has more than {MAX_LETTERS_IN_A_ROW} letters in a row")
+    if _MARKS.search(caption):
+        raise _failure("too_long", f"the caption has more than {MAX_MARKS_IN_A_ROW} combining marks in a row")
     # JSON can spell half a surrogate pair, which no file could hold
     if any("\ud800" <= character <= "\udfff" for character in caption):
         raise _failure("not_utf8", "the caption holds half of a surrogate pair")

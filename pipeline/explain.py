@@ -147,7 +147,7 @@ def _read_image(url: str) -> Image.Image:
     shown = storage.shown_url(url)
     try:
         data = storage.read_bytes(url)
-        return open_image(data, max_image_pixels=InputConfig(shards=[]).max_image_pixels)
+        return open_image(data, max_image_pixels=InputConfig.model_fields["max_image_pixels"].default)
     except OSError as error:
         raise UserError(f"{shown}: cannot be read: {error.strerror or error}") from error
     except SampleFailure as failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,17 @@ def has_pixels(row: Mapping[str, Any]) -> bool:
 def printable(text: str) -> str:
     """Escape what untrusted text must not carry into files, logs and terminals; all else stays as it is."""
     return _UNPRINTABLE.sub(_escaped, text)
+
+
+def received(value: object) -> str:
+    """A value of any type and size as an error shows it: in one short, printable line."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 80, 80
+    try:
+        return printable(short.repr(value))
+    # integers of thousands of digits have no text, by a limit of Python's own
+    except ValueError:
+        return f"a value of type {type(value).__name__} that is too large to be shown"
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -16,29 +18,77 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.prompts.class_list import ClassEntry, Template, class_entries
+from pipeline.prompts.class_list import ClassEntry, Template, class_entries, one_line
 
 MEBIBYTE = 1 << 20
 # Names of models that are addresses: of a repository on a hub, or of a folder.
 ADDRESS_PREFIXES = ("hf-hub:", "local-dir:")
+# of any key; a float holds every integer up to here
+LARGEST_NUMBER = 2**53
+# threads wait for at most about 300 years
+LONGEST_WAIT_S = 10**9
+# what would be made at once, such as threads
+MANY = 2**16
 
+Count = Annotated[int, Field(ge=1, le=MANY)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Section(BaseModel):
     """Settings that refuse unknown keys and never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_another_value(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python counts true as 1
+        if cls.model_fields[str(info.field_name)].annotation is not bool and _any(value, bool):
+            raise ValueError("expected another value than true or false; a text in quotes is one")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _numbers_of_a_size_that_has_a_use(cls, value: Any) -> Any:
+        if _any(value, (int, float), lambda number: abs(number) > LARGEST_NUMBER):
+            raise ValueError(f"expected at most {LARGEST_NUMBER}")
+        return value
+
+
+def _any(value: Any, kind: type | tuple[type, ...], holds: Callable[[Any], bool] = lambda _: True) -> bool:
+    """Whether a value, or one of a list of them, is of a kind for which something holds."""
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(item, kind) and holds(item) for item in items)
+
+
+def _fields(spec: str) -> str:
+    """Check a field of samples, such as jpg;png or json:NAME."""
+    extensions, colon, name = spec.partition(":")
+    if not all(extension.strip() for extension in extensions.split(";")) or (colon and not name):
+        raise ValueError("expected names of fields with semicolons between them, or json:NAME")
+    return spec
+
+
+def _filled_line(text: str) -> str:
+    if not text.strip():
+        raise ValueError("expected a text that is not empty")
+    return one_line(text)
+
+
+FieldSpec = Annotated[str, AfterValidator(_fields)]
+Line = Annotated[str, AfterValidator(_filled_line)]
 
 
 class InputConfig(Section):
     """Where samples come from and which of their fields are read."""
 
-    shards: str | list[str] = Field(
+    shards: Line | Annotated[list[Line], Field(min_length=1)] = Field(
         description="One pattern or a list: braces, globs, @file; local paths, s3://, gs://, http(s)://."
     )
-    image: str = Field("jpg;jpeg;png;webp", description="Field of the image; the first one present counts.")
-    caption: str = Field(
+    image: FieldSpec = Field(
+        "jpg;jpeg;png;webp", description="Field of the image; the first one present counts."
+    )
+    caption: FieldSpec = Field(
         "txt", description="Field of the caption: txt, or json:NAME for a key of a JSON field."
     )
     max_image_pixels: PositiveInt = Field(
@@ -57,11 +107,11 @@ class InputConfig(Section):
 class ModelConfig(Section):
     """Which model explains the samples, and how."""
 
-    name: str = Field(
+    name: Line = Field(
         description="Name of an open_clip model (`legrad models` lists them), or hf-hub:ORGANISATION/NAME or "
         "local-dir:FOLDER, which bring their own weights."
     )
-    pretrained: str | None = Field(
+    pretrained: Line | None = Field(
         None,
         validate_default=True,
         description="Hub tag, path of a local checkpoint, or demo; null, or left out, for names that bring "
@@ -70,10 +120,10 @@ class ModelConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of weights and activations."
     )
-    layers: PositiveInt | Literal["all"] = Field(
+    layers: Count | Literal["all"] = Field(
         2, description="How many of the last blocks are explained, or all."
     )
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+    image_size: Count | tuple[Count, Count] | None = Field(
         None, description="Model input in pixels: side, or [height, width]; null: the model's own."
     )
     fit: Literal["stretch", "keep", "tile"] = Field(
@@ -144,12 +194,12 @@ class PromptsConfig(Section):
         description="Where a sample has more, the most similar are kept and the others counted; of equally "
         "similar ones the first.",
     )
-    classes: str | tuple[ClassEntry, ...] | None = Field(
+    classes: Line | tuple[ClassEntry, ...] | None = Field(
         None,
         description="Path or URL of the classes: .txt, whose line i names class i, or a .yaml list of name, "
         "id, synonyms, plurals, templates; or such a list itself.",
     )
-    mentioned_in: str | None = Field(
+    mentioned_in: FieldSpec | None = Field(
         None,
         description="Of the classes only those whose name, synonym or plural this field mentions: txt, or "
         "json:NAME for a text or a list of texts; null: all.",
@@ -228,10 +278,10 @@ class MasksConfig(Section):
         description="Whether heat maps are made to follow the image's edges, at the model's input size: par "
         "as Ru et al. (2022), pamr as Araslanov and Roth (2020).",
     )
-    refine_iterations: PositiveInt = Field(
+    refine_iterations: Count = Field(
         8, description="How often each pixel becomes the weighted mean of its neighbours."
     )
-    refine_dilations: list[PositiveInt] | None = Field(
+    refine_dilations: list[Count] | None = Field(
         None,
         min_length=1,
         max_length=12,
@@ -244,7 +294,7 @@ class MasksConfig(Section):
         description="Share of the neighbours' deviation that counts as one unit of colour distance; smaller: "
         "sharper; null: the authors' own, 0.3 for par, 0.1 for pamr.",
     )
-    max_side: PositiveInt | None = Field(
+    max_side: Count | None = Field(
         None, description="Longest side of the mask frame in pixels; null: the image's original size."
     )
     min_similarity: float | None = Field(
@@ -295,7 +345,7 @@ class MasksConfig(Section):
 class OutputConfig(Section):
     """Where results go and what they hold."""
 
-    dir: str = Field(description="Output folder: local path, s3:// or gs://.")
+    dir: Line = Field(description="Output folder: local path, s3:// or gs://.")
     heatmap: bool = Field(False, description="Also store each relevance grid as uint8.")
     rows: Literal["all", "accepted"] | None = Field(
         None,
@@ -317,14 +367,14 @@ class OutputConfig(Section):
 class RunConfig(Section):
     """How the work is spread; changes nothing of the results."""
 
-    workers: PositiveInt | None = Field(
+    workers: Count | None = Field(
         None, description="Ray actors; null: as many as the cluster's devices allow."
     )
-    gpus_per_worker: float = Field(1, ge=0, description="GPUs of one worker; 0: CPU workers.")
-    cpus_per_worker: PositiveInt | None = Field(
+    gpus_per_worker: float = Field(1, ge=0, le=MANY, description="GPUs of one worker; 0: CPU workers.")
+    cpus_per_worker: Count | None = Field(
         None, description="CPU cores of one worker; null: the cluster's cores shared out, at most 8."
     )
-    batch_size: PositiveInt | Literal["auto"] = Field(
+    batch_size: Count | Literal["auto"] = Field(
         32,
         description="Images of one forward pass. auto: on a GPU found by trying when a worker starts, on a "
         "CPU 8. A batch too large for the device's memory is halved in any case.",
@@ -333,10 +383,10 @@ class RunConfig(Section):
         512 * MEBIBYTE,
         description="Bytes of samples that one worker holds at a time, as read and as the model takes them.",
     )
-    decode_threads: PositiveInt | None = Field(
+    decode_threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="Threads of one worker; null: its CPU cores."
     )
-    max_attempts: PositiveInt = Field(3, description="Attempts at a shard before it is given up.")
+    max_attempts: Count = Field(3, description="Attempts at a shard before it is given up.")
     retry_failed: bool = Field(True, description="Whether a rerun tries given-up shards again.")
     retry_damaged: bool = Field(
         False,
@@ -364,9 +414,12 @@ class RunConfig(Section):
     stall_timeout_s: float | None = Field(
         1800.0,
         gt=0,
+        le=LONGEST_WAIT_S,
         description="A worker that finishes no sample for so many seconds is replaced; null: never.",
     )
-    progress_interval_s: float = Field(10.0, gt=0, description="Seconds between two progress lines in a log.")
+    progress_interval_s: float = Field(
+        10.0, gt=0, le=LONGEST_WAIT_S, description="Seconds between two progress lines in a log."
+    )
 
 
 class JobConfig(Section):

@@ -20,7 +20,7 @@ from pipeline.export.webdataset import WebDatasetExport
 from pipeline.footers import read_footer
 from pipeline.job_record import read_job
 from pipeline.output_folder import JOB_FILE
-from pipeline.prompts.class_list import ClassEntry, read_class_list
+from pipeline.prompts.class_list import ClassEntry, check_class, class_lines, read_class_list
 from pipeline.settings import InputConfig
 from pipeline.training.counts import SharedCounts
 from pipeline.training.joining import Source
@@ -202,8 +202,13 @@ def _exporter(dest: str, options: ExportOptions) -> Exporter:
 def _noting_classes(samples: Iterable[ExportSample], class_names: dict[int, str]) -> Iterator[ExportSample]:
     for sample in samples:
         for row in sample.rows:
-            if row["class_id"] is not None:
-                class_names.setdefault(row["class_id"], row["prompt"])
+            class_id = row["class_id"]
+            if class_id is not None and class_id not in class_names:
+                class_names[class_id] = row["prompt"]
+                try:
+                    check_class(class_id, row["prompt"])
+                except ValueError as error:
+                    raise UserError(str(error)) from None
         yield sample
 
 
@@ -225,7 +230,7 @@ def _claim(export: _Export, shard_ids: Sequence[str]) -> None:
         return
     try:
         earlier = json.loads(storage.read_text(where))["fingerprint"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: is no record of an export: {error}") from error
     if earlier != own["fingerprint"]:
         raise UserError(
@@ -239,7 +244,7 @@ def _earlier(export: _Export, shard_id: str) -> ShardRecord | None:
     url = storage.join_url(export.dest, RECORDS_FOLDER, f"{shard_id}.json")
     try:
         record = ShardRecord(**json.loads(storage.read_text(url)))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
     names = {int(number): name for number, name in record.class_names.items()}
     same = record.attempt == _attempt(export.out, shard_id)
@@ -266,7 +271,8 @@ def _finish(export: _Export, shard_ids: Iterable[str], class_names: Mapping[int,
     """Write what needs all shards."""
     if export.options.format == "coco" and export.options.merged:
         merge_parts(export.dest, shard_ids, class_names)
-    # a line for each class id from 1 on; ids that no class has are named by their number
-    ids = range(1, max(class_names, default=0) + 1)
-    listed = "".join(f"{class_names.get(number, number)}\n" for number in ids)
-    storage.publish(export.dest, CLASSES_FILE, listed.encode())
+    try:
+        content = class_lines(class_names).encode()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    storage.publish(export.dest, CLASSES_FILE, content)

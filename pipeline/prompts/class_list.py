@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -19,9 +18,13 @@ from pydantic import (
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.records import printable, received
 from pipeline.storage.urls import split_url
+from pipeline.yaml_text import parse_yaml
 
 LARGEST_CLASS_ID = 2**15 - 1
+MAX_FILE_BYTES = 4 << 20
+MAX_TEXT_CHARACTERS = 1000
 TOLD_PROBLEMS = 10
 
 
@@ -31,8 +34,19 @@ def _template(text: str) -> str:
     return text
 
 
-Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Template = Annotated[str, AfterValidator(_template)]
+def one_line(text: str) -> str:
+    """Return a text; raise a ValueError where it would not be one line of a file or a terminal."""
+    if text != printable(text):
+        raise ValueError("expected a text without line feeds and control characters")
+    return text
+
+
+Name = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT_CHARACTERS),
+    AfterValidator(one_line),
+]
+Template = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARACTERS), AfterValidator(_template)]
 
 
 class ClassEntry(BaseModel):
@@ -71,7 +85,7 @@ def read_class_list(url: str) -> tuple[ClassEntry, ...]:
     Raises:
         UserError: the file cannot be read, or an entry is wrong; names the file and the lines or entries.
     """
-    text = storage.read_text(url)
+    text = storage.read_text(url, MAX_FILE_BYTES)
     where = storage.shown_url(url)
     suffix = PurePosixPath(split_url(url).path).suffix.lower()
     if suffix == ".txt":
@@ -86,6 +100,31 @@ def read_class_list(url: str) -> tuple[ClassEntry, ...]:
         raise UserError(f"{where}: {error}") from None
 
 
+def check_class(class_id: int, name: str) -> None:
+    """Refuse a class of somebody else's files that a classes file cannot list.
+
+    Raises:
+        ValueError: the id is out of range, or the name is not one line.
+    """
+    if not 1 <= class_id <= LARGEST_CLASS_ID:
+        raise ValueError(f"class {class_id}: expected ids from 1 to {LARGEST_CLASS_ID}")
+    try:
+        one_line(name)
+    except ValueError as error:
+        raise ValueError(f"class {class_id}: {error}, got {received(name)}") from None
+
+
+def class_lines(names: Mapping[int, str]) -> str:
+    """Give the content of a classes file: line i names class i, by its number where no class has that id.
+
+    Raises:
+        ValueError: as `check_class`.
+    """
+    for class_id, name in names.items():
+        check_class(class_id, name)
+    return "".join(f"{names.get(number, number)}\n" for number in range(1, max(names, default=0) + 1))
+
+
 def class_entries(items: Sequence[Any], place: str = "entry") -> tuple[ClassEntry, ...]:
     """Validate a list of names or mappings, as `read_class_list` describes it.
 
@@ -98,6 +137,8 @@ def class_entries(items: Sequence[Any], place: str = "entry") -> tuple[ClassEntr
     """
     if not items or items == [""]:
         raise ValueError("expected at least one class, got none")
+    if len(items) > LARGEST_CLASS_ID:
+        raise ValueError(f"expected at most {LARGEST_CLASS_ID} classes, got {len(items)}")
     entries: list[ClassEntry] = []
     problems: list[str] = []
     for number, item in enumerate(items, 1):
@@ -117,10 +158,7 @@ def class_entries(items: Sequence[Any], place: str = "entry") -> tuple[ClassEntr
 
 
 def _yaml_list(text: str, where: str) -> list[Any]:
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: is not valid YAML: {error}") from error
+    document = parse_yaml(text, where)
     if not isinstance(document, list):
         raise UserError(f"{where}: expected a list of classes, got {type(document).__name__}")
     return document
@@ -141,7 +179,7 @@ def _told(problem: Any) -> str:
         message = f"unknown key; known: id, {', '.join(list(ClassEntry.model_fields)[1:])}"
     elif not key:
         message = "expected a name or a mapping"
-    return f"{key + ': ' if key else ''}{message[0].lower()}{message[1:]}, got {problem['input']!r}"
+    return f"{key + ': ' if key else ''}{message[0].lower()}{message[1:]}, got {received(problem['input'])}"
 
 
 def _repeated(

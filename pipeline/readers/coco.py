@@ -81,7 +81,7 @@ def open_coco(root: str | Path, split: str = "val2017") -> TruthDataset:
     captions = _read_json(captions_file) if captions_file.is_file() else {"annotations": []}
     try:
         annotations, class_names = _index(instances, captions["annotations"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         where = f"{folder / 'annotations'}: instances_{split}.json or captions_{split}.json"
         raise UserError(f"{where} is not laid out as COCO's: {type(error).__name__} {error}") from error
     names = sorted(annotations.sides, key=lambda name: annotations.sides[name][0])

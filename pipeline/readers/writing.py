@@ -20,6 +20,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.errors import SampleFailure, UserError
 from pipeline.ground_truth import IGNORED_LABEL, IGNORED_LABEL_16_BIT, LABEL_MAP_FIELD
+from pipeline.prompts.class_list import class_lines
 from pipeline.readers.dataset import IGNORED, TruthDataset, TruthSample
 
 CLASSES_FILE = "classes.txt"
@@ -100,9 +101,11 @@ def write_shards(
         The counts; every image of the dataset is either written or counted under a reason.
 
     Raises:
-        UserError: the folder holds something else, or not one image could be written.
+        UserError: the folder holds something else, a class's name is not one line of text, or not one image
+            could be written.
         OutputError: it cannot be written.
     """
+    class_file = _class_file(dataset)
     conversion = _start(dataset, dest, limits, resume=resume, overwrite=overwrite)
     keys: set[str] = {sample_key(name) for name in dataset.image_names[: conversion.images_read]}
     while conversion.images_read < conversion.images:
@@ -113,8 +116,7 @@ def write_shards(
                 name = _shard_name(dataset, len(conversion.shards))
                 size_bytes = spool.seek(0, io.SEEK_END)
                 if not conversion.shards:
-                    listed = "".join(f"{name}\n" for name in dataset.class_names)
-                    storage.publish(dest, CLASSES_FILE, listed.encode())
+                    storage.publish(dest, CLASSES_FILE, class_file)
                 storage.publish(dest, name, spool)
                 conversion.shards.append(name)
                 conversion.written += samples
@@ -123,6 +125,13 @@ def write_shards(
             raise UserError(f"{dataset.name}: not one sample could be written; {_told(conversion)}")
         storage.publish(dest, CONVERSION_FILE, json.dumps(asdict(conversion), indent=1).encode())
     return conversion
+
+
+def _class_file(dataset: TruthDataset) -> bytes:
+    try:
+        return class_lines(dict(enumerate(dataset.class_names, 1))).encode()
+    except ValueError as error:
+        raise UserError(f"{dataset.name}: {error}") from None
 
 
 def sample_key(name: str) -> str:
@@ -180,7 +189,7 @@ def _earlier(dest: str, fresh: Conversion, present: set[str]) -> Conversion:
     where = storage.join_url(dest, CONVERSION_FILE)
     try:
         earlier = Conversion(**json.loads(storage.read_text(where)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: is no record of a conversion: {error}") from error
     if earlier.fingerprint != fresh.fingerprint:
         message = "the images, the classes or the limits of shards are others than before"

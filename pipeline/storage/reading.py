@@ -136,14 +136,14 @@ def _opened_file(url: str) -> Iterator[Any]:
             yield stream
 
 
-def read_text(url: str) -> str:
+def read_text(url: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """The whole content of a text file that the user names, without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, is larger than MAX_TEXT_BYTES, or is not UTF-8.
+        UserError: it cannot be read, is larger than `max_bytes`, or is not UTF-8.
     """
     try:
-        return read_bytes(url, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
+        return read_bytes(url, max_bytes=max_bytes).decode("utf-8-sig")
     except OSError as error:
         # an operating system's error repeats the path
         cause = error.strerror or without_secrets(error, url)

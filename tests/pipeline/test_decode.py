@@ -23,6 +23,7 @@ from pipeline.decode import (
     MAX_CAPTIONS,
     MAX_JSON_BYTES,
     MAX_LETTERS_IN_A_ROW,
+    MAX_MARKS_IN_A_ROW,
     decode_image,
     find_field,
     open_image,
@@ -602,6 +603,7 @@ def test_a_key_of_a_json_object_is_one_caption():
         (b" " * (MAX_JSON_BYTES + 1), "too_long"),
         ({"caption": "x " * MAX_CAPTION_CHARACTERS}, "too_long"),
         ({"caption": "a dog " + "x" * (MAX_LETTERS_IN_A_ROW + 1)}, "too_long"),
+        ({"caption": "a" + "\u0301\u0323" * (MAX_MARKS_IN_A_ROW // 2) + "\u0301"}, "too_long"),
     ],
 )
 def test_json_that_holds_no_caption_fails_the_sample(content, kind):
@@ -612,6 +614,11 @@ def test_a_caption_may_be_long_but_not_of_any_length():
     longest = ("a dog " * MAX_CAPTION_CHARACTERS)[: MAX_CAPTION_CHARACTERS - 1] + "."
     assert captions_of(longest.encode(), "txt", several=False) == [longest]
     assert kind_of(b"a dog " * MAX_CAPTION_CHARACTERS, "txt") == "too_long"
+
+
+def test_marks_on_a_letter_may_be_many_but_not_of_any_number():
+    caption = "a" + "\u0301\u0323" * (MAX_MARKS_IN_A_ROW // 2) + " dog"
+    assert captions_of(caption.encode(), "txt", several=False) == [caption]
 
 
 @pytest.mark.parametrize("letter", ["x", "\u00e9", "\u72ac"])

@@ -121,7 +121,7 @@ def test_the_palette_is_that_of_voc():
 def test_webdataset_shards_are_ground_truth_for_the_next_program(job, tmp_path):
     export_job(str(job), str(tmp_path / "tars"), ExportOptions("webdataset"))
     shards = list_truth_shards(str(tmp_path / "tars" / "*.tar"))
-    scenes = [scene for shard in shards for scene in read_scenes(shard, InputConfig(shards=""))]
+    scenes = [scene for shard in shards for scene in read_scenes(shard, InputConfig(shards="unused"))]
     assert all(isinstance(scene, Scene) for scene in scenes)
     assert len(scenes) == 3
     first = next(scene for scene in scenes if "a_b_c" in scene.key)

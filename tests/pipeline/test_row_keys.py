@@ -298,10 +298,10 @@ def test_the_weights_are_named_where_their_digest_differs_and_only_there():
 
 def test_a_secret_and_a_control_character_in_a_value_are_not_shown():
     signed = job(model={"pretrained": "https://user:key@host/w.pt?sig=key"})
-    message = told(signed, job(model={"name": "x\x1b[2J"}), digest_now="v")
+    message = told(signed, job(prompts={"neutral": "x\x1b[2J"}), digest_now="v")
     assert "key" not in message
     assert "\x1b" not in message
-    assert "model.name" in message
+    assert "prompts.neutral: null before, x\\x1b[2J now" in message
 
 
 def test_at_most_ten_keys_are_told_and_the_rest_is_counted():

@@ -1,0 +1,148 @@
+"""Token ids of texts, the same as open_clip's, at a cost that the context bounds and not the text.
+
+open_clip's own byte-pair encoding tokenises a whole text before it cuts it at the context's length, and takes
+quadratic time on a run of letters or symbols: seconds for the 16,384 symbols of a single caption.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from heapq import heapify, heappop, heappush
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Int
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+# open_clip's tokenizers share no class: called with texts they give tokens, and they have a context_length.
+Tokenizer: TypeAlias = Any
+
+# of a run in bytes: shorter ones are open_clip's own, which keeps their tokens
+SHORT_RUN = 64
+# how far a place is looked for where a long run may be cut
+SEARCH_BYTES = 512
+
+
+def token_ids_of(tokenizer: Tokenizer, texts: Sequence[str]) -> Int[Tensor, "texts context"]:
+    """Tokenise texts as `tokenizer(texts)` does, cut at its context length and padded to it."""
+    if not _is_plain(tokenizer):
+        ids: Tensor = tokenizer(texts)
+        return ids
+    rows = torch.zeros(len(texts), tokenizer.context_length, dtype=torch.long)
+    for row, text in zip(rows, texts, strict=True):
+        own = first_tokens(tokenizer, text, tokenizer.context_length - 1)
+        marked = [tokenizer.sot_token_id, *own, tokenizer.eot_token_id][: tokenizer.context_length]
+        row[: len(marked)] = torch.tensor([*marked[:-1], tokenizer.eot_token_id])
+    return rows
+
+
+def exceeds_context(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether one of open_clip's own tokenizers cuts a text."""
+    most: int = tokenizer.context_length - 2
+    if not _is_plain(tokenizer):
+        whole: Sequence[int] = tokenizer.encode(text)
+        return len(whole) > most
+    return len(first_tokens(tokenizer, text, most + 1)) > most
+
+
+def first_tokens(tokenizer: SimpleTokenizer, text: str, most: int) -> list[int]:
+    """Give the first `most` tokens of `tokenizer.encode(text)`."""
+    tokens: list[int] = []
+    for run in tokenizer.pat.finditer(tokenizer.clean_fn(text)):
+        for part in _parts_of_run(tokenizer, run[0]):
+            tokens += [tokenizer.encoder[token] for token in part]
+            if len(tokens) >= most:
+                return tokens[:most]
+    return tokens
+
+
+def _is_plain(tokenizer: Tokenizer) -> bool:
+    # a subclass, or a way to drop other tokens than the last, has ways of its own
+    return type(tokenizer) is SimpleTokenizer and tokenizer.reduction_fn is None
+
+
+def _parts_of_run(tokenizer: SimpleTokenizer, run: str) -> Iterator[list[str]]:
+    """Byte-pair encode a run of letters or symbols, part by part."""
+    encoded = "".join(tokenizer.byte_encoder[byte] for byte in run.encode("utf-8"))
+    if len(encoded) <= SHORT_RUN or encoded in tokenizer.cache:
+        yield tokenizer.bpe(encoded).split(" ")
+        return
+    start = 0
+    while start < len(encoded):
+        end = _cut(tokenizer, encoded, start + SHORT_RUN)
+        part = list(encoded[start:end])
+        if end == len(encoded):
+            part[-1] += "</w>"
+        yield merged(part, tokenizer.bpe_ranks)
+        start = end
+
+
+def _cut(tokenizer: SimpleTokenizer, run: str, first: int) -> int:
+    """Find a place in a run that no token spans: no merge ever crosses it, so both sides are on their own.
+
+    Args:
+        tokenizer: every product of a merge is in its vocabulary.
+        run: bytes as open_clip writes them, a character each.
+        first: the place is there or later.
+
+    Returns:
+        Where the run may be cut; its end where no place is near.
+    """
+    longest = _longest_token(tokenizer)
+    for place in range(first, min(first + SEARCH_BYTES, len(run) - longest)):
+        spanning = (
+            run[start:end]
+            for start in range(max(0, place - longest + 1), place)
+            for end in range(place + 1, start + longest + 1)
+        )
+        if not any(token in tokenizer.encoder for token in spanning):
+            return place
+    return len(run)
+
+
+@lru_cache(maxsize=4)
+def _longest_token(tokenizer: SimpleTokenizer) -> int:
+    return max(map(len, tokenizer.encoder))
+
+
+def merged(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Merge neighbours, always all pairs of the lowest rank from left to right, until no pair has a rank.
+
+    Args:
+        symbols: what is merged, changed in place.
+        ranks: of pairs of neighbours, each rank that of one pair.
+
+    Source: Sennrich et al., https://arxiv.org/abs/1508.07909, algorithm 1; `SimpleTokenizer.bpe` of open_clip
+        3.3, here with a heap of pairs: n log n steps instead of n for each merge.
+    """
+    count = len(symbols)
+    after, before = list(range(1, count + 1)), list(range(-1, count - 1))
+
+    def rank_at(place: int) -> int | None:
+        pair_exists = place >= 0 and symbols[place] and after[place] < count
+        return ranks.get((symbols[place], symbols[after[place]])) if pair_exists else None
+
+    heap = [(rank, place) for place in range(count) if (rank := rank_at(place)) is not None]
+    heapify(heap)
+    while heap:
+        lowest, changed = heap[0][0], []
+        while heap and heap[0][0] == lowest:
+            _, place = heappop(heap)
+            if rank_at(place) == lowest:  # or it is no longer the pair that it was
+                _join(symbols, after, before, place)
+                changed += [before[place], place]
+        # only now: a pair that has just come about waits until those of this rank are merged
+        for place in changed:
+            if (rank := rank_at(place)) is not None:
+                heappush(heap, (rank, place))
+    return [symbol for symbol in symbols if symbol]
+
+
+def _join(symbols: list[str], after: list[int], before: list[int], place: int) -> None:
+    """Take the following symbol into the one at a place; an empty one stays behind."""
+    following = after[place]
+    symbols[place] += symbols[following]
+    symbols[following] = ""
+    after[place] = after[following]
+    if after[place] < len(symbols):
+        before[after[place]] = place
