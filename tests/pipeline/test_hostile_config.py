@@ -125,8 +125,8 @@ def test_a_file_of_any_size_is_read_no_further_than_its_limit(tmp_path, read, li
     path.write_bytes(b"")
     with path.open("r+b") as file:
         file.truncate(1 << 40)
-    assert f"the {limit} bytes, the limit" in refused(read, str(path))
-    assert f"the {limit} bytes, the limit" in refused(read_text, "/dev/zero", limit)
+    assert f"more than {limit} bytes, the limit" in refused(read, str(path))
+    assert f"more than {limit} bytes, the limit" in refused(read_text, "/dev/zero", limit)
 
 
 NUMBERS = [

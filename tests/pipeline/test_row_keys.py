@@ -18,7 +18,7 @@ from pipeline.decode import DecodedImage
 from pipeline.engine import ExplainedPrompt, ExplainedSample, PreparedSample
 from pipeline.errors import SampleFailure, UserError
 from pipeline.mask_rows import annotation_rows
-from pipeline.prompts.batch_texts import choose_maps, embed_batch
+from pipeline.prompts.batch_texts import BatchTextEmbedder, choose_maps
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of, with_files_read
 from pipeline.refined_maps import refined_maps, refinement_of
 from pipeline.row_keys import row_keys, told_differences
@@ -141,7 +141,7 @@ def rows_of(config):
     if not prompts:
         return seen
     companions = companions_of(config.prompts)
-    texts = embed_batch(Embedder(), [prompts], companions)
+    texts = BatchTextEmbedder(Embedder(), companions, within=1e-9).embed([prompts])
     cosines = texts.unit_rows[:, 0].numpy()
     chosen = choose_maps(cosines[None], texts, config.prompts.max_per_sample, companions.max_background)[0]
     grids = torch.stack(
@@ -150,21 +150,19 @@ def rows_of(config):
             for row in chosen.text_rows
         ]
     ).float()
-    end = len(chosen.prompts)
-    own, background, neutral = (
-        grids[:end],
-        grids[end : end + chosen.backgrounds],
-        grids[end + chosen.backgrounds :],
+    own, background, neutral = grids.split(
+        [chosen.prompt_maps, chosen.backgrounds, len(grids) - chosen.prompt_maps - chosen.backgrounds]
     )
+    own = own[chosen.map_of_prompt]
     image = DecodedImage(noise("image").integers(0, 256, (12, 16, 3), dtype=np.uint8), 20, 30)
     sample = ExplainedSample(
         PreparedSample(0, "a", image, prompts),
         tuple(
-            ExplainedPrompt(prompts[position], False, float(cosines[row]))
-            for position, row in zip(chosen.prompts.tolist(), chosen.text_rows.tolist(), strict=False)
+            ExplainedPrompt(prompts[position], False, float(cosines[texts.map_rows[0][position]]))
+            for position in chosen.prompts.tolist()
         ),
         own,
-        len(prompts) - end,
+        len(prompts) - len(chosen.prompts),
         background,
         neutral_patches(neutral[None], companions.neutral_threshold)[0] if len(neutral) else None,
         None,
