@@ -88,7 +88,7 @@ def test_a_submitted_job_uploads_its_folder_and_ends_with_0(ray_job, job_folder,
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "shards: 2 done" in ended.stdout
     # job logs get plain lines
-    assert re.search(r"^shards \d/2, 0 failed, \d left \| samples", ended.stdout, re.MULTILINE)
+    assert re.search(r"^shards \d/2, .*\d left \| samples", ended.stdout, re.MULTILINE)
     status = read_status(str(tmp_path / "out"))
     assert (status.complete, status.succeeded) == (True, True)
     assert status.counts.annotated == len(tars) * SAMPLES
