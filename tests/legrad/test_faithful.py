@@ -168,7 +168,12 @@ REFUSED = {
         "",
     ),
     "head that is a layer": (
-        _does(lambda model: setattr(model.visual, "proj", nn.Linear(32, 24, bias=False))),
+        _does(
+            lambda model: (
+                delattr(model.visual, "proj"),
+                setattr(model.visual, "proj", nn.Linear(32, 24, bias=False)),
+            )
+        ),
         "torch.nn.modules.linear.Linear",
         "visual.proj",
         "own module back",
