@@ -10,9 +10,10 @@ import io
 import json
 import re
 import struct
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from pipeline.image_files.bmp import check_bmp
 from pipeline.image_files.jpeg import CheckedJpeg
 from pipeline.image_files.png import check_png, png_without_texts
 from pipeline.image_files.webp import check_webp, check_webp_length
+from pipeline.records import printable
+from pipeline.shards import SampleFields
 
 # Pillow reads the parts of a file (segments, chunks, blocks) one by one in Python, metadata included
 MAX_READS = 2**18
@@ -45,6 +48,9 @@ MAX_CAPTION_CHARACTERS = 2**14
 MAX_LETTERS_IN_A_ROW = 400
 # bringing marks into their order takes quadratic time too; one letter has a few
 MAX_MARKS_IN_A_ROW = 400
+# of fields and JSON keys that a message names
+MAX_NAMES_TOLD = 12
+MAX_NAME_CHARACTERS_TOLD = 30
 # all of a sample's captions are embedded, if only to find the most similar ones
 MAX_CAPTIONS = 1024
 
@@ -273,18 +279,41 @@ def find_field(fields: Mapping[str, bytes], spec: str, *, stage: str = "decode")
     """Find the first of several fields that a sample has.
 
     Args:
-        fields: the sample's, by lower-cased extension.
+        fields: the sample's, by lower-cased extension; those that were skipped are named where none is found.
         spec: extensions by preference, separated by semicolons, such as `jpg;png;webp`.
         stage: what a missing field is reported under.
 
     Raises:
         SampleFailure: kind `missing_field`: the sample has none of them.
     """
-    for name in spec.lower().split(";"):
+    names = spec.lower().split(";")
+    for name in names:
         if name in fields:
             return fields[name]
-    present = ", ".join(sorted(fields)) or "none at all"
-    raise SampleFailure(stage, "missing_field", f"expected a field {spec}, received {present}"[:300])
+    raise SampleFailure(
+        stage, "missing_field", f"sample has no field {_quoted(names)}{told_fields(fields, names)}"
+    )
+
+
+def told_fields(fields: Mapping[str, bytes], missed: Sequence[str] = ()) -> str:
+    """The end of a message: which fields there are, and why none has a missed name where that can be told."""
+    present = sorted({*fields, *(fields.skipped if isinstance(fields, SampleFields) else ())})
+    told = f"; fields present: {listed_names(present)}"
+    dotted = next((field for field in present if field.endswith(tuple(f".{name}" for name in missed))), None)
+    if dotted is None:
+        return told
+    return f"{told} (a key ends at the first dot of the base name, and all that follows is the field)"
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return " or ".join(f"`{printable(name)}`" for name in names)
+
+
+def listed_names(names: Collection[str]) -> str:
+    """Some of the names, fit to be shown: at most MAX_NAMES_TOLD, each cut to MAX_NAME_CHARACTERS_TOLD."""
+    told = [printable(name[:MAX_NAME_CHARACTERS_TOLD]) for name in islice(names, MAX_NAMES_TOLD)]
+    left = len(names) - len(told)
+    return ", ".join(told) + (f" and {left} more" if left else "") if told else "none"
 
 
 def read_captions(
@@ -353,7 +382,8 @@ def _json_value(content: bytes, name: str) -> object:
     if not isinstance(document, dict):
         raise _failure("wrong_type", f"expected a JSON object, received {_type_name(document)}")
     if name not in document:
-        raise _failure("missing_key", f"the JSON object has no {name!r}")
+        message = f"the JSON object has no key `{printable(name)}`; keys present: {listed_names(document)}"
+        raise _failure("missing_key", message)
     return document[name]
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8, UInt16
 from PIL import Image
 
-from pipeline.decode import find_field
+from pipeline.decode import find_field, told_fields
 from pipeline.errors import SampleFailure
 from pipeline.image_files.png import check_png, png_without_texts
 from pipeline.records import SampleError
@@ -171,8 +171,8 @@ def scene_of(sample: RawSample, image_fields: str) -> Scene | SampleError:
         document = _document(sample.fields)
         points = _points(document.get("points", []))
         if LABEL_MAP_FIELD not in sample.fields and not points:
-            message = f"expected a field {LABEL_MAP_FIELD}, or points in the JSON field; found neither"
-            raise SampleFailure("read", "no_ground_truth", message)
+            message = f"sample has no field `{LABEL_MAP_FIELD}`, and its JSON field has no points"
+            raise SampleFailure("read", "no_ground_truth", f"{message}{told_fields(sample.fields)}")
         captions, class_ids = _objects(document)
         label_map = sample.fields.get(LABEL_MAP_FIELD)
         return Scene(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from pipeline.archive import Archive, ByteSource, DamageError, Member
@@ -16,8 +16,31 @@ MAX_NAME_CHARACTERS = 4096
 # the digests of their keys take about 700 MB
 MAX_SAMPLES = 2**22
 
+# what is kept of fields that nobody wants, to name them where one is missed
+MAX_SKIPPED_NAMES = 16
+# which fields keys came with: shards have a few combinations, and a hostile one cannot fill memory
+MAX_COMBINATIONS = 2**10
+MAX_FIELD_CHARACTERS = 64
+
 # webdataset's own rule for members that describe the archive, such as what lies in a folder __index__
 _ABOUT_THE_ARCHIVE = re.compile(r"__[^/]*__($|/)")
+
+
+class SampleFields(dict[str, bytes]):
+    """The bytes of a sample's fields, and the names of some that were skipped unread.
+
+    Attributes:
+        skipped: at most MAX_SKIPPED_NAMES names, as far as MAX_FIELD_CHARACTERS.
+    """
+
+    def __init__(self, fields: Iterable[tuple[str, bytes]] = (), skipped: Iterable[str] = ()) -> None:
+        super().__init__(fields)
+        self.skipped = list(skipped)
+
+    def skip(self, name: str) -> None:
+        """Remember the name of a field that is not read."""
+        if len(self.skipped) < MAX_SKIPPED_NAMES:
+            self.skipped.append(name[:MAX_FIELD_CHARACTERS])
 
 
 @dataclass(frozen=True)
@@ -32,7 +55,7 @@ class RawSample:
 
     index: int
     key: str
-    fields: dict[str, bytes]
+    fields: SampleFields
 
 
 def read_samples(
@@ -47,8 +70,9 @@ def read_samples(
     Args:
         stream: read forward only, never sought.
         max_member_bytes: a sample with a larger wanted member fails.
-        wanted_fields: which fields to keep, in any case; None keeps all. Others are skipped unread.
-        max_samples: nothing is read after so many, for their keys are remembered.
+        wanted_fields: which fields to keep, in any case; None keeps all. Others are skipped unread. Ordinals
+            do not depend on it.
+        max_samples: nothing is read after so many different keys, for they are remembered.
 
     Returns:
         An iterator that yields, for each ordinal from 0 upwards, either the sample or the one error that
@@ -60,7 +84,7 @@ def read_samples(
     """
     wanted = None if wanted_fields is None else frozenset(field.lower() for field in wanted_fields)
     archive = Archive(stream)
-    seen_keys: set[bytes] = set()
+    keys = _Keys(max_samples)
     group: _Group | None = None
     damage: DamageError | None = None
     try:
@@ -70,33 +94,126 @@ def read_samples(
                 yield _stray(member)
                 continue
             if group is None or key != group.key:
-                following = _next_group(group, key, seen_keys, max_samples)
-                if group is not None:
-                    yield group.outcome()
-                group = following
+                finished, group = group, None
+                yield from keys.outcome(finished)
+                group = keys.group(key)
             field = extension.lower()
             if wanted is None or field in wanted:
                 group.take(member, field, archive, max_member_bytes)
+            else:
+                group.skip(field)
     except DamageError as error:
         # a source that failed says so at its end, and then the data is not to blame
         archive.read_to_end()
         damage = error
-    if group is not None:
-        yield group.outcome()
+    yield from keys.outcome(group)
+    yield from keys.apart()
     if damage is not None:
         yield SampleError(damage.stage, damage.kind, damage.message, damages_shard=True)
 
 
-class _Group:
-    """The consecutive members of one key."""
+class _Keys:
+    """Remembers the keys of a shard, and what to do with members whose key comes back.
 
-    def __init__(self, index: int, key: str, failure: tuple[str, str] | None) -> None:
-        self.index, self.key = index, key
-        self._fields: dict[str, bytes] = {}
+    A part that brings other fields than its key came with is the rest of a sample that was handed out without
+    it: it has no ordinal, so the sample counts once. A part that brings a field again is another sample.
+    """
+
+    def __init__(self, max_samples: int) -> None:
+        self._max_samples = max_samples
+        # digests, so that memory stays small however long the names are
+        self._fields: dict[bytes, frozenset[str] | None] = {}
+        self._combinations: dict[frozenset[str], frozenset[str]] = {}
+        self._next_index = 0
+        self._parts_apart = 0
+        self._first_apart = ""
+
+    def group(self, key: str) -> _Group:
+        """A group for the members of a key; raises DamageError where there are too many keys."""
+        if _digest(key) in self._fields:
+            return _Group(key, None, None)
+        if len(self._fields) == self._max_samples:
+            message = f"the shard has more than {self._max_samples} samples; what follows is not read"
+            raise DamageError("too_many_samples", message)
+        self._next_index += 1
+        return _Group(key, self._next_index - 1, _problem_of_key(key))
+
+    def outcome(self, group: _Group | None) -> Iterator[RawSample | SampleError]:
+        """The sample of a complete group, or what makes it unusable; nothing where it is the rest of one."""
+        if group is None:
+            return
+        digest, names = _digest(group.key), self._combination(group.names)
+        if group.index is not None:
+            self._fields[digest] = names
+            yield group.outcome(group.index)
+            return
+        before = self._fields[digest]
+        if before is None or names is None or before & names:
+            message = (
+                "the key came before, with a field of the same name and other samples in between; keys must "
+                "differ, and members of a sample must be adjacent (tar --sort=name)"
+            )
+            self._next_index += 1
+            yield SampleError("read", "duplicate_key", message, printable(group.key), self._next_index - 1)
+            return
+        self._fields[digest] = self._combination(before | names)
+        if group.has_wanted:
+            self._first_apart = self._first_apart or group.key
+            self._parts_apart += 1
+
+    def apart(self) -> Iterator[SampleError]:
+        """One error for all members that came too late for their samples."""
+        if self._parts_apart:
+            message = (
+                f"members came after those of other samples {self._parts_apart} time(s) in this shard, and "
+                "were not read; a sample's members must be adjacent: write the tar with `tar --sort=name`"
+            )
+            yield SampleError("read", "members_apart", message, printable(self._first_apart))
+
+    def _combination(self, names: frozenset[str]) -> frozenset[str] | None:
+        """One object for equal sets; None where they are too many or too long to be remembered."""
+        known = self._combinations.get(names)
+        if known is not None:
+            return known
+        if len(self._combinations) == MAX_COMBINATIONS or len(names) > MAX_FIELDS_PER_SAMPLE:
+            return None
+        if any(len(name) > MAX_FIELD_CHARACTERS for name in names):
+            return None
+        return self._combinations.setdefault(names, names)
+
+
+class _Group:
+    """The consecutive members of one key.
+
+    Attributes:
+        key: what they have in common.
+        index: ordinal of the sample; None where the key came before, and nothing is read.
+        has_wanted: whether a field among them is wanted.
+    """
+
+    def __init__(self, key: str, index: int | None, failure: tuple[str, str] | None) -> None:
+        self.key, self.index = key, index
+        self.has_wanted = False
+        self._fields = SampleFields()
+        self._names: set[str] = set()
         self._failure = failure
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Fields of all members, also of those that are not read."""
+        return frozenset(self._names)
+
+    def skip(self, field: str) -> None:
+        """Pass over a member that nobody wants."""
+        self._add_name(field)
+        self._fields.skip(field)
 
     def take(self, member: Member, field: str, archive: Archive, max_member_bytes: int) -> None:
         """Read a member's bytes into its field, unless the sample has failed."""
+        self._add_name(field)
+        self.has_wanted = True
+        if self.index is None:
+            return
         self._failure = self._failure or self._problem_of_member(member, field, max_member_bytes)
         if self._failure is None:
             try:
@@ -105,12 +222,17 @@ class _Group:
                 self._failure = (damage.kind, f"{printable(member.name)}: {damage.message}")
                 raise
 
-    def outcome(self) -> RawSample | SampleError:
+    def outcome(self, index: int) -> RawSample | SampleError:
         """The sample, or what makes it unusable."""
         if self._failure is None:
-            return RawSample(self.index, self.key, self._fields)
+            return RawSample(index, self.key, self._fields)
         kind, message = self._failure
-        return SampleError("read", kind, message, printable(self.key), self.index)
+        return SampleError("read", kind, message, printable(self.key), index)
+
+    def _add_name(self, field: str) -> None:
+        # one more than is remembered, so that too many are known as such
+        if len(self._names) <= MAX_FIELDS_PER_SAMPLE:
+            self._names.add(field[: MAX_FIELD_CHARACTERS + 1])
 
     def _problem_of_member(self, member: Member, field: str, max_member_bytes: int) -> tuple[str, str] | None:
         name = printable(member.name)
@@ -127,19 +249,8 @@ class _Group:
         return None
 
 
-def _next_group(before: _Group | None, key: str, seen_keys: set[bytes], max_samples: int) -> _Group:
-    index = 0 if before is None else before.index + 1
-    if index == max_samples:
-        message = f"the shard has more than {max_samples} samples; what follows is not read"
-        raise DamageError("too_many_samples", message)
-    # digests, so that memory stays small however long the names are
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    failure = _problem_of_key(key)
-    if digest in seen_keys:
-        message = "the key came before, with other samples in between; its members are not joined"
-        failure = ("duplicate_key", message)
-    seen_keys.add(digest)
-    return _Group(index, key, failure)
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
 def _key_and_extension(name: str) -> tuple[str | None, str]:

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,10 @@ from pycocotools import mask as run_lengths
 from legrad.errors import LeGradError
 from legrad.masks import decode_rle
 from pipeline.errors import SampleFailure, UserError
+from pipeline.readers.coco_records import CocoRecords, read_records, whole_number
 from pipeline.readers.dataset import (
     IGNORED,
+    LeftOut,
     TruthDataset,
     TruthSample,
     labelled_sample,
@@ -37,28 +37,10 @@ from pipeline.readers.dataset import (
     read_image,
     read_text,
     require_folder,
-    unique_names,
 )
 
 # the largest file, instances_train2017.json, has 450 MB
 MAX_JSON_BYTES = 4 << 30
-
-
-@dataclass(frozen=True)
-class _Annotations:
-    """What the two files say of the images, by image id.
-
-    Attributes:
-        sides: file name to image id, height and width.
-        objects: annotations of an image.
-        sentences: captions of an image, oldest first.
-        class_ids: category id to class id.
-    """
-
-    sides: dict[str, tuple[int, int, int]]
-    objects: dict[int, list[Mapping[str, Any]]]
-    sentences: dict[int, list[str]]
-    class_ids: dict[int, int]
 
 
 def open_coco(root: str | Path, split: str = "val2017") -> TruthDataset:
@@ -79,14 +61,18 @@ def open_coco(root: str | Path, split: str = "val2017") -> TruthDataset:
     instances = _read_json(folder / "annotations" / f"instances_{split}.json")
     captions_file = folder / "annotations" / f"captions_{split}.json"
     captions = _read_json(captions_file) if captions_file.is_file() else {"annotations": []}
+    left_out = LeftOut()
     try:
-        annotations, class_names = _index(instances, captions["annotations"])
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        records = read_records(instances, captions, left_out)
+    except (ValueError, OverflowError) as error:
         where = f"{folder / 'annotations'}: instances_{split}.json or captions_{split}.json"
-        raise UserError(f"{where} is not laid out as COCO's: {type(error).__name__} {error}") from error
-    names = sorted(annotations.sides, key=lambda name: annotations.sides[name][0])
+        raise UserError(f"{where} is not laid out as COCO's: {error}") from error
     return TruthDataset(
-        f"coco-{split}", class_names, names, lambda name: _read(images, name, annotations, class_names)
+        f"coco-{split}",
+        records.class_names,
+        list(records.images),
+        lambda name: _read(images, name, records),
+        left_out,
     )
 
 
@@ -97,35 +83,28 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}: is not JSON: {error}") from None
 
 
-def _index(
-    instances: Mapping[str, Any], captions: Iterable[Mapping[str, Any]]
-) -> tuple[_Annotations, tuple[str, ...]]:
-    categories = sorted(instances["categories"], key=lambda category: int(category["id"]))
-    objects: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for annotation in instances["annotations"]:
-        objects[int(annotation["image_id"])].append(annotation)
-    sentences: dict[int, list[str]] = defaultdict(list)
-    for caption in sorted(captions, key=lambda caption: int(caption["id"])):
-        sentences[int(caption["image_id"])].append(str(caption["caption"]).strip())
-    sides = {
-        str(image["file_name"]): (int(image["id"]), int(image["height"]), int(image["width"]))
-        for image in instances["images"]
-    }
-    class_ids = {int(category["id"]): rank for rank, category in enumerate(categories, 1)}
-    names = unique_names([str(each["name"]) for each in categories], [str(each["id"]) for each in categories])
-    return _Annotations(sides, objects, sentences, class_ids), names
-
-
-def _read(images: Path, name: str, annotations: _Annotations, class_names: tuple[str, ...]) -> TruthSample:
-    stored = read_image(images, name)
-    image_id, height, width = annotations.sides[name]
+def _read(images: Path, name: str, records: CocoRecords) -> TruthSample:
+    image = records.images[name]
+    if image.doubt:
+        raise SampleFailure("read", "ambiguous_image", image.doubt)
+    height, width = image.height, image.width
+    stored = read_image(*_place(images, name))
     if sorted((height, width)) != sorted((stored.height, stored.width)):
         sizes = f"{width} x {height} pixels, the image has {stored.width} x {stored.height}"
         raise SampleFailure("read", "size_mismatch", f"the annotations say {sizes}")
-    label_map = _label_map(annotations.objects.get(image_id, []), annotations.class_ids, height, width)
-    sentences = annotations.sentences.get(image_id, [])
+    label_map = _label_map(records.objects.get(image.image_id, []), records.class_ids, height, width)
+    sentences = records.sentences.get(image.image_id, [])
     extra: dict[str, Any] = {"caption": sentences[0], "all_captions": sentences} if sentences else {}
-    return labelled_sample(stored, label_map, class_names, extra)
+    return labelled_sample(stored, label_map, records.class_names, extra)
+
+
+def _place(images: Path, name: str) -> tuple[Path, str]:
+    """Folder and base name of an image, whose name may hold folders, that of all images among them."""
+    *folders, base_name = name.split("/")
+    plain = [plain_name(folder) for folder in folders]
+    if plain[:1] == [images.name] and not images.joinpath(*plain).is_dir():
+        plain = plain[1:]
+    return images.joinpath(*plain), base_name
 
 
 def _label_map(
@@ -147,28 +126,44 @@ def _run_lengths(
 ) -> tuple[int, Any]:
     """The value that an annotation's pixels get, and its mask as compressed run lengths."""
     try:
-        label = IGNORED if annotation.get("iscrowd") else class_ids[int(annotation["category_id"])]
-        outline = annotation["segmentation"]
-        if isinstance(outline, list):
-            polygons = [_polygon(corners, height, width) for corners in outline]
-            if not polygons:
-                raise ValueError("a segmentation without polygons")
-            return label, run_lengths.merge(run_lengths.frPyObjects(polygons, height, width))
-        if [int(side) for side in outline["size"]] != [height, width]:
-            raise ValueError(f"run lengths of {outline['size']}, expected [{height}, {width}]")
-        counts = outline["counts"]
-        if isinstance(counts, str):
-            return label, {"size": [height, width], "counts": counts.encode("ascii")}
-        if any(count < 0 for count in counts) or sum(counts) != height * width:
-            raise ValueError(f"run lengths of {sum(counts)} pixels, expected {height * width}")
-        return label, run_lengths.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        label = IGNORED if annotation.get("iscrowd") else _class_id(annotation, class_ids)
+        return label, _mask(annotation.get("segmentation"), height, width)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        identity = annotation.get("id")
-        raise _bad_annotation(f"annotation {identity!r}: {type(error).__name__} {error}") from error
+        reason = f"has no {error} in its segmentation" if isinstance(error, KeyError) else str(error)
+        raise _bad_annotation(f"annotation {annotation.get('id')!r:.40}: {reason}") from error
+
+
+def _class_id(annotation: Mapping[str, Any], class_ids: Mapping[int, int]) -> int:
+    category_id = whole_number(annotation, "category_id")
+    if category_id not in class_ids:
+        raise ValueError(f"category {category_id} is none of the {len(class_ids)} categories")
+    return class_ids[category_id]
+
+
+def _mask(outline: Any, height: int, width: int) -> Any:
+    """Compressed run lengths of polygons, or of run lengths of either kind."""
+    if isinstance(outline, list):
+        polygons = [_polygon(corners, height, width) for corners in outline]
+        if not polygons:
+            raise ValueError("a segmentation without polygons")
+        return run_lengths.merge(run_lengths.frPyObjects(polygons, height, width))
+    if not isinstance(outline, dict):
+        found = "none" if outline is None else f"{outline!r:.40}"
+        raise ValueError(f"expected polygons or run lengths as segmentation, found {found}")
+    if [int(side) for side in outline["size"]] != [height, width]:
+        raise ValueError(f"run lengths of {outline['size']}, expected [{height}, {width}]")
+    counts = outline["counts"]
+    if isinstance(counts, str):
+        return {"size": [height, width], "counts": counts.encode("ascii")}
+    if any(count < 0 for count in counts) or sum(counts) != height * width:
+        raise ValueError(f"run lengths of {sum(counts)} pixels, expected {height * width}")
+    return run_lengths.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 
 def _polygon(corners: Any, height: int, width: int) -> list[float]:
     """A polygon's x and y in turn; tracing it takes time and memory by its length, so it is bounded."""
+    if not isinstance(corners, list):
+        raise ValueError(f"expected a list of numbers as polygon, found {corners!r:.40}")
     numbers = [float(corner) for corner in corners]
     if len(numbers) < 6 or len(numbers) % 2:
         raise ValueError(f"a polygon of {len(numbers)} numbers")

@@ -143,5 +143,6 @@ def _counts(conversion: Conversion) -> Table:
         names = [name for name, _ in conversion.skipped_names[reason][:NAMES_SHOWN]]
         table.add_row(f"skipped: {reason}", str(count), Text(repr(names)[1:-1]))
     for kind, count in sorted(conversion.left_out.items()):
-        table.add_row(f"annotations left out: {kind}", str(count), "")
+        names = conversion.left_out_names.get(kind, [])[:NAMES_SHOWN]
+        table.add_row(f"records left out: {kind}", str(count), Text("; ".join(names)))
     return table

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngImageFile
 from pipeline.decode import open_image, upright_transpose
 from pipeline.errors import SampleFailure, UserError
 from pipeline.image_files.png import check_png, png_without_texts
+from pipeline.records import printable
 
 BACKGROUND = 0
 # in label maps as readers make them; written as 255 where the class ids leave room
@@ -24,6 +25,7 @@ IGNORED = 2**16 - 1
 MAX_FILE_BYTES = 64 << 20
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_LIST_BYTES = 256 << 20
+MAX_NAMES_LEFT_OUT, MAX_NAME_CHARACTERS = 100, 200
 
 _SWAPS_SIDES = (
     Image.Transpose.TRANSPOSE,
@@ -49,6 +51,26 @@ class TruthSample:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Records of a dataset that no sample holds.
+
+    Attributes:
+        counts: how many of each kind.
+        names: of each kind the first ones, with what is wrong, where that was told.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str) -> None:
+        """Count one record, and name it while its kind has few names."""
+        self.counts[kind] += 1
+        names = self.names.setdefault(kind, [])
+        if len(names) < MAX_NAMES_LEFT_OUT:
+            names.append(printable(name[:MAX_NAME_CHARACTERS]))
+
+
+@dataclass(frozen=True)
 class TruthDataset:
     """A split of a dataset, opened.
 
@@ -57,14 +79,14 @@ class TruthDataset:
         class_names: of class ids 1, 2 and so on, as prompts need them.
         image_names: what the owner calls each image, in the order in which they are written.
         read: the sample of a name; raises SampleFailure, whose kind is the reason to leave the image out.
-        left_out: how many annotations of each kind no sample holds.
+        left_out: records that no sample holds, by kind.
     """
 
     name: str
     class_names: tuple[str, ...]
     image_names: Sequence[str]
     read: Callable[[str], TruthSample]
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 @dataclass(frozen=True)
@@ -159,7 +181,6 @@ def read_png(data: bytes, stored: StoredImage, modes: Collection[str]) -> np.nda
         SampleFailure: kind `bad_label_map` or `size_mismatch`.
     """
     try:
-        check_png(data)
         header = PngImageFile(io.BytesIO(png_without_texts(data)))
         if sorted(header.size) != sorted((stored.height, stored.width)):
             sizes = f"{header.width} x {header.height}, the image {stored.width} x {stored.height}"
@@ -167,6 +188,7 @@ def read_png(data: bytes, stored: StoredImage, modes: Collection[str]) -> np.nda
         if header.mode not in modes:
             message = f"expected a PNG of mode {' or '.join(modes)}, received {header.mode}"
             raise SampleFailure("read", "bad_label_map", message)
+        check_png(data)
         return np.array(header)
     except SampleFailure as failure:
         if failure.stage == "read":

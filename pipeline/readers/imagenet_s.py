@@ -12,6 +12,7 @@ Source: https://github.com/LUSSeg/ImageNet-S, README, "Structure" and "Q&A".
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,11 @@ def open_imagenet_s(
     names = sorted({*files, *_files(label_maps, wordnet_ids)})
 
     def read(name: str) -> TruthSample:
-        return _read(images, label_maps, name, files.get(name, f"{name}.JPEG"), class_names)
+        several = files.get(name, [f"{name}.JPEG"])
+        if len(several) > 1:
+            message = f"several images have this name: {', '.join(several[:3])}"
+            raise SampleFailure("read", "ambiguous_image", message)
+        return _read(images, label_maps, name, several[0], class_names)
 
     return TruthDataset(f"imagenet-s{variant}-{split}", class_names, names, read)
 
@@ -103,10 +108,12 @@ def _class_names(wordnet_ids: tuple[str, ...]) -> tuple[str, ...]:
     return unique_names(names, wordnet_ids)
 
 
-def _files(folder: Path, wordnet_ids: tuple[str, ...]) -> dict[str, str]:
-    """File by name, where a name is the class folder and the file's stem."""
-    paths = (path for wordnet_id in wordnet_ids for path in (folder / wordnet_id).glob("*.*"))
-    return {f"{path.parent.name}/{path.stem}": f"{path.parent.name}/{path.name}" for path in paths}
+def _files(folder: Path, wordnet_ids: tuple[str, ...]) -> dict[str, list[str]]:
+    """Files by name, where a name is the class folder and the file's stem."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in (path for wordnet_id in wordnet_ids for path in sorted((folder / wordnet_id).glob("*.*"))):
+        found[f"{path.parent.name}/{path.stem}"].append(f"{path.parent.name}/{path.name}")
+    return found
 
 
 def _read(

@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float, Int
 
 from pipeline.errors import UserError
 from pipeline.readers.dataset import (
+    LeftOut,
     TruthDataset,
     TruthSample,
     class_fields,
@@ -85,11 +86,12 @@ def open_openimages(root: str | Path, split: str = "val", images: str | Path | N
     if split not in IMAGE_FOLDERS:
         raise UserError(f"split: expected {', '.join(IMAGE_FOLDERS)}, received {split!r}")
     image_folder = require_folder(Path(images or folder / IMAGE_FOLDERS[split]), "images")
-    mids, names = _read_classes(folder / "oidv7-class-descriptions.csv")
+    left_out = LeftOut()
+    mids, names = _read_classes(folder / "oidv7-class-descriptions.csv", left_out)
     class_names = unique_names(names, mids)
     class_of_mid = {mid: class_id for class_id, mid in enumerate(mids, 1)}
-    left_out: Counter[str] = Counter()
-    points = _read_points(folder / f"oidv7-{split}-annotations-point-labels.csv", class_of_mid, left_out)
+    table = folder / f"oidv7-{split}-annotations-point-labels.csv"
+    points = _read_points(table, class_of_mid, left_out.counts)
 
     def read(name: str) -> TruthSample:
         stored = read_image(image_folder, f"{name}.jpg")
@@ -98,13 +100,20 @@ def open_openimages(root: str | Path, split: str = "val", images: str | Path | N
     return TruthDataset(f"openimages-v7-{split}", class_names, list(points.spans), read, left_out)
 
 
-def _read_classes(path: Path) -> tuple[list[str], list[str]]:
+def _read_classes(path: Path, left_out: LeftOut) -> tuple[list[str], list[str]]:
     """MIDs, and how people call them."""
-    rows = [row for row in csv.reader(read_text(path).splitlines()) if row]
+    table = [row for row in csv.reader(read_text(path).splitlines()) if row]
     # MIDs begin with a slash, the heading does not
-    rows = [row for row in rows if row[0].startswith("/")]
+    rows = [row for row in table if row[0].startswith("/")]
     if not rows or any(len(row) < 2 for row in rows):
         raise UserError(f"{path}: expected two columns, LabelName and DisplayName")
+    for row in table[1:]:
+        if not row[0].startswith("/"):
+            left_out.add("classes_without_a_mid", f"{row[0]!r} begins with no slash")
+    # class ids are places in the table, so none may be counted twice
+    repeated = [mid for mid, count in Counter(row[0] for row in rows).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: expected each LabelName once, found {repeated[0]} several times")
     return [row[0] for row in rows], [row[1].strip() or row[0] for row in rows]
 
 
@@ -126,6 +135,7 @@ def _read_points(path: Path, class_of_mid: Mapping[str, int], left_out: Counter[
         for name, start, end in zip(names, starts, ends.tolist(), strict=True)
         if end > start
     }
+    left_out["images_without_a_point"] += len(names) - len(spans)
     return _Points(spans, x[order], y[order], class_id[order], is_object[order])
 
 
@@ -150,12 +160,16 @@ def _read_batch(
     x, y = (batch.column(name).to_numpy(zero_copy_only=False) for name in ("X", "Y"))
     classes = np.array([class_of_mid.get(value, 0) for value in mid.values], np.int32)[mid.codes]
     answers = np.array([{"yes": 1, "no": 0}.get(value, -1) for value in answer.values], np.int8)[answer.codes]
-    unsure, unknown = answers < 0, classes == 0
+    answered = np.array([value in ("yes", "no", "unsure") for value in answer.values], bool)[answer.codes]
+    nameless = np.array([not name for name in image.values], bool)[image.codes]
+    malformed = nameless | ~answered
+    unsure, unknown = (answers < 0) & ~malformed, (classes == 0) & ~malformed
     outside = ~((x >= 0) & (x <= 1) & (y >= 0) & (y <= 1))
+    left_out["points_malformed"] += int(malformed.sum())
     left_out["points_unsure"] += int(unsure.sum())
     left_out["points_of_unknown_class"] += int((unknown & ~unsure).sum())
-    left_out["points_outside"] += int((outside & ~unknown & ~unsure).sum())
-    kept = ~(unsure | unknown | outside)
+    left_out["points_outside"] += int((outside & ~unknown & ~unsure & ~malformed).sum())
+    kept = ~(malformed | unsure | unknown | outside)
     codes = np.array([code_of_image.setdefault(name, len(code_of_image)) for name in image.values], np.int32)[
         image.codes
     ]

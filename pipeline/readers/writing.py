@@ -57,7 +57,8 @@ class Conversion:
         shards: names of the tars, in order.
         skipped: how many images were left out, by reason.
         skipped_names: the first of them, with what was wrong.
-        left_out: how many annotations were left out of samples, by kind.
+        left_out: how many records were left out of samples, by kind.
+        left_out_names: the first of them, with what was wrong, where that is known.
     """
 
     dataset: str
@@ -69,6 +70,7 @@ class Conversion:
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_names: dict[str, list[list[str]]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    left_out_names: dict[str, list[str]] = field(default_factory=dict)
 
     def skip(self, name: str, failure: SampleFailure) -> None:
         """Count an image that is left out."""
@@ -111,7 +113,8 @@ def write_shards(
     while conversion.images_read < conversion.images:
         with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
             samples = _fill_shard(dataset, conversion, keys, spool, limits)
-            conversion.left_out = dict(+dataset.left_out)
+            conversion.left_out = dict(+dataset.left_out.counts)
+            conversion.left_out_names = dict(dataset.left_out.names)
             if samples:
                 name = _shard_name(dataset, len(conversion.shards))
                 size_bytes = spool.seek(0, io.SEEK_END)

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import tarfile
 import tracemalloc
 import warnings
 import zlib
@@ -31,6 +32,7 @@ from pipeline.decode import (
 )
 from pipeline.errors import SampleFailure
 from pipeline.image_files.jpeg import MAX_JPEG_SCANS
+from pipeline.shards import read_samples
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)
 TRANSFORM = ImageTransform(32, 48, MEAN, STD, "bicubic")
@@ -529,9 +531,69 @@ def test_the_first_field_by_preference_is_found_in_any_case():
 
 
 def test_a_missing_field_names_what_was_expected_and_what_there_is():
-    with pytest.raises(SampleFailure, match="jpg;png, received json, txt") as caught:
+    with pytest.raises(SampleFailure) as caught:
         find_field({"txt": b"", "json": b""}, "jpg;png")
     assert (caught.value.stage, caught.value.kind) == ("decode", "missing_field")
+    assert caught.value.message == "sample has no field `jpg` or `png`; fields present: json, txt"
+
+
+def fields_of(*names: str, wanted=("jpg", "txt")):
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    (found,) = read_samples(io.BytesIO(sink.getvalue()), max_member_bytes=10, wanted_fields=wanted)
+    return found.fields
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.jpg"], "sample has no field `txt`; fields present: jpg"),
+        (["a.jpg", "a.json", "a.CLS"], "sample has no field `txt`; fields present: cls, jpg, json"),
+        (["a.json"], "sample has no field `txt`; fields present: json"),
+        (
+            ["22.05.jpg", "22.05.txt"],
+            "sample has no field `txt`; fields present: 05.jpg, 05.txt (a key ends at the first dot of the "
+            "base name, and all that follows is the field)",
+        ),
+        (["a.jpg", "a.\x1b[2J"], r"sample has no field `txt`; fields present: \x1b[2j, jpg"),
+        (
+            [f"a.{'x' * 90}{number:02d}" for number in range(40)],
+            f"sample has no field `txt`; fields present: {'x' * 30}",
+        ),
+        (
+            [f"a.f{number:02d}" for number in range(14)],
+            "sample has no field `txt`; fields present: f00, f01, f02, f03, f04, f05, f06, f07, f08, f09, "
+            "f10, f11 and 2 more",
+        ),
+    ],
+)
+def test_a_missing_field_names_what_is_there_even_if_nobody_wants_it(names, message):
+    with pytest.raises(SampleFailure) as caught:
+        find_field(fields_of(*names), "txt", stage="caption")
+    assert caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    ("document", "keys"),
+    [
+        ({}, "none"),
+        ({"text": "a dog", "url": 1}, "text, url"),
+        ({"a\n\u202eb": 1}, r"a\x0a\u202eb"),
+        (
+            {f"k{number}": 1 for number in range(100_000)},
+            "k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11 and",
+        ),
+        ({"x" * 100_000: 1}, "x" * 30),
+    ],
+)
+def test_a_missing_json_key_names_the_keys_that_are_there(document, keys):
+    with pytest.raises(SampleFailure) as caught:
+        captions_of(document, "json:caption", several=False)
+    assert f"no key `caption`; keys present: {keys}" in caught.value.message
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 500
 
 
 def captions_of(content: bytes | object, spec: str = "json:captions", *, several: bool = True):

@@ -253,6 +253,173 @@ def test_real_captions_of_coco_stand_in_the_sample(tmp_path):
     assert "caption" not in documents["000000000632"]
 
 
+def edited_coco(root, edit, captions=()):
+    """Two images with one object each, and whatever an edit makes of the document."""
+    objects = [
+        coco_object(1, 139, 1, box_polygon(2, 3, 8, 9)),
+        coco_object(2, 632, 18, box_polygon(1, 1, 6, 6)),
+    ]
+    path = write_coco(root, objects, images={139: (24, 32), 632: (10, 12)}, captions=captions)
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+    return write_shards(open_coco(root), str(root / "out"))
+
+
+A_CAPTION = {"id": 1, "image_id": 139, "caption": "A room."}
+
+
+@pytest.mark.parametrize(
+    ("caption", "kind", "told"),
+    [
+        ({"id": 2, "image_id": 139, "caption": None}, "captions_malformed", "a text as caption, found null"),
+        ({"id": 2, "image_id": 139, "caption": 7}, "captions_malformed", "a text as caption, found 7"),
+        ({"id": 2, "image_id": 139}, "captions_malformed", "a text as caption, found none"),
+        ({"id": 2, "image_id": 139, "caption": " \n"}, "captions_malformed", "white space alone"),
+        ({"id": 2, "caption": "A dog."}, "captions_malformed", "a whole number as image_id, found none"),
+        (
+            {"id": "x", "image_id": 139, "caption": "A."},
+            "captions_malformed",
+            "a whole number as id, found 'x'",
+        ),
+        (None, "captions_malformed", "a JSON object, found None"),
+        (
+            {"id": 2, "image_id": 5, "caption": "A dog."},
+            "captions_of_unknown_or_ambiguous_image",
+            "caption 2 of image 5",
+        ),
+        (A_CAPTION, "captions_listed_twice", "caption 1 of image 139"),
+    ],
+)
+def test_a_coco_caption_that_is_none_is_counted_and_named(tmp_path, caption, kind, told):
+    conversion = edited_coco(tmp_path, lambda document: None, captions=[A_CAPTION, caption])
+    assert conversion.left_out == {kind: 1}
+    assert told in conversion.left_out_names[kind][0]
+    assert documents_of(tmp_path / "out")["000000000139"]["all_captions"] == ["A room."]
+
+
+def append(name, record):
+    return lambda document: document[name].append(record)
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "told"),
+    [
+        (append("annotations", {"id": 9}), "annotations_malformed", "image_id, found none"),
+        (append("annotations", "x"), "annotations_malformed", "a JSON object, found 'x'"),
+        (
+            append("annotations", {"id": 9, "image_id": 5}),
+            "annotations_of_unknown_or_ambiguous_image",
+            "annotation 9 of image 5",
+        ),
+        (
+            append("annotations", coco_object(1, 139, 1, box_polygon(2, 3, 8, 9))),
+            "annotations_listed_twice",
+            "annotation 1 of image 139",
+        ),
+        (append("images", {"id": 7}), "images_malformed", "height, found none"),
+        (append("images", None), "images_malformed", "a JSON object, found None"),
+        (
+            append("images", {"id": 7, "file_name": None, "height": 2, "width": 2}),
+            "images_malformed",
+            "a text as file_name, found null",
+        ),
+        (
+            append("images", {"id": 7, "file_name": "x.jpg", "height": "2", "width": 2}),
+            "images_malformed",
+            "a whole number as height, found '2'",
+        ),
+        (
+            append("images", {"id": 139, "file_name": f"{139:012d}.jpg", "height": 24, "width": 32}),
+            "images_listed_twice",
+            "image 139",
+        ),
+    ],
+)
+def test_a_coco_record_that_no_image_can_have_is_counted_and_named(tmp_path, edit, kind, told):
+    conversion = edited_coco(tmp_path, edit)
+    assert (conversion.written, conversion.skipped) == (2, {})
+    assert conversion.left_out == {kind: 1}
+    assert told in conversion.left_out_names[kind][0]
+
+
+def another_id(document):
+    document["images"].append({**document["images"][0], "id": 7})
+    document["annotations"].append(coco_object(3, 7, 1, box_polygon(1, 1, 4, 4)))
+
+
+def another_name(document):
+    document["images"].append({**document["images"][0], "file_name": "else.jpg"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "skipped", "objects"),
+    [(another_id, ["000000000139.jpg"], 2), (another_name, ["000000000139.jpg", "else.jpg"], 1)],
+)
+def test_coco_images_of_one_name_or_one_id_are_skipped_with_all_their_objects_counted(
+    tmp_path, edit, skipped, objects
+):
+    conversion = edited_coco(tmp_path, edit)
+    assert conversion.skipped == {"ambiguous_image": len(skipped)}
+    assert sorted(name for name, _ in conversion.skipped_names["ambiguous_image"]) == skipped
+    assert conversion.left_out == {"annotations_of_unknown_or_ambiguous_image": objects}
+    assert list(scenes_of(tmp_path / "out")) == ["000000000632"]
+
+
+@pytest.mark.parametrize("folder", ["a", "a/b", "val2017"])
+def test_a_coco_file_name_may_hold_folders(tmp_path, folder):
+    def edit(document):
+        (first, _) = document["images"]
+        file = tmp_path / "val2017" / first["file_name"]
+        if folder != "val2017":
+            write(tmp_path / "val2017" / folder / file.name, file.read_bytes())
+            file.unlink()
+        first["file_name"] = f"{folder}/{file.name}"
+
+    conversion = edited_coco(tmp_path, edit)
+    assert (conversion.written, conversion.skipped) == (2, {})
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/x.jpg", "a//b.jpg", "a/./b.jpg", "a\\b.jpg", "a/"])
+def test_a_coco_file_name_that_leaves_the_folder_is_unsafe(tmp_path, name):
+    write(tmp_path / "secret.jpg", b"secret")
+    conversion = edited_coco(tmp_path, lambda document: document["images"][0].update(file_name=name))
+    assert conversion.skipped == {"unsafe_name": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"category_id": 99}, "annotation 1: category 99 is none of the 5 categories"),
+        ({"category_id": None}, "annotation 1: expected a whole number as category_id, found null"),
+        (
+            {"segmentation": None},
+            "annotation 1: expected polygons or run lengths as segmentation, found none",
+        ),
+        ({"segmentation": [7]}, "annotation 1: expected a list of numbers as polygon, found 7"),
+        ({"segmentation": {"counts": "x"}}, "annotation 1: has no 'size' in its segmentation"),
+    ],
+)
+def test_a_coco_object_that_cannot_be_drawn_skips_its_image_with_a_readable_reason(tmp_path, change, told):
+    conversion = edited_coco(tmp_path, lambda document: document["annotations"][0].update(change))
+    assert conversion.skipped_names == {"bad_annotation": [["000000000139.jpg", told]]}
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda document: document.pop("images"), "expected a list 'images', found none"),
+        (lambda document: document.update(annotations=None), "expected a list 'annotations', found null"),
+        (append("categories", {"id": 1, "name": "x"}), "categories of different ids, found 1 several times"),
+        (append("categories", {"id": 5}), "expected a text as name, found none"),
+        (append("categories", None), "expected a JSON object, found None"),
+    ],
+)
+def test_what_is_not_laid_out_as_cocos_says_what_was_expected(tmp_path, edit, told):
+    with pytest.raises(UserError, match=told):
+        edited_coco(tmp_path, edit)
+
+
 # ImageNet-S
 
 WORDNET_IDS = ["n01440764", "n01443537", "n02084071", "n02119789"]
@@ -303,6 +470,19 @@ def test_class_folders_that_are_missing_are_told_by_the_authors_list_in_any_orde
     assert dataset.class_names[:3] == ("tench", "goldfish", "great white shark")
 
 
+def test_two_images_of_imagenet_s_with_one_name_are_skipped_and_named(tmp_path):
+    from timm.data.imagenet_info import ImageNetInfo
+
+    folders = ImageNetInfo("imagenet-1k").label_names()[:50]
+    ids = {f"{folders[0]}/{name}": np.ones((8, 8), int) for name in "ab"}
+    write_imagenet_s(tmp_path, folders, ids)
+    (image,) = tmp_path.glob(f"validation/{folders[0]}/a.*")
+    write(image.with_suffix(".png"), png(np.zeros((8, 8, 3), np.uint8)))
+    conversion = write_shards(open_imagenet_s(tmp_path, variant=50), str(tmp_path / "out"))
+    assert conversion.skipped == {"ambiguous_image": 1}
+    assert conversion.written == 1
+
+
 def test_a_class_that_imagenet_does_not_know_is_the_users_mistake(tmp_path):
     write_imagenet_s(tmp_path, ["n00000001"], {})
     (tmp_path / "validation-segmentation").mkdir()
@@ -323,6 +503,28 @@ POINTS = [
     ("a1", 1.5, 0.6, "/m/01xyz", "yes"),
     ("b2", 0.75, 0.5, "/m/0bt9lr", "yes"),
 ]
+
+
+def test_points_that_answer_nothing_or_name_no_image_are_counted(tmp_path):
+    odd = [
+        ("b2", 0.5, 0.5, "/m/0bt9lr", "maybe"),
+        ("", 0.5, 0.5, "/m/0bt9lr", "yes"),
+        ("c3", 0.5, 0.5, "/m/x", "no"),
+    ]
+    write_openimages(tmp_path, [*POINTS, *odd], classes=CLASSES, images=["b2", "a1"])
+    conversion = write_shards(open_openimages(tmp_path), str(tmp_path / "out"))
+    counts = (conversion.written, conversion.left_out["points_malformed"], conversion.skipped)
+    assert counts == (2, 2, {})
+    # the nameless one, and the one whose only point is of an unknown class
+    assert conversion.left_out["images_without_a_point"] == 2
+
+
+def test_a_class_of_open_images_that_is_described_twice_is_the_users_mistake(tmp_path):
+    write_openimages(tmp_path, POINTS, classes=CLASSES, images=["b2", "a1"])
+    table = tmp_path / "oidv7-class-descriptions.csv"
+    table.write_text(table.read_text() + "/m/0bt9lr,Hound\n")
+    with pytest.raises(UserError, match="/m/0bt9lr several times"):
+        open_openimages(tmp_path)
 
 
 def test_open_images_points_are_those_of_the_table_that_somebody_was_sure_of(tmp_path):

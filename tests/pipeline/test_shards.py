@@ -146,15 +146,88 @@ def test_a_stream_that_gives_few_bytes_at_a_time_reads_the_same():
 # ---------------------------------------------------------------- faults of single samples
 
 
-def test_a_key_that_comes_back_later_is_an_error_of_its_own_and_never_joined():
-    items = read(members("a.jpg", "b.jpg", "a.txt", "b.txt", "c.txt") + END)
+def test_a_key_that_comes_back_with_a_field_again_is_an_error_of_its_own():
+    items = read(members("a.jpg", "a.txt", "b.jpg", "a.JPG", "c.txt", "b.jpg", "b.txt") + END)
+    assert summary(items) == [
+        (0, "a", ["jpg", "txt"]),
+        (1, "b", ["jpg"]),
+        (2, "a", "duplicate_key"),
+        (3, "c", ["txt"]),
+        (4, "b", "duplicate_key"),
+    ]
+
+
+def test_members_that_stand_apart_from_their_sample_are_never_joined_and_count_once():
+    items = read(members("a.jpg", "b.jpg", "a.txt", "b.txt", "c.txt", "a.json", "c.jpg") + END)
     assert summary(items) == [
         (0, "a", ["jpg"]),
         (1, "b", ["jpg"]),
-        (2, "a", "duplicate_key"),
-        (3, "b", "duplicate_key"),
-        (4, "c", ["txt"]),
+        (2, "c", ["txt"]),
+        (None, "a", "members_apart"),
     ]
+    assert "4 time(s)" in items[-1].message
+    assert "tar --sort=name" in items[-1].message
+    assert not items[-1].damages_shard
+
+
+def test_members_apart_that_nobody_wants_are_no_error():
+    data = members("a.jpg", "a.txt", "b.jpg", "b.txt", "a.json", "b.json") + END
+    assert summary(read(data, wanted_fields=["jpg", "txt"])) == [
+        (0, "a", ["jpg", "txt"]),
+        (1, "b", ["jpg", "txt"]),
+    ]
+
+
+def test_members_apart_are_told_once_before_what_damages_the_archive():
+    kinds = [item.kind for item in read(members("a.jpg", "b.jpg", "a.txt")) if isinstance(item, SampleError)]
+    assert kinds == ["members_apart", "truncated"]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.permutations([f"{key}.{field}" for key in "abc" for field in ("jpg", "txt", "json", "cls")]),
+    st.lists(st.sampled_from(["a.jpg", "b.txt"]), max_size=2),
+    st.lists(st.sampled_from(["jpg", "txt", "json", "cls"]), unique=True),
+    st.booleans(),
+)
+def test_ordinals_and_outcomes_of_keys_do_not_depend_on_what_is_wanted(names, again, wanted, whole):
+    data = members(*names, *again) + (END if whole else b"")
+
+    def outcomes(items):
+        return [item for item in summary(items) if item[0] is not None]
+
+    of_all = outcomes(read(data))
+    of_some = outcomes(read(data, wanted_fields=wanted))
+    assert [(index, key) for index, key, _ in of_some] == [(index, key) for index, key, _ in of_all]
+    assert [index for index, _, _ in of_all] == list(range(len(of_all)))
+    keys = [key for _, key, what in of_all if what != "duplicate_key"]
+    assert sorted(keys) == ["a", "b", "c"]
+
+
+def test_combinations_of_fields_are_remembered_in_bounded_memory():
+    class Endless(io.RawIOBase):
+        """Pairs of samples whose fields no other sample has."""
+
+        def __init__(self):
+            self.headers = (header(f"{number}.{'f' * 60}{number}", 0) for number in range(3000))
+
+        def read(self, size=-1):
+            return next(self.headers, b"")
+
+    tracemalloc.start()
+    count = sum(1 for _ in read_samples(Endless(), max_member_bytes=LIMIT))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 3001
+    assert peak_bytes < 3000 * 500
+
+
+def test_fields_that_nobody_wants_are_known_by_a_bounded_number_of_names():
+    names = ["a.jpg", *(f"a.{'x' * 500}{number}" for number in range(50))]
+    (found, *_) = read(members(*names) + END, wanted_fields=["jpg"])
+    assert list(found.fields) == ["jpg"]
+    assert 0 < len(found.fields.skipped) < 50
+    assert all(len(name) <= 64 for name in found.fields.skipped)
 
 
 @pytest.mark.parametrize("names", [("a.jpg", "a.jpg"), ("a.jpg", "a.JPG")])
