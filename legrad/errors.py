@@ -6,6 +6,7 @@ LeGradError
  ├── InputError              a tensor, index or option that does not fit the model or the other inputs
  ├── TokenizerError          texts given to an explainer that has no tokenizer
  └── MaskError               grids, masks or a rule from which no masks can be made
+      └── RleError           a run-length encoding that is not one of a mask of its size
 """
 
 
@@ -31,3 +32,19 @@ class TokenizerError(LeGradError):
 
 class MaskError(LeGradError):
     """Grids, masks or a rule from which no masks can be made."""
+
+
+class RleError(MaskError):
+    """A run-length encoding that is not one of a mask of its size.
+
+    Attributes:
+        fault: what is wrong, in a word: size, frame, counts, not_ascii, alphabet, truncated, overflow,
+            many_runs, negative_run, long_run or sum.
+    """
+
+    def __init__(self, fault: str, message: str) -> None:
+        super().__init__(fault, message)
+        self.fault = fault
+
+    def __str__(self) -> str:
+        return f"mask: {self.args[1]}"

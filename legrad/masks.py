@@ -11,7 +11,7 @@ from torch import Tensor
 from legrad.cleaning import NO_CLEANING, Cleaning, clean_masks, smooth_maps
 from legrad.errors import MaskError
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
-from legrad.rle import Rle, decode_rle, encode_rle, mask_area, mask_bbox_xywh
+from legrad.rle import Rle, decode_rle, encode_rle, mask_area, mask_bbox_xywh, measure_encoded
 from legrad.thresholds import MaskRule, cuts_of, otsu_threshold
 
 __all__ = [
@@ -171,5 +171,6 @@ def image_masks(
     thresholds_low: Float32[np.ndarray, " prompts"] | None = None,
     ignores: Sequence[Rle] = (),
 ) -> ImageMasks:
-    """Encoded masks with their areas and boxes; see `ImageMasks`."""
-    return ImageMasks(rles, mask_area(rles), mask_bbox_xywh(rles), thresholds, thresholds_low, ignores)
+    """Masks fresh from `encode_rle`, with their areas and boxes; see `ImageMasks`."""
+    areas, bboxes_xywh = measure_encoded(rles)
+    return ImageMasks(rles, areas, bboxes_xywh, thresholds, thresholds_low, ignores)

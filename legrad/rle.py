@@ -1,15 +1,39 @@
-"""COCO's compressed run-length encoding of masks: to it, from it, areas and boxes."""
+"""COCO's compressed run-length encoding of masks: to it, from it, areas and boxes.
 
-from collections.abc import Sequence
-from typing import TypedDict
+A mask is read column by column, as the lengths of its runs: background, foreground, background and so on. A
+number is written in digits of five bits, lowest first, as the characters from "0" to "o": 32 is added where
+more digits follow, and 16 in the last one is the sign. From the fourth run on the number is the difference to
+the run before the previous one.
+
+pycocotools trusts such a string and writes past its arrays where it should not have, so it only ever gets
+masks to encode; what comes from a file is read here.
+
+Source: https://github.com/cocodataset/cocoapi, common/maskApi.c, `rleToString` and `rleFrString`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from pycocotools import mask as coco
 from torch import Tensor
 
-from legrad.errors import MaskError
+from legrad.errors import RleError
+
+MAX_MASK_PIXELS = 2**28
+# whatever a caller allows: pycocotools counts pixels in 32 bits
+MOST_PIXELS = 2**32 - 1
+# a difference of two runs of up to 2**32 pixels, and its sign
+MAX_DIGITS = 7
+FIRST_CHARACTER, LAST_CHARACTER, DIGIT_VALUES = ord("0"), "o", 64
+BITS, VALUE, SIGN, MORE = 5, 0x1F, 0x10, 0x20
+
+
+# of more masks pycocotools finds no areas under numpy 2
+MOST_AT_ONCE = 255
 
 
 class Rle(TypedDict):
@@ -36,45 +60,294 @@ def encode_rle(
     ]
 
 
-def decode_rle(rle: Rle) -> Bool[np.ndarray, "height width"]:
-    """Decode one mask of COCO compressed RLE.
+def measure_encoded(
+    rles: Sequence[Rle],
+) -> tuple[Int64[np.ndarray, " prompts"], Float32[np.ndarray, "prompts 4"]]:
+    """Areas and boxes of masks fresh from `encode_rle`, unchecked and fast; never of what a file says.
+
+    Args:
+        rles: made by `encode_rle` in this process.
+
+    Returns:
+        Foreground pixels of each mask, and its box as `mask_bbox_xywh` gives it.
+    """
+    chunks = [list(rles[first : first + MOST_AT_ONCE]) for first in range(0, len(rles), MOST_AT_ONCE)]
+    areas = [np.asarray(coco.area(chunk), dtype=np.int64) for chunk in chunks]
+    boxes = [np.asarray(coco.toBbox(chunk), dtype=np.float32) for chunk in chunks]
+    return np.concatenate([np.zeros(0, np.int64), *areas]), np.concatenate(
+        [np.zeros((0, 4), np.float32), *boxes]
+    )
+
+
+def decode_rle(rle: Rle, *, max_pixels: int = MAX_MASK_PIXELS) -> Bool[np.ndarray, "height width"]:
+    """Decode one mask of COCO compressed RLE; what is wrong with it is found before its pixels are allocated.
+
+    Args:
+        rle: may come from a file of unknown origin.
+        max_pixels: larger masks are refused.
 
     Raises:
-        MaskError: the runs do not fill the size.
+        RleError: it is no encoding of a mask of its size.
     """
-    height, width = rle["size"]
-    runs = _run_lengths(rle["counts"])
-    if ((runs < 0) | (runs > height * width)).any() or runs.sum() != height * width:
-        raise MaskError(f"decode_rle: expected runs that fill {height} x {width} pixels, received others")
+    stack = _parsed([rle], max_pixels)
     # not coco.decode, which warns under numpy 2 at every call
-    columns_first = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return _pixels(stack.lengths, *stack.sizes[0].tolist())
+
+
+def decode_runs(
+    lengths: Any, height: int, width: int, *, max_pixels: int = MAX_MASK_PIXELS
+) -> Bool[np.ndarray, "height width"]:
+    """Decode one mask of COCO's uncompressed RLE, a list of run lengths, such as crowds have.
+
+    Args:
+        lengths: list of the pixels of each run, the first one background, as JSON of unknown origin has it.
+        height: of the mask.
+        width: of the mask.
+        max_pixels: larger masks are refused.
+
+    Raises:
+        RleError: the runs do not make a mask of this size.
+    """
+    pixels = _pixel_count([height, width], max_pixels)
+    if not isinstance(lengths, list | tuple):
+        raise RleError("counts", f"expected a list of run lengths, received {type(lengths).__name__}")
+    if len(lengths) > pixels + 1:
+        raise RleError("many_runs", f"{len(lengths)} runs in a mask of {height} x {width} pixels")
+    for length in lengths:
+        if not _is_whole(length):
+            raise RleError("counts", f"expected whole numbers as run lengths, received {length!r:.40}")
+        if length < 0:
+            raise RleError("negative_run", f"a run of {_shown(length)} pixels")
+    if sum(lengths) != pixels:
+        raise RleError("sum", _not_filling(sum(lengths), height, width))
+    return _pixels(np.array(lengths, dtype=np.int64), height, width)
+
+
+def mask_area(rles: Sequence[Rle], *, max_pixels: int = MAX_MASK_PIXELS) -> Int64[np.ndarray, " prompts"]:
+    """Count the foreground pixels of each mask, from its runs alone; fastest for many masks at once.
+
+    Args:
+        rles: may come from a file of unknown origin.
+        max_pixels: larger masks are refused.
+
+    Raises:
+        RleError: one of them is no encoding of a mask of its size.
+    """
+    stack = _parsed(rles, max_pixels)
+    return stack.sums(stack.lengths * stack.is_foreground)
+
+
+def mask_bbox_xywh(
+    rles: Sequence[Rle], *, max_pixels: int = MAX_MASK_PIXELS
+) -> Float32[np.ndarray, "prompts 4"]:
+    """Find the smallest box around each mask: left, top, width, height in pixels; zeros for an empty mask.
+
+    Args:
+        rles: may come from a file of unknown origin.
+        max_pixels: larger masks are refused.
+
+    Raises:
+        RleError: one of them is no encoding of a mask of its size.
+    """
+    stack = _parsed(rles, max_pixels)
+    boxes = np.zeros((len(rles), 4), dtype=np.float32)
+    shown = np.flatnonzero(stack.is_foreground & (stack.lengths > 0))
+    if not len(shown):
+        return boxes
+    owners = stack.owners[shown]
+    heights = stack.sizes[owners, 0]
+    # runs fill their masks, so a mask begins where the pixels of those before it end
+    ends = (stack.lengths.cumsum() - np.repeat(stack.pixels.cumsum() - stack.pixels, stack.run_counts))[shown]
+    left, top = np.divmod(ends - stack.lengths[shown], heights)
+    right, bottom = np.divmod(ends - 1, heights)
+    # a run that goes on in the next column touches the bottom of the one and the top of the other
+    crosses = left != right
+    top[crosses], bottom[crosses] = 0, heights[crosses] - 1
+    masks, first_runs = np.unique(owners, return_index=True)
+    left, top = (np.minimum.reduceat(edge, first_runs) for edge in (left, top))
+    right, bottom = (np.maximum.reduceat(edge, first_runs) for edge in (right, bottom))
+    boxes[masks] = np.stack([left, top, right - left + 1, bottom - top + 1], axis=1)
+    return boxes
+
+
+def check_rles(rles: Sequence[Rle], *, max_pixels: int = MAX_MASK_PIXELS) -> None:
+    """Refuse masks that `decode_rle` would refuse; no pixels are allocated.
+
+    Args:
+        rles: may come from a file of unknown origin.
+        max_pixels: larger masks are refused.
+
+    Raises:
+        RleError: one of them is no encoding of a mask of its size.
+    """
+    _parsed(rles, max_pixels)
+
+
+@dataclass(frozen=True)
+class _RunStack:
+    """Runs of several masks, one mask after the other.
+
+    Attributes:
+        lengths: of the runs, in pixels.
+        run_counts: runs of each mask.
+        sizes: height and width of each mask.
+    """
+
+    lengths: Int64[np.ndarray, " runs"]
+    run_counts: Int64[np.ndarray, " masks"]
+    sizes: Int64[np.ndarray, "masks 2"]
+
+    @property
+    def pixels(self) -> Int64[np.ndarray, " masks"]:
+        pixels: np.ndarray = self.sizes.prod(axis=1)
+        return pixels
+
+    @property
+    def owners(self) -> Int64[np.ndarray, " runs"]:
+        """Which mask a run is of."""
+        return np.repeat(np.arange(len(self.run_counts)), self.run_counts)
+
+    @property
+    def is_foreground(self) -> Bool[np.ndarray, " runs"]:
+        """Every other run of each mask, from the second one on."""
+        is_odd: np.ndarray = np.zeros(len(self.lengths), dtype=bool)
+        is_odd[1::2] = True
+        begins_odd = (self.run_counts.cumsum() - self.run_counts) & 1 == 1
+        return is_odd ^ np.repeat(begins_odd, self.run_counts) if begins_odd.any() else is_odd
+
+    def sums(self, values: Int64[np.ndarray, " runs"]) -> Int64[np.ndarray, " masks"]:
+        """The sum over each mask's runs."""
+        if len(self.run_counts) == 1:
+            return np.array([values.sum()])
+        totals = np.concatenate([[0], values.cumsum()])
+        ends = self.run_counts.cumsum()
+        summed: np.ndarray = totals[ends] - totals[ends - self.run_counts]
+        return summed
+
+
+def _parsed(rles: Sequence[Rle], max_pixels: int) -> _RunStack:
+    pixels = [_pixel_count(_field(rle, "size"), max_pixels) for rle in rles]
+    texts = [_characters(rle, most) for rle, most in zip(rles, pixels, strict=True)]
+    sizes = np.array([rle["size"] for rle in rles], dtype=np.int64).reshape(-1, 2)
+    digits = np.frombuffer(b"".join(texts), dtype=np.uint8) - np.uint8(FIRST_CHARACTER)
+    if len(digits) and digits.max() >= DIGIT_VALUES:
+        stray = chr((int(digits[digits >= DIGIT_VALUES][0]) + FIRST_CHARACTER) % 256)
+        raise RleError("alphabet", f"expected counts in the characters from 0 to o, found {stray!r}")
+    # the last digit of each number
+    ends = np.flatnonzero(digits < MORE)
+    run_counts = np.diff(np.searchsorted(ends, np.cumsum([len(text) for text in texts])), prepend=0)
+    stack = _RunStack(_summed_differences(_numbers(digits, ends), run_counts), run_counts, sizes)
+    _require_filling_runs(stack)
+    return stack
+
+
+def _field(rle: Any, name: str) -> Any:
+    if not isinstance(rle, Mapping) or name not in rle:
+        raise RleError(name, f"expected a mask of size and counts, received {rle!r:.80}")
+    return rle[name]
+
+
+def _pixel_count(size: Any, max_pixels: int) -> int:
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(map(_is_whole, size)):
+        raise RleError("size", f"expected a height and a width, received {size!r:.80}")
+    height, width = size
+    if height < 0 or width < 0:
+        raise RleError("size", f"a mask of {_shown(height)} x {_shown(width)} pixels")
+    if height * width > min(max_pixels, MOST_PIXELS) or max(height, width) > MOST_PIXELS:
+        limit = f"the limit is {min(max_pixels, MOST_PIXELS):,} pixels"
+        raise RleError("size", f"a mask of {_shown(height)} x {_shown(width)} pixels; {limit}")
+    return int(height * width)
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _shown(number: int) -> str:
+    # to turn a long number into decimals takes the square of its length
+    return str(number) if abs(number) < 10**20 else "10**20 or more"
+
+
+def _characters(rle: Rle, pixels: int) -> bytes:
+    counts = _field(rle, "counts")
+    if not isinstance(counts, str):
+        raise RleError("counts", f"expected counts as text, received {type(counts).__name__}")
+    if len(counts) > MAX_DIGITS * (pixels + 1):
+        raise RleError("many_runs", f"{len(counts)} characters of counts for {pixels} pixels")
+    if not counts.isascii():
+        stray = next(character for character in counts if not character.isascii())
+        raise RleError("not_ascii", f"expected counts in the characters from 0 to o, found {stray!a}")
+    if counts and ord(counts[-1]) >= FIRST_CHARACTER + MORE and counts[-1] <= LAST_CHARACTER:
+        raise RleError("truncated", f"counts end within a number, at {counts[-1]!r}")
+    return counts.encode("ascii")
+
+
+def _numbers(
+    digits: UInt8[np.ndarray, " characters"], ends: Int64[np.ndarray, " runs"]
+) -> Int64[np.ndarray, " runs"]:
+    """The numbers that end at these places, the highest digit last and with a sign."""
+    values = digits & VALUE
+    spelt = (values ^ SIGN).astype(np.int16) - SIGN
+    # nearly all numbers have one digit or two: put together where they stand, before any is picked
+    has_lower = digits[:-1] >= MORE
+    np.copyto(spelt[1:], (spelt[1:] << BITS) | values[:-1], where=has_lower)
+    numbers: np.ndarray = spelt[ends].astype(np.int64)
+    if not (has_lower[1:] & has_lower[:-1]).any():
+        return numbers
+    digit_counts = np.diff(ends, prepend=-1)
+    most = int(digit_counts.max())
+    if most > MAX_DIGITS:
+        raise RleError("overflow", f"a number of {most} digits; the limit is {MAX_DIGITS}, for 32 bits")
+    for place in range(2, most):
+        longer = np.flatnonzero(digit_counts > place)
+        numbers[longer] = (numbers[longer] << BITS) | values[ends[longer] - place]
+    return numbers
+
+
+def _summed_differences(
+    numbers: Int64[np.ndarray, " runs"], run_counts: Int64[np.ndarray, " masks"]
+) -> Int64[np.ndarray, " runs"]:
+    begin = 0
+    for count in run_counts.tolist():
+        own = numbers[begin : begin + count]
+        for every_other in (own[1::2], own[2::2]):
+            every_other.cumsum(out=every_other)
+        begin += count
+    return numbers
+
+
+def _require_filling_runs(stack: _RunStack) -> None:
+    lengths, pixels = stack.lengths, stack.pixels
+    if not len(pixels):
+        return
+    in_range = lengths.min(initial=0) >= 0 and lengths.max(initial=0) <= pixels.max()
+    if in_range and (stack.run_counts <= pixels + 1).all() and (stack.sums(lengths) == pixels).all():
+        return
+    begin = 0
+    for (height, width), count in zip(stack.sizes.tolist(), stack.run_counts.tolist(), strict=True):
+        _require_filling(lengths[begin : begin + count], height, width)
+        begin += count
+
+
+def _require_filling(lengths: Int64[np.ndarray, " runs"], height: int, width: int) -> None:
+    pixels = height * width
+    if len(lengths) > pixels + 1:
+        raise RleError("many_runs", f"{len(lengths)} runs in a mask of {height} x {width} pixels")
+    if (lengths < 0).any():
+        raise RleError("negative_run", f"a run of {lengths[lengths < 0][0]} pixels")
+    if (lengths > pixels).any():
+        longest = lengths[lengths > pixels][0]
+        raise RleError("long_run", f"a run of {longest} pixels in a mask of {height} x {width} pixels")
+    if lengths.sum() != pixels:
+        raise RleError("sum", _not_filling(int(lengths.sum()), height, width))
+
+
+def _not_filling(total: int, height: int, width: int) -> str:
+    return f"runs of {_shown(total)} pixels together; a mask of {height} x {width} has {height * width}"
+
+
+def _pixels(lengths: Int64[np.ndarray, " runs"], height: int, width: int) -> Bool[np.ndarray, "height width"]:
+    is_foreground = np.zeros(len(lengths), dtype=bool)
+    is_foreground[1::2] = True
+    columns_first = np.repeat(is_foreground, lengths)
     return columns_first.reshape(width, height).T
-
-
-def _run_lengths(counts: str) -> Int64[np.ndarray, " runs"]:
-    # Digits of five bits, lowest first; bit 5 says that more follow, bit 4 of the last digit is the sign.
-    # From the fourth run on, what stands there is the difference to the run before the previous one.
-    digits = np.frombuffer(counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
-    if not len(digits):
-        return digits
-    is_last = digits & 0x20 == 0
-    is_last[-1] = True
-    ends = np.flatnonzero(is_last)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    places = 5 * (np.arange(len(digits)) - np.repeat(starts, lengths))
-    runs: np.ndarray = np.add.reduceat((digits & 0x1F) << places, starts)
-    runs -= ((digits[ends] & 0x10) != 0).astype(np.int64) << (5 * lengths)
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
-
-
-def mask_area(rles: Sequence[Rle]) -> Int64[np.ndarray, " prompts"]:
-    """Count the foreground pixels of each mask."""
-    return np.asarray(coco.area(list(rles)), dtype=np.int64).reshape(len(rles))
-
-
-def mask_bbox_xywh(rles: Sequence[Rle]) -> Float32[np.ndarray, "prompts 4"]:
-    """Find the smallest box around each mask: left, top, width, height in pixels; zeros for an empty mask."""
-    return np.asarray(coco.toBbox(list(rles)), dtype=np.float32).reshape(len(rles), 4)

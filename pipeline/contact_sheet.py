@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from legrad.rle import decode_rle
+from legrad.errors import RleError
 from pipeline import storage
 from pipeline.config import parse_config
 from pipeline.decode import find_field, open_image
-from pipeline.errors import UserError
+from pipeline.errors import ShardError, UserError
 from pipeline.evaluation.scene_scores import row_target
 from pipeline.evaluation.written_masks import read_rows
 from pipeline.ground_truth import Scene, list_truth_shards, scene_of
 from pipeline.image_shards import match_annotations
 from pipeline.job_record import read_job
+from pipeline.label_map import mask_of_image
 from pipeline.output_folder import JOB_FILE
 from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.settings import JobConfig
@@ -68,7 +69,7 @@ def write_contact_sheet(
 
     Raises:
         UserError: no job in the folder, or no accepted mask in the given shards.
-        ShardError: a tar cannot be read.
+        ShardError: a tar cannot be read, or a mask is damaged.
     """
     config = parse_config(read_job(out_dir)["config"], where=storage.join_url(out_dir, JOB_FILE))
     shards = list_truth_shards(shard_patterns)
@@ -144,7 +145,10 @@ def _card(sample: RawSample, row: Row, config: JobConfig) -> Card:
     image = open_image(
         find_field(sample.fields, config.input.image), max_image_pixels=config.input.max_image_pixels
     ).convert("RGB")
-    mask = decode_rle(row["mask"])
+    try:
+        mask = mask_of_image(row["mask"], image.height, image.width)
+    except RleError as error:
+        raise ShardError(f"sample {sample.key}: {error}") from error
     scene = scene_of(sample, config.input.image)
     truth, iou = None, None
     if isinstance(scene, Scene):

@@ -14,6 +14,7 @@ from legrad.competition import Contestants, competing_masks
 from legrad.masks import HeatmapStack, ImageMasks, MaskRule, Normalisation, Rle, independent_masks
 from legrad.thresholds import relevance_contrast
 from pipeline.engine import ExplainedSample
+from pipeline.label_map import mask_frame
 from pipeline.records import ACCEPTED, EMPTY_MASK, OK
 from pipeline.settings import JobConfig, MasksConfig
 
@@ -124,14 +125,6 @@ def annotation_rows(
 def finite_prompts(explained: ExplainedSample) -> torch.Tensor:
     """Which prompts have a grid without NaN and infinity: bool [prompts]."""
     return _finite(explained.relevance_grids)
-
-
-def mask_frame(image_height: int, image_width: int, max_side: int | None) -> tuple[int, int]:
-    """Height and width of the masks: the image's own, or scaled down to a longest side of `max_side`."""
-    longest = max(image_height, image_width)
-    if max_side is None or longest <= max_side:
-        return image_height, image_width
-    return max(1, round(image_height * max_side / longest)), max(1, round(image_width * max_side / longest))
 
 
 def _finite(grids: torch.Tensor) -> torch.Tensor:

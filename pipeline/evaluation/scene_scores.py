@@ -14,7 +14,7 @@ from legrad.label_metrics import Overlap, boundary_f, label_overlap, pixel_tally
 from legrad.masks import decode_rle
 from legrad.metrics import foreground_iou
 from pipeline.ground_truth import Scene
-from pipeline.label_map import BACKGROUND_LABEL, IGNORED_LABEL, in_frame, label_map
+from pipeline.label_map import BACKGROUND_LABEL, IGNORED_LABEL, label_map, mask_at_size
 
 FOREGROUND_CLASS = 1  # of what a whole caption is about
 
@@ -56,6 +56,9 @@ def score_scene(scene: Scene, rows: Sequence[Row], prompt_source: str) -> SceneS
         scene: the ground truth.
         rows: with ``prompt_index``, ``class_id``, ``similarity``, ``mask`` and ``ignore``.
         prompt_source: the job's ``prompts.source``.
+
+    Raises:
+        RleError: a mask is no run-length encoding of its size, or not of this image.
     """
     ious: list[float] = []
     boundaries: list[float] = []
@@ -68,7 +71,7 @@ def score_scene(scene: Scene, rows: Sequence[Row], prompt_source: str) -> SceneS
             presence.append((row["similarity"], present))
         truth = row_target(scene, row, prompt_source)
         if row["mask"] is not None and truth is not None:
-            mask = in_frame(decode_rle(row["mask"]), truth.shape)
+            mask = mask_at_size(row["mask"], *truth.shape)
             ious.append(float(foreground_iou(mask[None], truth[None], scene.valid[None])[0]))
             boundaries.append(boundary_f(mask, truth, scene.valid))
     overlap, kept_overlap, pixels = _label_scores(scene, rows, prompt_source)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
 from legrad import label_metrics
+from legrad.errors import RleError
 from legrad.label_metrics import (
     OverlapTable,
     bootstrap_difference,
@@ -22,6 +23,7 @@ from legrad.label_metrics import (
 )
 from legrad.metrics import Estimate, bootstrap_statistic, presence_auroc
 from pipeline import storage
+from pipeline.errors import ShardError
 from pipeline.evaluation.result import WrittenMaskScores
 from pipeline.evaluation.scene_scores import SceneScores, score_scene
 from pipeline.ground_truth import Scene, read_scenes
@@ -67,7 +69,7 @@ def collect_written_masks(
         prompt_source: the job's ``prompts.source``.
 
     Raises:
-        ShardError: a tar cannot be read.
+        ShardError: a tar cannot be read, or a mask is damaged.
     """
     folder = storage.join_url(out_dir, "annotations")
     names = {name for name in storage.list_names(folder) if name.endswith(".parquet")}
@@ -77,7 +79,10 @@ def collect_written_masks(
     for shard in shards:
         if (name := matched.get(shard.canonical_url)) is not None:
             rows = read_rows(storage.join_url(folder, name), COLUMNS)
-            own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
+            try:
+                own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
+            except RleError as error:
+                raise ShardError(f"{storage.join_url(folder, name)}: {error}") from error
             scenes += own_scenes
             rows_without_scene += left_over
     return WrittenMasks(

@@ -13,10 +13,10 @@ from jaxtyping import Bool
 from scipy import ndimage
 
 from legrad.cleaning import EIGHT_NEIGHBOURS
-from legrad.masks import decode_rle, encode_rle, mask_area, mask_bbox_xywh
+from legrad.masks import encode_rle, mask_area, mask_bbox_xywh
 from pipeline import storage
 from pipeline.export.samples import ExportSample
-from pipeline.label_map import in_frame
+from pipeline.label_map import mask_at_size
 
 PARTS_FOLDER, MERGED_FILE = "annotations", "annotations.json"
 # a JSON number is exact up to 2**53, so there is room for 2**21 shards of 2**32 annotations
@@ -52,7 +52,7 @@ class CocoExport:
             samples: read one at a time.
 
         Raises:
-            MaskError: a mask is no run-length encoding of its size.
+            RleError: a mask is no run-length encoding of its size, or not of its image.
             OutputError: something cannot be written.
         """
         images: list[dict[str, Any]] = []
@@ -83,7 +83,7 @@ class CocoExport:
 
     def _annotations(self, sample: ExportSample) -> Iterator[dict[str, Any]]:
         for row in sample.rows:
-            mask = in_frame(decode_rle(row["mask"]), (sample.height, sample.width))
+            mask = mask_at_size(row["mask"], sample.height, sample.width)
             parts = _connected(mask) if self.kind == "instances" else [mask]
             # one after the other: a ragged mask has thousands of parts
             rles = [encode_rle(part[None])[0] for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,9 +14,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from legrad.errors import RleError
 from pipeline.decode import find_field, open_image, upright_transpose
 from pipeline.errors import SampleFailure
-from pipeline.label_map import label_map
+from pipeline.label_map import check_masks_of_image, label_map
 from pipeline.records import has_pixels
 from pipeline.settings import InputConfig
 from pipeline.training.joining import JoinedSample
@@ -25,6 +27,7 @@ PALETTE_BITS = 8
 _KEPT_FORMATS = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png"}
 
 Row = Mapping[str, Any]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,23 @@ def export_samples(
         if (height, width) != (rows[0]["image_height"], rows[0]["image_width"]):
             counts["mispaired"] += 1
             continue
+        try:
+            _check_masks(rows, height, width)
+        except RleError as error:
+            _log.warning("%s: sample %s left out: %s", sample.shard, sample.raw.key, error)
+            counts["damaged_mask"] += 1
+            continue
         counts["exported"] += 1
         raw = sample.raw
         yield ExportSample(
             safe_name(raw.index, raw.key), raw.key, raw.index, image, suffix, height, width, tuple(rows)
         )
+
+
+def _check_masks(rows: Sequence[Row], height: int, width: int) -> None:
+    """Find damage before anything is written of a sample; raises RleError."""
+    masks = [row[column] for row in rows for column in ("mask", "ignore") if row[column] is not None]
+    check_masks_of_image(masks, height, width)
 
 
 def safe_name(index: int, key: str) -> str:

@@ -11,6 +11,7 @@ MEANINGS = {
     "damaged": "samples left out: damaged in the shard",
     "mispaired": "samples left out: not the ones that were annotated",
     "undecodable": "samples left out: the image cannot be decoded",
+    "damaged_mask": "samples left out: a mask is damaged",
     "rows_rejected": "rows left out: rejected by the job",
     "rows_empty": "rows left out: accepted, but without a pixel",
     "rows_without_class": "rows left out: the prompt is no name of a class",

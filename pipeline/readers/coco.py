@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import UInt16
 from pycocotools import mask as run_lengths
 
-from legrad.errors import LeGradError
-from legrad.masks import decode_rle
+from legrad.errors import RleError
+from legrad.masks import Rle, decode_rle, encode_rle, mask_area
+from legrad.rle import decode_runs
 from pipeline.errors import SampleFailure, UserError
 from pipeline.readers.coco_records import CocoRecords, read_records, whole_number
 from pipeline.readers.dataset import (
@@ -41,6 +42,7 @@ from pipeline.readers.dataset import (
 
 # the largest file, instances_train2017.json, has 450 MB
 MAX_JSON_BYTES = 4 << 30
+MIN_OUTLINE_PIXELS = 100_000
 
 
 def open_coco(root: str | Path, split: str = "val2017") -> TruthDataset:
@@ -111,24 +113,22 @@ def _label_map(
     objects: Iterable[Mapping[str, Any]], class_ids: Mapping[int, int], height: int, width: int
 ) -> UInt16[np.ndarray, "h w"]:
     label_map = np.zeros((height, width), np.uint16)
-    masks = [_run_lengths(each, class_ids, height, width) for each in objects]
+    masks = [_mask(each, class_ids, height, width) for each in objects]
     # crowds first, then from the largest object to the smallest: what is painted last is in front
-    for label, mask in sorted(masks, key=lambda pair: (pair[0] != IGNORED, -int(run_lengths.area(pair[1])))):
-        try:
-            label_map[decode_rle({"size": [height, width], "counts": mask["counts"].decode("ascii")})] = label
-        except (LeGradError, ValueError) as error:
-            raise _bad_annotation(str(error)) from error
+    for label, _, rle in sorted(masks, key=lambda mask: (mask[0] != IGNORED, -mask[1])):
+        label_map[decode_rle(rle, max_pixels=height * width)] = label
     return label_map
 
 
-def _run_lengths(
+def _mask(
     annotation: Mapping[str, Any], class_ids: Mapping[int, int], height: int, width: int
-) -> tuple[int, Any]:
-    """The value that an annotation's pixels get, and its mask as compressed run lengths."""
+) -> tuple[int, int, Rle]:
+    """The value that an annotation's pixels get, how many they are, and which."""
     try:
         label = IGNORED if annotation.get("iscrowd") else _class_id(annotation, class_ids)
-        return label, _mask(annotation.get("segmentation"), height, width)
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        rle = _rle(annotation.get("segmentation"), height, width)
+        return label, int(mask_area([rle], max_pixels=height * width)[0]), rle
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RleError) as error:
         reason = f"has no {error} in its segmentation" if isinstance(error, KeyError) else str(error)
         raise _bad_annotation(f"annotation {annotation.get('id')!r:.40}: {reason}") from error
 
@@ -140,28 +140,39 @@ def _class_id(annotation: Mapping[str, Any], class_ids: Mapping[int, int]) -> in
     return class_ids[category_id]
 
 
-def _mask(outline: Any, height: int, width: int) -> Any:
-    """Compressed run lengths of polygons, or of run lengths of either kind."""
+def _rle(outline: Any, height: int, width: int) -> Rle:
+    """Polygons or run lengths, as text or as a list of numbers, as a mask in the image's frame."""
     if isinstance(outline, list):
         polygons = [_polygon(corners, height, width) for corners in outline]
         if not polygons:
             raise ValueError("a segmentation without polygons")
-        return run_lengths.merge(run_lengths.frPyObjects(polygons, height, width))
+        _require_drawable(polygons, height, width)
+        merged = run_lengths.merge(run_lengths.frPyObjects(polygons, height, width))
+        return {"size": [height, width], "counts": merged["counts"].decode("ascii")}
     if not isinstance(outline, dict):
         found = "none" if outline is None else f"{outline!r:.40}"
         raise ValueError(f"expected polygons or run lengths as segmentation, found {found}")
-    if [int(side) for side in outline["size"]] != [height, width]:
-        raise ValueError(f"run lengths of {outline['size']}, expected [{height}, {width}]")
-    counts = outline["counts"]
-    if isinstance(counts, str):
-        return {"size": [height, width], "counts": counts.encode("ascii")}
-    if any(count < 0 for count in counts) or sum(counts) != height * width:
-        raise ValueError(f"run lengths of {sum(counts)} pixels, expected {height * width}")
-    return run_lengths.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    if outline["size"] != [height, width]:
+        raise ValueError(f"run lengths of {outline['size']!r:.60}, expected [{height}, {width}]")
+    if isinstance(outline["counts"], str):
+        return {"size": [height, width], "counts": outline["counts"]}
+    mask = decode_runs(outline["counts"], height, width, max_pixels=height * width)
+    return encode_rle(mask[None])[0]
+
+
+def _require_drawable(polygons: Sequence[Sequence[float]], height: int, width: int) -> None:
+    """Refuse outlines that are longer than any object's: each of their pixels takes 160 bytes to trace."""
+    limit = max(MIN_OUTLINE_PIXELS, 4 * height * width)
+    outline = sum(
+        float(np.abs(np.diff(np.reshape(corners, (-1, 2)), axis=0, append=[corners[:2]])).max(axis=1).sum())
+        for corners in polygons
+    )
+    if outline > limit:
+        raise ValueError(f"an outline of {outline:.0f} pixels; the limit is {limit}")
 
 
 def _polygon(corners: Any, height: int, width: int) -> list[float]:
-    """A polygon's x and y in turn; tracing it takes time and memory by its length, so it is bounded."""
+    """A polygon's x and y in turn."""
     if not isinstance(corners, list):
         raise ValueError(f"expected a list of numbers as polygon, found {corners!r:.40}")
     numbers = [float(corner) for corner in corners]

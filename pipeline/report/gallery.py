@@ -12,13 +12,14 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from legrad.errors import LeGradError
-from legrad.rle import decode_rle
+from legrad.rle import Rle
 from pipeline import storage
 from pipeline.decode import find_field, open_image
 from pipeline.errors import PipelineError, SampleFailure
 from pipeline.evaluation.scene_scores import row_class, row_target
 from pipeline.ground_truth import Scene, scene_of
 from pipeline.image_shards import LocatedShards
+from pipeline.label_map import mask_of_image
 from pipeline.records import printable
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
 from pipeline.report.scores import ScoredRows, open_parquet
@@ -187,7 +188,7 @@ def _illustrated(card: CardRow, sample: RawSample, config: JobConfig, max_bytes:
     try:
         data = find_field(sample.fields, config.input.image)
         image = open_image(data, max_image_pixels=config.input.max_image_pixels)
-        mask, ignored = (_decoded(row[name]) for name in ("mask", "ignore"))
+        mask, ignored = (_decoded(row[name], image.height, image.width) for name in ("mask", "ignore"))
         truth, valid, class_id = _truth(sample, row, config)
         pictures = draw_pictures(RowParts(image, stored_heatmap(row), mask, ignored, truth), max_bytes)
     # counts and sizes of a foreign file may say anything
@@ -203,8 +204,8 @@ def _illustrated(card: CardRow, sample: RawSample, config: JobConfig, max_bytes:
     )
 
 
-def _decoded(rle: Mapping[str, Any] | None) -> Bool[np.ndarray, "rows columns"] | None:
-    return None if rle is None else decode_rle(rle)  # type: ignore[arg-type]
+def _decoded(rle: Rle | None, height: int, width: int) -> Bool[np.ndarray, "rows columns"] | None:
+    return None if rle is None else mask_of_image(rle, height, width)
 
 
 def _truth(

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
+from legrad.errors import LeGradError
 from legrad.rle import Rle, mask_area
 from pipeline import storage
 from pipeline.records import ACCEPTED
@@ -149,7 +150,7 @@ def _read_group(folder: str, group: Group) -> pa.Table | None:
         with open_parquet(folder, shard_id) as file:
             table = file.read_row_group(number, columns=[*SCORE_COLUMNS, FRAME_COLUMN, IGNORE_COLUMN])
             return _with_shares(table)
-    except (OSError, KeyError, pa.ArrowException):
+    except (OSError, KeyError, LeGradError, pa.ArrowException):
         return None
 
 
@@ -193,22 +194,22 @@ def _with_shares(table: pa.Table) -> pa.Table:
     return scores.append_column("ignored", pa.array(ignored, pa.float32())).cast(_SCHEMA)
 
 
-def _ignored_shares(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    shares: list[float | None] = []
+def _ignored_shares(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, " rows"]:
+    """Of the pixels of each ignore mask in its frame, told from the runs alone; NaN without one of its own."""
+    told: list[tuple[int, Rle]] = []
     image: int | None = None
-    for row in rows:
+    for number, row in enumerate(rows):
         ignore, is_shared = row[IGNORE_COLUMN], row["threshold"] is None
         told_before = is_shared and image == row["sample_index"]
-        shares.append(None if told_before else _share(ignore))
+        if ignore is not None and not told_before:
+            told.append((number, ignore))
         if is_shared and ignore is not None:
             image = row["sample_index"]
+    shares = np.full(len(rows), np.nan)
+    areas = mask_area([rle for _, rle in told])
+    pixels = np.array([max(1, rle["size"][0] * rle["size"][1]) for _, rle in told], dtype=np.int64)
+    shares[[number for number, _ in told]] = areas / pixels
     return shares
-
-
-def _share(rle: Rle | None) -> float | None:
-    """Of the pixels of a mask in its frame, told from the runs alone."""
-    pixels = 0 if rle is None else rle["size"][0] * rle["size"][1]
-    return int(mask_area([rle])[0]) / pixels if rle is not None and pixels else None
 
 
 _SCHEMA = pa.schema(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision import tv_tensors
 
-from legrad.errors import LeGradError
+from legrad.errors import LeGradError, RleError
 from pipeline import storage
 from pipeline.config import parse_config
 from pipeline.decode import find_field, open_image
@@ -37,6 +38,8 @@ from pipeline.training.targets import (
 
 Target = Literal["label_map", "masks", "ground_truth"]
 Sample = dict[str, Any]
+
+_log = logging.getLogger(__name__)
 
 
 class MaskDataset(IterableDataset[Sample]):
@@ -196,7 +199,9 @@ class MaskDataset(IterableDataset[Sample]):
                 counts.add("mispaired")
                 return None
             target = self._target_of(joined, rows, height, width)
-        except (SampleFailure, LeGradError):
+        except (SampleFailure, LeGradError) as error:
+            if isinstance(error, RleError):
+                _log.warning("%s: sample %s left out: %s", joined.shard, joined.raw.key, error)
             counts.add("undecodable")
             return None
         named = {"key": joined.raw.key, "sample_index": joined.raw.index, "shard": joined.shard}

@@ -11,8 +11,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 from torchvision import tv_tensors
 
-from legrad.masks import decode_rle
-from pipeline.label_map import BACKGROUND_LABEL, IGNORED_LABEL, in_frame, label_map
+from pipeline.label_map import BACKGROUND_LABEL, IGNORED_LABEL, label_map, mask_at_size
 from pipeline.records import has_pixels
 
 LABELS = 256
@@ -107,8 +106,8 @@ def prompt_target(
 def _prompt_mask(row: Row, height: int, width: int) -> UInt8[np.ndarray, "height width"]:
     mask = np.zeros((height, width), dtype=np.uint8)
     if row["ignore"] is not None:
-        mask[in_frame(decode_rle(row["ignore"]), mask.shape)] = IGNORED_LABEL
-    mask[in_frame(decode_rle(row["mask"]), mask.shape)] = 1
+        mask[mask_at_size(row["ignore"], height, width)] = IGNORED_LABEL
+    mask[mask_at_size(row["mask"], height, width)] = 1
     return mask
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from legrad.images import ImageTransform
 from legrad.masks import MaskRule, grid_to_masks
 from pipeline.decode import DecodedImage, decode_image
-from pipeline.mask_rows import mask_frame
+from pipeline.label_map import mask_frame
 from pipeline.shards import RawSample, read_samples
 from pipeline.writer import ShardWriter
 

@@ -20,7 +20,7 @@ from pipeline.annotate import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError
 from pipeline.footers import read_footer
-from pipeline.mask_rows import mask_frame
+from pipeline.label_map import mask_frame
 from pipeline.model import load_explainer
 from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA
 

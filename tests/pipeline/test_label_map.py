@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from legrad.errors import RleError
 from legrad.masks import encode_rle
 from pipeline.errors import UserError
-from pipeline.label_map import label_map
+from pipeline.label_map import check_masks_of_image, label_map, mask_frame, mask_of_image
 
 
 def row(mask, class_id=1, similarity=0.3, ignore=None):
@@ -45,9 +46,32 @@ def test_what_one_row_ignores_and_another_covers_is_the_others():
 
 
 def test_masks_of_a_smaller_frame_are_enlarged_by_the_nearest_pixel():
-    rows = [row([[1, 0], [0, 0]], 7, ignore=[[0, 0], [0, 1]])]
-    quarters = np.array([[7, 0], [0, 255]])
-    np.testing.assert_array_equal(label_map(rows, 4, 6), quarters.repeat(2, axis=0).repeat(3, axis=1))
+    rows = [row([[1, 0, 0], [0, 0, 0]], 7, ignore=[[0, 0, 0], [0, 0, 1]])]
+    small = np.array([[7, 0, 0], [0, 0, 255]])
+    np.testing.assert_array_equal(label_map(rows, 4, 6), small.repeat(2, axis=0).repeat(2, axis=1))
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 70))
+def test_a_mask_in_any_frame_that_the_pipeline_writes_is_one_of_its_image(height, width, max_side):
+    mask = np.ones(mask_frame(height, width, max_side), dtype=bool)
+    rle = encode_rle(mask[None])[0]
+    check_masks_of_image([rle], height, width)
+    np.testing.assert_array_equal(mask_of_image(rle, height, width), mask)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (4, 3), (3, 3), (7, 6), (12, 16), (5, 8), (1, 48), (0, 0)])
+def test_a_mask_in_another_frame_is_none_of_the_image(size):
+    rle = encode_rle(np.ones((1, *size), dtype=bool))[0]
+    for read in (mask_of_image, lambda rle, *frame: check_masks_of_image([rle], *frame)):
+        with pytest.raises(RleError) as refusal:
+            read(rle, 6, 8)
+        assert refusal.value.fault in ("frame", "size")
+
+
+def test_a_mask_of_more_pixels_than_its_image_is_refused_before_they_are_allocated():
+    rle = {"size": [40_000, 40_000], "counts": "0PPPZbe1"}
+    with pytest.raises(RleError, match="40000 x 40000 pixels; the limit is 48 pixels"):
+        label_map([{**row([[1]]), "mask": rle}], 6, 8)
 
 
 @pytest.mark.parametrize("class_id", [None, 0, -1, 255, 256, 1000])
