@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
 
 from pipeline import job as jobs
 from pipeline.estimate import dry_run, told_dry_run, told_extrapolation
@@ -16,13 +15,14 @@ from pipeline.run import run_job
 from pipeline.run_record import recorded_run
 from pipeline.settings import JobConfig
 from pipeline.storage import ShardSource
+from pipeline.text import PrintableConsole
 
 DONE, INCOMPLETE = 0, 3
 NAMED_SHARDS = 10
 
 
 def annotate_with_config(
-    config: JobConfig, console: Console, *, max_shards: int | None = None, moves: Sequence[str] = ()
+    config: JobConfig, console: PrintableConsole, *, max_shards: int | None = None, moves: Sequence[str] = ()
 ) -> int:
     """Run a job to its end, showing progress.
 
@@ -57,7 +57,7 @@ def annotate_with_config(
     return DONE if result.complete else INCOMPLETE
 
 
-def tell_dry_run(config: JobConfig, console: Console, moves: Sequence[str] = ()) -> None:
+def tell_dry_run(config: JobConfig, console: PrintableConsole, moves: Sequence[str] = ()) -> None:
     """List what a job would do; nothing is written or started.
 
     Raises:
@@ -79,7 +79,7 @@ def _ending(result: JobResult) -> str:
     return "complete" if result.complete else "shards damaged, failed or left"
 
 
-def _tell(result: JobResult, output_dir: str, console: Console) -> None:
+def _tell(result: JobResult, output_dir: str, console: PrintableConsole) -> None:
     state, counts = result.state, result.state.counts
     if result.stopped:
         _say(console, f"{'not complete' if result.totals else 'stopped early'}: {result.stopped}")
@@ -115,14 +115,14 @@ def _samples_line(counts: ShardCounts) -> str:
     )
 
 
-def _name_shards(what: str, shards: Sequence[tuple[str, str]], records: str, console: Console) -> None:
+def _name_shards(what: str, shards: Sequence[tuple[str, str]], records: str, console: PrintableConsole) -> None:
     for url, message in shards[:NAMED_SHARDS]:
         _say(console, f"{what}: {url}: {message}")
     if len(shards) > NAMED_SHARDS:
         _say(console, f"... and {len(shards) - NAMED_SHARDS:,} more {what}; see {records}/")
 
 
-def _tell_left(job: Job, result: JobResult, max_shards: int | None, console: Console) -> None:
+def _tell_left(job: Job, result: JobResult, max_shards: int | None, console: PrintableConsole) -> None:
     ids = jobs.ids_of(job.folder)
     settled = ids.annotations | ids.failed
     left = [shard.canonical_url for shard in job.shards if shard.shard_id not in settled]
@@ -135,5 +135,5 @@ def _tell_left(job: Job, result: JobResult, max_shards: int | None, console: Con
             _say(console, line)
 
 
-def _say(console: Console, message: str) -> None:
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+def _say(console: PrintableConsole, message: str) -> None:
+    console.print(message, soft_wrap=True)

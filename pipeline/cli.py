@@ -23,6 +23,7 @@ from pipeline.config import load_config
 from pipeline.errors import PipelineError, UserError
 from pipeline.progress import PatientConsole
 from pipeline.readers.commands import shards_app
+from pipeline.text import PrintableFormatter, printable_streams
 
 USAGE_EXIT_CODE = 2  # typer's own
 USER_MISTAKE, FAULT, INCOMPLETE = 1, 2, 3
@@ -33,6 +34,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # plain help and usage errors: rich's would bypass what makes text printable
+    rich_markup_mode=None,
 )
 app.add_typer(shards_app)
 console = PatientConsole()
@@ -184,7 +187,7 @@ def report(
     from pipeline.report import render_report, write_report
 
     written = write_report(out, shards or (), to=to, samples=samples, classes_file=classes, seed=seed)
-    console.print(render_report(written), markup=False, highlight=False, soft_wrap=True)
+    console.print(render_report(written), soft_wrap=True)
 
 
 @app.command()
@@ -226,12 +229,10 @@ def export(
         dest,
         options,
         shards or (),
-        on_shard=lambda shard_id, written: console.print(
-            f"{shard_id}: {written}", markup=False, highlight=False
-        ),
+        on_shard=lambda shard_id, written: console.print(f"{shard_id}: {written}"),
     )
     for line in told_export(totals, options, dest):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -265,7 +266,7 @@ def explain(
 
     chosen = model_named(model, pretrained, layers=layers, fit=fit, precision=precision)
     written = explain_file(image, texts, chosen, out)
-    console.print(render_explained(written, out), markup=False, highlight=False, soft_wrap=True)
+    console.print(render_explained(written, out), soft_wrap=True)
 
 
 @app.command()
@@ -287,7 +288,7 @@ def models(
         from pipeline.model import load_explainer
 
         explainer = load_explainer(model_named(fetch[0], None if fetch[1] == "null" else fetch[1]), "cpu")
-        console.print(f"{' '.join(fetch)}: {explainer.tower.family}, its files are here", markup=False)
+        console.print(f"{' '.join(fetch)}: {explainer.tower.family}, its files are here")
         return
     table = Table("model", "family" if not refused else "family, or why it is refused")
     supported = legrad.supported_models()
@@ -315,18 +316,27 @@ def demo(
 
 def main() -> None:
     """Run the command line; mistakes of the user's take one screen, without a traceback."""
+    with printable_streams():
+        _run()
+
+
+def _run() -> None:
     # torch's threads share the cores with decoding; spinning while they wait costs more than it saves
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # what Ray passes on from its workers is made printable as a whole, and would show its colours as text
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    shown = logging.StreamHandler()
+    shown.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[shown])
     try:
         app()
     except SystemExit as ending:
         sys.exit(USER_MISTAKE if ending.code == USAGE_EXIT_CODE else ending.code)
     except UserError as error:
-        error_console.print(f"legrad: {error}", markup=False, highlight=False, soft_wrap=True)
+        error_console.print(f"legrad: {error}", soft_wrap=True)
         sys.exit(USER_MISTAKE)
     except PipelineError as error:
-        error_console.print(f"legrad: {error}", markup=False, highlight=False, soft_wrap=True)
+        error_console.print(f"legrad: {error}", soft_wrap=True)
         sys.exit(FAULT)
     except Exception:
         traceback.print_exc()

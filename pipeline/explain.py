@@ -19,8 +19,8 @@ from pipeline.decode import MAX_CAPTION_CHARACTERS, open_image
 from pipeline.demo import assets
 from pipeline.errors import SampleFailure, UserError
 from pipeline.model import DEMO, load_explainer
-from pipeline.records import printable
 from pipeline.settings import ADDRESS_PREFIXES, InputConfig, ModelConfig
+from pipeline.text import printable
 
 DEFAULT_MODEL, DEFAULT_TAG = "ViT-B-16", "laion2b_s34b_b88k"
 SIDE_BY_SIDE_FILE = "side-by-side.png"

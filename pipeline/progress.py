@@ -11,14 +11,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.measures import Measures
-from pipeline.records import ShardCounts, printable
+from pipeline.records import ShardCounts
+from pipeline.text import PrintableConsole, printable
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ class SharedProgress:
             )
 
 
-class PatientConsole(Console):
+class PatientConsole(PrintableConsole):
     """A console whose reader may go away: the run goes on in silence, where rich would end it."""
 
     def on_broken_pipe(self) -> None:
@@ -236,11 +237,11 @@ class _TerminalProgress:
         self._live.update(_display(state, self._recent.update(state)))
 
     def say(self, message: str) -> None:
-        self._live.console.print(message, markup=False, highlight=False)
+        self._live.console.print(message)
 
 
 class _LogProgress:
-    def __init__(self, console: Console, interval_s: float) -> None:
+    def __init__(self, console: PrintableConsole, interval_s: float) -> None:
         self._console = console
         self._interval_s = interval_s
         self._last_shown_s = time.monotonic()
@@ -254,11 +255,11 @@ class _LogProgress:
             self.say(as_line(state, pace))
 
     def say(self, message: str) -> None:
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(message, soft_wrap=True)
 
 
 @contextmanager
-def open_progress(console: Console, interval_s: float) -> Iterator[Progress]:
+def open_progress(console: PrintableConsole, interval_s: float) -> Iterator[Progress]:
     """A live display where the console is a terminal, else one line every `interval_s` seconds."""
     if not console.is_terminal:
         yield _LogProgress(console, interval_s)

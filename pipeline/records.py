@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+
+from pipeline.text import printable
 
 RLE_TYPE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 
@@ -51,9 +52,6 @@ ERROR_SCHEMA = pa.schema(
 )
 
 MAX_MESSAGE_CHARACTERS = 500
-# controls, line and paragraph separators, marks that turn the direction of writing, halves of surrogate pairs
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
 
 # statuses of rows; all others say by what a prompt was rejected
 OK = "ok"
@@ -66,11 +64,6 @@ def has_pixels(row: Mapping[str, Any]) -> bool:
     return row["mask"] is not None and row["status"] != EMPTY_MASK
 
 
-def printable(text: str) -> str:
-    """Escape what untrusted text must not carry into files, logs and terminals; all else stays as it is."""
-    return _UNPRINTABLE.sub(_escaped, text)
-
-
 def received(value: object) -> str:
     """A value of any type and size as an error shows it: in one short, printable line."""
     short = reprlib.Repr()
@@ -80,13 +73,6 @@ def received(value: object) -> str:
     # integers of thousands of digits have no text, by a limit of Python's own
     except ValueError:
         return f"a value of type {type(value).__name__} that is too large to be shown"
-
-
-def _escaped(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    # how Python keeps a byte that is not UTF-8
-    code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 @dataclass(frozen=True)

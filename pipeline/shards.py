@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from pipeline.archive import Archive, ByteSource, DamageError, Member
-from pipeline.records import SampleError, printable
+from pipeline.records import SampleError
+from pipeline.text import printable
 
 MAX_FIELDS_PER_SAMPLE = 64
 # the longest path of common systems

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow.dataset as ds
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from pipeline.demo import assets
 from pipeline.evaluation.evaluate import evaluate_output, render_evaluation
 from pipeline.report import REPORT_FILE, write_report
 from pipeline.settings import JobConfig
+from pipeline.text import PrintableConsole
 
 SHOWN_ROWS = 6
 ROW_COLUMNS = ("key", "prompt", "similarity", "peak", "area", "bbox_xywh")
@@ -25,7 +25,7 @@ SET_TITLES = {
 }
 
 
-def run_demo(out: Path, console: Console) -> int:
+def run_demo(out: Path, console: PrintableConsole) -> int:
     """Annotate the shipped shards, evaluate them, draw a contact sheet and write a report.
 
     Returns:
@@ -65,7 +65,7 @@ def demo_config(out: Path) -> JobConfig:
     )
 
 
-def _show_rows(out: Path, console: Console) -> None:
+def _show_rows(out: Path, console: PrintableConsole) -> None:
     rows = (
         ds.dataset(out / "annotations", format="parquet")
         .head(SHOWN_ROWS, columns=list(ROW_COLUMNS))
@@ -79,7 +79,7 @@ def _show_rows(out: Path, console: Console) -> None:
     console.print(table)
 
 
-def _show_written(out: Path, console: Console) -> None:
+def _show_written(out: Path, console: PrintableConsole) -> None:
     table = Table("file", "bytes", "what it is", title="Written", title_justify="left")
     kinds = {
         "job.json": "configuration, versions, digests",
@@ -100,5 +100,5 @@ def _show_written(out: Path, console: Console) -> None:
         shown = f"{path}/ ({len(files)} files)" if path.is_dir() else str(path)
         table.add_row(shown, f"{sum(file.stat().st_size for file in files):,}", meaning)
     console.print(table)
-    console.print(f"Picture: {out / 'contact_sheet.png'}", highlight=False, soft_wrap=True)
-    console.print(f"Report: {(out / REPORT_FILE).absolute().as_uri()}", highlight=False, soft_wrap=True)
+    console.print(f"Picture: {out / 'contact_sheet.png'}", soft_wrap=True)
+    console.print(f"Report: {(out / REPORT_FILE).absolute().as_uri()}", soft_wrap=True)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,6 +36,7 @@ from pipeline.demo.segmenter import INPUT_SIDE, Segmenter, make_segmenter
 from pipeline.demo.segmenter_scenes import SceneSplit, scene_split
 from pipeline.demo.segmenter_scores import Scores, predict, read_label_maps, score
 from pipeline.settings import JobConfig
+from pipeline.text import PrintableConsole
 from pipeline.training import MaskDataset, collate, pixel_weights
 
 CONFIG = Path(__file__).parent / "train_demo.yaml"
@@ -69,7 +69,7 @@ class Plan:
         )
 
 
-def train(plan: Plan, dataset: MaskDataset, console: Console, what: str) -> Segmenter:
+def train(plan: Plan, dataset: MaskDataset, console: PrintableConsole, what: str) -> Segmenter:
     """Train a segmenter on a dataset's label maps; the same plan gives the same start and schedule.
 
     Args:
@@ -150,7 +150,7 @@ def _to_input() -> list[v2.Transform]:
     ]
 
 
-def run(plan: Plan, out: Path, cache: Path, art: Path, console: Console) -> dict[str, Any]:
+def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole) -> dict[str, Any]:
     """Draw scenes, annotate them, train twice, score; writes result.json and the students into a folder.
 
     Returns:
@@ -237,7 +237,7 @@ def _dataset(out: Path, shards: tuple[Path, ...], target: Any, **options: Any) -
 
 
 @contextmanager
-def _timed(what: str, times: dict[str, float], console: Console) -> Iterator[None]:
+def _timed(what: str, times: dict[str, float], console: PrintableConsole) -> Iterator[None]:
     started_s = time.monotonic()
     yield
     times[what] = round(time.monotonic() - started_s, 1)
@@ -284,7 +284,7 @@ def _shown(estimate: Estimate) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def _tell_targets(result: Mapping[str, Any], console: Console) -> None:
+def _tell_targets(result: Mapping[str, Any], console: PrintableConsole) -> None:
     gain, share = Estimate(**result["student_minus_masks"]), result["student_share_of_supervised"]
     reached = "80 % or more" if share >= TARGET_SHARE else "less than 80 %"
     console.print(
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--art", type=Path, default=Path(".cache/demo-art"), help="the sprites' packages")
     options = parser.parse_args()
     plan = replace(Plan(), seed=options.seed).scaled(options.scale)
-    run(plan, options.out, options.cache, options.art, Console())
+    run(plan, options.out, options.cache, options.art, PrintableConsole())
 
 
 if __name__ == "__main__":

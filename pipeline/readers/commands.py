@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from pipeline.text import PrintableConsole
 
 if TYPE_CHECKING:
     from pipeline.readers.dataset import TruthDataset
@@ -19,8 +20,9 @@ shards_app = typer.Typer(
     name="shards",
     help="Turn a dataset with ground truth, laid out as its owners ship it, into shards.",
     no_args_is_help=True,
+    rich_markup_mode=None,
 )
-console = Console()
+console = PrintableConsole()
 
 Root = Annotated[Path, typer.Argument(metavar="ROOT", help="The dataset's folder, as its owners ship it.")]
 Dest = Annotated[str, typer.Argument(metavar="DEST", help="A folder of its own: local path, s3:// or gs://.")]
@@ -120,15 +122,13 @@ def _convert(
         resume=resume,
         overwrite=overwrite,
         on_shard=lambda name, samples, size_bytes: console.print(
-            f"{name}: {samples} samples, {size_bytes / 1e6:.1f} MB", markup=False, highlight=False
+            f"{name}: {samples} samples, {size_bytes / 1e6:.1f} MB"
         ),
     )
     console.print(_counts(conversion))
     console.print(
         f"{dest}: {len(conversion.shards)} shard(s), classes.txt ({len(dataset.class_names)} classes), "
         "conversion.json (every count, and the names of what was skipped)",
-        markup=False,
-        highlight=False,
         soft_wrap=True,
     )
 

@@ -20,12 +20,12 @@ from pipeline.evaluation.scene_scores import row_class, row_target
 from pipeline.ground_truth import Scene, scene_of
 from pipeline.image_shards import LocatedShards
 from pipeline.label_map import mask_of_image
-from pipeline.records import printable
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
 from pipeline.report.scores import ScoredRows, open_parquet
 from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.settings import JobConfig
 from pipeline.shards import RawSample
+from pipeline.text import printable
 
 CARD_COLUMNS = (
     "key",

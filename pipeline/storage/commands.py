@@ -20,7 +20,7 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 from pipeline.errors import ShardError, UserError
-from pipeline.records import printable
+from pipeline.text import printable
 
 COMMAND_PREFIX = "pipe:"
 SILENCE_TIMEOUT_S = 300.0

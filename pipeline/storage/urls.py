@@ -17,10 +17,10 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import pyarrow as pa
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.records import printable
 from pipeline.storage.braces import BraceError, spelled_out
 from pipeline.storage.commands import COMMAND_PREFIX, is_command, named_shard
 from pipeline.storage.signatures import without_signature
+from pipeline.text import printable
 
 OBJECT_SCHEMES = ("s3", "gs", "gcs")
 WEB_SCHEMES = ("http", "https")

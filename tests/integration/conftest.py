@@ -16,12 +16,12 @@ import yaml
 from accounts import audit
 from corpus import demo_job, write_word_shards
 from faults import annotate_all, struck_by
-from rich.console import Console
 from waiting import PATIENCE_S, TEST_PATIENCE_S
 
 from pipeline.job import prepare_job
 from pipeline.progress import open_progress
 from pipeline.run import run_job
+from pipeline.text import PrintableConsole
 
 HERE = Path(__file__).parent
 # workers import the tests' annotators by name
@@ -98,7 +98,7 @@ def struck_job(tmp_path):
         factory = struck_by(*faults, marks_folder=tmp_path / "marks", seconds_per_sample=seconds_per_sample)
         with (
             (tmp_path / "log").open("w") as log,
-            open_progress(Console(file=log, width=200), 0.2) as progress,
+            open_progress(PrintableConsole(file=log, width=200), 0.2) as progress,
         ):
             job = prepare_job(config)
             with meanwhile(tars):

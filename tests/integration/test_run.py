@@ -15,7 +15,6 @@ import yaml
 from accounts import audit
 from corpus import demo_job, write_corpus
 from light_annotator import LightAnnotator, dies_while_loading, light
-from rich.console import Console
 from waiting import PATIENCE_S, held_shard, wait_for_first_shard
 
 from pipeline.annotate import ShardAnnotator
@@ -24,6 +23,7 @@ from pipeline.job import prepare_job
 from pipeline.progress import open_progress
 from pipeline.run import WorkersDied, run_job
 from pipeline.status import read_status
+from pipeline.text import PrintableConsole
 
 LEGRAD = str(Path(sys.executable).with_name("legrad"))
 
@@ -49,7 +49,7 @@ def run(tmp_path, monkeypatch):
         config = demo_job(shards, tmp_path / "out", run={"progress_interval_s": 0.1, **settings})
         with (
             (tmp_path / "log").open("w") as log,
-            open_progress(Console(file=log, width=200), 0.1) as progress,
+            open_progress(PrintableConsole(file=log, width=200), 0.1) as progress,
         ):
             result = run_job(prepare_job(config), progress, factory)
         return result, (tmp_path / "log").read_text()

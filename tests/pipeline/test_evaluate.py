@@ -28,7 +28,6 @@ from ground_truth_shards import (
     write_shard,
 )
 from PIL import Image
-from rich.console import Console
 from skimage.filters import threshold_otsu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -47,6 +46,7 @@ from pipeline.ground_truth import Scene, read_scenes
 from pipeline.records import ANNOTATION_SCHEMA
 from pipeline.settings import InputConfig
 from pipeline.storage import list_shards
+from pipeline.text import PrintableConsole
 
 CLASSES = ["dog", "car", "tree"]
 
@@ -412,7 +412,7 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
     document = json.loads((Path(out) / "evaluation.json").read_text())
     assert document["written"]["rows_scored"] == 1
     assert document["maps"][0]["pointing"]["value"] == result.maps[0].pointing.value
-    console = Console(width=80, record=True, file=io.StringIO())
+    console = PrintableConsole(width=80, record=True, file=io.StringIO())
     console.print(render_evaluation(result))
     text = console.export_text()
     with Image.open(Path(out) / "evaluation.png") as picture:
@@ -431,7 +431,7 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
 
 
 def told(result: EvaluationResult) -> str:
-    console = Console(width=80, record=True, file=io.StringIO())
+    console = PrintableConsole(width=80, record=True, file=io.StringIO())
     console.print(render_evaluation(result))
     text = console.export_text()
     assert "…" not in text

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from pipeline.measures import Measures, Meter
 from pipeline.progress import (
@@ -20,6 +19,7 @@ from pipeline.progress import (
     open_progress,
 )
 from pipeline.records import ShardCounts
+from pipeline.text import PrintableConsole
 
 STATE = RunState(
     shards_total=10,
@@ -38,7 +38,7 @@ STATE = RunState(
 
 def logged(state, interval_s):
     log = io.StringIO()
-    with open_progress(Console(file=log, width=80), interval_s) as progress:
+    with open_progress(PrintableConsole(file=log, width=80), interval_s) as progress:
         progress.update(state)
     return log.getvalue()
 
@@ -72,7 +72,7 @@ def test_samples_of_shards_in_hand_count_in_the_time_left():
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_gets_a_live_display_that_fits(width):
     screen = io.StringIO()
-    with open_progress(Console(file=screen, force_terminal=True, width=width), 1.0) as progress:
+    with open_progress(PrintableConsole(file=screen, force_terminal=True, width=width), 1.0) as progress:
         progress.update(STATE)
         progress.say("a worker died")
     shown = screen.getvalue()
@@ -156,7 +156,7 @@ def test_time_counts_once_while_several_device_steps_run(monkeypatch):
 
 def test_what_several_are_told_all_of_them_hear():
     logs = [io.StringIO(), io.StringIO()]
-    consoles = [Console(file=log) for log in logs]
+    consoles = [PrintableConsole(file=log) for log in logs]
     with open_progress(consoles[0], 0.0) as one, open_progress(consoles[1], 0.0) as other:
         both = SharedProgress([one, other])
         both.update(STATE)
@@ -187,7 +187,7 @@ class Failing:
 
 def test_a_part_that_fails_is_told_once_and_the_others_go_on(caplog):
     log, failing = io.StringIO(), Failing()
-    with open_progress(Console(file=log, width=80), 0.0) as shown:
+    with open_progress(PrintableConsole(file=log, width=80), 0.0) as shown:
         for progress in (SharedProgress([failing, shown]), SharedProgress([shown, failing])):
             progress.update(STATE)
             progress.say("still here")

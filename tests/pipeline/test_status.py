@@ -4,7 +4,6 @@ import io
 
 import pytest
 from corpus import demo_job, write_corpus
-from rich.console import Console
 
 from pipeline.job import prepare_job
 from pipeline.measures import Measures
@@ -13,6 +12,7 @@ from pipeline.progress import RunState
 from pipeline.records import ShardCounts
 from pipeline.run_record import RunRecord, recorded_run
 from pipeline.status import OutputStatus, read_status, render_status
+from pipeline.text import PrintableConsole
 
 RUN = RunRecord(
     started="2026-01-01T10:00:00+00:00",
@@ -50,7 +50,7 @@ STATUS = OutputStatus(
 
 def shown(status, width=80):
     screen = io.StringIO()
-    Console(file=screen, width=width).print(render_status(status))
+    PrintableConsole(file=screen, width=width).print(render_status(status))
     return screen.getvalue()
 
 

@@ -36,9 +36,10 @@ from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.ground_truth import Scene, scene_of
 from pipeline.model import load_explainer
-from pipeline.records import SampleError, printable
+from pipeline.records import SampleError
 from pipeline.settings import ModelConfig
 from pipeline.shards import RawSample
+from pipeline.text import printable
 
 FAULTS = TAR_FAULTS | IMAGE_FAULTS | CAPTION_FAULTS
 MAX_MEMBER_BYTES = 2**22
