@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
 from pipeline import job as jobs
 from pipeline.estimate import dry_run, told_dry_run, told_extrapolation
 from pipeline.job import Job, prepare_job
@@ -115,7 +114,9 @@ def _samples_line(counts: ShardCounts) -> str:
     )
 
 
-def _name_shards(what: str, shards: Sequence[tuple[str, str]], records: str, console: PrintableConsole) -> None:
+def _name_shards(
+    what: str, shards: Sequence[tuple[str, str]], records: str, console: PrintableConsole
+) -> None:
     for url, message in shards[:NAMED_SHARDS]:
         _say(console, f"{what}: {url}: {message}")
     if len(shards) > NAMED_SHARDS:

@@ -188,6 +188,7 @@ def report(
 
     written = write_report(out, shards or (), to=to, samples=samples, classes_file=classes, seed=seed)
     console.print(render_report(written), soft_wrap=True)
+    raise typer.Exit(INCOMPLETE if written.damaged else 0)
 
 
 @app.command()
@@ -233,6 +234,7 @@ def export(
     )
     for line in told_export(totals, options, dest):
         console.print(line, soft_wrap=True)
+    raise typer.Exit(INCOMPLETE if totals.damaged else 0)
 
 
 @app.command()

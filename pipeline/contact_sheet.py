@@ -15,12 +15,11 @@ from pipeline.config import parse_config
 from pipeline.decode import find_field, open_image
 from pipeline.errors import ShardError, UserError
 from pipeline.evaluation.scene_scores import row_target
-from pipeline.evaluation.written_masks import read_rows
 from pipeline.ground_truth import Scene, list_truth_shards, scene_of
 from pipeline.image_shards import match_annotations
-from pipeline.job_record import read_job
 from pipeline.label_map import mask_of_image
 from pipeline.output_folder import JOB_FILE
+from pipeline.output_records import read_job_record, read_rows
 from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.settings import JobConfig
 from pipeline.shards import RawSample
@@ -70,8 +69,9 @@ def write_contact_sheet(
     Raises:
         UserError: no job in the folder, or no accepted mask in the given shards.
         ShardError: a tar cannot be read, or a mask is damaged.
+        DamageError: an annotations file or job.json is none.
     """
-    config = parse_config(read_job(out_dir)["config"], where=storage.join_url(out_dir, JOB_FILE))
+    config = parse_config(read_job_record(out_dir).config, where=storage.join_url(out_dir, JOB_FILE))
     shards = list_truth_shards(shard_patterns)
     candidates = _candidates(out_dir, shards, 2 * rows, np.random.default_rng(seed))
     cards = _cards(_fill_lines(candidates, rows), config)
@@ -96,7 +96,8 @@ def _candidates(
     for position in generator.permutation(len(known))[:max_shards]:
         shard = known[position]
         by_sample: dict[int, list[Row]] = defaultdict(list)
-        for row in read_rows(storage.join_url(folder, matched[shard.canonical_url]), COLUMNS):
+        url = storage.join_url(folder, matched[shard.canonical_url])
+        for row in read_rows(url, "annotations", COLUMNS):
             if row["mask"] is not None:
                 by_sample[row["sample_index"]].append(row)
         candidates += [(shard, tuple(rows)) for rows in by_sample.values()]

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.prompts.class_list import ClassEntry
-from pipeline.records import printable
 from pipeline.settings import JobConfig
+from pipeline.text import printable
 
 # a key of any other section counts unless it is named below
 NEVER_COUNT_SECTIONS = ("run",)

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
-
-import pyarrow as pa
 
 from pipeline import storage
+from pipeline.errors import DamageError
 from pipeline.measures import Measures
 from pipeline.output_folder import RUNS, OutputFolder
+from pipeline.output_records import RunFile, read_record
 from pipeline.progress import RunState
 
 INTERVAL_S = 60.0
@@ -60,12 +59,6 @@ class RunRecord:
         """The record as it is written."""
         document = {**vars(self), "measures": vars(self.measures)}
         return (json.dumps(document, indent=2) + "\n").encode()
-
-
-def record_from(document: dict[str, Any]) -> RunRecord:
-    """The inverse of `RunRecord.as_json`, from parsed JSON; raises KeyError or TypeError otherwise."""
-    history = tuple((float(elapsed_s), int(samples)) for elapsed_s, samples in document.get("history", ()))
-    return RunRecord(**{**document, "measures": Measures(**document["measures"]), "history": history})
 
 
 class _History:
@@ -180,14 +173,20 @@ def _named(error: BaseException) -> str:
 
 def latest_run(output_dir: str) -> RunRecord | None:
     """The record of the newest run; None where there is none that can be read."""
-    names = _record_names(output_dir)
-    return _read_record(output_dir, names[-1]) if names else None
+    records, _ = latest_runs(output_dir, 1)
+    return records[0] if records else None
 
 
-def latest_runs(output_dir: str, most: int) -> list[RunRecord]:
-    """The records of the newest runs, oldest first; those that cannot be read are left out."""
-    records = (_read_record(output_dir, name) for name in _record_names(output_dir)[-most:])
-    return [record for record in records if record is not None]
+def latest_runs(output_dir: str, most: int) -> tuple[list[RunRecord], list[str]]:
+    """The records of the newest runs, oldest first; and a line for each that cannot be read."""
+    records: list[RunRecord] = []
+    damaged: list[str] = []
+    for name in _record_names(output_dir)[-most:]:
+        try:
+            records.append(_read_record(output_dir, name))
+        except DamageError as error:
+            damaged.append(str(error))
+    return records, damaged
 
 
 def _record_names(output_dir: str) -> list[str]:
@@ -195,8 +194,8 @@ def _record_names(output_dir: str) -> list[str]:
     return sorted(name for name in storage.list_names(folder) if name.endswith(".json"))
 
 
-def _read_record(output_dir: str, name: str) -> RunRecord | None:
-    try:
-        return record_from(json.loads(storage.read_bytes(storage.join_url(output_dir, RUNS, name))))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
-        return None
+def _read_record(output_dir: str, name: str) -> RunRecord:
+    file = read_record(storage.join_url(output_dir, RUNS, name), RunFile)
+    fields = {name: getattr(file, name) for name in RunFile.model_fields}
+    measures = Measures(**file.measures.model_dump())
+    return RunRecord(**{**fields, "measures": measures, "history": tuple(file.history)})

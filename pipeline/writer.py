@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.footers import METADATA_KEY, counts_as_metadata
 from pipeline.output_folder import ANNOTATIONS, DAMAGED, ERRORS, LAYOUT, OutputFolder, new_run_id
-from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, SampleError, ShardCounts, printable
+from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, SampleError, ShardCounts
 from pipeline.storage import ShardSource
 from pipeline.storage.versions import version_of
+from pipeline.text import printable
 
 ROWS_PER_GROUP = 1000
 

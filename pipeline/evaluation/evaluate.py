@@ -28,13 +28,14 @@ from pipeline.evaluation.result import EvaluationResult, RecognitionScores
 from pipeline.evaluation.table import render_evaluation
 from pipeline.evaluation.written_masks import collect_written_masks, score_written_masks
 from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
-from pipeline.job_record import read_job
 from pipeline.model import describe_model, is_built_in, load_explainer
 from pipeline.output_folder import JOB_FILE
+from pipeline.output_records import read_job_record
 from pipeline.prompts.class_list import read_class_list
-from pipeline.records import SampleError, printable
+from pipeline.records import SampleError
 from pipeline.settings import InputConfig, ModelConfig
 from pipeline.storage import ShardSource
+from pipeline.text import printable
 
 __all__ = [
     "EvaluationOptions",
@@ -101,15 +102,15 @@ def evaluate_output(
             must be repeated, or whose files are not those that annotated.
         OutputError: the result cannot be written.
     """
-    job = read_job(out_dir)
-    config = parse_config(job.get("config") or {}, where=storage.join_url(out_dir, JOB_FILE))
+    job = read_job_record(out_dir)
+    config = parse_config(job.config, where=storage.join_url(out_dir, JOB_FILE))
     class_names = None if classes_file is None else _class_names(classes_file)
     shards = list_truth_shards(shard_patterns)
     model = _trusted_model(config.model, model_name, pretrained)
     explainer = load_explainer(
         model,
         "cuda" if torch.cuda.is_available() else "cpu",
-        expected_digest=str(job.get("weights_digest", "none")),
+        expected_digest=job.weights_digest,
     )
     options = EvaluationOptions(
         configured_layers=model.layers,

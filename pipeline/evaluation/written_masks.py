@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
 from legrad import label_metrics
@@ -23,11 +22,12 @@ from legrad.label_metrics import (
 )
 from legrad.metrics import Estimate, bootstrap_statistic, presence_auroc
 from pipeline import storage
-from pipeline.errors import ShardError
+from pipeline.errors import DamageError
 from pipeline.evaluation.result import WrittenMaskScores
 from pipeline.evaluation.scene_scores import SceneScores, score_scene
 from pipeline.ground_truth import Scene, read_scenes
 from pipeline.image_shards import match_annotations
+from pipeline.output_records import open_table, read_rows
 from pipeline.settings import InputConfig
 from pipeline.storage import ShardSource
 
@@ -69,7 +69,8 @@ def collect_written_masks(
         prompt_source: the job's ``prompts.source``.
 
     Raises:
-        ShardError: a tar cannot be read, or a mask is damaged.
+        ShardError: a tar cannot be read.
+        DamageError: an annotations file is none, or one of its masks is.
     """
     folder = storage.join_url(out_dir, "annotations")
     names = {name for name in storage.list_names(folder) if name.endswith(".parquet")}
@@ -78,11 +79,11 @@ def collect_written_masks(
     rows_without_scene = 0
     for shard in shards:
         if (name := matched.get(shard.canonical_url)) is not None:
-            rows = read_rows(storage.join_url(folder, name), COLUMNS)
+            rows = read_rows(storage.join_url(folder, name), "annotations", COLUMNS)
             try:
                 own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
             except RleError as error:
-                raise ShardError(f"{storage.join_url(folder, name)}: {error}") from error
+                raise DamageError(storage.join_url(folder, name), str(error)) from error
             scenes += own_scenes
             rows_without_scene += left_over
     return WrittenMasks(
@@ -193,18 +194,9 @@ def _presence_auroc(scenes: Sequence[SceneScores], seed: int) -> Estimate | None
     return bootstrap_statistic(auroc, len(scenes), seed=seed)
 
 
-def read_rows(url: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of one annotations file, as dictionaries of the given columns."""
-    filesystem, path = storage.resolve(url)
-    with filesystem.open_input_file(path) as file:
-        rows: list[dict[str, Any]] = pq.read_table(file, columns=list(columns)).to_pylist()
-    return rows
-
-
 def _row_count(url: str) -> int:
-    filesystem, path = storage.resolve(url)
-    with filesystem.open_input_file(path) as file:
-        return int(pq.ParquetFile(file).metadata.num_rows)
+    with open_table(url, "annotations") as file:
+        return int(file.metadata.num_rows)
 
 
 def _score_shard(

@@ -24,6 +24,7 @@ def told_export(totals: ExportTotals, options: ExportOptions, dest: str) -> list
     unit = "annotation(s)" if options.format == "coco" else "label map(s)"
     known = [f"{totals.counts[kind]:,} {text}" for kind, text in MEANINGS.items() if totals.counts.get(kind)]
     left_out = [f"shard left out: {shard_id}: {why}" for shard_id, why in sorted(totals.left_out.items())]
+    left_out += [f"shard left out, damaged: {why}" for _, why in sorted(totals.damaged.items())]
     return [
         *known,
         *left_out,

@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, Protocol
 
-from legrad.errors import LeGradError
 from pipeline import storage
 from pipeline.config import parse_config
-from pipeline.errors import ShardError, UserError
+from pipeline.errors import DamageError, UserError
 from pipeline.export.coco import CocoExport, Kind, merge_parts
 from pipeline.export.samples import ExportSample, export_samples
 from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
-from pipeline.footers import read_footer
-from pipeline.job_record import read_job
 from pipeline.output_folder import JOB_FILE
+from pipeline.output_records import read_footer_record, read_job_record
 from pipeline.prompts.class_list import ClassEntry, check_class, class_lines, read_class_list
 from pipeline.settings import InputConfig
 from pipeline.training.counts import SharedCounts
@@ -81,6 +79,7 @@ class ExportTotals:
         shards_done_before: by an earlier run.
         left_out: shards of the job that are not part of it, and why.
         class_names: of the classes that occur.
+        damaged: shards of which the job's own files cannot be read, and why.
     """
 
     written: int
@@ -89,6 +88,7 @@ class ExportTotals:
     shards_done_before: int
     left_out: Mapping[str, str]
     class_names: Mapping[int, str]
+    damaged: Mapping[str, str] = field(default_factory=dict)
 
 
 class Exporter(Protocol):
@@ -119,6 +119,7 @@ def export_job(
         on_shard: called with shard id and number written, after each shard.
 
     Raises:
+        DamageError: the job's job.json or list of shards is none.
         UserError: no job in the folder, another export in `dest`, images that cannot be found, rows without
             a class or classes beyond 254 where label maps are written.
         ShardError: a shard cannot be read.
@@ -129,16 +130,21 @@ def export_job(
     _claim(export, [pair.annotations_id for pair in pairing.pairs])
     done = storage.list_names(storage.join_url(export.dest, RECORDS_FOLDER))
     records: dict[str, ShardRecord] = {}
+    damaged: dict[str, str] = {}
     written_now = 0
     for number, pair in enumerate(pairing.pairs):
         shard_id = pair.annotations_id
-        record = _earlier(export, shard_id) if f"{shard_id}.json" in done else None
-        if record is None:
-            record = _export_shard(export, number, pair)
-            written_now += 1
-            on_shard(shard_id, record.written)
+        try:
+            record = _earlier(export, shard_id) if f"{shard_id}.json" in done else None
+            if record is None:
+                record = _export_shard(export, number, pair)
+                written_now += 1
+                on_shard(shard_id, record.written)
+        except DamageError as error:
+            damaged[shard_id] = str(error)
+            continue
         records[shard_id] = record
-    totals = _totals(records.values(), written_now, pairing.left_out)
+    totals = _totals(records.values(), written_now, pairing.left_out, damaged)
     _finish(export, records, {entry.class_id: entry.name for entry in export.classes} or totals.class_names)
     return totals
 
@@ -153,7 +159,7 @@ class _Export:
 
 
 def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
-    config = parse_config(read_job(out)["config"], where=storage.join_url(out, JOB_FILE))
+    config = parse_config(read_job_record(out).config, where=storage.join_url(out, JOB_FILE))
     listed = config.prompts.classes
     if options.classes_file is not None:
         classes = read_class_list(options.classes_file)
@@ -177,12 +183,12 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     samples = _noting_classes(export_samples(joined, settings, class_ids, counts), class_names)
     try:
         written = _exporter(export.dest, export.options).export_shard(number, shard_id, samples)
-    except (UserError, LeGradError) as error:
-        raise type(error)(f"{pair.shard.canonical_url}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{pair.shard.canonical_url}: {error}") from error
     met = asdict(joins.read())
     if met.pop("shards_left_out"):
-        where = pair.shard.canonical_url
-        raise ShardError(f"{where}: its two files are of different attempts; run the job again")
+        url = storage.join_url(export.out, "annotations", f"{shard_id}.parquet")
+        raise DamageError(url, "is not of the same attempt as its errors file; run the job again")
     # every sample that was joined is counted by what became of it here
     del met["joined"]
     record = ShardRecord(_attempt(export.out, shard_id), written, dict(+(counts + Counter(met))), class_names)
@@ -253,18 +259,18 @@ def _earlier(export: _Export, shard_id: str) -> ShardRecord | None:
 
 def _attempt(out: str, shard_id: str) -> str:
     url = storage.join_url(out, "annotations", f"{shard_id}.parquet")
-    try:
-        return str(read_footer(url)["attempt"])
-    except (OSError, KeyError, ValueError) as error:
-        raise ShardError(f"{url}: cannot be read: {error}") from error
+    return read_footer_record(url, "annotations").attempt
 
 
-def _totals(records: Iterable[ShardRecord], written_now: int, left_out: Mapping[str, str]) -> ExportTotals:
+def _totals(
+    records: Iterable[ShardRecord], written_now: int, left_out: Mapping[str, str], damaged: Mapping[str, str]
+) -> ExportTotals:
     listed = list(records)
     counts = sum((Counter(record.counts) for record in listed), start=Counter[str]())
     names = {number: name for record in listed for number, name in record.class_names.items()}
     written = sum(record.written for record in listed)
-    return ExportTotals(written, counts, written_now, len(listed) - written_now, left_out, names)
+    done_before = len(listed) - written_now
+    return ExportTotals(written, counts, written_now, done_before, left_out, names, damaged)
 
 
 def _finish(export: _Export, shard_ids: Iterable[str], class_names: Mapping[int, str]) -> None:

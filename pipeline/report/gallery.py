@@ -8,20 +8,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Bool
 
 from legrad.errors import LeGradError
 from legrad.rle import Rle
 from pipeline import storage
 from pipeline.decode import find_field, open_image
-from pipeline.errors import PipelineError, SampleFailure
+from pipeline.errors import DamageError, PipelineError, SampleFailure
 from pipeline.evaluation.scene_scores import row_class, row_target
 from pipeline.ground_truth import Scene, scene_of
 from pipeline.image_shards import LocatedShards
 from pipeline.label_map import mask_of_image
+from pipeline.output_records import checked_rows, damage, open_table
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
-from pipeline.report.scores import ScoredRows, open_parquet
+from pipeline.report.scores import ScoredRows
 from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.settings import JobConfig
 from pipeline.shards import RawSample
@@ -90,30 +90,35 @@ class Gallery:
 
 def read_cards(
     out_dir: str, scores: ScoredRows, chosen: Sequence[int], at_random: set[int]
-) -> tuple[CardRow, ...]:
-    """Read the chosen rows whole, in their order; rows of a file that has vanished are left out."""
+) -> tuple[tuple[CardRow, ...], tuple[str, ...]]:
+    """Read the chosen rows whole.
+
+    Returns:
+        The cards, in the order chosen; and a line for each file that cannot be read, whose rows are left out.
+    """
     by_group: dict[int, list[int]] = defaultdict(list)
     for row in chosen:
         by_group[int(scores.group[row])].append(row)
-    read = {
-        row: whole
-        for group, rows in by_group.items()
-        for row, whole in _whole_rows(out_dir, scores, group, rows)
-    }
-    return tuple(_card(read[row], scores, row, at_random=row in at_random) for row in chosen if row in read)
+    read: dict[int, dict[str, Any]] = {}
+    damaged: list[str] = []
+    for group, rows in by_group.items():
+        try:
+            read |= _whole_rows(out_dir, scores, group, rows)
+        except DamageError as error:
+            damaged.append(str(error))
+    cards = (_card(read[row], scores, row, at_random=row in at_random) for row in chosen if row in read)
+    return tuple(cards), tuple(damaged)
 
 
 def _whole_rows(
     out_dir: str, scores: ScoredRows, group: int, rows: Sequence[int]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> dict[int, dict[str, Any]]:
     shard_id, number = scores.groups[group]
-    try:
-        with open_parquet(storage.join_url(out_dir, "annotations"), shard_id) as file:
-            table = file.read_row_group(number, columns=list(CARD_COLUMNS))
-    except (OSError, pa.ArrowException):
-        return
-    for row in rows:
-        yield row, table.slice(int(scores.offset[row]), 1).to_pylist()[0]
+    url = storage.join_url(out_dir, "annotations", f"{shard_id}.parquet")
+    with open_table(url, "annotations") as file, damage(url):
+        table = file.read_row_group(number, columns=list(CARD_COLUMNS))
+        offsets = [int(scores.offset[row]) for row in rows]
+        return dict(zip(rows, checked_rows(table.take(offsets), "annotations"), strict=True))
 
 
 def _card(row: dict[str, Any], scores: ScoredRows, number: int, *, at_random: bool) -> CardRow:

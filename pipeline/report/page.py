@@ -183,8 +183,8 @@ def _notes(content: PageContent) -> list[str]:
         )
     if content.totals.shortfall:
         notes.append(f"The job is not complete: {shortened(content.totals.shortfall)}.")
-    if content.scores.unreadable:
-        names = ", ".join(content.scores.unreadable[:MAX_LISTED])
+    if content.scores.damaged:
+        names = ", ".join(list(content.scores.damaged)[:MAX_LISTED])
         notes.append(f"Annotation files that cannot be read, and are left out: {names}")
     cards = content.gallery.cards
     if cards and not any(card.pictures for card in cards):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
-from legrad.errors import LeGradError
 from legrad.rle import Rle, mask_area
 from pipeline import storage
+from pipeline.errors import DamageError
+from pipeline.output_records import checked_batch, damage, open_table
 from pipeline.records import ACCEPTED
 
 SCORE_COLUMNS = ("sample_index", "status", "class_id", "similarity", "peak", "threshold", "area")
@@ -48,7 +47,7 @@ class ScoredRows:
             Of prompts that competed, which share one ignore mask, the sample's first row alone has it.
         files_read: annotation files that were looked into.
         files_total: annotation files that there are.
-        unreadable: shard ids of files that could not be read.
+        damaged: by shard id of each file that could not be read, what is wrong with it.
     """
 
     groups: tuple[Group, ...]
@@ -64,7 +63,7 @@ class ScoredRows:
     ignored_share: Float[np.ndarray, " rows"]
     files_read: int
     files_total: int
-    unreadable: tuple[str, ...]
+    damaged: Mapping[str, str]
 
     def __len__(self) -> int:
         return len(self.status)
@@ -79,14 +78,6 @@ class ScoredRows:
         """The shard that a row is from."""
         shard_id, _ = self.groups[int(self.group[row])]
         return shard_id
-
-
-@contextmanager
-def open_parquet(folder: str, shard_id: str) -> Iterator[pq.ParquetFile]:
-    """One file of an output's folder; raises OSError or pyarrow.ArrowInvalid where it cannot be read."""
-    filesystem, path = storage.resolve(storage.join_url(folder, f"{shard_id}.parquet"))
-    with filesystem.open_input_file(path) as file:
-        yield pq.ParquetFile(file)
 
 
 def read_scores(
@@ -113,24 +104,32 @@ def read_scores(
         groups = [
             (shard_id, number, rows)
             for shard_id, row_counts in zip(chosen, listed, strict=True)
-            for number, rows in enumerate(row_counts or ())
+            if not isinstance(row_counts, DamageError)
+            for number, rows in enumerate(row_counts)
         ]
         wanted = _within([groups[position] for position in generator.permutation(len(groups))], max_rows)
         tables = list(pool.map(lambda group: _read_group(folder, group), wanted))
-    read = [(group, table) for group, table in zip(wanted, tables, strict=True) if table is not None]
-    failed = {group[0] for group, table in zip(wanted, tables, strict=True) if table is None}
-    failed |= {shard_id for shard_id, row_counts in zip(chosen, listed, strict=True) if row_counts is None}
-    return _scored(read, len(chosen) - len(failed), len(shard_ids), tuple(sorted(failed)))
+    found = [
+        *zip(chosen, listed, strict=True),
+        *((group[0], table) for group, table in zip(wanted, tables, strict=True)),
+    ]
+    damaged = {shard_id: str(error) for shard_id, error in found if isinstance(error, DamageError)}
+    read = [
+        (group, table)
+        for group, table in zip(wanted, tables, strict=True)
+        if not isinstance(table, DamageError) and group[0] not in damaged
+    ]
+    return _scored(read, len(chosen) - len(damaged), len(shard_ids), damaged)
 
 
-def _group_rows(folder: str, shard_id: str) -> list[int] | None:
-    """Rows of each row group; None where the file cannot be read."""
+def _group_rows(folder: str, shard_id: str) -> list[int] | DamageError:
+    """Rows of each row group, or what is wrong with the file."""
     try:
-        with open_parquet(folder, shard_id) as file:
+        with open_table(storage.join_url(folder, f"{shard_id}.parquet"), "annotations") as file:
             counts = range(file.metadata.num_row_groups)
             return [file.metadata.row_group(number).num_rows for number in counts]
-    except (OSError, pa.ArrowException):
-        return None
+    except DamageError as error:
+        return error
 
 
 def _within(groups: Sequence[tuple[str, int, int]], max_rows: int) -> list[Group]:
@@ -144,18 +143,19 @@ def _within(groups: Sequence[tuple[str, int, int]], max_rows: int) -> list[Group
     return chosen
 
 
-def _read_group(folder: str, group: Group) -> pa.Table | None:
+def _read_group(folder: str, group: Group) -> pa.Table | DamageError:
     shard_id, number = group
+    url = storage.join_url(folder, f"{shard_id}.parquet")
     try:
-        with open_parquet(folder, shard_id) as file:
+        with open_table(url, "annotations") as file, damage(url):
             table = file.read_row_group(number, columns=[*SCORE_COLUMNS, FRAME_COLUMN, IGNORE_COLUMN])
-            return _with_shares(table)
-    except (OSError, KeyError, LeGradError, pa.ArrowException):
-        return None
+            return _with_shares(checked_batch(table, "annotations"))
+    except DamageError as error:
+        return error
 
 
 def _scored(
-    read: Sequence[tuple[Group, pa.Table]], files_read: int, files_total: int, unreadable: tuple[str, ...]
+    read: Sequence[tuple[Group, pa.Table]], files_read: int, files_total: int, damaged: Mapping[str, str]
 ) -> ScoredRows:
     tables = [table for _, table in read]
     whole = pa.concat_tables(tables) if tables else _EMPTY
@@ -181,7 +181,7 @@ def _scored(
         ignored_share=numbers("ignored"),
         files_read=files_read,
         files_total=files_total,
-        unreadable=unreadable,
+        damaged=damaged,
     )
 
 
@@ -195,7 +195,7 @@ def _with_shares(table: pa.Table) -> pa.Table:
 
 
 def _ignored_shares(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, " rows"]:
-    """Of the pixels of each ignore mask in its frame, told from the runs alone; NaN without one of its own."""
+    """Of the pixels of each ignore mask in its frame, told from the runs; NaN without one of its own."""
     told: list[tuple[int, Rle]] = []
     image: int | None = None
     for number, row in enumerate(rows):

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline import storage
-from pipeline.footers import UNREADABLE, checked_footers, counts_from_metadata
-from pipeline.output_folder import ANNOTATIONS, DAMAGED, ERRORS, FAILED, SUCCESS_FILE, ids_in
+from pipeline.errors import DamageError
+from pipeline.footers import FOOTER_READERS, ShardFooter, checked_footer
+from pipeline.output_folder import ANNOTATIONS, DAMAGED, FAILED, SUCCESS_FILE, ids_in
+from pipeline.output_records import (
+    JobRecord,
+    iter_rows,
+    open_table,
+    read_counts,
+    read_damage,
+    read_failure,
+    read_shard_rows,
+    read_success,
+)
 from pipeline.records import ShardCounts, total_counts
-from pipeline.report.scores import open_parquet
-from pipeline.result import damage_of
 from pipeline.run_record import RunRecord, latest_runs
-from pipeline.shard_list import read_shard_list
-from pipeline.status import last_error, run_settings, shortfall
+from pipeline.status import run_settings, shortfall
 
 MAX_FOOTERS = 2000
 MAX_FAILED_SHOWN = 20
@@ -54,6 +62,7 @@ class Totals:
         counts: outcomes of samples; None where there are too many shards to count without OUT/_SUCCESS.
         errors: by kind, most frequent first.
         runs: the newest records, oldest first.
+        broken_files: a line for each file that is none of this package's.
     """
 
     listed: tuple[Mapping[str, Any], ...]
@@ -67,6 +76,7 @@ class Totals:
     counts: ShardCounts | None
     errors: tuple[ErrorKind, ...]
     runs: tuple[RunRecord, ...]
+    broken_files: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -74,7 +84,7 @@ class Totals:
         return len(self.done) == len(self.listed) and not self.shortfall
 
 
-def read_totals(out_dir: str, job: Mapping[str, Any]) -> Totals:
+def read_totals(out_dir: str, job: JobRecord) -> Totals:
     """Look at an output folder; what is read is bounded whatever its size.
 
     Args:
@@ -83,52 +93,96 @@ def read_totals(out_dir: str, job: Mapping[str, Any]) -> Totals:
 
     Raises:
         UserError: the folder has no list of shards.
+        DamageError: its list of shards is none.
         OutputError: it cannot be listed.
     """
-    listed = {row["shard_id"]: row for row in read_shard_list(out_dir)}
+    listed = {row["shard_id"]: row for row in read_shard_rows(out_dir)}
     published = sorted(ids_in(out_dir, ANNOTATIONS) & set(listed))
     damaged = sorted(ids_in(out_dir, DAMAGED) & set(published))
     failed = sorted((ids_in(out_dir, FAILED) & set(listed)) - set(published))
+    broken: list[str] = []
+    mismatched: set[str] = set()
     counts: ShardCounts | None
     if len(published) <= MAX_FOOTERS:
-        by_shard = checked_footers(
-            out_dir, {shard_id: listed[shard_id] for shard_id in published}, str(job.get("config_hash"))
-        )
-        counts = total_counts(found.counts for found in by_shard.values() if found is not None)
-        with_errors = [shard_id for shard_id, found in by_shard.items() if found and found.counts.error_rows]
+        by_shard = _footers(out_dir, [listed[shard_id] for shard_id in published], job.config_hash)
+        sound = {name: found.counts for name, found in by_shard.items() if isinstance(found, ShardFooter)}
+        broken += [str(found) for found in by_shard.values() if isinstance(found, DamageError)]
+        mismatched = set(by_shard) - set(sound)
+        counts = total_counts(sound.values())
+        with_errors = [shard_id for shard_id, found in sound.items() if found.error_rows]
     else:
-        by_shard, counts, with_errors = {}, _success_counts(out_dir), published
-    mismatched = {shard_id for shard_id, found in by_shard.items() if found is None}
+        counts, with_errors = _success_counts(out_dir, broken), published
+    runs, unread_runs = latest_runs(out_dir, RUNS_SHOWN)
+    failures = tuple(
+        (listed[shard_id]["shard"], _told(partial(_last_error, out_dir, shard_id), broken))
+        for shard_id in failed[:MAX_FAILED_SHOWN]
+    )
+    damages = tuple(
+        (listed[shard_id]["shard"], _told(partial(_damage, out_dir, shard_id), broken))
+        for shard_id in damaged[:MAX_FAILED_SHOWN]
+    )
+    errors = _error_kinds(out_dir, counts, with_errors, broken)
     return Totals(
         listed=tuple(listed.values()),
         done=tuple(shard_id for shard_id in published if shard_id not in mismatched),
-        damaged=tuple(
-            (listed[shard_id]["shard"], damage_of(out_dir, shard_id))
-            for shard_id in damaged[:MAX_FAILED_SHOWN]
-        ),
+        damaged=damages,
         damaged_count=len(damaged),
-        failed=tuple(
-            (listed[shard_id]["shard"], last_error(out_dir, shard_id))
-            for shard_id in failed[:MAX_FAILED_SHOWN]
-        ),
+        failed=failures,
         failed_count=len(failed),
         mismatched=len(mismatched),
-        shortfall=shortfall(run_settings(job), counts or ShardCounts(), len(damaged)),
+        shortfall=shortfall(run_settings(job.model_dump()), counts or ShardCounts(), len(damaged)),
         counts=counts,
-        errors=_error_kinds(out_dir, counts, with_errors),
-        runs=tuple(latest_runs(out_dir, RUNS_SHOWN)),
+        errors=errors,
+        runs=tuple(runs),
+        broken_files=tuple(dict.fromkeys([*broken, *unread_runs])),
     )
 
 
-def _success_counts(out_dir: str) -> ShardCounts | None:
+def _footers(
+    out_dir: str, rows: Sequence[Mapping[str, Any]], config_hash: str
+) -> dict[str, ShardFooter | DamageError | None]:
+    """By shard id the footer, or what is wrong with a file; None where the input is another by now."""
+
+    def found(row: Mapping[str, Any]) -> ShardFooter | DamageError | None:
+        try:
+            read_counts(out_dir, row["shard_id"], config_hash)
+        except DamageError as error:
+            return error
+        return checked_footer(out_dir, row["shard_id"], row, config_hash)
+
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        return dict(zip([row["shard_id"] for row in rows], pool.map(found, rows), strict=True))
+
+
+def _success_counts(out_dir: str, damaged: list[str]) -> ShardCounts | None:
+    if not storage.exists(out_dir, SUCCESS_FILE):
+        return None
     try:
-        document = json.loads(storage.read_bytes(storage.join_url(out_dir, SUCCESS_FILE)))
-        return counts_from_metadata(document)
-    except UNREADABLE:
+        return read_success(out_dir).counts()
+    except DamageError as error:
+        damaged.append(str(error))
         return None
 
 
-def _error_kinds(out_dir: str, counts: ShardCounts | None, shard_ids: Sequence[str]) -> tuple[ErrorKind, ...]:
+def _last_error(out_dir: str, shard_id: str) -> str:
+    return read_failure(out_dir, shard_id).last_error
+
+
+def _damage(out_dir: str, shard_id: str) -> str:
+    return read_damage(out_dir, shard_id).reason
+
+
+def _told(read: Callable[[], str], broken: list[str]) -> str:
+    try:
+        return read()
+    except DamageError as error:
+        broken.append(str(error))
+        return "(its record cannot be read)"
+
+
+def _error_kinds(
+    out_dir: str, counts: ShardCounts | None, shard_ids: Sequence[str], damaged: list[str]
+) -> tuple[ErrorKind, ...]:
     """Kinds with their counts, where they were counted, and examples from the first files that have some."""
     counted = dict(counts.errors_by_kind) if counts is not None else {}
     examples: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in counted}
@@ -136,7 +190,7 @@ def _error_kinds(out_dir: str, counts: ShardCounts | None, shard_ids: Sequence[s
         for shard_id in shard_ids[:MAX_ERROR_FILES]:
             if counted and all(len(found) >= EXAMPLES_PER_KIND for found in examples.values()):
                 break
-            for row in _some_errors(out_dir, shard_id):
+            for row in _some_errors(out_dir, shard_id, damaged):
                 found = examples.setdefault(f"{row['stage']}/{row['kind']}", [])
                 if len(found) < EXAMPLES_PER_KIND:
                     found.append(row)
@@ -144,13 +198,11 @@ def _error_kinds(out_dir: str, counts: ShardCounts | None, shard_ids: Sequence[s
     return tuple(ErrorKind(kind, counted.get(kind, 0), tuple(examples[kind])) for kind in kinds)
 
 
-def _some_errors(out_dir: str, shard_id: str) -> list[dict[str, Any]]:
+def _some_errors(out_dir: str, shard_id: str, damaged: list[str]) -> list[dict[str, Any]]:
+    url = storage.join_url(out_dir, "errors", f"{shard_id}.parquet")
     try:
-        with open_parquet(storage.join_url(out_dir, ERRORS), shard_id) as file:
-            if not file.metadata.num_rows:
-                return []
-            batch = next(file.iter_batches(MAX_ERROR_ROWS, row_groups=[0], columns=list(EXAMPLE_COLUMNS)))
-            rows: list[dict[str, Any]] = batch.to_pylist()
-            return rows
-    except (OSError, KeyError, pa.ArrowException):
+        with open_table(url, "errors") as file:
+            return list(islice(iter_rows(file, url, "errors", EXAMPLE_COLUMNS), MAX_ERROR_ROWS))
+    except DamageError as error:
+        damaged.append(str(error))
         return []

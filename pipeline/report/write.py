@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,8 +14,8 @@ from pipeline import storage
 from pipeline.config import parse_config
 from pipeline.errors import UserError
 from pipeline.image_shards import LocatedShards, locate_shards
-from pipeline.job_record import read_job
 from pipeline.output_folder import JOB_FILE
+from pipeline.output_records import read_job_record
 from pipeline.prompts.class_list import ClassEntry, read_class_list
 from pipeline.report.gallery import Gallery, read_cards, with_pictures
 from pipeline.report.page import PageContent, render_page
@@ -42,6 +42,7 @@ class Report:
         rows_shown: cards of the gallery.
         pictures: how many of them have pictures.
         unread_shards: canonical URL of a shard whose images could not be read, and why.
+        damaged: a line for each file of the output folder that is none of this package's.
     """
 
     url: str
@@ -49,6 +50,7 @@ class Report:
     rows_shown: int
     pictures: int
     unread_shards: Mapping[str, str]
+    damaged: tuple[str, ...] = ()
 
 
 def write_report(
@@ -75,12 +77,13 @@ def write_report(
 
     Raises:
         UserError: no job in the folder, or what is asked for cannot be.
+        DamageError: its job.json or its list of shards is none.
         OutputError: the page cannot be written.
     """
     if not 0 <= samples <= MAX_SAMPLES:
         raise UserError(f"samples: expected a number from 0 to {MAX_SAMPLES}, got {samples}")
-    job = read_job(out_dir)
-    config = parse_config(job.get("config") or {}, where=storage.join_url(out_dir, JOB_FILE))
+    job = read_job_record(out_dir)
+    config = parse_config(job.config, where=storage.join_url(out_dir, JOB_FILE))
     class_names = _class_names(classes_file, config.prompts.classes)
     totals = read_totals(out_dir, job)
     located = locate_shards(totals.listed, shards)
@@ -88,12 +91,12 @@ def write_report(
     scores = read_scores(out_dir, totals.done, generator)
     shown_shards = _shown_shards(scores, totals.listed, located)
     chosen, at_random = choose_rows(scores, _rows_of(scores, shown_shards), samples, generator)
-    cards = read_cards(out_dir, scores, chosen, at_random)
+    cards, unread = read_cards(out_dir, scores, chosen, at_random)
     gallery = with_pictures(cards, located, config, PICTURE_BYTES // max(1, len(cards)))
     page = render_page(
         PageContent(
             out=storage.shown_url(out_dir),
-            job=job,
+            job=job.model_dump(),
             config=config,
             totals=totals,
             scores=scores,
@@ -106,7 +109,8 @@ def write_report(
     ).encode()
     url = to or storage.join_url(out_dir, REPORT_FILE)
     _publish(url, page)
-    return _told(url, page, gallery)
+    damaged = tuple(dict.fromkeys([*totals.broken_files, *scores.damaged.values(), *unread]))
+    return replace(_told(url, page, gallery), damaged=damaged)
 
 
 def _told(url: str, page: bytes, gallery: Gallery) -> Report:
@@ -173,4 +177,7 @@ def render_report(report: Report) -> str:
         f"  no pictures from {url}: {why}" for url, why in list(report.unread_shards.items())[:MAX_TOLD]
     ]
     more = len(report.unread_shards) - MAX_TOLD
-    return "\n".join([*lines, f"  ... and from {more} more shards"] if more > 0 else lines)
+    lines += [f"  ... and from {more} more shards"] if more > 0 else []
+    lines += [f"  damaged: {line}" for line in report.damaged[:MAX_TOLD]]
+    more = len(report.damaged) - MAX_TOLD
+    return "\n".join([*lines, f"  ... and {more} more damaged files"] if more > 0 else lines)

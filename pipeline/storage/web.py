@@ -17,8 +17,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from pipeline.records import printable
 from pipeline.storage.versions import InputVersion
+from pipeline.text import printable
 
 SILENCE_TIMEOUT_S = 60.0
 SIZE_TIMEOUT_S = 20.0

@@ -20,8 +20,8 @@ from pipeline.config import parse_config
 from pipeline.decode import find_field, open_image
 from pipeline.errors import SampleFailure, UserError
 from pipeline.ground_truth import LABEL_MAP_FIELD, read_label_map
-from pipeline.job_record import read_job
 from pipeline.output_folder import JOB_FILE
+from pipeline.output_records import read_job_record
 from pipeline.records import has_pixels
 from pipeline.settings import InputConfig
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
@@ -78,7 +78,8 @@ class MaskDataset(IterableDataset[Sample]):
         shuffle_buffer: samples, undecoded, among which each worker chooses the next one.
         rank: of this process; None: torch.distributed's, or 0.
         world_size: processes in all; None: torch.distributed's, or 1.
-        skip_unreadable: leave shards out that cannot be read, instead of ending with a ShardError.
+        skip_unreadable: leave shards out that cannot be read, instead of ending with a ShardError, or a
+            DamageError of their annotations.
 
     Attributes:
         left_out: by shard id, why a shard of the job is not read.
@@ -245,7 +246,7 @@ def _check(
 
 def _input_settings(out_dir: str) -> InputConfig:
     where = storage.join_url(out_dir, JOB_FILE)
-    return parse_config(read_job(out_dir)["config"], where=where).input
+    return parse_config(read_job_record(out_dir).config, where=where).input
 
 
 def _fields(settings: InputConfig, target: Target) -> frozenset[str]:

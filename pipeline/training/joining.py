@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline import storage
-from pipeline.errors import ShardError
-from pipeline.footers import METADATA_KEY, read_footer
+from pipeline.errors import DamageError, ShardError
+from pipeline.output_records import footer_of, iter_rows, open_table, read_footer_record
 from pipeline.records import SampleError
 from pipeline.shards import RawSample, read_samples
-from pipeline.storage import ShardSource
-from pipeline.storage.urls import told_as
 from pipeline.training.counts import WorkerCounts
 from pipeline.training.pairs import ShardPair
 from pipeline.training.shares import Share
@@ -28,8 +21,6 @@ ROW_COLUMNS = (
     *("key", "sample_index", "prompt_index", "prompt", "class_id", "status"),
     *("image_height", "image_width", "similarity", "threshold", "mask", "ignore"),
 )
-ROWS_AT_A_TIME = 256
-READ_BUFFER_BYTES = 1 << 20
 
 Row = Mapping[str, Any]
 _log = logging.getLogger(__name__)
@@ -74,11 +65,12 @@ class Source:
             counts: takes what else becomes of a sample.
 
         Raises:
-            ShardError: tar or annotations cannot be opened or read, unless such shards are left out.
+            ShardError: the tar cannot be opened or read, unless such shards are left out.
+            DamageError: the same of the annotations.
         """
         try:
             yield from self._read(share, counts)
-        except ShardError as error:
+        except (ShardError, DamageError) as error:
             if not self.skip_unreadable:
                 raise
             counts.add("shards_left_out")
@@ -86,15 +78,22 @@ class Source:
 
     def _read(self, share: Share[ShardPair], counts: WorkerCounts) -> Iterator[JoinedSample]:
         shard, name = share.shard.shard, f"{share.shard.annotations_id}.parquet"
-        with _open_annotations(storage.join_url(self.out_dir, "annotations", name)) as annotations:
+        url = storage.join_url(self.out_dir, "annotations", name)
+        with open_table(url, "annotations") as annotations:
             errors_url = storage.join_url(self.out_dir, "errors", name)
-            if not _are_of_one_attempt(annotations, errors_url):
+            if footer_of(annotations, url).attempt != read_footer_record(errors_url, "errors").attempt:
                 counts.add("shards_left_out")
                 _log.warning("left out: its two files are not of the same attempt: %s", errors_url)
                 return
             with storage.open_shard(shard) as stream:
                 samples = self._samples(stream)
-                yield from join(shard.canonical_url, samples, _row_groups(annotations, shard), share, counts)
+                yield from join(
+                    shard.canonical_url,
+                    samples,
+                    _row_groups(iter_rows(annotations, url, "annotations", ROW_COLUMNS)),
+                    share,
+                    counts,
+                )
 
     def _samples(self, stream: BinaryIO) -> Iterator[RawSample | SampleError]:
         # not webdataset's reader: it leaves damaged samples out in silence, and the ordinals behind shift
@@ -143,32 +142,6 @@ def join(
         waiting = next(row_groups, None)
 
 
-@contextmanager
-def _open_annotations(url: str) -> Iterator[pq.ParquetFile]:
-    with told_as(ShardError, url, "cannot be opened"):
-        filesystem, path = storage.resolve(url)
-        file = filesystem.open_input_file(path)
-    with file:
-        with told_as(ShardError, url, "cannot be read"):
-            annotations = pq.ParquetFile(file, buffer_size=READ_BUFFER_BYTES, pre_buffer=False)
-        yield annotations
-
-
-def _are_of_one_attempt(annotations: pq.ParquetFile, errors_url: str) -> bool:
-    try:
-        attempt = json.loads(annotations.metadata.metadata[METADATA_KEY])["attempt"]
-        return bool(attempt == read_footer(errors_url)["attempt"])
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid):
-        return False
-
-
-def _row_groups(annotations: pq.ParquetFile, shard: ShardSource) -> Iterator[tuple[int, list[Row]]]:
-    for index, rows in groupby(_rows(annotations, shard), lambda row: int(row["sample_index"])):
-        yield index, list(rows)
-
-
-def _rows(annotations: pq.ParquetFile, shard: ShardSource) -> Iterator[Row]:
-    with told_as(ShardError, shard.canonical_url, "its annotations cannot be read"):
-        batches = annotations.iter_batches(ROWS_AT_A_TIME, columns=list(ROW_COLUMNS), use_threads=False)
-        for batch in batches:
-            yield from batch.to_pylist()
+def _row_groups(rows: Iterator[Row]) -> Iterator[tuple[int, list[Row]]]:
+    for index, group in groupby(rows, lambda row: int(row["sample_index"])):
+        yield index, list(group)

@@ -9,7 +9,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.image_shards import locate_shards
 from pipeline.output_folder import ANNOTATIONS, ids_in
-from pipeline.shard_list import read_shard_list
+from pipeline.output_records import read_shard_rows
 from pipeline.storage import ShardSource
 
 
@@ -44,7 +44,7 @@ def pair_shards(out_dir: str, given: Sequence[str] = ()) -> Pairing:
     Raises:
         UserError: as `locate_shards`; the folder has no list of shards; nothing is left to train on.
     """
-    listed = read_shard_list(out_dir)
+    listed = read_shard_rows(out_dir)
     located = locate_shards(listed, given)
     annotated = ids_in(out_dir, ANNOTATIONS)
     left_out = {

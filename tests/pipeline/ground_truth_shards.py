@@ -100,6 +100,7 @@ def job_document(out: Path, weights: Path, **prompts: Any) -> dict[str, Any]:
     return {
         "layout": LAYOUT,
         "weights_digest": model_digest(MODEL_NAME, str(weights)) if weights.exists() else "unknown",
+        "config_hash": "0" * 12,
         "config": {
             "input": {"shards": "unused.tar", "image": "png", "caption": "json:captions"},
             "model": {"name": MODEL_NAME, "pretrained": str(weights), "layers": 2},

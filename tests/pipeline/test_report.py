@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import json
 import re
 import shutil
 import sys
@@ -188,7 +189,13 @@ def test_an_unfinished_job_tells_what_is_left_and_what_was_given_up(tmp_path):
     out = write_job(tmp_path, [rows] * 4, done=1)
     given_up = listed_shards(out)[1]
     (out / "failed").mkdir()
-    (out / "failed" / f"{given_up}.json").write_text('{"last_error": "it <b>kills</b> its worker"}')
+    record = {
+        "shard_id": given_up,
+        "shard": "a.tar",
+        "attempts": 3,
+        "last_error": "it <b>kills</b> its worker",
+    }
+    (out / "failed" / f"{given_up}.json").write_text(json.dumps(record))
     _, page = page_of(out)
     for told in ("incomplete", "1 / 4", "1 given up, 2 left", "it <b>kills</b> its worker"):
         assert told in page.text, told

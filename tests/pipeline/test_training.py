@@ -35,7 +35,7 @@ from training_corpus import (
 )
 
 from pipeline import storage
-from pipeline.errors import ShardError, UserError
+from pipeline.errors import DamageError, ShardError, UserError
 from pipeline.training import MaskDataset, collate, joining, pixel_weights, similarity_weight
 from pipeline.training.shares import shares_of
 
@@ -202,7 +202,7 @@ def test_a_broken_annotations_file_is_an_unreadable_shard(tmp_path):
     corpus = write_corpus(tmp_path, plain_plans([2]))
     (file,) = (tmp_path / "out" / "annotations").iterdir()
     file.write_bytes(b"PAR1 and no more")
-    with pytest.raises(ShardError, match=file.name):
+    with pytest.raises(DamageError, match=file.name):
         list(MaskDataset(corpus.out))
 
 
@@ -453,9 +453,7 @@ def test_the_first_sample_comes_before_either_file_has_been_read(tmp_path, monke
             yield Stream()
 
     monkeypatch.setattr(joining.storage, "open_shard", counted_shard)
-    monkeypatch.setattr(
-        joining, "_open_annotations", counted_annotations(joining._open_annotations, tar_bytes)
-    )
+    monkeypatch.setattr(joining, "open_table", counted_annotations(joining.open_table, tar_bytes))
     samples_read = iter(MaskDataset(str(tmp_path / "out"), shuffle=False))
     next(samples_read)
     assert 0 < tar_bytes["read"] < path.stat().st_size / 2
@@ -465,8 +463,8 @@ def test_the_first_sample_comes_before_either_file_has_been_read(tmp_path, monke
 
 def counted_annotations(opened, counts):
     @contextmanager
-    def opening(url):
-        with opened(url) as annotations:
+    def opening(url, table):
+        with opened(url, table) as annotations:
             yield Counted(annotations, counts)
 
     return opening
