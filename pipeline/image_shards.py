@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -85,6 +86,8 @@ def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]
             missing[shard_id] = "was written by a command, which is not kept"
         elif "?" in name and (mapping is None or mapping[0] != name):
             missing[shard_id] = "has a query in its URL, which is not kept: name the shards as the job does"
+        elif mapping is None and _is_pipe_or_device(name):
+            missing[shard_id] = "is no regular file"
         elif mapping is None:
             sources[shard_id] = ShardSource(shard_id, name, name, row["size_bytes"])
         else:

@@ -329,8 +329,10 @@ HOSTILE_OUTPUTS = {
     "annotations: a mask of 40,000 x 40,000": Hostile(
         ANNOTATIONS, mask_of([40_000, 40_000], "0PPPZbe1"), DRAWN, A_MASK
     ),
-    "annotations: a mask whose text is cut": Hostile(ANNOTATIONS, mask_of([48, 64], "`P3o"), DRAWN),
-    "annotations: a mask of endless digits": Hostile(ANNOTATIONS, mask_of([48, 64], "o" * 100_000), DRAWN),
+    "annotations: a mask whose text is cut": Hostile(ANNOTATIONS, mask_of([48, 64], "`P3o"), DRAWN, A_MASK),
+    "annotations: a mask of endless digits": Hostile(
+        ANNOTATIONS, mask_of([48, 64], "o" * 100_000), DRAWN, A_MASK
+    ),
     "annotations: a mask without size": Hostile(ANNOTATIONS, mask_of(None, "`P3"), UNTOLD),
     "annotations: a mask whose size holds a null": Hostile(
         ANNOTATIONS, mask_of([48, None], "`P3"), frozenset()

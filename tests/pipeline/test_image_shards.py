@@ -1,5 +1,8 @@
 """Where the images of a job are looked for."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from pipeline.errors import UserError
@@ -25,6 +28,20 @@ def test_a_shard_written_by_a_command_is_missing_and_says_why():
     located = locate_shards(rows)
     assert not located.sources
     assert "command" in located.missing[rows[0]["shard_id"]]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_may_block_or_never_end_is_no_shard(tmp_path, make):
+    path = tmp_path / "0.tar"
+    make(path)
+    row = {"shard_id": "0", "shard": path.as_uri(), "size_bytes": 7}
+    assert locate_shards([row]).missing == {"0": "is no regular file"}
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a%00b", "nobody/0.tar"])
+def test_a_shard_that_is_not_there_is_told_when_it_is_opened(name):
+    row = {"shard_id": "0", "shard": f"file:///tmp/{name}", "size_bytes": 7}
+    assert not locate_shards([row]).missing
 
 
 def test_given_shards_are_joined_by_url_and_else_by_stem(tmp_path):
