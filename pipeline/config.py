@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.records import printable, received
+from pipeline.records import received
 from pipeline.row_keys import row_keys
 from pipeline.settings import JobConfig, Section
+from pipeline.text import printable
 from pipeline.yaml_text import parse_yaml
 
 MAX_FILE_BYTES = 1 << 20

@@ -69,7 +69,7 @@ def write_contact_sheet(
     Raises:
         UserError: no job in the folder, or no accepted mask in the given shards.
         ShardError: a tar cannot be read, or a mask is damaged.
-        DamageError: an annotations file or job.json is none.
+        DamagedFileError: an annotations file or job.json is none.
     """
     config = parse_config(read_job_record(out_dir).config, where=storage.join_url(out_dir, JOB_FILE))
     shards = list_truth_shards(shard_patterns)

@@ -3,7 +3,7 @@
 PipelineError
 ├── UserError            the user's own mistake: one screen, no traceback, exit code 1
 ├── OutputError          the output folder cannot be written: exit code 2
-├── DamageError          a file of an output folder is not what this package writes there: exit code 2
+├── DamagedFileError     a file of an output folder is not what this package writes there: exit code 2
 ├── ShardError           a shard could not be read as a whole: retried, then given up
 │   └── ShortReadError   fewer bytes came than the object holds
 └── SampleFailure        one sample (or one of its prompts) could not be annotated: an error row
@@ -24,7 +24,7 @@ class OutputError(PipelineError):
     """The output could not be written (disk full, permission denied)."""
 
 
-class DamageError(PipelineError):
+class DamagedFileError(PipelineError):
     """A file of an output folder that is not what this package writes there.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -75,6 +74,15 @@ def _beginnings(old: str) -> list[str]:
     """How names of shards in OLD begin: by its real path, or as written where its links are gone."""
     real = shard_name(old).rstrip("/")
     return [real, file_url(str(local_path(old))).rstrip("/")] if is_local(old) else [real]
+
+
+def _is_pipe_or_device(url: str) -> bool:
+    """Whether a local URL leads to what may block or never end; what is not there is told later."""
+    if not is_local(url):
+        return False
+    path = local_path(url)
+    # unlike those of Path, these raise for no path whatever
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]]) -> LocatedShards:

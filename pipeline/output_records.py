@@ -1,7 +1,7 @@
 """What the files of an output folder say, parsed and checked once; a foreign or damaged folder is met here.
 
 JSON records are models; Parquet files are held against the one schema of `pipeline.records` before their rows
-are read. Whatever is wrong with a file becomes a `DamageError` that names it in one line.
+are read. Whatever is wrong with a file becomes a `DamagedFileError` that names it in one line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import storage
-from pipeline.errors import DamageError, OutputError, UserError
+from pipeline.errors import DamagedFileError, OutputError, UserError
 from pipeline.footers import METADATA_KEY
 from pipeline.output_folder import (
     ANNOTATIONS,
@@ -178,18 +178,18 @@ def damage(url: str) -> Iterator[None]:
     """Turn whatever goes wrong with a file of an output folder into an error that names it.
 
     Raises:
-        DamageError: also for exhausted recursion or memory.
+        DamagedFileError: also for exhausted recursion or memory.
     """
     try:
         yield
-    except (DamageError, UserError, OutputError):
+    except (DamagedFileError, UserError, OutputError):
         raise
     except ValidationError as error:
-        raise DamageError(storage.shown_url(url), _first_problem(error)) from None
+        raise DamagedFileError(storage.shown_url(url), _first_problem(error)) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise DamageError(storage.shown_url(url), _one_line(error, url)) from None
+        raise DamagedFileError(storage.shown_url(url), _one_line(error, url)) from None
     except (RecursionError, MemoryError, pa.ArrowException) as error:
-        raise DamageError(storage.shown_url(url), _one_line(error, url)) from None
+        raise DamagedFileError(storage.shown_url(url), _one_line(error, url)) from None
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -210,7 +210,7 @@ def _require_regular(url: str) -> None:
     if split_url(url).scheme in ("", "file"):
         mode = local_path(url).stat().st_mode
         if not stat.S_ISREG(mode):
-            raise DamageError(storage.shown_url(url), "is no regular file")
+            raise DamagedFileError(storage.shown_url(url), "is no regular file")
 
 
 def _read_bounded(url: str, max_bytes: int) -> bytes:
@@ -219,7 +219,9 @@ def _read_bounded(url: str, max_bytes: int) -> bytes:
     with filesystem.open_input_file(path) as file:
         size_bytes = file.size()
         if size_bytes > max_bytes:
-            raise DamageError(storage.shown_url(url), f"has {size_bytes} bytes; the limit is {max_bytes}")
+            raise DamagedFileError(
+                storage.shown_url(url), f"has {size_bytes} bytes; the limit is {max_bytes}"
+            )
         return bytes(file.read())
 
 
@@ -227,7 +229,7 @@ def read_record(url: str, kind: type[Model]) -> Model:
     """Read and check a JSON record.
 
     Raises:
-        DamageError: it cannot be read, or is no such record.
+        DamagedFileError: it cannot be read, or is no such record.
     """
     with damage(url):
         return kind.model_validate_json(_read_bounded(url, MAX_JSON_BYTES))
@@ -238,13 +240,13 @@ def read_job_record(out_dir: str) -> JobRecord:
 
     Raises:
         UserError: the folder has none.
-        DamageError: it is none of ours.
+        DamagedFileError: it is none of ours.
     """
     url = storage.join_url(out_dir, JOB_FILE)
     if JOB_FILE not in storage.list_names(out_dir):
         folder = storage.shown_url(out_dir)
         if _is_there(url):
-            raise DamageError(storage.shown_url(url), "is no regular file")
+            raise DamagedFileError(storage.shown_url(url), "is no regular file")
         raise UserError(f"{folder}: holds no {JOB_FILE}; is it the output folder of `legrad annotate`?")
     record = read_record(url, JobRecord)
     if record.layout != LAYOUT:
@@ -260,17 +262,17 @@ def _is_there(url: str) -> bool:
 
 
 def read_success(out_dir: str) -> SuccessRecord:
-    """OUT/_SUCCESS; raises DamageError where it is missing or none of ours."""
+    """OUT/_SUCCESS; raises DamagedFileError where it is missing or none of ours."""
     return read_record(storage.join_url(out_dir, SUCCESS_FILE), SuccessRecord)
 
 
 def read_failure(out_dir: str, shard_id: str) -> FailureRecord:
-    """OUT/failed/SHARD.json; raises DamageError where it is missing or none of ours."""
+    """OUT/failed/SHARD.json; raises DamagedFileError where it is missing or none of ours."""
     return read_record(storage.join_url(out_dir, FAILED, f"{shard_id}.json"), FailureRecord)
 
 
 def read_damage(out_dir: str, shard_id: str) -> DamageRecord:
-    """OUT/damaged/SHARD.json; raises DamageError where it is missing or none of ours."""
+    """OUT/damaged/SHARD.json; raises DamagedFileError where it is missing or none of ours."""
     return read_record(storage.join_url(out_dir, DAMAGED, f"{shard_id}.json"), DamageRecord)
 
 
@@ -279,7 +281,7 @@ def read_shard_rows(out_dir: str) -> list[Row]:
 
     Raises:
         UserError: the folder has none.
-        DamageError: it is none of ours.
+        DamagedFileError: it is none of ours.
     """
     url = storage.join_url(out_dir, SHARDS_FILE)
     if SHARDS_FILE not in storage.list_names(out_dir) and not _is_there(url):
@@ -310,7 +312,7 @@ def open_table(url: str, table: Table) -> Iterator[pq.ParquetFile]:
     row groups larger than any that is written.
 
     Raises:
-        DamageError: it cannot be read, or is no such table.
+        DamagedFileError: it cannot be read, or is no such table.
     """
     with damage(url):
         _require_regular(url)
@@ -365,7 +367,7 @@ def read_footer_record(url: str, table: Table) -> FooterRecord:
     """This package's metadata in a Parquet file's footer; only the footer is read.
 
     Raises:
-        DamageError: it cannot be read, is no such table, or was not written by this package.
+        DamagedFileError: it cannot be read, is no such table, or was not written by this package.
     """
     with open_table(url, table) as file:
         return footer_of(file, url)
@@ -384,15 +386,15 @@ def read_counts(out_dir: str, shard_id: str, config_hash: str) -> ShardCounts:
     """The counts of a published shard, once its two files have shown to belong together and to the job.
 
     Raises:
-        DamageError: they do not, or one of them cannot be read.
+        DamagedFileError: they do not, or one of them cannot be read.
     """
     name = f"{shard_id}.parquet"
     url, errors_url = (storage.join_url(out_dir, folder, name) for folder in (ANNOTATIONS, ERRORS))
     annotations, errors = read_footer_record(url, "annotations"), read_footer_record(errors_url, "errors")
     if annotations.attempt != errors.attempt:
-        raise DamageError(storage.shown_url(url), "is not of the same attempt as its errors file")
+        raise DamagedFileError(storage.shown_url(url), "is not of the same attempt as its errors file")
     if annotations.config_hash != config_hash:
-        raise DamageError(storage.shown_url(url), "is of another configuration than the job")
+        raise DamagedFileError(storage.shown_url(url), "is of another configuration than the job")
     return annotations.counts()
 
 
@@ -425,7 +427,7 @@ def iter_rows(
     """The rows of an open file, a few of them in memory at a time.
 
     Raises:
-        DamageError: they cannot be read, or a value is impossible.
+        DamagedFileError: they cannot be read, or a value is impossible.
     """
     with damage(url):
         batches = file.iter_batches(rows_at_a_time, columns=list(columns), use_threads=False)

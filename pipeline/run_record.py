@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from pipeline import storage
-from pipeline.errors import DamageError
+from pipeline.errors import DamagedFileError
 from pipeline.measures import Measures
 from pipeline.output_folder import RUNS, OutputFolder
 from pipeline.output_records import RunFile, read_record
@@ -184,7 +184,7 @@ def latest_runs(output_dir: str, most: int) -> tuple[list[RunRecord], list[str]]
     for name in _record_names(output_dir)[-most:]:
         try:
             records.append(_read_record(output_dir, name))
-        except DamageError as error:
+        except DamagedFileError as error:
             damaged.append(str(error))
     return records, damaged
 

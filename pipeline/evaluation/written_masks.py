@@ -22,7 +22,7 @@ from legrad.label_metrics import (
 )
 from legrad.metrics import Estimate, bootstrap_statistic, presence_auroc
 from pipeline import storage
-from pipeline.errors import DamageError
+from pipeline.errors import DamagedFileError
 from pipeline.evaluation.result import WrittenMaskScores
 from pipeline.evaluation.scene_scores import SceneScores, score_scene
 from pipeline.ground_truth import Scene, read_scenes
@@ -70,7 +70,7 @@ def collect_written_masks(
 
     Raises:
         ShardError: a tar cannot be read.
-        DamageError: an annotations file is none, or one of its masks is.
+        DamagedFileError: an annotations file is none, or one of its masks is.
     """
     folder = storage.join_url(out_dir, "annotations")
     names = {name for name in storage.list_names(folder) if name.endswith(".parquet")}
@@ -83,7 +83,7 @@ def collect_written_masks(
             try:
                 own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
             except RleError as error:
-                raise DamageError(storage.join_url(folder, name), str(error)) from error
+                raise DamagedFileError(storage.join_url(folder, name), str(error)) from error
             scenes += own_scenes
             rows_without_scene += left_over
     return WrittenMasks(

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from pipeline import storage
 from pipeline.config import parse_config
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import DamagedFileError, UserError
 from pipeline.export.coco import CocoExport, Kind, merge_parts
 from pipeline.export.samples import ExportSample, export_samples
 from pipeline.export.voc import VocExport
@@ -119,7 +119,7 @@ def export_job(
         on_shard: called with shard id and number written, after each shard.
 
     Raises:
-        DamageError: the job's job.json or list of shards is none.
+        DamagedFileError: the job's job.json or list of shards is none.
         UserError: no job in the folder, another export in `dest`, images that cannot be found, rows without
             a class or classes beyond 254 where label maps are written.
         ShardError: a shard cannot be read.
@@ -140,7 +140,7 @@ def export_job(
                 record = _export_shard(export, number, pair)
                 written_now += 1
                 on_shard(shard_id, record.written)
-        except DamageError as error:
+        except DamagedFileError as error:
             damaged[shard_id] = str(error)
             continue
         records[shard_id] = record
@@ -188,7 +188,7 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     met = asdict(joins.read())
     if met.pop("shards_left_out"):
         url = storage.join_url(export.out, "annotations", f"{shard_id}.parquet")
-        raise DamageError(url, "is not of the same attempt as its errors file; run the job again")
+        raise DamagedFileError(url, "is not of the same attempt as its errors file; run the job again")
     # every sample that was joined is counted by what became of it here
     del met["joined"]
     record = ShardRecord(_attempt(export.out, shard_id), written, dict(+(counts + Counter(met))), class_names)

@@ -18,8 +18,9 @@ from pydantic import (
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.records import printable, received
+from pipeline.records import received
 from pipeline.storage.urls import split_url
+from pipeline.text import printable
 from pipeline.yaml_text import parse_yaml
 
 LARGEST_CLASS_ID = 2**15 - 1

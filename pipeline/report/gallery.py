@@ -14,7 +14,7 @@ from legrad.errors import LeGradError
 from legrad.rle import Rle
 from pipeline import storage
 from pipeline.decode import find_field, open_image
-from pipeline.errors import DamageError, PipelineError, SampleFailure
+from pipeline.errors import DamagedFileError, PipelineError, SampleFailure
 from pipeline.evaluation.scene_scores import row_class, row_target
 from pipeline.ground_truth import Scene, scene_of
 from pipeline.image_shards import LocatedShards
@@ -104,7 +104,7 @@ def read_cards(
     for group, rows in by_group.items():
         try:
             read |= _whole_rows(out_dir, scores, group, rows)
-        except DamageError as error:
+        except DamagedFileError as error:
             damaged.append(str(error))
     cards = (_card(read[row], scores, row, at_random=row in at_random) for row in chosen if row in read)
     return tuple(cards), tuple(damaged)

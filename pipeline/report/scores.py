@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from legrad.rle import Rle, mask_area
 from pipeline import storage
-from pipeline.errors import DamageError
+from pipeline.errors import DamagedFileError
 from pipeline.output_records import checked_batch, damage, open_table
 from pipeline.records import ACCEPTED
 
@@ -104,7 +104,7 @@ def read_scores(
         groups = [
             (shard_id, number, rows)
             for shard_id, row_counts in zip(chosen, listed, strict=True)
-            if not isinstance(row_counts, DamageError)
+            if not isinstance(row_counts, DamagedFileError)
             for number, rows in enumerate(row_counts)
         ]
         wanted = _within([groups[position] for position in generator.permutation(len(groups))], max_rows)
@@ -113,22 +113,22 @@ def read_scores(
         *zip(chosen, listed, strict=True),
         *((group[0], table) for group, table in zip(wanted, tables, strict=True)),
     ]
-    damaged = {shard_id: str(error) for shard_id, error in found if isinstance(error, DamageError)}
+    damaged = {shard_id: str(error) for shard_id, error in found if isinstance(error, DamagedFileError)}
     read = [
         (group, table)
         for group, table in zip(wanted, tables, strict=True)
-        if not isinstance(table, DamageError) and group[0] not in damaged
+        if not isinstance(table, DamagedFileError) and group[0] not in damaged
     ]
     return _scored(read, len(chosen) - len(damaged), len(shard_ids), damaged)
 
 
-def _group_rows(folder: str, shard_id: str) -> list[int] | DamageError:
+def _group_rows(folder: str, shard_id: str) -> list[int] | DamagedFileError:
     """Rows of each row group, or what is wrong with the file."""
     try:
         with open_table(storage.join_url(folder, f"{shard_id}.parquet"), "annotations") as file:
             counts = range(file.metadata.num_row_groups)
             return [file.metadata.row_group(number).num_rows for number in counts]
-    except DamageError as error:
+    except DamagedFileError as error:
         return error
 
 
@@ -143,14 +143,14 @@ def _within(groups: Sequence[tuple[str, int, int]], max_rows: int) -> list[Group
     return chosen
 
 
-def _read_group(folder: str, group: Group) -> pa.Table | DamageError:
+def _read_group(folder: str, group: Group) -> pa.Table | DamagedFileError:
     shard_id, number = group
     url = storage.join_url(folder, f"{shard_id}.parquet")
     try:
         with open_table(url, "annotations") as file, damage(url):
             table = file.read_row_group(number, columns=[*SCORE_COLUMNS, FRAME_COLUMN, IGNORE_COLUMN])
             return _with_shares(checked_batch(table, "annotations"))
-    except DamageError as error:
+    except DamagedFileError as error:
         return error
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import DamageError
+from pipeline.errors import DamagedFileError
 from pipeline.footers import FOOTER_READERS, ShardFooter, checked_footer
 from pipeline.output_folder import ANNOTATIONS, DAMAGED, FAILED, SUCCESS_FILE, ids_in
 from pipeline.output_records import (
@@ -93,7 +93,7 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
 
     Raises:
         UserError: the folder has no list of shards.
-        DamageError: its list of shards is none.
+        DamagedFileError: its list of shards is none.
         OutputError: it cannot be listed.
     """
     listed = {row["shard_id"]: row for row in read_shard_rows(out_dir)}
@@ -106,7 +106,7 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
     if len(published) <= MAX_FOOTERS:
         by_shard = _footers(out_dir, [listed[shard_id] for shard_id in published], job.config_hash)
         sound = {name: found.counts for name, found in by_shard.items() if isinstance(found, ShardFooter)}
-        broken += [str(found) for found in by_shard.values() if isinstance(found, DamageError)]
+        broken += [str(found) for found in by_shard.values() if isinstance(found, DamagedFileError)]
         mismatched = set(by_shard) - set(sound)
         counts = total_counts(sound.values())
         with_errors = [shard_id for shard_id, found in sound.items() if found.error_rows]
@@ -140,13 +140,13 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
 
 def _footers(
     out_dir: str, rows: Sequence[Mapping[str, Any]], config_hash: str
-) -> dict[str, ShardFooter | DamageError | None]:
+) -> dict[str, ShardFooter | DamagedFileError | None]:
     """By shard id the footer, or what is wrong with a file; None where the input is another by now."""
 
-    def found(row: Mapping[str, Any]) -> ShardFooter | DamageError | None:
+    def found(row: Mapping[str, Any]) -> ShardFooter | DamagedFileError | None:
         try:
             read_counts(out_dir, row["shard_id"], config_hash)
-        except DamageError as error:
+        except DamagedFileError as error:
             return error
         return checked_footer(out_dir, row["shard_id"], row, config_hash)
 
@@ -159,7 +159,7 @@ def _success_counts(out_dir: str, damaged: list[str]) -> ShardCounts | None:
         return None
     try:
         return read_success(out_dir).counts()
-    except DamageError as error:
+    except DamagedFileError as error:
         damaged.append(str(error))
         return None
 
@@ -175,7 +175,7 @@ def _damage(out_dir: str, shard_id: str) -> str:
 def _told(read: Callable[[], str], broken: list[str]) -> str:
     try:
         return read()
-    except DamageError as error:
+    except DamagedFileError as error:
         broken.append(str(error))
         return "(its record cannot be read)"
 
@@ -203,6 +203,6 @@ def _some_errors(out_dir: str, shard_id: str, damaged: list[str]) -> list[dict[s
     try:
         with open_table(url, "errors") as file:
             return list(islice(iter_rows(file, url, "errors", EXAMPLE_COLUMNS), MAX_ERROR_ROWS))
-    except DamageError as error:
+    except DamagedFileError as error:
         damaged.append(str(error))
         return []

@@ -77,7 +77,7 @@ def write_report(
 
     Raises:
         UserError: no job in the folder, or what is asked for cannot be.
-        DamageError: its job.json or its list of shards is none.
+        DamagedFileError: its job.json or its list of shards is none.
         OutputError: the page cannot be written.
     """
     if not 0 <= samples <= MAX_SAMPLES:

@@ -79,7 +79,7 @@ class MaskDataset(IterableDataset[Sample]):
         rank: of this process; None: torch.distributed's, or 0.
         world_size: processes in all; None: torch.distributed's, or 1.
         skip_unreadable: leave shards out that cannot be read, instead of ending with a ShardError, or a
-            DamageError of their annotations.
+            DamagedFileError of their annotations.
 
     Attributes:
         left_out: by shard id, why a shard of the job is not read.

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any, BinaryIO
 
 from pipeline import storage
-from pipeline.errors import DamageError, ShardError
+from pipeline.errors import DamagedFileError, ShardError
 from pipeline.output_records import footer_of, iter_rows, open_table, read_footer_record
 from pipeline.records import SampleError
 from pipeline.shards import RawSample, read_samples
@@ -66,11 +66,11 @@ class Source:
 
         Raises:
             ShardError: the tar cannot be opened or read, unless such shards are left out.
-            DamageError: the same of the annotations.
+            DamagedFileError: the same of the annotations.
         """
         try:
             yield from self._read(share, counts)
-        except (ShardError, DamageError) as error:
+        except (ShardError, DamagedFileError) as error:
             if not self.skip_unreadable:
                 raise
             counts.add("shards_left_out")

@@ -35,7 +35,7 @@ from training_corpus import (
 )
 
 from pipeline import storage
-from pipeline.errors import DamageError, ShardError, UserError
+from pipeline.errors import DamagedFileError, ShardError, UserError
 from pipeline.training import MaskDataset, collate, joining, pixel_weights, similarity_weight
 from pipeline.training.shares import shares_of
 
@@ -202,7 +202,7 @@ def test_a_broken_annotations_file_is_an_unreadable_shard(tmp_path):
     corpus = write_corpus(tmp_path, plain_plans([2]))
     (file,) = (tmp_path / "out" / "annotations").iterdir()
     file.write_bytes(b"PAR1 and no more")
-    with pytest.raises(DamageError, match=file.name):
+    with pytest.raises(DamagedFileError, match=file.name):
         list(MaskDataset(corpus.out))
 
 
