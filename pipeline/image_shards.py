@@ -77,11 +77,14 @@ def _beginnings(old: str) -> list[str]:
     return [real, file_url(str(local_path(old))).rstrip("/")] if is_local(old) else [real]
 
 
-def _is_pipe_or_device(url: str) -> bool:
-    """Whether a local URL leads to what may block or never end; what is not there is told later."""
+def _is_no_regular_file(url: str) -> bool:
+    """Whether a local URL leads to what may block or never end, or nowhere; what is missing is told later."""
     if not is_local(url):
         return False
-    path = local_path(url)
+    try:
+        path = local_path(url)
+    except UserError:
+        return True
     # unlike those of Path, these raise for no path whatever
     return os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113
 
@@ -95,7 +98,7 @@ def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]
             missing[shard_id] = "was written by a command, which is not kept"
         elif "?" in name and (mapping is None or mapping[0] != name):
             missing[shard_id] = "has a query in its URL, which is not kept: name the shards as the job does"
-        elif mapping is None and _is_pipe_or_device(name):
+        elif mapping is None and _is_no_regular_file(name):
             missing[shard_id] = "is no regular file"
         elif mapping is None:
             sources[shard_id] = ShardSource(shard_id, name, name, row["size_bytes"])

@@ -38,7 +38,12 @@ def test_what_may_block_or_never_end_is_no_shard(tmp_path, make):
     assert locate_shards([row]).missing == {"0": "is no regular file"}
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a%00b", "nobody/0.tar"])
+def test_what_no_path_can_hold_is_no_shard():
+    row = {"shard_id": "0", "shard": "file:///tmp/a%00b", "size_bytes": 7}
+    assert locate_shards([row]).missing == {"0": "is no regular file"}
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "nobody/0.tar"])
 def test_a_shard_that_is_not_there_is_told_when_it_is_opened(name):
     row = {"shard_id": "0", "shard": f"file:///tmp/{name}", "size_bytes": 7}
     assert not locate_shards([row]).missing
