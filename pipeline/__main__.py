@@ -13,7 +13,9 @@ def run() -> None:
     try:
         settle_in()
     except UserError as error:
-        print(f"legrad: {error}", file=sys.stderr)
+        from pipeline.text import on_screen
+
+        sys.stderr.write(on_screen(f"legrad: {error}\n"))
         end_with(1)
         return
     # only now: what it imports looks at the environment
