@@ -86,7 +86,7 @@ def test_a_label_that_is_no_text_is_a_failure_beside_the_others():
     found = prompts_of({"json": b'{"labels": ["cat", 7]}'}, **settings)
     assert [prompt.text for prompt in found.prompts] == ["cat"]
     assert [(index, failure.kind) for index, failure in found.failures] == [(None, "wrong_type")]
-    with pytest.raises(SampleFailure, match="no 'labels'"):
+    with pytest.raises(SampleFailure, match="no key `labels`"):
         prompts_of({"json": b"{}"}, **settings)
 
 
