@@ -4,9 +4,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # what .github/workflows/test.yml tries
-PYTHONS := 3.10 to 3.13
+PYTHONS := 3.11 to 3.13
 CHECK_PYTHON = version=$$($(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null \
-	|| echo 'not there'); case $$version in 3.1[0-3].*) ;; \
+	|| echo 'not there'); case $$version in 3.1[1-3].*) ;; \
 	*) echo "legrad needs Python $(PYTHONS); $(PYTHON) is $$version; run make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; false;; esac
 
 .DEFAULT_GOAL := help

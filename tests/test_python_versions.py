@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
-VERSIONS = ["3.10", "3.11", "3.12", "3.13"]
+VERSIONS = ["3.11", "3.12", "3.13"]
 
 
 def lines(path):
@@ -24,7 +24,7 @@ def test_every_document_names_the_versions_that_are_tried():
     project = lines("pyproject.toml")
     assert re.findall(r"Python :: (3\.\d+)", project) == VERSIONS
     bounds = SpecifierSet(re.search(r'requires-python = "(.*?)"', project)[1])
-    assert [minor for minor in range(20) if f"3.{minor}.5" in bounds] == [10, 11, 12, 13]
+    assert [minor for minor in range(20) if f"3.{minor}.5" in bounds] == [11, 12, 13]
     assert f"Python {VERSIONS[0]} to {VERSIONS[-1]}" in lines("README.md")
 
 
@@ -64,17 +64,17 @@ def make_setup(tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "told"),
-    [("3.9.18", "3.9.18"), ("3.14.0", "3.14.0"), ("2.7.18", "2.7.18"), (None, "not there")],
+    [("3.10.12", "3.10.12"), ("3.14.0", "3.14.0"), ("2.7.18", "2.7.18"), (None, "not there")],
 )
 def test_another_python_is_refused_in_one_line_with_the_way_out(make_setup, version, told):
     python, ended = make_setup(version, "demo")
     first, *makes_own = ended.stderr.splitlines()
-    assert first == f"legrad needs Python 3.10 to 3.13; {python} is {told}; run make PYTHON=python3.11 demo"
+    assert first == f"legrad needs Python 3.11 to 3.13; {python} is {told}; run make PYTHON=python3.11 demo"
     assert [line.split(":")[0] for line in makes_own] == ["make"]
     assert (ended.returncode, ended.stdout) == (2, "")
 
 
-@pytest.mark.parametrize("version", ["3.10.12", "3.11.7", "3.12.1", "3.13.0", "3.13.0rc1"])
+@pytest.mark.parametrize("version", ["3.11.0rc1", "3.11.7", "3.12.1", "3.13.0", "3.13.0rc1"])
 def test_a_python_that_was_tried_goes_on_to_make_the_environment(make_setup, version):
     _, ended = make_setup(version)
     assert ended.stdout == "asked: -m venv .venv\n"
