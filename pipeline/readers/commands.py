@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.storage import shown_url
+
 if TYPE_CHECKING:
     from pipeline.readers.dataset import TruthDataset
     from pipeline.readers.writing import Conversion
@@ -125,8 +127,8 @@ def _convert(
     )
     console.print(_counts(conversion))
     console.print(
-        f"{dest}: {len(conversion.shards)} shard(s), classes.txt ({len(dataset.class_names)} classes), "
-        "conversion.json (every count, and the names of what was skipped)",
+        f"{shown_url(dest)}: {len(conversion.shards)} shard(s), classes.txt ({len(dataset.class_names)} "
+        "classes), conversion.json (every count, and the names of what was skipped)",
         markup=False,
         highlight=False,
         soft_wrap=True,
