@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline import job as jobs
+from pipeline import storage
 from pipeline.estimate import dry_run, told_dry_run, told_extrapolation
 from pipeline.job import Job, prepare_job
 from pipeline.progress import Progress, SharedProgress, as_duration, as_share, open_progress, told_kinds
@@ -50,7 +51,7 @@ def annotate_with_config(
         raise
     finally:
         job.folder.close()
-    _tell(result, config.output.dir, console)
+    _tell(result, storage.shown_url(config.output.dir), console)
     if not result.complete and not result.stopped:
         _tell_left(job, result, max_shards, console)
     return DONE if result.complete else INCOMPLETE

@@ -23,6 +23,7 @@ from pipeline.config import load_config
 from pipeline.errors import PipelineError, UserError
 from pipeline.progress import PatientConsole
 from pipeline.readers.commands import shards_app
+from pipeline.storage import shown_text
 from pipeline.text import PrintableFormatter, printable_streams
 
 USAGE_EXIT_CODE = 2  # typer's own
@@ -316,6 +317,11 @@ def demo(
     raise typer.Exit(run_demo(out, console))
 
 
+def _tell_error(error: PipelineError) -> None:
+    text = shown_text(f"legrad: {error}")
+    error_console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line; mistakes of the user's take one screen, without a traceback."""
     with printable_streams():
@@ -335,11 +341,12 @@ def _run() -> None:
     except SystemExit as ending:
         sys.exit(USER_MISTAKE if ending.code == USAGE_EXIT_CODE else ending.code)
     except UserError as error:
-        error_console.print(f"legrad: {error}", soft_wrap=True)
+        _tell_error(error)
         sys.exit(USER_MISTAKE)
     except PipelineError as error:
-        error_console.print(f"legrad: {error}", soft_wrap=True)
+        _tell_error(error)
         sys.exit(FAULT)
     except Exception:
-        traceback.print_exc()
+        # other people's errors quote URLs with their signatures
+        sys.stderr.write(shown_text(traceback.format_exc()))
         sys.exit(FAULT)

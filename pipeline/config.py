@@ -55,10 +55,10 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobCo
     except ValidationError as error:
         lines = list(dict.fromkeys(_told(problem) for problem in error.errors()))
         more = [f"  ... and {len(lines) - TOLD_PROBLEMS} more"] if len(lines) > TOLD_PROBLEMS else []
-        told = [f"{where}: {len(lines)} problem(s)", *lines[:TOLD_PROBLEMS], *more]
+        told = [f"{storage.shown_url(where)}: {len(lines)} problem(s)", *lines[:TOLD_PROBLEMS], *more]
         raise UserError("\n".join(told)) from None
     except RecursionError:
-        raise UserError(f"{where}: is nested too deeply to be a configuration") from None
+        raise UserError(f"{storage.shown_url(where)}: is nested too deeply to be a configuration") from None
 
 
 def config_hash(config: JobConfig, weights_digest: str) -> str:

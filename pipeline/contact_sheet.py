@@ -77,7 +77,8 @@ def write_contact_sheet(
     cards = _cards(_fill_lines(candidates, rows), config)
     if not cards:
         raise UserError(
-            f"{out_dir}: no accepted mask belongs to the given shards, so there is nothing to draw"
+            f"{storage.shown_url(out_dir)}: no accepted mask belongs to the given shards, so there is "
+            "nothing to draw"
         )
     target = Path(destination)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from pipeline.measures import Measures
 from pipeline.model import load_explainer
 from pipeline.records import ShardCounts
 from pipeline.settings import JobConfig
-from pipeline.storage import ShardSource
+from pipeline.storage import ShardSource, shown_text
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ class Worker:
             logger.exception("%s: unexpected error", shard.canonical_url)
             where = traceback.extract_tb(error.__traceback__)[-1]
             return ShardOutcome(
-                "retry", message=f"{type(error).__name__}: {error} ({where.name}:{where.lineno})"
+                "retry",
+                message=f"{type(error).__name__}: {shown_text(str(error))} ({where.name}:{where.lineno})",
             )
 
     def wait_for_room(self) -> None:

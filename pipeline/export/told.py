@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.export.write import ExportOptions, ExportTotals
+from pipeline.storage import shown_url
 
 MEANINGS = {
     "exported": "samples exported",
@@ -28,6 +29,6 @@ def told_export(totals: ExportTotals, options: ExportOptions, dest: str) -> list
     return [
         *known,
         *left_out,
-        f"{totals.written:,} {unit} of {len(totals.class_names)} class(es) in {dest}: "
+        f"{totals.written:,} {unit} of {len(totals.class_names)} class(es) in {shown_url(dest)}: "
         f"{totals.shards_written} shard(s) written, {totals.shards_done_before} done before",
     ]

@@ -226,21 +226,21 @@ def _claim(export: _Export, shard_ids: Sequence[str]) -> None:
         "job": storage.shown_url(export.out),
         "fingerprint": hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16],
     }
-    where = storage.join_url(export.dest, EXPORT_FILE)
+    where, shown_dest = storage.join_url(export.dest, EXPORT_FILE), storage.shown_url(export.dest)
     if not storage.exists(export.dest, EXPORT_FILE):
         if present := storage.list_names(export.dest):
             raise UserError(
-                f"{export.dest}: expected an empty folder or an earlier export, found {min(present)}"
+                f"{shown_dest}: expected an empty folder or an earlier export, found {min(present)}"
             )
         storage.publish(export.dest, EXPORT_FILE, json.dumps(own, indent=1).encode())
         return
     try:
         earlier = json.loads(storage.read_text(where))["fingerprint"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is no record of an export: {error}") from error
+        raise UserError(f"{storage.shown_url(where)}: is no record of an export: {error}") from error
     if earlier != own["fingerprint"]:
         raise UserError(
-            f"{export.dest}: holds an export of another job, with other options, or of other shards; "
+            f"{shown_dest}: holds an export of another job, with other options, or of other shards; "
             "choose another folder"
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from pipeline.storage import shown_url
 from pipeline.text import PrintableConsole
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ def _convert(
     )
     console.print(_counts(conversion))
     console.print(
-        f"{dest}: {len(conversion.shards)} shard(s), classes.txt ({len(dataset.class_names)} classes), "
-        "conversion.json (every count, and the names of what was skipped)",
+        f"{shown_url(dest)}: {len(conversion.shards)} shard(s), classes.txt ({len(dataset.class_names)} "
+        "classes), conversion.json (every count, and the names of what was skipped)",
         soft_wrap=True,
     )
 

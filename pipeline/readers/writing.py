@@ -175,7 +175,7 @@ def _start(
     }
     if strange or not overwrite:
         raise UserError(
-            f"{dest}: expected an empty folder, found {len(present)} file(s) such as "
+            f"{storage.shown_url(dest)}: expected an empty folder, found {len(present)} file(s) such as "
             f"{min(strange or present)}; choose another folder, or go on with --resume, or write anew with "
             f"--overwrite (which removes shards of {dataset.name}, but nothing else)"
         )
@@ -193,12 +193,14 @@ def _earlier(dest: str, fresh: Conversion, present: set[str]) -> Conversion:
     try:
         earlier = Conversion(**json.loads(storage.read_text(where)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is no record of a conversion: {error}") from error
+        raise UserError(f"{storage.shown_url(where)}: is no record of a conversion: {error}") from error
     if earlier.fingerprint != fresh.fingerprint:
         message = "the images, the classes or the limits of shards are others than before"
-        raise UserError(f"{where}: cannot resume: {message}; write anew with --overwrite")
+        raise UserError(f"{storage.shown_url(where)}: cannot resume: {message}; write anew with --overwrite")
     if missing := sorted(set(earlier.shards) - present):
-        raise UserError(f"{where}: cannot resume: {missing[0]} is gone; write anew with --overwrite")
+        raise UserError(
+            f"{storage.shown_url(where)}: cannot resume: {missing[0]} is gone; write anew with --overwrite"
+        )
     return earlier
 
 

@@ -23,6 +23,7 @@ from pipeline.storage.urls import (
     join_url,
     shard_id,
     shard_name,
+    shown_text,
     shown_url,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "resolve",
     "shard_id",
     "shard_name",
+    "shown_text",
     "shown_url",
     "sweep_staging",
 ]

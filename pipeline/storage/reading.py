@@ -128,12 +128,18 @@ def _opened_file(url: str) -> Iterator[Any]:
         try:
             with web.WebObject(url) as found:
                 yield found
-        except HTTPException as error:
-            raise OSError(f"{type(error).__name__}: {error}") from error
+        except (OSError, HTTPException) as error:
+            # the cause itself would show its secrets in a traceback
+            raise OSError(without_secrets(error, url)) from None
     else:
         filesystem, path = resolve(url)
-        with filesystem.open_input_stream(path) as stream:
-            yield stream
+        try:
+            with filesystem.open_input_stream(path) as stream:
+                yield stream
+        except FileNotFoundError as error:
+            raise FileNotFoundError(without_secrets(error, url)) from None
+        except OSError as error:
+            raise OSError(without_secrets(error, url)) from None
 
 
 def read_text(url: str, max_bytes: int = MAX_TEXT_BYTES) -> str:

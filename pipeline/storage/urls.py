@@ -35,7 +35,8 @@ _KNOWN_SCHEMES = "|".join((*OBJECT_SCHEMES, *WEB_SCHEMES, FILE_SCHEME))
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SLASHES_MISSING = re.compile(rf"({_KNOWN_SCHEMES}):(?!//)/?", re.IGNORECASE)
 _RANGE = re.compile(r"\{-?\d+\.\.-?\d+(?:\.\.-?\d+)?\}")
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+# what ends a clause is not part of a URL in it
+_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>.,:;!?)\]}]")
 _OPTIONS = re.compile(r"\?(?=[A-Za-z][\w-]*=)")
 _CONTROLS_AND_SPACE = "".join(map(chr, range(0x21)))
 _FIRST_MARK = 0xE000  # of the characters that stand for nothing
@@ -259,7 +260,12 @@ def join_url(folder_url: str, *names: str) -> str:
     return posixpath.join(folder_url.removesuffix(options), *names) + options
 
 
-def without_secrets(error: Exception | str, url: str) -> str:
+def shown_text(text: str) -> str:
+    """Free text, such as an error's or a traceback's, with every URL in it as it may be shown."""
+    return _URL_IN_TEXT.sub(lambda found: _shown(found[0]), text)
+
+
+def without_secrets(error: Exception, url: str) -> str:
     """What an error says, in one line, with whatever of the URL must not be written down taken out.
 
     Other URLs in it, such as where a redirect leads, lose their secrets too.
@@ -268,7 +274,7 @@ def without_secrets(error: Exception | str, url: str) -> str:
     scheme = _SCHEME.match(_cleaned(url))
     if scheme is not None and scheme[1].lower() != FILE_SCHEME:
         text = text.replace(url, shown_url(url))
-    text = _URL_IN_TEXT.sub(lambda found: _shown(found[0]), text)
+    text = shown_text(text)
     if scheme is None or scheme[1].lower() == FILE_SCHEME:
         return text
     for secret in _secrets_of(url):

@@ -135,3 +135,9 @@ def test_a_shard_without_a_query_keeps_the_id_it_always_had(url, identifier):
 def test_an_error_is_told_without_the_secrets_of_any_url_in_it(error):
     url = f"https://u:{SECRET}@host/x.tar?X-Amz-Signature={SECRET}"
     assert SECRET not in without_secrets(OSError(error.format(SECRET)), url)
+
+
+def test_text_that_was_made_showable_stays_as_it_is():
+    shown = storage.shown_url("https://host/dl?id=1")
+    for text in (f"{shown}: cannot be read", f"see {shown}, then ({shown}).", f"{shown}; 'x' {shown}?"):
+        assert storage.shown_text(text) == text
