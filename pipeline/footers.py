@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, cast
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from pipeline import storage
+from pipeline.errors import DamagedFileError
 from pipeline.output_folder import ANNOTATIONS, ERRORS
+from pipeline.output_records import FooterRecord, read_footer_record
 from pipeline.records import ShardCounts
-from pipeline.storage.versions import InputVersion, version_from
+from pipeline.storage.versions import InputVersion
 
 FOOTER_READERS = 16
-METADATA_KEY = b"legrad"
-
-ShardState = Literal["done", "damaged"]
 COUNTS = ("annotated", "empty", "failed", "rows", "error_rows", "dropped_prompts")
-UNREADABLE = (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, pa.ArrowException)
 
-
-@dataclass(frozen=True)
-class ShardFooter:
-    """The footer of a shard's annotations, when its errors file belongs to it.
-
-    Attributes:
-        shard: URL of the shard, as shown.
-        state: done, or damaged: the archive was not read to a sound end.
-        counts: outcomes of the samples.
-        version: which version of the shard was read.
-        content_digest: of all bytes of the shard.
-    """
-
-    shard: str
-    state: ShardState
-    counts: ShardCounts
-    version: InputVersion
-    content_digest: str
+Row = Mapping[str, Any]
 
 
 def counts_as_metadata(counts: ShardCounts) -> dict[str, Any]:
@@ -53,31 +29,9 @@ def counts_as_metadata(counts: ShardCounts) -> dict[str, Any]:
     }
 
 
-def counts_from_metadata(metadata: Mapping[str, Any]) -> ShardCounts:
-    """The inverse of `counts_as_metadata`; raises KeyError, TypeError or ValueError where it is none."""
-    numbers = {name: int(metadata[name]) for name in COUNTS}
-    kinds = {str(kind): int(rows) for kind, rows in dict(metadata["errors_by_kind"]).items()}
-    examples = {str(kind): str(key) for kind, key in dict(metadata["error_examples"]).items()}
-    return ShardCounts(**numbers, errors_by_kind=kinds, error_examples=examples)
-
-
-def read_footer(url: str) -> dict[str, Any]:
-    """This package's metadata in a Parquet file's footer; only the footer is read.
-
-    Raises:
-        OSError: the file cannot be read.
-        pyarrow.ArrowInvalid: it is not a Parquet file.
-        KeyError: it was not written by this package.
-    """
-    filesystem, path = storage.resolve(url)
-    with filesystem.open_input_file(path) as file:
-        metadata = pq.ParquetFile(file).metadata.metadata or {}
-    return cast("dict[str, Any]", json.loads(metadata[METADATA_KEY]))
-
-
 def checked_footers(
-    output_dir: str, listed: Mapping[str, Mapping[str, Any]], config_hash: str
-) -> dict[str, ShardFooter | None]:
+    output_dir: str, listed: Mapping[str, Row], config_hash: str
+) -> dict[str, FooterRecord | DamagedFileError]:
     """The footers of published shards, read concurrently.
 
     Args:
@@ -86,53 +40,45 @@ def checked_footers(
         config_hash: of the job; two that start together may each have found the folder empty.
 
     Returns:
-        By shard id; None where the two files are not of the same attempt, are of another configuration or of
-        another version of the input than the one listed, or one of them cannot be read.
+        By shard id the footer of its annotations, or why its two files are not what the job wrote.
     """
 
-    def checked(shard_id: str) -> ShardFooter | None:
-        return checked_footer(output_dir, shard_id, listed[shard_id], config_hash)
+    def checked(shard_id: str) -> FooterRecord | DamagedFileError:
+        try:
+            return checked_footer(output_dir, shard_id, listed[shard_id], config_hash)
+        except DamagedFileError as error:
+            return error
 
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         return dict(zip(listed, pool.map(checked, listed), strict=True))
 
 
-def checked_footer(
-    output_dir: str, shard_id: str, row: Mapping[str, Any], config_hash: str
-) -> ShardFooter | None:
-    """One of `checked_footers`."""
+def checked_footer(output_dir: str, shard_id: str, row: Row, config_hash: str) -> FooterRecord:
+    """The footer of a shard's annotations, once its two files have shown to belong together and to the job.
+
+    Raises:
+        DamagedFileError: one of them cannot be read; they are not of the same attempt, are of another
+            configuration, or of another version of the input than the one listed.
+    """
     name = f"{shard_id}.parquet"
-    try:
-        annotations = read_footer(storage.join_url(output_dir, ANNOTATIONS, name))
-        errors = read_footer(storage.join_url(output_dir, ERRORS, name))
-        footer = _parsed(annotations)
-        if annotations["attempt"] != errors["attempt"] or annotations["config_hash"] != config_hash:
-            return None
-    except UNREADABLE:
-        return None
-    return footer if _is_of_listed_version(footer, row) else None
+    url, errors_url = (storage.join_url(output_dir, folder, name) for folder in (ANNOTATIONS, ERRORS))
+    footer, errors = read_footer_record(url, "annotations"), read_footer_record(errors_url, "errors")
+    if footer.attempt != errors.attempt:
+        raise DamagedFileError(storage.shown_url(url), "is not of the same attempt as its errors file")
+    if footer.config_hash != config_hash:
+        raise DamagedFileError(storage.shown_url(url), "is of another configuration than the job")
+    if not _is_of_listed_version(footer.version, row):
+        raise DamagedFileError(storage.shown_url(url), "is of another version of its input than is listed")
+    return footer
 
 
-def _parsed(metadata: Mapping[str, Any]) -> ShardFooter:
-    state = metadata["state"]
-    if state not in ("done", "damaged"):
-        raise ValueError(f"state: expected done or damaged, got {state!r}")
-    return ShardFooter(
-        shard=str(metadata["shard"]),
-        state=state,
-        counts=counts_from_metadata(metadata),
-        version=version_from(metadata["input"]),
-        content_digest=str(metadata["content_digest"]),
-    )
-
-
-def _is_of_listed_version(footer: ShardFooter, row: Mapping[str, Any]) -> bool:
+def _is_of_listed_version(version: InputVersion, row: Row) -> bool:
     listed = version_in(row)
-    if row.get("moved_from") is not None:
-        return not listed.differs_in_size_from(footer.version)
-    return not listed.differs_from(footer.version)
+    if row["moved_from"] is not None:
+        return not listed.differs_in_size_from(version)
+    return not listed.differs_from(version)
 
 
-def version_in(row: Mapping[str, Any]) -> InputVersion:
+def version_in(row: Row) -> InputVersion:
     """The version of a shard's input in a row of OUT/shards.parquet."""
     return InputVersion(row["size_bytes"], row["mtime_ns"], row["etag"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.footers import FOOTER_READERS, UNREADABLE, read_footer
-from pipeline.job_record import JobStamp, read_job
+from pipeline.errors import DamagedFileError, UserError
+from pipeline.footers import FOOTER_READERS
+from pipeline.job_record import JobStamp
 from pipeline.output_folder import (
     ANNOTATIONS,
     DAMAGED,
+    ERRORS,
     FAILED,
     JOB_FILE,
     LAYOUT,
@@ -25,6 +25,7 @@ from pipeline.output_folder import (
     SUFFIXES,
     OutputFolder,
 )
+from pipeline.output_records import read_damage, read_failure, read_footer_record, read_job_record
 from pipeline.row_keys import told_differences
 from pipeline.settings import JobConfig
 from pipeline.survey import FolderIds, Row
@@ -61,14 +62,14 @@ def agreed_with_former(
         return Former()
     if not (ids.annotations or ids.errors or ids.failed or ids.damaged):
         return Former()
-    former = read_job(folder.url)
-    if former.get("config_hash") == stamp.config_hash:
-        return Former(_changed_versions(former.get("versions") or {}, stamp.versions))
+    former = read_job_record(folder.url)
+    if former.config_hash == stamp.config_hash:
+        return Former(_changed_versions(former.versions, stamp.versions))
     if config.output.on_mismatch == "refuse":
         raise UserError(
             f"{storage.shown_url(folder.url)}: holds results of another configuration "
-            f"({former.get('config_hash')}, now {stamp.config_hash}).\n"
-            f"  changed: {told_differences(former, config, stamp.weights_digest)}\n"
+            f"({former.config_hash}, now {stamp.config_hash}).\n"
+            f"  changed: {told_differences(former.model_dump(), config, stamp.weights_digest)}\n"
             f"  choose another output.dir, or set output.on_mismatch=overwrite to delete what is there"
         )
     folder.remove(SUCCESS_FILE)
@@ -91,8 +92,8 @@ def _refuse_results_without_job(folder: OutputFolder, ids: FolderIds) -> None:
 
 def _config_hash(url: str) -> str | None:
     try:
-        return str(read_footer(url)["config_hash"])
-    except UNREADABLE:
+        return read_footer_record(url, "annotations").config_hash
+    except DamagedFileError:
         return None
 
 
@@ -143,14 +144,14 @@ def _refuse_links(url: str, files: Iterable[tuple[str, str]]) -> None:
 
 
 def _was_written_here(url: str, folder: str, name: str) -> bool:
-    where = storage.join_url(url, folder, name)
+    where, shard_id = storage.join_url(url, folder, name), name.removesuffix(SUFFIXES[folder])
     try:
-        if folder in (FAILED, DAMAGED):
-            return bool(
-                json.loads(storage.read_bytes(where))["shard_id"] == name.removesuffix(SUFFIXES[folder])
-            )
-        return bool(read_footer(where)["config_hash"])
-    except UNREADABLE:
+        if folder == FAILED:
+            return read_failure(url, shard_id).shard_id == shard_id
+        if folder == DAMAGED:
+            return read_damage(url, shard_id).shard_id == shard_id
+        return bool(read_footer_record(where, "errors" if folder == ERRORS else "annotations").attempt)
+    except DamagedFileError:
         return False
 
 
@@ -180,20 +181,20 @@ def rows_of_unlisted_files(
 
 def _row_of(url: str, shard_id: str) -> dict[str, Any] | None:
     try:
-        footer = read_footer(storage.join_url(url, ANNOTATIONS, f"{shard_id}.parquet"))
-        if footer["layout"] != LAYOUT:
-            return None
-        read_from = footer["input"]
-        return {
-            "shard_id": shard_id,
-            "shard": str(footer["shard"]),
-            "size_bytes": read_from["size"],
-            "mtime_ns": read_from["mtime_ns"],
-            "etag": read_from["etag"],
-            "moved_from": None,
-        }
-    except UNREADABLE:
+        footer = read_footer_record(storage.join_url(url, ANNOTATIONS, f"{shard_id}.parquet"), "annotations")
+    except DamagedFileError:
         return None
+    if footer.layout != LAYOUT:
+        return None
+    version = footer.version
+    return {
+        "shard_id": shard_id,
+        "shard": footer.shard,
+        "size_bytes": version.size_bytes,
+        "mtime_ns": version.mtime_ns,
+        "etag": version.etag,
+        "moved_from": None,
+    }
 
 
 def _named(names: Sequence[str]) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from pipeline import storage
 from pipeline.config import config_hash
-from pipeline.errors import PipelineError, UserError
-from pipeline.footers import UNREADABLE, counts_as_metadata, read_footer
+from pipeline.errors import DamagedFileError, PipelineError, UserError
+from pipeline.footers import counts_as_metadata
 from pipeline.former_results import agreed_with_former, rows_of_unlisted_files
 from pipeline.image_shards import lies_in, moved_url, parse_move
 from pipeline.job_record import JobStamp, as_json, installed_versions, job_document, utc_now
@@ -27,10 +26,11 @@ from pipeline.output_folder import (
     OutputFolder,
     new_run_id,
 )
+from pipeline.output_records import read_footer_record, read_shard_rows, read_success
 from pipeline.prompts.sample_prompts import with_files_read
 from pipeline.records import ShardCounts
 from pipeline.settings import JobConfig
-from pipeline.shard_list import read_shard_list, shard_list_bytes
+from pipeline.shard_list import shard_list_bytes
 from pipeline.storage import ShardSource
 from pipeline.survey import FolderIds, Row, Survey, survey
 
@@ -118,7 +118,7 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
 
 def listed_earlier(folder: OutputFolder) -> list[dict[str, Any]]:
     """The list of shards that a folder has from earlier runs; empty where it has none."""
-    return read_shard_list(folder.url) if storage.exists(folder.url, SHARDS_FILE) else []
+    return read_shard_rows(folder.url) if storage.exists(folder.url, SHARDS_FILE) else []
 
 
 def ids_of(folder: OutputFolder) -> FolderIds:
@@ -166,14 +166,13 @@ def _told_moves(moves: Sequence[str], listed: Sequence[Row]) -> dict[str, Row]:
 
 def _is_same_content(folder: OutputFolder, shard: ShardSource, shard_id: str) -> bool:
     try:
-        recorded = read_footer(storage.join_url(folder.url, ANNOTATIONS, f"{shard_id}.parquet"))[
-            "content_digest"
-        ]
+        url = storage.join_url(folder.url, ANNOTATIONS, f"{shard_id}.parquet")
+        recorded = read_footer_record(url, "annotations").content_digest
         with storage.open_shard(shard) as stream:
             digested = storage.DigestingStream(stream)
             while digested.read(storage.READAHEAD_BYTES):
                 pass
-    except (PipelineError, *UNREADABLE):
+    except PipelineError:
         return False
     return bool(recorded == digested.digest())
 
@@ -260,14 +259,14 @@ def forget_failure(folder: OutputFolder, shard_id: str) -> None:
 
 def record_success(folder: OutputFolder, shards: int, damaged: int, counts: ShardCounts) -> None:
     """Write OUT/_SUCCESS with the totals, unless it says the same already."""
-    document = {"shards": shards, "damaged": damaged, **counts_as_metadata(counts)}
-    if _success_of(folder) != document:
-        folder.publish(SUCCESS_FILE, as_json({**document, "when": utc_now()}))
+    if _success_of(folder) != (shards, damaged, counts):
+        document = {"shards": shards, "damaged": damaged, **counts_as_metadata(counts), "when": utc_now()}
+        folder.publish(SUCCESS_FILE, as_json(document))
 
 
-def _success_of(folder: OutputFolder) -> Mapping[str, Any] | None:
+def _success_of(folder: OutputFolder) -> tuple[int, int, ShardCounts] | None:
     try:
-        document = json.loads(storage.read_bytes(storage.join_url(folder.url, SUCCESS_FILE)))
-        return {key: value for key, value in document.items() if key != "when"}
-    except UNREADABLE:
+        found = read_success(folder.url)
+    except DamagedFileError:
         return None
+    return found.shards, found.damaged, found.counts()

@@ -13,8 +13,7 @@ from typing import Any
 import braceexpand
 
 from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.output_folder import JOB_FILE, LAYOUT
+from pipeline.output_folder import LAYOUT
 from pipeline.settings import JobConfig
 
 VERSIONED_PACKAGES = ("legrad-pipeline", "torch", "open_clip_torch", "ray", "pyarrow", "pillow", "webdataset")
@@ -48,33 +47,6 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def read_job(output_dir: str) -> dict[str, Any]:
-    """The content of OUT/job.json.
-
-    Raises:
-        UserError: the folder has none, it is not readable, or another version of this program wrote it.
-    """
-    url = storage.join_url(output_dir, JOB_FILE)
-    where = storage.shown_url(url)
-    try:
-        document = json.loads(storage.read_bytes(url))
-    except FileNotFoundError:
-        raise UserError(
-            f"{storage.shown_url(output_dir)}: holds no {JOB_FILE}; "
-            "is it the output folder of `legrad annotate`?"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be read: {error}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(document).__name__}")
-    if document.get("layout") != LAYOUT:
-        raise UserError(
-            f"{where}: written by another version of this program (layout {document.get('layout', 1)}; this "
-            f"one reads and writes layout {LAYOUT}): choose another output.dir, or install that version"
-        )
-    return document
 
 
 def job_document(config: JobConfig, stamp: JobStamp) -> bytes:

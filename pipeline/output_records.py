@@ -20,20 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError, OutputError, UserError
-from pipeline.footers import METADATA_KEY
 from pipeline.output_folder import (
-    ANNOTATIONS,
     DAMAGED,
-    ERRORS,
     FAILED,
     JOB_FILE,
     LAYOUT,
     SHARDS_FILE,
     SUCCESS_FILE,
 )
-from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, ShardCounts
+from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY, ShardCounts
 from pipeline.shard_list import SHARDS_SCHEMA
 from pipeline.storage.urls import local_path, split_url, without_secrets
+from pipeline.storage.versions import InputVersion
 from pipeline.text import printable
 
 MAX_JSON_BYTES = 64 << 20
@@ -113,24 +111,44 @@ class CountsRecord(_Record):
         return ShardCounts(**{name: getattr(self, name) for name in CountsRecord.model_fields})
 
 
+class _VersionRecord(_Record):
+    size: Count | None
+    mtime_ns: int | None
+    etag: str | None
+
+
 class FooterRecord(CountsRecord):
     """The footer of a shard's annotations or errors.
 
     Attributes:
+        layout: version of what is written and how.
         attempt: that wrote the file; the two files of a shard must agree.
         config_hash: of the job.
+        shard: the shard, as it was named.
         state: done, or damaged: the archive was not read to a sound end.
+        input: which version of the shard was read.
+        content_digest: of all bytes of the shard.
     """
 
+    layout: int
     attempt: str
     config_hash: str
-    state: Literal["done", "damaged"] = "done"
+    shard: str
+    state: Literal["done", "damaged"]
+    input: _VersionRecord
+    content_digest: str
+
+    @property
+    def version(self) -> InputVersion:
+        """Which version of the shard was read."""
+        return InputVersion(self.input.size, self.input.mtime_ns, self.input.etag)
 
 
 class SuccessRecord(CountsRecord):
     """OUT/_SUCCESS."""
 
     shards: Count
+    damaged: Count
 
 
 class FailureRecord(_Record):
@@ -380,22 +398,6 @@ def footer_of(file: pq.ParquetFile, url: str) -> FooterRecord:
         if METADATA_KEY not in metadata:
             raise ValueError("its footer is not of this package")
         return FooterRecord.model_validate_json(metadata[METADATA_KEY])
-
-
-def read_counts(out_dir: str, shard_id: str, config_hash: str) -> ShardCounts:
-    """The counts of a published shard, once its two files have shown to belong together and to the job.
-
-    Raises:
-        DamagedFileError: they do not, or one of them cannot be read.
-    """
-    name = f"{shard_id}.parquet"
-    url, errors_url = (storage.join_url(out_dir, folder, name) for folder in (ANNOTATIONS, ERRORS))
-    annotations, errors = read_footer_record(url, "annotations"), read_footer_record(errors_url, "errors")
-    if annotations.attempt != errors.attempt:
-        raise DamagedFileError(storage.shown_url(url), "is not of the same attempt as its errors file")
-    if annotations.config_hash != config_hash:
-        raise DamagedFileError(storage.shown_url(url), "is of another configuration than the job")
-    return annotations.counts()
 
 
 def checked_batch(batch: pa.RecordBatch | pa.Table, table: Table) -> pa.RecordBatch | pa.Table:

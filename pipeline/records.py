@@ -13,6 +13,9 @@ from pipeline.text import printable
 
 RLE_TYPE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 
+# of this package's part of a Parquet file's footer
+METADATA_KEY = b"legrad"
+
 ANNOTATION_SCHEMA = pa.schema(
     [
         ("key", pa.string()),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 
 from pipeline import job as jobs
-from pipeline import storage
 from pipeline.budget import reason_at_end
-from pipeline.footers import UNREADABLE, ShardFooter, checked_footers
+from pipeline.errors import DamagedFileError
+from pipeline.footers import checked_footers
 from pipeline.job import Job
-from pipeline.output_folder import DAMAGED, SUCCESS_FILE
+from pipeline.output_folder import SUCCESS_FILE
+from pipeline.output_records import FooterRecord, read_damage
 from pipeline.progress import RunState
 from pipeline.records import ShardCounts, total_counts
 
@@ -89,11 +89,10 @@ def concluded(job: Job, result: JobResult) -> JobResult:
 
 def damage_of(output_dir: str, shard_id: str) -> str:
     """Why a shard is damaged, as OUT/damaged/<shard-id>.json says."""
-    url = storage.join_url(output_dir, DAMAGED, f"{shard_id}.json")
     try:
-        return str(json.loads(storage.read_bytes(url))["reason"])
-    except UNREADABLE:
-        return f"its record cannot be read: {storage.shown_url(url)}"
+        return read_damage(output_dir, shard_id).reason
+    except DamagedFileError as error:
+        return f"its record cannot be read: {error}"
 
 
 def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
@@ -111,13 +110,13 @@ def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
             f"redo: {names}",
             torn=tuple(shard.canonical_url for shard in torn),
         )
-    total = total_counts(footer.counts for footer in footers.values() if footer is not None)
+    total = total_counts(footer.counts() for footer in footers.values() if isinstance(footer, FooterRecord))
     result = replace(result, totals=total, stopped=reason_at_end(job.config.run, total))
     if result.complete:
         jobs.record_success(job.folder, len(job.shards), len(result.damaged), total)
     return result
 
 
-def _is_torn(footer: ShardFooter | None, is_listed_as_done: bool) -> bool:
+def _is_torn(footer: FooterRecord | DamagedFileError, is_listed_as_done: bool) -> bool:
     """Whether files do not belong together; also those of a damaged archive whose record was lost."""
-    return footer is None or (is_listed_as_done and footer.state != "done")
+    return isinstance(footer, DamagedFileError) or (is_listed_as_done and footer.state != "done")

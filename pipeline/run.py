@@ -23,7 +23,7 @@ from pipeline import job as jobs
 from pipeline import storage
 from pipeline.budget import reason_to_stop
 from pipeline.cluster import Machine, cause_of_death, check_address, find_machine, machine_is_lost
-from pipeline.errors import OutputError, PipelineError, UserError
+from pipeline.errors import DamagedFileError, OutputError, PipelineError, UserError
 from pipeline.footers import checked_footer
 from pipeline.job import Job
 from pipeline.measures import Measures
@@ -390,11 +390,12 @@ class _Dispatcher:
     def _found_published(self, shard: ShardSource) -> bool:
         """Whether a lost worker had published a shard: both files of one attempt, of the input as listed."""
         out, shard_id = self._job.folder.url, shard.shard_id
-        footer = checked_footer(out, shard_id, self._listed[shard_id], self._job.stamp.config_hash)
-        if footer is None:
+        try:
+            footer = checked_footer(out, shard_id, self._listed[shard_id], self._job.stamp.config_hash)
+        except DamagedFileError:
             return False
         damage = damage_of(out, shard_id) if footer.state == "damaged" else ""
-        self._published(shard, footer.counts, damage)
+        self._published(shard, footer.counts(), damage)
         return True
 
     def _complain_if_no_worker_comes(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +12,15 @@ from rich.text import Text
 
 from pipeline import storage
 from pipeline.budget import reason_at_end
-from pipeline.footers import UNREADABLE, checked_footers
-from pipeline.job_record import read_job
+from pipeline.errors import DamagedFileError
+from pipeline.footers import checked_footers
 from pipeline.output_folder import ANNOTATIONS, FAILED, SUCCESS_FILE, ids_in
+from pipeline.output_records import FooterRecord, read_failure, read_job_record, read_shard_rows
 from pipeline.progress import as_duration, as_share
 from pipeline.records import ShardCounts, total_counts
 from pipeline.result import damage_of
 from pipeline.run_record import RUNNING, RunRecord, latest_run
 from pipeline.settings import RunConfig
-from pipeline.shard_list import read_shard_list
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class OutputStatus:
         damaged: URL and reason of published shards whose archive was not read to a sound end.
         failed: URL and last error of shards given up.
         left: ids of shards still to do.
-        mismatched: ids of shards whose two files differ in their attempt, or are unreadable: to be redone.
+        mismatched: ids of shards whose two files do not hold, and why: to be redone.
         counts: outcomes of the samples of done and damaged shards.
         shortfall: why the job is not complete though no shard is left or failed; empty otherwise.
         succeeded: whether OUT/_SUCCESS is there.
@@ -46,7 +45,7 @@ class OutputStatus:
     damaged: tuple[tuple[str, str], ...]
     failed: tuple[tuple[str, str], ...]
     left: tuple[str, ...]
-    mismatched: tuple[str, ...]
+    mismatched: tuple[tuple[str, str], ...]
     counts: ShardCounts
     shortfall: str
     succeeded: bool
@@ -64,37 +63,41 @@ def read_status(output_dir: str) -> OutputStatus:
     Raises:
         UserError: the folder is not the output of a job.
     """
-    document = read_job(output_dir)
-    listed = {row["shard_id"]: row for row in read_shard_list(output_dir)}
+    job = read_job_record(output_dir)
+    listed = {row["shard_id"]: row for row in read_shard_rows(output_dir)}
     published = ids_in(output_dir, ANNOTATIONS)
     footers = checked_footers(
         output_dir,
         {shard_id: row for shard_id, row in listed.items() if shard_id in published},
-        str(document.get("config_hash")),
+        job.config_hash,
     )
-    valid = {shard_id: footer for shard_id, footer in footers.items() if footer is not None}
+    valid = {shard_id: footer for shard_id, footer in footers.items() if isinstance(footer, FooterRecord)}
     damaged = [shard_id for shard_id, footer in valid.items() if footer.state == "damaged"]
     failed = sorted((ids_in(output_dir, FAILED) & set(listed)) - set(valid))
-    counts = total_counts(footer.counts for footer in valid.values())
+    counts = total_counts(footer.counts() for footer in valid.values())
     return OutputStatus(
         shards_total=len(listed),
         done=tuple(shard_id for shard_id in valid if shard_id not in set(damaged)),
         damaged=tuple((listed[shard_id]["shard"], damage_of(output_dir, shard_id)) for shard_id in damaged),
         failed=tuple((listed[shard_id]["shard"], last_error(output_dir, shard_id)) for shard_id in failed),
         left=tuple(sorted(set(listed) - set(valid) - set(failed))),
-        mismatched=tuple(shard_id for shard_id, footer in footers.items() if footer is None),
+        mismatched=tuple(
+            (shard_id, found.problem)
+            for shard_id, found in footers.items()
+            if isinstance(found, DamagedFileError)
+        ),
         counts=counts,
-        shortfall=shortfall(run_settings(document), counts, len(damaged)),
+        shortfall=shortfall(run_settings(job.config), counts, len(damaged)),
         succeeded=storage.exists(output_dir, SUCCESS_FILE),
         run=latest_run(output_dir),
     )
 
 
-def run_settings(document: Mapping[str, Any]) -> RunConfig:
-    """The section `run` of a job's record; its defaults where it cannot be read."""
+def run_settings(config: Mapping[str, Any]) -> RunConfig:
+    """The section `run` of a recorded configuration; its defaults where it is none."""
     try:
-        return RunConfig.model_validate(document["config"]["run"])
-    except (KeyError, TypeError, ValueError):
+        return RunConfig.model_validate(config.get("run", {}))
+    except ValueError:
         return RunConfig()
 
 
@@ -107,11 +110,10 @@ def shortfall(run: RunConfig, counts: ShardCounts, damaged: int) -> str:
 
 def last_error(output_dir: str, shard_id: str) -> str:
     """Why a shard was given up, as OUT/failed/<shard-id>.json says."""
-    url = storage.join_url(output_dir, FAILED, f"{shard_id}.json")
     try:
-        return str(json.loads(storage.read_bytes(url))["last_error"])
-    except UNREADABLE as error:
-        return f"({storage.shown_url(url)} cannot be read: {error})"
+        return read_failure(output_dir, shard_id).last_error
+    except DamagedFileError as error:
+        return f"its record cannot be read: {error}"
 
 
 def render_status(status: OutputStatus) -> RenderableType:
@@ -130,7 +132,9 @@ def render_status(status: OutputStatus) -> RenderableType:
         parts += [Text(f"  {url}\n    {message}", overflow="fold") for url, message in status.failed]
     if status.mismatched:
         parts.append(_heading("files that do not belong together; rerun the job to redo them"))
-        parts += [Text(f"  {shard_id}", overflow="fold") for shard_id in status.mismatched]
+        parts += [
+            Text(f"  {shard_id}\n    {problem}", overflow="fold") for shard_id, problem in status.mismatched
+        ]
     return Group(*parts)
 
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.footers import METADATA_KEY, counts_as_metadata
+from pipeline.footers import counts_as_metadata
 from pipeline.output_folder import ANNOTATIONS, DAMAGED, ERRORS, LAYOUT, OutputFolder, new_run_id
-from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, SampleError, ShardCounts
+from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY, SampleError, ShardCounts
 from pipeline.storage import ShardSource
 from pipeline.storage.versions import version_of
 from pipeline.text import printable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -11,13 +10,13 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError
-from pipeline.footers import FOOTER_READERS, ShardFooter, checked_footer
+from pipeline.footers import checked_footers
 from pipeline.output_folder import ANNOTATIONS, DAMAGED, FAILED, SUCCESS_FILE, ids_in
 from pipeline.output_records import (
+    FooterRecord,
     JobRecord,
     iter_rows,
     open_table,
-    read_counts,
     read_damage,
     read_failure,
     read_shard_rows,
@@ -104,8 +103,10 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
     mismatched: set[str] = set()
     counts: ShardCounts | None
     if len(published) <= MAX_FOOTERS:
-        by_shard = _footers(out_dir, [listed[shard_id] for shard_id in published], job.config_hash)
-        sound = {name: found.counts for name, found in by_shard.items() if isinstance(found, ShardFooter)}
+        by_shard = checked_footers(
+            out_dir, {shard_id: listed[shard_id] for shard_id in published}, job.config_hash
+        )
+        sound = {name: found.counts() for name, found in by_shard.items() if isinstance(found, FooterRecord)}
         broken += [str(found) for found in by_shard.values() if isinstance(found, DamagedFileError)]
         mismatched = set(by_shard) - set(sound)
         counts = total_counts(sound.values())
@@ -130,28 +131,12 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
         failed=failures,
         failed_count=len(failed),
         mismatched=len(mismatched),
-        shortfall=shortfall(run_settings(job.model_dump()), counts or ShardCounts(), len(damaged)),
+        shortfall=shortfall(run_settings(job.config), counts or ShardCounts(), len(damaged)),
         counts=counts,
         errors=errors,
         runs=tuple(runs),
         broken_files=tuple(dict.fromkeys([*broken, *unread_runs])),
     )
-
-
-def _footers(
-    out_dir: str, rows: Sequence[Mapping[str, Any]], config_hash: str
-) -> dict[str, ShardFooter | DamagedFileError | None]:
-    """By shard id the footer, or what is wrong with a file; None where the input is another by now."""
-
-    def found(row: Mapping[str, Any]) -> ShardFooter | DamagedFileError | None:
-        try:
-            read_counts(out_dir, row["shard_id"], config_hash)
-        except DamagedFileError as error:
-            return error
-        return checked_footer(out_dir, row["shard_id"], row, config_hash)
-
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        return dict(zip([row["shard_id"] for row in rows], pool.map(found, rows), strict=True))
 
 
 def _success_counts(out_dir: str, damaged: list[str]) -> ShardCounts | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +42,6 @@ class InputVersion:
 def version_of(shard: ShardSource) -> InputVersion:
     """The version of a shard that was listed."""
     return InputVersion(shard.size_bytes, shard.mtime_ns, shard.etag)
-
-
-def version_from(metadata: Mapping[str, Any]) -> InputVersion:
-    """The inverse of `InputVersion.as_metadata`; raises KeyError where something is missing."""
-    return InputVersion(metadata["size"], metadata["mtime_ns"], metadata["etag"])
 
 
 def _differ(one: int | None, other: int | None) -> bool:

@@ -19,9 +19,9 @@ from pipeline import storage
 from pipeline.annotate import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError
-from pipeline.footers import read_footer
 from pipeline.label_map import mask_frame
 from pipeline.model import load_explainer
+from pipeline.output_records import read_footer_record
 from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA
 
 
@@ -46,7 +46,8 @@ def annotate(explainer, tmp_path):
         annotations, errors = (pq.read_table(out / folder / name) for folder in ("annotations", "errors"))
         assert annotations.schema.equals(ANNOTATION_SCHEMA)
         assert errors.schema.equals(ERROR_SCHEMA)
-        assert read_footer(str(out / "annotations" / name)) == read_footer(str(out / "errors" / name))
+        footers = [read_footer_record(str(out / table / name), table) for table in ("annotations", "errors")]
+        assert footers[0] == footers[1]
         assert (report.counts.rows, report.counts.error_rows) == (annotations.num_rows, errors.num_rows)
         return annotations.to_pylist(), errors.to_pylist(), report.counts
 
@@ -374,11 +375,13 @@ def test_the_footer_holds_counts_and_provenance(annotate, tmp_path):
     path = write_corpus(tmp_path, 1, 2)[0]
     annotate(path)
     name = next((tmp_path / "out" / "annotations").iterdir())
-    footer = read_footer(str(name))
-    assert (footer["samples_in"], footer["annotated"], footer["rows"]) == (2, 2, 2)
-    assert footer["config_hash"] == "h"
-    assert len(footer["attempt"]) == 32
-    assert json.loads(pq.ParquetFile(name).metadata.metadata[b"legrad"])["shard"] == path.as_uri()
+    footer = read_footer_record(str(name), "annotations")
+    assert (footer.counts().samples_in, footer.annotated, footer.rows) == (2, 2, 2)
+    assert (footer.config_hash, footer.shard, footer.state) == ("h", path.as_uri(), "done")
+    assert len(footer.attempt) == 32
+    assert footer.version.size_bytes == path.stat().st_size
+    assert footer.content_digest.startswith("blake2b:")
+    assert json.loads(pq.ParquetFile(name).metadata.metadata[b"legrad"])["samples_in"] == 2
     shutil.rmtree(tmp_path / "out")
 
 

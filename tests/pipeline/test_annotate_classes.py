@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.annotate import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.estimate import dry_run
-from pipeline.job_record import read_job
+from pipeline.output_records import read_job_record
 from pipeline.shards import RawSample, read_samples
 
 SAMPLES = 8
@@ -210,7 +210,7 @@ def test_the_hash_of_a_job_follows_the_classes_and_workers_need_no_file(tmp_path
         return jobs.prepare_job(demo_job([shard], tmp_path / "out", prompts=settings))
 
     job = prepared("dog\ncat\n")
-    written = read_job(str(tmp_path / "out"))["config"]["prompts"]
+    written = read_job_record(str(tmp_path / "out")).config["prompts"]
     assert [entry["name"] for entry in written["classes"]] == ["dog", "cat"]
     assert "sky" in written["background"]
     assert prepared("dog\ncat\n\n").stamp.config_hash == job.stamp.config_hash

@@ -8,10 +8,10 @@ from corpus import demo_job, write_corpus
 
 from pipeline import job as jobs
 from pipeline.errors import UserError
-from pipeline.job_record import job_document, read_job
+from pipeline.job_record import job_document
+from pipeline.output_records import read_job_record, read_shard_rows
 from pipeline.records import SampleError
 from pipeline.result import JobResult, concluded, first_state
-from pipeline.shard_list import read_shard_list
 from pipeline.status import read_status
 from pipeline.writer import ShardWriter
 
@@ -37,7 +37,7 @@ def commit(job, shard, rows=2, failures=0):
 def test_a_new_folder_gets_its_job_file_and_the_frozen_list_of_shards(corpus, tmp_path):
     job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     assert [shard.canonical_url for shard in job.todo] == [path.as_uri() for path in corpus]
-    document = read_job(str(tmp_path / "out"))
+    document = read_job_record(str(tmp_path / "out")).model_dump()
     assert document["config_hash"] == job.stamp.config_hash
     assert document["weights_digest"].startswith("sha256:")
     assert document["versions"]["torch"]
@@ -77,7 +77,7 @@ def test_files_of_a_job_with_another_configuration_that_started_at_the_same_time
     job = jobs.prepare_job(demo_job(corpus, out))
     for shard in job.shards:
         commit(other if shard is job.shards[1] else job, shard)
-    assert read_status(str(out)).mismatched == (job.shards[1].shard_id,)
+    assert [shard_id for shard_id, _ in read_status(str(out)).mismatched] == [job.shards[1].shard_id]
     again = jobs.prepare_job(demo_job(corpus, out))
     result = concluded(again, JobResult(first_state(again)))
     assert not result.complete
@@ -106,7 +106,7 @@ def test_a_key_that_does_nothing_leaves_finished_work_as_it_is(corpus, tmp_path)
 def test_a_folder_without_results_takes_a_corrected_configuration(corpus, tmp_path):
     jobs.prepare_job(demo_job(corpus, tmp_path / "out", model={"layers": 1}))
     corrected = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
-    assert read_job(str(tmp_path / "out"))["config_hash"] == corrected.stamp.config_hash
+    assert read_job_record(str(tmp_path / "out")).config_hash == corrected.stamp.config_hash
 
 
 def test_another_configuration_may_overwrite_where_that_is_asked_for(corpus, tmp_path):
@@ -187,7 +187,7 @@ def test_status_names_a_shard_whose_two_files_are_of_different_attempts(corpus, 
     (tmp_path / "out" / "errors" / name).write_bytes((tmp_path / "out" / "errors" / other).read_bytes())
     (tmp_path / "out" / "errors" / other).write_bytes(b"torn")
     status = read_status(config.output.dir)
-    assert set(status.mismatched) == {job.shards[0].shard_id, job.shards[1].shard_id}
+    assert {shard_id for shard_id, _ in status.mismatched} == {job.shards[0].shard_id, job.shards[1].shard_id}
     assert not status.complete
 
 
@@ -199,7 +199,7 @@ def test_status_of_a_folder_without_a_job_is_the_users_mistake(tmp_path):
 def test_the_list_of_shards_that_is_frozen_is_the_one_that_is_worked_on(corpus, tmp_path):
     config = demo_job([str(corpus[0].parent / "*.tar")], tmp_path / "out")
     job = jobs.prepare_job(config)
-    frozen = [(row["shard_id"], row["shard"]) for row in read_shard_list(config.output.dir)]
+    frozen = [(row["shard_id"], row["shard"]) for row in read_shard_rows(config.output.dir)]
     assert frozen == [(shard.shard_id, shard.canonical_url) for shard in job.shards]
 
 

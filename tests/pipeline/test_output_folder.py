@@ -147,7 +147,7 @@ def test_what_an_older_version_of_a_shard_left_does_not_count_for_a_worker_that_
     for folder, files in {"annotations": kept, "errors": kept_errors}.items():
         for name, content in files.items():
             (out / folder / name).write_bytes(content)
-    assert names(read_status(str(out)).mismatched) == [again.todo[0].shard_id]
+    assert [shard_id for shard_id, _ in read_status(str(out)).mismatched] == [again.todo[0].shard_id]
     late = concluded(again, JobResult(first_state(again).__class__(4, 3, shards_done=1)))
     assert "different attempts, configurations or inputs" in late.stopped
     assert not (out / "_SUCCESS").exists()

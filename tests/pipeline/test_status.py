@@ -33,7 +33,7 @@ STATUS = OutputStatus(
         ("s3://" + "a-very-long-bucket/" * 6 + "000001.tar", "the worker died: " + "out of memory " * 12),
     ),
     left=tuple(f"left-{number}" for number in range(48_765)),
-    mismatched=("torn-shard-" + "x" * 90,),
+    mismatched=(("torn-shard-" + "x" * 90, "is not of the same attempt as its errors file"),),
     counts=ShardCounts(
         annotated=12_000_000,
         empty=3_000,
@@ -77,7 +77,7 @@ def test_nothing_of_a_long_name_or_message_is_cut_off():
     unbroken = "".join(shown(STATUS).split())
     assert "".join(STATUS.failed[0][0].split()) in unbroken
     assert "".join(STATUS.failed[0][1].split()) in unbroken
-    assert STATUS.mismatched[0] in unbroken
+    assert STATUS.mismatched[0][0] in unbroken
 
 
 def test_a_run_that_still_says_running_tells_when_it_was_last_heard_of():
