@@ -32,8 +32,8 @@ from pipeline.image_files.bmp import check_bmp
 from pipeline.image_files.jpeg import CheckedJpeg
 from pipeline.image_files.png import check_png, png_without_texts
 from pipeline.image_files.webp import check_webp, check_webp_length
-from pipeline.records import printable
 from pipeline.shards import SampleFields
+from pipeline.text import printable
 
 # Pillow reads the parts of a file (segments, chunks, blocks) one by one in Python, metadata included
 MAX_READS = 2**18

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngImageFile
 from pipeline.decode import open_image, upright_transpose
 from pipeline.errors import SampleFailure, UserError
 from pipeline.image_files.png import check_png, png_without_texts
-from pipeline.records import printable
+from pipeline.text import printable
 
 BACKGROUND = 0
 # in label maps as readers make them; written as 255 where the class ids leave room
