@@ -98,6 +98,8 @@ def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]
             missing[shard_id] = "was written by a command, which is not kept"
         elif "?" in name and (mapping is None or mapping[0] != name):
             missing[shard_id] = "has a query in its URL, which is not kept: name the shards as the job does"
+        elif mapping is None and not is_local(name):
+            missing[shard_id] = "is not on this machine, and is read only where you name it: give the shards"
         elif mapping is None and _is_no_regular_file(name):
             missing[shard_id] = "is no regular file"
         elif mapping is None:

@@ -270,7 +270,7 @@ def read_job_record(out_dir: str) -> JobRecord:
     if record.layout != LAYOUT:
         raise UserError(
             f"{storage.shown_url(url)}: written by another version of this program (layout {record.layout}; "
-            f"this one reads layout {LAYOUT}): annotate again, or install that version"
+            f"this one reads layout {LAYOUT}): choose another output.dir, or install that version"
         )
     return record
 

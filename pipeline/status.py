@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,10 +11,11 @@ from rich.text import Text
 
 from pipeline import storage
 from pipeline.budget import reason_at_end
+from pipeline.config import parse_config
 from pipeline.errors import DamagedFileError
 from pipeline.footers import checked_footers
-from pipeline.output_folder import ANNOTATIONS, FAILED, SUCCESS_FILE, ids_in
-from pipeline.output_records import FooterRecord, read_failure, read_job_record, read_shard_rows
+from pipeline.output_folder import ANNOTATIONS, FAILED, JOB_FILE, SUCCESS_FILE, ids_in
+from pipeline.output_records import FooterRecord, JobRecord, read_failure, read_job_record, read_shard_rows
 from pipeline.progress import as_duration, as_share
 from pipeline.records import ShardCounts, total_counts
 from pipeline.result import damage_of
@@ -33,7 +33,7 @@ class OutputStatus:
         damaged: URL and reason of published shards whose archive was not read to a sound end.
         failed: URL and last error of shards given up.
         left: ids of shards still to do.
-        mismatched: ids of shards whose two files do not hold, and why: to be redone.
+        mismatched: ids of shards whose two files do not hold, with the file and why: to be redone.
         counts: outcomes of the samples of done and damaged shards.
         shortfall: why the job is not complete though no shard is left or failed; empty otherwise.
         succeeded: whether OUT/_SUCCESS is there.
@@ -82,23 +82,20 @@ def read_status(output_dir: str) -> OutputStatus:
         failed=tuple((listed[shard_id]["shard"], last_error(output_dir, shard_id)) for shard_id in failed),
         left=tuple(sorted(set(listed) - set(valid) - set(failed))),
         mismatched=tuple(
-            (shard_id, found.problem)
+            (shard_id, str(found))
             for shard_id, found in footers.items()
             if isinstance(found, DamagedFileError)
         ),
         counts=counts,
-        shortfall=shortfall(run_settings(job.config), counts, len(damaged)),
+        shortfall=shortfall(run_settings(output_dir, job), counts, len(damaged)),
         succeeded=storage.exists(output_dir, SUCCESS_FILE),
         run=latest_run(output_dir),
     )
 
 
-def run_settings(config: Mapping[str, Any]) -> RunConfig:
-    """The section `run` of a recorded configuration; its defaults where it is none."""
-    try:
-        return RunConfig.model_validate(config.get("run", {}))
-    except ValueError:
-        return RunConfig()
+def run_settings(output_dir: str, job: JobRecord) -> RunConfig:
+    """The section `run` of a job's record; raises UserError where its configuration is none."""
+    return parse_config(job.config, where=storage.join_url(output_dir, JOB_FILE)).run
 
 
 def shortfall(run: RunConfig, counts: ShardCounts, damaged: int) -> str:

@@ -131,7 +131,7 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
         failed=failures,
         failed_count=len(failed),
         mismatched=len(mismatched),
-        shortfall=shortfall(run_settings(job.config), counts or ShardCounts(), len(damaged)),
+        shortfall=shortfall(run_settings(out_dir, job), counts or ShardCounts(), len(damaged)),
         counts=counts,
         errors=errors,
         runs=tuple(runs),

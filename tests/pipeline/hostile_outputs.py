@@ -261,6 +261,8 @@ REPORT, DRAWN, UNTOLD = frozenset({"report"}), frozenset({"export", "training"})
 
 def each(place, faults, told_by=ALL):
     """The faults that any file of a kind may have."""
+    # what makes a file none of ours is seen by whoever opens it, which a run's record is by the report alone
+    told_by = told_by if place == RUNS else told_by | {"status"}
     return {
         f"{place}: {name}": Hostile(
             place, spoil, UNTOLD if name in NOT_THERE and place in (ANNOTATIONS, FAILED, RUNS) else told_by

@@ -6,6 +6,7 @@ import duckdb
 import polars as pl
 import pyarrow.dataset as ds
 
+from pipeline.output_records import read_job_record
 from pipeline.report.totals import read_totals
 from pipeline.status import read_status
 
@@ -19,7 +20,7 @@ def rows_by_reader(out):
         "polars, the folder": pl.scan_parquet(out / "annotations").select(pl.len()).collect().item(),
         "pyarrow": ds.dataset(out / "annotations", format="parquet").count_rows(),
         "status": read_status(str(out)).counts.rows,
-        "report": read_totals(str(out), json.loads((out / "job.json").read_text())).counts.rows,
+        "report": read_totals(str(out), read_job_record(str(out))).counts.rows,
     }
 
 
