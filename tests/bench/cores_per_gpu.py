@@ -28,6 +28,7 @@ from legrad.masks import MaskRule, grid_to_masks
 from pipeline.decode import DecodedImage, decode_image
 from pipeline.label_map import mask_frame
 from pipeline.shards import RawSample, read_samples
+from pipeline.storage import ShardSource
 from pipeline.writer import ShardWriter
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -87,10 +88,10 @@ def masks_of(image: DecodedImage, grids: torch.Tensor, max_side: int | None) -> 
 
 
 def write(rows: list[list[dict]], folder: Path) -> None:
-    with ShardWriter("bench", {}) as writer:
+    with ShardWriter(ShardSource("bench", "bench", "bench", None), {}) as writer:
         for of_sample in rows:
             writer.add_sample(of_sample, [])
-        writer.publish(str(folder), "bench")
+        writer.publish(str(folder))
 
 
 def main() -> None:

@@ -63,9 +63,11 @@ def ready_made(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], ShardCoun
     """Both files of a shard with one sample, and their counts."""
     row = {"key": "k", "sample_index": 0, "prompt_index": 0, "prompt": "p", "status": "ok"}
     with tempfile.TemporaryDirectory() as folder:
-        with ShardWriter("bench", {**metadata, "attempt": "a"}) as writer:
+        # of no known version, so that one pair of files fits every shard
+        shard = ShardSource("s", "bench", "bench", None)
+        with ShardWriter(shard, {**metadata, "attempt": "a"}) as writer:
             writer.add_sample([row], [])
-            counts = writer.publish(folder, "s")
+            counts = writer.publish(folder).counts
         return {name: (Path(folder) / name / "s.parquet").read_bytes() for name in FOLDERS}, counts
 
 
