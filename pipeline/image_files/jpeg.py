@@ -49,7 +49,8 @@ class _Segment(NamedTuple):
         start: of the mark.
         content: of the segment.
         data_start, data_stop: from the segment's end to the next mark that is no restart mark.
-        restarts: how many restart marks of each of the eight kinds stand between them.
+        restarts: how many restart marks stand between them.
+        in_turn: whether these are numbered in turn.
     """
 
     code: int
@@ -57,7 +58,8 @@ class _Segment(NamedTuple):
     content: bytes
     data_start: int
     data_stop: int
-    restarts: tuple[int, ...]
+    restarts: int
+    in_turn: bool
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class _Scan(NamedTuple):
         first_coefficient: 0 for DC.
         is_refinement: of coefficients that an earlier scan began.
         start, stop: of the data, without padding behind them.
-        restarts: how many restart marks of each of the eight kinds they hold.
+        restarts: how many restart marks they hold.
+        in_turn: whether these are numbered in turn.
     """
 
     tables: Mapping[int, tuple[int, int]]
@@ -107,7 +110,8 @@ class _Scan(NamedTuple):
     is_refinement: bool
     start: int
     stop: int
-    restarts: tuple[int, ...]
+    restarts: int
+    in_turn: bool
 
 
 class CheckedJpeg(JpegImageFile):
@@ -206,23 +210,25 @@ def _data_stop(frame: _Frame | None, scans: list[_Scan]) -> int | None:
 def _segments(data: bytes) -> Iterator[_Segment]:
     """The segments of the first picture, up to its end mark, or to the last that is followed by a mark."""
     begun: tuple[int, int, bytes] | None = None
-    stop, parts, restarts = 2, 0, [0] * len(_RESTART)
+    stop, parts, restarts, in_turn = 2, 0, 0, True
     for position, code in _marks(data):
         if position < stop:
             continue
         if code in _RESTART:
-            restarts[code - _RESTART.start] += 1
+            in_turn = in_turn and code == _RESTART[restarts % len(_RESTART)]
+            restarts += 1
             continue
         if begun is not None:
-            yield _Segment(*begun, stop, position, tuple(restarts))
+            yield _Segment(*begun, stop, position, restarts, in_turn)
         stop, content = position + 2, b""
         if code == _END:
-            yield _Segment(code, position, b"", stop, stop, ())
+            yield _Segment(code, position, b"", stop, stop, 0, True)
             return
         if code not in (_START, _TEM):
             stop += max(2, int.from_bytes(data[stop : stop + 2], "big"))
             content = data[position + 4 : stop]
-        begun, restarts, parts = (code, position, content), [0] * len(_RESTART), parts + 1
+        begun, parts = (code, position, content), parts + 1
+        restarts, in_turn = 0, True
         if parts > MAX_JPEG_PARTS:
             raise too_many_parts(f"the JPEG has more than {MAX_JPEG_PARTS} segments")
 
@@ -257,7 +263,9 @@ def _scan_of(segment: _Segment, data: bytes) -> _Scan:
     if segment.data_stop - stop > MAX_PADDING:
         raise corrupt(f"the JPEG has {segment.data_stop - stop} bytes of padding at byte {stop}")
     is_refinement = approximation > 15
-    return _Scan(tables, first_coefficient, is_refinement, segment.data_start, stop, segment.restarts)
+    return _Scan(
+        tables, first_coefficient, is_refinement, segment.data_start, stop, segment.restarts, segment.in_turn
+    )
 
 
 def _first_symbols(content: bytes) -> dict[tuple[int, int], int]:
@@ -275,8 +283,9 @@ def _check_restarts(scan: _Scan, frame: _Frame, interval: int) -> None:
     expected = ceil(frame.units(tuple(scan.tables)) / interval) - 1 if interval else 0
     # some encoders set a last one behind the data
     totals = (expected, expected + 1) if interval else (expected,)
-    if scan.restarts not in [tuple((total + 7 - number) // 8 for number in range(8)) for total in totals]:
-        found = f"{sum(scan.restarts)} restart marks, or not all in turn, behind byte {scan.start}"
+    if scan.restarts not in totals or not scan.in_turn:
+        order = "" if scan.in_turn else ", not in turn,"
+        found = f"{scan.restarts} restart marks{order} behind byte {scan.start}"
         raise corrupt(f"the JPEG has {found}; its size asks for {expected}")
 
 

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -348,6 +348,7 @@ def test_other_bytes_anywhere_in_a_png_fail(name, share, junk):
 @pytest.mark.parametrize("name", [name for name in named("JPEG") if "progressive" not in name])
 @settings(deadline=None, max_examples=40)
 @given(share=shares, code=st.integers(1, 254))
+@example(share=0.0, code=0xD3)
 def test_a_mark_that_strays_into_a_jpegs_data_fails(name, share, code):
     data = FILES[name]
     first = data.index(b"\xff\xda") + 14

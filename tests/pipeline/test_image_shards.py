@@ -17,10 +17,20 @@ def listed(*urls):
 
 
 def test_a_job_knows_where_its_own_shards_are(tmp_path):
-    rows = listed(tmp_path / "a b.tar", "s3://bucket/in/0.tar")
+    rows = listed(tmp_path / "a b.tar", tmp_path / "c.tar")
     sources = locate_shards(rows).sources
     assert [source.canonical_url for source in sources.values()] == [row["shard"] for row in rows]
     assert list(sources) == [row["shard_id"] for row in rows]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/in/0.tar", "https://host/0.tar", "gs://bucket/0.tar"])
+def test_what_a_folder_names_on_a_server_is_read_only_where_it_is_named_again(url):
+    rows = listed(url)
+    located = locate_shards(rows)
+    assert not located.sources
+    assert "read only where you name it" in located.missing[rows[0]["shard_id"]]
+    there = url.rpartition("/")[0]
+    assert [source.url for source in locate_shards(rows, [f"{there}={there}"]).sources.values()] == [url]
 
 
 def test_a_shard_written_by_a_command_is_missing_and_says_why():
@@ -83,9 +93,9 @@ def test_what_lay_in_old_is_looked_for_in_new(shard, mapping, opened):
 
 
 def test_a_mapping_moves_whole_folders_and_leaves_other_shards_where_they_are():
-    rows = listed("s3://bucket/in/0.tar", "s3://bucket/in2/0.tar")
+    rows = listed("s3://bucket/in/0.tar", "/data/in2/0.tar")
     sources = locate_shards(rows, ["s3://bucket/in=/mnt"]).sources
-    assert [source.url for source in sources.values()] == ["/mnt/0.tar", "s3://bucket/in2/0.tar"]
+    assert [source.url for source in sources.values()] == ["/mnt/0.tar", "file:///data/in2/0.tar"]
 
 
 def test_an_old_in_which_no_shard_lies_is_the_users_mistake():

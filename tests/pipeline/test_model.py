@@ -82,7 +82,7 @@ def replace_weights(folder: Path, value: float) -> None:
         ("local-dir:model", "weights.pt", "must be null, as local-dir:model brings its own weights"),
         ("hf-hub:org/model", "openai", "must be null"),
         ("ViT-B-32", None, "required, as ViT-B-32 brings no weights"),
-        ("ViT-B-32", "", "required"),
+        ("ViT-B-32", "", "a text that is not empty"),
         (DEMO_MODEL_NAME, None, "required"),
     ],
 )

@@ -35,6 +35,7 @@ from pipeline.errors import OutputError, ShardError, ShortReadError, UserError
 from pipeline.report import write_report
 from pipeline.status import read_status
 from pipeline.storage import ShardSource, output
+from pipeline.writer import ShardWriter
 
 pytestmark = pytest.mark.usefixtures("only_loopback")
 
@@ -407,7 +408,7 @@ def test_a_job_reads_from_s3_and_writes_the_same_rows_to_s3_as_to_a_disk(store, 
     status = read_status(config.output.dir)
     assert status.complete
     assert (status.counts.annotated, status.counts.failed, status.mismatched) == (10, 0, ())
-    jobs.record_success(config.output.dir, 2, status.counts)
+    jobs.record_success(job.folder, 2, 0, status.counts)
     assert read_status(config.output.dir).succeeded
 
     local = demo_job(paths, tmp_path / "out")
@@ -425,11 +426,30 @@ def test_a_job_reads_from_s3_and_writes_the_same_rows_to_s3_as_to_a_disk(store, 
 def test_another_configuration_may_overwrite_results_on_s3(store, bucket, tmp_path):
     (path,) = write_corpus(tmp_path / "in", 1, 1)
     out = f"s3://{bucket}/out"
-    jobs.prepare_job(demo_job([path], out))
-    store.put(f"{bucket}/out/annotations/x.parquet", b"old")
+    job = jobs.prepare_job(demo_job([path], out))
+    with ShardWriter(job.shards[0], {**job.metadata, "attempt": "a"}) as writer:
+        writer.publish(out)
+    files = [
+        f"{bucket}/out/{folder}/{job.shards[0].shard_id}.parquet" for folder in ("annotations", "errors")
+    ]
+    assert all(store.get(file) for file in files)
     changed = demo_job([path], out, masks={"rule": "fixed"}, output={"on_mismatch": "overwrite"})
-    assert any("removed 1 files" in warning for warning in jobs.prepare_job(changed).warnings)
-    assert store.get(f"{bucket}/out/annotations/x.parquet") is None
+    assert any("removed 2 files" in warning for warning in jobs.prepare_job(changed).warnings)
+    assert not any(store.get(file) for file in files)
+
+
+def test_shards_that_are_not_listed_any_more_are_moved_aside_on_s3(store, bucket, tmp_path):
+    paths = write_corpus(tmp_path / "in", 2, 1)
+    out = f"s3://{bucket}/out"
+    job = jobs.prepare_job(demo_job(paths, out))
+    for shard in job.shards:
+        with ShardWriter(shard, {**job.metadata, "attempt": shard.shard_id}) as writer:
+            writer.publish(out)
+    jobs.prepare_job(demo_job(paths[:1], out))
+    assert len(read_status(out).done) == 1
+    moved = [key for key in everything_in(store, bucket) if "/unlisted/" in key]
+    assert len(moved) == 2
+    assert all(key.endswith(".parquet.moved") for key in moved)
 
 
 def test_no_credential_of_input_or_output_is_written_down(store, bucket, explainer, tmp_path):
@@ -444,7 +464,7 @@ def test_no_credential_of_input_or_output_is_written_down(store, bucket, explain
     annotator = ShardAnnotator(config, explainer, decode_threads=1, metadata=job.metadata)
     annotator.annotate(job.todo[0])
     annotator.close()
-    jobs.record_failure(config.output.dir, ShardSource("gone", "s3://x/gone", "s3://x/gone", 1), 1, "m")
+    jobs.record_failure(job.folder, ShardSource("gone", "s3://x/gone", "s3://x/gone", 1), 1, "m")
     assert read_status(config.output.dir).complete
     written = everything_in(store, bucket)
     assert {key.split("/")[1] for key in written if key.startswith("out/")} == {

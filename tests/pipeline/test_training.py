@@ -516,7 +516,9 @@ def test_an_object_store_serves_images_and_masks_but_not_to_forked_workers(
     url = "s3://training/data/a.tar"
     (shard,) = begin_job([url], "s3://training/out")
     annotate("s3://training/out", shard, [rows_of(item, index) for index, item in enumerate(items)])
-    dataset = MaskDataset("s3://training/out")
+    with pytest.raises(UserError, match="read only where you name it"):
+        MaskDataset("s3://training/out")
+    dataset = MaskDataset("s3://training/out", [url])
     assert sorted(numbers(dataset)) == [0, 1, 2]
     assert all(sample["shard"] == url for sample in dataset)
     with pytest.raises(UserError, match="forkserver"):
@@ -535,7 +537,7 @@ def test_workers_started_anew_read_from_an_object_store(tmp_path, only_loopback,
     shards = begin_job([url], "s3://workers/out")
     for shard, items in zip(shards, plain_plans([3, 4]), strict=True):
         annotate("s3://workers/out", shard, [rows_of(item, index) for index, item in enumerate(items)])
-    dataset = MaskDataset("s3://workers/out")
+    dataset = MaskDataset("s3://workers/out", ["s3://workers/data/*.tar"])
     loader = DataLoader(
         dataset,
         batch_size=None,
