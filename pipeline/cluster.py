@@ -1,4 +1,4 @@
-"""Ray clusters: whether one answers at an address, which ray itself takes minutes to deny, and who may ask it."""
+"""Clusters of Ray: whether one answers, which Ray itself takes minutes to deny; the token of our own."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NAMED_ADDRESSES = ("local", "auto")
 def settle_token(environ: MutableMapping[str, str]) -> None:
     """Give a Ray that this process starts a token, where the environment does not say otherwise.
 
-    It stays in the environment of this process and its children, for later runs of the process too. Ray itself
-    would write one into the home, which others may read, and take the one that it finds there.
+    It stays in the environment of this process and its children, for later runs too. Ray itself would write one
+    into the home, which others may read, and take the one that it finds there.
 
     Args:
         environ: of the process; what is set of RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH holds.
