@@ -21,8 +21,8 @@ NAMED_ADDRESSES = ("local", "auto")
 def settle_token(environ: MutableMapping[str, str]) -> None:
     """Give a Ray that this process starts a token, where the environment does not say otherwise.
 
-    It stays in the environment of this process and its children, for later runs too. Ray itself would write one
-    into the home, which others may read, and take the one that it finds there.
+    It stays in the environment of this process and its children, for later runs too. Ray itself would write
+    one into the home, where others may read it, and take the one that it finds there.
 
     Args:
         environ: of the process; what is set of RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH holds.
