@@ -43,11 +43,19 @@ def call(address, **environment):
     )
 
 
+def files_with(token):
+    """Files of Ray's own folder, its logs among them, that hold the token."""
+    folder = Path(ray._private.worker._global_node.get_session_dir_path())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if token.encode() in path.read_bytes()]
+
+
 class LooksAround:
     """Progress that looks once, when a worker is ready, at what listens and who is answered."""
 
     def __init__(self):
-        self.open, self.answers = set(), {}
+        self.open, self.answers, self.written = set(), {}, []
 
     def say(self, line):
         pass
@@ -55,6 +63,7 @@ class LooksAround:
     def update(self, state):
         if state.workers_ready and not self.open:
             self.open = listening()
+            self.written = files_with(os.environ["RAY_AUTH_TOKEN"])
             address = ray.get_runtime_context().gcs_address
             self.answers = {
                 "with the token": call(address),
@@ -84,4 +93,5 @@ def test_a_local_run_answers_nobody_on_the_network_and_nobody_without_its_token(
     for who in ("with another token", "without token"):
         assert found.answers[who].returncode != 0
         assert re.search("unauthenticated", found.answers[who].stderr, re.IGNORECASE)
+    assert found.written == []
     assert not (tmp_path / ".ray").exists()
