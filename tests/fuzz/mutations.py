@@ -97,9 +97,9 @@ def _change_place(rng: random.Random, tree: Any) -> None:
             case 1 if isinstance(tree, list):
                 tree.append(copy.deepcopy(tree[place]))
             case 2 if isinstance(tree, dict):
-                tree[rng.choice(("", "extra", "\x1b", "id"))] = rng.choice(VALUES)
+                tree[rng.choice(("", "extra", "\x1b", "id"))] = copy.deepcopy(rng.choice(VALUES))
             case _:
-                tree[place] = rng.choice(VALUES)
+                tree[place] = copy.deepcopy(rng.choice(VALUES))
         return
 
 
