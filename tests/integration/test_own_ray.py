@@ -1,5 +1,7 @@
 """Who can reach the Ray that a local run starts: nobody from the network, and nobody without its token."""
 
+import http
+import http.client
 import ipaddress
 import os
 import re
@@ -51,11 +53,24 @@ def files_with(token):
     return [path for path in files if token.encode() in path.read_bytes()]
 
 
+def page_at(port):
+    """What a browser gets there without the token; empty where it is refused, or where nobody speaks HTTP."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        return answer.read().decode() if answer.status == http.HTTPStatus.OK else ""
+    except http.client.HTTPException:
+        return ""
+    finally:
+        connection.close()
+
+
 class LooksAround:
     """Progress that looks once, when a worker is ready, at what listens and who is answered."""
 
     def __init__(self):
-        self.open, self.answers, self.written = set(), {}, []
+        self.open, self.answers, self.written, self.pages = set(), {}, [], []
 
     def say(self, line):
         pass
@@ -64,6 +79,7 @@ class LooksAround:
         if state.workers_ready and not self.open:
             self.open = listening()
             self.written = files_with(os.environ["RAY_AUTH_TOKEN"])
+            self.pages = [page for _, _, port in self.open if (page := page_at(port))]
             address = ray.get_runtime_context().gcs_address
             self.answers = {
                 "with the token": call(address),
@@ -94,4 +110,5 @@ def test_a_local_run_answers_nobody_on_the_network_and_nobody_without_its_token(
         assert found.answers[who].returncode != 0
         assert re.search("unauthenticated", found.answers[who].stderr, re.IGNORECASE)
     assert found.written == []
+    assert all(page.startswith("# HELP") for page in found.pages), "nothing but metrics is shown to all"
     assert not (tmp_path / ".ray").exists()
