@@ -1,9 +1,10 @@
-"""Whether something answers at the addresses of a ray cluster; ray itself takes minutes to say no."""
+"""Clusters of Ray: whether one answers, which Ray itself takes minutes to deny; the token of our own."""
 
 from __future__ import annotations
 
+import secrets
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +16,20 @@ MACHINE_TIMEOUT_S = 1.0
 CAUSE_CHARACTERS = 400
 # ray looks for these clusters on its own
 NAMED_ADDRESSES = ("local", "auto")
+
+
+def settle_token(environ: MutableMapping[str, str]) -> None:
+    """Give a Ray that this process starts a token, where the environment does not say otherwise.
+
+    It stays in the environment of this process and its children, for later runs too. Ray itself would write
+    one into the home, where others may read it, and take the one that it finds there.
+
+    Args:
+        environ: of the process; what is set of RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH holds.
+    """
+    asks_for_one = environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+    if asks_for_one and not (environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH")):
+        environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def check_address(address: str, timeout_s: float = ADDRESS_TIMEOUT_S) -> None:

@@ -22,7 +22,14 @@ from ray.util import metrics as ray_metrics
 from pipeline import job as jobs
 from pipeline import storage
 from pipeline.budget import reason_to_stop
-from pipeline.cluster import Machine, cause_of_death, check_address, find_machine, machine_is_lost
+from pipeline.cluster import (
+    Machine,
+    cause_of_death,
+    check_address,
+    find_machine,
+    machine_is_lost,
+    settle_token,
+)
 from pipeline.errors import DamagedFileError, OutputError, PipelineError, UserError
 from pipeline.footers import checked_footer
 from pipeline.job import Job
@@ -113,15 +120,35 @@ def _machines() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def _start_own_ray() -> None:
+    """Start Ray on loopback, for those alone who know the token: whoever reaches it may run code."""
+    settle_token(os.environ)
+    constants = ray._private.ray_constants
+    networked = constants.ENABLE_RAY_CLUSTER
+    # as on macOS and Windows; an address of 127.0.0.1 that it is given Ray replaces by that of the network
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+        )
+    finally:
+        constants.ENABLE_RAY_CLUSTER = networked
+
+
 @contextmanager
 def _ray() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     check_address(address)
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     # ray then leaves CUDA_VISIBLE_DEVICES of CPU workers alone, its coming default
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(address=address, logging_level=logging.ERROR, **(local if address == "local" else {}))
+        if address == "local":
+            _start_own_ray()
+        else:
+            ray.init(address=address, logging_level=logging.ERROR)
     except (ConnectionError, RayError) as error:
         raise UserError(f"RAY_ADDRESS {address}: no ray cluster answers: {error}") from error
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 import sys
 import tempfile
@@ -88,11 +87,6 @@ def _settle_home(environ: MutableMapping[str, str]) -> None:
     for variable, name in READ_CACHES.items():
         if not (home / ".cache" / name).is_dir():
             environ.setdefault(variable, str(private / name))
-    if not any(
-        name in environ for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    ):
-        # ray would write one into the home
-        environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _private_folder() -> Path:

@@ -13,6 +13,8 @@ PAGES = (
     ROOT / "configs" / "README.md",
     ROOT / "pipeline" / "demo" / "README.md",
     ROOT / "tests" / "bench" / "README.md",
+    ROOT / "tests" / "fuzz" / "README.md",
+    ROOT / "SECURITY.md",
 )
 CONFIGS = tuple(sorted((ROOT / "configs").rglob("*.yaml"))) + tuple(
     sorted((ROOT / "pipeline" / "demo").glob("*.yaml"))

@@ -5,7 +5,14 @@ import socket
 
 import pytest
 
-from pipeline.cluster import Machine, cause_of_death, check_address, find_machine, machine_is_lost
+from pipeline.cluster import (
+    Machine,
+    cause_of_death,
+    check_address,
+    find_machine,
+    machine_is_lost,
+    settle_token,
+)
 from pipeline.errors import UserError
 
 
@@ -80,3 +87,25 @@ def test_a_daemon_that_the_driver_could_never_reach_says_nothing_about_its_machi
 )
 def test_the_cause_of_a_workers_death_is_one_line_of_bounded_length(said, told):
     assert cause_of_death(ValueError(said)) == told
+
+
+@pytest.mark.parametrize("said", [{}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_TOKEN": ""}])
+def test_a_ray_of_our_own_gets_a_token_that_nobody_can_guess_and_keeps_it(said):
+    environ = dict(said)
+    settle_token(environ)
+    token = environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    settle_token(environ)
+    assert environ["RAY_AUTH_TOKEN"] == token
+    other = dict(said)
+    settle_token(other)
+    assert other["RAY_AUTH_TOKEN"] != token
+
+
+@pytest.mark.parametrize(
+    "said", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "mine"}, {"RAY_AUTH_TOKEN_PATH": "/my/token"}]
+)
+def test_what_the_environment_says_of_tokens_holds(said):
+    environ = dict(said)
+    settle_token(environ)
+    assert environ == said

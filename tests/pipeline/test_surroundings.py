@@ -13,16 +13,7 @@ from pipeline.surroundings import CACHE_VARIABLES, READ_CACHES, settle_in
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
     """A folder for temporary files that is looked up anew; no name, no settings of ray or caches."""
-    for name in (
-        "LOGNAME",
-        "USER",
-        "LNAME",
-        "USERNAME",
-        "RAY_TMPDIR",
-        "RAY_ADDRESS",
-        "HF_HOME",
-        "RAY_AUTH_TOKEN",
-    ):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "RAY_TMPDIR", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name in (*CACHE_VARIABLES, *READ_CACHES):
         monkeypatch.delenv(name, raising=False)
@@ -48,7 +39,6 @@ def test_a_home_that_is_there_stays(monkeypatch, tmp_path):
     environ = settled()
     assert environ["HOME"] == str(tmp_path)
     assert "MPLCONFIGDIR" not in environ
-    assert "RAY_AUTH_TOKEN" not in environ
 
 
 @pytest.mark.parametrize("home", [None, "", "/no/such/folder", "relative"])
@@ -80,9 +70,6 @@ def test_a_home_that_cannot_be_written_keeps_what_is_read_there(monkeypatch, tmp
     assert "HF_HOME" not in environ
     for name in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_HOME"):
         assert environ[name].startswith(str(tmp_path))
-    assert len(environ["RAY_AUTH_TOKEN"]) == 64
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert "RAY_AUTH_TOKEN" not in settled()
 
 
 def test_an_account_without_a_name_gets_one(monkeypatch):
