@@ -145,7 +145,13 @@ class Archive:
     def _resolved(self, header: tarfile.TarInfo) -> Member:
         """Apply the extended headers (PAX, GNU long names) that stand before a member's own."""
         extensions = _Extensions()
+        seen: set[bytes] = set()
         while True:
+            if header.type in seen and header.type != tarfile.XGLTYPE:
+                # what stood between them is lost, and which of them the member has nobody knows
+                message = f"two extended headers of one member, before byte {self._offset_bytes}"
+                raise DamageError("corrupt_header", message)
+            seen.add(header.type)
             if header.type == tarfile.GNUTYPE_LONGNAME:
                 extensions = replace(extensions, name=_text(self._extension(header).split(b"\0", 1)[0]))
             elif header.type in _PAX_TYPES:

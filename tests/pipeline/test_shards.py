@@ -495,6 +495,15 @@ def test_a_pax_header_that_makes_no_sense_ends_the_archive(records):
     assert summary(read(data)) == [(0, "a", ["txt"]), (None, None, "corrupt_header")]
 
 
+@pytest.mark.parametrize(
+    ("extension_type", "name"), [(tarfile.XHDTYPE, b"14 path=%s\n"), (tarfile.GNUTYPE_LONGNAME, b"%s\0")]
+)
+def test_two_names_for_one_member_are_an_error_since_what_stood_between_them_is_lost(extension_type, name):
+    names = [member("p", name % own, type=extension_type) for own in (b"b.txt", b"c.txt")]
+    data = members("a.txt") + b"".join(names) + members("b.txt") + END
+    assert summary(read(data)) == [(0, "a", ["txt"]), (None, None, "corrupt_header")]
+
+
 @pytest.mark.parametrize("extension_type", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
 def test_an_extended_header_without_a_member_is_an_error(extension_type):
     data = members("a.txt") + member("p", b"13 path=b.txt\n"[1:], type=extension_type) + END
