@@ -11,7 +11,16 @@ from urllib.parse import SplitResult, parse_qsl, unquote
 import pyarrow.fs as pafs
 
 from pipeline.errors import UserError
-from pipeline.storage.urls import OBJECT_SCHEMES, host_of, is_local, local_path, shown_url, split_url, told_as
+from pipeline.storage.urls import (
+    OBJECT_SCHEMES,
+    host_of,
+    is_local,
+    local_path,
+    shown_url,
+    split_url,
+    told_as,
+    told_url,
+)
 
 CONNECT_TIMEOUT_S = 10
 # pyarrow's own default is none: a read whose server falls silent would never end
@@ -61,16 +70,16 @@ def check_folder(url: str) -> None:
     parts = split_url(url)
     if parts.scheme not in OBJECT_SCHEMES:
         expected = "a local path, s3:// or gs:// (http:// only for input)"
-        raise UserError(f"{shown_url(url)}: expected {expected}, got scheme {parts.scheme or 'pipe'!r}")
+        raise UserError(f"{told_url(url)}: expected {expected}, got scheme {parts.scheme or 'pipe'!r}")
     if not host_of(parts):
-        raise UserError(f"{shown_url(url)}: expected a bucket after ://, got none")
+        raise UserError(f"{told_url(url)}: expected a bucket after ://, got none")
 
 
 def _check_utf8(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{shown_url(path)}: expected a path in UTF-8; rename the folder") from None
+        raise UserError(f"{told_url(path)}: expected a path in UTF-8; rename the folder") from None
 
 
 @lru_cache(maxsize=64)
@@ -114,7 +123,7 @@ def _s3(root: SplitResult) -> pafs.S3FileSystem:
 
 def _gcs(root: SplitResult) -> pafs.GcsFileSystem:
     if root.username not in (None, ANONYMOUS):
-        raise UserError(f"{shown_url(root.geturl())}: credentials come from the environment")
+        raise UserError(f"{told_url(root.geturl())}: credentials come from the environment")
     return pafs.GcsFileSystem(
         **_options(root, GCS_OPTIONS),
         anonymous=root.username == ANONYMOUS,

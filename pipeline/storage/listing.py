@@ -35,6 +35,7 @@ from pipeline.storage.urls import (
     shown_url,
     split_url,
     told_as,
+    told_url,
 )
 
 REQUESTS_AT_ONCE = 32
@@ -82,7 +83,7 @@ def find_shards(
     for pattern in spelled.of(given):
         found.take(pattern)
     if not found.sources:
-        raise UserError(f"input.shards: names no shard: {', '.join(map(shown_url, given))}")
+        raise UserError(f"input.shards: names no shard: {', '.join(map(told_url, given[:4]))}")
     shards = _with_unique_ids(_asked_for(found, check_inputs))
     return ShardListing(shards, found.warnings(spelled.repeated))
 
@@ -155,7 +156,7 @@ class _Found:
                 self._note(entry.path, _entry_source(real_folder, entry))
                 matches += 1
         if not matches:
-            raise UserError(f"input.shards: nothing matches {shown_url(pattern)}")
+            raise UserError(f"input.shards: nothing matches {told_url(pattern)}")
         self._aliases |= glob.aliases
 
     def _local_source(self, path: str) -> ShardSource:
@@ -176,7 +177,7 @@ class _Found:
         for url, info in matches:
             self._note(url, _source(shard_name(url), url, info.size, info.mtime_ns))
         if not matches:
-            raise UserError(f"input.shards: nothing matches {shown_url(pattern)}")
+            raise UserError(f"input.shards: nothing matches {told_url(pattern)}")
 
     def warnings(self, repeated_lists: int) -> tuple[str, ...]:
         """What the user should know of names that turned out to be the same file or folder."""
@@ -239,7 +240,7 @@ def _matching_objects(pattern: str) -> list[tuple[str, pafs.FileInfo]]:
     filesystem, path = resolve(pattern)
     folder, slash, below = _cut_before_glob(path)
     if not slash:
-        raise UserError(f"input.shards: {shown_url(pattern)}: expected the bucket's name, got a glob")
+        raise UserError(f"input.shards: {told_url(pattern)}: expected the bucket's name, got a glob")
     selector = pafs.FileSelector(folder or "/", recursive="/" in below, allow_not_found=True)
     with told_as(UserError, pattern, "cannot be listed"):
         infos = [info for info in filesystem.get_file_info(selector) if info.is_file]
@@ -290,4 +291,4 @@ def _check_buckets(urls: Iterable[str]) -> None:
         bucket = path.partition("/")[0]
         with told_as(UserError, url, "its bucket cannot be looked up"):
             if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
-                raise UserError(f"{shown_url(url)}: there is no bucket {bucket!r}")
+                raise UserError(f"{told_url(url)}: there is no bucket {bucket!r}")

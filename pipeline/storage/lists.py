@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.storage.braces import MAX_NAMES, BraceError, count_names, spelled_out
 from pipeline.storage.commands import COMMAND_PREFIX, is_command, named_shard
 from pipeline.storage.reading import read_text
-from pipeline.storage.urls import host_of, is_local, local_path, shown_url, split_url
+from pipeline.storage.urls import host_of, is_local, local_path, split_url, told_url
 
 MAX_LISTS_DEEP = 16
 _SPECIAL = re.compile(r"[{}\\*?\[]")
@@ -56,7 +56,7 @@ class SpelledPatterns:
         where = _same_list(url)
         if where in within:
             raise UserError(
-                f"input.shards: the list {shown_url(url)} names itself: {_chain((*within, where))}"
+                f"input.shards: the list {told_url(url)} names itself: {_chain((*within, where))}"
             )
         if len(within) >= MAX_LISTS_DEEP:
             raise UserError(
@@ -78,7 +78,7 @@ class SpelledPatterns:
             names = spelled_out(rest, escape=escape)
             self._names += count_names(rest, escape=escape)
         except BraceError as error:
-            raise UserError(f"input.shards: {_short(shown_url(pattern))}: {error}") from None
+            raise UserError(f"input.shards: {told_url(pattern)}: {error}") from None
         if self._names > MAX_NAMES:
             raise UserError(f"input.shards: braces stand for more than {MAX_NAMES:,} names in all")
         return (folder + name for name in names)
@@ -96,7 +96,7 @@ class SpelledPatterns:
             if is_local(url):
                 local_path(url)
             elif not host_of(split_url(url)):
-                raise UserError(f"{shown_url(url)}: expected a bucket or a host after ://, got none")
+                raise UserError(f"{told_url(url)}: expected a bucket or a host after ://, got none")
         except UserError as error:
             raise UserError(f"input.shards: {error}") from None
 
@@ -110,7 +110,7 @@ def _lines(url: str) -> list[str]:
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     patterns = [line for line in lines if line and not line.startswith("#")]
     if not patterns:
-        raise UserError(f"input.shards: the list {shown_url(url)} names no shard: {_emptiness(text)}")
+        raise UserError(f"input.shards: the list {told_url(url)} names no shard: {_emptiness(text)}")
     return patterns
 
 
@@ -139,7 +139,7 @@ def _literal_folder(pattern: str) -> tuple[str, str]:
 
 
 def _chain(lists: Sequence[str]) -> str:
-    shown = [_short(shown_url(url)) for url in lists]
+    shown = [told_url(url, 200) for url in lists]
     return " -> ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]])
 
 

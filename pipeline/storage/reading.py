@@ -18,9 +18,9 @@ from pipeline.storage.urls import (
     ShardSource,
     is_local,
     local_path,
-    shown_url,
     split_url,
     told_as,
+    told_url,
     without_secrets,
 )
 
@@ -155,4 +155,4 @@ def read_text(url: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         cause = error.strerror or without_secrets(error, url)
     except UnicodeDecodeError as error:
         cause = str(error)
-    raise UserError(f"{shown_url(url)}: cannot be read: {cause}")
+    raise UserError(f"{told_url(url)}: cannot be read: {cause}")

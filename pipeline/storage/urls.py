@@ -82,7 +82,7 @@ def split_url(url: str) -> SplitResult:
             return urlsplit(url)
         except ValueError:
             # which repeats the address
-            raise UserError(f"{shown_url(url)}: is no valid web address") from None
+            raise UserError(f"{told_url(url)}: is no valid web address") from None
     location, *query = _OPTIONS.split(url[found.end() :], maxsplit=1)
     authority, slash, key = location.partition("/")
     return SplitResult(scheme, authority, slash + key, "".join(query), "")
@@ -120,9 +120,9 @@ def local_path(url: str) -> Path:
         return _absolute(unquote(parts.path, errors="surrogateescape"), url)
     if found := _SLASHES_MISSING.match(url):
         slashes = ":///" if found[1].lower() == FILE_SCHEME else "://"
-        meant = shown_url(f"{found[1]}{slashes}{url[found.end() :]}")
+        meant = told_url(f"{found[1]}{slashes}{url[found.end() :]}")
         raise UserError(
-            f"{shown_url(url)}: expected a URL with two slashes, or a path; did you mean {meant}? "
+            f"{told_url(url)}: expected a URL with two slashes, or a path; did you mean {meant}? "
             f"(a local file of this name: ./{found[0]}...)"
         )
     return _absolute(_at_home(url), url)
@@ -130,16 +130,16 @@ def local_path(url: str) -> Path:
 
 def _absolute(path: str, url: str) -> Path:
     if not path or "\0" in path:
-        raise UserError(f"{shown_url(url)!r}: expected a path, got {'a NUL byte in it' if path else 'none'}")
+        raise UserError(f"{told_url(url)!r}: expected a path, got {'a NUL byte in it' if path else 'none'}")
     try:
         os.fsencode(path)
         return Path(path).absolute()
     except UnicodeEncodeError:
         raise UserError(
-            f"{shown_url(url)}: this locale cannot write such a path; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            f"{told_url(url)}: this locale cannot write such a path; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
         ) from None
     except FileNotFoundError:
-        raise UserError(f"{shown_url(url)}: relative to a working folder that no longer exists") from None
+        raise UserError(f"{told_url(url)}: relative to a working folder that no longer exists") from None
 
 
 def _at_home(path: str) -> str:
@@ -168,6 +168,15 @@ def shown_url(text: str) -> str:
     if "{" not in text or ":" not in text or is_command(text):
         return _shown(text)
     return _shown_pattern(text)
+
+
+def told_url(text: str, most: int = 400) -> str:
+    """The same within a message: cut where it is too long to be read."""
+    return _cut(shown_url(text), most)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _shown(url: str) -> str:
@@ -305,4 +314,4 @@ def told_as(kind: type[PipelineError], url: str, what: str) -> Iterator[None]:
         yield
     except (OSError, HTTPException, pa.ArrowException) as error:
         # the cause itself would show its secrets in a traceback
-        raise kind(f"{shown_url(url)}: {what}: {without_secrets(error, url)}") from None
+        raise kind(f"{told_url(url)}: {what}: {_cut(without_secrets(error, url), 400)}") from None

@@ -36,6 +36,18 @@ def refusal(*patterns):
     return text
 
 
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{}\0", "{}/*.tar", "{}{{", "gopher://{}", "s3:///{}", "http://[{}", "file:/{}", "@{}", "pipe:{}"],
+)
+def test_a_name_of_any_length_is_refused_in_one_line(tmp_path, line):
+    (tmp_path / "list.txt").write_text(line.format("x" * 100_000))
+    refusal(f"@{tmp_path / 'list.txt'}")
+
+
 # --- one file once
 
 
