@@ -11,7 +11,7 @@ from tests.fuzz.counts import FAULTS, INPUTS
 # of CPU time; the table counts from 2 s on, a test must not fail for what else the machine does
 LIMIT_S = 20
 SEED = 0
-LONGER = float(os.environ.get("LEGRAD_FUZZ_TIMES", "20"))
+LONGER = float(os.environ.get("LEGRAD_FUZZ_TIMES", "10"))
 
 
 @pytest.fixture(scope="module")
