@@ -113,7 +113,7 @@ def read_samples(
     yield from keys.outcome(group)
     yield from keys.apart()
     if damage is None and strays and group is None:
-        message = f"none of the archive's {strays} members belongs to a sample, so nothing was read"
+        message = f"none of the archive's {strays} members belongs to a sample"
         damage = DamageError("no_samples", message)
     if damage is not None:
         yield SampleError(damage.stage, damage.kind, damage.message, damages_shard=True)
