@@ -141,10 +141,10 @@ class ShardAnnotator:
             The counts as published, and the time taken.
 
         Raises:
-            ShardError: the shard cannot be opened or was cut while it was read.
+            ShardError: the shard cannot be opened, or was cut or changed while it was read.
             OutputError: the result cannot be written.
         """
-        started_s = time.monotonic()
+        started_s, before = time.monotonic(), storage.version_now(shard)
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         with (
             ShardWriter(shard, metadata) as writer,
@@ -153,6 +153,7 @@ class ShardAnnotator:
         ):
             digested = storage.DigestingStream(stream)
             self._stream.run(self._samples(digested), lambda outcome: outcome.add_to(writer))
+            storage.require_unchanged(shard, before)
             published = writer.publish(self._config.output.dir, digested.digest())
         return ShardReport(published.counts, time.monotonic() - started_s, published.damage)
 

@@ -15,6 +15,8 @@ from typing import Protocol
 BLOCK_BYTES = tarfile.BLOCKSIZE
 PIECE_BYTES = 2**20
 MAX_EXTENSION_BYTES = 2**20
+# writers fill up to a record, which is 10 KiB unless they are told otherwise
+MAX_PADDING_BYTES = 2**16
 
 _COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
@@ -208,6 +210,7 @@ class Archive:
         block = self._read_block()
         if len(block) < BLOCK_BYTES:
             raise DamageError("truncated", "the archive ends after one of the two blocks that mark its end")
+        end_bytes = self._offset_bytes
         while block:
             if any(block):
                 message = (
@@ -215,6 +218,13 @@ class Archive:
                 )
                 raise DamageError("data_after_end", message)
             block = self._read(PIECE_BYTES)
+        zero_bytes = self._offset_bytes - end_bytes
+        if zero_bytes > MAX_PADDING_BYTES:
+            message = (
+                f"{zero_bytes} bytes of zeros follow the end of the archive at byte {end_bytes}, as in a "
+                "file that was written in part; samples may be missing"
+            )
+            raise DamageError("zeros_at_end", message)
 
     def _read_block(self) -> bytes:
         block = b""

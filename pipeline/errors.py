@@ -4,6 +4,7 @@ PipelineError
 ├── UserError            the user's own mistake: one screen, no traceback, exit code 1
 ├── OutputError          the output folder cannot be written: exit code 2
 ├── DamagedFileError     a file of an output folder is not what this package writes there: exit code 2
+│   └── MismatchError    a shard's two files are sound, but do not belong together or to the job
 ├── ShardError           a shard could not be read as a whole: retried, then given up
 │   └── ShortReadError   fewer bytes came than the object holds
 └── SampleFailure        one sample (or one of its prompts) could not be annotated: an error row
@@ -39,6 +40,10 @@ class DamagedFileError(PipelineError):
 
     def __str__(self) -> str:
         return f"{self.url}: {self.problem}"
+
+
+class MismatchError(DamagedFileError):
+    """A shard's annotations that do not belong to its errors, to the job, or to the shard as it is listed."""
 
 
 class ShardError(PipelineError):

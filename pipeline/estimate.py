@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -15,7 +15,7 @@ from pipeline import job as jobs
 from pipeline import storage
 from pipeline.annotate import wanted_fields
 from pipeline.errors import OutputError, PipelineError, SampleFailure
-from pipeline.former_results import rows_of_unlisted_files
+from pipeline.former_results import former_job, is_to_be_deleted, rows_of_unlisted_files
 from pipeline.job import Job
 from pipeline.output_folder import OutputFolder, new_run_id
 from pipeline.plan import spread_evenly
@@ -24,6 +24,7 @@ from pipeline.prompts.sample_prompts import SamplePrompts
 from pipeline.settings import JobConfig
 from pipeline.shards import RawSample, read_samples
 from pipeline.storage import ShardSource
+from pipeline.survey import FolderIds
 
 PROBED_SHARDS = 3
 PROBED_SAMPLES = 200
@@ -90,13 +91,13 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
         moves: OLD=NEW for each folder or file of shards that lies elsewhere now.
 
     Raises:
-        UserError: no shard matches, one of the patterns is refused, or the classes cannot be read.
+        UserError: no shard matches, one of the patterns is refused, the classes cannot be read, or the folder
+            holds results of another configuration.
     """
     listing = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
     out = storage.absolute(config.output.dir)
     folder = OutputFolder(out, new_run_id())
-    ids = jobs.ids_of(folder)
-    listed = jobs.listed_earlier(folder)
+    ids, listed = _held(folder, config)
     found = jobs.look_into(
         folder, ids, [*listed, *rows_of_unlisted_files(folder, ids, listed)], listing, moves
     )
@@ -105,6 +106,17 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
     sized = [shard for shard in shards if shard.size_bytes is not None]
     probe = _probe(config, spread_evenly(sized, PROBED_SHARDS))
     return DryRun(shards, frozenset(done), probe, published_bytes(out, sorted(done)))
+
+
+def _held(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, list[dict[str, Any]]]:
+    """What a folder holds that the job would keep, which is nothing where it would overwrite."""
+    ids = jobs.ids_of(folder)
+    former = former_job(folder, ids)
+    if former is not None:
+        config = jobs.as_run(config)
+        if is_to_be_deleted(folder, former, config, jobs.stamp_of(config)):
+            return FolderIds(*[frozenset[str]()] * 4), []
+    return ids, jobs.listed_earlier(folder)
 
 
 def _probe(config: JobConfig, shards: Sequence[ShardSource]) -> Probe:

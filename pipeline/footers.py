@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import DamagedFileError
+from pipeline.errors import DamagedFileError, MismatchError
 from pipeline.output_folder import ANNOTATIONS, ERRORS
 from pipeline.output_records import FooterRecord, read_footer_record
 from pipeline.records import ShardCounts
@@ -57,26 +57,29 @@ def checked_footer(output_dir: str, shard_id: str, row: Row, config_hash: str) -
     """The footer of a shard's annotations, once its two files have shown to belong together and to the job.
 
     Raises:
-        DamagedFileError: one of them cannot be read; they are not of the same attempt, are of another
-            configuration, or of another version of the input than the one listed.
+        DamagedFileError: one of them cannot be read, or does not hold the rows that its footer counts.
+        MismatchError: they are not of the same attempt, or are of another configuration, of another shard,
+            or of another version of the input than the one listed.
     """
     name = f"{shard_id}.parquet"
     url, errors_url = (storage.join_url(output_dir, folder, name) for folder in (ANNOTATIONS, ERRORS))
     footer, errors = read_footer_record(url, "annotations"), read_footer_record(errors_url, "errors")
     if footer.attempt != errors.attempt:
-        raise DamagedFileError(storage.shown_url(url), "is not of the same attempt as its errors file")
+        raise MismatchError(storage.shown_url(url), "is not of the same attempt as its errors file")
     if footer.config_hash != config_hash:
-        raise DamagedFileError(storage.shown_url(url), "is of another configuration than the job")
-    if not _is_of_listed_version(footer.version, row):
-        raise DamagedFileError(storage.shown_url(url), "is of another version of its input than is listed")
+        raise MismatchError(storage.shown_url(url), "is of another configuration than the job")
+    if footer.shard not in (row["shard"], row["moved_from"]):
+        raise MismatchError(storage.shown_url(url), f"holds the rows of another shard: {footer.shard}")
+    if not _is_of_listed_version(footer, row):
+        raise MismatchError(storage.shown_url(url), "is of another version of its input than is listed")
     return footer
 
 
-def _is_of_listed_version(version: InputVersion, row: Row) -> bool:
+def _is_of_listed_version(footer: FooterRecord, row: Row) -> bool:
     listed = version_in(row)
-    if row["moved_from"] is not None:
-        return not listed.differs_in_size_from(version)
-    return not listed.differs_from(version)
+    if footer.shard == row["moved_from"]:
+        return not listed.differs_in_size_from(footer.version)
+    return not listed.differs_from(footer.version)
 
 
 def version_in(row: Row) -> InputVersion:

@@ -25,7 +25,13 @@ from pipeline.output_folder import (
     SUFFIXES,
     OutputFolder,
 )
-from pipeline.output_records import read_damage, read_failure, read_footer_record, read_job_record
+from pipeline.output_records import (
+    JobRecord,
+    read_damage,
+    read_failure,
+    read_footer_record,
+    read_job_record,
+)
 from pipeline.row_keys import told_differences
 from pipeline.settings import JobConfig
 from pipeline.survey import FolderIds, Row
@@ -57,14 +63,38 @@ def agreed_with_former(
         UserError: the folder holds results of another configuration, or it is not known of which.
         OutputError: files cannot be deleted.
     """
+    former = former_job(folder, ids)
+    if former is None:
+        return Former()
+    if not is_to_be_deleted(folder, former, config, stamp):
+        return Former(_changed_versions(former.versions, stamp.versions))
+    folder.remove(SUCCESS_FILE)
+    removed = _delete_results(folder, [row["shard_id"] for row in listed])
+    return Former((f"removed {removed} files of another configuration",), deleted=True)
+
+
+def former_job(folder: OutputFolder, ids: FolderIds) -> JobRecord | None:
+    """The job that a folder holds results of; None where it holds none.
+
+    Raises:
+        UserError: it is not known of which job they are.
+    """
     if JOB_FILE not in storage.list_names(folder.url):
         _refuse_results_without_job(folder, ids)
-        return Former()
+        return None
     if not (ids.annotations or ids.errors or ids.failed or ids.damaged):
-        return Former()
-    former = read_job_record(folder.url)
+        return None
+    return read_job_record(folder.url)
+
+
+def is_to_be_deleted(folder: OutputFolder, former: JobRecord, config: JobConfig, stamp: JobStamp) -> bool:
+    """Whether the results of a former job are of another configuration, and may go.
+
+    Raises:
+        UserError: they are, and `output.on_mismatch` says no.
+    """
     if former.config_hash == stamp.config_hash:
-        return Former(_changed_versions(former.versions, stamp.versions))
+        return False
     if config.output.on_mismatch == "refuse":
         raise UserError(
             f"{storage.shown_url(folder.url)}: holds results of another configuration "
@@ -72,9 +102,7 @@ def agreed_with_former(
             f"  changed: {told_differences(former.model_dump(), config, stamp.weights_digest)}\n"
             f"  choose another output.dir, or set output.on_mismatch=overwrite to delete what is there"
         )
-    folder.remove(SUCCESS_FILE)
-    removed = _delete_results(folder, [row["shard_id"] for row in listed])
-    return Former((f"removed {removed} files of another configuration",), deleted=True)
+    return True
 
 
 def _refuse_results_without_job(folder: OutputFolder, ids: FolderIds) -> None:

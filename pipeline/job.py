@@ -94,16 +94,14 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
             configuration or files that are not ours, or no shard of the job lies in an OLD.
         OutputError: the folder cannot be written.
     """
-    config = _with_absolute_paths(config)
-    config = config.model_copy(update={"prompts": with_files_read(config.prompts)})
+    config = as_run(config)
     listing = storage.find_shards(
         config.input.shards,
         allow_commands=config.input.allow_commands,
         check_inputs=config.run.check_inputs,
     )
     check_model(config.model, config.views.scales)
-    digest = weights_digest(config.model)
-    stamp = JobStamp(config_hash(config, digest), digest, installed_versions())
+    stamp = stamp_of(config)
     folder = OutputFolder(config.output.dir, new_run_id())
     listed, ids = listed_earlier(folder), ids_of(folder)
     former = agreed_with_former(folder, ids, config, stamp, listed)
@@ -114,6 +112,18 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
     job = _job_from(config, stamp, folder, found, tuple(found.list_rows(listed)))
     _settle(job, found)
     return replace(job, warnings=(*former.warnings, *listing.warnings, *_told(found)))
+
+
+def as_run(config: JobConfig) -> JobConfig:
+    """The configuration as it is run: paths absolute, files read; raises UserError where one cannot be."""
+    config = _with_absolute_paths(config)
+    return config.model_copy(update={"prompts": with_files_read(config.prompts)})
+
+
+def stamp_of(config: JobConfig) -> JobStamp:
+    """What identifies the results of a configuration as it is run; raises UserError without its weights."""
+    digest = weights_digest(config.model)
+    return JobStamp(config_hash(config, digest), digest, installed_versions())
 
 
 def listed_earlier(folder: OutputFolder) -> list[dict[str, Any]]:

@@ -397,7 +397,12 @@ def footer_of(file: pq.ParquetFile, url: str) -> FooterRecord:
         metadata = file.metadata.metadata or {}
         if METADATA_KEY not in metadata:
             raise ValueError("its footer is not of this package")
-        return FooterRecord.model_validate_json(metadata[METADATA_KEY])
+        footer = FooterRecord.model_validate_json(metadata[METADATA_KEY])
+        # the two tables are told apart by a column that errors have alone
+        counted = footer.error_rows if "stage" in file.schema_arrow.names else footer.rows
+        if file.metadata.num_rows != counted:
+            raise ValueError(f"has {file.metadata.num_rows} rows; its footer counts {counted}")
+        return footer
 
 
 def checked_batch(batch: pa.RecordBatch | pa.Table, table: Table) -> pa.RecordBatch | pa.Table:

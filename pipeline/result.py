@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from pipeline import job as jobs
 from pipeline.budget import reason_at_end
-from pipeline.errors import DamagedFileError
+from pipeline.errors import DamagedFileError, UserError
 from pipeline.footers import checked_footers
 from pipeline.job import Job
-from pipeline.output_folder import SUCCESS_FILE
-from pipeline.output_records import FooterRecord, read_damage
+from pipeline.output_folder import ANNOTATIONS, SUCCESS_FILE
+from pipeline.output_records import FooterRecord, read_damage, read_job_record, read_shard_rows
 from pipeline.progress import RunState
 from pipeline.records import ShardCounts, total_counts
 
@@ -97,6 +97,8 @@ def damage_of(output_dir: str, shard_id: str) -> str:
 
 def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
     """Hold every footer against the list of shards, look at the error budget, and write OUT/_SUCCESS."""
+    if others := _work_of_others(job):
+        return replace(result, stopped=others)
     footers = checked_footers(job.folder.url, job.listed, job.stamp.config_hash)
     torn = [shard for shard in job.shards if _is_torn(footers[shard.shard_id], shard.shard_id in job.done)]
     if torn:
@@ -115,6 +117,26 @@ def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
     if result.complete:
         jobs.record_success(job.folder, len(job.shards), len(result.damaged), total)
     return result
+
+
+def _work_of_others(job: Job) -> str:
+    """What another job has done to the folder since this one began; empty where it is this job's alone."""
+    try:
+        record, rows = read_job_record(job.folder.url), read_shard_rows(job.folder.url)
+    except (UserError, DamagedFileError) as error:
+        return f"the folder is not as this job left it: {error}; run the same command again"
+    if record.config_hash != job.stamp.config_hash or rows != list(job.rows):
+        what = "configuration" if record.config_hash != job.stamp.config_hash else "list of shards"
+        return (
+            f"another job has written into this folder meanwhile, with another {what}: let one job end, then "
+            "run the one that counts again, or choose another output.dir"
+        )
+    if foreign := sorted(job.folder.ids(ANNOTATIONS) - set(job.listed)):
+        return (
+            f"files of {len(foreign):,} shard(s) that are not listed came into {ANNOTATIONS}/ meanwhile, "
+            f"such as {foreign[0]}.parquet: let other jobs on this folder end, then run this command again"
+        )
+    return ""
 
 
 def _is_torn(footer: FooterRecord | DamagedFileError, is_listed_as_done: bool) -> bool:

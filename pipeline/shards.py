@@ -78,7 +78,8 @@ def read_samples(
     Returns:
         An iterator that yields, for each ordinal from 0 upwards, either the sample or the one error that
         makes it unusable; and between them, with `sample_index` None, errors that belong to no sample. The
-        last item, and no other, has `damages_shard` where the archive was not read to a sound end.
+        last item, and no other, has `damages_shard` where the archive was not read to a sound end, or has
+        members of which none belongs to a sample.
 
     Raises:
         OSError, ShardError: whatever the stream raises itself; a broken connection is not the data's fault.
@@ -88,10 +89,12 @@ def read_samples(
     keys = _Keys(max_samples)
     group: _Group | None = None
     damage: DamageError | None = None
+    strays = 0
     try:
         for member in archive.members():
             key, extension = _key_and_extension(member.name)
             if not key:
+                strays += 1
                 yield _stray(member)
                 continue
             if group is None or key != group.key:
@@ -109,6 +112,9 @@ def read_samples(
         damage = error
     yield from keys.outcome(group)
     yield from keys.apart()
+    if damage is None and strays and group is None:
+        message = f"none of the archive's {strays} members belongs to a sample"
+        damage = DamageError("no_samples", message)
     if damage is not None:
         yield SampleError(damage.stage, damage.kind, damage.message, damages_shard=True)
 

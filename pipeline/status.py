@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -87,7 +87,7 @@ def read_status(output_dir: str) -> OutputStatus:
             if isinstance(found, DamagedFileError)
         ),
         counts=counts,
-        shortfall=shortfall(run_settings(output_dir, job), counts, len(damaged)),
+        shortfall=shortfall(run_settings(output_dir, job), counts, len(damaged), published - set(listed)),
         succeeded=storage.exists(output_dir, SUCCESS_FILE),
         run=latest_run(output_dir),
     )
@@ -98,8 +98,20 @@ def run_settings(output_dir: str, job: JobRecord) -> RunConfig:
     return parse_config(job.config, where=storage.join_url(output_dir, JOB_FILE)).run
 
 
-def shortfall(run: RunConfig, counts: ShardCounts, damaged: int) -> str:
-    """Why a job is not complete though no shard of it is left or failed; empty where it is."""
+def shortfall(run: RunConfig, counts: ShardCounts, damaged: int, unlisted: Collection[str]) -> str:
+    """Why a job is not complete though no shard of it is left or failed; empty where it is.
+
+    Args:
+        run: its settings.
+        counts: outcomes of its samples.
+        damaged: how many of its shards are damaged.
+        unlisted: ids of files among the annotations that are of no shard of the job.
+    """
+    if unlisted:
+        return (
+            f"{len(unlisted):,} file(s) in {ANNOTATIONS}/ are of no listed shard, such as "
+            f"{min(unlisted)}.parquet; whoever reads the folder counts their rows"
+        )
     if damaged and not run.accept_damaged:
         return f"{damaged:,} shard(s) are damaged; run.accept_damaged is false"
     return reason_at_end(run, counts)

@@ -53,8 +53,10 @@ class Survey:
 
     def list_rows(self, earlier: Iterable[Row]) -> list[dict[str, Any]]:
         """The rows of OUT/shards.parquet, in order."""
-        moved_from = {row["shard_id"]: row["moved_from"] for row in earlier}
-        moved_from |= {shard.shard_id: old for old, shard in self.moved}
+        held = self.done | self.damaged
+        moved_from = {shard.shard_id: old for old, shard in self.moved}
+        # one that moved twice: its files still name the first place
+        moved_from |= {row["shard_id"]: row["moved_from"] for row in earlier if row["moved_from"] is not None}
         return [
             {
                 "shard_id": shard.shard_id,
@@ -62,7 +64,7 @@ class Survey:
                 "size_bytes": shard.size_bytes,
                 "mtime_ns": shard.mtime_ns,
                 "etag": shard.etag,
-                "moved_from": moved_from.get(shard.shard_id),
+                "moved_from": moved_from.get(shard.shard_id) if shard.shard_id in held else None,
             }
             for shard in self.shards
         ]
@@ -86,7 +88,8 @@ def survey(
 
     Returns:
         The survey. A shard that moved keeps its files where the user says so and its size is the same, or
-        where stem and size leave no doubt and some of them, read whole, have the same content.
+        where stem and size leave no doubt and some of them, read whole, have the same content. Where most
+        files took their time with them, each of the others is read.
     """
     known = {row["shard"]: row for row in earlier}
     fresh = [shard for shard in listing if shard.canonical_url not in known]
@@ -135,11 +138,18 @@ def _evident_moves(
         and stems_fresh[stem := stem_of(shard.shard_id)] == stems_gone[stem] == 1
         and (row := by_stem.get((stem, shard.size_bytes))) is not None
     ]
+    untouched = [(shard, row) for shard, row in pairs if shard.mtime_ns == row["mtime_ns"] is not None]
+    alike = untouched if 2 * len(untouched) > len(pairs) else pairs
     # tars are padded to whole blocks, so other content may well have the same size
-    looked_into = spread_evenly(pairs, CONFIRMED_MOVES)
+    looked_into = spread_evenly(alike, CONFIRMED_MOVES)
     if not all(is_same_content(shard, row["shard_id"]) for shard, row in looked_into):
         return {}
-    return {shard.canonical_url: row for shard, row in pairs}
+    known = {shard.canonical_url for shard, _ in alike}
+    return {
+        shard.canonical_url: row
+        for shard, row in pairs
+        if shard.canonical_url in known or is_same_content(shard, row["shard_id"])
+    }
 
 
 def _with_ids(

@@ -188,7 +188,7 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     met = asdict(joins.read())
     if met.pop("shards_left_out"):
         url = storage.join_url(export.out, "annotations", f"{shard_id}.parquet")
-        raise DamagedFileError(url, "is not of the same attempt as its errors file; run the job again")
+        raise DamagedFileError(url, "does not belong to its errors file or to the job; run the job again")
     # every sample that was joined is counted by what became of it here
     del met["joined"]
     record = ShardRecord(_attempt(export.out, shard_id), written, dict(+(counts + Counter(met))), class_names)

@@ -96,7 +96,8 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
         OutputError: it cannot be listed.
     """
     listed = {row["shard_id"]: row for row in read_shard_rows(out_dir)}
-    published = sorted(ids_in(out_dir, ANNOTATIONS) & set(listed))
+    present = ids_in(out_dir, ANNOTATIONS)
+    published, unlisted = sorted(present & set(listed)), present - set(listed)
     damaged = sorted(ids_in(out_dir, DAMAGED) & set(published))
     failed = sorted((ids_in(out_dir, FAILED) & set(listed)) - set(published))
     broken: list[str] = []
@@ -131,7 +132,7 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
         failed=failures,
         failed_count=len(failed),
         mismatched=len(mismatched),
-        shortfall=shortfall(run_settings(out_dir, job), counts or ShardCounts(), len(damaged)),
+        shortfall=shortfall(run_settings(out_dir, job), counts or ShardCounts(), len(damaged), unlisted),
         counts=counts,
         errors=errors,
         runs=tuple(runs),

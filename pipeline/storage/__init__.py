@@ -16,7 +16,15 @@ from pipeline.storage.output import (
     remove_staging,
     sweep_staging,
 )
-from pipeline.storage.reading import READAHEAD_BYTES, DigestingStream, open_shard, read_bytes, read_text
+from pipeline.storage.reading import (
+    READAHEAD_BYTES,
+    DigestingStream,
+    open_shard,
+    read_bytes,
+    read_text,
+    require_unchanged,
+    version_now,
+)
 from pipeline.storage.urls import (
     ShardSource,
     absolute,
@@ -48,10 +56,12 @@ __all__ = [
     "read_text",
     "remove",
     "remove_staging",
+    "require_unchanged",
     "resolve",
     "shard_id",
     "shard_name",
     "shown_text",
     "shown_url",
     "sweep_staging",
+    "version_now",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ from pipeline.storage.urls import (
     told_url,
     without_secrets,
 )
+from pipeline.storage.versions import InputVersion, version_of
 
 READAHEAD_BYTES = 4 << 20
 MAX_TEXT_BYTES = 256 << 20
@@ -100,6 +101,41 @@ def _opened(shard: ShardSource) -> tuple[Any, int]:
         return local_path(shard.url).open("rb", buffering=0), listed_bytes
     filesystem, path = resolved(shard.url)
     return filesystem.open_input_stream(path, buffer_size=READAHEAD_BYTES), listed_bytes
+
+
+def version_now(shard: ShardSource) -> InputVersion:
+    """The version of a local file or of an object of a store, as this machine sees it.
+
+    Web servers are not asked, and commands have none; what is gone tells nothing.
+
+    Raises:
+        ShardError: it cannot be looked up.
+    """
+    if is_command(shard.url) or split_url(shard.url).scheme in WEB_SCHEMES:
+        return InputVersion()
+    with told_as(ShardError, shard.url, "cannot be looked up"), suppress(FileNotFoundError):
+        if is_local(shard.url):
+            found = local_path(shard.url).stat()
+            return InputVersion(found.st_size, found.st_mtime_ns)
+        filesystem, path = resolve(shard.url)
+        info = filesystem.get_file_info(path)
+        return InputVersion(info.size, info.mtime_ns)
+    return InputVersion()
+
+
+def require_unchanged(shard: ShardSource, before: InputVersion) -> None:
+    """Make sure that a shard that was read is what it was before, and of the size that was listed.
+
+    Times are not compared with the listing, for machines may have copies of their own.
+
+    Raises:
+        ShardError: it is another version, so what was read may be parts of both.
+    """
+    now = version_now(shard)
+    if now.differs_from(before) or (now.size_bytes and now.differs_in_size_from(version_of(shard))):
+        raise ShardError(
+            f"{shard.canonical_url}: changed since it was listed: run the same command again once it is whole"
+        )
 
 
 def read_bytes(url: str, *, max_bytes: int | None = None) -> bytes:

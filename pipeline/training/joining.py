@@ -9,8 +9,10 @@ from itertools import groupby
 from typing import Any, BinaryIO
 
 from pipeline import storage
-from pipeline.errors import DamagedFileError, ShardError
-from pipeline.output_records import footer_of, iter_rows, open_table, read_footer_record
+from pipeline.errors import DamagedFileError, MismatchError, ShardError
+from pipeline.footers import checked_footer
+from pipeline.output_folder import ANNOTATIONS
+from pipeline.output_records import iter_rows, open_table
 from pipeline.records import SampleError
 from pipeline.shards import RawSample, read_samples
 from pipeline.training.counts import WorkerCounts
@@ -77,23 +79,22 @@ class Source:
             _log.warning("left out, or what is left of it: %s", error)
 
     def _read(self, share: Share[ShardPair], counts: WorkerCounts) -> Iterator[JoinedSample]:
-        shard, name = share.shard.shard, f"{share.shard.annotations_id}.parquet"
-        url = storage.join_url(self.out_dir, "annotations", name)
-        with open_table(url, "annotations") as annotations:
-            errors_url = storage.join_url(self.out_dir, "errors", name)
-            if footer_of(annotations, url).attempt != read_footer_record(errors_url, "errors").attempt:
-                counts.add("shards_left_out")
-                _log.warning("left out: its two files are not of the same attempt: %s", errors_url)
-                return
-            with storage.open_shard(shard) as stream:
-                samples = self._samples(stream)
-                yield from join(
-                    shard.canonical_url,
-                    samples,
-                    _row_groups(iter_rows(annotations, url, "annotations", ROW_COLUMNS)),
-                    share,
-                    counts,
-                )
+        pair = share.shard
+        try:
+            checked_footer(self.out_dir, pair.annotations_id, pair.listed, pair.config_hash)
+        except MismatchError as error:
+            counts.add("shards_left_out")
+            _log.warning("left out, to be annotated again: %s", error)
+            return
+        url = storage.join_url(self.out_dir, ANNOTATIONS, f"{pair.annotations_id}.parquet")
+        with open_table(url, "annotations") as annotations, storage.open_shard(pair.shard) as stream:
+            yield from join(
+                pair.shard.canonical_url,
+                self._samples(stream),
+                _row_groups(iter_rows(annotations, url, "annotations", ROW_COLUMNS)),
+                share,
+                counts,
+            )
 
     def _samples(self, stream: BinaryIO) -> Iterator[RawSample | SampleError]:
         # not webdataset's reader: it leaves damaged samples out in silence, and the ordinals behind shift

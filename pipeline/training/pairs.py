@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.image_shards import locate_shards
 from pipeline.output_folder import ANNOTATIONS, ids_in
-from pipeline.output_records import read_shard_rows
+from pipeline.output_records import read_job_record, read_shard_rows
 from pipeline.storage import ShardSource
 
 
 @dataclass(frozen=True)
 class ShardPair:
-    """An image shard and the id that names its files in the job's output folder."""
+    """An image shard, and what its files in the job's output folder must be.
+
+    Attributes:
+        shard: the images.
+        annotations_id: names its files.
+        listed: its row in the job's list of shards.
+        config_hash: of the job.
+    """
 
     shard: ShardSource
     annotations_id: str
+    listed: Mapping[str, Any]
+    config_hash: str
 
 
 @dataclass(frozen=True)
@@ -56,4 +66,6 @@ def pair_shards(out_dir: str, given: Sequence[str] = ()) -> Pairing:
         raise UserError(
             f"{storage.shown_url(out_dir)}: none of the {len(listed)} shards can be used: {reasons}"
         )
-    return Pairing(tuple(ShardPair(located.sources[name], name) for name in usable), left_out)
+    rows, config_hash = {row["shard_id"]: row for row in listed}, read_job_record(out_dir).config_hash
+    pairs = tuple(ShardPair(located.sources[name], name, rows[name], config_hash) for name in usable)
+    return Pairing(pairs, left_out)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -396,3 +397,37 @@ def test_images_that_keep_their_aspect_ratio_are_explained_on_grids_of_their_own
     assert grids == [(12, 12), (8, 17), (17, 8), (12, 12), (8, 17)]
     assert [tuple(row["mask"]["size"]) for row in rows] == sizes
     assert (errors, counts.annotated) == ([], 5)
+
+
+@pytest.mark.parametrize("how", ["replaced", "grown", "replaced in mid-read"])
+def test_a_shard_that_changes_between_listing_and_end_is_not_published(explainer, tmp_path, monkeypatch, how):
+    path, out = write_corpus(tmp_path, 1, 2)[0], tmp_path / "out"
+    config = demo_job([path], out)
+    (shard,) = storage.list_shards(config.input.shards)
+    if how == "replaced":
+        write_corpus(tmp_path / "other", 1, 4)[0].rename(path)
+    elif how == "grown":
+        path.write_bytes(path.read_bytes() + bytes(10240))
+    else:
+        monkeypatch.setattr(storage, "DigestingStream", touching(path))
+    annotator = ShardAnnotator(config, explainer, decode_threads=2, metadata={"config_hash": "h"})
+    try:
+        with pytest.raises(ShardError, match=r"0000\.tar: changed since it was listed"):
+            annotator.annotate(shard)
+        assert not list((out / "annotations").glob("*"))
+        monkeypatch.undo()
+        (again,) = storage.list_shards(config.input.shards)
+        assert annotator.annotate(again).counts.annotated == (4 if how == "replaced" else 2)
+    finally:
+        annotator.close()
+
+
+def touching(path):
+    """A stream during whose reading the file gets another time."""
+
+    class Touching(storage.DigestingStream):
+        def read(self, size_bytes=-1, /):
+            os.utime(path, (1, 1))
+            return super().read(size_bytes)
+
+    return Touching

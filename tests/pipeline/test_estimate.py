@@ -8,6 +8,7 @@ import pytest
 from corpus import captions_json, demo_job, sample, write_corpus, write_shard
 
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.estimate import as_bytes, dry_run, published_bytes, told_dry_run, told_extrapolation
 from pipeline.job import prepare_job
 from pipeline.measures import Measures
@@ -75,6 +76,19 @@ def test_a_dry_run_knows_what_is_done_and_how_large_it_became(tmp_path):
     text = "\n".join(lines)
     assert "of which 2 are left" in text
     assert re.search(r"output: about (7\.\d|8\.\d) kB \(from 2 shard\(s\) that are done: 4\.0 kB\)", text)
+    assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_a_dry_run_takes_results_of_another_configuration_as_the_run_itself_would(tmp_path):
+    tars = write_corpus(tmp_path / "in", shards=2, samples_per_shard=1)
+    job = prepare_job(demo_job(tars, tmp_path / "out"))
+    publish_shards(tmp_path / "out", [shard.shard_id for shard in job.shards], 1000)
+    before = sorted((tmp_path / "out").rglob("*"))
+    masks = {"rule": "fixed", "value": 0.3}
+    with pytest.raises(UserError, match="holds results of another configuration"):
+        dry_run(demo_job(tars, tmp_path / "out", masks=masks))
+    found = dry_run(demo_job(tars, tmp_path / "out", masks=masks, output={"on_mismatch": "overwrite"}))
+    assert found.done == frozenset()
     assert sorted((tmp_path / "out").rglob("*")) == before
 
 

@@ -209,6 +209,16 @@ def test_an_object_that_shrank_since_it_was_listed_is_a_short_read(store, bucket
         whole(shard)
 
 
+def test_an_object_that_was_replaced_while_it_was_read_is_told(store, bucket):
+    store.put(f"{bucket}/0.tar", b"x" * 9000)
+    (shard,) = storage.list_shards(f"s3://{bucket}/0.tar")
+    before = storage.version_now(shard)
+    storage.require_unchanged(shard, before)
+    store.put(f"{bucket}/0.tar", b"x" * 9001)
+    with pytest.raises(ShardError, match=r"0\.tar: changed since it was listed"):
+        storage.require_unchanged(shard, before)
+
+
 def test_a_connection_to_s3_that_is_cut_is_never_a_clean_end(rude_bucket):
     content = os.urandom(6_000_000)
     with serving(cutting_handler(content, 4_500_000)) as port:

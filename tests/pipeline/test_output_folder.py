@@ -13,7 +13,9 @@ from output_readers import assert_all_readers_find
 from pipeline.errors import UserError
 from pipeline.job import prepare_job
 from pipeline.output_folder import new_run_id
+from pipeline.output_records import read_job_record
 from pipeline.records import SampleError
+from pipeline.report.totals import read_totals
 from pipeline.result import JobResult, concluded, first_state
 from pipeline.status import read_status
 from pipeline.storage import DigestingStream, open_shard
@@ -363,3 +365,120 @@ def test_a_success_that_does_not_hold_any_more_is_taken_back(tars, out, settled)
     result = annotate(job, job.todo[:0])
     assert (out / "_SUCCESS").exists() is (settled == "done")
     assert result.complete is (settled == "done")
+
+
+def rewritten(path, rows):
+    """The file with its first rows alone; its footer stays as it was."""
+    table, footer = pq.read_table(path), pq.read_metadata(path).metadata[b"legrad"]
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table.slice(0, rows))
+        writer.add_key_value_metadata({b"legrad": footer})
+
+
+def borrowed(out, shard, other):
+    """Both files of one shard under the name of another."""
+    for folder in ("annotations", "errors"):
+        shutil.copy(next((out / folder).glob(f"{other}-*")), next((out / folder).glob(f"{shard}-*")))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(
+            lambda out: rewritten(next((out / "annotations").glob("b-*")), 1), id="rows that are not there"
+        ),
+        pytest.param(lambda out: borrowed(out, "b", "a"), id="the rows of another shard"),
+    ],
+)
+def test_a_file_is_not_done_that_holds(tars, out, spoil):
+    for tar in tars:
+        os.utime(tar, (5, 5))
+    annotate(prepare_job(demo_job(tars, out)))
+    spoil(out)
+    status = read_status(str(out))
+    assert [shard_id[0] for shard_id, _ in status.mismatched] == ["b"]
+    assert not status.complete
+    assert not annotate(prepare_job(demo_job(tars, out))).complete
+    assert not (out / "_SUCCESS").exists()
+    again = prepare_job(demo_job(tars, out))
+    assert todo(again) == ["b.tar"]
+    assert annotate(again).complete
+    assert_all_readers_find(out, 4 * ROWS)
+
+
+def test_a_file_of_no_listed_shard_is_told_by_status_and_report(tars, out):
+    annotate(prepare_job(demo_job(tars, out)))
+    shutil.copy(next((out / "annotations").glob("b-*")), out / "annotations" / "mine.parquet")
+    status, totals = read_status(str(out)), read_totals(str(out), read_job_record(str(out)))
+    for complete, shortfall in (
+        (status.complete, status.shortfall),
+        (totals.complete, totals.shortfall),
+    ):
+        assert not complete
+        assert "1 file(s) in annotations/ are of no listed shard, such as mine.parquet" in shortfall
+
+
+@pytest.mark.parametrize("what", ["list of shards", "configuration"])
+def test_a_job_whose_folder_another_job_took_over_meanwhile_is_not_complete(tars, out, what):
+    job = prepare_job(demo_job(tars, out))
+    annotate(job, job.todo[:2])
+    if what == "list of shards":
+        prepare_job(demo_job(tars[:1], out))
+    else:
+        # two that start at once each find the folder empty
+        other = prepare_job(
+            demo_job(tars, tmp := out.with_name("other"), masks={"rule": "fixed", "value": 0.3})
+        )
+        shutil.copy(tmp / "job.json", out / "job.json")
+        assert other.stamp.config_hash != job.stamp.config_hash
+    result = annotate(job, job.todo)
+    assert not result.complete
+    assert f"with another {what}" in result.stopped
+    assert not (out / "_SUCCESS").exists()
+    assert not read_status(str(out)).complete
+
+
+def test_what_another_job_adds_meanwhile_to_a_shorter_list_is_no_success(tars, out):
+    whole = prepare_job(demo_job(tars, out))
+    shorter = prepare_job(demo_job(tars[:1], out))
+    annotate(whole, whole.todo[2:3])
+    result = annotate(shorter)
+    assert not result.complete
+    assert "1 shard(s) that are not listed" in result.stopped
+    again = prepare_job(demo_job(tars[:1], out))
+    assert_all_readers_find(out, ROWS)
+    assert annotate(again).complete
+
+
+@pytest.mark.parametrize("changed", range(0, 12, 3))
+def test_a_shard_of_another_content_among_many_that_moved_with_their_times_is_done_again(
+    out, tmp_path, changed
+):
+    tars = write_word_shards(tmp_path / "in", [f"{number:02}" for number in range(12)], 3)
+    annotate(prepare_job(demo_job(tars, out)))
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    moved = [tmp_path / "elsewhere" / tar.name for tar in tars]
+    moved[changed].write_bytes(moved[changed].read_bytes().replace(b"a dog", b"a cat"))
+    # touched, with the content that it had
+    os.utime(moved[changed - 1], (1, 1))
+    job = prepare_job(demo_job(moved, out))
+    assert todo(job) == [moved[changed].name]
+    assert annotate(job).complete
+    assert_all_readers_find(out, 12 * ROWS)
+
+
+def test_a_corpus_that_moves_twice_and_then_back_is_done_all_the_way(tars, out, tmp_path):
+    annotate(prepare_job(demo_job(tars, out)))
+    place = tmp_path / "in"
+    for folder in (tmp_path / "first", tmp_path / "second", tmp_path / "in"):
+        shutil.copytree(place, folder, copy_function=shutil.copyfile)
+        shutil.rmtree(place)
+        place = folder
+        job = prepare_job(demo_job(sorted(place.iterdir()), out))
+        assert job.todo == []
+        assert annotate(job).complete
+        assert_all_readers_find(out, 4 * ROWS)
+    assert {row["moved_from"] for row in job.rows} == {tar.as_uri() for tar in tars}
+    os.utime(tars[0], (1, 1))
+    assert annotate(prepare_job(demo_job(tars, out))).complete
+    assert prepare_job(demo_job(tars, out)).rows[0]["moved_from"] is None

@@ -283,7 +283,7 @@ def test_a_member_without_a_key_is_an_error_without_a_sample_and_splits_none(nam
 
 def test_a_link_without_a_key_is_named_as_a_link():
     items = read(header("latest", 0, type=tarfile.SYMTYPE, linkname="/etc") + END)
-    assert summary(items) == [(None, "latest", "link")]
+    assert summary(items) == [(None, "latest", "link"), (None, None, "no_samples")]
 
 
 def test_a_member_over_the_limit_fails_its_sample_and_one_at_the_limit_does_not():
@@ -451,6 +451,8 @@ UNSOUND = {
     "zero_bytes": b"",
     "data_after_end": SOUND + END + members("c.jpg") + END,
     "too_many_samples": SOUND + members("c.jpg") + END,
+    "zeros_at_end": SOUND + END + bytes(2**17),
+    "no_samples": members("README", "folder/LICENSE", "._a.jpg") + END,
 }
 
 
@@ -476,6 +478,17 @@ def test_faults_of_samples_and_strays_do_not_damage_a_shard():
     items = read(members(*names) + too_large + link + END)
     assert len([item for item in items if isinstance(item, SampleError)]) > 5
     assert not any(item.damages_shard for item in items if isinstance(item, SampleError))
+
+
+def test_a_file_of_zeros_is_no_empty_archive():
+    (item,) = read(bytes(2**20))
+    assert (item.kind, item.damages_shard) == ("zeros_at_end", True)
+
+
+@pytest.mark.parametrize("blocks", [0, 18, 126])
+def test_an_archive_without_members_or_padded_to_a_record_is_sound(blocks):
+    assert read(END + bytes(blocks * BLOCK)) == []
+    assert summary(read(members("a.txt") + END + bytes(blocks * BLOCK))) == [(0, "a", ["txt"])]
 
 
 def test_data_after_the_end_of_the_archive_is_not_passed_over_in_silence():

@@ -1,5 +1,6 @@
 """Training reads each sample once, with its own masks, in bounded memory."""
 
+import json
 import logging
 import pickle
 import shutil
@@ -185,6 +186,17 @@ def test_files_of_two_attempts_are_left_out_and_named(tmp_path, caplog):
         assert len(list(dataset)) == 2
     assert dataset.counts().shards_left_out == 1
     assert names[1].name in caplog.text
+
+
+def test_files_of_another_configuration_than_the_jobs_are_left_out_and_named(tmp_path, caplog):
+    corpus = write_corpus(tmp_path, plain_plans([2, 2]))
+    path = tmp_path / "out" / "job.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config_hash": "1" * 16}))
+    dataset = MaskDataset(corpus.out)
+    with caplog.at_level(logging.WARNING):
+        assert list(dataset) == []
+    assert dataset.counts().shards_left_out == 2
+    assert "is of another configuration than the job" in caplog.text
 
 
 def test_a_shard_that_cannot_be_read_ends_the_epoch_or_is_left_out(tmp_path, caplog):
