@@ -95,7 +95,8 @@ def is_loopback(address):
 
 @pytest.mark.slow
 def test_a_local_run_answers_nobody_on_the_network_and_nobody_without_its_token(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]]))
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("HOME", str(tmp_path))
     tars = [tmp_path / f"{name}.tar" for name in "abc"]
     for tar in tars:

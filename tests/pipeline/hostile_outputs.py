@@ -28,17 +28,18 @@ class Hostile:
         spoil: changes it, given its path.
         told_by: readers that must name the file; others do not look at what was changed.
         told: what they say instead of the file's name; None: that.
+        refused_by: readers for which what was changed is no damage but reason to end.
     """
 
     place: str
     spoil: object
     told_by: frozenset = ALL
     told: str | None = None
+    refused_by: frozenset = frozenset()
 
-    @property
-    def whole_folder(self):
-        """Whether nothing can be read without this file."""
-        return self.place in (JOB, SHARDS)
+    def is_refused_by(self, reader):
+        """Whether nothing can be read without this file, or this reader refuses the whole for its sake."""
+        return self.place in (JOB, SHARDS) or reader in self.refused_by
 
 
 def good_output(folder):
@@ -347,7 +348,11 @@ HOSTILE_OUTPUTS = {
     ),
     "annotations: an unknown status": Hostile(ANNOTATIONS, values_of("status", "\x1b[2J<b>"), UNTOLD),
     "annotations: a prompt of escape sequences": Hostile(
-        ANNOTATIONS, values_of("prompt", "\x1b[2J\u202e"), UNTOLD
+        # the name of a class, of which a list of classes must hold one a line
+        ANNOTATIONS,
+        values_of("prompt", "\x1b[2J\u202e"),
+        UNTOLD,
+        refused_by=frozenset({"export"}),
     ),
     **each(ERRORS, PARQUET_FAULTS),
     "errors: no kinds": Hostile(ERRORS, without_column("kind")),

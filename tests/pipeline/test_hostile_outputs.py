@@ -117,8 +117,8 @@ def test_a_hostile_folder_costs_one_line_that_names_the_file(
         told, code, goes_on = READERS[reader](out, Tools(capfd, monkeypatch, caplog))
     assert "Traceback" not in told
     assert all(len(line) < 1000 for line in told.splitlines())
-    assert goes_on != hostile.whole_folder
-    if hostile.whole_folder:
+    assert goes_on != hostile.is_refused_by(reader)
+    if hostile.is_refused_by(reader):
         assert code in (1, 2)
     if reader in hostile.told_by:
         assert (hostile.told or path.name) in told
