@@ -95,7 +95,13 @@ def survey(
     fresh = [shard for shard in listing if shard.canonical_url not in known]
     listed_now = {shard.canonical_url for shard in listing}
     gone = [row for row in earlier if row["shard"] not in listed_now and row["shard_id"] in ids.annotations]
-    moved = _told_moves(fresh, told, gone) or _evident_moves(fresh, gone, is_same_content)
+    moved = _told_moves(fresh, told, gone)
+    told_ids = {row["shard_id"] for row in moved.values()}
+    moved |= _evident_moves(
+        [shard for shard in fresh if shard.canonical_url not in moved],
+        [row for row in gone if row["shard_id"] not in told_ids],
+        is_same_content,
+    )
     shards = _with_ids(listing, known, moved)
     by_id = {shard.shard_id: shard for shard in shards}
     changed = [shard for shard in shards if _has_changed(shard, known.get(shard.canonical_url), ids)]

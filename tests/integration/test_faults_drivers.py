@@ -4,12 +4,11 @@ import os
 import re
 import signal
 import socket
-from pathlib import Path
 
 import pytest
 from accounts import audit
 from faults import Fault, marks
-from waiting import PATIENCE_S, published, wait_until
+from waiting import PATIENCE_S, descendants, published, wait_until
 
 from pipeline.errors import UserError
 
@@ -49,21 +48,6 @@ def test_a_driver_ended_on_a_cluster_that_lives_on_leaves_what_a_rerun_at_once_c
     assert accounts.shards_done == len(NAMES)
     assert 1 <= int(re.findall(r"(\d+) done before", (tmp_path / "log").read_text())[-1]) < len(NAMES)
     fault_table("driver ended, rerun at once", f"{number.name} to the driver; the cluster lives on", accounts)
-
-
-def descendants(ancestor):
-    """Process ids below a process, with their command lines."""
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-    found, fresh = set(), {ancestor}
-    while fresh:
-        fresh = {child for child, parent in parents.items() if parent in fresh} - found
-        found |= fresh
-    return {child: Path(f"/proc/{child}/cmdline").read_bytes().decode() for child in found}
 
 
 @pytest.mark.slow

@@ -2,49 +2,26 @@
 
 import os
 import signal
-import time
-from pathlib import Path
 
 import pytest
 from output_readers import assert_all_readers_find, rows_by_reader
+from waiting import PATIENCE_S, TEST_PATIENCE_S, descendants, wait_until
 
 NAMES = [f"s{number}" for number in range(8)]
 
 
-def descendants(process):
-    """The processes that a driver started, and that those started."""
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-    found, frontier = [], {process.pid}
-    while frontier:
-        frontier = {pid for pid, parent in parents.items() if parent in frontier}
-        found += frontier
-    return found
-
-
-def wait_for(condition, process, log):
-    deadline_s = time.monotonic() + 200
-    while not condition():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline_s, log.read_text()
-        time.sleep(0.02)
-
-
 def stopped_in_mid_run(process, condition, log):
     """Everything of a run stands still once a condition holds; returns what lets it go on."""
-    wait_for(condition, process, log)
+    wait_until(condition, log.read_text, process)
     # the driver first, or it would take silent workers for dead ones
-    pids = [process.pid, *descendants(process)]
+    pids = [process.pid, *descendants(process.pid)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     return pids
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TEST_PATIENCE_S)
 def test_at_every_moment_all_readers_find_the_same_rows_and_in_the_end_those_of_every_shard(
     word_command, tmp_path
 ):
@@ -70,14 +47,14 @@ def test_at_every_moment_all_readers_find_the_same_rows_and_in_the_end_those_of_
     assert_all_readers_find(out)
     for pid in stopped:
         os.kill(pid, signal.SIGCONT)
-    assert again.wait(240) == 0, log.read_text()
+    assert again.wait(PATIENCE_S) == 0, log.read_text()
     assert "changed since they were annotated and are done again" in log.read_text()
     assert_all_readers_find(out)
     rows_of_all = rows_by_reader(out)["status"]
     assert published() == set(NAMES)
 
     fewer, _ = word_command(NAMES[:6], samples=30)
-    assert fewer.wait(240) == 0, log.read_text()
+    assert fewer.wait(PATIENCE_S) == 0, log.read_text()
     assert published() == set(NAMES[:6])
     assert_all_readers_find(out, rows_of_all * 6 // 8)
     assert len(tars) == 8

@@ -25,6 +25,21 @@ def wait_until(condition, told, process=None):
         time.sleep(0.05)
 
 
+def descendants(ancestor):
+    """Process ids below a process, with their command lines."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    found, fresh = set(), {ancestor}
+    while fresh:
+        fresh = {child for child, parent in parents.items() if parent in fresh} - found
+        found |= fresh
+    return {child: Path(f"/proc/{child}/cmdline").read_bytes().decode() for child in found}
+
+
 def published(out):
     """The shards whose annotations are there."""
     return list((Path(out) / "annotations").glob("*.parquet"))

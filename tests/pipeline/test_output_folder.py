@@ -204,6 +204,18 @@ def test_a_new_shard_at_the_place_that_another_one_moved_from_has_files_of_its_o
     assert_all_readers_find(out, 5 * ROWS)
 
 
+def test_what_is_told_of_one_folder_does_not_hide_that_another_one_moved(out, tmp_path):
+    folders = [tmp_path / "x", tmp_path / "y"]
+    tars = [*write_word_shards(folders[0], ["a"], 3), *write_word_shards(folders[1], ["b"], 3)]
+    annotate(prepare_job(demo_job(tars, out)))
+    moved = [tmp_path / "u" / "a.tar", tmp_path / "v" / "b.tar"]
+    for source, target in zip(folders, moved, strict=True):
+        source.rename(target.parent)
+    job = prepare_job(demo_job(moved, out), [f"{folders[0]}={moved[0].parent}"])
+    assert job.todo == []
+    assert_all_readers_find(out, 2 * ROWS)
+
+
 def test_a_move_that_names_no_shard_of_the_job_is_refused(tars, out, tmp_path):
     annotate(prepare_job(demo_job(tars, out)))
     with pytest.raises(UserError, match="expected as OLD of OLD=NEW"):
