@@ -161,6 +161,8 @@ def evaluate(
         pretrained=pretrained,
     )
     console.print(render_evaluation(found))
+    if found.written is not None and found.written.damaged_files:
+        raise typer.Exit(INCOMPLETE)
 
 
 @app.command()

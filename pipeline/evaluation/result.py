@@ -137,6 +137,7 @@ class WrittenMaskScores:
         rows_of_other_shards: rows of shards that were not given, or could not be told apart by name.
         objects_without_row: objects in the given shards for which the job wrote no row.
         shards_without_annotations: given shards that the output folder knows nothing of.
+        damaged_files: annotations files that are left out, and why.
     """
 
     iou: Estimate | None
@@ -162,6 +163,7 @@ class WrittenMaskScores:
     rows_of_other_shards: int
     objects_without_row: int
     shards_without_annotations: tuple[str, ...]
+    damaged_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

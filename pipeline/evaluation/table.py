@@ -139,6 +139,7 @@ def _account(written: WrittenMaskScores) -> Text:
         if count
     ]
     lines += [f"  no annotations for {shard}" for shard in written.shards_without_annotations]
+    lines += [f"  left out, as it is damaged: {file}" for file in written.damaged_files]
     return Text("\n".join(lines))
 
 

@@ -45,12 +45,14 @@ class WrittenMasks:
         rows_without_scene: rows whose sample has no readable ground truth in the shard.
         rows_of_other_shards: rows of shards that were not given.
         shards_without_annotations: given shards that the output folder knows nothing of.
+        damaged_files: annotations files that are left out, and why.
     """
 
     scenes: tuple[SceneScores, ...]
     rows_without_scene: int
     rows_of_other_shards: int
     shards_without_annotations: tuple[str, ...]
+    damaged_files: tuple[str, ...] = ()
 
 
 def collect_written_masks(
@@ -70,31 +72,39 @@ def collect_written_masks(
 
     Raises:
         ShardError: a tar cannot be read.
-        DamagedFileError: an annotations file is none, or one of its masks is.
     """
     folder = storage.join_url(out_dir, "annotations")
     names = {name for name in storage.list_names(folder) if name.endswith(".parquet")}
     matched = match_annotations(shards, names)
     scenes: list[SceneScores] = []
-    rows_without_scene = 0
+    damaged: list[str] = []
+    rows_without_scene = rows_of_other_shards = 0
     for shard in shards:
         if (name := matched.get(shard.canonical_url)) is not None:
-            rows = read_rows(storage.join_url(folder, name), "annotations", COLUMNS)
+            url = storage.join_url(folder, name)
             try:
+                rows = read_rows(url, "annotations", COLUMNS)
                 own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
+            except DamagedFileError as error:
+                damaged.append(str(error))
             except RleError as error:
-                raise DamagedFileError(storage.join_url(folder, name), str(error)) from error
-            scenes += own_scenes
-            rows_without_scene += left_over
+                damaged.append(f"{storage.shown_url(url)}: {error}")
+            else:
+                scenes += own_scenes
+                rows_without_scene += left_over
+    for name in sorted(names - set(matched.values())):
+        try:
+            rows_of_other_shards += _row_count(storage.join_url(folder, name))
+        except DamagedFileError as error:
+            damaged.append(str(error))
     return WrittenMasks(
         scenes=tuple(scenes),
         rows_without_scene=rows_without_scene,
-        rows_of_other_shards=sum(
-            _row_count(storage.join_url(folder, name)) for name in sorted(names - set(matched.values()))
-        ),
+        rows_of_other_shards=rows_of_other_shards,
         shards_without_annotations=tuple(
             shard.canonical_url for shard in shards if shard.canonical_url not in matched
         ),
+        damaged_files=tuple(damaged),
     )
 
 
@@ -165,6 +175,7 @@ def score_written_masks(written: WrittenMasks, *, seed: int = 0) -> WrittenMaskS
         rows_of_other_shards=written.rows_of_other_shards,
         objects_without_row=counts["objects_without_row"],
         shards_without_annotations=written.shards_without_annotations,
+        damaged_files=written.damaged_files,
     )
 
 

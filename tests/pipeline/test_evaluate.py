@@ -394,6 +394,38 @@ def test_a_moved_shard_is_found_by_its_stem_unless_that_is_ambiguous(weights, tr
     assert written.shards_without_annotations == (truth_shard.as_uri(),)
 
 
+def _mask(size, counts):
+    return [{**annotation("first", 0, 0, None), "mask": {"size": size, "counts": counts}}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "spoil"),
+    [
+        (None, lambda path: path.write_bytes(path.read_bytes()[:-40])),
+        (None, lambda path: path.write_bytes(b"")),
+        (None, lambda path: path.write_text("<html>not found</html>")),
+        (None, lambda path: pq.write_table(pa.table({"key": [1]}), path)),
+        (_mask([40_000, 40_000], "0PPPZbe1"), None),
+        (_mask([24, 32], "o" * 1000), None),
+        (_mask([24, 32], "P3o"), None),
+    ],
+)
+def test_a_damaged_annotations_file_is_named_and_the_others_are_scored(
+    weights, truth_shard, tmp_path, rows, spoil
+):
+    other = write_shard(tmp_path / "other.tar", {"first": scene_fields(LABELS, ["a dog", "a car"], [1, 2])})
+    sound = [annotation("first", 0, 0, DOG)]
+    names = {shard_id(truth_shard): sound, shard_id(other): sound if rows is None else rows}
+    out = write_output(tmp_path / "out", weights, names)
+    path = Path(out) / "annotations" / f"{shard_id(other)}.parquet"
+    if spoil is not None:
+        spoil(path)
+    written = evaluated(weights, out, [str(truth_shard), str(other)]).written
+    assert written.rows_scored == 1
+    (told,) = written.damaged_files
+    assert path.name in told
+
+
 def test_two_shards_of_one_stem_never_share_a_file(weights, truth_shard, tmp_path):
     out = write_output(tmp_path / "out", weights, {"truth-00000000": [annotation("first", 0, 0, DOG)]})
     (tmp_path / "copy").mkdir()
