@@ -56,13 +56,15 @@ class DryRun:
 
     Attributes:
         shards: every shard of the job.
-        done: ids of those that are done already.
+        done: ids of those that need no work, damaged ones that are left alone included.
+        damaged: ids of those of them whose archive was not read to a sound end.
         probe: what a few of them hold.
         output_bytes: published so far, by shard id.
     """
 
     shards: Sequence[ShardSource]
     done: frozenset[str]
+    damaged: frozenset[str]
     probe: Probe
     output_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -105,7 +107,7 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
     # of unknown size: missing, or made by a command that is not to be run now
     sized = [shard for shard in shards if shard.size_bytes is not None]
     probe = _probe(config, spread_evenly(sized, PROBED_SHARDS))
-    return DryRun(shards, frozenset(done), probe, published_bytes(out, sorted(done)))
+    return DryRun(shards, done, found.damaged, probe, published_bytes(out, sorted(done)))
 
 
 def _held(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, list[dict[str, Any]]]:
@@ -209,7 +211,9 @@ def told_dry_run(found: DryRun) -> list[str]:
 
 
 def _mark(shard: ShardSource, found: DryRun) -> str:
-    return "  done" if shard.shard_id in found.done else ""
+    if shard.shard_id not in found.done:
+        return ""
+    return "  damaged" if shard.shard_id in found.damaged else "  done"
 
 
 def _size_of(shard: ShardSource) -> str:

@@ -13,7 +13,8 @@ from pipeline.estimate import as_bytes, dry_run, published_bytes, told_dry_run, 
 from pipeline.job import prepare_job
 from pipeline.measures import Measures
 from pipeline.progress import RunState
-from pipeline.records import ANNOTATION_SCHEMA, ShardCounts
+from pipeline.records import ANNOTATION_SCHEMA, SampleError, ShardCounts
+from pipeline.writer import ShardWriter
 
 
 def publish_shards(out, shard_ids, size_bytes):
@@ -90,6 +91,18 @@ def test_a_dry_run_takes_results_of_another_configuration_as_the_run_itself_woul
     found = dry_run(demo_job(tars, tmp_path / "out", masks=masks, output={"on_mismatch": "overwrite"}))
     assert found.done == frozenset()
     assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_a_dry_run_tells_damaged_shards_from_done_ones(tmp_path):
+    tars = write_corpus(tmp_path / "in", shards=2, samples_per_shard=1)
+    config = demo_job(tars, tmp_path / "out")
+    job = prepare_job(config)
+    for shard, damages in zip(job.shards, (False, True), strict=True):
+        with ShardWriter(shard, {**job.metadata, "attempt": shard.shard_id}) as writer:
+            writer.add_error(SampleError("read", "truncated", "cut", damages_shard=damages))
+            writer.publish(str(tmp_path / "out"))
+    lines = told_dry_run(dry_run(config))
+    assert [line.rsplit("  ", 1)[1] for line in lines[:2]] == ["done", "damaged"]
 
 
 def test_a_long_list_is_cut(tmp_path):
