@@ -3,18 +3,18 @@
 import http
 import http.client
 import ipaddress
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from corpus import demo_job
 from light_annotator import light
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, TEST_PATIENCE_S
 
 from pipeline.job import prepare_job
 from pipeline.run import run_job
@@ -24,6 +24,8 @@ CALLS = "import ray._raylet as r; r.GcsClient(address='{}').internal_kv_keys(b''
 
 def listening():
     """Addresses and ports at which this process and what it started wait for connections."""
+    import psutil  # which comes with ray, and is found once that is imported
+
     this = psutil.Process()
     return {
         (process.name(), *connection.laddr)
@@ -70,21 +72,25 @@ class LooksAround:
     """Progress that looks once, when a worker is ready, at what listens and who is answered."""
 
     def __init__(self):
-        self.open, self.answers, self.written, self.pages = set(), {}, [], []
+        self.found = {}
 
     def say(self, line):
         pass
 
     def update(self, state):
-        if state.workers_ready and not self.open:
-            self.open = listening()
-            self.written = files_with(os.environ["RAY_AUTH_TOKEN"])
-            self.pages = [page for _, _, port in self.open if (page := page_at(port))]
+        if state.workers_ready and not self.found:
             address = ray.get_runtime_context().gcs_address
-            self.answers = {
+            opened = sorted(listening())
+            calls = {
                 "with the token": call(address),
                 "with another token": call(address, RAY_AUTH_TOKEN="f" * 64),
                 "without token": call(address, RAY_AUTH_MODE="disabled"),
+            }
+            self.found = {
+                "open": opened,
+                "answers": {who: (answer.returncode, answer.stderr) for who, answer in calls.items()},
+                "written": [str(path) for path in files_with(os.environ["RAY_AUTH_TOKEN"])],
+                "pages": [page for _, _, port in opened if (page := page_at(port))],
             }
 
 
@@ -93,23 +99,51 @@ def is_loopback(address):
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
-@pytest.mark.slow
-def test_a_local_run_answers_nobody_on_the_network_and_nobody_without_its_token(tmp_path, monkeypatch):
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    tars = [tmp_path / f"{name}.tar" for name in "abc"]
+def main():
+    """Run a job of three shards in a folder and print what was seen meanwhile, as the last line."""
+    folder = Path(sys.argv[1])
+    tars = [folder / f"{name}.tar" for name in "abc"]
     for tar in tars:
         tar.write_bytes(b"")
-    config = demo_job(tars, tmp_path / "out", run={"workers": 1, "progress_interval_s": 0.1})
-    found = LooksAround()
-    run_job(prepare_job(config), found, light)
-    assert {name for name, *_ in found.open} >= {"gcs_server", "raylet"}
-    assert [line for line in found.open if not is_loopback(line[1])] == []
-    assert found.answers["with the token"].returncode == 0, found.answers["with the token"].stderr
+    config = demo_job(tars, folder / "out", run={"workers": 1, "progress_interval_s": 0.1})
+    seen = LooksAround()
+    run_job(prepare_job(config), seen, light)
+    print(json.dumps(seen.found))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TEST_PATIENCE_S)
+def test_a_local_run_answers_nobody_on_the_network_and_nobody_without_its_token(tmp_path):
+    here = Path(__file__)
+    folders = [here.parent, here.parents[1] / "pipeline", here.parents[2]]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PYTHONPATH": os.pathsep.join(map(str, folders)),
+        "HOME": str(tmp_path),
+    }
+    # a process of its own: Ray keeps the first token that a process has, and other tests start other Rays
+    ran = subprocess.run(
+        [sys.executable, str(here), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert {name for name, *_ in found["open"]} >= {"gcs_server", "raylet"}
+    assert [line for line in found["open"] if not is_loopback(line[1])] == []
+    code, told = found["answers"]["with the token"]
+    assert code == 0, told
     for who in ("with another token", "without token"):
-        assert found.answers[who].returncode != 0
-        assert re.search("unauthenticated", found.answers[who].stderr, re.IGNORECASE)
-    assert found.written == []
-    assert all(page.startswith("# HELP") for page in found.pages), "nothing but metrics is shown to all"
+        code, told = found["answers"][who]
+        assert code != 0
+        assert re.search("unauthenticated", told, re.IGNORECASE)
+    assert found["written"] == []
+    assert all(page.startswith("# HELP") for page in found["pages"]), "nothing but metrics is shown to all"
     assert not (tmp_path / ".ray").exists()
+
+
+if __name__ == "__main__":
+    main()
