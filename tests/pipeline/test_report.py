@@ -258,9 +258,9 @@ def test_noise_in_every_picture_keeps_the_page_within_its_bound(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (500, 400, 3), dtype=np.uint8)
     path = tmp_path / "noise.png"
     Image.fromarray(noise).save(path)
-    rows = [
-        row(index, heatmap=noise.tobytes()[:900], heatmap_height=30, heatmap_width=30) for index in range(30)
-    ]
+    frame = {"image_height": 500, "image_width": 400, "mask": box_rle(0, 0, 500, 400, 500, 400)}
+    grid = {"heatmap": noise.tobytes()[:900], "heatmap_height": 30, "heatmap_width": 30}
+    rows = [row(index, **frame, **grid) for index in range(30)]
     report, page = page_of(write_job(tmp_path, [rows], images=path.read_bytes()), samples=30)
     assert report.pictures == 30
     assert sum(len(attributes["src"]) for attributes in page.having("src")) <= PICTURE_BYTES
