@@ -15,7 +15,7 @@ from pipeline.run import run_job
 from pipeline.run_record import recorded_run
 from pipeline.settings import JobConfig
 from pipeline.storage import ShardSource
-from pipeline.text import PrintableConsole
+from pipeline.text import PrintableConsole, first_few
 
 DONE, INCOMPLETE = 0, 3
 NAMED_SHARDS = 10
@@ -129,8 +129,7 @@ def _tell_left(job: Job, result: JobResult, max_shards: int | None, console: Pri
     settled = ids.annotations | ids.failed
     left = [shard.canonical_url for shard in job.shards if shard.shard_id not in settled]
     if left:
-        more = f" and {len(left) - NAMED_SHARDS:,} more" if len(left) > NAMED_SHARDS else ""
-        _say(console, f"left: {', '.join(left[:NAMED_SHARDS])}{more}; run the same command again to resume")
+        _say(console, f"left: {first_few(left, NAMED_SHARDS)}; run the same command again to resume")
     if max_shards is not None:
         newly_done: list[ShardSource] = [shard for shard in job.todo if shard.shard_id in ids.annotations]
         for line in told_extrapolation(job, result.state, newly_done):

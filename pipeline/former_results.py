@@ -35,6 +35,7 @@ from pipeline.output_records import (
 from pipeline.row_keys import told_differences
 from pipeline.settings import JobConfig
 from pipeline.survey import FolderIds, Row
+from pipeline.text import first_few
 
 NAMED_FILES = 5
 
@@ -113,7 +114,7 @@ def _refuse_results_without_job(folder: OutputFolder, ids: FolderIds) -> None:
     known = ", ".join(sorted(filter(None, hashes)))
     origin = f"made with the configuration {known}" if known else "not written by this program"
     raise UserError(
-        f"{storage.shown_url(folder.url)}: holds annotations ({_named(names)}; {origin}) but no "
+        f"{storage.shown_url(folder.url)}: holds annotations ({first_few(names)}; {origin}) but no "
         f"{JOB_FILE}, so it is not known what they are: restore {JOB_FILE}, or choose another output.dir"
     )
 
@@ -152,7 +153,7 @@ def _delete_results(folder: OutputFolder, listed_ids: Iterable[str]) -> int:
         where = storage.shown_url(storage.join_url(folder.url, ANNOTATIONS))
         raise UserError(
             f"{where}: holds files of shards that this job never listed "
-            f"({_named([f'{name}.parquet' for name in others])}); they are not deleted: choose another "
+            f"({first_few([f'{name}.parquet' for name in others])}); they are not deleted: choose another "
             "output.dir"
         )
     return len(deleted)
@@ -166,7 +167,7 @@ def _refuse_links(url: str, files: Iterable[tuple[str, str]]) -> None:
     links = sorted(str(place) for place in places if place.is_symlink())
     if links:
         raise UserError(
-            f"{_named(links)}: a symbolic link; nothing is deleted through links: choose another output.dir, "
+            f"{first_few(links)}: a symbolic link; nothing is deleted through links: choose another output.dir, "
             "or delete what is there yourself"
         )
 
@@ -202,7 +203,7 @@ def rows_of_unlisted_files(
         where = storage.shown_url(storage.join_url(folder.url, ANNOTATIONS))
         raise UserError(
             f"{where}: holds files that this program did not write, which every reader of the folder would "
-            f"take for annotations ({_named(foreign)}): move them away, or choose another output.dir"
+            f"take for annotations ({first_few(foreign)}): move them away, or choose another output.dir"
         )
     return [row for row in rows if row is not None]
 
@@ -223,8 +224,3 @@ def _row_of(url: str, shard_id: str) -> dict[str, Any] | None:
         "etag": version.etag,
         "moved_from": None,
     }
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED_FILES:,} more" if len(names) > NAMED_FILES else ""
-    return ", ".join(names[:NAMED_FILES]) + more

@@ -33,8 +33,7 @@ from pipeline.settings import JobConfig
 from pipeline.shard_list import shard_list_bytes
 from pipeline.storage import ShardSource
 from pipeline.survey import FolderIds, Row, Survey, survey
-
-NAMED_SHARDS = 5
+from pipeline.text import first_few
 
 
 @dataclass(frozen=True)
@@ -218,23 +217,18 @@ def _told(found: Survey) -> tuple[str, ...]:
     told = []
     if found.moved:
         moves = [f"{old} is now {shard.canonical_url}" for old, shard in found.moved]
-        told.append(f"{len(moves):,} shard(s) moved and are not done again: {_named(moves)}")
+        told.append(f"{len(moves):,} shard(s) moved and are not done again: {first_few(moves)}")
     if found.changed:
         urls = [shard.canonical_url for shard in found.changed]
         told.append(
-            f"{len(urls):,} shard(s) changed since they were annotated and are done again: {_named(urls)}"
+            f"{len(urls):,} shard(s) changed since they were annotated and are done again: {first_few(urls)}"
         )
     if found.unlisted:
         told.append(
             f"the files of {len(found.unlisted):,} shard(s) that are not listed any more were moved to "
-            f"unlisted/: {_named(sorted(found.unlisted))}"
+            f"unlisted/: {first_few(sorted(found.unlisted))}"
         )
     return tuple(told)
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED_SHARDS:,} more" if len(names) > NAMED_SHARDS else ""
-    return ", ".join(names[:NAMED_SHARDS]) + more
 
 
 def looked_at_again(job: Job) -> Job:
