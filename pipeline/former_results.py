@@ -167,8 +167,8 @@ def _refuse_links(url: str, files: Iterable[tuple[str, str]]) -> None:
     links = sorted(str(place) for place in places if place.is_symlink())
     if links:
         raise UserError(
-            f"{first_few(links)}: a symbolic link; nothing is deleted through links: choose another output.dir, "
-            "or delete what is there yourself"
+            f"{first_few(links)}: a symbolic link; nothing is deleted through links: choose another "
+            "output.dir, or delete what is there yourself"
         )
 
 
