@@ -1,5 +1,6 @@
 """Which versions of Python are promised, tried and refused: one answer everywhere."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -57,7 +58,12 @@ def make_setup(tmp_path):
             )
             python.chmod(0o755)
         command = ["make", "--no-print-directory", goal, f"PYTHON={python}"]
-        return python, subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+        # these tests themselves run below `make test`, whose flags and depth this make must not inherit
+        outer = {"MAKELEVEL", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "PYTHON"}
+        env = {name: value for name, value in os.environ.items() if name not in outer}
+        return python, subprocess.run(
+            command, cwd=tmp_path, env=env, check=False, capture_output=True, text=True
+        )
 
     return run
 
