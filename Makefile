@@ -40,7 +40,7 @@ check: $(STAMP)  ## format, lint and types, nothing changed
 fix: $(STAMP)  ## format, mend what the linter can, renew the list of keys in configs/README.md
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
-	$(BIN)/python -m pipeline.config_page configs/README.md
+	$(BIN)/python -m pipeline.config.reference configs/README.md
 
 bench: $(STAMP)  ## explaining on the CPU beside the authors' package and a forward pass: half an hour or more, a JSON row each
 	$(BIN)/python tests/bench/explain.py
@@ -58,11 +58,11 @@ bench-pipeline: $(STAMP)  ## benchmarks of the pipeline: stream, throughput, mem
 
 demo-model: $(STAMP)  ## train the demo model and render its shards again (needs npm; see pipeline/demo/README.md)
 	$(BIN)/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[train-demo-model]'
-	$(BIN)/python -m pipeline.demo.train
-	$(BIN)/python -m pipeline.demo.make_shards
+	$(BIN)/python -m pipeline.demo.making.train
+	$(BIN)/python -m pipeline.demo.making.make_shards
 
 train-demo: $(STAMP)  ## train a segmenter on the demo's pseudo-masks, beside one on ground truth
-	$(BIN)/python -m pipeline.demo.train_segmenter
+	$(BIN)/python -m pipeline.demo.making.train_segmenter
 
 clean:  ## remove what was built or written here
 	rm -rf $(VENV) out .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

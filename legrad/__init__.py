@@ -12,11 +12,11 @@ from legrad.errors import InputError, LeGradError, ModelLoadError, TokenizerErro
 from legrad.explainer import LeGrad
 from legrad.explanation import Explanation, explain_image, layer_strip
 from legrad.images import ImageTransform
-from legrad.overlay import overlay
-from legrad.refine import Refinement, refine_heatmaps
+from legrad.masks.refine import Refinement, refine_heatmaps
+from legrad.method.trace import LayerTrace, Trace
+from legrad.method.view_relevance import view_relevance
+from legrad.pictures import overlay
 from legrad.support import ModelSupport, supported_models
-from legrad.trace import LayerTrace, Trace
-from legrad.view_relevance import view_relevance
 from legrad.views import Views
 
 __all__ = [

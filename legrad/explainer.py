@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from legrad.errors import InputError
-from legrad.faithful import describe_model
+from legrad.heatmaps import heatmaps_of
 from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
     as_ragged,
@@ -26,12 +26,12 @@ from legrad.inputs import (
     neutral_patches,
 )
 from legrad.loading import load_model
-from legrad.masks import heatmaps_of
-from legrad.prompts import embed_texts, require_tokenizer
-from legrad.relevance import relevance_grids
-from legrad.snapshot import Snapshot
+from legrad.method.faithful import describe_model
+from legrad.method.relevance import relevance_grids
+from legrad.method.snapshot import Snapshot
+from legrad.method.trace import Pool, Trace, pool_of, trace_images
+from legrad.text import embed_texts, require_tokenizer
 from legrad.tokens import Tokenizer
-from legrad.trace import Pool, Trace, pool_of, trace_images
 
 # Made anew from the model wherever an explainer is copied to: they hold functions of the model's modules.
 _DERIVED = ("tower", "scoring", "_layers", "_relevance_grids", "_snapshot")

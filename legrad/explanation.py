@@ -16,7 +16,7 @@ from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
 from legrad.inputs import neutral_patches
-from legrad.overlay import draw_panels, fitted, heat_over, overlay
+from legrad.pictures import draw_panels, fitted, heat_over, overlay
 
 PANELS_PER_LINE = 4
 AUTHORS_NEUTRAL_THRESHOLD = 0.8

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from legrad.errors import InputError
+from legrad.heatmaps import minmax_normalise
 from legrad.images import Fit, ImageTransform
-from legrad.masks import minmax_normalise
-from legrad.stages import accumulation_dtype
-from legrad.towers import Tower
+from legrad.method.stages import accumulation_dtype
+from legrad.method.towers import Tower
 
 
 @dataclass(frozen=True)

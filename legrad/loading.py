@@ -13,12 +13,14 @@ import open_clip
 import torch
 from torch import nn
 
-from legrad.checkpoint import check_checkpoint
 from legrad.errors import ModelLoadError, UnsupportedModelError
 from legrad.families import SUPPORTED
-from legrad.hub_files import file_sha256
-from legrad.load_failure import load_failure
-from legrad.model_files import (
+from legrad.support import model_support, support_of
+from legrad.tokens import Tokenizer
+from legrad.weights.checkpoint import check_checkpoint
+from legrad.weights.hub_files import file_sha256
+from legrad.weights.load_failure import load_failure
+from legrad.weights.model_files import (
     CONFIG_FILE,
     LocalWeights,
     ModelFiles,
@@ -26,8 +28,6 @@ from legrad.model_files import (
     find_model_files,
     plain_name,
 )
-from legrad.support import model_support, support_of
-from legrad.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
 

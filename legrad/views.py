@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from legrad.errors import InputError
 from legrad.images import ImageTransform
-from legrad.towers import Tower
+from legrad.method.towers import Tower
 
 Grid = tuple[int, int]  # cells down and across
 MOST_SCALES = 8

@@ -2,9 +2,9 @@
 
 import sys
 
-from pipeline.ending import skip_native_exit
 from pipeline.errors import UserError
-from pipeline.surroundings import settle_in
+from pipeline.process.ending import skip_native_exit
+from pipeline.process.surroundings import settle_in
 
 
 def run() -> None:
@@ -19,7 +19,7 @@ def run() -> None:
         end_with(1)
         return
     # only now: what it imports looks at the environment
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     try:
         main()

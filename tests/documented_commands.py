@@ -11,8 +11,8 @@ from pathlib import Path
 import typer
 from documents import CONFIGS, PAGES, ROOT, blocks, code_spans, options_of, told_words
 
-from pipeline.cli import app
-from pipeline.config import load_config
+from pipeline.cli.main import app
+from pipeline.config.load import load_config
 
 ENVIRONMENT = re.compile(r"[A-Z_]+=")
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*(\.yaml)?(\.\.\.)?$")

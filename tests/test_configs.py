@@ -6,7 +6,7 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 JOBS = sorted(path for path in CONFIGS.rglob("*.yaml") if "cluster" not in path.parts)

@@ -33,13 +33,16 @@ from report_jobs import row, write_job
 
 import legrad
 import pipeline.training
-from pipeline import cli, signals
-from pipeline.config import known_keys, parse_config
+from pipeline.cli import main as cli
+from pipeline.config.load import known_keys, parse_config
+from pipeline.config.schema import JobConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
-from pipeline.progress import Pace, RunState, as_line
-from pipeline.records import ACCEPTED, ANNOTATION_SCHEMA, ERROR_SCHEMA, ShardCounts
-from pipeline.settings import JobConfig
+from pipeline.output.counts import ShardCounts
+from pipeline.output.run_state import RunState
+from pipeline.output.schema import ACCEPTED, ANNOTATION_SCHEMA, ERROR_SCHEMA
+from pipeline.process import signals
+from pipeline.run.progress import Pace, as_line
 
 README, CONTRIBUTING = PAGES[:2]
 
@@ -69,7 +72,7 @@ def test_a_wrong_option_key_target_or_extra_would_be_seen():
         "legrad explain cat.jpg",
         "make nonsense",
         "python -m pipeline.nonsense",
-        "python -m pipeline.demo.train --nonsense",
+        "python -m pipeline.demo.making.train --nonsense",
         "python tests/bench/nonsense.py",
         "pip install '.[nonsense]'",
         "pytest tests/legrad/test_nonsense.py",

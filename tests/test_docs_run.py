@@ -15,11 +15,11 @@ from documented_commands import blocks_of, commands_of, documented_commands, onc
 from documents import PAGES, ROOT, code_spans, section
 from PIL import Image
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.demo import assets
-from pipeline.records import total_counts
-from pipeline.result import JobResult, concluded, first_state
-from pipeline.worker import build_annotator
+from pipeline.output.counts import total_counts
+from pipeline.run.outcome import JobResult, concluded, first_state
+from pipeline.run.worker import build_annotator
 
 README = PAGES[0]
 SCENES_OF_A_SHARD = 2
@@ -78,7 +78,7 @@ def checkout(tmp_path_factory, patched):
     (root / "out" / "mine").symlink_to("demo")
     patched.chdir(root)
     patched.setattr(assets, "demo_shard_folder", lambda: shards)
-    patched.setattr("pipeline.annotate_job.run_job", annotate_here)
+    patched.setattr("pipeline.run.command.run_job", annotate_here)
     (command,) = commands_of("legrad annotate configs/demo.yaml", "")
     assert run_legrad(patched, command) == 0
     return root

@@ -39,5 +39,5 @@ def test_imports_inside_functions_and_of_submodules_are_seen(tmp_path):
     source = ROOT / "tests" / "test_imports.py"
     assert _imported_packages(source) == {"ast", "pathlib", "pytest"}
     hidden = tmp_path / "hidden.py"
-    hidden.write_text("def f():\n    import ray.util\n    from pipeline.run import main\n")
+    hidden.write_text("def f():\n    import ray.util\n    from pipeline.run.dispatcher import main\n")
     assert _imported_packages(hidden) == {"ray", "pipeline"}

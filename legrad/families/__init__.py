@@ -15,7 +15,7 @@ from legrad.errors import UnsupportedModelError
 from legrad.families import clip, eva, relpos, timm_vit
 from legrad.families.modules import check_modules, way_out
 from legrad.families.parts import NotCovered, qualified_name
-from legrad.towers import Tower
+from legrad.method.towers import Tower
 
 SUPPORTED = "open_clip's vision transformers, its own and timm's (`legrad models` lists them)"
 

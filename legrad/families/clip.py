@@ -18,9 +18,9 @@ from legrad.families.parts import (
     describe_blocks,
     split_heads,
 )
-from legrad.positions import resample_positions
-from legrad.stages import Activation, Linear, Norm, Scale, Stage
-from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
+from legrad.method.positions import resample_positions
+from legrad.method.stages import Activation, Linear, Norm, Scale, Stage
+from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
 
 PREFIX_TOKENS = 1
 

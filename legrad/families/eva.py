@@ -30,8 +30,8 @@ from legrad.families.timm_parts import (
     patch_tokens,
     square_patch_size,
 )
-from legrad.stages import Scale
-from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
+from legrad.method.stages import Scale
+from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
 
 
 def describe(visual: TimmModel) -> Tower:

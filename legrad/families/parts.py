@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from legrad.errors import LeGradError
-from legrad.towers import Block, QueriesKeysValues
+from legrad.method.towers import Block, QueriesKeysValues
 
 
 class NotCovered(LeGradError):

@@ -24,7 +24,7 @@ from legrad.families.timm_parts import (
     scale_stages,
     square_patch_size,
 )
-from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Tower
+from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Tower
 
 
 def describe(visual: TimmModel) -> Tower:

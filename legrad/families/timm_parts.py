@@ -14,9 +14,9 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from legrad.families.parts import NotCovered, check_affine_norm, check_covered, class_name
-from legrad.positions import resample_positions
-from legrad.stages import Activation, Gate, Linear, Norm, Scale, Stage
-from legrad.towers import Block, QueriesKeysValues, Scoring
+from legrad.method.positions import resample_positions
+from legrad.method.stages import Activation, Gate, Linear, Norm, Scale, Stage
+from legrad.method.towers import Block, QueriesKeysValues, Scoring
 
 Stages = tuple[Stage, ...]
 

@@ -30,7 +30,7 @@ from legrad.families.timm_parts import (
     other_patches,
     scale_stages,
 )
-from legrad.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
+from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
 
 # `legrad_torch`, `compute_legrad_siglip`: its `apply_correction` is true by default.
 AUTHORS_NEUTRAL_TEXT = "a photo of a"

@@ -15,10 +15,12 @@ import torch
 from pydantic import ValidationError
 
 import legrad
-from legrad import metrics
+from legrad.quality import metrics
 from pipeline import storage
-from pipeline.config import parse_config
-from pipeline.decode import decode_image
+from pipeline.annotate.model import describe_model, is_built_in, load_explainer
+from pipeline.config.classes import read_class_list
+from pipeline.config.load import parse_config
+from pipeline.config.schema import InputConfig, ModelConfig
 from pipeline.errors import SampleFailure, ShardError, UserError
 from pipeline.evaluation.map_figures import ExaminedBatch, Examiner, legrad_name
 from pipeline.evaluation.map_measures import DecodedScene
@@ -27,13 +29,11 @@ from pipeline.evaluation.plot import plot_evaluation
 from pipeline.evaluation.result import EvaluationResult, RecognitionScores
 from pipeline.evaluation.table import render_evaluation
 from pipeline.evaluation.written_masks import collect_written_masks, score_written_masks
-from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
-from pipeline.model import describe_model, is_built_in, load_explainer
-from pipeline.output_folder import JOB_FILE
-from pipeline.output_records import read_job_record
-from pipeline.prompts.class_list import read_class_list
-from pipeline.records import SampleError
-from pipeline.settings import InputConfig, ModelConfig
+from pipeline.output.folder import JOB_FILE
+from pipeline.output.reading import read_job_record
+from pipeline.shards.decode import decode_image
+from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
+from pipeline.shards.sample_error import SampleError
 from pipeline.storage import ShardSource
 from pipeline.text import printable
 

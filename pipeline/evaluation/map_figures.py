@@ -11,12 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import legrad
-from legrad.baselines import baseline_grids
-from legrad.trace import Trace, trace_images
+from legrad.method.trace import Trace, trace_images
+from legrad.quality.baselines import baseline_grids
 from pipeline.errors import UserError
 from pipeline.evaluation.map_measures import DecodedScene, MapMeasures, measure_maps
 from pipeline.evaluation.perturbation_scores import PerturbedScores, perturb
-from pipeline.ground_truth import Scene
+from pipeline.shards.ground_truth import Scene
 
 
 @dataclass(frozen=True)

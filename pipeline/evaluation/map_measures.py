@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from legrad import metrics
-from legrad.label_metrics import point_overlap
-from legrad.masks import Normalisation, heatmaps_of, otsu_threshold
-from pipeline.ground_truth import PointLabel, Scene
+from legrad.heatmaps import Normalisation, heatmaps_of
+from legrad.masks.thresholds import otsu_threshold
+from legrad.quality import metrics
+from legrad.quality.label_metrics import point_overlap
+from pipeline.shards.ground_truth import PointLabel, Scene
 
 THRESHOLDS = np.arange(1, 20) / 20
 # Columns of a figures table; the IoU at every threshold comes after them.
@@ -73,7 +74,7 @@ def measure_maps(
         batch: the scenes.
         grids: raw relevance for each scored object, in the order of scenes and objects.
         scene_of_pair: row of the scene that each map belongs to.
-        normalisation: as `legrad.masks.heatmaps_of` takes it.
+        normalisation: as `legrad.masks.grids.heatmaps_of` takes it.
     """
     pairs = grids.shape[1]
     measures = MapMeasures(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from legrad import metrics
-from legrad.label_metrics import bootstrap_sums, mean_iou, tabulate_counts
-from legrad.metrics import Estimate
-from legrad.perturbation import area_under_curve
+from legrad.quality import metrics
+from legrad.quality.label_metrics import bootstrap_sums, mean_iou, tabulate_counts
+from legrad.quality.metrics import Estimate
+from legrad.quality.perturbation import area_under_curve
 from pipeline.evaluation.map_figures import ExaminedBatch
 from pipeline.evaluation.map_measures import (
     AVERAGE_PRECISION,

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import legrad
-from legrad.perturbation import SHARES, Order, Test, filling_of, perturbed_images
-from legrad.trace import trace_images
+from legrad.method.trace import trace_images
+from legrad.quality.perturbation import SHARES, Order, Test, filling_of, perturbed_images
 
 TESTS: tuple[tuple[Test, Order], ...] = (
     ("deletion", "positive"),

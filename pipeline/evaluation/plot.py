@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from legrad.metrics import Estimate
+from legrad.quality.metrics import Estimate
 from pipeline.evaluation.map_measures import THRESHOLDS
 from pipeline.evaluation.result import EvaluationResult, MapScores
 

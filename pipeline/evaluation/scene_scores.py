@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from legrad.label_metrics import Overlap, boundary_f, label_overlap, pixel_tally, point_overlap
-from legrad.masks import decode_rle
-from legrad.metrics import foreground_iou
-from pipeline.ground_truth import Scene
-from pipeline.label_map import BACKGROUND_LABEL, IGNORED_LABEL, label_map, mask_at_size
+from legrad.masks.rle import decode_rle
+from legrad.quality.label_metrics import Overlap, boundary_f, label_overlap, pixel_tally, point_overlap
+from legrad.quality.metrics import foreground_iou
+from pipeline.output.label_map import BACKGROUND_LABEL, IGNORED_LABEL, label_map, mask_at_size
+from pipeline.shards.ground_truth import Scene
 
 FOREGROUND_CLASS = 1  # of what a whole caption is about
 
@@ -31,7 +31,7 @@ class SceneScores:
         overlap: the label map as written against the truth; ignored pixels count as background. None where
             the truth has no label map, as for the next two.
         kept_overlap: the same, over the pixels alone that the rows do not ignore.
-        pixels: the tally of `legrad.label_metrics.pixel_tally`.
+        pixels: the tally of `legrad.quality.label_metrics.pixel_tally`.
         points: rows against point labels; None where there are none.
         similarities: cosine of every row whose object is known to be there or not.
         present: whether it is there.

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from legrad.metrics import Estimate
+from legrad.quality.metrics import Estimate
 from pipeline.evaluation.result import EvaluationResult, RecognitionScores, WrittenMaskScores
 
 

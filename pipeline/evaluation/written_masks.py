@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from legrad import label_metrics
 from legrad.errors import RleError
-from legrad.label_metrics import (
+from legrad.quality import label_metrics
+from legrad.quality.label_metrics import (
     OverlapTable,
     bootstrap_difference,
     bootstrap_sums,
@@ -20,15 +20,15 @@ from legrad.label_metrics import (
     mean_iou,
     tabulate_overlaps,
 )
-from legrad.metrics import Estimate, bootstrap_statistic, presence_auroc
+from legrad.quality.metrics import Estimate, bootstrap_statistic, presence_auroc
 from pipeline import storage
+from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError
 from pipeline.evaluation.result import WrittenMaskScores
 from pipeline.evaluation.scene_scores import SceneScores, score_scene
-from pipeline.ground_truth import Scene, read_scenes
-from pipeline.image_shards import match_annotations
-from pipeline.output_records import open_table, read_rows
-from pipeline.settings import InputConfig
+from pipeline.output.image_shards import match_annotations
+from pipeline.output.reading import open_table, read_rows
+from pipeline.shards.ground_truth import Scene, read_scenes
 from pipeline.storage import ShardSource
 
 COLUMNS = ["key", "sample_index", "prompt_index", "class_id", "status", "similarity", "mask", "ignore"]

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Bool
 from scipy import ndimage
 
-from legrad.cleaning import EIGHT_NEIGHBOURS
-from legrad.masks import encode_rle, mask_area, mask_bbox_xywh
+from legrad.masks.cleaning import EIGHT_NEIGHBOURS
+from legrad.masks.rle import encode_rle, mask_area, mask_bbox_xywh
 from pipeline import storage
 from pipeline.export.samples import ExportSample
-from pipeline.label_map import mask_at_size
+from pipeline.output.label_map import mask_at_size
 
 PARTS_FOLDER, MERGED_FILE = "annotations", "annotations.json"
 # a JSON number is exact up to 2**53, so there is room for 2**21 shards of 2**32 annotations

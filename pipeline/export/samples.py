@@ -15,12 +15,12 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from legrad.errors import RleError
-from pipeline.decode import find_field, open_image, upright_transpose
+from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure
-from pipeline.label_map import check_masks_of_image, label_map
-from pipeline.records import has_pixels
-from pipeline.settings import InputConfig
-from pipeline.training.joining import JoinedSample
+from pipeline.output.joining import JoinedSample
+from pipeline.output.label_map import check_masks_of_image, label_map
+from pipeline.output.schema import has_pixels
+from pipeline.shards.decode import find_field, open_image, upright_transpose
 
 MAX_NAME_CHARACTERS = 80
 PALETTE_BITS = 8

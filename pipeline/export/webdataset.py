@@ -11,7 +11,7 @@ import webdataset
 
 from pipeline import storage
 from pipeline.export.samples import ExportSample, index_png
-from pipeline.ground_truth import LABEL_MAP_FIELD
+from pipeline.shards.ground_truth import LABEL_MAP_FIELD
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class WebDatasetExport:
     """DEST/SHARD.tar with NAME.jpg (or png), NAME.seg.png and NAME.json for each sample.
 
     The JSON holds `key` (the sample's own), `captions` (prompts), `class_ids`, `class_names` and
-    `similarities`, aligned with each other: what `pipeline.ground_truth` reads too.
+    `similarities`, aligned with each other: what `pipeline.shards.ground_truth` reads too.
 
     Attributes:
         dest: folder: local path, s3:// or gs://.

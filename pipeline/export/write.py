@@ -10,20 +10,20 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, Protocol
 
 from pipeline import storage
-from pipeline.config import parse_config
+from pipeline.config.classes import ClassEntry, check_class, class_lines, read_class_list
+from pipeline.config.load import parse_config
+from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.export.coco import CocoExport, Kind, merge_parts
 from pipeline.export.samples import ExportSample, export_samples
 from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
-from pipeline.output_folder import JOB_FILE
-from pipeline.output_records import read_footer_record, read_job_record
-from pipeline.prompts.class_list import ClassEntry, check_class, class_lines, read_class_list
-from pipeline.settings import InputConfig
-from pipeline.training.counts import SharedCounts
-from pipeline.training.joining import Source
-from pipeline.training.pairs import ShardPair, pair_shards
-from pipeline.training.shares import Share
+from pipeline.output.folder import JOB_FILE
+from pipeline.output.joining import Source
+from pipeline.output.joining_counts import SharedCounts
+from pipeline.output.pairs import ShardPair, pair_shards
+from pipeline.output.reading import read_footer_record, read_job_record
+from pipeline.output.shares import Share
 
 Format = Literal["coco", "voc", "webdataset"]
 EXPORT_FILE, RECORDS_FOLDER, CLASSES_FILE = "export.json", "export", "classes.txt"
@@ -115,7 +115,7 @@ def export_job(
         out_dir: output folder of the job: local path, s3:// or gs://.
         dest: a folder of its own; what stands there of the same export is not written again.
         options: what is written.
-        shards: where the images are, as `pipeline.image_shards.locate_shards` takes it.
+        shards: where the images are, as `pipeline.output.image_shards.locate_shards` takes it.
         on_shard: called with shard id and number written, after each shard.
 
     Raises:

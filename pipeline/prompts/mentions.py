@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import regex
 
-from pipeline.prompts.class_list import ClassEntry
+from pipeline.config.classes import ClassEntry
 
 # words, and what else stands between them; a hyphen joins words as a space does
 _TOKENS = regex.compile(r"[\p{L}\p{M}\p{N}]+|[^\p{L}\p{M}\p{N}\s\-\u2010_]")

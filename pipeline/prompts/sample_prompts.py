@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Literal, TypeVar
 
-from pipeline.decode import read_captions
+from pipeline.config.classes import read_class_list
+from pipeline.config.schema import JobConfig, PromptsConfig
 from pipeline.errors import SampleFailure
-from pipeline.prompts.class_list import read_class_list
 from pipeline.prompts.mentions import MentionFinder
-from pipeline.settings import JobConfig, PromptsConfig
+from pipeline.shards.decode import read_captions
 
 Element = TypeVar("Element")
 Ensemble = tuple[str, ...]

@@ -11,20 +11,20 @@ import numpy as np
 from jaxtyping import Bool
 
 from legrad.errors import LeGradError
-from legrad.rle import Rle
+from legrad.masks.rle import Rle
 from pipeline import storage
-from pipeline.decode import find_field, open_image
+from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure
 from pipeline.evaluation.scene_scores import row_class, row_target
-from pipeline.ground_truth import Scene, scene_of
-from pipeline.image_shards import LocatedShards
-from pipeline.label_map import mask_of_image
-from pipeline.output_records import checked_rows, damage, open_table
+from pipeline.output.image_shards import LocatedShards
+from pipeline.output.label_map import mask_of_image
+from pipeline.output.reading import checked_rows, damage, open_table
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
+from pipeline.report.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.report.scores import ScoredRows
-from pipeline.row_pictures import mask_iou, read_samples_at, stored_heatmap
-from pipeline.settings import JobConfig
-from pipeline.shards import RawSample
+from pipeline.shards.decode import find_field, open_image
+from pipeline.shards.ground_truth import Scene, scene_of
+from pipeline.shards.samples import RawSample
 from pipeline.text import printable
 
 CARD_COLUMNS = (

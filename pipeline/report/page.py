@@ -16,14 +16,15 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from pipeline.progress import as_duration, as_share, told_kinds
-from pipeline.records import EMPTY_MASK, OK
+from pipeline.config.schema import JobConfig
+from pipeline.output.counts import told_kinds
+from pipeline.output.runs import RUNNING, RunRecord
+from pipeline.output.schema import EMPTY_MASK, OK
 from pipeline.report.charts import Histogram, class_bars, histogram, pace_chart
 from pipeline.report.gallery import CardRow, Gallery, shortened
 from pipeline.report.scores import ScoredRows
 from pipeline.report.totals import Totals
-from pipeline.run_record import RUNNING, RunRecord
-from pipeline.settings import JobConfig
+from pipeline.text import as_duration, as_share
 
 MAX_LISTED = 20
 MAX_CONFIG_CHARACTERS = 30_000

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageFilter
 
-from legrad.overlay import heat_over
+from legrad.pictures import heat_over
 
 # longest side in pixels and JPEG quality, best first
 RUNGS = ((240, 82), (240, 65), (200, 60), (160, 55), (128, 45), (96, 40), (64, 30), (32, 30))

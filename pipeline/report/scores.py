@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
-from legrad.rle import Rle, mask_area
+from legrad.masks.rle import Rle, mask_area
 from pipeline import storage
 from pipeline.errors import DamagedFileError
-from pipeline.output_records import checked_batch, damage, open_table
-from pipeline.records import ACCEPTED
+from pipeline.output.reading import checked_batch, damage, open_table
+from pipeline.output.schema import ACCEPTED
 
 SCORE_COLUMNS = ("sample_index", "status", "class_id", "similarity", "peak", "threshold", "area")
 FRAME_COLUMN = "mask.size"

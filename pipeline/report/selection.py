@@ -8,7 +8,7 @@ from itertools import chain, zip_longest
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from pipeline.records import OK
+from pipeline.output.schema import OK
 from pipeline.report.scores import ScoredRows
 
 RANDOM_SHARE = 0.5

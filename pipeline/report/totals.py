@@ -10,9 +10,10 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError
-from pipeline.footers import checked_footers
-from pipeline.output_folder import ANNOTATIONS, DAMAGED, FAILED, SUCCESS_FILE, ids_in
-from pipeline.output_records import (
+from pipeline.output.counts import ShardCounts, total_counts
+from pipeline.output.folder import ANNOTATIONS, DAMAGED, FAILED, SUCCESS_FILE, ids_in
+from pipeline.output.footers import checked_footers
+from pipeline.output.reading import (
     FooterRecord,
     JobRecord,
     iter_rows,
@@ -22,9 +23,8 @@ from pipeline.output_records import (
     read_shard_rows,
     read_success,
 )
-from pipeline.records import ShardCounts, total_counts
-from pipeline.run_record import RunRecord, latest_runs
-from pipeline.status import run_settings, shortfall
+from pipeline.output.runs import RunRecord, latest_runs
+from pipeline.output.status import run_settings, shortfall
 
 MAX_FOOTERS = 2000
 MAX_FAILED_SHOWN = 20

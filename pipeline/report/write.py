@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Bool
 
 from pipeline import storage
-from pipeline.config import parse_config
+from pipeline.config.classes import ClassEntry, read_class_list
+from pipeline.config.load import parse_config
 from pipeline.errors import UserError
-from pipeline.image_shards import LocatedShards, locate_shards
-from pipeline.output_folder import JOB_FILE
-from pipeline.output_records import read_job_record
-from pipeline.prompts.class_list import ClassEntry, read_class_list
+from pipeline.output.folder import JOB_FILE
+from pipeline.output.image_shards import LocatedShards, locate_shards
+from pipeline.output.reading import read_job_record
 from pipeline.report.gallery import Gallery, read_cards, with_pictures
 from pipeline.report.page import PageContent, render_page
 from pipeline.report.scores import ScoredRows, read_scores

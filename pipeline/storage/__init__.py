@@ -5,7 +5,7 @@ Local paths, ``s3://`` and ``gs://`` for everything; ``http://`` and ``https://`
 
 from pipeline.storage.filesystems import check_folder, resolve
 from pipeline.storage.listing import ShardListing, find_shards, list_shards
-from pipeline.storage.output import (
+from pipeline.storage.publishing import (
     IN_MEMORY_BYTES,
     TEMPORARY_SUFFIX,
     exists,
@@ -25,15 +25,7 @@ from pipeline.storage.reading import (
     require_unchanged,
     version_now,
 )
-from pipeline.storage.urls import (
-    ShardSource,
-    absolute,
-    join_url,
-    shard_id,
-    shard_name,
-    shown_text,
-    shown_url,
-)
+from pipeline.storage.urls import ShardSource, absolute, join_url, shard_id, shard_name, shown_text, shown_url
 
 __all__ = [
     "IN_MEMORY_BYTES",

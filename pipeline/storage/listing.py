@@ -17,10 +17,10 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import UserError
 from pipeline.storage import web
-from pipeline.storage.commands import is_command
 from pipeline.storage.filesystems import resolve
 from pipeline.storage.globs import LocalGlob, fits, has_glob
 from pipeline.storage.lists import SpelledPatterns
+from pipeline.storage.pipes import is_command
 from pipeline.storage.urls import (
     LONG_ID_DIGITS,
     OBJECT_SCHEMES,

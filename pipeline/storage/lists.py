@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import UserError
 from pipeline.storage.braces import MAX_NAMES, BraceError, count_names, spelled_out
-from pipeline.storage.commands import COMMAND_PREFIX, is_command, named_shard
+from pipeline.storage.pipes import COMMAND_PREFIX, is_command, named_shard
 from pipeline.storage.reading import read_text
 from pipeline.storage.urls import host_of, is_local, local_path, split_url, told_url
 

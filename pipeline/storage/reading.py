@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import ShardError, ShortReadError, UserError
 from pipeline.storage import web
-from pipeline.storage.commands import CommandOutput, is_command
 from pipeline.storage.filesystems import resolve, resolved
+from pipeline.storage.pipes import CommandOutput, is_command
 from pipeline.storage.urls import (
     WEB_SCHEMES,
     ShardSource,

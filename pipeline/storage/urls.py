@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.storage.braces import BraceError, spelled_out
-from pipeline.storage.commands import COMMAND_PREFIX, is_command, named_shard
+from pipeline.storage.pipes import COMMAND_PREFIX, is_command, named_shard
 from pipeline.storage.signatures import without_signature
 from pipeline.text import printable
 

@@ -4,10 +4,10 @@ dataset = MaskDataset("out/mine", "data/*.tar", transform=transform)
 loader = DataLoader(dataset, batch_size=32, num_workers=4, collate_fn=collate)
 """
 
+from pipeline.output.joining_counts import JoinCounts
+from pipeline.output.pairs import ShardPair, pair_shards
 from pipeline.training.collate import collate
-from pipeline.training.counts import JoinCounts
 from pipeline.training.dataset import MaskDataset
-from pipeline.training.pairs import ShardPair, pair_shards
 from pipeline.training.targets import pixel_weights, similarity_weight
 
 __all__ = [

@@ -16,25 +16,20 @@ from torchvision import tv_tensors
 
 from legrad.errors import LeGradError, RleError
 from pipeline import storage
-from pipeline.config import parse_config
-from pipeline.decode import find_field, open_image
+from pipeline.config.load import parse_config
+from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure, UserError
-from pipeline.ground_truth import LABEL_MAP_FIELD, read_label_map
-from pipeline.output_folder import JOB_FILE
-from pipeline.output_records import read_job_record
-from pipeline.records import has_pixels
-from pipeline.settings import InputConfig
+from pipeline.output.folder import JOB_FILE
+from pipeline.output.joining import JoinedSample, Source
+from pipeline.output.joining_counts import JoinCounts, SharedCounts, WorkerCounts
+from pipeline.output.pairs import pair_shards
+from pipeline.output.reading import read_job_record
+from pipeline.output.schema import has_pixels
+from pipeline.output.shares import shares_of
+from pipeline.shards.decode import find_field, open_image
+from pipeline.shards.ground_truth import LABEL_MAP_FIELD, read_label_map
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
-from pipeline.training.counts import JoinCounts, SharedCounts, WorkerCounts
-from pipeline.training.joining import JoinedSample, Source
-from pipeline.training.pairs import pair_shards
-from pipeline.training.shares import shares_of
-from pipeline.training.targets import (
-    SimilarityRange,
-    label_map_target,
-    prompt_target,
-    with_classes,
-)
+from pipeline.training.targets import SimilarityRange, label_map_target, prompt_target, with_classes
 
 Target = Literal["label_map", "masks", "ground_truth"]
 Sample = dict[str, Any]

@@ -11,8 +11,8 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 from torchvision import tv_tensors
 
-from pipeline.label_map import BACKGROUND_LABEL, IGNORED_LABEL, label_map, mask_at_size
-from pipeline.records import has_pixels
+from pipeline.output.label_map import BACKGROUND_LABEL, IGNORED_LABEL, label_map, mask_at_size
+from pipeline.output.schema import has_pixels
 
 LABELS = 256
 NO_CLASS = -1

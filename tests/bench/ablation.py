@@ -21,9 +21,10 @@ import torch
 from environment import environment
 from hands import work_through
 
-from legrad.metrics import Estimate
+from legrad.quality.metrics import Estimate
 from pipeline import storage
-from pipeline.config import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import JobConfig
 from pipeline.demo import assets
 from pipeline.evaluation.written_masks import (
     SummedFigure,
@@ -32,9 +33,8 @@ from pipeline.evaluation.written_masks import (
     score_written_masks,
     summed_figures,
 )
-from pipeline.ground_truth import list_truth_shards
-from pipeline.settings import JobConfig
-from pipeline.worker import build_annotator
+from pipeline.run.worker import build_annotator
+from pipeline.shards.ground_truth import list_truth_shards
 
 BASELINE = "fixed 0.5"
 COMMON = (

@@ -22,13 +22,13 @@ from hands import work_through
 
 import legrad
 from pipeline import storage
-from pipeline.decode import decode_image, find_field, read_captions
-from pipeline.demo.run_demo import demo_config
-from pipeline.engine import Engine, PreparedSample, Prompt
-from pipeline.model import load_explainer
-from pipeline.settings import JobConfig
-from pipeline.shards import RawSample, read_samples
-from pipeline.worker import build_annotator
+from pipeline.annotate.engine import Engine, PreparedSample, Prompt
+from pipeline.annotate.model import load_explainer
+from pipeline.cli.demo import demo_config
+from pipeline.config.schema import JobConfig
+from pipeline.run.worker import build_annotator
+from pipeline.shards.decode import decode_image, find_field, read_captions
+from pipeline.shards.samples import RawSample, read_samples
 
 
 def samples_in_memory(config: JobConfig, explainer: legrad.LeGrad) -> list[PreparedSample]:

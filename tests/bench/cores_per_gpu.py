@@ -24,12 +24,13 @@ from environment import environment
 from PIL import Image
 
 from legrad.images import ImageTransform
-from legrad.masks import MaskRule, grid_to_masks
-from pipeline.decode import DecodedImage, decode_image
-from pipeline.label_map import mask_frame
-from pipeline.shards import RawSample, read_samples
+from legrad.masks.grids import grid_to_masks
+from legrad.masks.thresholds import MaskRule
+from pipeline.output.label_map import mask_frame
+from pipeline.output.writer import ShardWriter
+from pipeline.shards.decode import DecodedImage, decode_image
+from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
-from pipeline.writer import ShardWriter
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 IMAGES = 64

@@ -22,12 +22,12 @@ from pathlib import Path
 from environment import environment
 from noop_annotator import noop
 
-from pipeline.config import parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.schema import JobConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
-from pipeline.job import prepare_job
-from pipeline.progress import RunState
-from pipeline.run import run_job
-from pipeline.settings import JobConfig
+from pipeline.output.run_state import RunState
+from pipeline.run.dispatcher import run_job
+from pipeline.run.job import prepare_job
 
 PAGE_BYTES = resource.getpagesize()
 

@@ -25,8 +25,8 @@ from driver_overhead import Observer, job_config, write_shards
 from environment import environment
 from noop_annotator import SHARD_SECONDS, noop
 
-from pipeline import run
-from pipeline.job import prepare_job
+from pipeline.run import dispatcher as run
+from pipeline.run.job import prepare_job
 
 NODE = "simulated"
 

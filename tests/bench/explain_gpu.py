@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import legrad
-from legrad import kernels, kernels_triton
+from legrad.method import kernels, kernels_triton
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # (query_block, key_block, warps, stages); None: the kernel's own choice

@@ -22,17 +22,17 @@ from environment import environment
 from sklearn.metrics import roc_auc_score
 
 import legrad
-from legrad.masks import decode_rle
-from legrad.metrics import bootstrap_mean, bootstrap_statistic
-from legrad.thresholds import relevance_contrast
-from pipeline.config import parse_config
-from pipeline.decode import decode_image
+from legrad.masks.rle import decode_rle
+from legrad.masks.thresholds import relevance_contrast
+from legrad.quality.metrics import bootstrap_mean, bootstrap_statistic
+from pipeline.annotate.engine import ExplainedPrompt, ExplainedSample, PreparedSample, Prompt
+from pipeline.annotate.rows import annotation_rows
+from pipeline.config.load import parse_config
+from pipeline.config.schema import InputConfig
 from pipeline.demo import assets
-from pipeline.engine import ExplainedPrompt, ExplainedSample, PreparedSample, Prompt
-from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
-from pipeline.label_map import label_map
-from pipeline.mask_rows import annotation_rows
-from pipeline.settings import InputConfig
+from pipeline.output.label_map import label_map
+from pipeline.shards.decode import decode_image
+from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 
 BACKGROUND_TEXT = "a photo"
 RECIPES: dict[str, dict[str, Any]] = {

@@ -22,9 +22,9 @@ from pathlib import Path
 from environment import environment
 
 from pipeline import storage
-from pipeline.config import parse_config
+from pipeline.config.load import parse_config
 from pipeline.demo import assets
-from pipeline.worker import build_annotator
+from pipeline.run.worker import build_annotator
 
 
 def write_shard(path: Path, samples: int) -> None:

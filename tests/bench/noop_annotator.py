@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.annotate import ShardReport
-from pipeline.measures import Measures
-from pipeline.records import ShardCounts
-from pipeline.settings import JobConfig
+from pipeline.annotate.annotator import ShardReport
+from pipeline.config.schema import JobConfig
+from pipeline.output.counts import ShardCounts
+from pipeline.output.measures import Measures
+from pipeline.output.writer import ShardWriter
 from pipeline.storage import ShardSource
-from pipeline.writer import ShardWriter
 
 SHARDS_WITH_ROOM = 2
 SHARD_SECONDS = "LEGRAD_BENCH_SHARD_SECONDS"

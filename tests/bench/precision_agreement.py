@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 import legrad
-from legrad.masks import minmax_normalise
+from legrad.heatmaps import minmax_normalise
+from pipeline.config.schema import InputConfig
 from pipeline.demo import assets
-from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
-from pipeline.settings import InputConfig
+from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS = (

@@ -22,16 +22,16 @@ from open_clip import IMAGENET_CLASSNAMES
 
 import legrad
 from pipeline import storage
-from pipeline.decode import decode_image, find_field
+from pipeline.annotate.engine import Engine, PreparedSample
+from pipeline.annotate.model import load_explainer
+from pipeline.cli.demo import demo_config
+from pipeline.config.classes import class_entries
+from pipeline.config.schema import JobConfig, PromptsConfig
 from pipeline.demo import assets
-from pipeline.demo.run_demo import demo_config
-from pipeline.engine import Engine, PreparedSample
-from pipeline.model import load_explainer
-from pipeline.prompts.class_list import class_entries
 from pipeline.prompts.mentions import MentionFinder
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of
-from pipeline.settings import JobConfig, PromptsConfig
-from pipeline.shards import RawSample, read_samples
+from pipeline.shards.decode import decode_image, find_field
+from pipeline.shards.samples import RawSample, read_samples
 
 CLASSES = {"source": "classes", "classes": str(assets.demo_classes_path())}
 RECIPES = {

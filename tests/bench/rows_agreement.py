@@ -24,11 +24,11 @@ import torch
 from environment import environment
 
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
-from pipeline.config import load_config
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.model import load_explainer
+from pipeline.config.load import load_config
+from pipeline.config.schema import JobConfig
 from pipeline.demo import assets
-from pipeline.model import load_explainer
-from pipeline.settings import JobConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
 

@@ -23,9 +23,9 @@ from collections.abc import Iterator, Sequence
 from environment import environment
 from hands import work_through
 
-from pipeline.annotate import LOOKAHEAD_BATCHES
-from pipeline.stages import Stages, StreamLimits
-from pipeline.stream import BatchStream
+from pipeline.annotate.annotator import LOOKAHEAD_BATCHES
+from pipeline.annotate.stages import Stages, StreamLimits
+from pipeline.annotate.stream import BatchStream
 
 PREPARE_S = 0.002
 FINISH_S = 0.001

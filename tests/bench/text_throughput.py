@@ -4,7 +4,7 @@
 
 Captions are of random words, 3 to 30 of them (mean about 10, as in web corpora). Texts/s, of the same
 captions: `whole`: in order, whole contexts, in batches; `single`: the same one by one; `cut`: in order,
-batches cut at their longest text; `sorted_cut`: all sorted by length first, as `legrad.prompts` does; the
+batches cut at their longest text; `sorted_cut`: all sorted by length first, as `legrad.text` does; the
 number is the batch. Maps/s: batches of images with one prompt each, in memory; from embeddings, from captions
 by `TextEmbedder`, and from captions by `whole`. Rounds alternate after one warm-up of each; medians.
 ViT-B-16 has seeded weights. Prints one JSON row.
@@ -24,12 +24,12 @@ import torch
 from torch.nn import functional as F
 
 import legrad
-from legrad.prompts import embed_tokens
-from legrad.text_embedder import TextEmbedder
+from legrad.text import embed_tokens
+from legrad.text_cache import TextEmbedder
+from pipeline.annotate.model import DEMO, load_explainer
+from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
-from pipeline.job_record import installed_versions
-from pipeline.model import DEMO, load_explainer
-from pipeline.settings import ModelConfig
+from pipeline.output.job_record import installed_versions
 
 LAYERS = 2
 

@@ -44,18 +44,18 @@ from hostile_shards import (
 from webdataset.tariterators import base_plus_ext
 
 from legrad.errors import RleError
-from legrad.rle import check_rles, decode_rle, decode_runs, encode_rle, mask_area, mask_bbox_xywh
+from legrad.masks.rle import check_rles, decode_rle, decode_runs, encode_rle, mask_area, mask_bbox_xywh
 from legrad.tokens import token_ids_of
-from pipeline import output_records as records
 from pipeline import storage
-from pipeline.config import load_config
-from pipeline.decode import open_image, read_captions
+from pipeline.config.classes import ClassEntry, read_class_list
+from pipeline.config.load import load_config
+from pipeline.datasets.coco import open_coco
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure, UserError
-from pipeline.prompts.class_list import ClassEntry, read_class_list
+from pipeline.output import reading as records
+from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
 from pipeline.prompts.mentions import MentionFinder
-from pipeline.readers.coco import open_coco
-from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA
-from pipeline.shards import RawSample, read_samples
+from pipeline.shards.decode import open_image, read_captions
+from pipeline.shards.samples import RawSample, read_samples
 from tests.fuzz.counts import FAULTS
 from tests.fuzz.mutations import as_json, mutated, mutated_text, mutated_tree, with_other_chunk
 

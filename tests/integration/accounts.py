@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA
+from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
 from pipeline.storage import TEMPORARY_SUFFIX, shard_id
 
 FOLDERS = {"annotations": ".parquet", "errors": ".parquet", "failed": ".json", "damaged": ".json"}

@@ -18,10 +18,10 @@ from corpus import demo_job, write_word_shards
 from faults import annotate_all, struck_by
 from waiting import PATIENCE_S, TEST_PATIENCE_S
 
-from pipeline.job import prepare_job
-from pipeline.progress import open_progress
-from pipeline.run import run_job
-from pipeline.text import PrintableConsole
+from pipeline.console import PrintableConsole
+from pipeline.run.dispatcher import run_job
+from pipeline.run.job import prepare_job
+from pipeline.run.progress import open_progress
 
 HERE = Path(__file__).parent
 # workers import the tests' annotators by name

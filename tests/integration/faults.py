@@ -21,11 +21,12 @@ from pathlib import Path
 from waiting import wait_until
 
 from pipeline import storage
-from pipeline.annotate import ShardReport
-from pipeline.measures import Measures
-from pipeline.records import SampleError, total_counts
-from pipeline.worker import Worker
-from pipeline.writer import ShardWriter
+from pipeline.annotate.annotator import ShardReport
+from pipeline.output.counts import total_counts
+from pipeline.output.measures import Measures
+from pipeline.output.writer import ShardWriter
+from pipeline.run.worker import Worker
+from pipeline.shards.sample_error import SampleError
 
 
 @dataclass(frozen=True)

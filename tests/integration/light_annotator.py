@@ -6,11 +6,13 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.annotate import ShardReport
+from pipeline.annotate.annotator import ShardReport
+from pipeline.annotate.meter import Meter
 from pipeline.errors import OutputError, ShardError
-from pipeline.measures import Measures, Meter
-from pipeline.records import SampleError, ShardCounts
-from pipeline.writer import ShardWriter
+from pipeline.output.counts import ShardCounts
+from pipeline.output.measures import Measures
+from pipeline.output.writer import ShardWriter
+from pipeline.shards.sample_error import SampleError
 
 
 class LightAnnotator:

@@ -13,9 +13,9 @@ from faults import Fault, Faults, WordAnnotator, annotate_all, struck_by
 from waiting import PATIENCE_S
 
 from pipeline.errors import OutputError
-from pipeline.job import looked_at_again, prepare_job
-from pipeline.result import JobResult, concluded, first_state
-from pipeline.worker import Worker
+from pipeline.run.job import looked_at_again, prepare_job
+from pipeline.run.outcome import JobResult, concluded, first_state
+from pipeline.run.worker import Worker
 
 
 @pytest.fixture

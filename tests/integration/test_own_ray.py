@@ -16,8 +16,8 @@ from corpus import demo_job
 from light_annotator import light
 from waiting import PATIENCE_S, TEST_PATIENCE_S
 
-from pipeline.job import prepare_job
-from pipeline.run import run_job
+from pipeline.run.dispatcher import run_job
+from pipeline.run.job import prepare_job
 
 CALLS = "import ray._raylet as r; r.GcsClient(address='{}').internal_kv_keys(b'', timeout=30)"
 

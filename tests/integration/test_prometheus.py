@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray_head import ray_head
 from waiting import PATIENCE_S
 
-from pipeline.job import prepare_job
-from pipeline.progress import SharedProgress
-from pipeline.run import run_job
+from pipeline.run.dispatcher import run_job
+from pipeline.run.job import prepare_job
+from pipeline.run.progress import SharedProgress
 
 KINDS = 7  # every kind but errors, of which there are none
 

@@ -13,8 +13,8 @@ from corpus import demo_job, write_corpus
 from ray_head import ray_head
 from waiting import PATIENCE_S, held_shard, published, wait_until
 
-from pipeline.run_record import latest_run
-from pipeline.status import read_status
+from pipeline.output.runs import latest_run
+from pipeline.output.status import read_status
 
 pytestmark = pytest.mark.slow
 

@@ -17,13 +17,13 @@ from corpus import demo_job, write_corpus
 from light_annotator import LightAnnotator, dies_while_loading, light
 from waiting import PATIENCE_S, held_shard, wait_for_first_shard
 
-from pipeline.annotate import ShardAnnotator
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.console import PrintableConsole
 from pipeline.errors import OutputError, UserError
-from pipeline.job import prepare_job
-from pipeline.progress import open_progress
-from pipeline.run import WorkersDied, run_job
-from pipeline.status import read_status
-from pipeline.text import PrintableConsole
+from pipeline.output.status import read_status
+from pipeline.run.dispatcher import WorkersDied, run_job
+from pipeline.run.job import prepare_job
+from pipeline.run.progress import open_progress
 
 LEGRAD = str(Path(sys.executable).with_name("legrad"))
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from faults import Fault, struck_by
 
-from pipeline import annotate_job, cli
-from pipeline.run import run_job
+from pipeline.cli import main as cli
+from pipeline.run import command as annotate_job
+from pipeline.run.dispatcher import run_job
 
 
 def main():

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from legrad.baselines import (
+from legrad.errors import InputError
+from legrad.families import describe_tower
+from legrad.method.trace import Trace, trace_images
+from legrad.quality.baselines import (
     attention_rollout,
     baseline_grids,
     centre_prior,
@@ -19,9 +22,6 @@ from legrad.baselines import (
     mean_query_attention,
     patch_text_similarity,
 )
-from legrad.errors import InputError
-from legrad.families import describe_tower
-from legrad.trace import Trace, trace_images
 
 DIM, WIDTH, HEADS, GRID = 6, 16, 4, (2, 3)
 IMAGE_INDEX = torch.tensor([0, 2, 2, 1])

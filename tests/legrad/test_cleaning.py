@@ -9,8 +9,11 @@ from hypothesis.extra import numpy as hnp
 from skimage.filters import gaussian
 from skimage.measure import label
 
-from legrad.cleaning import Cleaning, clean_masks, smooth_maps
-from legrad.masks import MaskError, MaskRule, decode_rle, grid_to_masks
+from legrad.errors import MaskError
+from legrad.masks.cleaning import Cleaning, clean_masks, smooth_maps
+from legrad.masks.grids import grid_to_masks
+from legrad.masks.rle import decode_rle
+from legrad.masks.thresholds import MaskRule
 
 masks_of_some_size = hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=12))
 shares = st.sampled_from([0.0, 0.02, 0.1, 0.3, 1.0])

@@ -6,9 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legrad.cleaning import Cleaning
-from legrad.competition import Contestants, competing_masks
-from legrad.masks import HeatmapStack, MaskRule, decode_rle, heatmaps_of, independent_masks, otsu_threshold
+from legrad.heatmaps import heatmaps_of
+from legrad.masks.cleaning import Cleaning
+from legrad.masks.competition import Contestants, competing_masks
+from legrad.masks.grids import HeatmapStack, independent_masks
+from legrad.masks.rle import decode_rle
+from legrad.masks.thresholds import MaskRule, otsu_threshold
 
 FRAME = (17, 13)
 NO_MAPS = torch.zeros(0, 4, 5)

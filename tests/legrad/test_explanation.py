@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_models import LAYERS, tiny_clip
 
 import legrad
-from legrad.overlay import draw_panels
+from legrad.pictures import draw_panels
 
 TEXTS = ("a dog", "a red cactus!", "sky")
 
@@ -56,7 +56,7 @@ def test_each_text_has_an_overlay_of_the_images_size_and_a_strip(explanation, im
     assert len(explanation.layer_strips) == 3
     arrays = [np.asarray(overlay).tobytes() for overlay in explanation.overlays]
     assert len(set(arrays)) == 3
-    first = legrad.overlay(image, explanation.heatmaps[0])
+    first = legrad.pictures(image, explanation.heatmaps[0])
     assert arrays[0] == np.asarray(first).tobytes()
 
 

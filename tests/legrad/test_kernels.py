@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legrad.kernels import rectified_column_sums, rectified_column_sums_in_pieces
+from legrad.method.kernels import rectified_column_sums, rectified_column_sums_in_pieces
 
 BUDGET_BYTES = 2**24
 # prompts, images, heads, queries, keys, head_dim; each with something that no block size divides
@@ -102,8 +102,8 @@ from test_kernels import BUDGET_BYTES, SHAPES, expected_sums, random_case, relat
 from legrad import kernels
 case = random_case(*SHAPES[0])
 kernels.rectified_column_sums(*case, BUDGET_BYTES)
-assert "legrad.kernels_triton" not in sys.modules, "Triton is for devices alone"
-from legrad.kernels_triton import rectified_column_sums
+assert "legrad.method.kernels_triton" not in sys.modules, "Triton is for devices alone"
+from legrad.method.kernels_triton import rectified_column_sums
 
 worst = {{}}
 for shape in SHAPES:

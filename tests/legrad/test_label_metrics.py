@@ -11,7 +11,7 @@ from scipy.ndimage import distance_transform_edt
 from skimage.segmentation import find_boundaries
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from legrad.label_metrics import (
+from legrad.quality.label_metrics import (
     CORRECT,
     CORRECT_KEPT,
     COUNTED,

@@ -12,18 +12,11 @@ from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
 from skimage.filters import threshold_otsu
 
-from legrad.masks import (
-    MaskError,
-    MaskRule,
-    decode_rle,
-    encode_rle,
-    grid_to_masks,
-    mask_area,
-    mask_bbox_xywh,
-    minmax_normalise,
-    otsu_threshold,
-    upsample_grid,
-)
+from legrad.errors import MaskError
+from legrad.heatmaps import minmax_normalise, upsample_grid
+from legrad.masks.grids import grid_to_masks
+from legrad.masks.rle import decode_rle, encode_rle, mask_area, mask_bbox_xywh
+from legrad.masks.thresholds import MaskRule, otsu_threshold
 
 mask_stacks = hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=12))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import average_precision_score
 
-from legrad.metrics import (
+from legrad.quality.metrics import (
     average_precision,
     best_threshold,
     bootstrap_mean,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import auc
 
-from legrad.perturbation import (
+from legrad.quality.perturbation import (
     SHARES,
     area_under_curve,
     blurred,

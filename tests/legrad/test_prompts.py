@@ -7,7 +7,7 @@ from tiny_models import EMBED_DIM, TEXT, tiny_clip
 from torch import nn
 
 import legrad
-from legrad.prompts import CPU_BATCH_SIZE, truncated
+from legrad.text import CPU_BATCH_SIZE, truncated
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import legrad
 from legrad import Refinement, refine_heatmaps
-from legrad.refine import dilations_for_patch
+from legrad.masks.refine import dilations_for_patch
 
 SMALL = Refinement(iterations=2, dilations=(1, 2))
 

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import legrad
 from legrad.inputs import as_ragged
-from legrad.relevance import relevance_grids
-from legrad.stages import activation_derivative
+from legrad.method.relevance import relevance_grids
+from legrad.method.stages import activation_derivative
 
 GRID = (GRID_HEIGHT, GRID_WIDTH)
 CLIPA = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}

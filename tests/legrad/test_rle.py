@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from legrad.errors import MaskError, RleError
-from legrad.rle import MAX_DIGITS, check_rles, decode_rle, decode_runs, encode_rle, mask_area, mask_bbox_xywh
+from legrad.masks.rle import (
+    MAX_DIGITS,
+    check_rles,
+    decode_rle,
+    decode_runs,
+    encode_rle,
+    mask_area,
+    mask_bbox_xywh,
+)
 
 ALPHABET = "".join(chr(48 + digit) for digit in range(64))
 

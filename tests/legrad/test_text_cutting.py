@@ -14,7 +14,7 @@ from tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_clip
 from torch import nn
 
 import legrad
-from legrad.prompts import embed_tokens, refuse_active_dropout, truncated
+from legrad.text import embed_tokens, refuse_active_dropout, truncated
 
 CPU = torch.device("cpu")
 END = 49407

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny_models import EMBED_DIM, TEXT, tiny_clip
 
 import legrad
-from legrad import text_embedder
-from legrad.text_embedder import TextEmbedder
+from legrad import text_cache as text_embedder
+from legrad.text_cache import TextEmbedder
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
 

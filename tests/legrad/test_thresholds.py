@@ -7,16 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from legrad.masks import (
-    HeatmapStack,
-    MaskError,
-    MaskRule,
-    decode_rle,
-    grid_to_masks,
-    minmax_normalise,
-    otsu_threshold,
-)
-from legrad.thresholds import cuts_of, quantile_threshold, relevance_contrast
+from legrad.errors import MaskError
+from legrad.heatmaps import minmax_normalise
+from legrad.masks.grids import HeatmapStack, grid_to_masks
+from legrad.masks.rle import decode_rle
+from legrad.masks.thresholds import MaskRule, cuts_of, otsu_threshold, quantile_threshold, relevance_contrast
 
 unit_maps = hnp.arrays(
     np.float32,

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from legrad.prompts import truncated
+from legrad.text import truncated
 from legrad.tokens import first_tokens, merged, token_ids_of
 
 THEIRS, OURS = SimpleTokenizer(), SimpleTokenizer()

@@ -13,7 +13,7 @@ from tiny_models import IMAGE_SIZE, PATCH, relative_error, tiny_clip, unit_texts
 import legrad
 from legrad.errors import InputError
 from legrad.images import ImageTransform
-from legrad.view_relevance import view_relevance
+from legrad.method.view_relevance import view_relevance
 from legrad.views import (
     View,
     Views,

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from pipeline.config import parse_config
+from pipeline.config.load import parse_config
 from pipeline.demo.assets import DEMO_MODEL_NAME
 
 

@@ -6,9 +6,9 @@ import duckdb
 import polars as pl
 import pyarrow.dataset as ds
 
-from pipeline.output_records import read_job_record
+from pipeline.output.reading import read_job_record
+from pipeline.output.status import read_status
 from pipeline.report.totals import read_totals
-from pipeline.status import read_status
 
 
 def rows_by_reader(out):

@@ -4,13 +4,14 @@ import numpy as np
 import torch
 from corpus import demo_job, image_bytes, sample, write_shard
 
-from legrad.rle import encode_rle
-from pipeline.job import prepare_job
-from pipeline.output_folder import OutputFolder, new_run_id
-from pipeline.progress import RunState
-from pipeline.records import SampleError, ShardCounts
-from pipeline.run_record import recorded_run
-from pipeline.writer import ShardWriter
+from legrad.masks.rle import encode_rle
+from pipeline.output.counts import ShardCounts
+from pipeline.output.folder import OutputFolder, new_run_id
+from pipeline.output.run_state import RunState
+from pipeline.output.runs import recorded_run
+from pipeline.output.writer import ShardWriter
+from pipeline.run.job import prepare_job
+from pipeline.shards.sample_error import SampleError
 
 HEIGHT, WIDTH = 48, 64
 HOSTILE = (

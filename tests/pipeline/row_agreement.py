@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from legrad.masks import decode_rle
+from legrad.masks.rle import decode_rle
 
 SAME_COLUMNS = (
     "key",

@@ -15,15 +15,15 @@ from corpus import captions_json, demo_job, image_bytes, sample, write_corpus, w
 from PIL import Image
 
 import legrad
-from legrad.masks import decode_rle
+from legrad.masks.rle import decode_rle
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.model import load_explainer
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError
-from pipeline.label_map import mask_frame
-from pipeline.model import load_explainer
-from pipeline.output_records import read_footer_record
-from pipeline.records import ANNOTATION_SCHEMA, ERROR_SCHEMA
+from pipeline.output.label_map import mask_frame
+from pipeline.output.reading import read_footer_record
+from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
 
 
 @pytest.fixture(scope="module")

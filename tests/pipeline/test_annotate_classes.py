@@ -12,13 +12,13 @@ from corpus import demo_job, image_bytes, sample, write_shard
 from PIL import Image
 
 import legrad
-from pipeline import job as jobs
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
+from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.demo import assets
-from pipeline.estimate import dry_run
-from pipeline.output_records import read_job_record
-from pipeline.shards import RawSample, read_samples
+from pipeline.output.reading import read_job_record
+from pipeline.run import job as jobs
+from pipeline.run.estimate import dry_run
+from pipeline.shards.samples import RawSample, read_samples
 
 SAMPLES = 8
 

@@ -6,9 +6,9 @@ import torch
 from corpus import demo_job
 
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.model import load_explainer
 from pipeline.demo import assets
-from pipeline.model import load_explainer
 
 pytestmark = [
     pytest.mark.gpu,

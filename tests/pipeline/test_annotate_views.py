@@ -12,17 +12,17 @@ import pytest
 from corpus import captions_json, demo_job, image_bytes, sample, write_shard
 from PIL import Image
 
-from legrad.masks import decode_rle
-from legrad.view_relevance import view_relevance
+from legrad.masks.rle import decode_rle
+from legrad.method.view_relevance import view_relevance
 from legrad.views import Views
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
-from pipeline.decode import open_image
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.model import check_model, load_explainer, views_wanted
+from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import demo_shard_paths
 from pipeline.errors import UserError
-from pipeline.job import prepare_job
-from pipeline.model import check_model, load_explainer, views_wanted
-from pipeline.settings import ModelConfig
+from pipeline.run.job import prepare_job
+from pipeline.shards.decode import open_image
 
 SIZES = [(60, 60), (200, 230), (60, 60)]
 CAPTIONS = ["a dog", "a red car", "cactus"]

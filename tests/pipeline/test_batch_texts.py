@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from legrad.text_embedder import EmbeddedTexts
-from pipeline.prompts.batch_texts import BatchTextEmbedder, BatchTexts, choose_maps
-from pipeline.prompts.equal_texts import equal_rows, equal_within, first_of_equal
+from legrad.text_cache import EmbeddedTexts
+from pipeline.annotate.equal_texts import equal_rows, equal_within, first_of_equal
+from pipeline.annotate.texts import BatchTextEmbedder, BatchTexts, choose_maps
 from pipeline.prompts.sample_prompts import Companions, Prompt
 
 TEXTS = 9

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batching import WaitingSamples
+from pipeline.annotate.batching import WaitingSamples
 
 
 def waiting(entries, limit=3, max_wait_s=10.0):

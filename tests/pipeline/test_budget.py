@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipeline.budget import reason_at_end, reason_to_stop
-from pipeline.progress import RunState
-from pipeline.records import ShardCounts
-from pipeline.settings import RunConfig
+from pipeline.config.schema import RunConfig
+from pipeline.output.budget import reason_at_end, reason_to_stop
+from pipeline.output.counts import ShardCounts
+from pipeline.output.run_state import RunState
 
 
 def counts(annotated=0, failed=0, **kinds):

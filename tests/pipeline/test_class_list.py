@@ -6,8 +6,8 @@ import pytest
 import yaml
 from object_servers import FolderHandler, serving
 
+from pipeline.config.classes import ClassEntry, class_entries, read_class_list
 from pipeline.errors import UserError
-from pipeline.prompts.class_list import ClassEntry, class_entries, read_class_list
 
 
 @pytest.fixture

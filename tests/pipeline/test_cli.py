@@ -7,12 +7,12 @@ import pytest
 import yaml
 from corpus import demo_job, write_corpus
 
-from pipeline import cli
-from pipeline.demo.run_demo import demo_config
-from pipeline.job import prepare_job
-from pipeline.progress import RunState
-from pipeline.records import ShardCounts
-from pipeline.run import JobResult
+from pipeline.cli import main as cli
+from pipeline.cli.demo import demo_config
+from pipeline.output.counts import ShardCounts
+from pipeline.output.run_state import RunState
+from pipeline.run.dispatcher import JobResult
+from pipeline.run.job import prepare_job
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_limited_run_is_asked_for_so_many_shards_and_extrapolated(
         counts = ShardCounts(annotated=max_shards, rows=3)
         return JobResult(RunState(shards_total=2, shards_skipped=0, shards_done=1, counts=counts))
 
-    monkeypatch.setattr("pipeline.annotate_job.run_job", done)
+    monkeypatch.setattr("pipeline.run.command.run_job", done)
     code, out, _ = legrad("annotate", config_file, "--limit", "1")
     assert code == 3
     assert "0001.tar; run the same command again to resume" in out
@@ -114,7 +114,7 @@ def test_annotate_ends_with_0_where_all_is_done_and_3_where_something_is_left(
 ):
     state = RunState(shards_total=2, shards_skipped=0, shards_done=2 if complete else 1)
     result = JobResult(state, () if complete else (("file:///x.tar", "it kills its worker"),))
-    monkeypatch.setattr("pipeline.annotate_job.run_job", lambda job, progress, max_shards: result)
+    monkeypatch.setattr("pipeline.run.command.run_job", lambda job, progress, max_shards: result)
     ended, out, _ = legrad("annotate", config_file)
     assert ended == code
     assert ("file:///x.tar: it kills its worker" in out) is not complete
@@ -124,7 +124,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(legrad, config_file, monkeyp
     def interrupted(job, progress, max_shards):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.annotate_job.run_job", interrupted)
+    monkeypatch.setattr("pipeline.run.command.run_job", interrupted)
     code, out, err = legrad("annotate", config_file)
     assert code == 130
     assert "interrupted; run the same command again to resume" in out
@@ -135,7 +135,7 @@ def test_a_bug_of_ours_ends_with_2_and_a_traceback(legrad, config_file, monkeypa
     def broken(job, progress, max_shards):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pipeline.annotate_job.run_job", broken)
+    monkeypatch.setattr("pipeline.run.command.run_job", broken)
     code, _, err = legrad("annotate", config_file)
     assert code == 2
     assert "ZeroDivisionError" in err

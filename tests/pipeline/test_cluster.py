@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from pipeline.cluster import (
+from pipeline.errors import UserError
+from pipeline.run.cluster import (
     Machine,
     cause_of_death,
     check_address,
@@ -13,7 +14,6 @@ from pipeline.cluster import (
     machine_is_lost,
     settle_token,
 )
-from pipeline.errors import UserError
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from corpus import demo_job, sample, write_shard
 
 from pipeline import storage
 from pipeline.errors import ShardError, UserError
-from pipeline.job import prepare_job
-from pipeline.shards import RawSample, read_samples
-from pipeline.storage.commands import CommandOutput
+from pipeline.run.job import prepare_job
+from pipeline.shards.samples import RawSample, read_samples
+from pipeline.storage.pipes import CommandOutput
 
 SECRET = "s3cr3tTokenValue"
 

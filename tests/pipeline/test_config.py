@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from pipeline.config import config_hash, load_config, parse_config
+from pipeline.config.load import config_hash, load_config, parse_config
 from pipeline.errors import UserError
 
 MINIMAL = {

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import known_keys
-from pipeline.config_page import BEGIN, END, keys_as_markdown, with_keys
+from pipeline.config.load import known_keys
+from pipeline.config.reference import BEGIN, END, keys_as_markdown, with_keys
 
 PAGE = Path(__file__).parents[2] / "configs" / "README.md"
 
@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "configs" / "README.md"
 def test_the_page_lists_the_keys_as_they_are():
     page = PAGE.read_text(encoding="utf-8")
     renewed = with_keys(page)
-    assert page == renewed, "stale: run `python -m pipeline.config_page configs/README.md`"
+    assert page == renewed, "stale: run `python -m pipeline.config.reference configs/README.md`"
 
 
 def test_every_key_has_its_line():

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from legrad.masks import encode_rle
-from pipeline.contact_sheet import write_contact_sheet
+from legrad.masks.rle import encode_rle
 from pipeline.errors import UserError
-from pipeline.records import ANNOTATION_SCHEMA
-from pipeline.sheet_drawing import FRAME, MASK_COLOUR, PANEL_SIDE, TRUTH_COLOUR, Card, draw_sheet
+from pipeline.output.schema import ANNOTATION_SCHEMA
+from pipeline.report.contact_sheet import write_contact_sheet
+from pipeline.report.sheet_drawing import FRAME, MASK_COLOUR, PANEL_SIDE, TRUTH_COLOUR, Card, draw_sheet
 from pipeline.storage import list_shards
 
 LABELS = label_map({1: (2, 12, 2, 14), 2: (12, 22, 22, 36)})

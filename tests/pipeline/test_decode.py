@@ -19,7 +19,8 @@ from open_clip.transform import image_transform
 from PIL import Image, ImageOps, PngImagePlugin
 
 from legrad.images import ImageTransform
-from pipeline.decode import (
+from pipeline.errors import SampleFailure
+from pipeline.shards.decode import (
     MAX_CAPTION_CHARACTERS,
     MAX_CAPTIONS,
     MAX_JSON_BYTES,
@@ -30,9 +31,8 @@ from pipeline.decode import (
     open_image,
     read_captions,
 )
-from pipeline.errors import SampleFailure
-from pipeline.image_files.jpeg import MAX_JPEG_SCANS
-from pipeline.shards import read_samples
+from pipeline.shards.image_files.jpeg import MAX_JPEG_SCANS
+from pipeline.shards.samples import read_samples
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)
 TRANSFORM = ImageTransform(32, 48, MEAN, STD, "bicubic")

@@ -19,10 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.demo import art, assets, backgrounds, batches, captions, losses, make_shards, train, vocabulary
-from pipeline.demo.concepts import CONCEPTS, DISTRACTOR_CODES
-from pipeline.demo.curriculum import FULL_PLAN, Phase, Plan, scaled, schedule
-from pipeline.demo.scenes import Scene, SceneObject, SceneStyle, SpriteMips, render, render_seg, sample_scene
+from pipeline.demo import assets
+from pipeline.demo.making import art, backgrounds, batches, captions, losses, make_shards, train, vocabulary
+from pipeline.demo.making.concepts import CONCEPTS, DISTRACTOR_CODES
+from pipeline.demo.making.curriculum import FULL_PLAN, Phase, Plan, scaled, schedule
+from pipeline.demo.making.scenes import (
+    Scene,
+    SceneObject,
+    SceneStyle,
+    SpriteMips,
+    render,
+    render_seg,
+    sample_scene,
+)
 
 MIB = 1 << 20
 

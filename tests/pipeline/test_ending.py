@@ -31,7 +31,7 @@ def test_the_command_line_keeps_its_exit_code_and_all_it_said(argument, code):
 
 def test_exit_handlers_of_what_is_imported_later_still_run():
     process = ended(
-        "from pipeline.ending import skip_native_exit\n"
+        "from pipeline.process.ending import skip_native_exit\n"
         "end_with = skip_native_exit()\n"
         "import atexit; atexit.register(print, 'tidied up')\n"
         "end_with(7)\n"
@@ -40,6 +40,6 @@ def test_exit_handlers_of_what_is_imported_later_still_run():
 
 
 def test_an_uncaught_exception_ends_as_usual():
-    process = ended("from pipeline.ending import skip_native_exit; skip_native_exit(); 1 / 0")
+    process = ended("from pipeline.process.ending import skip_native_exit; skip_native_exit(); 1 / 0")
     assert process.returncode < 0
     assert "ZeroDivisionError" in process.stderr

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from legrad.masks import heatmaps_of
-from legrad.view_relevance import view_relevance
+from legrad.heatmaps import heatmaps_of
+from legrad.method.view_relevance import view_relevance
 from legrad.views import Views, canvas_pixels
-from pipeline.decode import DecodedImage
+from pipeline.annotate.engine import Engine, PreparedSample, Prompt
+from pipeline.annotate.model import load_explainer
+from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
-from pipeline.engine import Engine, PreparedSample, Prompt
-from pipeline.model import load_explainer
 from pipeline.prompts.sample_prompts import Companions
-from pipeline.settings import ModelConfig
+from pipeline.shards.decode import DecodedImage
 
 TILES = Views(tile=True, scales=(1.0, 0.75), tile_zoom=1.25, max_tiles=4)
 SOON_S = 120.0

@@ -9,12 +9,14 @@ from corpus import captions_json, demo_job, sample, write_corpus, write_shard
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.estimate import as_bytes, dry_run, published_bytes, told_dry_run, told_extrapolation
-from pipeline.job import prepare_job
-from pipeline.measures import Measures
-from pipeline.progress import RunState
-from pipeline.records import ANNOTATION_SCHEMA, SampleError, ShardCounts
-from pipeline.writer import ShardWriter
+from pipeline.output.counts import ShardCounts
+from pipeline.output.measures import Measures
+from pipeline.output.run_state import RunState
+from pipeline.output.schema import ANNOTATION_SCHEMA
+from pipeline.output.writer import ShardWriter
+from pipeline.run.estimate import as_bytes, dry_run, published_bytes, told_dry_run, told_extrapolation
+from pipeline.run.job import prepare_job
+from pipeline.shards.sample_error import SampleError
 
 
 def publish_shards(out, shard_ids, size_bytes):

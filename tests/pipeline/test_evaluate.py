@@ -32,7 +32,9 @@ from skimage.filters import threshold_otsu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import legrad
-from legrad.masks import encode_rle
+from legrad.masks.rle import encode_rle
+from pipeline.config.schema import InputConfig
+from pipeline.console import PrintableConsole
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import (
     EvaluationOptions,
@@ -42,11 +44,9 @@ from pipeline.evaluation.evaluate import (
 )
 from pipeline.evaluation.plot import plot_evaluation
 from pipeline.evaluation.result import EvaluationResult
-from pipeline.ground_truth import Scene, read_scenes
-from pipeline.records import ANNOTATION_SCHEMA
-from pipeline.settings import InputConfig
+from pipeline.output.schema import ANNOTATION_SCHEMA
+from pipeline.shards.ground_truth import Scene, read_scenes
 from pipeline.storage import list_shards
-from pipeline.text import PrintableConsole
 
 CLASSES = ["dog", "car", "tree"]
 

@@ -14,16 +14,16 @@ from report_jobs import HEIGHT, WIDTH, box_rle, row, write_job
 from skimage.measure import label as connected_parts
 from typer.testing import CliRunner
 
-from legrad.masks import decode_rle, encode_rle
-from pipeline.cli import app
+from legrad.masks.rle import decode_rle, encode_rle
+from pipeline.cli.main import app
+from pipeline.config.schema import InputConfig
 from pipeline.errors import UserError
 from pipeline.export.samples import index_png
 from pipeline.export.write import ExportOptions, export_job
-from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
-from pipeline.job import prepare_job
-from pipeline.label_map import label_map
-from pipeline.settings import InputConfig
-from pipeline.writer import ShardWriter
+from pipeline.output.label_map import label_map
+from pipeline.output.writer import ShardWriter
+from pipeline.run.job import prepare_job
+from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -146,7 +146,7 @@ def test_a_second_run_writes_what_is_left_and_what_was_annotated_anew(job, tmp_p
 def annotate_again(job, rows):
     """The last shard of a job once more, by another attempt."""
     document = json.loads((job / "job.json").read_text())["config"]
-    from pipeline.config import parse_config
+    from pipeline.config.load import parse_config
 
     prepared = prepare_job(parse_config(document))
     shard = prepared.shards[-1]

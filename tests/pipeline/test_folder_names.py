@@ -10,12 +10,13 @@ import yaml
 from corpus import demo_job, write_corpus
 
 import legrad
-from pipeline import cli, storage
-from pipeline import job as jobs
-from pipeline.annotate import ShardAnnotator
-from pipeline.config import load_config
+from pipeline import storage
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.cli import main as cli
+from pipeline.config.load import load_config
 from pipeline.demo import assets
 from pipeline.errors import UserError
+from pipeline.run import job as jobs
 
 NAMES = [
     *(

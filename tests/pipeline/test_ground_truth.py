@@ -11,9 +11,9 @@ import pytest
 from ground_truth_shards import label_map, png, scene_fields
 from PIL import Image
 
-from pipeline.ground_truth import PointLabel, Scene, scene_of
-from pipeline.records import SampleError
-from pipeline.shards import RawSample
+from pipeline.shards.ground_truth import PointLabel, Scene, scene_of
+from pipeline.shards.sample_error import SampleError
+from pipeline.shards.samples import RawSample
 
 LABELS = label_map({1: (2, 9, 2, 9), 2: (12, 20, 20, 30), 255: (0, 2, 0, 40)})
 FIELDS = scene_fields(LABELS, ["a dog", "a car", "a tree"], [1, 2, 3])

@@ -10,16 +10,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from report_jobs import row, write_job
 
-from pipeline import config as configs
-from pipeline.config import load_config, parse_config
+from pipeline.config import classes as class_list
+from pipeline.config import load as configs
+from pipeline.config.classes import read_class_list
+from pipeline.config.load import load_config, parse_config
+from pipeline.config.yaml_text import parse_yaml
+from pipeline.datasets.coco import open_coco
+from pipeline.datasets.writing import write_shards
 from pipeline.errors import UserError
 from pipeline.export.write import ExportOptions, export_job
-from pipeline.prompts import class_list
-from pipeline.prompts.class_list import read_class_list
-from pipeline.readers.coco import open_coco
-from pipeline.readers.writing import write_shards
 from pipeline.storage import read_text
-from pipeline.yaml_text import parse_yaml
 
 LINES = [
     "input: {shards: a.tar}",

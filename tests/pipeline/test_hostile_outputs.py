@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from hostile_outputs import HOSTILE_OUTPUTS, good_output, target_of
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.errors import PipelineError
 from pipeline.training import MaskDataset
 

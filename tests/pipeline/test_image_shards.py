@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.image_shards import locate_shards
+from pipeline.output.image_shards import locate_shards
 from pipeline.storage import list_shards, shard_id, shard_name
 
 

@@ -6,14 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import demo_job, write_corpus
 
-from pipeline import job as jobs
 from pipeline.errors import UserError
-from pipeline.job_record import job_document
-from pipeline.output_records import read_job_record, read_shard_rows
-from pipeline.records import SampleError
-from pipeline.result import JobResult, concluded, first_state
-from pipeline.status import read_status
-from pipeline.writer import ShardWriter
+from pipeline.output.job_record import job_document
+from pipeline.output.reading import read_job_record, read_shard_rows
+from pipeline.output.status import read_status
+from pipeline.output.writer import ShardWriter
+from pipeline.run import job as jobs
+from pipeline.run.outcome import JobResult, concluded, first_state
+from pipeline.shards.sample_error import SampleError
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from legrad.errors import RleError
-from legrad.masks import encode_rle
+from legrad.masks.rle import encode_rle
 from pipeline.errors import UserError
-from pipeline.label_map import check_masks_of_image, label_map, mask_frame, mask_of_image
+from pipeline.output.label_map import check_masks_of_image, label_map, mask_frame, mask_of_image
 
 
 def row(mask, class_id=1, similarity=0.3, ignore=None):

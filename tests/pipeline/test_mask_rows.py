@@ -12,18 +12,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import legrad
-from legrad.masks import decode_rle, heatmaps_of, otsu_threshold
+from legrad.heatmaps import heatmaps_of
+from legrad.masks.rle import decode_rle
+from legrad.masks.thresholds import otsu_threshold
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
-from pipeline.config import load_config
-from pipeline.decode import DecodedImage
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.engine import ExplainedPrompt, ExplainedSample, PreparedSample, Prompt
+from pipeline.annotate.rows import annotation_rows
+from pipeline.config.load import load_config
 from pipeline.demo import assets
-from pipeline.engine import ExplainedPrompt, ExplainedSample, PreparedSample, Prompt
 from pipeline.errors import UserError
-from pipeline.label_map import label_map
-from pipeline.mask_rows import annotation_rows
-from pipeline.records import ANNOTATION_SCHEMA
-from pipeline.shards import RawSample, read_samples
+from pipeline.output.label_map import label_map
+from pipeline.output.schema import ANNOTATION_SCHEMA
+from pipeline.shards.decode import DecodedImage
+from pipeline.shards.samples import RawSample, read_samples
 
 HEIGHT, WIDTH = 18, 30
 LEFT, RIGHT, LAST = "left", "right", "last column"

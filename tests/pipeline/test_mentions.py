@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.classes import class_entries
 from pipeline.demo.assets import demo_classes
-from pipeline.prompts.class_list import class_entries
 from pipeline.prompts.mentions import MentionFinder
 
 ENTRIES = class_entries(

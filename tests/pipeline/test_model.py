@@ -11,14 +11,14 @@ from corpus import demo_job, write_word_shards
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from pipeline.annotate.model import check_model, is_built_in, load_explainer, resolved, weights_digest
+from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.errors import UserError
-from pipeline.job import prepare_job
-from pipeline.model import check_model, is_built_in, load_explainer, resolved, weights_digest
-from pipeline.output_records import read_job_record
-from pipeline.settings import ModelConfig
-from pipeline.worker import Worker, build_annotator
+from pipeline.output.reading import read_job_record
+from pipeline.run.job import prepare_job
+from pipeline.run.worker import Worker, build_annotator
 
 
 def model(name="ViT-B-32", pretrained="openai", **settings):

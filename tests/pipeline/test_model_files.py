@@ -6,11 +6,11 @@ import huggingface_hub.constants
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.annotate.model import load_explainer
+from pipeline.cli.main import app
+from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.errors import UserError
-from pipeline.model import load_explainer
-from pipeline.settings import ModelConfig
 
 
 @pytest.fixture

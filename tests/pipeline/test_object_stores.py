@@ -27,15 +27,16 @@ from object_servers import (
 from report_jobs import varied_rows, write_job
 
 import legrad
-from pipeline import job as jobs
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
+from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError, ShortReadError, UserError
+from pipeline.output.status import read_status
+from pipeline.output.writer import ShardWriter
 from pipeline.report import write_report
-from pipeline.status import read_status
-from pipeline.storage import ShardSource, output
-from pipeline.writer import ShardWriter
+from pipeline.run import job as jobs
+from pipeline.storage import ShardSource
+from pipeline.storage import publishing as output
 
 pytestmark = pytest.mark.usefixtures("only_loopback")
 

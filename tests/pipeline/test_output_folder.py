@@ -11,15 +11,15 @@ from corpus import demo_job, write_corpus, write_word_shards
 from output_readers import assert_all_readers_find
 
 from pipeline.errors import UserError
-from pipeline.job import prepare_job
-from pipeline.output_folder import new_run_id
-from pipeline.output_records import read_job_record
-from pipeline.records import SampleError
+from pipeline.output.folder import new_run_id
+from pipeline.output.reading import read_job_record
+from pipeline.output.status import read_status
+from pipeline.output.writer import ShardWriter
 from pipeline.report.totals import read_totals
-from pipeline.result import JobResult, concluded, first_state
-from pipeline.status import read_status
+from pipeline.run.job import prepare_job
+from pipeline.run.outcome import JobResult, concluded, first_state
+from pipeline.shards.sample_error import SampleError
 from pipeline.storage import DigestingStream, open_shard
-from pipeline.writer import ShardWriter
 
 ROWS = 3
 

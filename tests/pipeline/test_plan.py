@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.schema import RunConfig
 from pipeline.errors import UserError
-from pipeline.plan import plan_workers, spread_evenly
-from pipeline.settings import RunConfig
+from pipeline.output.survey import spread_evenly
+from pipeline.run.plan import plan_workers
 
 EIGHT_GPUS = {"CPU": 64, "GPU": 8}
 

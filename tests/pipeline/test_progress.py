@@ -8,18 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.measures import Measures, Meter
-from pipeline.progress import (
-    PatientConsole,
-    RecentPace,
-    RunState,
-    SharedProgress,
-    as_duration,
-    as_line,
-    open_progress,
-)
-from pipeline.records import ShardCounts
-from pipeline.text import PrintableConsole
+from pipeline.annotate.meter import Meter
+from pipeline.console import PatientConsole, PrintableConsole
+from pipeline.output.counts import ShardCounts
+from pipeline.output.measures import Measures
+from pipeline.output.run_state import RunState
+from pipeline.run.progress import RecentPace, SharedProgress, as_line, open_progress
+from pipeline.text import as_duration
 
 STATE = RunState(
     shards_total=10,
@@ -127,7 +122,7 @@ def test_the_pace_is_never_negative_also_when_a_dead_worker_takes_samples_with_i
 
 def test_the_meter_adds_up_what_threads_report(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("pipeline.measures.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.annotate.meter.time.monotonic", lambda: now[0])
     meter = Meter()
     meter.image_decoded()
     now[0] = 101.0
@@ -142,7 +137,7 @@ def test_the_meter_adds_up_what_threads_report(monkeypatch):
 
 def test_time_counts_once_while_several_device_steps_run(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("pipeline.measures.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.annotate.meter.time.monotonic", lambda: now[0])
     meter = Meter()
     with meter.device_step():
         now[0] = 2.0

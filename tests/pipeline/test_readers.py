@@ -26,17 +26,17 @@ from PIL import Image
 from pycocotools.coco import COCO
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.decode import open_image, read_captions
+from pipeline.config.classes import read_class_list
+from pipeline.config.schema import InputConfig
+from pipeline.datasets.coco import open_coco
+from pipeline.datasets.imagenet_s import open_imagenet_s
+from pipeline.datasets.openimages import open_openimages
+from pipeline.datasets.voc import open_voc
+from pipeline.datasets.writing import write_shards
 from pipeline.errors import UserError
-from pipeline.ground_truth import Scene, list_truth_shards, read_scenes
-from pipeline.prompts.class_list import read_class_list
 from pipeline.prompts.mentions import MentionFinder
-from pipeline.readers.coco import open_coco
-from pipeline.readers.imagenet_s import open_imagenet_s
-from pipeline.readers.openimages import open_openimages
-from pipeline.readers.voc import open_voc
-from pipeline.readers.writing import write_shards
-from pipeline.settings import InputConfig
+from pipeline.shards.decode import open_image, read_captions
+from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 
 
 def scenes_of(folder):

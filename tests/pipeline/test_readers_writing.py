@@ -26,12 +26,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline import cli, storage
+from pipeline import storage
+from pipeline.cli import main as cli
+from pipeline.datasets.coco import open_coco
+from pipeline.datasets.dataset import TruthDataset, TruthSample
+from pipeline.datasets.voc import open_voc
+from pipeline.datasets.writing import ShardLimits, sample_key, write_shards
 from pipeline.errors import OutputError, UserError
-from pipeline.readers.coco import open_coco
-from pipeline.readers.dataset import TruthDataset, TruthSample
-from pipeline.readers.voc import open_voc
-from pipeline.readers.writing import ShardLimits, sample_key, write_shards
 
 NAMES = [f"2007_00000{index}" for index in range(7)]
 

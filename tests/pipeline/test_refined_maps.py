@@ -13,16 +13,17 @@ from corpus import demo_job, write_shard
 from PIL import Image
 
 import legrad
-from legrad.masks import decode_rle, heatmaps_of, minmax_normalise
+from legrad.heatmaps import heatmaps_of, minmax_normalise
+from legrad.masks.rle import decode_rle
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
-from pipeline.decode import DecodedImage
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.engine import Engine, PreparedSample, Prompt
+from pipeline.annotate.refinement import refined_maps, refinement_of
+from pipeline.config.schema import MasksConfig
 from pipeline.demo import assets
-from pipeline.engine import Engine, PreparedSample, Prompt
 from pipeline.errors import UserError
 from pipeline.prompts.sample_prompts import Companions
-from pipeline.refined_maps import refined_maps, refinement_of
-from pipeline.settings import MasksConfig
+from pipeline.shards.decode import DecodedImage
 
 PAR = refinement_of(MasksConfig(refine="par"), 8)
 SCENES = 8

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from report_jobs import HOSTILE, box_rle, error, row, varied_rows, write_job
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.errors import UserError
 from pipeline.report import write_report
 from pipeline.report.charts import class_bars, histogram, pace_chart

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from legrad.images import ImageTransform
 from legrad.inputs import neutral_patches
-from legrad.text_embedder import EmbeddedTexts
+from legrad.text_cache import EmbeddedTexts
 from legrad.views import Views, canvas_grids, views_of
-from pipeline.config import config_hash, known_keys, parse_config
-from pipeline.decode import DecodedImage
-from pipeline.engine import ExplainedPrompt, ExplainedSample, PreparedSample
+from pipeline.annotate.engine import ExplainedPrompt, ExplainedSample, PreparedSample
+from pipeline.annotate.refinement import refined_maps, refinement_of
+from pipeline.annotate.rows import annotation_rows
+from pipeline.annotate.texts import BatchTextEmbedder, choose_maps
+from pipeline.config.load import config_hash, known_keys, parse_config
+from pipeline.config.row_keys import row_keys, told_differences
 from pipeline.errors import SampleFailure, UserError
-from pipeline.mask_rows import annotation_rows
-from pipeline.prompts.batch_texts import BatchTextEmbedder, choose_maps
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of, with_files_read
-from pipeline.refined_maps import refined_maps, refinement_of
-from pipeline.row_keys import row_keys, told_differences
+from pipeline.shards.decode import DecodedImage
 
 GRID = (3, 4)
 PATCH = 4

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.measures import Measures
-from pipeline.metrics import COUNTERS, GAUGES, RunMetrics
-from pipeline.progress import RunState, SharedProgress
-from pipeline.records import ShardCounts
+from pipeline.output.counts import ShardCounts
+from pipeline.output.measures import Measures
+from pipeline.output.run_state import RunState
+from pipeline.run.progress import SharedProgress
+from pipeline.run.prometheus import COUNTERS, GAUGES, RunMetrics
 
 
 class Recorder:
@@ -36,7 +37,7 @@ class Recorder:
 @pytest.fixture
 def metrics(monkeypatch):
     Recorder.made = {}
-    monkeypatch.setattr("pipeline.metrics.INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.run.prometheus.INTERVAL_S", 0.0)
     return RunMetrics("s3://masks/run", Recorder, Recorder)
 
 
@@ -78,7 +79,7 @@ def test_counters_neither_fall_nor_count_twice_what_a_dead_worker_had_begun(metr
 
 
 def test_metrics_are_recorded_no_more_often_than_the_interval_but_always_at_the_end(metrics, monkeypatch):
-    monkeypatch.setattr("pipeline.metrics.INTERVAL_S", 3600.0)
+    monkeypatch.setattr("pipeline.run.prometheus.INTERVAL_S", 3600.0)
     metrics.update(STATE)
     metrics.update(replace(STATE, workers_ready=5))
     assert value("legrad_workers") == 2

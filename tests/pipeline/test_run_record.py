@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.measures import Measures
-from pipeline.output_folder import OutputFolder, new_run_id
-from pipeline.progress import RunState
-from pipeline.records import ShardCounts
-from pipeline.run_record import MAX_POINTS, latest_run, latest_runs, recorded_run
+from pipeline.output.counts import ShardCounts
+from pipeline.output.folder import OutputFolder, new_run_id
+from pipeline.output.measures import Measures
+from pipeline.output.run_state import RunState
+from pipeline.output.runs import MAX_POINTS, latest_run, latest_runs, recorded_run
 
 STATE = RunState(
     shards_total=4,
@@ -69,7 +69,7 @@ def test_a_record_that_cannot_be_written_ends_no_run(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("no space"), ValueError("a bug"), RuntimeError("and another")])
 def test_whatever_fails_in_a_record_is_told_once_and_ends_no_run(tmp_path, monkeypatch, caplog, error):
-    monkeypatch.setattr("pipeline.run_record.INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.output.runs.INTERVAL_S", 0.0)
     folder = OutputFolder(str(tmp_path), new_run_id())
 
     def publish(*_args):
@@ -84,8 +84,8 @@ def test_whatever_fails_in_a_record_is_told_once_and_ends_no_run(tmp_path, monke
 
 
 def test_a_store_that_hangs_does_not_hold_a_run_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.run_record.INTERVAL_S", 0.0)
-    monkeypatch.setattr("pipeline.run_record.LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr("pipeline.output.runs.INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.output.runs.LONGEST_WAIT_S", 0.01)
     over, begun = threading.Event(), []
 
     def publish(*_args):

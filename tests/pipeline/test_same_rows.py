@@ -15,11 +15,11 @@ from corpus import write_shard
 from row_agreement import agreement
 
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
-from pipeline.config import load_config, parse_config
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.model import load_explainer
+from pipeline.config.load import load_config, parse_config
+from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
-from pipeline.model import load_explainer
-from pipeline.settings import ModelConfig
 
 SAMPLES = 16
 # texts that the demo's text tower does not tell apart, before, between and after those that it does

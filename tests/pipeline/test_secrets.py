@@ -12,14 +12,14 @@ from corpus import demo_job, image_bytes, write_corpus
 from object_servers import SECRET, FolderHandler, serving
 
 import legrad
-from pipeline import cli
-from pipeline import job as jobs
-from pipeline.annotate import ShardAnnotator
-from pipeline.config import load_config
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.cli import main as cli
+from pipeline.config.load import load_config
 from pipeline.demo import assets
-from pipeline.metrics import RunMetrics
-from pipeline.progress import RunState
-from pipeline.run_record import recorded_run
+from pipeline.output.run_state import RunState
+from pipeline.output.runs import recorded_run
+from pipeline.run import job as jobs
+from pipeline.run.prometheus import RunMetrics
 from pipeline.storage import shown_url
 
 pytestmark = pytest.mark.usefixtures("only_loopback")

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 from torchvision import tv_tensors
 
-from pipeline.demo import assets, segmenter_scenes
-from pipeline.demo.segmenter import INPUT_SIDE, make_segmenter
-from pipeline.demo.segmenter_scenes import scene_split
-from pipeline.demo.segmenter_scores import score
-from pipeline.demo.train_segmenter import Plan, demo_config, train_transform
+from pipeline.demo import assets
+from pipeline.demo.making import segmenter_scenes
+from pipeline.demo.making.segmenter import INPUT_SIDE, make_segmenter
+from pipeline.demo.making.segmenter_scenes import scene_split
+from pipeline.demo.making.segmenter_scores import score
+from pipeline.demo.making.train_segmenter import Plan, demo_config, train_transform
 
 
 def random_label_maps(seed, labels=(0, 1, 2, 3)):
@@ -100,7 +101,7 @@ def test_training_images_come_at_the_size_of_the_input_with_labels_that_stay_lab
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_proof_runs_from_scenes_to_scores(tmp_path):
-    command = [sys.executable, "-m", "pipeline.demo.train_segmenter", "--scale", "0.02"]
+    command = [sys.executable, "-m", "pipeline.demo.making.train_segmenter", "--scale", "0.02"]
     places = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     done = subprocess.run([*command, *places], check=False, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.shard_queue import ShardQueue
+from pipeline.run.shard_queue import ShardQueue
 from pipeline.storage import ShardSource
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from pipeline.records import SampleError
-from pipeline.shards import MAX_FIELDS_PER_SAMPLE, RawSample, read_samples
+from pipeline.shards.sample_error import SampleError
+from pipeline.shards.samples import MAX_FIELDS_PER_SAMPLE, RawSample, read_samples
 
 BLOCK = 512
 END = bytes(2 * BLOCK)

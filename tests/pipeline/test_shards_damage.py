@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.records import SampleError
-from pipeline.shards import RawSample, read_samples
+from pipeline.shards.sample_error import SampleError
+from pipeline.shards.samples import RawSample, read_samples
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 FIELDS = ("jpg", "txt", "json", "seg.png")

@@ -5,14 +5,14 @@ import io
 import pytest
 from corpus import demo_job, write_corpus
 
-from pipeline.job import prepare_job
-from pipeline.measures import Measures
-from pipeline.output_folder import OutputFolder, new_run_id
-from pipeline.progress import RunState
-from pipeline.records import ShardCounts
-from pipeline.run_record import RunRecord, recorded_run
-from pipeline.status import OutputStatus, read_status, render_status
-from pipeline.text import PrintableConsole
+from pipeline.console import PrintableConsole
+from pipeline.output.counts import ShardCounts
+from pipeline.output.folder import OutputFolder, new_run_id
+from pipeline.output.measures import Measures
+from pipeline.output.run_state import RunState
+from pipeline.output.runs import RunRecord, recorded_run
+from pipeline.output.status import OutputStatus, read_status, render_status
+from pipeline.run.job import prepare_job
 
 RUN = RunRecord(
     started="2026-01-01T10:00:00+00:00",

@@ -11,8 +11,9 @@ import yaml
 from corpus import demo_job
 from object_servers import Fault, FolderHandler, faulty_proxy, serving
 
-from pipeline import cli, storage
-from pipeline.config import load_config
+from pipeline import storage
+from pipeline.cli import main as cli
+from pipeline.config.load import load_config
 from pipeline.errors import OutputError, ShardError, UserError
 from pipeline.storage import filesystems, web
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.stages import Stages, StreamLimits
-from pipeline.stream import BatchStream
+from pipeline.annotate.stages import Stages, StreamLimits
+from pipeline.annotate.stream import BatchStream
 
 PATIENT_S = 3600.0
 SOON_S = 120.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.surroundings import CACHE_VARIABLES, READ_CACHES, settle_in
+from pipeline.process.surroundings import CACHE_VARIABLES, READ_CACHES, settle_in
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.text import PrintableConsole, PrintableFormatter, on_screen, printable, printable_streams
+from pipeline.console import PrintableConsole, PrintableFormatter, printable_streams
+from pipeline.text import on_screen, printable
 
 # clear the screen, set its title, eight-bit controls, backspaces, directions, separators, half a character
 HOSTILE = [

@@ -37,8 +37,9 @@ from training_corpus import (
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError, ShardError, UserError
-from pipeline.training import MaskDataset, collate, joining, pixel_weights, similarity_weight
-from pipeline.training.shares import shares_of
+from pipeline.output import joining
+from pipeline.output.shares import shares_of
+from pipeline.training import MaskDataset, collate, pixel_weights, similarity_weight
 
 
 def plain_plans(sizes, prompts=1):

@@ -31,14 +31,14 @@ from hostile_shards import (
 
 import legrad
 from pipeline import storage
-from pipeline.annotate import ShardAnnotator
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.model import load_explainer
+from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
-from pipeline.ground_truth import Scene, scene_of
-from pipeline.model import load_explainer
-from pipeline.records import SampleError
-from pipeline.settings import ModelConfig
-from pipeline.shards import RawSample
+from pipeline.shards.ground_truth import Scene, scene_of
+from pipeline.shards.sample_error import SampleError
+from pipeline.shards.samples import RawSample
 from pipeline.text import printable
 
 FAULTS = TAR_FAULTS | IMAGE_FAULTS | CAPTION_FAULTS

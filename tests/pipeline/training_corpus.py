@@ -12,10 +12,11 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from pipeline import storage
-from pipeline.output_folder import JOB_FILE, LAYOUT, SHARDS_FILE
-from pipeline.records import ANNOTATION_SCHEMA, SampleError
-from pipeline.shard_list import shard_list_bytes
-from pipeline.writer import ShardWriter
+from pipeline.output.folder import JOB_FILE, LAYOUT, SHARDS_FILE
+from pipeline.output.schema import ANNOTATION_SCHEMA
+from pipeline.output.shard_list import shard_list_bytes
+from pipeline.output.writer import ShardWriter
+from pipeline.shards.sample_error import SampleError
 
 HEIGHT, WIDTH = 6, 10
 LAST_CLASS = 254

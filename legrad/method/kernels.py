@@ -1,0 +1,88 @@
+"""sum over heads and queries of relu(g V^T), without ever holding that product for all prompts.
+
+On a CUDA device with Triton it is one kernel (`legrad.method.kernels_triton`); elsewhere, and in float64, the
+product is taken a piece at a time.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# In float32 the pieces are faster than the kernel, by half on an H100: its tensor cores know no such product.
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+# A piece that stays in a core's cache, in memory that the allocator keeps, takes half the time.
+CPU_PIECE_BYTES_PER_THREAD = 2**20
+
+
+def rectified_column_sums(
+    gradients: Float[Tensor, "prompts heads queries head_dim"],
+    values: Float[Tensor, "images heads keys head_dim"],
+    image_index: Int[Tensor, " prompts"],
+    memory_budget_bytes: int,
+) -> Float[Tensor, "prompts keys"]:
+    """Sum relu(gradients @ values^T) over heads and queries, each prompt with the values of its image.
+
+    Args:
+        gradients: g, of any strides.
+        values: V, of the same dtype and on the same device.
+        image_index: for each prompt, the row of its image in `values`; on the same device.
+        memory_budget_bytes: bound on what is held of the product where no kernel runs; what one head has for
+            one key is the least taken.
+
+    Returns:
+        At least zero; float32, or float64 for float64.
+    """
+    if gradients.is_cuda and gradients.dtype in KERNEL_DTYPES and gradients.numel() and _has_triton():
+        from legrad.method import kernels_triton
+
+        with torch.cuda.device(gradients.device):
+            return kernels_triton.rectified_column_sums(gradients, values, image_index)
+    return rectified_column_sums_in_pieces(gradients, values, image_index, memory_budget_bytes)
+
+
+def rectified_column_sums_in_pieces(
+    gradients: Float[Tensor, "prompts heads queries head_dim"],
+    values: Float[Tensor, "images heads keys head_dim"],
+    image_index: Int[Tensor, " prompts"],
+    memory_budget_bytes: int,
+) -> Float[Tensor, "prompts keys"]:
+    """Compute `rectified_column_sums` by batched products, on any device and in any floating dtype."""
+    dtype = torch.promote_types(gradients.dtype, torch.float32)
+    prompts, heads, queries, head_dim = gradients.shape
+    keys = values.shape[2]
+    sums = torch.zeros(prompts, keys, dtype=dtype, device=gradients.device)
+    # An element of the product, and of the values that are gathered for it.
+    held = _piece_bytes(gradients.device, memory_budget_bytes) // gradients.element_size()
+    key_step = _step(held, queries + head_dim, keys)
+    head_step = _step(held, (queries + head_dim) * key_step, heads)
+    prompt_step = _step(held, (queries + head_dim) * key_step * head_step, prompts)
+    for first_prompt in range(0, prompts, prompt_step):
+        rows = slice(first_prompt, first_prompt + prompt_step)
+        for first_head in range(0, heads, head_step):
+            some_heads = slice(first_head, first_head + head_step)
+            columns = gradients[rows, some_heads].transpose(2, 3)
+            for first_key in range(0, keys, key_step):
+                some_keys = slice(first_key, first_key + key_step)
+                some_values = values[:, some_heads, some_keys][image_index[rows]]
+                product = (some_values @ columns).relu_()
+                sums[rows, some_keys] += product.sum(dim=-1, dtype=dtype).sum(dim=1)
+    return sums
+
+
+def _step(held: int, elements_each: int, count: int) -> int:
+    """Return how many of `count` fit, at least one."""
+    return min(max(1, held // max(1, elements_each)), max(1, count))
+
+
+def _piece_bytes(device: torch.device, memory_budget_bytes: int) -> int:
+    if device.type != "cpu":
+        return memory_budget_bytes
+    return min(memory_budget_bytes, CPU_PIECE_BYTES_PER_THREAD * torch.get_num_threads())
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

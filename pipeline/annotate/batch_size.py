@@ -1,0 +1,88 @@
+"""`run.batch_size: auto`: how many images a forward pass takes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+
+import legrad
+from legrad.views import Views, canvas_pixels
+from pipeline.annotate.engine import Engine, PreparedSample, Prompt
+from pipeline.shards.decode import WHOLE_IMAGE, DecodedImage
+
+logger = logging.getLogger(__name__)
+
+# a core gains nothing from more, and memory grows with the batch
+CPU_BATCH_SIZE = 8
+FIRST_TRIED = 8
+LARGEST_TRIED = 1024
+WORTHWHILE_GAIN = 1.05
+
+
+def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int, views: Views = WHOLE_IMAGE) -> int:
+    """Find how many images keep a device busy: on CUDA by trying, on a CPU a fixed number.
+
+    Args:
+        explainer: the loaded model.
+        prompts_per_sample: how many each image of the trial gets.
+        views: how each image of the trial is seen.
+    """
+    if explainer.device.type != "cuda":
+        return CPU_BATCH_SIZE
+    trial = Engine(explainer, prompts_per_sample, LARGEST_TRIED, views=views)
+    image = _large_image(explainer, views)
+    prompts = tuple(Prompt(index, f"{index}") for index in range(prompts_per_sample))
+    sample = PreparedSample(0, "trial", image, prompts)
+
+    def step_s(images: int) -> float:
+        # the first run of a size also chooses kernels and takes memory
+        return min(trial.measure_s([sample] * images) for _ in range(2))
+
+    found = search_batch_size(step_s)
+    torch.cuda.empty_cache()
+    logger.info("run.batch_size auto: %d images", found)
+    return found
+
+
+def _large_image(explainer: legrad.LeGrad, views: Views) -> DecodedImage:
+    """An image of the input's aspect ratio, of as many pixels as views of it can use."""
+    transform = explainer.transform
+    factor = math.ceil(max(views.tile_zoom, *views.scales))
+    size = (transform.width * factor, transform.height * factor)
+    pixels, *further_pixels = canvas_pixels(views, transform, Image.new("RGB", size))
+    return DecodedImage(pixels, size[1], size[0], tuple(further_pixels))
+
+
+def search_batch_size(step_s: Callable[[int], float]) -> int:
+    """Double the batch while that pays and fits.
+
+    Args:
+        step_s: runs a batch of so many images and returns its seconds; raises torch.OutOfMemoryError.
+
+    Returns:
+        The smallest size beyond which doubling gains less than 5 %; where memory ends first, half of what
+        fits, since two batches are held at a time. At least 1.
+    """
+    size, rate = FIRST_TRIED, _rate(step_s, FIRST_TRIED)
+    while rate is None and size > 1:
+        size //= 2
+        rate = _rate(step_s, size)
+    while rate is not None and size < LARGEST_TRIED:
+        doubled = _rate(step_s, 2 * size)
+        if doubled is None:
+            return max(1, size // 2)
+        if doubled < WORTHWHILE_GAIN * rate:
+            break
+        size, rate = 2 * size, doubled
+    return size
+
+
+def _rate(step_s: Callable[[int], float], images: int) -> float | None:
+    try:
+        return images / step_s(images)
+    except torch.OutOfMemoryError:
+        return None

@@ -1,0 +1,144 @@
+"""The texts of a batch, embedded once each, and which of them get a map for which image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from legrad.text_cache import TextEmbedder
+from pipeline.annotate.equal_texts import EqualRows, equal_rows, first_of_equal, without_equals
+from pipeline.prompts.sample_prompts import Companions, Ensemble, Prompt
+
+
+@dataclass(frozen=True)
+class BatchTexts:
+    """The distinct texts of a batch, and where each sample's own are among them.
+
+    Attributes:
+        unit_rows: one row a text, [texts, embed_dim], on the model's device.
+        truncated: for each text, whether the tokenizer cut it.
+        prompt_rows: for each sample, the row of each prompt, int64 [prompts].
+        map_rows: for each sample, the row that each prompt's score and map are made from, int64 [prompts]:
+            that of the first prompt whose embedding is equal but for rounding, mostly the prompt's own.
+        background_rows: for each sample, rows of the background texts that are equal to none of its prompts
+            and to none of each other, int64 [backgrounds].
+        neutral_row: row of the neutral text, int64 [0 or 1].
+    """
+
+    unit_rows: torch.Tensor
+    truncated: tuple[bool, ...]
+    prompt_rows: tuple[np.ndarray, ...]
+    map_rows: tuple[np.ndarray, ...]
+    background_rows: tuple[np.ndarray, ...]
+    neutral_row: np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """Which maps an image gets, in this order: prompts, backgrounds, the neutral text.
+
+    Attributes:
+        prompts: positions among the sample's prompts, ascending.
+        map_of_prompt: for each of these prompts, which map is its own; equal prompts share one.
+        text_rows: row of each map's text.
+        backgrounds: how many of the maps are those of backgrounds.
+    """
+
+    prompts: np.ndarray
+    map_of_prompt: np.ndarray
+    text_rows: np.ndarray
+    backgrounds: int
+
+    @property
+    def prompt_maps(self) -> int:
+        """How many of the maps are those of prompts."""
+        return len(set(self.map_of_prompt.tolist()))
+
+
+class BatchTextEmbedder:
+    """Embeds the texts of batches, and tells which of them count as one.
+
+    Args:
+        embedder: of single texts.
+        companions: what every sample gets besides. Of background texts that are equal but for rounding the
+            first in the list stands for all; that is decided here, once.
+        within: distance up to which unit rows are equal.
+    """
+
+    def __init__(self, embedder: TextEmbedder, companions: Companions, within: float) -> None:
+        self._embedder = embedder
+        self._within = within
+        self._neutral: list[Ensemble] = [] if companions.neutral is None else [(companions.neutral,)]
+        self._background = self._distinct(companions.background)
+        # a job of classes brings the same texts with every batch
+        self._last: tuple[list[Ensemble], EqualRows] = ([], {})
+
+    def embed(self, prompts_of_samples: Sequence[tuple[Prompt, ...]]) -> BatchTexts:
+        """Embed the texts of a batch, each once."""
+        row_of: dict[Ensemble, int] = {}
+
+        def rows(ensembles: Sequence[Ensemble]) -> np.ndarray:
+            return np.array([row_of.setdefault(ensemble, len(row_of)) for ensemble in ensembles], np.int64)
+
+        # samples that get all classes share one tuple
+        distinct = {id(prompts): prompts for prompts in prompts_of_samples}
+        rows_of = {key: rows([prompt.ensemble for prompt in prompts]) for key, prompts in distinct.items()}
+        background, neutral_row = rows(self._background), rows(self._neutral)
+        embedded = self._embedder.embed_ensembles(list(row_of))
+        equal = self._equal_rows(list(row_of), embedded.unit_rows)
+        maps_of = {key: first_of_equal(own, equal) for key, own in rows_of.items()}
+        background_of = {key: without_equals(background, own, equal) for key, own in rows_of.items()}
+        keys = [id(prompts) for prompts in prompts_of_samples]
+        return BatchTexts(
+            embedded.unit_rows,
+            embedded.truncated,
+            tuple(rows_of[key] for key in keys),
+            tuple(maps_of[key] for key in keys),
+            tuple(background_of[key] for key in keys),
+            neutral_row,
+        )
+
+    def _distinct(self, ensembles: Sequence[Ensemble]) -> list[Ensemble]:
+        if not ensembles:
+            return []
+        equal = equal_rows(self._embedder.embed_ensembles(ensembles).unit_rows, self._within)
+        firsts = first_of_equal(np.arange(len(ensembles)), equal).tolist()
+        return [ensembles[row] for row in dict.fromkeys(firsts)]
+
+    def _equal_rows(self, ensembles: list[Ensemble], unit_rows: torch.Tensor) -> EqualRows:
+        last_ensembles, equal = self._last
+        if ensembles != last_ensembles:
+            equal = equal_rows(unit_rows, self._within)
+            self._last = (ensembles, equal)
+        return equal
+
+
+def choose_maps(
+    similarities: np.ndarray, texts: BatchTexts, max_prompts: int, max_background: int
+) -> list[ImageMaps]:
+    """Choose the prompts and the backgrounds that are most similar to each image.
+
+    Args:
+        similarities: cosines, [images, texts].
+        texts: of the batch.
+        max_prompts: prompts of an image, at most.
+        max_background: backgrounds of an image, at most.
+    """
+    chosen = []
+    for cosines, map_rows, others in zip(similarities, texts.map_rows, texts.background_rows, strict=True):
+        prompts = _most_similar(cosines[map_rows], max_prompts)
+        own = map_rows[prompts].tolist()
+        map_of_row = {row: number for number, row in enumerate(dict.fromkeys(own))}
+        backgrounds = others[_most_similar(cosines[others], max_background)]
+        rows = np.concatenate([np.array(list(map_of_row), np.int64), backgrounds, texts.neutral_row])
+        map_of_prompt = np.array([map_of_row[row] for row in own], np.int64)
+        chosen.append(ImageMaps(prompts, map_of_prompt, rows, len(backgrounds)))
+    return chosen
+
+
+def _most_similar(cosines: np.ndarray, limit: int) -> np.ndarray:
+    """Positions of the greatest, at most `limit`, in ascending order; of equal ones the first."""
+    return np.sort(np.argsort(-cosines, kind="stable")[:limit])

@@ -1,0 +1,139 @@
+"""The job's configuration: YAML, validated on load, overridable by ``key=value``."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline.config.row_keys import row_keys
+from pipeline.config.schema import JobConfig, Section
+from pipeline.config.yaml_text import parse_yaml
+from pipeline.errors import UserError
+from pipeline.text import printable, received
+
+MAX_FILE_BYTES = 1 << 20
+TOLD_PROBLEMS = 20
+URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
+    """Read and validate a job's YAML file.
+
+    Args:
+        path: the YAML file: a path, s3://, gs:// or http(s):// URL.
+        overrides: ``section.key=value`` strings; values are parsed as YAML, later ones win.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        UserError: unreadable file, invalid YAML, unknown key (the nearest known one is named), bad value.
+    """
+    where = storage.shown_url(str(path))
+    document = parse_yaml(storage.read_text(str(path), MAX_FILE_BYTES), where)
+    if not isinstance(document, dict):
+        raise UserError(
+            f"{where}: expected a mapping with sections input, model, output; got {type(document).__name__}"
+        )
+    for override in overrides:
+        document = _with_override(document, override)
+    return parse_config(document, where=where)
+
+
+def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobConfig:
+    """Validate a configuration given as nested mappings; raises UserError like `load_config`."""
+    try:
+        return JobConfig.model_validate(document)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_told(problem) for problem in error.errors()))
+        more = [f"  ... and {len(lines) - TOLD_PROBLEMS} more"] if len(lines) > TOLD_PROBLEMS else []
+        told = [f"{storage.shown_url(where)}: {len(lines)} problem(s)", *lines[:TOLD_PROBLEMS], *more]
+        raise UserError("\n".join(told)) from None
+    except RecursionError:
+        raise UserError(f"{storage.shown_url(where)}: is nested too deeply to be a configuration") from None
+
+
+def config_hash(config: JobConfig, weights_digest: str) -> str:
+    """Hash what changes the rows, as `pipeline.config.row_keys` tells it.
+
+    Args:
+        config: the job's configuration, with the content of its files.
+        weights_digest: digest of the model's weights.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    relevant = {**row_keys(config), "weights": weights_digest}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:
+    dotted_key, separator, text = override.partition("=")
+    keys = dotted_key.split(".")
+    if not separator or not all(keys) or len(keys) > 2:
+        raise UserError(f"expected an override of the form section.key=value, got {_shown(override)}")
+    # @FILE, *.tar and {0..9}.tar are patterns of input.shards, and no YAML
+    is_pattern = text.startswith(("@", "*", "{"))
+    value = text if is_pattern else parse_yaml(text, f"override {dotted_key}: the value")
+    return _set(document, keys, value)
+
+
+def _shown(override: str) -> str:
+    # what stands behind the key may carry credentials
+    key, separator, _ = override.partition("=")
+    return received(f"{key}{separator}..." if separator else storage.shown_url(override))
+
+
+def _set(document: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+    if len(keys) == 1:
+        return {**document, keys[0]: value}
+    nested = document.get(keys[0]) or {}
+    if not isinstance(nested, dict):
+        raise UserError(f"override {'.'.join(keys)}: {keys[0]} is not a section")
+    return {**document, keys[0]: _set(nested, keys[1:], value)}
+
+
+def _told(problem: Any) -> str:
+    # deeper parts name alternatives of a type, not keys
+    location = [printable(str(part))[:80] for part in problem["loc"]][:2]
+    dotted = ".".join(location) or "config"
+    if problem["type"] == "extra_forbidden":
+        return f"  {dotted}: unknown key{_suggestion(location)}"
+    if problem["type"] == "missing":
+        return f"  {dotted}: required, but missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if len(location) < 2 and problem["type"] == "value_error":
+        return f"  {message}"
+    # URLs may carry credentials or signatures
+    value = problem["input"]
+    told_value = type(value).__name__ if dotted in URL_KEYS else received(value)
+    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {told_value}"
+
+
+def _suggestion(location: Sequence[str]) -> str:
+    known = known_keys()
+    dotted = ".".join(location)
+    candidates = [key for key in known if len(key.split(".")) == len(location)]
+    nearest = difflib.get_close_matches(dotted, candidates, n=1) or difflib.get_close_matches(
+        dotted, known, n=1
+    )
+    return f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(candidates)}"
+
+
+def known_keys() -> list[str]:
+    """All keys, sections first as ``input``, then as ``input.shards``."""
+    sections = list(JobConfig.model_fields)
+    nested = [
+        f"{name}.{key}"
+        for name, section in JobConfig.model_fields.items()
+        if isinstance(section.annotation, type) and issubclass(section.annotation, Section)
+        for key in section.annotation.model_fields
+    ]
+    return sections + nested

@@ -1,0 +1,264 @@
+"""Which keys of a configuration change its rows: what the hash covers, and what a refusal names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline.config.classes import ClassEntry
+from pipeline.config.schema import JobConfig
+from pipeline.text import printable
+
+# a key of any other section counts unless it is named below
+NEVER_COUNT_SECTIONS = ("run",)
+# weights count by their digest, wherever they lie
+NEVER_COUNT = ("input.shards", "input.allow_commands", "model.pretrained", "output.dir", "output.on_mismatch")
+MAX_KEYS_TOLD = 10
+MAX_VALUE_CHARACTERS = 80
+_NEXT_LINE = "\n           "
+_NOT_COUNTED = object()
+
+
+def row_keys(config: JobConfig) -> dict[str, Any]:
+    """Give each key that changes the rows, with its value.
+
+    A key that does nothing in this configuration, such as `masks.quantile` under `masks.rule` fixed, is left
+    out, and values that mean the same are one.
+
+    Args:
+        config: with the content of its files, as `pipeline.prompts.sample_prompts.with_files_read` gives it.
+
+    Returns:
+        Dotted key to value, of types that JSON has.
+    """
+    return {
+        key: _MEANING[key](config) if key in _MEANING else value
+        for key, value in _flat(config.model_dump(mode="json")).items()
+        if _counts(key, config)
+    }
+
+
+def told_differences(
+    earlier: Mapping[str, Any], config: JobConfig, weights_digest: str, *, most: int = MAX_KEYS_TOLD
+) -> str:
+    """Tell why results of an earlier configuration are not those of this one.
+
+    Args:
+        earlier: the content of a folder's job.json; damaged or written by another version, it still gets an
+            answer.
+        config: the configuration now, with the content of its files.
+        weights_digest: digest of its weights.
+        most: keys that are named.
+
+    Returns:
+        One line for each key that changed and counts before or now, with both values; indented to stand
+        after "  changed: ".
+    """
+    lines = [*_told_weights(earlier, config, weights_digest), *_told_keys(earlier.get("config"), config)]
+    if not lines:
+        # the hash differs, and nothing that it covers
+        lines = ["nothing in the configuration; another version of this program wrote the folder"]
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return _NEXT_LINE.join([*lines[:most], *more])
+
+
+def _counts(key: str, config: JobConfig) -> bool:
+    if key in NEVER_COUNT or key.partition(".")[0] in NEVER_COUNT_SECTIONS:
+        return False
+    return key not in _ACTS_IF or _ACTS_IF[key](config)
+
+
+def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value for section, values in document.items() for key, value in values.items()
+    }
+
+
+def _told_weights(earlier: Mapping[str, Any], config: JobConfig, digest: str) -> Iterator[str]:
+    before = earlier.get("weights_digest")
+    if before != digest:
+        pretrained = _at(earlier, "config", "model", "pretrained")
+        yield (
+            f"the model's weights: {_shown(pretrained)} ({_shown(before)}) before, "
+            f"{_shown(config.model.pretrained)} ({_shown(digest)}) now"
+        )
+
+
+def _at(document: Any, *keys: str) -> Any:
+    for key in keys:
+        document = document.get(key) if isinstance(document, Mapping) else None
+    return document
+
+
+def _told_keys(earlier: Any, config: JobConfig) -> Iterator[str]:
+    try:
+        before = JobConfig.model_validate(earlier)
+    except RecursionError:
+        yield "the earlier configuration, which is nested too deeply to be read"
+        return
+    except ValidationError as error:
+        keys = dict.fromkeys(".".join(str(part) for part in problem["loc"][:2]) for problem in error.errors())
+        yield f"the earlier configuration, which this version cannot read: {_shown(list(keys))}"
+        return
+    raw_before, raw_now = _flat(before.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    counted_before, counted_now = row_keys(before), row_keys(config)
+    for key in raw_now:
+        means_another = counted_before.get(key, _NOT_COUNTED) != counted_now.get(key, _NOT_COUNTED)
+        if means_another and raw_before[key] != raw_now[key]:
+            yield f"{key}: {_told_change(raw_before[key], raw_now[key])}"
+
+
+def _told_change(before: Any, now: Any) -> str:
+    if isinstance(before, list) and isinstance(now, list) and len(_json(before) + _json(now)) > 80:
+        pairs = zip(before, now, strict=False)
+        place = next(
+            (place for place, (old, new) in enumerate(pairs) if old != new), min(len(before), len(now))
+        )
+        old, new = (_shown(items[place]) if place < len(items) else "none" for items in (before, now))
+        return f"{len(before)} entries before, {len(now)} now; entry {place + 1}: {old} before, {new} now"
+    return f"{_shown(before)} before, {_shown(now)} now"
+
+
+def _shown(value: Any) -> str:
+    """A value as it may stand on a screen: short, printable, without credentials."""
+    try:
+        text = storage.shown_url(value) if isinstance(value, str) else _json(value)
+    except ValueError:
+        text = "a value that cannot be shown"  # a URL that is none, of which nobody knows what is secret
+    text = printable(text)
+    return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[: MAX_VALUE_CHARACTERS - 1]}…"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _classes(config: JobConfig) -> tuple[ClassEntry, ...] | None:
+    """The classes that act; None where there are none, or where they are still to be read."""
+    found = config.prompts.classes
+    return found if isinstance(found, tuple) else None
+
+
+def _by_classes(config: JobConfig) -> bool:
+    return config.prompts.source == "classes"
+
+
+def _some_class(config: JobConfig, has: Callable[[ClassEntry], object]) -> bool:
+    classes = _classes(config)
+    return _by_classes(config) and (classes is None or any(has(entry) for entry in classes))
+
+
+def _competes(config: JobConfig) -> bool:
+    """Whether background texts take part: under argmax alone."""
+    return config.masks.combine == "argmax" and bool(_background(config))
+
+
+def _background(config: JobConfig) -> str | list[str]:
+    listed = config.prompts.background
+    if isinstance(listed, str):
+        return "" if listed == "none" else listed
+    return list(dict.fromkeys(listed))
+
+
+def _backgrounds_are_chosen(config: JobConfig) -> bool:
+    listed = _background(config)
+    return _competes(config) and (isinstance(listed, str) or len(listed) > config.prompts.max_background)
+
+
+def _prompts_are_chosen(config: JobConfig) -> bool:
+    if config.prompts.source == "caption":
+        return False
+    classes = _classes(config)
+    return classes is None or len(classes) > config.prompts.max_per_sample
+
+
+def _tiles(config: JobConfig) -> bool:
+    # a single window is the whole image
+    return config.model.fit == "tile" and config.views.max_tiles > 1
+
+
+def _rule_is(rule: str) -> Callable[[JobConfig], bool]:
+    return lambda config: config.masks.rule == rule
+
+
+def _refines(config: JobConfig) -> bool:
+    return config.masks.refine != "none"
+
+
+def _class_rows(config: JobConfig) -> Any:
+    """What of each class acts."""
+    classes, prompts = _classes(config), config.prompts
+    if classes is None:
+        return prompts.classes
+    is_looked_for = prompts.mentioned_in is not None or _competes(config)
+    left_out = set() if is_looked_for else {"plurals"}
+    if not (is_looked_for or prompts.embed_synonyms):
+        left_out.add("synonyms")
+    return [entry.model_dump(mode="json", exclude=left_out) for entry in classes]
+
+
+def _unit_contrast(config: JobConfig) -> float:
+    # imported here: it brings torch, and most commands need none
+    from legrad.masks.refine import PUBLISHED_CONTRAST
+
+    own = config.masks.refine_contrast
+    return PUBLISHED_CONTRAST[config.masks.refine] if own is None else own
+
+
+def _image_size(config: JobConfig) -> list[int] | None:
+    size = config.model.image_size
+    return [size, size] if isinstance(size, int) else size and list(size)
+
+
+def _field(spec: str | None) -> str | None:
+    """A field's name as it is looked for: extensions in any case, JSON keys in their own."""
+    extensions, colon, name = (spec or "").partition(":")
+    return extensions.lower() + colon + name or None
+
+
+# keys that are not here always act
+_ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
+    "input.caption": lambda config: not _by_classes(config),
+    "views.tile_zoom": _tiles,
+    "views.tile_overlap": _tiles,
+    "views.max_tiles": _tiles,
+    "prompts.max_per_sample": _prompts_are_chosen,
+    "prompts.classes": _by_classes,
+    "prompts.mentioned_in": _by_classes,
+    "prompts.templates": lambda config: (
+        not _by_classes(config) or _competes(config) or _some_class(config, lambda entry: not entry.templates)
+    ),
+    "prompts.embed_synonyms": lambda config: _some_class(config, lambda entry: entry.synonyms),
+    "prompts.background": _competes,
+    "prompts.max_background": _backgrounds_are_chosen,
+    "prompts.neutral_threshold": lambda config: config.prompts.neutral is not None,
+    "masks.value": _rule_is("fixed"),
+    "masks.quantile": _rule_is("quantile"),
+    "masks.low": _rule_is("band"),
+    "masks.high": _rule_is("band"),
+    "masks.band_center": _rule_is("band"),
+    "masks.refine_iterations": _refines,
+    "masks.refine_dilations": _refines,
+    "masks.refine_contrast": _refines,
+}
+
+# where several values mean the same
+_MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
+    "input.image": lambda config: config.input.image.lower(),
+    "input.caption": lambda config: _field(config.input.caption),
+    "model.image_size": _image_size,
+    "model.fit": lambda config: (
+        "stretch" if config.model.fit == "tile" and not _tiles(config) else config.model.fit
+    ),
+    "prompts.classes": _class_rows,
+    "prompts.mentioned_in": lambda config: _field(config.prompts.mentioned_in),
+    "prompts.background": _background,
+    "masks.refine_contrast": _unit_contrast,
+    # no mask covers less than nothing
+    "masks.min_area": lambda config: config.masks.min_area or None,
+    "output.rows": lambda config: config.rows_written,
+}

@@ -1,0 +1,187 @@
+"""COCO, objects and captions, as the archives of 2014 and 2017 unpack.
+
+    annotations/instances_val2017.json      images, annotations (polygons; run lengths for crowds), categories
+    annotations/captions_val2017.json       five sentences an image; may be missing
+    val2017/000000000139.jpg
+
+The owners number 80 categories from 1 to 90 with gaps: here a class id is a category's rank by its id, from
+1 to 80. Where objects overlap, the smaller one is in front, for what lies on a table is annotated within the
+table. Crowds are ignored where no single object lies.
+
+Source: https://cocodataset.org/#format-data, "Object Detection" and "Image Captioning".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt16
+from pycocotools import mask as run_lengths
+
+from legrad.errors import RleError
+from legrad.masks.rle import Rle, decode_rle, decode_runs, encode_rle, mask_area
+from pipeline.datasets.coco_records import CocoRecords, read_records, whole_number
+from pipeline.datasets.dataset import (
+    IGNORED,
+    LeftOut,
+    TruthDataset,
+    TruthSample,
+    labelled_sample,
+    plain_name,
+    read_image,
+    read_text,
+    require_folder,
+)
+from pipeline.errors import SampleFailure, UserError
+
+# the largest file, instances_train2017.json, has 450 MB
+MAX_JSON_BYTES = 4 << 30
+MIN_OUTLINE_PIXELS = 100_000
+
+
+def open_coco(root: str | Path, split: str = "val2017") -> TruthDataset:
+    """Open a split of COCO; its annotations are held in memory, several times the size of their files.
+
+    Args:
+        root: the folder of ``annotations`` and of the images' folder.
+        split: val2017, train2017, val2014 or train2014.
+
+    Raises:
+        UserError: a file or folder is missing, or the annotations are not COCO's.
+    """
+    folder = Path(root)
+    try:
+        images = require_folder(folder / plain_name(split), "images")
+    except SampleFailure as failure:
+        raise UserError(f"split: {failure.message}") from None
+    instances = _read_json(folder / "annotations" / f"instances_{split}.json")
+    captions_file = folder / "annotations" / f"captions_{split}.json"
+    captions = _read_json(captions_file) if captions_file.is_file() else {"annotations": []}
+    left_out = LeftOut()
+    try:
+        records = read_records(instances, captions, left_out)
+    except (ValueError, OverflowError) as error:
+        where = f"{folder / 'annotations'}: instances_{split}.json or captions_{split}.json"
+        raise UserError(f"{where} is not laid out as COCO's: {error}") from error
+    return TruthDataset(
+        f"coco-{split}",
+        records.class_names,
+        list(records.images),
+        lambda name: _read(images, name, records),
+        left_out,
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path, max_bytes=MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON: {error}") from None
+
+
+def _read(images: Path, name: str, records: CocoRecords) -> TruthSample:
+    image = records.images[name]
+    if image.doubt:
+        raise SampleFailure("read", "ambiguous_image", image.doubt)
+    height, width = image.height, image.width
+    stored = read_image(*_place(images, name))
+    if sorted((height, width)) != sorted((stored.height, stored.width)):
+        sizes = f"{width} x {height} pixels, the image has {stored.width} x {stored.height}"
+        raise SampleFailure("read", "size_mismatch", f"the annotations say {sizes}")
+    label_map = _label_map(records.objects.get(image.image_id, []), records.class_ids, height, width)
+    sentences = records.sentences.get(image.image_id, [])
+    extra: dict[str, Any] = {"caption": sentences[0], "all_captions": sentences} if sentences else {}
+    return labelled_sample(stored, label_map, records.class_names, extra)
+
+
+def _place(images: Path, name: str) -> tuple[Path, str]:
+    """Folder and base name of an image, whose name may hold folders, that of all images among them."""
+    *folders, base_name = name.split("/")
+    plain = [plain_name(folder) for folder in folders]
+    if plain[:1] == [images.name] and not images.joinpath(*plain).is_dir():
+        plain = plain[1:]
+    return images.joinpath(*plain), base_name
+
+
+def _label_map(
+    objects: Iterable[Mapping[str, Any]], class_ids: Mapping[int, int], height: int, width: int
+) -> UInt16[np.ndarray, "h w"]:
+    label_map = np.zeros((height, width), np.uint16)
+    masks = [_mask(each, class_ids, height, width) for each in objects]
+    # crowds first, then from the largest object to the smallest: what is painted last is in front
+    for label, _, rle in sorted(masks, key=lambda mask: (mask[0] != IGNORED, -mask[1])):
+        label_map[decode_rle(rle, max_pixels=height * width)] = label
+    return label_map
+
+
+def _mask(
+    annotation: Mapping[str, Any], class_ids: Mapping[int, int], height: int, width: int
+) -> tuple[int, int, Rle]:
+    """The value that an annotation's pixels get, how many they are, and which."""
+    try:
+        label = IGNORED if annotation.get("iscrowd") else _class_id(annotation, class_ids)
+        rle = _rle(annotation.get("segmentation"), height, width)
+        return label, int(mask_area([rle], max_pixels=height * width)[0]), rle
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RleError) as error:
+        reason = f"has no {error} in its segmentation" if isinstance(error, KeyError) else str(error)
+        raise _bad_annotation(f"annotation {annotation.get('id')!r:.40}: {reason}") from error
+
+
+def _class_id(annotation: Mapping[str, Any], class_ids: Mapping[int, int]) -> int:
+    category_id = whole_number(annotation, "category_id")
+    if category_id not in class_ids:
+        raise ValueError(f"category {category_id} is none of the {len(class_ids)} categories")
+    return class_ids[category_id]
+
+
+def _rle(outline: Any, height: int, width: int) -> Rle:
+    """Polygons or run lengths, as text or as a list of numbers, as a mask in the image's frame."""
+    if isinstance(outline, list):
+        polygons = [_polygon(corners, height, width) for corners in outline]
+        if not polygons:
+            raise ValueError("a segmentation without polygons")
+        _require_drawable(polygons, height, width)
+        merged = run_lengths.merge(run_lengths.frPyObjects(polygons, height, width))
+        return {"size": [height, width], "counts": merged["counts"].decode("ascii")}
+    if not isinstance(outline, dict):
+        found = "none" if outline is None else f"{outline!r:.40}"
+        raise ValueError(f"expected polygons or run lengths as segmentation, found {found}")
+    if outline["size"] != [height, width]:
+        raise ValueError(f"run lengths of {outline['size']!r:.60}, expected [{height}, {width}]")
+    if isinstance(outline["counts"], str):
+        return {"size": [height, width], "counts": outline["counts"]}
+    mask = decode_runs(outline["counts"], height, width, max_pixels=height * width)
+    return encode_rle(mask[None])[0]
+
+
+def _require_drawable(polygons: Sequence[Sequence[float]], height: int, width: int) -> None:
+    """Refuse outlines that are longer than any object's: each of their pixels takes 160 bytes to trace."""
+    limit = max(MIN_OUTLINE_PIXELS, 4 * height * width)
+    outline = sum(
+        float(np.abs(np.diff(np.reshape(corners, (-1, 2)), axis=0, append=[corners[:2]])).max(axis=1).sum())
+        for corners in polygons
+    )
+    if outline > limit:
+        raise ValueError(f"an outline of {outline:.0f} pixels; the limit is {limit}")
+
+
+def _polygon(corners: Any, height: int, width: int) -> list[float]:
+    """A polygon's x and y in turn."""
+    if not isinstance(corners, list):
+        raise ValueError(f"expected a list of numbers as polygon, found {corners!r:.40}")
+    numbers = [float(corner) for corner in corners]
+    if len(numbers) < 6 or len(numbers) % 2:
+        raise ValueError(f"a polygon of {len(numbers)} numbers")
+    largest = 2 * max(height, width)
+    if not all(math.isfinite(number) and abs(number) <= largest for number in numbers):
+        raise ValueError("a polygon that lies far outside of the image")
+    return numbers
+
+
+def _bad_annotation(message: str) -> SampleFailure:
+    return SampleFailure("read", "bad_annotation", message[:300])

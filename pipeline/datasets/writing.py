@@ -1,0 +1,270 @@
+"""From a dataset's samples to shards: published one by one, in a fixed order, and resumable after each."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any
+
+import numpy as np
+import webdataset
+from jaxtyping import UInt16
+from PIL import Image
+
+from pipeline import storage
+from pipeline.config.classes import class_lines
+from pipeline.datasets.dataset import IGNORED, TruthDataset, TruthSample
+from pipeline.errors import SampleFailure, UserError
+from pipeline.shards.ground_truth import IGNORED_LABEL, IGNORED_LABEL_16_BIT, LABEL_MAP_FIELD
+
+CLASSES_FILE = "classes.txt"
+CONVERSION_FILE = "conversion.json"
+# the file stays readable, however many images a dataset lacks
+NAMES_PER_REASON = 1000
+MAX_KEY_CHARACTERS = 80
+TAR_BLOCK_BYTES, TAR_RECORD_BYTES = 512, 10240
+
+
+@dataclass(frozen=True)
+class ShardLimits:
+    """When a shard is full.
+
+    Attributes:
+        max_samples: of one shard.
+        max_bytes: of one tar; a sample that is larger by itself gets its own.
+    """
+
+    max_samples: int = 1000
+    max_bytes: int = 1 << 30
+
+
+@dataclass
+class Conversion:
+    """How far a conversion has come; stands in the folder as JSON, renewed after each shard.
+
+    Attributes:
+        dataset: stem of the shards.
+        fingerprint: of the images' names, the classes and the limits; what resumes must have the same.
+        images: how many the dataset lists.
+        images_read: how many of them are done, from the first on.
+        written: how many samples the shards hold.
+        shards: names of the tars, in order.
+        skipped: how many images were left out, by reason.
+        skipped_names: the first of them, with what was wrong.
+        left_out: how many records were left out of samples, by kind.
+        left_out_names: the first of them, with what was wrong, where that is known.
+    """
+
+    dataset: str
+    fingerprint: str
+    images: int
+    images_read: int = 0
+    written: int = 0
+    shards: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    skipped_names: dict[str, list[list[str]]] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    left_out_names: dict[str, list[str]] = field(default_factory=dict)
+
+    def skip(self, name: str, failure: SampleFailure) -> None:
+        """Count an image that is left out."""
+        self.skipped[failure.kind] = self.skipped.get(failure.kind, 0) + 1
+        names = self.skipped_names.setdefault(failure.kind, [])
+        if len(names) < NAMES_PER_REASON:
+            names.append([name, failure.message])
+
+
+def write_shards(
+    dataset: TruthDataset,
+    dest: str,
+    limits: ShardLimits = ShardLimits(),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_shard: Callable[[str, int, int], None] = lambda _name, _samples, _bytes: None,
+) -> Conversion:
+    """Write a dataset's samples as tars, and ``classes.txt``, whose line i names class id i.
+
+    Args:
+        dataset: what is read.
+        dest: a folder of its own: local path, s3:// or gs://.
+        limits: when a shard is full.
+        resume: go on after the last shard that a conversion of the same dataset published there.
+        overwrite: remove what an earlier conversion of the same dataset wrote there.
+        on_shard: called with name, samples and bytes of each shard once it stands.
+
+    Returns:
+        The counts; every image of the dataset is either written or counted under a reason.
+
+    Raises:
+        UserError: the folder holds something else, a class's name is not one line of text, or not one image
+            could be written.
+        OutputError: it cannot be written.
+    """
+    class_file = _class_file(dataset)
+    conversion = _start(dataset, dest, limits, resume=resume, overwrite=overwrite)
+    keys: set[str] = {sample_key(name) for name in dataset.image_names[: conversion.images_read]}
+    while conversion.images_read < conversion.images:
+        with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
+            samples = _fill_shard(dataset, conversion, keys, spool, limits)
+            conversion.left_out = dict(+dataset.left_out.counts)
+            conversion.left_out_names = dict(dataset.left_out.names)
+            if samples:
+                name = _shard_name(dataset, len(conversion.shards))
+                size_bytes = spool.seek(0, io.SEEK_END)
+                if not conversion.shards:
+                    storage.publish(dest, CLASSES_FILE, class_file)
+                storage.publish(dest, name, spool)
+                conversion.shards.append(name)
+                conversion.written += samples
+                on_shard(name, samples, size_bytes)
+        if not conversion.written:
+            raise UserError(f"{dataset.name}: not one sample could be written; {_told(conversion)}")
+        storage.publish(dest, CONVERSION_FILE, json.dumps(asdict(conversion), indent=1).encode())
+    return conversion
+
+
+def _class_file(dataset: TruthDataset) -> bytes:
+    try:
+        return class_lines(dict(enumerate(dataset.class_names, 1))).encode()
+    except ValueError as error:
+        raise UserError(f"{dataset.name}: {error}") from None
+
+
+def sample_key(name: str) -> str:
+    """A key made of an image's name: letters, digits, hyphens and underscores, without folder or extension.
+
+    Names that hold anything else, or are long, get a digest, so that they stay apart.
+
+    Args:
+        name: what the owner calls the image; one folder before it becomes part of the key.
+    """
+    stem = re.sub(r"\.(jpe?g|png|webp|bmp|gif)$", "", name, flags=re.IGNORECASE)
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", stem)
+    if re.fullmatch(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)?", stem) and len(safe) <= MAX_KEY_CHARACTERS:
+        return safe
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+    return f"{safe[: MAX_KEY_CHARACTERS - len(digest) - 1]}-{digest}"
+
+
+def _start(
+    dataset: TruthDataset, dest: str, limits: ShardLimits, *, resume: bool, overwrite: bool
+) -> Conversion:
+    if not dataset.image_names:
+        raise UserError(f"{dataset.name}: lists no image")
+    fresh = Conversion(dataset.name, _fingerprint(dataset, limits), len(dataset.image_names))
+    present = storage.list_names(dest)
+    if not present:
+        return fresh
+    if resume and CONVERSION_FILE in present:
+        return _earlier(dest, fresh, present)
+    # stopped before the first record
+    if resume and present <= {CLASSES_FILE, _shard_name(dataset, 0)}:
+        return fresh
+    shard = re.compile(re.escape(dataset.name) + r"-\d{6,}\.tar")
+    strange = {
+        name
+        for name in present - {CLASSES_FILE, CONVERSION_FILE}
+        if not overwrite or shard.fullmatch(name) is None
+    }
+    if strange or not overwrite:
+        raise UserError(
+            f"{storage.shown_url(dest)}: expected an empty folder, found {len(present)} file(s) such as "
+            f"{min(strange or present)}; choose another folder, or go on with --resume, or write anew with "
+            f"--overwrite (which removes shards of {dataset.name}, but nothing else)"
+        )
+    for name in sorted(present):
+        storage.remove(dest, name)
+    return fresh
+
+
+def _shard_name(dataset: TruthDataset, index: int) -> str:
+    return f"{dataset.name}-{index:06d}.tar"
+
+
+def _earlier(dest: str, fresh: Conversion, present: set[str]) -> Conversion:
+    where = storage.join_url(dest, CONVERSION_FILE)
+    try:
+        earlier = Conversion(**json.loads(storage.read_text(where)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{storage.shown_url(where)}: is no record of a conversion: {error}") from error
+    if earlier.fingerprint != fresh.fingerprint:
+        message = "the images, the classes or the limits of shards are others than before"
+        raise UserError(f"{storage.shown_url(where)}: cannot resume: {message}; write anew with --overwrite")
+    if missing := sorted(set(earlier.shards) - present):
+        raise UserError(
+            f"{storage.shown_url(where)}: cannot resume: {missing[0]} is gone; write anew with --overwrite"
+        )
+    return earlier
+
+
+def _fingerprint(dataset: TruthDataset, limits: ShardLimits) -> str:
+    what = [dataset.name, list(dataset.image_names), list(dataset.class_names), asdict(limits)]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _fill_shard(
+    dataset: TruthDataset, conversion: Conversion, keys: set[str], spool: IO[bytes], limits: ShardLimits
+) -> int:
+    """Read images into a tar until it is full or none is left; returns how many samples it holds."""
+    samples, size_bytes = 0, TAR_RECORD_BYTES
+    # nothing of the machine or the hour, so that a second conversion writes the same bytes
+    with webdataset.TarWriter(spool, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
+        while conversion.images_read < conversion.images and samples < limits.max_samples:
+            name = dataset.image_names[conversion.images_read]
+            try:
+                members = _members(_read(dataset, name, keys), len(dataset.class_names))
+            except SampleFailure as failure:
+                conversion.skip(name, failure)
+            else:
+                size_bytes += _tar_bytes(members)
+                # what does not fit is read again for the next shard
+                if samples and size_bytes > limits.max_bytes:
+                    break
+                tar.write({"__key__": sample_key(name), **members})
+                samples += 1
+            keys.add(sample_key(name))
+            conversion.images_read += 1
+    return samples
+
+
+def _read(dataset: TruthDataset, name: str, keys: set[str]) -> TruthSample:
+    if sample_key(name) in keys:
+        raise SampleFailure("read", "duplicate", "the dataset lists the image twice")
+    return dataset.read(name)
+
+
+def _members(sample: TruthSample, class_count: int) -> dict[str, bytes]:
+    members = {"jpg": sample.image, "json": json.dumps(sample.document).encode()}
+    if sample.label_map is not None:
+        members[LABEL_MAP_FIELD] = _png(sample.label_map, class_count)
+    return members
+
+
+def _png(label_map: UInt16[np.ndarray, "h w"], class_count: int) -> bytes:
+    """A label map of 8 bits where all class ids of the dataset stay below 255, else of 16."""
+    ignored = label_map == IGNORED
+    if class_count < IGNORED_LABEL:
+        values: Any = np.where(ignored, IGNORED_LABEL, label_map).astype(np.uint8)
+    else:
+        values = np.where(ignored, IGNORED_LABEL_16_BIT, label_map).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _tar_bytes(members: dict[str, bytes]) -> int:
+    """What the members add to a tar: for each a block of headers, and its content in whole blocks."""
+    return TAR_BLOCK_BYTES * sum(1 + -(-len(content) // TAR_BLOCK_BYTES) for content in members.values())
+
+
+def _told(conversion: Conversion) -> str:
+    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(conversion.skipped).most_common())
+    first = next(iter(conversion.skipped_names.values()))[0]
+    return f"{conversion.images} image(s): {counts}; the first, {first[0]}: {first[1]}"

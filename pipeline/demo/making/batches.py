@@ -1,0 +1,91 @@
+"""Batches of the training: scenes with captions, each batch drawn from its seed, step and process alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipeline.demo.making.art import ArtBox
+from pipeline.demo.making.backgrounds import TRAIN_PATTERNS
+from pipeline.demo.making.captions import neutral_caption, one_concept_caption, scene_caption
+from pipeline.demo.making.concepts import CONCEPTS
+from pipeline.demo.making.curriculum import Phase, Plan
+from pipeline.demo.making.losses import concept_labels
+from pipeline.demo.making.scenes import SceneStyle, SpriteMips, render, sample_scene
+from pipeline.demo.making.vocabulary import CompactVocabulary
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their captions, and the one-concept captions that all images are compared with."""
+
+    images: Tensor
+    labels: Tensor
+    caption_rows: Tensor
+    concept_rows: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(
+            self.images.to(device),
+            self.labels.to(device),
+            self.caption_rows.to(device),
+            self.concept_rows.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class StepBatches(Dataset[tuple[Batch, tuple[int, int]]]):
+    """The batches of one process, by step: where they are rendered, and in which order, changes nothing."""
+
+    plan: Plan
+    rank: int
+    mips: SpriteMips
+    art: ArtBox
+    vocabulary: CompactVocabulary
+    native_grid_side: int
+    patch_size: int
+
+    def __getitem__(self, step: int) -> tuple[Batch, tuple[int, int]]:
+        phase = self.plan.phase_of(step)
+        rng = np.random.default_rng((self.plan.seed, step, self.rank))
+        batch = make_batch(rng, phase, self.mips, self.art, self.vocabulary)
+        spare = self.native_grid_side - phase.image_side // self.patch_size + 1
+        return batch, (int(rng.integers(spare)), int(rng.integers(spare)))
+
+
+def make_batch(
+    rng: np.random.Generator, phase: Phase, mips: SpriteMips, art: ArtBox, vocabulary: CompactVocabulary
+) -> Batch:
+    """Render a batch of scenes and write its captions."""
+    style = SceneStyle(
+        artists=tuple(sorted({artist for artist, _ in art.sprites})),
+        backgrounds=(*art.photos, *TRAIN_PATTERNS),
+        single_share=phase.single_share,
+        neutral_share=phase.neutral_share,
+        clutter_share=phase.clutter_share,
+    )
+    scenes = [sample_scene(rng, style, mips) for _ in range(phase.batch_size)]
+    side = phase.image_side
+    pixels = np.stack([render(scene, mips, art.photos, side, side) for scene in scenes])
+    captions = [
+        scene_caption(rng, scene.class_ids, [scene.is_several(i) for i in scene.class_ids])
+        for scene in scenes
+    ]
+    concepts = [one_concept_caption(rng, class_id) for class_id in range(1, len(CONCEPTS) + 1)]
+    return Batch(
+        images=_normalise(torch.from_numpy(pixels)),
+        labels=concept_labels([scene.class_ids for scene in scenes], len(CONCEPTS)),
+        caption_rows=vocabulary.rows(captions),
+        concept_rows=vocabulary.rows([*concepts, neutral_caption(rng)]),
+    )
+
+
+def _normalise(pixels: Tensor) -> Tensor:
+    mean, std = torch.tensor(OPENAI_DATASET_MEAN) * 255, torch.tensor(OPENAI_DATASET_STD) * 255
+    return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()

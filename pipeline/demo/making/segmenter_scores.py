@@ -1,0 +1,109 @@
+"""Label maps of held-out scenes, predicted and annotated, against one ground truth and by one metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from legrad.quality.label_metrics import (
+    OverlapTable,
+    bootstrap_difference,
+    bootstrap_sums,
+    label_overlap,
+    mean_iou,
+    tabulate_overlaps,
+)
+from legrad.quality.metrics import Estimate
+from pipeline.demo.making.segmenter import Segmenter
+from pipeline.output.label_map import BACKGROUND_LABEL, IGNORED_LABEL
+from pipeline.training import MaskDataset, collate
+
+LabelMaps = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """mIoU of a set of label maps, of one confusion matrix over all scenes, with and without background.
+
+    Attributes:
+        with_background: mean over the classes and background.
+        classes_only: mean over the classes.
+        table: the counts behind them.
+    """
+
+    with_background: Estimate
+    classes_only: Estimate
+    table: OverlapTable
+
+    def better_than(self, other: Scores) -> Estimate:
+        """How much larger the mIoU over the classes is, paired by scenes."""
+        found = bootstrap_difference(
+            self.table.counts,
+            other.table.counts,
+            mean_iou(self.table, background=False),
+            mean_iou(other.table, background=False),
+        )
+        return _defined(found)
+
+
+def score(predicted: LabelMaps, truth: LabelMaps) -> Scores:
+    """Hold label maps against the truth; a scene without a label map counts as all background."""
+    overlaps = []
+    for key, labels in truth.items():
+        found = predicted.get(key, np.zeros_like(labels))
+        # what a mask leaves open is no claim
+        committed = np.where(found == IGNORED_LABEL, BACKGROUND_LABEL, found)
+        overlaps.append(label_overlap(committed, labels, labels != IGNORED_LABEL))
+    table = tabulate_overlaps(overlaps)
+    with_background, classes_only = (
+        _defined(bootstrap_sums(table.counts, mean_iou(table, background=background)))
+        for background in (True, False)
+    )
+    return Scores(with_background, classes_only, table)
+
+
+def _defined(estimate: Estimate | None) -> Estimate:
+    if estimate is None:
+        raise ValueError("expected ground truth with at least one class, received none")
+    return estimate
+
+
+def read_label_maps(samples: Iterable[Mapping[str, object]]) -> dict[str, np.ndarray]:
+    """Label maps by sample key, as a MaskDataset hands them out."""
+    return {str(sample["key"]): np.asarray(sample["label_map"]) for sample in samples}
+
+
+@torch.no_grad()
+def predict(
+    segmenter: Segmenter,
+    images: MaskDataset,
+    truth: LabelMaps,
+    tags: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Label maps of a segmenter, at the size of the truth.
+
+    Args:
+        segmenter: trained.
+        images: what to segment; its transform brings images to the input.
+        truth: tells the sizes.
+        tags: classes that each image is known to show; None: the segmenter has to find them out.
+    """
+    segmenter.eval()
+    found = {}
+    for batch in DataLoader(images, batch_size=32, collate_fn=_images_and_keys):
+        for key, scores in zip(batch["key"], segmenter(batch["image"]), strict=True):
+            if tags is not None:
+                absent = np.setdiff1d(np.arange(1, len(scores)), tags[key])
+                scores[torch.from_numpy(absent)] = -torch.inf
+            pixels = F.interpolate(scores[None], size=truth[key].shape, mode="bilinear", align_corners=False)
+            found[key] = pixels[0].argmax(dim=0).numpy().astype(np.uint8)
+    return found
+
+
+def _images_and_keys(samples: Sequence[dict[str, object]]) -> dict[str, object]:
+    return collate([{"image": sample["image"], "key": sample["key"]} for sample in samples])

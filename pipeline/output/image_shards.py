@@ -1,0 +1,165 @@
+"""Where the images of a job are: in its own list of shards, in what the user names, or where they moved."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from pipeline.errors import UserError
+from pipeline.storage import ShardSource, absolute, join_url, list_shards, shard_name, shown_url
+from pipeline.storage.pipes import is_command
+from pipeline.storage.urls import ID_DIGITS, LONG_ID_DIGITS, file_url, id_of_name, is_local, local_path
+
+DIGEST = re.compile(rf"-[0-9a-f]{{{ID_DIGITS}}}(?:[0-9a-f]{{{LONG_ID_DIGITS - ID_DIGITS}}})?$")
+
+
+@dataclass(frozen=True)
+class LocatedShards:
+    """Where to read the images of annotated shards.
+
+    Attributes:
+        sources: what to open, by the shard id of the job.
+        missing: ids of the shards of which that is not known, and why.
+    """
+
+    sources: Mapping[str, ShardSource]
+    missing: Mapping[str, str]
+
+
+def locate_shards(listed: Sequence[Mapping[str, Any]], given: Sequence[str] = ()) -> LocatedShards:
+    """Find the tars of a job's shards.
+
+    Args:
+        listed: the rows of OUT/shards.parquet: shard_id, shard (its name), size_bytes.
+        given: what the user names: paths, URLs and patterns of tars, joined by name, else by stem
+            where that leaves no doubt; or OLD=NEW, which says that what lay in OLD, a folder or a file, lies
+            in NEW. Without any, the job's own URLs hold.
+
+    Raises:
+        UserError: a pattern matches nothing, no shard lies in an OLD, or both kinds are given.
+    """
+    parsed = [(text, parse_move(text, listed)) for text in given]
+    patterns = [text for text, mapping in parsed if mapping is None]
+    mappings = [mapping for _, mapping in parsed if mapping is not None]
+    if not patterns:
+        return _own(listed, mappings)
+    if mappings:
+        told = ", ".join(map(shown_url, given))
+        raise UserError(f"expected either shards or OLD=NEW, received both: {told}")
+    found = _matched(list_shards(patterns), {row["shard_id"]: row["shard"] for row in listed})
+    absent = [row["shard_id"] for row in listed if row["shard_id"] not in found]
+    return LocatedShards(found, dict.fromkeys(absent, "is not among the shards given"))
+
+
+def parse_move(text: str, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """Split OLD=NEW: OLD as names of shards begin, and NEW; None for a path or a URL, which may hold a =."""
+    old, _, new = text.partition("=")
+    if not (old and new) or "?" in old or Path(text).exists():
+        return None
+    for start in _beginnings(old):
+        if any(lies_in(row["shard"], start) for row in listed):
+            return start, absolute(new)
+    known = f"; the first is {listed[0]['shard']}" if listed else ""
+    raise UserError(
+        f"{shown_url(old)}=...: expected as OLD of OLD=NEW a folder or a file of the job's shards{known}"
+    )
+
+
+def _beginnings(old: str) -> list[str]:
+    """How names of shards in OLD begin: by its real path, or as written where its links are gone."""
+    real = shard_name(old).rstrip("/")
+    return [real, file_url(str(local_path(old))).rstrip("/")] if is_local(old) else [real]
+
+
+def _is_no_regular_file(url: str) -> bool:
+    """Whether a local URL leads to what may block or never end, or nowhere; what is missing is told later."""
+    if not is_local(url):
+        return False
+    try:
+        path = local_path(url)
+    except UserError:
+        return True
+    # unlike those of Path, these raise for no path whatever
+    return os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113
+
+
+def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]]) -> LocatedShards:
+    sources, missing = {}, {}
+    for row in listed:
+        shard_id, name = row["shard_id"], row["shard"]
+        mapping = next(((old, new) for old, new in mappings if lies_in(name, old)), None)
+        if is_command(name) and mapping is None:
+            missing[shard_id] = "was written by a command, which is not kept"
+        elif "?" in name and (mapping is None or mapping[0] != name):
+            missing[shard_id] = "has a query in its URL, which is not kept: name the shards as the job does"
+        elif mapping is None and not is_local(name):
+            missing[shard_id] = "is not on this machine, and is read only where you name it: give the shards"
+        elif mapping is None and _is_no_regular_file(name):
+            missing[shard_id] = "is no regular file"
+        elif mapping is None:
+            sources[shard_id] = ShardSource(shard_id, name, name, row["size_bytes"])
+        else:
+            moved = moved_url(name, *mapping)
+            # the copy has a size of its own
+            sources[shard_id] = ShardSource(shard_id, moved, shard_name(moved), None)
+    return LocatedShards(sources, missing)
+
+
+def lies_in(url: str, start: str) -> bool:
+    """Whether a shard's name is that of a folder or file, or of something in it."""
+    return url == start or url.startswith(f"{start}/")
+
+
+def moved_url(url: str, old: str, new: str) -> str:
+    """Where a shard lies now that what lay in OLD lies in NEW."""
+    rest = url[len(old) + 1 :]
+    return join_url(new, *filter(None, [unquote(rest) if url.startswith("file://") else rest]))
+
+
+def match_annotations(shards: Sequence[ShardSource], names: Collection[str]) -> dict[str, str]:
+    """Find each shard's annotations file: by its URL, else by its stem where that leaves no doubt.
+
+    Args:
+        shards: the tars.
+        names: names of the annotations files.
+
+    Returns:
+        Name of a shard, its `canonical_url`, to the name of its file; shards without one are left out.
+    """
+    ids = dict.fromkeys(name.removesuffix(".parquet") for name in names)
+    return {shard.canonical_url: f"{known}.parquet" for known, shard in _matched(shards, ids).items()}
+
+
+def _matched(shards: Sequence[ShardSource], known: Mapping[str, str | None]) -> dict[str, ShardSource]:
+    """Shards by the id under which a job knows them; `known` has those ids, and the shard's name if it is."""
+    by_name = {name: shard_id for shard_id, name in known.items() if name is not None}
+    exact = {}
+    for shard in shards:
+        # a job whose other shards would have had the same id gave it a longer one
+        longer = id_of_name(shard.canonical_url, digits=LONG_ID_DIGITS)
+        own = by_name.get(shard.canonical_url)
+        for shard_id in (own, longer, shard.shard_id):
+            if shard_id is not None and shard_id in known:
+                exact[shard_id] = shard
+                break
+    matched = {shard.canonical_url for shard in exact.values()}
+    moved = [shard for shard in shards if shard.canonical_url not in matched]
+    free = [shard_id for shard_id in known if shard_id not in exact]
+    free_stems, moved_stems = Counter(map(stem_of, free)), Counter(stem_of(shard.shard_id) for shard in moved)
+    by_stem = {stem_of(shard_id): shard_id for shard_id in free}
+    return exact | {
+        by_stem[stem]: shard
+        for shard in moved
+        if free_stems[stem := stem_of(shard.shard_id)] == 1 and moved_stems[stem] == 1
+    }
+
+
+def stem_of(shard_id: str) -> str:
+    """The part of a shard's id that does not depend on where the shard is."""
+    return DIGEST.sub("", shard_id)

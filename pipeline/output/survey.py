@@ -1,0 +1,193 @@
+"""What an output folder still holds true of the shards that are listed now. Plain comparison, no files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from pipeline.output.footers import version_in
+from pipeline.output.image_shards import stem_of
+from pipeline.storage import ShardSource
+from pipeline.storage.versions import version_of
+
+CONFIRMED_MOVES = 3
+
+Row = Mapping[str, Any]
+Shard = TypeVar("Shard")
+
+
+@dataclass(frozen=True)
+class FolderIds:
+    """Ids of the shards that have a file in each folder of an output."""
+
+    annotations: frozenset[str]
+    errors: frozenset[str]
+    failed: frozenset[str]
+    damaged: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Where an output folder is, seen from the shards that are listed now.
+
+    Attributes:
+        shards: as listed now, each with the id by which the folder knows it.
+        done: ids of shards whose files hold.
+        damaged: ids of shards whose files hold, of an archive that was not read to a sound end.
+        failed: ids of shards that an earlier run gave up on.
+        changed: shards that are not the version any more that was annotated, or given up.
+        unlisted: ids of shards that have files and are not listed any more.
+        moved: shards that were listed under another URL, which is given first.
+    """
+
+    shards: tuple[ShardSource, ...]
+    done: frozenset[str]
+    damaged: frozenset[str]
+    failed: frozenset[str]
+    changed: tuple[ShardSource, ...]
+    unlisted: frozenset[str]
+    moved: tuple[tuple[str, ShardSource], ...]
+
+    def list_rows(self, earlier: Iterable[Row]) -> list[dict[str, Any]]:
+        """The rows of OUT/shards.parquet, in order."""
+        held = self.done | self.damaged
+        moved_from = {shard.shard_id: old for old, shard in self.moved}
+        # one that moved twice: its files still name the first place
+        moved_from |= {row["shard_id"]: row["moved_from"] for row in earlier if row["moved_from"] is not None}
+        return [
+            {
+                "shard_id": shard.shard_id,
+                "shard": shard.canonical_url,
+                "size_bytes": shard.size_bytes,
+                "mtime_ns": shard.mtime_ns,
+                "etag": shard.etag,
+                "moved_from": moved_from.get(shard.shard_id) if shard.shard_id in held else None,
+            }
+            for shard in self.shards
+        ]
+
+
+def survey(
+    ids: FolderIds,
+    earlier: Sequence[Row],
+    listing: Sequence[ShardSource],
+    told: Mapping[str, Row],
+    is_same_content: Callable[[ShardSource, str], bool],
+) -> Survey:
+    """Compare what is listed now with what an output folder holds.
+
+    Args:
+        ids: what is in the folder.
+        earlier: rows of its list of shards: the versions that its files were made from.
+        listing: what is listed now.
+        told: rows whose shards the user says have moved, by the URL that they have now.
+        is_same_content: whether a shard's bytes are those that the files of an id were made from.
+
+    Returns:
+        The survey. A shard that moved keeps its files where the user says so and its size is the same, or
+        where stem and size leave no doubt and some of them, read whole, have the same content. Where most
+        files took their time with them, each of the others is read.
+    """
+    known = {row["shard"]: row for row in earlier}
+    fresh = [shard for shard in listing if shard.canonical_url not in known]
+    listed_now = {shard.canonical_url for shard in listing}
+    gone = [row for row in earlier if row["shard"] not in listed_now and row["shard_id"] in ids.annotations]
+    moved = _told_moves(fresh, told, gone)
+    told_ids = {row["shard_id"] for row in moved.values()}
+    moved |= _evident_moves(
+        [shard for shard in fresh if shard.canonical_url not in moved],
+        [row for row in gone if row["shard_id"] not in told_ids],
+        is_same_content,
+    )
+    shards = _with_ids(listing, known, moved)
+    by_id = {shard.shard_id: shard for shard in shards}
+    changed = [shard for shard in shards if _has_changed(shard, known.get(shard.canonical_url), ids)]
+    holds = (ids.annotations & set(by_id)) - {shard.shard_id for shard in changed}
+    everything = ids.annotations | ids.errors | ids.failed | ids.damaged
+    return Survey(
+        shards=tuple(shards),
+        done=frozenset(holds - ids.damaged),
+        damaged=frozenset(holds & ids.damaged),
+        failed=frozenset((ids.failed & set(by_id)) - ids.annotations - {shard.shard_id for shard in changed}),
+        changed=tuple(changed),
+        unlisted=frozenset(everything - set(by_id)),
+        moved=tuple((row["shard"], by_id[row["shard_id"]]) for row in moved.values()),
+    )
+
+
+def _told_moves(fresh: Sequence[ShardSource], told: Mapping[str, Row], gone: Sequence[Row]) -> dict[str, Row]:
+    gone_ids = {row["shard_id"] for row in gone}
+    return {
+        shard.canonical_url: row
+        for shard in fresh
+        if (row := told.get(shard.canonical_url)) is not None
+        and row["shard_id"] in gone_ids
+        and not version_in(row).differs_in_size_from(version_of(shard))
+    }
+
+
+def _evident_moves(
+    fresh: Sequence[ShardSource],
+    gone: Sequence[Row],
+    is_same_content: Callable[[ShardSource, str], bool],
+) -> dict[str, Row]:
+    by_stem = {(stem_of(row["shard_id"]), row["size_bytes"]): row for row in gone}
+    stems_gone = Counter(stem_of(row["shard_id"]) for row in gone)
+    stems_fresh = Counter(stem_of(shard.shard_id) for shard in fresh)
+    pairs = [
+        (shard, row)
+        for shard in fresh
+        if shard.size_bytes is not None
+        and stems_fresh[stem := stem_of(shard.shard_id)] == stems_gone[stem] == 1
+        and (row := by_stem.get((stem, shard.size_bytes))) is not None
+    ]
+    untouched = [(shard, row) for shard, row in pairs if shard.mtime_ns == row["mtime_ns"] is not None]
+    alike = untouched if 2 * len(untouched) > len(pairs) else pairs
+    # tars are padded to whole blocks, so other content may well have the same size
+    looked_into = spread_evenly(alike, CONFIRMED_MOVES)
+    if not all(is_same_content(shard, row["shard_id"]) for shard, row in looked_into):
+        return {}
+    known = {shard.canonical_url for shard, _ in alike}
+    return {
+        shard.canonical_url: row
+        for shard, row in pairs
+        if shard.canonical_url in known or is_same_content(shard, row["shard_id"])
+    }
+
+
+def _with_ids(
+    listing: Sequence[ShardSource], known: Mapping[str, Row], moved: Mapping[str, Row]
+) -> list[ShardSource]:
+    """Each shard with the id that its files have: of its own URL, or of the one that it moved from."""
+    rows = {**known, **moved}
+    kept = {url: row["shard_id"] for url, row in rows.items()}
+    taken = {kept[shard.canonical_url] for shard in listing if shard.canonical_url in kept}
+    shards = []
+    for shard in listing:
+        shard_id = kept.get(shard.canonical_url) or _free_id(shard.shard_id, taken)
+        taken.add(shard_id)
+        shards.append(replace(shard, shard_id=shard_id))
+    return shards
+
+
+def _free_id(shard_id: str, taken: set[str]) -> str:
+    """An id that no other shard has: a shard that moved keeps that of a URL which may be in use again."""
+    free = shard_id
+    while free in taken:
+        free = f"{stem_of(shard_id)}-{hashlib.sha256(free.encode()).hexdigest()[:8]}"
+    return free
+
+
+def _has_changed(shard: ShardSource, row: Row | None, ids: FolderIds) -> bool:
+    has_files = shard.shard_id in ids.annotations or shard.shard_id in ids.failed
+    return row is not None and has_files and version_in(row).differs_from(version_of(shard))
+
+
+def spread_evenly(shards: Sequence[Shard], limit: int | None) -> Sequence[Shard]:
+    """At most `limit` shards, spread over the list: a sorted corpus begins unlike the rest of it."""
+    if limit is None or limit >= len(shards):
+        return shards
+    return [shards[(2 * place + 1) * len(shards) // (2 * limit)] for place in range(limit)]

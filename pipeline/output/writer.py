@@ -1,0 +1,166 @@
+"""The two Parquet files of a shard: built privately, published errors first."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.output.counts import ShardCounts
+from pipeline.output.folder import ANNOTATIONS, DAMAGED, ERRORS, LAYOUT, OutputFolder, new_run_id
+from pipeline.output.footers import counts_as_metadata
+from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY
+from pipeline.shards.sample_error import SampleError
+from pipeline.storage import ShardSource
+from pipeline.storage.versions import version_of
+from pipeline.text import printable
+
+ROWS_PER_GROUP = 1000
+
+
+class _TableSpool:
+    """A Parquet file under construction, in memory up to IN_MEMORY_BYTES."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._rows: list[dict[str, Any]] = []
+        self.file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=storage.IN_MEMORY_BYTES))  # noqa: SIM115 (the writer closes it)
+        dictionary_columns = [name for name in ("shard", "prompt") if name in schema.names]
+        self._writer = pq.ParquetWriter(
+            self.file, schema, compression="zstd", compression_level=3, use_dictionary=dictionary_columns
+        )
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._rows.extend(rows)
+        while len(self._rows) >= ROWS_PER_GROUP:
+            self._flush(ROWS_PER_GROUP)
+
+    def _flush(self, rows: int) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows[:rows], schema=self._schema))
+        del self._rows[:rows]
+
+    def finish(self, metadata: Mapping[str, Any]) -> IO[bytes]:
+        if self._rows:
+            self._flush(len(self._rows))
+        self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(metadata)})
+        self._writer.close()
+        return self.file
+
+    def close(self) -> None:
+        # the writer first: it would write its footer into a closed file when it is collected
+        with suppress(OSError):
+            self._writer.close()
+        self.file.close()
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was committed for a shard.
+
+    Attributes:
+        counts: outcomes of its samples.
+        damage: why its archive was not read to a sound end; empty where it was.
+    """
+
+    counts: ShardCounts
+    damage: str = ""
+
+
+class ShardWriter:
+    """Collects a shard's rows and errors, counts outcomes, and commits both files.
+
+    Args:
+        shard: whose URL is written into every row, and whose version into both footers.
+        metadata: written into both files beside the counts: config hash, versions, ids of run and attempt.
+    """
+
+    def __init__(self, shard: ShardSource, metadata: Mapping[str, Any]) -> None:
+        self._shard = shard
+        self._metadata = metadata
+        self._annotations = _TableSpool(ANNOTATION_SCHEMA)
+        self._errors = _TableSpool(ERROR_SCHEMA)
+        self._tally: Counter[str] = Counter()
+        self._errors_by_kind: Counter[str] = Counter()
+        self._error_examples: dict[str, str] = {}
+        self._damage = ""
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._annotations.close()
+        self._errors.close()
+
+    def add_sample(
+        self, rows: Sequence[dict[str, Any]], errors: Sequence[SampleError], dropped_prompts: int = 0
+    ) -> None:
+        """Record one sample's outcome: rows make it annotated, else errors failed, else it is empty."""
+        self._tally["annotated" if rows else "failed" if errors else "empty"] += 1
+        self._tally["dropped_prompts"] += dropped_prompts
+        self._tally["rows"] += len(rows)
+        self._annotations.add([row | {"shard": self._shard.canonical_url} for row in rows])
+        for error in errors:
+            self.add_error(error)
+
+    def add_error(self, error: SampleError) -> None:
+        """Record an error row, also one that belongs to no sample."""
+        self._tally["error_rows"] += 1
+        kind = f"{error.stage}/{error.kind}"
+        self._errors_by_kind[kind] += 1
+        self._error_examples.setdefault(
+            kind, self._shard.canonical_url if error.key is None else printable(error.key)
+        )
+        self._errors.add([error.as_row(self._shard.canonical_url)])
+        if error.damages_shard:
+            self._damage = f"{kind}: {printable(error.message)}"
+
+    def counts(self) -> ShardCounts:
+        """The outcomes recorded so far."""
+        return ShardCounts(
+            **self._tally,
+            errors_by_kind=dict(self._errors_by_kind),
+            error_examples=dict(self._error_examples),
+        )
+
+    def publish(self, output_dir: str, content_digest: str = "") -> Published:
+        """Commit: the errors file first, then the annotations, whose presence says that the shard is there.
+
+        A damaged shard is known by its record in `damaged/`, which is there before its annotations are.
+
+        Args:
+            output_dir: the job's output folder.
+            content_digest: of all bytes of the shard, by which it is known again where it moved.
+
+        Raises:
+            OutputError: one of them cannot be written.
+        """
+        folder = OutputFolder(output_dir, str(self._metadata.get("run") or new_run_id()))
+        counts, shard_id = self.counts(), self._shard.shard_id
+        metadata = {
+            **self._metadata,
+            "layout": LAYOUT,
+            "shard": self._shard.canonical_url,
+            "state": "damaged" if self._damage else "done",
+            "input": version_of(self._shard).as_metadata(),
+            "content_digest": content_digest,
+            **counts_as_metadata(counts),
+        }
+        folder.publish(f"{shard_id}.parquet", self._errors.finish(metadata), ERRORS)
+        if self._damage:
+            record = {"shard_id": shard_id, "shard": self._shard.canonical_url, "reason": self._damage}
+            folder.publish(f"{shard_id}.json", json.dumps(record, ensure_ascii=False).encode(), DAMAGED)
+        else:
+            folder.remove(f"{shard_id}.json", DAMAGED)
+        folder.publish(f"{shard_id}.parquet", self._annotations.finish(metadata), ANNOTATIONS)
+        return Published(counts, self._damage)

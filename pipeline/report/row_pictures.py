@@ -1,0 +1,61 @@
+"""What pictures of annotation rows are made of: samples read back from their shard, heat maps, overlaps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+from legrad.heatmaps import minmax_normalise
+from legrad.quality.metrics import foreground_iou
+from pipeline import storage
+from pipeline.config.schema import InputConfig
+from pipeline.output.label_map import in_frame
+from pipeline.shards.ground_truth import LABEL_MAP_FIELD
+from pipeline.shards.samples import RawSample, read_samples
+from pipeline.storage import ShardSource
+
+Row = Mapping[str, Any]
+
+
+def read_samples_at(
+    shard: ShardSource, indices: Collection[int], settings: InputConfig
+) -> Iterator[RawSample]:
+    """Read samples of a shard by their ordinals, no further than the last; image and ground truth alone.
+
+    Raises:
+        ShardError: the shard cannot be opened or read.
+    """
+    left: set[int | None] = set(indices)
+    wanted = [*settings.image.split(";"), LABEL_MAP_FIELD, "json"]
+    with storage.open_shard(shard) as stream:
+        samples = read_samples(stream, max_member_bytes=settings.max_member_bytes, wanted_fields=wanted)
+        for sample in samples:
+            if isinstance(sample, RawSample) and sample.index in left:
+                yield sample
+            ordinal = sample.index if isinstance(sample, RawSample) else sample.sample_index
+            left.discard(ordinal)
+            if not left:
+                return
+
+
+def stored_heatmap(row: Row) -> Float[np.ndarray, "grid_height grid_width"] | None:
+    """The stored relevance grid, stretched to the range from 0 to 1; None where the job stored none."""
+    if row["heatmap"] is None:
+        return None
+    levels = np.frombuffer(row["heatmap"], dtype=np.uint8)
+    grid = levels.reshape(row["heatmap_height"], row["heatmap_width"]).astype(np.float32)
+    heatmap: np.ndarray = minmax_normalise(torch.from_numpy(grid)).numpy()
+    return heatmap
+
+
+def mask_iou(
+    mask: Bool[np.ndarray, "mask_height mask_width"],
+    truth: Bool[np.ndarray, "height width"],
+    valid: Bool[np.ndarray, "height width"],
+) -> float:
+    """Foreground IoU of a mask, in any frame, with ground truth, over the pixels that count."""
+    return float(foreground_iou(in_frame(mask, truth.shape)[None], truth[None], valid[None])[0])

@@ -1,0 +1,204 @@
+"""What a person sees while the job runs: a live display on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.console import PrintableConsole
+from pipeline.output.counts import SHOWN_KINDS, ShardCounts
+from pipeline.output.measures import Measures
+from pipeline.output.run_state import RunState
+from pipeline.text import as_duration, as_share, printable
+
+logger = logging.getLogger(__name__)
+
+RECENT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run is.
+
+    Attributes:
+        samples_per_s: samples that reached an outcome, a second.
+        device_busy_share: share of the workers' time in which the device step ran; None without any.
+    """
+
+    samples_per_s: float
+    device_busy_share: float | None
+
+
+class RecentPace:
+    """The pace of the last minute, from one state after the other."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int, Measures]] = deque([(0.0, 0, Measures())])
+
+    def update(self, state: RunState) -> Pace:
+        """Take the newest state in.
+
+        Returns:
+            The pace since the oldest state that is not older than RECENT_S.
+        """
+        samples = state.counts_so_far.samples_in
+        # a state a second is enough, however often the driver looks
+        if state.working_s - self._seen[-1][0] >= 1.0:
+            self._seen.append((state.working_s, samples, state.measures))
+        while len(self._seen) > 1 and self._seen[1][0] < state.working_s - RECENT_S:
+            self._seen.popleft()
+        then_s, samples_then, measures_then = self._seen[0]
+        passed_s = state.working_s - then_s
+        # a dead worker takes its unfinished samples with it
+        gained = max(0, samples - samples_then)
+        return Pace(
+            gained / passed_s if passed_s > 0 else 0.0, (state.measures - measures_then).device_busy_share
+        )
+
+
+def as_line(state: RunState, pace: Pace) -> str:
+    """One line for a log: shards, samples, rate, images, busy share, errors, time passed and left."""
+    counts = state.counts_so_far
+    waiting = "" if state.workers_ready else "waiting for workers | "
+    return (
+        f"{waiting}shards {state.shards_skipped + state.shards_done}/{state.shards_total}, "
+        f"{state.shards_damaged} damaged, {state.shards_failed} failed, {state.shards_left} left | "
+        f"samples {counts.samples_in:,} ({pace.samples_per_s:,.1f}/s), {counts.failed:,} failed | "
+        f"images {state.measures.images_decoded:,} | rows {counts.rows:,} | "
+        f"device busy {as_share(pace.device_busy_share)} | errors {_errors(counts)} | "
+        f"elapsed {as_duration(state.elapsed_s)}, left {_time_left(state)}"
+    )
+
+
+def _time_left(state: RunState) -> str:
+    if not state.shards_done:
+        return "?"
+    if not state.samples_per_s or not state.counts.samples_in:
+        return as_duration(state.working_s / state.shards_done * state.shards_left)
+    # by samples, as shards in hand may be nearly done
+    expected = state.counts.samples_in / state.shards_done * state.shards_left - state.live_counts.samples_in
+    return as_duration(max(0.0, expected) / state.samples_per_s)
+
+
+def _errors(counts: ShardCounts) -> str:
+    largest = sorted(counts.errors_by_kind.items(), key=lambda item: -item[1])
+    kinds = [f"{kind} {count:,}" for kind, count in largest[:SHOWN_KINDS]]
+    kinds += ["..."] if len(largest) > SHOWN_KINDS else []
+    return f"{counts.error_rows:,}" + (f" ({', '.join(kinds)})" if kinds else "")
+
+
+class Progress(Protocol):
+    """Takes the state of the run and messages; decides itself when to show them."""
+
+    def update(self, state: RunState) -> None:
+        """Show where the run stands, perhaps later."""
+
+    def say(self, message: str) -> None:
+        """Show a message at once."""
+
+
+class SharedProgress:
+    """Passes everything on to several; one that fails is told once and left out, for the run matters more."""
+
+    def __init__(self, parts: Sequence[Progress]) -> None:
+        self._parts = list(parts)
+
+    def update(self, state: RunState) -> None:
+        """Pass the state on."""
+        for part in tuple(self._parts):
+            with self._left_out_if_it_fails(part):
+                part.update(state)
+
+    def say(self, message: str) -> None:
+        """Pass the message on."""
+        for part in tuple(self._parts):
+            with self._left_out_if_it_fails(part):
+                part.say(message)
+
+    @contextmanager
+    def _left_out_if_it_fails(self, part: Progress) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._parts.remove(part)
+            logger.warning(
+                "%s failed (%s: %s); the run goes on without it",
+                type(part).__name__.strip("_"),
+                type(error).__name__,
+                printable(str(error)),
+            )
+
+
+class _TerminalProgress:
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._recent = RecentPace()
+
+    def update(self, state: RunState) -> None:
+        self._live.update(_display(state, self._recent.update(state)))
+
+    def say(self, message: str) -> None:
+        self._live.console.print(message)
+
+
+class _LogProgress:
+    def __init__(self, console: PrintableConsole, interval_s: float) -> None:
+        self._console = console
+        self._interval_s = interval_s
+        self._last_shown_s = time.monotonic()
+        self._recent = RecentPace()
+
+    def update(self, state: RunState) -> None:
+        pace = self._recent.update(state)
+        now_s = time.monotonic()
+        if now_s - self._last_shown_s >= self._interval_s:
+            self._last_shown_s = now_s
+            self.say(as_line(state, pace))
+
+    def say(self, message: str) -> None:
+        self._console.print(message, soft_wrap=True)
+
+
+@contextmanager
+def open_progress(console: PrintableConsole, interval_s: float) -> Iterator[Progress]:
+    """A live display where the console is a terminal, else one line every `interval_s` seconds."""
+    if not console.is_terminal:
+        yield _LogProgress(console, interval_s)
+        return
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        yield _TerminalProgress(live)
+
+
+def _display(state: RunState, pace: Pace) -> RenderableType:
+    counts = state.counts_so_far
+    settled = state.shards_total - state.shards_left
+    lines = {
+        "shards": f"{state.shards_skipped + state.shards_done:,}/{state.shards_total:,} done, "
+        f"{state.shards_damaged:,} damaged, {state.shards_failed:,} failed, {state.shards_left:,} left",
+        "samples": f"{counts.samples_in:,} at {pace.samples_per_s:,.1f}/s: {counts.annotated:,} annotated, "
+        f"{counts.empty:,} empty, {counts.failed:,} failed",
+        "images": f"{state.measures.images_decoded:,} decoded, {counts.rows:,} rows",
+        "device": f"busy {as_share(pace.device_busy_share)} of {state.workers_ready} worker(s)"
+        if state.workers_ready
+        else "waiting for workers",
+        "errors": _errors(counts),
+        "time": f"{as_duration(state.elapsed_s)} so far, {_time_left(state)} left",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in lines.items():
+        table.add_row(Text(name, style="dim"), Text(value))
+    display = Table.grid()
+    display.add_row(ProgressBar(total=max(1, state.shards_total), completed=settled, width=60))
+    display.add_row(table)
+    return display

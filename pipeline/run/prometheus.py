@@ -1,0 +1,123 @@
+"""A run as Prometheus metrics. The instruments are handed in, so that this module needs no ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from pipeline.output.run_state import RunState
+
+INTERVAL_S = 1.0
+_ASCII = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+
+COUNTERS = {
+    "legrad_samples": ("Samples that reached an outcome: annotated, empty or failed.", "outcome"),
+    "legrad_rows": ("Annotation rows.", None),
+    "legrad_errors": ("Error rows, by stage and kind.", "kind"),
+    "legrad_images_decoded": ("Images decoded and resized.", None),
+    "legrad_device_busy_seconds": ("Seconds in which a device step ran, summed over workers.", None),
+    "legrad_worker_seconds": ("Seconds in which workers had their model loaded, summed.", None),
+}
+GAUGES = {
+    "legrad_shards": ("Shards of the job: done, damaged, failed or left.", "state"),
+    "legrad_workers": ("Workers that have loaded their model.", None),
+}
+
+
+class MetricKind(Protocol):
+    """A class of metrics, such as ``ray.util.metrics.Counter``."""
+
+    def __call__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> Any:
+        """Make the metric of that name."""
+
+
+@dataclass
+class _Counter:
+    """Only ever rises: what a dead worker takes with it is not counted twice when it is done again."""
+
+    metric: Any
+    counted: dict[tuple[str, ...], float] = field(default_factory=dict)
+
+    def rise_to(self, total: float, tags: Mapping[str, str]) -> None:
+        key = tuple(tags.values())
+        rise = total - self.counted.get(key, 0.0)
+        if rise > 0:
+            self.metric.inc(rise, tags=dict(tags))
+            self.counted[key] = total
+
+
+class RunMetrics:
+    """Tells the state of a run to Prometheus, at most once a second; every metric carries the output folder.
+
+    Args:
+        output_dir: names the run; without credentials.
+        counter: makes a metric with ``inc(value, tags)``.
+        gauge: makes a metric with ``set(value, tags)``.
+    """
+
+    def __init__(self, output_dir: str, counter: MetricKind, gauge: MetricKind) -> None:
+        self._output = {"output": _tag_value(output_dir)}
+        self._kinds = counter, gauge
+        self._counters: dict[str, _Counter] = {}
+        self._gauges: dict[str, Any] = {}
+        self._next_s = 0.0
+
+    def update(self, state: RunState) -> None:
+        """Record where the run stands, unless that was done less than a second ago."""
+        if time.monotonic() >= self._next_s or not state.shards_left:
+            self._next_s = time.monotonic() + INTERVAL_S
+            self._make_instruments()
+            self._count(state)
+            self._gauge(state)
+
+    def say(self, message: str) -> None:
+        """Messages are no metrics."""
+
+    def _make_instruments(self) -> None:
+        # only now: an update that fails is made good, a metric that cannot be made would end the run
+        if self._gauges:
+            return
+        counter, gauge = self._kinds
+        self._counters = {
+            name: _Counter(counter(name, text, _tag_keys(tag))) for name, (text, tag) in COUNTERS.items()
+        }
+        self._gauges = {name: gauge(name, text, _tag_keys(tag)) for name, (text, tag) in GAUGES.items()}
+
+    def _count(self, state: RunState) -> None:
+        counts, measures = state.counts_so_far, state.measures
+        for outcome in ("annotated", "empty", "failed"):
+            self._rise("legrad_samples", getattr(counts, outcome), outcome=outcome)
+        for kind, rows in counts.errors_by_kind.items():
+            self._rise("legrad_errors", rows, kind=kind)
+        self._rise("legrad_rows", counts.rows)
+        self._rise("legrad_images_decoded", measures.images_decoded)
+        self._rise("legrad_device_busy_seconds", measures.device_busy_s)
+        self._rise("legrad_worker_seconds", measures.ready_s)
+
+    def _gauge(self, state: RunState) -> None:
+        shards = {
+            "done": state.shards_skipped + state.shards_done,
+            "damaged": state.shards_damaged,
+            "failed": state.shards_failed,
+            "left": state.shards_left,
+        }
+        for name, number in shards.items():
+            self._gauges["legrad_shards"].set(number, tags={**self._output, "state": name})
+        self._gauges["legrad_workers"].set(state.workers_ready, tags=self._output)
+
+    def _rise(self, name: str, total: float, **tags: str) -> None:
+        self._counters[name].rise_to(
+            total, {**self._output, **{key: _tag_value(value) for key, value in tags.items()}}
+        )
+
+
+def _tag_value(text: str) -> str:
+    """The text as ray takes it: in ASCII; what is not is escaped as in URLs."""
+    return quote(text, safe=_ASCII, errors="replace")
+
+
+def _tag_keys(tag: str | None) -> tuple[str, ...]:
+    return ("output",) if tag is None else ("output", tag)

@@ -1,0 +1,260 @@
+"""Scenes with ground truth, read from the same tars that are annotated.
+
+A sample of such a tar holds an image, ``json`` with ``captions`` and, aligned with them, ``class_ids``, and
+one or both of two forms of truth:
+
+- ``seg.png``: a label map of one channel, 0 for background, class ids, and one value where nothing counts:
+  255 in a map of 8 bits, 65535 in one of 16.
+- ``points`` in the ``json``: a list of ``{"x": 0.25, "y": 0.5, "class_id": 7, "label": "yes"}``, each the
+  answer to whether the pixel there belongs to the class, ``yes`` or ``no``. x and y are shares of the
+  image's width and height, from 0 to 1. Open Images V7 has such labels; its third answer, "unsure", is left
+  out.
+
+Class ids are from 1 on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8, UInt16
+from PIL import Image
+
+from pipeline.config.schema import InputConfig
+from pipeline.errors import SampleFailure
+from pipeline.shards.decode import find_field, told_fields
+from pipeline.shards.image_files.png import check_png, png_without_texts
+from pipeline.shards.sample_error import SampleError
+from pipeline.shards.samples import RawSample, read_samples
+from pipeline.storage import ShardSource, list_shards, open_shard
+
+LABEL_MAP_FIELD = "seg.png"
+IGNORED_LABEL = 255
+IGNORED_LABEL_16_BIT = 65535
+MAX_POINTS = 100_000
+MAX_CLASS_ID = 2**31 - 1  # a column of int32 holds no larger one
+GREY_16_BIT_MODES = ("I;16", "I;16B", "I")  # older releases of pillow read 16-bit PNG as I
+
+LabelMap = UInt8[np.ndarray, "height width"] | UInt16[np.ndarray, "height width"]
+
+
+@dataclass(frozen=True)
+class PointLabel:
+    """Whether the pixel at a place belongs to a class.
+
+    Attributes:
+        x: from the left, as a share of the image's width, 0 to 1.
+        y: from the top, as a share of its height.
+        class_id: the class that was asked for.
+        is_object: the answer.
+    """
+
+    x: float
+    y: float
+    class_id: int
+    is_object: bool
+
+    def value_in(self, pixels: np.ndarray) -> Any:
+        """What stands at this place in an array of any size, [height, width]."""
+        height, width = pixels.shape
+        return pixels[min(int(self.y * height), height - 1), min(int(self.x * width), width - 1)]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One sample with its ground truth.
+
+    Attributes:
+        key: sample key.
+        sample_index: ordinal of the sample in its shard.
+        image: the encoded image.
+        captions: one text an object.
+        class_ids: the label of each object, in the captions' order.
+        label_map: 0 background, class ids, and `ignored_label`; at the image's own size. None where the truth
+            is points alone.
+        points: point labels, if any.
+    """
+
+    key: str
+    sample_index: int
+    image: bytes
+    captions: tuple[str, ...]
+    class_ids: tuple[int, ...]
+    label_map: LabelMap | None
+    points: tuple[PointLabel, ...] = ()
+
+    @property
+    def labels(self) -> LabelMap:
+        """The label map; raises ValueError where there is none."""
+        if self.label_map is None:
+            raise ValueError(f"{self.key}: expected a label map, found point labels alone")
+        return self.label_map
+
+    @property
+    def ignored_label(self) -> int:
+        """The value of pixels that do not count."""
+        return IGNORED_LABEL if self.labels.dtype == np.uint8 else IGNORED_LABEL_16_BIT
+
+    @property
+    def valid(self) -> Bool[np.ndarray, "height width"]:
+        """Pixels that count."""
+        counted: np.ndarray = self.labels != self.ignored_label
+        return counted
+
+    def class_mask(self, class_id: int) -> Bool[np.ndarray, "height width"]:
+        """Pixels of one class."""
+        mask: np.ndarray = self.labels == class_id
+        return mask
+
+    def object_mask(self, object_index: int) -> Bool[np.ndarray, "height width"]:
+        """Pixels of one object."""
+        return self.class_mask(self.class_ids[object_index])
+
+    def foreground(self) -> Bool[np.ndarray, "height width"]:
+        """Pixels of any object that a caption names."""
+        return np.isin(self.labels, self.class_ids)
+
+    def visible_classes(self) -> Int[np.ndarray, " classes"]:
+        """Ids of the classes that have a pixel, ascending."""
+        found = np.flatnonzero(np.bincount(self.labels.ravel()))
+        classes: np.ndarray = found[(found != 0) & (found != self.ignored_label)]
+        return classes
+
+    def visible_objects(self) -> list[int]:
+        """Ordinals of the objects that have at least one pixel; the others have no mask in the truth."""
+        visible = set() if self.label_map is None else set(self.visible_classes().tolist())
+        return [index for index, class_id in enumerate(self.class_ids) if class_id in visible]
+
+    def pointed_objects(self) -> list[int]:
+        """Ordinals of the objects that at least one point says yes to."""
+        said = {point.class_id for point in self.points if point.is_object}
+        return [index for index, class_id in enumerate(self.class_ids) if class_id in said]
+
+
+def list_truth_shards(patterns: str | Path | Sequence[str | Path]) -> list[ShardSource]:
+    """The tars that one or several patterns name; raises UserError where one names nothing."""
+    several = [patterns] if isinstance(patterns, str | Path) else patterns
+    return list_shards([str(pattern) for pattern in several])
+
+
+def read_scenes(shard: ShardSource, settings: InputConfig) -> Iterator[Scene | SampleError]:
+    """Every sample of a tar, as a scene or as the reason why it cannot serve as ground truth.
+
+    Args:
+        shard: the tar.
+        settings: which field is the image, and the size limits.
+
+    Raises:
+        ShardError: the tar cannot be opened or read.
+    """
+    with open_shard(shard) as stream:
+        wanted = [*settings.image.split(";"), LABEL_MAP_FIELD, "json"]
+        samples = read_samples(stream, max_member_bytes=settings.max_member_bytes, wanted_fields=wanted)
+        for sample in samples:
+            yield sample if isinstance(sample, SampleError) else scene_of(sample, settings.image)
+
+
+def scene_of(sample: RawSample, image_fields: str) -> Scene | SampleError:
+    """The scene that a sample holds, or the reason why it holds none.
+
+    Args:
+        sample: as read from the tar.
+        image_fields: fields of the image, the first one present counts, such as ``jpg;png``.
+    """
+    try:
+        document = _document(sample.fields)
+        points = _points(document.get("points", []))
+        if LABEL_MAP_FIELD not in sample.fields and not points:
+            message = f"sample has no field `{LABEL_MAP_FIELD}`, and its JSON field has no points"
+            raise SampleFailure("read", "no_ground_truth", f"{message}{told_fields(sample.fields)}")
+        captions, class_ids = _objects(document)
+        label_map = sample.fields.get(LABEL_MAP_FIELD)
+        return Scene(
+            key=sample.key,
+            sample_index=sample.index,
+            image=find_field(sample.fields, image_fields),
+            captions=captions,
+            class_ids=class_ids,
+            label_map=None if label_map is None else read_label_map(label_map),
+            points=points,
+        )
+    except SampleFailure as failure:
+        return SampleError(failure.stage, failure.kind, failure.message, sample.key, sample.index)
+
+
+def _document(fields: Mapping[str, bytes]) -> dict[str, Any]:
+    """The sample's JSON field; none at all counts as an empty one."""
+    try:
+        document = json.loads(fields.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise _bad_truth(f"expected a JSON field, received none: {type(error).__name__} {error}") from error
+    if not isinstance(document, dict):
+        raise _bad_truth(f"expected a JSON object, received {type(document).__name__}")
+    return document
+
+
+def _objects(document: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Captions and class ids of the objects, checked to be of one length."""
+    try:
+        captions = tuple(str(caption) for caption in document["captions"])
+        class_ids = tuple(int(class_id) for class_id in document["class_ids"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        message = f"expected a JSON field with captions and class_ids: {type(error).__name__} {error}"
+        raise _bad_truth(message) from error
+    if not all(0 < class_id <= MAX_CLASS_ID for class_id in class_ids):
+        raise _bad_truth(f"expected class_ids from 1 to {MAX_CLASS_ID}, received {class_ids!r:.200}")
+    if len(captions) != len(class_ids):
+        raise _bad_truth(
+            f"expected as many class_ids as captions, received {len(class_ids)} for {len(captions)}"
+        )
+    return captions, class_ids
+
+
+def _points(listed: Any) -> tuple[PointLabel, ...]:
+    if not isinstance(listed, list) or len(listed) > MAX_POINTS:
+        raise _bad_truth(f"points: expected a list of at most {MAX_POINTS}, received {type(listed).__name__}")
+    return tuple(_point(item) for item in listed)
+
+
+def _point(item: Any) -> PointLabel:
+    match item:
+        case {"x": x, "y": y, "class_id": int(class_id), "label": "yes" | "no" as label} if (
+            _is_share(x) and _is_share(y) and 0 < class_id <= MAX_CLASS_ID
+        ):
+            return PointLabel(float(x), float(y), class_id, label == "yes")
+    raise _bad_truth(
+        "points: expected x and y from 0 to 1, a class_id above 0, and a label yes or no; "
+        f"received {item!r:.200}"
+    )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def read_label_map(data: bytes) -> LabelMap:
+    """Decode a label map; raises SampleFailure, kind `bad_ground_truth`, where the bytes are none."""
+    try:
+        check_png(data)
+        with Image.open(io.BytesIO(png_without_texts(data)), formats=("PNG",)) as image:
+            if image.mode in ("L", "P"):
+                return np.array(image, dtype=np.uint8)
+            if image.mode in GREY_16_BIT_MODES:
+                return np.array(image).astype(np.uint16)
+            mode = image.mode
+    except SampleFailure as failure:
+        raise _bad_truth(f"{LABEL_MAP_FIELD}: {failure.message}") from failure
+    # decoders raise about any type on crafted bytes
+    except Exception as error:
+        raise _bad_truth(f"{LABEL_MAP_FIELD} is unreadable: {error}") from error
+    raise _bad_truth(f"expected a grey or palette PNG of 8 or 16 bits as label map, received {mode}")
+
+
+def _bad_truth(message: str) -> SampleFailure:
+    return SampleFailure("read", "bad_ground_truth", message)

@@ -1,0 +1,82 @@
+"""PNG: chunks with their sums, and without those that no pixel depends on.
+
+Source: PNG specification, third edition, section 5, "Datastream structure".
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.shards.image_files.failures import corrupt, too_many_parts, truncated
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# encoders write pixels in chunks of at least some kilobytes
+MAX_CHUNKS = 2**16
+_KEPT = frozenset((b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"acTL", b"fcTL", b"fdAT", b"IEND"))
+_LENGTH_AND_KIND_BYTES, _SUM_BYTES = 8, 4
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    kind: bytes
+    start: int
+    stop: int
+
+
+def png_without_texts(data: bytes) -> bytes:
+    """Leave out texts, colour profiles and whatever else no pixel depends on.
+
+    They are never inflated then, and no limit on them fails an image. The EXIF data come first, so that they
+    are known before the pixels are decoded.
+
+    Raises:
+        SampleFailure: kind `too_many_parts`.
+    """
+    chunks = list(_chunks(data))
+    if all(chunk.kind in _KEPT and chunk.kind != b"eXIf" for chunk in chunks):
+        return data
+    kept = [chunk for chunk in chunks if chunk.kind in _KEPT]
+    kept.sort(key=lambda chunk: chunk.kind not in (b"IHDR", b"eXIf"))
+    view = memoryview(data)
+    return b"".join([SIGNATURE, *(view[chunk.start : chunk.stop] for chunk in kept)])
+
+
+def check_png(data: bytes) -> None:
+    """Check every chunk up to the end chunk; what follows is of no interest.
+
+    Raises:
+        SampleFailure: kind `truncated`, `corrupt` or `too_many_parts`.
+    """
+    if not data.startswith(SIGNATURE):
+        raise corrupt(f"expected a PNG, received bytes that begin with {data[:12]!r}")
+    view = memoryview(data)
+    for chunk in _chunks(data):
+        if not chunk.kind.isalpha():
+            raise corrupt(f"the PNG has no valid chunk at byte {chunk.start}")
+        if chunk.stop > len(data):
+            break
+        end = chunk.stop - _SUM_BYTES
+        if zlib.crc32(view[chunk.start + 4 : end]) != int.from_bytes(view[end : chunk.stop], "big"):
+            name = chunk.kind.decode("ascii")
+            raise corrupt(f"the checksum of the PNG's chunk {name} at byte {chunk.start} is wrong")
+        if chunk.kind == b"IEND":
+            return
+    raise truncated(f"the PNG has {len(data)} bytes and no end chunk (IEND)")
+
+
+def _chunks(data: bytes) -> Iterator[_Chunk]:
+    """The chunks as announced, up to the end chunk; the last may reach behind the end of the data."""
+    start = len(SIGNATURE)
+    for _ in range(MAX_CHUNKS):
+        if start + _LENGTH_AND_KIND_BYTES > len(data):
+            return
+        kind = data[start + 4 : start + 8]
+        content_bytes = int.from_bytes(data[start : start + 4], "big")
+        stop = start + _LENGTH_AND_KIND_BYTES + content_bytes + _SUM_BYTES
+        yield _Chunk(kind, start, stop)
+        if kind == b"IEND":
+            return
+        start = stop
+    raise too_many_parts(f"the PNG has more than {MAX_CHUNKS} chunks")
