@@ -26,7 +26,8 @@ from pipeline.output.counts import ShardCounts, total_counts
 from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of
-from pipeline.shards.decode import decode_image, find_field
+from pipeline.shards.fields import find_field
+from pipeline.shards.images import decode_image
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource

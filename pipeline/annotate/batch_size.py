@@ -12,7 +12,7 @@ from PIL import Image
 import legrad
 from legrad.views import Views, canvas_pixels
 from pipeline.annotate.engine import Engine, PreparedSample, Prompt
-from pipeline.shards.decode import WHOLE_IMAGE, DecodedImage
+from pipeline.shards.images import WHOLE_IMAGE, DecodedImage
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pipeline.annotate.meter import Meter
 from pipeline.annotate.refinement import refined_maps
 from pipeline.annotate.texts import BatchTextEmbedder, BatchTexts, ImageMaps, choose_maps
 from pipeline.prompts.sample_prompts import Companions, Prompt
-from pipeline.shards.decode import WHOLE_IMAGE, DecodedImage
+from pipeline.shards.images import WHOLE_IMAGE, DecodedImage
 
 __all__ = ["Engine", "ExplainedPrompt", "ExplainedSample", "PreparedSample", "Prompt"]
 

@@ -19,7 +19,8 @@ from pipeline.annotate.model import DEMO, load_explainer
 from pipeline.config.schema import ADDRESS_PREFIXES, InputConfig, ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import SampleFailure, UserError
-from pipeline.shards.decode import MAX_CAPTION_CHARACTERS, open_image
+from pipeline.shards.captions import MAX_CAPTION_CHARACTERS
+from pipeline.shards.images import open_image
 from pipeline.text import printable
 
 DEFAULT_MODEL, DEFAULT_TAG = "ViT-B-16", "laion2b_s34b_b88k"

@@ -15,8 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from pipeline.errors import SampleFailure, UserError
-from pipeline.shards.decode import open_image, upright_transpose
 from pipeline.shards.image_files.png import check_png, png_without_texts
+from pipeline.shards.images import open_image, upright_transpose
 from pipeline.text import printable
 
 BACKGROUND = 0

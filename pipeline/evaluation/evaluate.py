@@ -31,8 +31,8 @@ from pipeline.evaluation.table import render_evaluation
 from pipeline.evaluation.written_masks import collect_written_masks, score_written_masks
 from pipeline.output.folder import JOB_FILE
 from pipeline.output.reading import read_job_record
-from pipeline.shards.decode import decode_image
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
+from pipeline.shards.images import decode_image
 from pipeline.shards.sample_error import SampleError
 from pipeline.storage import ShardSource
 from pipeline.text import printable

@@ -20,7 +20,8 @@ from pipeline.errors import SampleFailure
 from pipeline.output.joining import JoinedSample
 from pipeline.output.label_map import check_masks_of_image, label_map
 from pipeline.output.schema import has_pixels
-from pipeline.shards.decode import find_field, open_image, upright_transpose
+from pipeline.shards.fields import find_field
+from pipeline.shards.images import open_image, upright_transpose
 
 MAX_NAME_CHARACTERS = 80
 PALETTE_BITS = 8

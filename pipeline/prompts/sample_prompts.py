@@ -11,7 +11,7 @@ from pipeline.config.classes import read_class_list
 from pipeline.config.schema import JobConfig, PromptsConfig
 from pipeline.errors import SampleFailure
 from pipeline.prompts.mentions import MentionFinder
-from pipeline.shards.decode import read_captions
+from pipeline.shards.captions import read_captions
 
 Element = TypeVar("Element")
 Ensemble = tuple[str, ...]

@@ -21,8 +21,9 @@ from pipeline.output.label_map import mask_of_image
 from pipeline.output.reading import read_job_record, read_rows
 from pipeline.report.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.report.sheet_drawing import CARDS_PER_LINE, Card, draw_sheet
-from pipeline.shards.decode import find_field, open_image
+from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import Scene, list_truth_shards, scene_of
+from pipeline.shards.images import open_image
 from pipeline.shards.samples import RawSample
 from pipeline.storage import ShardSource
 

@@ -22,8 +22,9 @@ from pipeline.output.reading import checked_rows, damage, open_table
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
 from pipeline.report.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.report.scores import ScoredRows
-from pipeline.shards.decode import find_field, open_image
+from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import Scene, scene_of
+from pipeline.shards.images import open_image
 from pipeline.shards.samples import RawSample
 from pipeline.text import printable
 

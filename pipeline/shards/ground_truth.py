@@ -28,7 +28,7 @@ from PIL import Image
 
 from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure
-from pipeline.shards.decode import find_field, told_fields
+from pipeline.shards.fields import find_field, told_fields
 from pipeline.shards.image_files.png import check_png, png_without_texts
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples

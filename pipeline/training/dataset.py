@@ -26,8 +26,9 @@ from pipeline.output.pairs import pair_shards
 from pipeline.output.reading import read_job_record
 from pipeline.output.schema import has_pixels
 from pipeline.output.shares import shares_of
-from pipeline.shards.decode import find_field, open_image
+from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import LABEL_MAP_FIELD, read_label_map
+from pipeline.shards.images import open_image
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
 from pipeline.training.targets import SimilarityRange, label_map_target, prompt_target, with_classes
 

@@ -27,7 +27,9 @@ from pipeline.annotate.model import load_explainer
 from pipeline.cli.demo import demo_config
 from pipeline.config.schema import JobConfig
 from pipeline.run.worker import build_annotator
-from pipeline.shards.decode import decode_image, find_field, read_captions
+from pipeline.shards.captions import read_captions
+from pipeline.shards.fields import find_field
+from pipeline.shards.images import decode_image
 from pipeline.shards.samples import RawSample, read_samples
 
 

@@ -28,7 +28,7 @@ from legrad.masks.grids import grid_to_masks
 from legrad.masks.thresholds import MaskRule
 from pipeline.output.label_map import mask_frame
 from pipeline.output.writer import ShardWriter
-from pipeline.shards.decode import DecodedImage, decode_image
+from pipeline.shards.images import DecodedImage, decode_image
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
 

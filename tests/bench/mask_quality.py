@@ -31,8 +31,8 @@ from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig
 from pipeline.demo import assets
 from pipeline.output.label_map import label_map
-from pipeline.shards.decode import decode_image
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
+from pipeline.shards.images import decode_image
 
 BACKGROUND_TEXT = "a photo"
 RECIPES: dict[str, dict[str, Any]] = {

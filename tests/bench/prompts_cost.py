@@ -30,7 +30,8 @@ from pipeline.config.schema import JobConfig, PromptsConfig
 from pipeline.demo import assets
 from pipeline.prompts.mentions import MentionFinder
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of
-from pipeline.shards.decode import decode_image, find_field
+from pipeline.shards.fields import find_field
+from pipeline.shards.images import decode_image
 from pipeline.shards.samples import RawSample, read_samples
 
 CLASSES = {"source": "classes", "classes": str(assets.demo_classes_path())}

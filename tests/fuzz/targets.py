@@ -54,7 +54,8 @@ from pipeline.errors import DamagedFileError, PipelineError, SampleFailure, User
 from pipeline.output import reading as records
 from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
 from pipeline.prompts.mentions import MentionFinder
-from pipeline.shards.decode import open_image, read_captions
+from pipeline.shards.captions import read_captions
+from pipeline.shards.images import open_image
 from pipeline.shards.samples import RawSample, read_samples
 from tests.fuzz.counts import FAULTS
 from tests.fuzz.mutations import as_json, mutated, mutated_text, mutated_tree, with_other_chunk

@@ -22,7 +22,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import demo_shard_paths
 from pipeline.errors import UserError
 from pipeline.run.job import prepare_job
-from pipeline.shards.decode import open_image
+from pipeline.shards.images import open_image
 
 SIZES = [(60, 60), (200, 230), (60, 60)]
 CAPTIONS = ["a dog", "a red car", "cactus"]

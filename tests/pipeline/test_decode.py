@@ -20,18 +20,17 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from legrad.images import ImageTransform
 from pipeline.errors import SampleFailure
-from pipeline.shards.decode import (
+from pipeline.shards.captions import (
     MAX_CAPTION_CHARACTERS,
     MAX_CAPTIONS,
     MAX_JSON_BYTES,
     MAX_LETTERS_IN_A_ROW,
     MAX_MARKS_IN_A_ROW,
-    decode_image,
-    find_field,
-    open_image,
     read_captions,
 )
+from pipeline.shards.fields import find_field
 from pipeline.shards.image_files.jpeg import MAX_JPEG_SCANS
+from pipeline.shards.images import decode_image, open_image
 from pipeline.shards.samples import read_samples
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)

@@ -17,7 +17,7 @@ from pipeline.annotate.model import load_explainer
 from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.prompts.sample_prompts import Companions
-from pipeline.shards.decode import DecodedImage
+from pipeline.shards.images import DecodedImage
 
 TILES = Views(tile=True, scales=(1.0, 0.75), tile_zoom=1.25, max_tiles=4)
 SOON_S = 120.0

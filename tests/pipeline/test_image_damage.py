@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import SampleFailure
-from pipeline.shards.decode import open_image
+from pipeline.shards.images import open_image
 
 LIMIT = 10**7
 # a pixel is wrong where it is further off than this, of 255; a file is where more of them are wrong

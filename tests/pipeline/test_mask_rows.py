@@ -24,7 +24,7 @@ from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.output.label_map import label_map
 from pipeline.output.schema import ANNOTATION_SCHEMA
-from pipeline.shards.decode import DecodedImage
+from pipeline.shards.images import DecodedImage
 from pipeline.shards.samples import RawSample, read_samples
 
 HEIGHT, WIDTH = 18, 30

@@ -35,8 +35,9 @@ from pipeline.datasets.voc import open_voc
 from pipeline.datasets.writing import write_shards
 from pipeline.errors import UserError
 from pipeline.prompts.mentions import MentionFinder
-from pipeline.shards.decode import open_image, read_captions
+from pipeline.shards.captions import read_captions
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
+from pipeline.shards.images import open_image
 
 
 def scenes_of(folder):

@@ -23,7 +23,7 @@ from pipeline.config.schema import MasksConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.prompts.sample_prompts import Companions
-from pipeline.shards.decode import DecodedImage
+from pipeline.shards.images import DecodedImage
 
 PAR = refinement_of(MasksConfig(refine="par"), 8)
 SCENES = 8

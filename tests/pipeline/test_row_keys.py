@@ -21,7 +21,7 @@ from pipeline.config.load import config_hash, known_keys, parse_config
 from pipeline.config.row_keys import row_keys, told_differences
 from pipeline.errors import SampleFailure, UserError
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of, with_files_read
-from pipeline.shards.decode import DecodedImage
+from pipeline.shards.images import DecodedImage
 
 GRID = (3, 4)
 PATCH = 4

@@ -1,4 +1,4 @@
-"""From a sample's untrusted bytes to pixels at model size, and to captions.
+"""From untrusted bytes to pixels at model size.
 
 Content is told by its first bytes and by nothing else: a field's name is only where to look. The formats
 opened are JPEG, PNG, WebP, BMP and GIF, with a single frame; TIFF is left out for the size of its decoders.
@@ -7,17 +7,12 @@ opened are JPEG, PNG, WebP, BMP and GIF, with a single frame; TIFF is left out f
 from __future__ import annotations
 
 import io
-import json
-import re
 import struct
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import numpy as np
-import regex
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -32,8 +27,6 @@ from pipeline.shards.image_files.bmp import check_bmp
 from pipeline.shards.image_files.jpeg import CheckedJpeg
 from pipeline.shards.image_files.png import check_png, png_without_texts
 from pipeline.shards.image_files.webp import check_webp, check_webp_length
-from pipeline.shards.samples import SampleFields
-from pipeline.text import printable
 
 # Pillow reads the parts of a file (segments, chunks, blocks) one by one in Python, metadata included
 MAX_READS = 2**18
@@ -42,17 +35,6 @@ MAX_IMAGE_SIDE = 2**16 - 1
 # Pillow joins the segments one by one, in quadratic time; a picture has one, and so has each further picture
 MAX_EXIF_SEGMENTS = 64
 
-MAX_JSON_BYTES = 4 * 2**20
-MAX_CAPTION_CHARACTERS = 2**14
-# byte-pair encoding takes quadratic time on a run of letters, and no language has such words
-MAX_LETTERS_IN_A_ROW = 400
-# bringing marks into their order takes quadratic time too; one letter has a few
-MAX_MARKS_IN_A_ROW = 400
-# of fields and JSON keys that a message names
-MAX_NAMES_TOLD = 12
-MAX_NAME_CHARACTERS_TOLD = 30
-# all of a sample's captions are embedded, if only to find the most similar ones
-MAX_CAPTIONS = 1024
 
 _EXIF_ORIENTATION_TAG = 0x0112
 _EXIF_SHORT = 3
@@ -65,8 +47,6 @@ _TRANSPOSE_BY_EXIF_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LETTERS = re.compile(r"[^\W\d_]+")
-_MARKS = regex.compile(rf"\p{{M}}{{{MAX_MARKS_IN_A_ROW + 1}}}")
 _MODES_WITH_A_WAY_TO_RGB = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
@@ -273,132 +253,3 @@ def _faults_as_failures() -> Iterator[None]:
         is_cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
         message = f"{type(error).__name__}: {error}"
         raise SampleFailure("decode", "truncated" if is_cut else "unreadable", message) from error
-
-
-def find_field(fields: Mapping[str, bytes], spec: str, *, stage: str = "decode") -> bytes:
-    """Find the first of several fields that a sample has.
-
-    Args:
-        fields: the sample's, by lower-cased extension; those that were skipped are named where none is found.
-        spec: extensions by preference, separated by semicolons, such as `jpg;png;webp`.
-        stage: what a missing field is reported under.
-
-    Raises:
-        SampleFailure: kind `missing_field`: the sample has none of them.
-    """
-    names = spec.lower().split(";")
-    for name in names:
-        if name in fields:
-            return fields[name]
-    raise SampleFailure(
-        stage, "missing_field", f"sample has no field {_quoted(names)}{told_fields(fields, names)}"
-    )
-
-
-def told_fields(fields: Mapping[str, bytes], missed: Sequence[str] = ()) -> str:
-    """The end of a message: which fields there are, and why none has a missed name where that can be told."""
-    present = sorted({*fields, *(fields.skipped if isinstance(fields, SampleFields) else ())})
-    told = f"; fields present: {listed_names(present)}"
-    dotted = next((field for field in present if field.endswith(tuple(f".{name}" for name in missed))), None)
-    if dotted is None:
-        return told
-    return f"{told} (a key ends at the first dot of the base name, and all that follows is the field)"
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return " or ".join(f"`{printable(name)}`" for name in names)
-
-
-def listed_names(names: Collection[str]) -> str:
-    """Some of the names, fit to be shown: at most MAX_NAMES_TOLD, each cut to MAX_NAME_CHARACTERS_TOLD."""
-    told = [printable(name[:MAX_NAME_CHARACTERS_TOLD]) for name in islice(names, MAX_NAMES_TOLD)]
-    left = len(names) - len(told)
-    return ", ".join(told) + (f" and {left} more" if left else "") if told else "none"
-
-
-def read_captions(
-    fields: Mapping[str, bytes], spec: str, *, several: bool | None
-) -> list[str | SampleFailure]:
-    """Read a sample's caption, or its list of captions.
-
-    Args:
-        fields: the sample's, by lower-cased extension.
-        spec: `txt`, or `json:NAME` for a key of a JSON object.
-        several: whether the value is a list of captions (JSON only) or one text; None: whichever it is.
-
-    Returns:
-        One caption without surrounding white space; of a list, for each element in order its caption, or the
-        failure of that element alone, so that positions are prompt indices. An empty list stays empty.
-
-    Raises:
-        SampleFailure: stage `caption`; kind `missing_field`, `missing_key`, `empty`, `not_utf8`, `not_json`,
-            `wrong_type`, `too_long` or `too_many`: the sample as a whole has no caption that can be used.
-    """
-    field_spec, _, name = spec.partition(":")
-    content = find_field(fields, field_spec, stage="caption")
-    value: Any = _json_value(content, name) if name else _text(content, MAX_CAPTION_CHARACTERS * 4)
-    if not (isinstance(value, list) if several is None else several):
-        return [_caption(value)]
-    if not isinstance(value, list):
-        raise _failure("wrong_type", f"expected a list of captions in {spec}, received {_type_name(value)}")
-    if len(value) > MAX_CAPTIONS:
-        raise _failure("too_many", f"the sample has {len(value)} captions, allowed are {MAX_CAPTIONS}")
-    return [_caption_or_failure(element) for element in value]
-
-
-def _caption_or_failure(value: object) -> str | SampleFailure:
-    try:
-        return _caption(value)
-    except SampleFailure as failure:
-        return failure
-
-
-def _caption(value: object) -> str:
-    if not isinstance(value, str):
-        raise _failure("wrong_type", f"expected a text as caption, received {_type_name(value)}")
-    caption = value.strip()
-    if not caption:
-        raise _failure("empty", "the caption is empty")
-    if len(caption) > MAX_CAPTION_CHARACTERS:
-        raise _failure(
-            "too_long", f"the caption has {len(caption)} characters, allowed are {MAX_CAPTION_CHARACTERS}"
-        )
-    if any(len(letters) > MAX_LETTERS_IN_A_ROW for letters in _LETTERS.findall(caption)):
-        raise _failure("too_long", f"the caption has more than {MAX_LETTERS_IN_A_ROW} letters in a row")
-    if _MARKS.search(caption):
-        raise _failure("too_long", f"the caption has more than {MAX_MARKS_IN_A_ROW} combining marks in a row")
-    # JSON can spell half a surrogate pair, which no file could hold
-    if any("\ud800" <= character <= "\udfff" for character in caption):
-        raise _failure("not_utf8", "the caption holds half of a surrogate pair")
-    return caption
-
-
-def _json_value(content: bytes, name: str) -> object:
-    try:
-        # no caption is a number, and parsing long integers takes quadratic time
-        document = json.loads(_text(content, MAX_JSON_BYTES), parse_int=float)
-    except (ValueError, RecursionError) as error:
-        raise _failure("not_json", f"{type(error).__name__}: {error}") from error
-    if not isinstance(document, dict):
-        raise _failure("wrong_type", f"expected a JSON object, received {_type_name(document)}")
-    if name not in document:
-        message = f"the JSON object has no key `{printable(name)}`; keys present: {listed_names(document)}"
-        raise _failure("missing_key", message)
-    return document[name]
-
-
-def _text(content: bytes, max_bytes: int) -> str:
-    if len(content) > max_bytes:
-        raise _failure("too_long", f"the field has {len(content)} bytes, allowed are {max_bytes}")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _failure("not_utf8", f"the field is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _type_name(value: object) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _failure(kind: str, message: str) -> SampleFailure:
-    return SampleFailure("caption", kind, message)
