@@ -1,8 +1,7 @@
 """What reaches a terminal or a log: untrusted text made printable on its way out.
 
-What a command shows goes through a `PrintableConsole`, everything else that reaches stdout or stderr (log lines,
-warnings, tracebacks, what Ray passes on from its workers) through `printable_streams`, so no command has to
-think of it.
+What a command shows goes through a `PrintableConsole`; everything else that reaches stdout or stderr (log
+lines, warnings, tracebacks, what Ray passes on from its workers) goes through `printable_streams`.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ WRITTEN_OUT: frozenset[type[nn.Module]] = frozenset(
 # What cuts images into patches is called as it is and never differentiated: all that hangs on it acts.
 _CALLED = ("conv1", "trunk.patch_embed.proj")
 _CALLED_WITH_CHILDREN = "trunk.patch_embed.backbone"
-# Called too, and differentiated one element at a time: `legrad.method.faithful` tries out those of unknown types.
+# Called too, and differentiated one element at a time; those of unknown types are tried out
+# by `legrad.method.faithful`.
 ACTIVATION_NAMES = ("gelu", "act", "bias_act")
 HOOKS = {
     "_forward_hooks": "forward hook",
