@@ -56,7 +56,7 @@ def test_each_text_has_an_overlay_of_the_images_size_and_a_strip(explanation, im
     assert len(explanation.layer_strips) == 3
     arrays = [np.asarray(overlay).tobytes() for overlay in explanation.overlays]
     assert len(set(arrays)) == 3
-    first = legrad.pictures(image, explanation.heatmaps[0])
+    first = legrad.overlay(image, explanation.heatmaps[0])
     assert arrays[0] == np.asarray(first).tobytes()
 
 

@@ -99,7 +99,7 @@ import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]}
 import torch
 from test_kernels import BUDGET_BYTES, SHAPES, expected_sums, random_case, relative_error
-from legrad import kernels
+from legrad.method import kernels
 case = random_case(*SHAPES[0])
 kernels.rectified_column_sums(*case, BUDGET_BYTES)
 assert "legrad.method.kernels_triton" not in sys.modules, "Triton is for devices alone"

@@ -25,7 +25,7 @@ def image():
 def test_an_overlay_is_red_where_the_map_is_high_and_blue_where_it_is_low(image):
     heatmap = torch.zeros(3, 5)
     heatmap[:, 4] = 1
-    picture = np.asarray(legrad.pictures(image, heatmap)).astype(int)
+    picture = np.asarray(legrad.overlay(image, heatmap)).astype(int)
     assert picture.shape == (30, 50, 3)
     low, high = picture[:, :5].mean(axis=(0, 1)), picture[:, -5:].mean(axis=(0, 1))
     assert high[0] > high[2] + 40
@@ -34,7 +34,7 @@ def test_an_overlay_is_red_where_the_map_is_high_and_blue_where_it_is_low(image)
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_images_of_any_mode_are_drawn(image, mode):
-    assert legrad.pictures(image.convert(mode), np.zeros((2, 2), dtype=np.float32)).mode == "RGB"
+    assert legrad.overlay(image.convert(mode), np.zeros((2, 2), dtype=np.float32)).mode == "RGB"
 
 
 def test_a_strip_has_a_panel_for_each_layer_and_one_for_their_sum(image):
