@@ -13,23 +13,7 @@ from typing import Annotated
 import pytest
 import typer
 import yaml
-from documented_commands import blocks_of, check, commands_of, documented_commands, kind_of
-from documents import (
-    CONFIGS,
-    PAGES,
-    ROOT,
-    anchors,
-    blocks,
-    code_spans,
-    links,
-    options_of,
-    prose,
-    rooms,
-    section,
-    text_of,
-)
 from pydantic import TypeAdapter
-from report_jobs import row, write_job
 
 import legrad
 import pipeline.training
@@ -43,6 +27,22 @@ from pipeline.output.run_state import RunState
 from pipeline.output.schema import ACCEPTED, ANNOTATION_SCHEMA, ERROR_SCHEMA
 from pipeline.process import signals
 from pipeline.run.progress import Pace, as_line
+from tests.helpers.documented_commands import blocks_of, check, commands_of, documented_commands, kind_of
+from tests.helpers.documents import (
+    CONFIGS,
+    PAGES,
+    ROOT,
+    anchors,
+    blocks,
+    code_spans,
+    links,
+    options_of,
+    prose,
+    rooms,
+    section,
+    text_of,
+)
+from tests.helpers.report_jobs import row, write_job
 
 README, CONTRIBUTING = PAGES[:2]
 

@@ -11,8 +11,6 @@ import tarfile
 import open_clip
 import pyarrow.parquet as pq
 import pytest
-from documented_commands import blocks_of, commands_of, documented_commands, once, parsed, runs_here
-from documents import PAGES, ROOT, code_spans, section
 from PIL import Image
 
 from pipeline.cli import main as cli
@@ -20,6 +18,15 @@ from pipeline.demo import assets
 from pipeline.output.counts import total_counts
 from pipeline.run.outcome import JobResult, concluded, first_state
 from pipeline.run.worker import build_annotator
+from tests.helpers.documented_commands import (
+    blocks_of,
+    commands_of,
+    documented_commands,
+    once,
+    parsed,
+    runs_here,
+)
+from tests.helpers.documents import PAGES, ROOT, code_spans, section
 
 README = PAGES[0]
 SCENES_OF_A_SHARD = 2

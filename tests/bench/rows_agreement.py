@@ -30,9 +30,9 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import JobConfig
 from pipeline.demo import assets
 
-sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
+sys.path.append(str(Path(__file__).parents[2]))
 
-from row_agreement import agreement
+from tests.helpers.row_agreement import agreement
 
 WAYS = ((1, 1), (7, 1), (32, 2), (7, 2))
 

@@ -70,7 +70,7 @@ def _go_on(todo: list[list], seed: int, found: dict[str, Found]) -> list[list]:
         temporary.mkdir()
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "pipeline")]),
+            "PYTHONPATH": str(ROOT),
             "LEGRAD_FUZZ_FOLDER": folder,
             "TMPDIR": str(temporary),
         }

@@ -23,24 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import hostile_outputs
 import numpy as np
 import open_clip
 import pyarrow.parquet as pq
-from dataset_trees import box_polygon, coco_object, write_coco
-from hostile_shards import (
-    END,
-    KEYS,
-    TAR_FAULTS,
-    animation,
-    caption,
-    good,
-    image,
-    jpeg_with_scans,
-    odd,
-    png_claiming,
-    png_with_texts,
-)
 from webdataset.tariterators import base_plus_ext
 
 from legrad.errors import RleError
@@ -59,6 +44,21 @@ from pipeline.shards.images import open_image
 from pipeline.shards.samples import RawSample, read_samples
 from tests.fuzz.counts import FAULTS
 from tests.fuzz.mutations import as_json, mutated, mutated_text, mutated_tree, with_other_chunk
+from tests.helpers import hostile_outputs
+from tests.helpers.dataset_trees import box_polygon, coco_object, write_coco
+from tests.helpers.hostile_shards import (
+    END,
+    KEYS,
+    TAR_FAULTS,
+    animation,
+    caption,
+    good,
+    image,
+    jpeg_with_scans,
+    odd,
+    png_claiming,
+    png_with_texts,
+)
 
 ROOT = Path(__file__).parents[2]
 MOST_TAR_BYTES = 1 << 17

@@ -13,19 +13,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from accounts import audit
-from corpus import demo_job, write_word_shards
-from faults import annotate_all, struck_by
-from waiting import PATIENCE_S, TEST_PATIENCE_S
 
 from pipeline.console import PrintableConsole
 from pipeline.run.dispatcher import run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import open_progress
+from tests.helpers.accounts import audit
+from tests.helpers.corpus import demo_job, write_word_shards
+from tests.helpers.faults import annotate_all, struck_by
+from tests.helpers.processes import python_path
+from tests.helpers.waiting import PATIENCE_S, TEST_PATIENCE_S
 
 HERE = Path(__file__).parent
-# workers import the tests' annotators by name
-WORKERS_PATH = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 MACHINE_NUMBERS = itertools.count(2)
 TABLE_FILE = os.environ.get("LEGRAD_FAULT_TABLE")
 TABLE_HEAD = (
@@ -48,9 +47,7 @@ def cluster():
 
     with pytest.MonkeyPatch.context() as patch:
         # workers import the tests' annotators by name
-        patch.setenv(
-            "PYTHONPATH", os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-        )
+        patch.setenv("PYTHONPATH", python_path())
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
         started = Cluster(initialize_head=True, head_node_args=head)
@@ -149,8 +146,8 @@ def word_command(tmp_path):
         with (tmp_path / "log").open("a") as log:
             started.append(
                 subprocess.Popen(
-                    [sys.executable, str(HERE / "word_driver.py"), str(job), str(spec)],
-                    env={**os.environ, "PYTHONPATH": WORKERS_PATH, **dict(environment)},
+                    [sys.executable, "-m", "tests.helpers.word_driver", str(job), str(spec)],
+                    env={**os.environ, "PYTHONPATH": python_path(), **dict(environment)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,

@@ -6,11 +6,11 @@ import signal
 import socket
 
 import pytest
-from accounts import audit
-from faults import Fault, marks
-from waiting import PATIENCE_S, descendants, published, wait_until
 
 from pipeline.errors import UserError
+from tests.helpers.accounts import audit
+from tests.helpers.faults import Fault, marks
+from tests.helpers.waiting import PATIENCE_S, descendants, published, wait_until
 
 NAMES = [f"{number:02d}" for number in range(12)]
 

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from accounts import audit
-from faults import Fault, marks
-from waiting import PATIENCE_S, wait_until
+
+from tests.helpers.accounts import audit
+from tests.helpers.faults import Fault, marks
+from tests.helpers.waiting import PATIENCE_S, wait_until
 
 
 def wait_for_mark(tmp_path, mark, process):

@@ -7,15 +7,15 @@ import subprocess
 from contextlib import contextmanager
 
 import pytest
-from accounts import audit
-from corpus import demo_job, write_word_shards
-from faults import Fault, Faults, WordAnnotator, annotate_all, struck_by
-from waiting import PATIENCE_S
 
 from pipeline.errors import OutputError
 from pipeline.run.job import looked_at_again, prepare_job
 from pipeline.run.outcome import JobResult, concluded, first_state
 from pipeline.run.worker import Worker
+from tests.helpers.accounts import audit
+from tests.helpers.corpus import demo_job, write_word_shards
+from tests.helpers.faults import Fault, Faults, WordAnnotator, annotate_all, struck_by
+from tests.helpers.waiting import PATIENCE_S
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import re
 import signal
 
 import pytest
-from faults import Fault, marks
+
+from tests.helpers.faults import Fault, marks
 
 ONCE_EACH = {
     "in mid-shard": ("a", "middle", "kill"),

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import ray
-from corpus import demo_job
-from light_annotator import light
-from waiting import PATIENCE_S, TEST_PATIENCE_S
 
 from pipeline.run.dispatcher import run_job
 from pipeline.run.job import prepare_job
+from tests.helpers.corpus import demo_job
+from tests.helpers.light_annotator import light
+from tests.helpers.processes import python_path
+from tests.helpers.waiting import PATIENCE_S, TEST_PATIENCE_S
 
 CALLS = "import ray._raylet as r; r.GcsClient(address='{}').internal_kv_keys(b'', timeout=30)"
 
@@ -115,10 +116,9 @@ def main():
 @pytest.mark.timeout(TEST_PATIENCE_S)
 def test_a_local_run_answers_nobody_on_the_network_and_nobody_without_its_token(tmp_path):
     here = Path(__file__)
-    folders = [here.parent, here.parents[1] / "pipeline", here.parents[2]]
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        "PYTHONPATH": os.pathsep.join(map(str, folders)),
+        "PYTHONPATH": python_path(),
         "HOME": str(tmp_path),
     }
     # a process of its own: Ray keeps the first token that a process has, and other tests start other Rays

@@ -1,20 +1,19 @@
 """Runs on a cluster that was there before: watched by Prometheus, and limited to some shards."""
 
-import os
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
-from corpus import demo_job
-from light_annotator import slow
 from prometheus_client.parser import text_string_to_metric_families
-from ray_head import ray_head
-from waiting import PATIENCE_S
 
 from pipeline.run.dispatcher import run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import SharedProgress
+from tests.helpers.corpus import demo_job
+from tests.helpers.light_annotator import slow
+from tests.helpers.processes import python_path
+from tests.helpers.ray_head import ray_head
+from tests.helpers.waiting import PATIENCE_S
 
 KINDS = 7  # every kind but errors, of which there are none
 
@@ -23,8 +22,7 @@ KINDS = 7  # every kind but errors, of which there are none
 def head():
     with pytest.MonkeyPatch.context() as patch:
         # workers import the light annotator by name
-        here, earlier = str(Path(__file__).parent), os.environ.get("PYTHONPATH")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [here, earlier])))
+        patch.setenv("PYTHONPATH", python_path())
         patch.setenv("RAY_AUTH_MODE", "disabled")
         with ray_head(dashboard=False) as started:
             patch.setenv("RAY_ADDRESS", started.address)

@@ -8,13 +8,13 @@ import subprocess
 
 import pytest
 import yaml
-from accounts import audit
-from corpus import demo_job, write_corpus
-from ray_head import ray_head
-from waiting import PATIENCE_S, held_shard, published, wait_until
 
 from pipeline.output.runs import latest_run
 from pipeline.output.status import read_status
+from tests.helpers.accounts import audit
+from tests.helpers.corpus import demo_job, write_corpus
+from tests.helpers.ray_head import ray_head
+from tests.helpers.waiting import PATIENCE_S, held_shard, published, wait_until
 
 pytestmark = pytest.mark.slow
 

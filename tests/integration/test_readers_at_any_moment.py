@@ -4,8 +4,9 @@ import os
 import signal
 
 import pytest
-from output_readers import assert_all_readers_find, rows_by_reader
-from waiting import PATIENCE_S, TEST_PATIENCE_S, descendants, wait_until
+
+from tests.helpers.output_readers import assert_all_readers_find, rows_by_reader
+from tests.helpers.waiting import PATIENCE_S, TEST_PATIENCE_S, descendants, wait_until
 
 NAMES = [f"s{number}" for number in range(8)]
 

@@ -12,10 +12,6 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pytest
 import yaml
-from accounts import audit
-from corpus import demo_job, write_corpus
-from light_annotator import LightAnnotator, dies_while_loading, light
-from waiting import PATIENCE_S, held_shard, wait_for_first_shard
 
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.console import PrintableConsole
@@ -24,6 +20,11 @@ from pipeline.output.status import read_status
 from pipeline.run.dispatcher import WorkersDied, run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import open_progress
+from tests.helpers.accounts import audit
+from tests.helpers.corpus import demo_job, write_corpus
+from tests.helpers.light_annotator import LightAnnotator, dies_while_loading, light
+from tests.helpers.processes import python_path
+from tests.helpers.waiting import PATIENCE_S, held_shard, wait_for_first_shard
 
 LEGRAD = str(Path(sys.executable).with_name("legrad"))
 
@@ -42,7 +43,7 @@ def named_shards(folder, *names):
 def run(tmp_path, monkeypatch):
     """Runs a job with the light annotator; returns its result and what its log said."""
     # workers import the light annotator by name
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", python_path())
 
     def start(*names, factory=light, **settings):
         shards = named_shards(tmp_path / "in", *names)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from corpus import demo_job, write_corpus
+
+from tests.helpers.corpus import demo_job, write_corpus
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from open_clip import factory, pretrained
 from safetensors.torch import save_file
-from tiny_models import EMBED_DIM, TEXT, VISION, fill
 
 import legrad
 from legrad.loading import load_model, model_digest
 from legrad.weights.hub_files import file_sha256
+from tests.helpers.tiny_models import EMBED_DIM, TEXT, VISION, fill
 
 CONFIG = {"embed_dim": EMBED_DIM, "vision_cfg": VISION, "text_cfg": TEXT | {"vocab_size": 49408}}
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from open_clip.model import convert_weights_to_lp
-from tiny_models import LAYERS, relative_error, tiny_clip, tiny_images, unit_texts
 from torch import nn
 from torch.nn import functional as F
 
 import legrad
+from tests.helpers.tiny_models import LAYERS, relative_error, tiny_clip, tiny_images, unit_texts
 
 POOLER = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 6}
 

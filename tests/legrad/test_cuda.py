@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import relative_error, tiny_clip, tiny_images, unit_texts
 
 import legrad
+from tests.helpers.tiny_models import relative_error, tiny_clip, tiny_images, unit_texts
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,13 +7,21 @@ import open_clip
 import pytest
 import torch
 from timm.layers import Attention, HybridEmbed, RmsNorm, SwiGLU
-from timm_models import relevance_by_autograd, resized, tiny_timm_clip
-from tiny_models import GRID_HEIGHT, GRID_WIDTH, LAYERS, PATCH, relative_error, tiny_images, unit_texts
 from torch import nn
 
 import legrad
 from legrad.heatmaps import heatmaps_of
 from legrad.support import model_support
+from tests.helpers.timm_models import relevance_by_autograd, resized, tiny_timm_clip
+from tests.helpers.tiny_models import (
+    GRID_HEIGHT,
+    GRID_WIDTH,
+    LAYERS,
+    PATCH,
+    relative_error,
+    tiny_images,
+    unit_texts,
+)
 
 MODELS = {
     "EVA01-g": ("EVA01-g-14", {}),

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import oracle_relevance
-from tiny_models import (
+from torch import nn
+from torch.nn import functional as F
+
+import legrad
+from legrad.inputs import as_ragged
+from tests.helpers.oracle import oracle_relevance
+from tests.helpers.tiny_models import (
     EMBED_DIM,
     GRID_HEIGHT,
     GRID_WIDTH,
@@ -17,11 +22,6 @@ from tiny_models import (
     tiny_images,
     unit_texts,
 )
-from torch import nn
-from torch.nn import functional as F
-
-import legrad
-from legrad.inputs import as_ragged
 
 GRID = (GRID_HEIGHT, GRID_WIDTH)
 
@@ -276,7 +276,7 @@ def messages() -> dict[str, str]:
     program = """
 import json, sys, torch
 from legrad import InputError, LeGrad
-from tiny_models import *
+from tests.helpers.tiny_models import *
 
 model, images, texts = tiny_clip(), tiny_images(2), unit_texts(3)
 explainer = LeGrad(model)

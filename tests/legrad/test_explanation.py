@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import LAYERS, tiny_clip
 
 import legrad
 from legrad.pictures import draw_panels
+from tests.helpers.tiny_models import LAYERS, tiny_clip
 
 TEXTS = ("a dog", "a red cactus!", "sky")
 

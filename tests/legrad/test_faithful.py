@@ -9,14 +9,22 @@ import cloudpickle
 import open_clip
 import pytest
 import torch
-from oracle import oracle_relevance
-from timm_models import relevance_by_autograd, tiny_timm_clip
-from tiny_models import EMBED_DIM, TEXT, VISION, relative_error, tiny_clip, tiny_images, unit_texts
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import legrad
+from tests.helpers.oracle import oracle_relevance
+from tests.helpers.timm_models import relevance_by_autograd, tiny_timm_clip
+from tests.helpers.tiny_models import (
+    EMBED_DIM,
+    TEXT,
+    VISION,
+    relative_error,
+    tiny_clip,
+    tiny_images,
+    unit_texts,
+)
 
 
 class LoraLinear(nn.Linear):

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from local_hub import VOCABULARY, save_random_weights, save_text_model_like, tokenizer_like
-from tiny_models import EMBED_DIM, TEXT, VISION
 
 import legrad
 from legrad.loading import load_model, model_digest
+from tests.helpers.local_hub import VOCABULARY, save_random_weights, save_text_model_like, tokenizer_like
+from tests.helpers.tiny_models import EMBED_DIM, TEXT, VISION
 
 CODE = """
 from pathlib import Path

@@ -8,9 +8,9 @@ import pytest
 import torch
 from open_clip import factory, pretrained
 from safetensors.torch import save_file
-from tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_images, unit_texts
 
 import legrad
+from tests.helpers.tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_images, unit_texts
 
 CONFIG = {"embed_dim": EMBED_DIM, "vision_cfg": VISION, "text_cfg": TEXT | {"vocab_size": 49408}}
 

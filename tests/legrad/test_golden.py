@@ -11,9 +11,9 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from tiny_models import relative_error
 
 import legrad
+from tests.helpers.tiny_models import relative_error
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip import image_transform
 from PIL import Image
-from tiny_models import tiny_clip, unit_texts
 
 import legrad
 from legrad.images import ImageTransform, transform_of
+from tests.helpers.tiny_models import tiny_clip, unit_texts
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -10,15 +10,15 @@ import huggingface_hub.constants
 import open_clip
 import pytest
 import torch
-from hub_server import hub_server
-from local_hub import VOCABULARY, save_random_weights, save_text_model_like, tokenizer_like
 from open_clip import factory, pretrained
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file, save_file
-from tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_images, unit_texts
 
 import legrad
 from legrad.loading import load_model, model_digest
+from tests.helpers.hub_server import hub_server
+from tests.helpers.local_hub import VOCABULARY, save_random_weights, save_text_model_like, tokenizer_like
+from tests.helpers.tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_images, unit_texts
 
 CONFIG = {"embed_dim": EMBED_DIM, "vision_cfg": VISION, "text_cfg": TEXT | {"vocab_size": 49408}}
 WEIGHTS = "open_clip_model.safetensors"

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import LAYERS, tiny_clip
 
 import legrad
+from tests.helpers.tiny_models import LAYERS, tiny_clip
 
 
 class OneText:

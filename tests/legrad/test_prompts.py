@@ -3,11 +3,11 @@
 import open_clip
 import pytest
 import torch
-from tiny_models import EMBED_DIM, TEXT, tiny_clip
 from torch import nn
 
 import legrad
 from legrad.text import CPU_BATCH_SIZE, truncated
+from tests.helpers.tiny_models import EMBED_DIM, TEXT, tiny_clip
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
 

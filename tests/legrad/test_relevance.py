@@ -3,14 +3,21 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import oracle_relevance
-from tiny_models import (
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import legrad
+from legrad.inputs import as_ragged
+from legrad.method.relevance import relevance_grids
+from legrad.method.stages import activation_derivative
+from tests.helpers.oracle import oracle_relevance
+from tests.helpers.processes import python_path
+from tests.helpers.tiny_models import (
     EMBED_DIM,
     GRID_HEIGHT,
     GRID_WIDTH,
@@ -20,13 +27,6 @@ from tiny_models import (
     tiny_images,
     unit_texts,
 )
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import legrad
-from legrad.inputs import as_ragged
-from legrad.method.relevance import relevance_grids
-from legrad.method.stages import activation_derivative
 
 GRID = (GRID_HEIGHT, GRID_WIDTH)
 CLIPA = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
@@ -146,7 +146,7 @@ def test_images_together_as_on_a_gpu_equal_one_image_at_a_time(vision, pool):
 
 COMPILED_BESIDE_PLAIN = """
 import torch
-from tiny_models import tiny_clip, tiny_images, unit_texts
+from tests.helpers.tiny_models import tiny_clip, tiny_images, unit_texts
 import legrad
 
 model, images = tiny_clip(), tiny_images(2)
@@ -161,9 +161,10 @@ for prompts in (1, 3):
 @pytest.mark.slow
 def test_compiled_relevance_equals_the_plain_one():
     # In a process of its own: what checks shapes in tests cannot be compiled.
-    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     subprocess.run(
-        [sys.executable, "-c", COMPILED_BESIDE_PLAIN], check=True, env=os.environ | {"PYTHONPATH": folders}
+        [sys.executable, "-c", COMPILED_BESIDE_PLAIN],
+        check=True,
+        env=os.environ | {"PYTHONPATH": python_path()},
     )
 
 

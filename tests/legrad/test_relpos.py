@@ -6,12 +6,12 @@ import pytest
 import torch
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock
-from timm_models import relevance_by_autograd, tiny_timm_clip
-from tiny_models import LAYERS, relative_error, tiny_images, unit_texts
 from torch import nn
 
 import legrad
 from legrad.support import model_support
+from tests.helpers.timm_models import relevance_by_autograd, tiny_timm_clip
+from tests.helpers.tiny_models import LAYERS, relative_error, tiny_images, unit_texts
 
 NAME = "vit_relpos_medium_patch16_cls_224"
 # The tower of open_clip's configuration, and what else timm's class can be.

@@ -5,16 +5,16 @@ from copy import deepcopy
 import open_clip
 import pytest
 import torch
-from local_hub import save_text_model_like, tokenizer_like
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CustomTextCLIP, convert_weights_to_lp
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
 from open_clip.transformer import LayerNormFp32, TextTransformer
-from tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_clip
 from torch import nn
 
 import legrad
 from legrad.text import embed_tokens, refuse_active_dropout, truncated
+from tests.helpers.local_hub import save_text_model_like, tokenizer_like
+from tests.helpers.tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_clip
 
 CPU = torch.device("cpu")
 END = 49407

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import EMBED_DIM, TEXT, tiny_clip
 
 import legrad
 from legrad import text_cache as text_embedder
 from legrad.text_cache import TextEmbedder
+from tests.helpers.tiny_models import EMBED_DIM, TEXT, tiny_clip
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
 

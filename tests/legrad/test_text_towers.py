@@ -8,11 +8,17 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from local_hub import VOCABULARY, WIDTH, save_random_weights, save_text_model_like, tokenizer_like
 
 import legrad
 from legrad.text import truncated
 from legrad.text_cache import TextEmbedder
+from tests.helpers.local_hub import (
+    VOCABULARY,
+    WIDTH,
+    save_random_weights,
+    save_text_model_like,
+    tokenizer_like,
+)
 
 SIZES = {"width", "heads", "layers", "mlp_ratio", "vocab_size", "context_length"}
 VISION = {"layers": 2, "width": 16, "head_width": 8, "patch_size": 4, "image_size": 8}

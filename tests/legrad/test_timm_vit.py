@@ -6,11 +6,11 @@ from functools import cache
 import open_clip
 import pytest
 import torch
-from timm_models import relevance_by_autograd, resized, tiny_timm_clip
-from tiny_models import LAYERS, TEXT, relative_error, tiny_images
 from torch import nn
 
 import legrad
+from tests.helpers.timm_models import relevance_by_autograd, resized, tiny_timm_clip
+from tests.helpers.tiny_models import LAYERS, TEXT, relative_error, tiny_images
 
 # The convolutions in front of hybrid towers fix the width, and 16 pixels to a patch.
 HYBRID_SIZE = (48, 80)

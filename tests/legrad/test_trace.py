@@ -6,7 +6,10 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import resize_pos_embed
-from tiny_models import (
+from torch.nn import functional as F
+
+import legrad
+from tests.helpers.tiny_models import (
     EMBED_DIM,
     PATCH,
     TEXT,
@@ -17,9 +20,6 @@ from tiny_models import (
     tiny_images,
     unit_texts,
 )
-from torch.nn import functional as F
-
-import legrad
 
 TOWERS = {
     "plain": {},

@@ -8,7 +8,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_models import IMAGE_SIZE, PATCH, relative_error, tiny_clip, unit_texts
 
 import legrad
 from legrad.errors import InputError
@@ -27,6 +26,7 @@ from legrad.views import (
     views_of,
     window_starts,
 )
+from tests.helpers.tiny_models import IMAGE_SIZE, PATCH, relative_error, tiny_clip, unit_texts
 
 MEAN = STD = (0.5, 0.5, 0.5)
 WINDOW = (6, 6)

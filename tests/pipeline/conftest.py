@@ -1,9 +1,9 @@
 """Shared by tests of remote files: an object store on loopback, and an environment that leads to no other."""
 
 import pytest
-from object_servers import SECRET, Store
 
 from pipeline.storage import filesystems, web
+from tests.helpers.object_servers import SECRET, Store
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpus import captions_json, demo_job, image_bytes, sample, write_corpus, write_shard
 from PIL import Image
 
 import legrad
@@ -24,6 +23,7 @@ from pipeline.errors import OutputError, ShardError
 from pipeline.output.label_map import mask_frame
 from pipeline.output.reading import read_footer_record
 from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
+from tests.helpers.corpus import captions_json, demo_job, image_bytes, sample, write_corpus, write_shard
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import json
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpus import demo_job, image_bytes, sample, write_shard
 from PIL import Image
 
 import legrad
@@ -19,6 +18,7 @@ from pipeline.output.reading import read_job_record
 from pipeline.run import job as jobs
 from pipeline.run.estimate import dry_run
 from pipeline.shards.samples import RawSample, read_samples
+from tests.helpers.corpus import demo_job, image_bytes, sample, write_shard
 
 SAMPLES = 8
 

@@ -3,12 +3,12 @@
 import pyarrow.dataset as ds
 import pytest
 import torch
-from corpus import demo_job
 
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.model import load_explainer
 from pipeline.demo import assets
+from tests.helpers.corpus import demo_job
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from corpus import captions_json, demo_job, image_bytes, sample, write_shard
 from PIL import Image
 
 from legrad.masks.rle import decode_rle
@@ -23,6 +22,7 @@ from pipeline.demo.assets import demo_shard_paths
 from pipeline.errors import UserError
 from pipeline.run.job import prepare_job
 from pipeline.shards.images import open_image
+from tests.helpers.corpus import captions_json, demo_job, image_bytes, sample, write_shard
 
 SIZES = [(60, 60), (200, 230), (60, 60)]
 CAPTIONS = ["a dog", "a red car", "cactus"]

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from corpus import demo_job, write_corpus
 
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.batch_size import search_batch_size
 from pipeline.annotate.model import load_explainer
 from pipeline.errors import UserError
+from tests.helpers.corpus import demo_job, write_corpus
 
 
 def device(*, fits, overhead_s=0.0, image_s=0.001, parallel=1):

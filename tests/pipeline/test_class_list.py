@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import yaml
-from object_servers import FolderHandler, serving
 
 from pipeline.config.classes import ClassEntry, class_entries, read_class_list
 from pipeline.errors import UserError
+from tests.helpers.object_servers import FolderHandler, serving
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from importlib.metadata import version
 
 import pytest
 import yaml
-from corpus import demo_job, write_corpus
 
 from pipeline.cli import main as cli
 from pipeline.cli.demo import demo_config
@@ -13,6 +12,7 @@ from pipeline.output.counts import ShardCounts
 from pipeline.output.run_state import RunState
 from pipeline.run.dispatcher import JobResult
 from pipeline.run.job import prepare_job
+from tests.helpers.corpus import demo_job, write_corpus
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from corpus import demo_job, sample, write_shard
 
 from pipeline import storage
 from pipeline.errors import ShardError, UserError
 from pipeline.run.job import prepare_job
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage.pipes import CommandOutput
+from tests.helpers.corpus import demo_job, sample, write_shard
 
 SECRET = "s3cr3tTokenValue"
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ground_truth_shards import job_document, label_map, scene_fields, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,6 +21,7 @@ from pipeline.output.schema import ANNOTATION_SCHEMA
 from pipeline.report.contact_sheet import write_contact_sheet
 from pipeline.report.sheet_drawing import FRAME, MASK_COLOUR, PANEL_SIDE, TRUTH_COLOUR, Card, draw_sheet
 from pipeline.storage import list_shards
+from tests.helpers.ground_truth_shards import job_document, label_map, scene_fields, write_shard
 
 LABELS = label_map({1: (2, 12, 2, 14), 2: (12, 22, 22, 36)})
 

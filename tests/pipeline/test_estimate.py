@@ -5,7 +5,6 @@ import re
 
 import pyarrow.parquet as pq
 import pytest
-from corpus import captions_json, demo_job, sample, write_corpus, write_shard
 
 from pipeline import storage
 from pipeline.errors import UserError
@@ -17,6 +16,7 @@ from pipeline.output.writer import ShardWriter
 from pipeline.run.estimate import as_bytes, dry_run, published_bytes, told_dry_run, told_extrapolation
 from pipeline.run.job import prepare_job
 from pipeline.shards.sample_error import SampleError
+from tests.helpers.corpus import captions_json, demo_job, sample, write_corpus, write_shard
 
 
 def publish_shards(out, shard_ids, size_bytes):

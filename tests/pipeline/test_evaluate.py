@@ -17,16 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from ground_truth_shards import (
-    LAYERS,
-    MODEL_NAME,
-    job_document,
-    label_map,
-    save_tiny_model,
-    scene_fields,
-    two_object_shard,
-    write_shard,
-)
 from PIL import Image
 from skimage.filters import threshold_otsu
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -47,6 +37,16 @@ from pipeline.evaluation.result import EvaluationResult
 from pipeline.output.schema import ANNOTATION_SCHEMA
 from pipeline.shards.ground_truth import Scene, read_scenes
 from pipeline.storage import list_shards
+from tests.helpers.ground_truth_shards import (
+    LAYERS,
+    MODEL_NAME,
+    job_document,
+    label_map,
+    save_tiny_model,
+    scene_fields,
+    two_object_shard,
+    write_shard,
+)
 
 CLASSES = ["dog", "car", "tree"]
 

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import image_bytes
 from PIL import Image
 from pycocotools.coco import COCO
-from report_jobs import HEIGHT, WIDTH, box_rle, row, write_job
 from skimage.measure import label as connected_parts
 from typer.testing import CliRunner
 
@@ -24,6 +22,8 @@ from pipeline.output.label_map import label_map
 from pipeline.output.writer import ShardWriter
 from pipeline.run.job import prepare_job
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
+from tests.helpers.corpus import image_bytes
+from tests.helpers.report_jobs import HEIGHT, WIDTH, box_rle, row, write_job
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

@@ -7,7 +7,6 @@ import sys
 import pyarrow.dataset as ds
 import pytest
 import yaml
-from corpus import demo_job, write_corpus
 
 import legrad
 from pipeline import storage
@@ -17,6 +16,7 @@ from pipeline.config.load import load_config
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.run import job as jobs
+from tests.helpers.corpus import demo_job, write_corpus
 
 NAMES = [
     *(

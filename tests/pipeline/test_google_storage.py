@@ -5,12 +5,12 @@ import os
 from datetime import timedelta
 
 import pytest
-from google_storage import google_handler
-from object_servers import Fault, faulty_proxy, serving
 
 from pipeline import storage
 from pipeline.errors import OutputError, ShardError, UserError
 from pipeline.storage import filesystems
+from tests.helpers.google_storage import google_handler
+from tests.helpers.object_servers import Fault, faulty_proxy, serving
 
 MEBIBYTE = 1 << 20
 

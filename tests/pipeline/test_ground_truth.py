@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ground_truth_shards import label_map, png, scene_fields
 from PIL import Image
 
 from pipeline.shards.ground_truth import PointLabel, Scene, scene_of
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample
+from tests.helpers.ground_truth_shards import label_map, png, scene_fields
 
 LABELS = label_map({1: (2, 9, 2, 9), 2: (12, 20, 20, 30), 255: (0, 2, 0, 40)})
 FIELDS = scene_fields(LABELS, ["a dog", "a car", "a tree"], [1, 2, 3])

@@ -5,10 +5,8 @@ import re
 
 import pytest
 import yaml
-from dataset_trees import write_coco
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from report_jobs import row, write_job
 
 from pipeline.config import classes as class_list
 from pipeline.config import load as configs
@@ -20,6 +18,8 @@ from pipeline.datasets.writing import write_shards
 from pipeline.errors import UserError
 from pipeline.export.write import ExportOptions, export_job
 from pipeline.storage import read_text
+from tests.helpers.dataset_trees import write_coco
+from tests.helpers.report_jobs import row, write_job
 
 LINES = [
     "input: {shards: a.tar}",

@@ -7,11 +7,11 @@ import signal
 from collections import Counter
 
 import pytest
-from hostile_outputs import HOSTILE_OUTPUTS, good_output, target_of
 
 from pipeline.cli import main as cli
 from pipeline.errors import PipelineError
 from pipeline.training import MaskDataset
+from tests.helpers.hostile_outputs import HOSTILE_OUTPUTS, good_output, target_of
 
 GUARD_S = 120
 SECOND_SHARD_SAMPLES = 3

@@ -4,7 +4,6 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from corpus import demo_job, write_corpus
 
 from pipeline.errors import UserError
 from pipeline.output.job_record import job_document
@@ -14,6 +13,7 @@ from pipeline.output.writer import ShardWriter
 from pipeline.run import job as jobs
 from pipeline.run.outcome import JobResult, concluded, first_state
 from pipeline.shards.sample_error import SampleError
+from tests.helpers.corpus import demo_job, write_corpus
 
 
 @pytest.fixture

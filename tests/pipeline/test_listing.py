@@ -5,12 +5,12 @@ import os
 import time
 
 import pytest
-from object_servers import FolderHandler, Handler, serving
 
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.storage import braces, lists, urls
 from pipeline.storage.globs import fits
+from tests.helpers.object_servers import FolderHandler, Handler, serving
 
 
 def touch(folder, *names):

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpus import demo_job, sample, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -26,6 +25,7 @@ from pipeline.output.label_map import label_map
 from pipeline.output.schema import ANNOTATION_SCHEMA
 from pipeline.shards.images import DecodedImage
 from pipeline.shards.samples import RawSample, read_samples
+from tests.helpers.corpus import demo_job, sample, write_shard
 
 HEIGHT, WIDTH = 18, 30
 LEFT, RIGHT, LAST = "left", "right", "last column"

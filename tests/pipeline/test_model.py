@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import demo_job, write_word_shards
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.output.reading import read_job_record
 from pipeline.run.job import prepare_job
 from pipeline.run.worker import Worker, build_annotator
+from tests.helpers.corpus import demo_job, write_word_shards
 
 
 def model(name="ViT-B-32", pretrained="openai", **settings):

@@ -15,16 +15,6 @@ import uuid
 
 import pyarrow.parquet as pq
 import pytest
-from corpus import demo_job, write_corpus
-from object_servers import (
-    SECRET,
-    FolderHandler,
-    cutting_handler,
-    refusing_handler,
-    serving,
-    uploading_handler,
-)
-from report_jobs import varied_rows, write_job
 
 import legrad
 from pipeline import storage
@@ -37,6 +27,16 @@ from pipeline.report import write_report
 from pipeline.run import job as jobs
 from pipeline.storage import ShardSource
 from pipeline.storage import publishing as output
+from tests.helpers.corpus import demo_job, write_corpus
+from tests.helpers.object_servers import (
+    SECRET,
+    FolderHandler,
+    cutting_handler,
+    refusing_handler,
+    serving,
+    uploading_handler,
+)
+from tests.helpers.report_jobs import varied_rows, write_job
 
 pytestmark = pytest.mark.usefixtures("only_loopback")
 

@@ -7,8 +7,6 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus import demo_job, write_corpus, write_word_shards
-from output_readers import assert_all_readers_find
 
 from pipeline.errors import UserError
 from pipeline.output.folder import new_run_id
@@ -20,6 +18,8 @@ from pipeline.run.job import prepare_job
 from pipeline.run.outcome import JobResult, concluded, first_state
 from pipeline.shards.sample_error import SampleError
 from pipeline.storage import DigestingStream, open_shard
+from tests.helpers.corpus import demo_job, write_corpus, write_word_shards
+from tests.helpers.output_readers import assert_all_readers_find
 
 ROWS = 3
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from report_jobs import row, write_job
+
+from tests.helpers.report_jobs import row, write_job
 
 README = Path(__file__).parents[2] / "README.md"
 BUCKET = "s3://my-masks/"

@@ -7,19 +7,6 @@ import warnings
 
 import numpy as np
 import pytest
-from dataset_trees import (
-    box_polygon,
-    coco_object,
-    encoded_jpeg,
-    palette_png,
-    png,
-    voc_palette,
-    write,
-    write_coco,
-    write_imagenet_s,
-    write_openimages,
-    write_voc,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -38,6 +25,19 @@ from pipeline.prompts.mentions import MentionFinder
 from pipeline.shards.captions import read_captions
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.shards.images import open_image
+from tests.helpers.dataset_trees import (
+    box_polygon,
+    coco_object,
+    encoded_jpeg,
+    palette_png,
+    png,
+    voc_palette,
+    write,
+    write_coco,
+    write_imagenet_s,
+    write_openimages,
+    write_voc,
+)
 
 
 def scenes_of(folder):

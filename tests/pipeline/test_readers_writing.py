@@ -9,18 +9,6 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from dataset_trees import (
-    box_polygon,
-    coco_object,
-    jpeg,
-    palette_png,
-    png,
-    write,
-    write_coco,
-    write_imagenet_s,
-    write_openimages,
-    write_voc,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,6 +21,18 @@ from pipeline.datasets.dataset import TruthDataset, TruthSample
 from pipeline.datasets.voc import open_voc
 from pipeline.datasets.writing import ShardLimits, sample_key, write_shards
 from pipeline.errors import OutputError, UserError
+from tests.helpers.dataset_trees import (
+    box_polygon,
+    coco_object,
+    jpeg,
+    palette_png,
+    png,
+    write,
+    write_coco,
+    write_imagenet_s,
+    write_openimages,
+    write_voc,
+)
 
 NAMES = [f"2007_00000{index}" for index in range(7)]
 

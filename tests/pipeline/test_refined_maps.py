@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpus import demo_job, write_shard
 from PIL import Image
 
 import legrad
@@ -24,6 +23,7 @@ from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.prompts.sample_prompts import Companions
 from pipeline.shards.images import DecodedImage
+from tests.helpers.corpus import demo_job, write_shard
 
 PAR = refinement_of(MasksConfig(refine="par"), 8)
 SCENES = 8

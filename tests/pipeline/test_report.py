@@ -13,11 +13,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from corpus import image_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from report_jobs import HOSTILE, box_rle, error, row, varied_rows, write_job
 
 from pipeline.cli import main as cli
 from pipeline.errors import UserError
@@ -27,6 +25,8 @@ from pipeline.report.pictures import RowParts, draw_pictures
 from pipeline.report.scores import read_scores
 from pipeline.report.selection import choose_rows
 from pipeline.report.write import MAX_SAMPLES, PICTURE_BYTES
+from tests.helpers.corpus import image_bytes
+from tests.helpers.report_jobs import HOSTILE, box_rle, error, row, varied_rows, write_job
 
 PAGE_BYTES = 5_000_000
 

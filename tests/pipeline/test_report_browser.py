@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from report_jobs import HOSTILE, error, varied_rows, write_job
 
 from pipeline.report import write_report
+from tests.helpers.report_jobs import HOSTILE, error, varied_rows, write_job
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -11,8 +11,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpus import write_shard
-from row_agreement import agreement
 
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
@@ -20,6 +18,9 @@ from pipeline.annotate.model import load_explainer
 from pipeline.config.load import load_config, parse_config
 from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
+from tests.helpers.corpus import write_shard
+from tests.helpers.processes import python_path
+from tests.helpers.row_agreement import agreement
 
 SAMPLES = 16
 # texts that the demo's text tower does not tell apart, before, between and after those that it does
@@ -184,8 +185,7 @@ def test_rows_do_not_depend_on_the_vector_instructions_of_the_processor(case, ro
     expected = rows_of(case)
     shard = write_shard(tmp_path / "other.tar", samples)
     command = [sys.executable, __file__, case, str(shard), str(tmp_path / "other")]
-    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, **OTHER_PROCESSOR, "PYTHONPATH": os.pathsep.join(folders)}
+    environment = {**os.environ, **OTHER_PROCESSOR, "PYTHONPATH": python_path()}
     ended = subprocess.run(command, env=environment, check=False, capture_output=True)
     assert ended.returncode == 0, ended.stderr.decode()
     assert_the_same(pickle.loads(ended.stdout), expected)

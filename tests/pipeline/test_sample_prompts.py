@@ -4,7 +4,6 @@ import json
 
 import open_clip
 import pytest
-from corpus import demo_job
 
 from pipeline.errors import SampleFailure, UserError
 from pipeline.prompts.sample_prompts import (
@@ -15,6 +14,7 @@ from pipeline.prompts.sample_prompts import (
     default_background,
     with_files_read,
 )
+from tests.helpers.corpus import demo_job
 
 CLASSES = [
     "dog",

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ground_truth_shards import label_map
 
 from legrad.masks.rle import encode_rle
 from legrad.quality import label_metrics
 from pipeline.evaluation.scene_scores import SceneScores, row_target, score_scene
 from pipeline.evaluation.written_masks import WrittenMasks, score_written_masks
 from pipeline.shards.ground_truth import PointLabel, Scene
+from tests.helpers.ground_truth_shards import label_map
 
 LABELS = label_map({1: (2, 10, 2, 12), 2: (12, 20, 20, 30), 255: (0, 24, 0, 2)})
 DOG, CAR = LABELS == 1, LABELS == 2

@@ -8,8 +8,6 @@ import uuid
 
 import pytest
 import yaml
-from corpus import demo_job, image_bytes, write_corpus
-from object_servers import SECRET, FolderHandler, serving
 
 import legrad
 from pipeline.annotate.annotator import ShardAnnotator
@@ -21,6 +19,8 @@ from pipeline.output.runs import recorded_run
 from pipeline.run import job as jobs
 from pipeline.run.prometheus import RunMetrics
 from pipeline.storage import shown_url
+from tests.helpers.corpus import demo_job, image_bytes, write_corpus
+from tests.helpers.object_servers import SECRET, FolderHandler, serving
 
 pytestmark = pytest.mark.usefixtures("only_loopback")
 

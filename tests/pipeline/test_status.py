@@ -3,7 +3,6 @@
 import io
 
 import pytest
-from corpus import demo_job, write_corpus
 
 from pipeline.console import PrintableConsole
 from pipeline.output.counts import ShardCounts
@@ -13,6 +12,7 @@ from pipeline.output.run_state import RunState
 from pipeline.output.runs import RunRecord, recorded_run
 from pipeline.output.status import OutputStatus, read_status, render_status
 from pipeline.run.job import prepare_job
+from tests.helpers.corpus import demo_job, write_corpus
 
 RUN = RunRecord(
     started="2026-01-01T10:00:00+00:00",

@@ -8,14 +8,14 @@ import uuid
 
 import pytest
 import yaml
-from corpus import demo_job
-from object_servers import Fault, FolderHandler, faulty_proxy, serving
 
 from pipeline import storage
 from pipeline.cli import main as cli
 from pipeline.config.load import load_config
 from pipeline.errors import OutputError, ShardError, UserError
 from pipeline.storage import filesystems, web
+from tests.helpers.corpus import demo_job
+from tests.helpers.object_servers import Fault, FolderHandler, faulty_proxy, serving
 
 MEBIBYTE = 1 << 20
 

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from training_corpus import (
+
+from pipeline import storage
+from pipeline.errors import DamagedFileError, ShardError, UserError
+from pipeline.output import joining
+from pipeline.output.shares import shares_of
+from pipeline.training import MaskDataset, collate, pixel_weights, similarity_weight
+from tests.helpers.training_corpus import (
     HEIGHT,
     OUTCOMES,
     WIDTH,
@@ -34,12 +40,6 @@ from training_corpus import (
     write_corpus,
     write_tar,
 )
-
-from pipeline import storage
-from pipeline.errors import DamagedFileError, ShardError, UserError
-from pipeline.output import joining
-from pipeline.output.shares import shares_of
-from pipeline.training import MaskDataset, collate, pixel_weights, similarity_weight
 
 
 def plain_plans(sizes, prompts=1):

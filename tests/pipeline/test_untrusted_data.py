@@ -10,8 +10,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpus import captions_json, demo_job, sample, write_shard
-from hostile_shards import (
+
+import legrad
+from pipeline import storage
+from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.model import load_explainer
+from pipeline.config.schema import ModelConfig
+from pipeline.demo import assets
+from pipeline.errors import UserError
+from pipeline.shards.ground_truth import Scene, scene_of
+from pipeline.shards.sample_error import SampleError
+from pipeline.shards.samples import RawSample
+from pipeline.text import printable
+from tests.helpers.corpus import captions_json, demo_job, sample, write_shard
+from tests.helpers.hostile_shards import (
     CAPTION_FAULTS,
     END,
     IMAGE_FAULTS,
@@ -28,18 +40,6 @@ from hostile_shards import (
     with_json,
     with_names,
 )
-
-import legrad
-from pipeline import storage
-from pipeline.annotate.annotator import ShardAnnotator
-from pipeline.annotate.model import load_explainer
-from pipeline.config.schema import ModelConfig
-from pipeline.demo import assets
-from pipeline.errors import UserError
-from pipeline.shards.ground_truth import Scene, scene_of
-from pipeline.shards.sample_error import SampleError
-from pipeline.shards.samples import RawSample
-from pipeline.text import printable
 
 FAULTS = TAR_FAULTS | IMAGE_FAULTS | CAPTION_FAULTS
 MAX_MEMBER_BYTES = 2**22

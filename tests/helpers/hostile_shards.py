@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus import image_bytes
 from PIL import Image
+
+from tests.helpers.corpus import image_bytes
 
 BLOCK = 512
 END = bytes(2 * BLOCK)

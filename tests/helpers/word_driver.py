@@ -5,11 +5,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from faults import Fault, struck_by
-
 from pipeline.cli import main as cli
 from pipeline.run import command as annotate_job
 from pipeline.run.dispatcher import run_job
+from tests.helpers.faults import Fault, struck_by
 
 
 def main():

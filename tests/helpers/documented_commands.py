@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import typer
-from documents import CONFIGS, PAGES, ROOT, blocks, code_spans, options_of, told_words
 
 from pipeline.cli.main import app
 from pipeline.config.load import load_config
+from tests.helpers.documents import CONFIGS, PAGES, ROOT, blocks, code_spans, options_of, told_words
 
 ENVIRONMENT = re.compile(r"[A-Z_]+=")
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*(\.yaml)?(\.\.\.)?$")

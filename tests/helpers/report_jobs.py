@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from corpus import demo_job, image_bytes, sample, write_shard
 
 from legrad.masks.rle import encode_rle
 from pipeline.output.counts import ShardCounts
@@ -12,6 +11,7 @@ from pipeline.output.runs import recorded_run
 from pipeline.output.writer import ShardWriter
 from pipeline.run.job import prepare_job
 from pipeline.shards.sample_error import SampleError
+from tests.helpers.corpus import demo_job, image_bytes, sample, write_shard
 
 HEIGHT, WIDTH = 48, 64
 HOSTILE = (

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from report_jobs import error, row, write_job
+
+from tests.helpers.report_jobs import error, row, write_job
 
 JOB, SHARDS, RUNS, FAILED = "job.json", "shards.parquet", "runs", "failed"
 ANNOTATIONS, ERRORS = "annotations", "errors"

@@ -9,8 +9,9 @@ from unittest import mock
 import open_clip
 import timm
 import torch
-from tiny_models import EMBED_DIM, IMAGE_SIZE, LAYERS, PATCH, TEXT, fill
 from torch import Tensor, nn
+
+from tests.helpers.tiny_models import EMBED_DIM, IMAGE_SIZE, LAYERS, PATCH, TEXT, fill
 
 
 def tiny_timm_clip(name: str, **trunk: Any) -> nn.Module:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import open_clip
 from safetensors.torch import save_model
-from tiny_models import fill
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoModel,
@@ -26,6 +25,8 @@ from transformers import (
     XLMRobertaConfig,
     XLMRobertaTokenizer,
 )
+
+from tests.helpers.tiny_models import fill
 
 CHARACTERS = ["▁", *string.ascii_letters, *string.digits, *string.punctuation, *"äöüßéñ犬猫在桌子上"]
 VOCABULARY = 1000  # above every id of the tokenizers here

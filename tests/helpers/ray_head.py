@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE_S, wait_until
+
+from tests.helpers.waiting import PATIENCE_S, wait_until
 
 
 @dataclass(frozen=True)

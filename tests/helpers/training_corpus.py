@@ -7,7 +7,6 @@ import uuid
 from dataclasses import dataclass, field
 
 import numpy as np
-from corpus import demo_job
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -17,6 +16,7 @@ from pipeline.output.schema import ANNOTATION_SCHEMA
 from pipeline.output.shard_list import shard_list_bytes
 from pipeline.output.writer import ShardWriter
 from pipeline.shards.sample_error import SampleError
+from tests.helpers.corpus import demo_job
 
 HEIGHT, WIDTH = 6, 10
 LAST_CLASS = 254

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from waiting import wait_until
-
 from pipeline import storage
 from pipeline.annotate.annotator import ShardReport
 from pipeline.output.counts import total_counts
@@ -27,6 +25,7 @@ from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.run.worker import Worker
 from pipeline.shards.sample_error import SampleError
+from tests.helpers.waiting import wait_until
 
 
 @dataclass(frozen=True)

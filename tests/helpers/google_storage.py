@@ -4,7 +4,7 @@ import json
 import re
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from object_servers import Handler
+from tests.helpers.object_servers import Handler
 
 
 def google_handler(objects):
