@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 import legrad
 import pipeline.training
 from pipeline.cli import main as cli
+from pipeline.cli.common import ENVIRONMENT_ERROR, INCOMPLETE, INVALID_INPUT
 from pipeline.config.load import known_keys, parse_config
 from pipeline.config.schema import JobConfig
 from pipeline.demo import assets
@@ -216,7 +217,7 @@ def test_every_file_of_an_output_folder_is_told(tmp_path):
 def test_every_exit_code_is_told():
     (told,) = re.findall(r"Exit codes: (.*?)\n\n", text_of(README), re.DOTALL)
     codes = {int(code) for code in re.findall(r"\b(\d+)\b", told)}
-    assert codes == {0, cli.USER_MISTAKE, cli.FAULT, cli.INCOMPLETE, 128 + signal.SIGINT, signals.EXIT_CODE}
+    assert codes == {0, INVALID_INPUT, ENVIRONMENT_ERROR, INCOMPLETE, 128 + signal.SIGINT, signals.EXIT_CODE}
 
 
 def test_every_command_stands_in_the_readmes_table():

@@ -85,7 +85,7 @@ def checkout(tmp_path_factory, patched):
     (root / "out" / "mine").symlink_to("demo")
     patched.chdir(root)
     patched.setattr(assets, "demo_shard_folder", lambda: shards)
-    patched.setattr("pipeline.run.command.run_job", annotate_here)
+    patched.setattr("pipeline.run.dispatcher.run_job", annotate_here)
     (command,) = commands_of("legrad annotate configs/demo.yaml", "")
     assert run_legrad(patched, command) == 0
     return root

@@ -1,28 +1,46 @@
-"""The `demo` command: the whole pipeline on what the package ships."""
+"""The `demo` command: the whole pipeline on the shards and the model that the package ships."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import pyarrow.dataset as ds
-from rich.table import Table
-from rich.text import Text
+import typer
 
-from pipeline.config.load import load_config
-from pipeline.config.schema import JobConfig
-from pipeline.console import PrintableConsole
-from pipeline.demo import assets
-from pipeline.evaluation.evaluate import evaluate_output, render_evaluation
-from pipeline.report import REPORT_FILE, write_report
-from pipeline.report.contact_sheet import write_contact_sheet
-from pipeline.run.command import annotate_with_config
+from pipeline.cli.annotate import annotate_with_config
+from pipeline.cli.common import open_console
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import JobConfig
+    from pipeline.console import PrintableConsole
 
 SHOWN_ROWS = 6
 ROW_COLUMNS = ("key", "prompt", "similarity", "peak", "area", "bbox_xywh")
 SET_TITLES = {
-    "heldout": "Held-out scenes: artists of the training, new scenes, new backgrounds",
-    "newartist": "Another artist: neither sprites nor backgrounds were ever trained on",
+    "heldout": "Held-out scenes: sprites by the artists of the training set, on new backgrounds",
+    "newartist": "Another artist: neither the sprites nor the backgrounds were in the training set",
 }
+CONTACT_SHEET, REPORT = "contact_sheet.png", "report.html"
+FILES = {
+    "job.json": "configuration, versions, digests",
+    "shards.parquet": "the list of shards",
+    "annotations": "one file a shard: masks, scores, heat maps",
+    "errors": "one file a shard: samples and prompts that failed",
+    "_SUCCESS": "total counts",
+    "evaluation-heldout.json": "scores on the held-out scenes",
+    "evaluation-newartist.json": "scores on the other artist's scenes",
+    "evaluation-heldout.png": "scores on the held-out scenes, as a plot",
+    "evaluation-newartist.png": "scores on the other artist's scenes, as a plot",
+    CONTACT_SHEET: "scenes chosen at random, with their masks",
+    REPORT: "pictures, distributions, provenance; open it in a browser",
+}
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = Path("out/demo"),
+) -> None:
+    """Annotate the shipped shards with the shipped model, then evaluate, draw a contact sheet and report."""
+    raise typer.Exit(run_demo(out, open_console()))
 
 
 def run_demo(out: Path, console: PrintableConsole) -> int:
@@ -34,8 +52,12 @@ def run_demo(out: Path, console: PrintableConsole) -> int:
     Raises:
         PipelineError: as the annotation, the evaluation and the report do.
     """
-    config = demo_config(out)
-    exit_code = annotate_with_config(config, console)
+    from pipeline.demo import assets
+    from pipeline.evaluation.evaluate import evaluate_output, render_evaluation
+    from pipeline.report import write_report
+    from pipeline.report.contact_sheet import write_contact_sheet
+
+    exit_code = annotate_with_config(demo_config(out), console)
     if exit_code:
         return exit_code
     _show_rows(out, console)
@@ -46,15 +68,18 @@ def run_demo(out: Path, console: PrintableConsole) -> int:
             str(out), shards, assets.demo_classes_path(), result_name=f"evaluation-{set_name}.json"
         )
         console.print(render_evaluation(found))
-    shown = [str(path) for path in assets.demo_shard_paths("heldout")]
-    write_contact_sheet(str(out), shown, out / "contact_sheet.png")
+    drawn = [str(path) for path in assets.demo_shard_paths("heldout")]
+    write_contact_sheet(str(out), drawn, out / CONTACT_SHEET)
     write_report(str(out), classes_file=str(assets.demo_classes_path()))
-    _show_written(out, console)
+    _show_files(out, console)
     return exit_code
 
 
 def demo_config(out: Path) -> JobConfig:
-    """The shipped configuration, on the shipped shards, writing into `out`."""
+    """Return the shipped configuration, for the shipped shards, with `out` as output folder."""
+    from pipeline.config.load import load_config
+    from pipeline.demo import assets
+
     config = load_config(assets.demo_config_path())
     shards = [str(path) for name in SET_TITLES for path in assets.demo_shard_paths(name)]
     return config.model_copy(
@@ -66,6 +91,10 @@ def demo_config(out: Path) -> JobConfig:
 
 
 def _show_rows(out: Path, console: PrintableConsole) -> None:
+    import pyarrow.dataset as ds
+    from rich.table import Table
+    from rich.text import Text
+
     rows = (
         ds.dataset(out / "annotations", format="parquet")
         .head(SHOWN_ROWS, columns=list(ROW_COLUMNS))
@@ -79,26 +108,15 @@ def _show_rows(out: Path, console: PrintableConsole) -> None:
     console.print(table)
 
 
-def _show_written(out: Path, console: PrintableConsole) -> None:
-    table = Table("file", "bytes", "what it is", title="Written", title_justify="left")
-    kinds = {
-        "job.json": "configuration, versions, digests",
-        "shards.parquet": "the list of shards",
-        "annotations": "one file a shard: masks, scores, heat maps",
-        "errors": "one file a shard: what went wrong",
-        "_SUCCESS": "totals",
-        "evaluation-heldout.json": "scores on the held-out scenes",
-        "evaluation-newartist.json": "scores on the other artist's scenes",
-        "evaluation-heldout.png": "the scores as a plot",
-        "evaluation-newartist.png": "the same of the other artist's scenes",
-        "contact_sheet.png": "scenes chosen at random",
-        REPORT_FILE: "pictures, distributions, provenance; open it in a browser",
-    }
-    for name, meaning in kinds.items():
+def _show_files(out: Path, console: PrintableConsole) -> None:
+    from rich.table import Table
+
+    table = Table("file", "bytes", "content", title="Files written", title_justify="left")
+    for name, content in FILES.items():
         path = out / name
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         shown = f"{path}/ ({len(files)} files)" if path.is_dir() else str(path)
-        table.add_row(shown, f"{sum(file.stat().st_size for file in files):,}", meaning)
+        table.add_row(shown, f"{sum(file.stat().st_size for file in files):,}", content)
     console.print(table)
-    console.print(f"Picture: {out / 'contact_sheet.png'}", soft_wrap=True)
-    console.print(f"Report: {(out / REPORT_FILE).absolute().as_uri()}", soft_wrap=True)
+    console.print(f"Contact sheet: {out / CONTACT_SHEET}", soft_wrap=True)
+    console.print(f"Report: {(out / REPORT).absolute().as_uri()}", soft_wrap=True)

@@ -41,7 +41,7 @@ def config_file(tmp_path):
     "arguments",
     [["annotate"], ["nonsense"], ["status"], ["annotate", "a.yaml", "--no-such-option"], ["evaluate", "out"]],
 )
-def test_usage_errors_end_with_1(legrad, arguments):
+def test_usage_errors_exit_with_1(legrad, arguments):
     code, _, err = legrad(*arguments)
     assert code == 1
     assert "Traceback" not in err
@@ -53,7 +53,7 @@ def test_help_names_every_command_and_ends_with_0(legrad):
     assert all(command in out for command in ("annotate", "status", "evaluate", "models", "demo"))
 
 
-def test_the_version_is_told(legrad):
+def test_the_version_is_printed(legrad):
     assert legrad("--version")[:2] == (0, f"legrad {version('legrad-pipeline')}\n")
 
 
@@ -66,9 +66,7 @@ def test_a_dry_run_lists_and_estimates_and_writes_nothing(legrad, config_file, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_limited_run_is_asked_for_so_many_shards_and_extrapolated(
-    legrad, config_file, monkeypatch, tmp_path
-):
+def test_a_limited_run_annotates_so_many_shards_and_extrapolates(legrad, config_file, monkeypatch, tmp_path):
     def done(job, progress, max_shards):
         first = job.shards[0].shard_id
         for folder in ("errors", "annotations"):
@@ -77,7 +75,7 @@ def test_a_limited_run_is_asked_for_so_many_shards_and_extrapolated(
         counts = ShardCounts(annotated=max_shards, rows=3)
         return JobResult(RunState(shards_total=2, shards_skipped=0, shards_done=1, counts=counts))
 
-    monkeypatch.setattr("pipeline.run.command.run_job", done)
+    monkeypatch.setattr("pipeline.run.dispatcher.run_job", done)
     code, out, _ = legrad("annotate", config_file, "--limit", "1")
     assert code == 3
     assert "0001.tar; run the same command again to resume" in out
@@ -85,7 +83,7 @@ def test_a_limited_run_is_asked_for_so_many_shards_and_extrapolated(
     assert "about 2 samples, 6 rows, 4.0 kB of output" in out
 
 
-def test_a_wrong_key_is_told_on_one_screen_without_a_traceback(legrad, config_file):
+def test_a_wrong_key_is_reported_on_one_screen_without_a_traceback(legrad, config_file):
     code, _, err = legrad("annotate", config_file, "run.batchsize=3")
     assert code == 1
     assert "did you mean run.batch_size?" in err
@@ -93,14 +91,14 @@ def test_a_wrong_key_is_told_on_one_screen_without_a_traceback(legrad, config_fi
     assert len(err.splitlines()) < 24
 
 
-def test_a_model_that_cannot_be_explained_is_told_before_any_work(legrad, config_file, tmp_path):
+def test_a_model_that_cannot_be_explained_is_reported_before_any_work(legrad, config_file, tmp_path):
     code, _, err = legrad("annotate", config_file, "model.name=RN50", "model.pretrained=openai")
     assert code == 1
     assert "RN50" in err
     assert "Traceback" not in err
 
 
-def test_weights_that_are_not_there_are_told(legrad, config_file, tmp_path):
+def test_missing_weights_are_reported(legrad, config_file, tmp_path):
     code, _, err = legrad(
         "annotate", config_file, f"model.pretrained={tmp_path}/gone.pt", "model.name=ViT-B-32"
     )
@@ -114,17 +112,17 @@ def test_annotate_ends_with_0_where_all_is_done_and_3_where_something_is_left(
 ):
     state = RunState(shards_total=2, shards_skipped=0, shards_done=2 if complete else 1)
     result = JobResult(state, () if complete else (("file:///x.tar", "it kills its worker"),))
-    monkeypatch.setattr("pipeline.run.command.run_job", lambda job, progress, max_shards: result)
+    monkeypatch.setattr("pipeline.run.dispatcher.run_job", lambda job, progress, max_shards: result)
     ended, out, _ = legrad("annotate", config_file)
     assert ended == code
     assert ("file:///x.tar: it kills its worker" in out) is not complete
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(legrad, config_file, monkeypatch):
+def test_ctrl_c_exits_with_130_and_says_how_to_resume(legrad, config_file, monkeypatch):
     def interrupted(job, progress, max_shards):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.run.command.run_job", interrupted)
+    monkeypatch.setattr("pipeline.run.dispatcher.run_job", interrupted)
     code, out, err = legrad("annotate", config_file)
     assert code == 130
     assert "interrupted; run the same command again to resume" in out
@@ -135,7 +133,7 @@ def test_a_bug_of_ours_ends_with_2_and_a_traceback(legrad, config_file, monkeypa
     def broken(job, progress, max_shards):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pipeline.run.command.run_job", broken)
+    monkeypatch.setattr("pipeline.run.dispatcher.run_job", broken)
     code, _, err = legrad("annotate", config_file)
     assert code == 2
     assert "ZeroDivisionError" in err

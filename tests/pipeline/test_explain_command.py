@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.cli import main as cli
-from pipeline.cli.explain_pictures import DEFAULT_MODEL, DEFAULT_TAG, explain_file, model_named
+from pipeline.cli.explain import DEFAULT_MODEL, DEFAULT_TAG, explain_file, model_named
 from pipeline.demo import assets
 from pipeline.errors import UserError
 
@@ -121,6 +121,6 @@ def test_texts_that_cannot_be_are_the_users_mistake(scene, tmp_path, texts):
 
 @given(text=st.text(max_size=200))
 def test_any_text_gives_a_file_name_that_is_safe_everywhere(text):
-    from pipeline.cli.explain_pictures import _slug
+    from pipeline.cli.explain import slug
 
-    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", _slug(text))
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", slug(text))

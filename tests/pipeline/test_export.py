@@ -246,12 +246,12 @@ def test_a_job_is_exported_to_a_store(store, only_loopback, monkeypatch, job):
         assert np.array_equal(np.array(image), label_map(classed_rows()[:2], HEIGHT, WIDTH))
 
 
-def test_the_command_counts_what_it_wrote_and_what_it_left_out(job, tmp_path):
+def test_the_command_counts_what_it_wrote_and_what_it_skipped(job, tmp_path):
     dest = tmp_path / "coco"
     result = CliRunner().invoke(app, ["export", str(job), str(dest), "--format", "coco", "--no-images"])
     assert result.exit_code == 0, result.output
     assert "3 samples exported" in result.output
-    assert "1 samples left out: no accepted mask" in result.output
+    assert "1 samples skipped: no accepted mask" in result.output
     assert f"4 annotation(s) of 2 class(es) in {dest}: 2 shard(s) written, 0 done before" in result.output
 
 

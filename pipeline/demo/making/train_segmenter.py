@@ -29,6 +29,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from legrad.quality.metrics import Estimate
+from pipeline.cli.annotate import annotate_with_config
 from pipeline.config.load import load_config
 from pipeline.config.schema import JobConfig
 from pipeline.console import PrintableConsole
@@ -36,7 +37,6 @@ from pipeline.demo import assets
 from pipeline.demo.making.segmenter import INPUT_SIDE, Segmenter, make_segmenter
 from pipeline.demo.making.segmenter_scenes import SceneSplit, scene_split
 from pipeline.demo.making.segmenter_scores import Scores, predict, read_label_maps, score
-from pipeline.run.command import annotate_with_config
 from pipeline.training import MaskDataset, collate, pixel_weights
 
 CONFIG = Path(__file__).parent / "train_demo.yaml"

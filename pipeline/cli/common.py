@@ -1,0 +1,45 @@
+"""What the commands share: exit codes, arguments, and the console that they print to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.console import PatientConsole
+
+INVALID_INPUT, ENVIRONMENT_ERROR, INCOMPLETE = 1, 2, 3
+
+
+def open_console(*, stderr: bool = False) -> PatientConsole:
+    """Return a console that shows untrusted text as text."""
+    # imported here: rich and pyarrow are not needed for --help
+    from pipeline.console import PatientConsole
+
+    return PatientConsole(stderr=stderr)
+
+
+def _checked_folder(url: str) -> str:
+    from pipeline import storage
+
+    storage.check_folder(url)
+    return url
+
+
+OutputDir = Annotated[
+    str,
+    typer.Argument(
+        metavar="OUT",
+        help="Output folder of a job: local path, s3:// or gs://.",
+        callback=_checked_folder,
+    ),
+]
+Destination = Annotated[
+    str,
+    typer.Argument(
+        metavar="DEST",
+        help="Folder for the new files, which holds nothing else: local path, s3:// or gs://.",
+        callback=_checked_folder,
+    ),
+]

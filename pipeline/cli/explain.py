@@ -1,0 +1,232 @@
+"""The `explain` command: heat maps of one image for several texts, in files of safe names."""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.common import open_console
+from pipeline.errors import SampleFailure, UserError
+from pipeline.text import printable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    import legrad
+    from pipeline.config.schema import ModelConfig
+
+DEFAULT_MODEL, DEFAULT_TAG = "ViT-B-16", "laion2b_s34b_b88k"
+SIDE_BY_SIDE_FILE = "side-by-side.png"
+MAX_TEXTS = 100
+MAX_SLUG = 40
+
+
+@dataclass(frozen=True)
+class ExplainedText:
+    """The pictures of one text.
+
+    Attributes:
+        text: what the heat maps are of.
+        similarity: cosine of image and text.
+        overlay: file name of the heat map over the image.
+        layers: file name of the heat maps of the layers, side by side.
+    """
+
+    text: str
+    similarity: float
+    overlay: str
+    layers: str
+
+
+def explain(
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="Path or URL of a JPEG, PNG, WebP, BMP or GIF.")
+    ],
+    texts: Annotated[
+        list[str], typer.Argument(metavar="TEXT...", help="Texts to draw a heat map for, such as 'a dog'.")
+    ],
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name of an open_clip model, hf-hub:..., local-dir:..., or demo, the bundled model, which "
+            "knows 64 things and needs no download. Default: ViT-B-16 with laion2b_s34b_b88k, 600 MB from "
+            "the hub the first time.",
+        ),
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="TAG", help="Pretrained tag, or path of a checkpoint.")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(metavar="N|all", help="Number of last transformer blocks to explain.")
+    ] = "2",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the pictures.")] = "out/explain",
+    fit: Annotated[
+        str,
+        typer.Option(
+            metavar="stretch|keep",
+            help="How the image fills the model's input: stretched to its size, or in its own aspect ratio.",
+        ),
+    ] = "stretch",
+    precision: Annotated[
+        str,
+        typer.Option(metavar="fp32|bf16|fp16", help="Precision of the model's weights and activations."),
+    ] = "fp32",
+) -> None:
+    """Draw a heat map of the image for each text: over the image, layer by layer, and side by side."""
+    chosen = model_named(model, pretrained, layers=layers, fit=fit, precision=precision)
+    explained = explain_file(image, texts, chosen, out)
+    for line in explained_lines(explained, out):
+        open_console().print(line, soft_wrap=True)
+
+
+def model_named(name: str | None, tag: str | None, **settings: object) -> ModelConfig:
+    """Return the model section of a configuration for the options of a command.
+
+    Args:
+        name: an open_clip name, ``demo`` for the bundled model, or None for the default.
+        tag: a pretrained tag or a checkpoint's path; None for the default model, and for names that bring
+            their own weights.
+        settings: further keys of the section.
+
+    Raises:
+        UserError: the model needs a tag and has none, or a setting is out of range.
+    """
+    from pydantic import ValidationError
+
+    from pipeline.annotate.model import DEMO
+    from pipeline.config.schema import ADDRESS_PREFIXES, ModelConfig
+    from pipeline.demo import assets
+
+    if DEMO in (name, tag):
+        name, tag = assets.DEMO_MODEL_NAME, DEMO
+    elif name is None:
+        name, tag = DEFAULT_MODEL, tag or DEFAULT_TAG
+    elif name == DEFAULT_MODEL:
+        tag = tag or DEFAULT_TAG
+    if tag is None and not name.startswith(ADDRESS_PREFIXES):
+        raise UserError(f"--pretrained: --model {name} needs a pretrained tag, or the path of a checkpoint")
+    try:
+        model = ModelConfig.model_validate({"name": name, "pretrained": tag, **settings})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"--{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
+    if model.fit == "tile":
+        raise UserError("--fit: expected stretch or keep, got 'tile', which is for legrad annotate only")
+    return model
+
+
+def explain_file(
+    image_url: str, texts: Sequence[str], model: ModelConfig, folder: str
+) -> list[ExplainedText]:
+    """Explain an image for several texts, and write the pictures.
+
+    Args:
+        image_url: a path or URL; the formats are those that a job takes.
+        texts: at most MAX_TEXTS.
+        model: the model, and how it explains.
+        folder: for the pictures; made if needed.
+
+    Returns:
+        The pictures of each text, in the order of the texts; SIDE_BY_SIDE_FILE holds all of them.
+
+    Raises:
+        UserError: the image cannot be read, a text is empty or too long, or there is no such model.
+        OutputError: the pictures cannot be written.
+    """
+    import legrad
+    from legrad.errors import LeGradError
+
+    _check_texts(texts)
+    image = _read_image(image_url)
+    explainer = _load(model)
+    try:
+        explanation = legrad.explain_image(explainer, image, texts)
+    except LeGradError as error:
+        raise UserError(str(error)) from error
+    explained = []
+    pictures = zip(
+        texts, explanation.similarities.tolist(), explanation.overlays, explanation.layer_strips, strict=True
+    )
+    for number, (text, similarity, overlay, strip) in enumerate(pictures):
+        stem = f"{number:02d}-{slug(text)}"
+        _publish(folder, f"{stem}.png", overlay)
+        _publish(folder, f"{stem}-layers.png", strip)
+        explained.append(ExplainedText(text, similarity, f"{stem}.png", f"{stem}-layers.png"))
+    _publish(folder, SIDE_BY_SIDE_FILE, explanation.side_by_side())
+    return explained
+
+
+def explained_lines(explained: Sequence[ExplainedText], folder: str) -> list[str]:
+    """Return what is printed once the pictures are written."""
+    from pipeline import storage
+
+    shown = storage.shown_url(folder)
+    lines = [
+        f"similarity {found.similarity:+.3f}  {printable(found.text)}\n"
+        f"  {storage.join_url(shown, found.overlay)}\n  {storage.join_url(shown, found.layers)}"
+        for found in explained
+    ]
+    return [*lines, f"side by side\n  {storage.join_url(shown, SIDE_BY_SIDE_FILE)}"]
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    from pipeline.shards.captions import MAX_CAPTION_CHARACTERS
+
+    if len(texts) > MAX_TEXTS:
+        raise UserError(f"TEXT: {len(texts)} texts; the limit is {MAX_TEXTS}")
+    for text in texts:
+        if not text.strip():
+            raise UserError("TEXT: one of the texts is empty")
+        if len(text) > MAX_CAPTION_CHARACTERS:
+            raise UserError(
+                f"TEXT: {text[:40]!r}... has {len(text)} characters; the limit is {MAX_CAPTION_CHARACTERS}"
+            )
+
+
+def _load(model: ModelConfig) -> legrad.LeGrad:
+    import torch
+
+    from pipeline.annotate.model import DEMO, load_explainer
+
+    try:
+        return load_explainer(model, "cuda" if torch.cuda.is_available() else "cpu")
+    except UserError as error:
+        hint = "" if model.pretrained == DEMO else "\n  Offline, use the bundled model: --model demo"
+        raise UserError(f"{error}{hint}") from error
+
+
+def _read_image(url: str) -> Image.Image:
+    from pipeline import storage
+    from pipeline.config.schema import InputConfig
+    from pipeline.shards.images import open_image
+
+    shown = storage.shown_url(url)
+    try:
+        data = storage.read_bytes(url)
+        return open_image(data, max_image_pixels=InputConfig.model_fields["max_image_pixels"].default)
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be read: {error.strerror or error}") from error
+    except SampleFailure as failure:
+        raise UserError(f"{shown}: {failure.message}") from failure
+
+
+def slug(text: str) -> str:
+    """Reduce a text to what is safe in a file name on any system; where nothing is left, to ``text``."""
+    plain = unicodedata.normalize("NFKD", text[: 4 * MAX_SLUG]).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:MAX_SLUG].strip("-") or "text"
+
+
+def _publish(folder: str, name: str, picture: Image.Image) -> None:
+    from pipeline import storage
+
+    sink = io.BytesIO()
+    picture.save(sink, "PNG")
+    storage.publish(folder, name, sink.getvalue())

@@ -1,0 +1,91 @@
+"""The `export` command, and the counts that it prints at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.cli.common import INCOMPLETE, Destination, OutputDir, open_console
+
+if TYPE_CHECKING:
+    from pipeline.export.write import ExportOptions, ExportTotals
+
+MEANINGS = {
+    "exported": "samples exported",
+    "without_rows": "samples skipped: no annotation rows",
+    "without_mask": "samples skipped: no accepted mask with a pixel",
+    "damaged": "samples skipped: damaged in the shard",
+    "mispaired": "samples skipped: not the ones that were annotated",
+    "undecodable": "samples skipped: the image cannot be decoded",
+    "damaged_mask": "samples skipped: a mask is damaged",
+    "rows_rejected": "rows skipped: rejected by the job",
+    "rows_empty": "rows skipped: accepted, but without a pixel",
+    "rows_without_class": "rows skipped: the prompt is not the name of a class",
+    "rows_without_sample": "rows skipped: the shard has no such sample",
+}
+
+
+def export(
+    out: OutputDir,
+    dest: Destination,
+    *,
+    format_: Annotated[
+        Literal["coco", "voc", "webdataset"],
+        typer.Option(
+            "--format",
+            help="Format to write. coco: JSON; voc: img_dir and ann_dir; webdataset: tars with seg.png.",
+        ),
+    ],
+    shards: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHARDS",
+            help="Where the shards are now, if not where the job read them: paths, patterns; or OLD=NEW for "
+            "a folder that moved. Repeatable.",
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Names of the classes, for jobs whose prompts are captions."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="voc: name of the subfolder in img_dir and ann_dir.")] = "train",
+    kind: Annotated[
+        Literal["stuff", "instances"],
+        typer.Option(help="coco: write one annotation for each mask, or for each connected part of it."),
+    ] = "stuff",
+    images: Annotated[bool, typer.Option(help="coco: write the images too.")] = True,
+    merged: Annotated[bool, typer.Option(help="coco: also join all shards in annotations.json.")] = True,
+) -> None:
+    """Write masks as COCO JSON, as a VOC or mmsegmentation tree, or as WebDataset shards."""
+    from pipeline.export.write import ExportOptions, export_job
+
+    console = open_console()
+    options = ExportOptions(format_, classes, split, kind, images, merged)
+    totals = export_job(
+        out,
+        dest,
+        options,
+        shards or (),
+        on_shard=lambda shard_id, written: console.print(f"{shard_id}: {written}"),
+    )
+    for line in export_lines(totals, options, dest):
+        console.print(line, soft_wrap=True)
+    raise typer.Exit(INCOMPLETE if totals.damaged else 0)
+
+
+def export_lines(totals: ExportTotals, options: ExportOptions, dest: str) -> list[str]:
+    """Return the counts of samples and rows by outcome, and what was written where; a line each."""
+    from pipeline.storage import shown_url
+
+    unit = "annotation(s)" if options.format == "coco" else "label map(s)"
+    counts = [f"{totals.counts[kind]:,} {text}" for kind, text in MEANINGS.items() if totals.counts.get(kind)]
+    skipped = [f"shard skipped: {shard_id}: {why}" for shard_id, why in sorted(totals.left_out.items())]
+    damaged = [f"shard skipped, damaged: {why}" for _, why in sorted(totals.damaged.items())]
+    return [
+        *counts,
+        *skipped,
+        *damaged,
+        f"{totals.written:,} {unit} of {len(totals.class_names)} class(es) in {shown_url(dest)}: "
+        f"{totals.shards_written} shard(s) written, {totals.shards_done_before} done before",
+    ]
