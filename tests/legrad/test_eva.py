@@ -12,8 +12,8 @@ from tiny_models import GRID_HEIGHT, GRID_WIDTH, LAYERS, PATCH, relative_error, 
 from torch import nn
 
 import legrad
+from legrad.families import model_support
 from legrad.heatmaps import heatmaps_of
-from legrad.support import model_support
 
 MODELS = {
     "EVA01-g": ("EVA01-g-14", {}),

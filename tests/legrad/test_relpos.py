@@ -11,7 +11,7 @@ from tiny_models import LAYERS, relative_error, tiny_images, unit_texts
 from torch import nn
 
 import legrad
-from legrad.support import model_support
+from legrad.families import model_support
 
 NAME = "vit_relpos_medium_patch16_cls_224"
 # The tower of open_clip's configuration, and what else timm's class can be.

@@ -8,7 +8,7 @@ from tiny_models import EMBED_DIM, TEXT, tiny_clip
 from torch import nn
 
 import legrad
-from legrad.support import ModelSupport, model_support
+from legrad.families import ModelSupport, model_support
 
 # Every name that open_clip 3.3.0 has: a name that another release adds needs a family or a reason here.
 FAMILIES = {

@@ -13,7 +13,6 @@ from tiny_models import IMAGE_SIZE, PATCH, relative_error, tiny_clip, unit_texts
 import legrad
 from legrad.errors import InputError
 from legrad.images import ImageTransform
-from legrad.method.view_relevance import view_relevance
 from legrad.views import (
     View,
     Views,
@@ -24,6 +23,7 @@ from legrad.views import (
     merge_grids,
     reference_grid,
     resample_grids,
+    view_relevance,
     views_of,
     window_starts,
 )
