@@ -11,13 +11,12 @@ Sensitivity", https://arxiv.org/abs/2404.03214.
 from legrad.errors import InputError, LeGradError, ModelLoadError, TokenizerError, UnsupportedModelError
 from legrad.explainer import LeGrad
 from legrad.explanation import Explanation, explain_image, layer_strip
+from legrad.families import ModelSupport, supported_models
 from legrad.images import ImageTransform
 from legrad.masks.refine import Refinement, refine_heatmaps
 from legrad.method.trace import LayerTrace, Trace
-from legrad.method.view_relevance import view_relevance
 from legrad.pictures import overlay
-from legrad.support import ModelSupport, supported_models
-from legrad.views import Views
+from legrad.views import Views, view_relevance
 
 __all__ = [
     "Explanation",

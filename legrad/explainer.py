@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from legrad.errors import InputError
+from legrad.families.faithful import Snapshot, describe_model
 from legrad.heatmaps import heatmaps_of
 from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
@@ -26,9 +27,7 @@ from legrad.inputs import (
     neutral_patches,
 )
 from legrad.loading import load_model
-from legrad.method.faithful import describe_model
 from legrad.method.relevance import relevance_grids
-from legrad.method.snapshot import Snapshot
 from legrad.method.trace import Pool, Trace, pool_of, trace_images
 from legrad.text import embed_texts, require_tokenizer
 from legrad.tokens import Tokenizer

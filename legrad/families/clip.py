@@ -16,9 +16,9 @@ from legrad.families.parts import (
     check_covered,
     class_name,
     describe_blocks,
+    resample_positions,
     split_heads,
 )
-from legrad.method.positions import resample_positions
 from legrad.method.stages import Activation, Linear, Norm, Scale, Stage
 from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
 

@@ -62,7 +62,7 @@ WRITTEN_OUT: frozenset[type[nn.Module]] = frozenset(
 _CALLED = ("conv1", "trunk.patch_embed.proj")
 _CALLED_WITH_CHILDREN = "trunk.patch_embed.backbone"
 # Called too, and differentiated one element at a time; those of unknown types are tried out
-# by `legrad.method.faithful`.
+# by `legrad.families.faithful`.
 ACTIVATION_NAMES = ("gelu", "act", "bias_act")
 HOOKS = {
     "_forward_hooks": "forward hook",

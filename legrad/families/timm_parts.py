@@ -13,8 +13,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
-from legrad.families.parts import NotCovered, check_affine_norm, check_covered, class_name
-from legrad.method.positions import resample_positions
+from legrad.families.parts import NotCovered, check_affine_norm, check_covered, class_name, resample_positions
 from legrad.method.stages import Activation, Gate, Linear, Norm, Scale, Stage
 from legrad.method.towers import Block, QueriesKeysValues, Scoring
 

@@ -9,32 +9,10 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from legrad.errors import MaskError
-from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
+from legrad.heatmaps import Normalisation, heatmaps_of, upsample_grid
 from legrad.masks.cleaning import NO_CLEANING, Cleaning, clean_masks, smooth_maps
-from legrad.masks.rle import Rle, decode_rle, encode_rle, mask_area, mask_bbox_xywh, measure_encoded
-from legrad.masks.thresholds import MaskRule, cuts_of, otsu_threshold
-
-__all__ = [
-    "Cleaning",
-    "HeatmapStack",
-    "ImageMasks",
-    "MaskError",
-    "MaskRule",
-    "Normalisation",
-    "Rle",
-    "decode_rle",
-    "encode_rle",
-    "grid_to_masks",
-    "heatmaps_of",
-    "image_masks",
-    "independent_masks",
-    "mask_area",
-    "mask_bbox_xywh",
-    "minmax_normalise",
-    "otsu_threshold",
-    "upsample_grid",
-]
-
+from legrad.masks.rle import Rle, encode_rle, measure_encoded
+from legrad.masks.thresholds import MaskRule, cuts_of
 
 # more would not fit into a core's cache
 MAX_CHUNK_PIXELS = 2**19

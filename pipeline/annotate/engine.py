@@ -14,9 +14,8 @@ import torch
 import legrad
 from legrad.inputs import neutral_patches
 from legrad.masks.refine import Refinement
-from legrad.method.view_relevance import merged_relevance, preprocessed
 from legrad.text_cache import TextEmbedder
-from legrad.views import Views
+from legrad.views import Views, merged_relevance, preprocessed
 from pipeline.annotate.equal_texts import equal_within
 from pipeline.annotate.meter import Meter
 from pipeline.annotate.refinement import refined_maps

@@ -13,8 +13,8 @@ import torch
 
 import legrad
 from legrad.errors import InputError, LeGradError
+from legrad.families import model_support
 from legrad.loading import load_model, model_digest
-from legrad.support import model_support
 from legrad.views import Views, check_views
 from legrad.weights.model_files import plain_name
 from pipeline import storage

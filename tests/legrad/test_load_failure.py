@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import legrad
-from legrad.weights.load_failure import MAX_CAUSE_LENGTH, load_failure
+from legrad.loading import MAX_CAUSE_LENGTH, load_failure
 
 UNREACHABLE = (
     r"not in this machine's cache and the Hugging Face hub cannot be reached; run `legrad models --fetch"
@@ -50,7 +50,7 @@ def test_what_open_clip_wraps_is_looked_through(cause):
 def test_the_extra_is_named_only_where_transformers_is_missing(monkeypatch):
     error = RuntimeError("Please `pip install transformers` to use pre-trained HuggingFace models")
     assert "pip install 'legrad-pipeline[hf]'" not in load_failure("roberta-ViT-B-32", None, error)
-    monkeypatch.setattr("legrad.weights.load_failure.find_spec", lambda name: None)
+    monkeypatch.setattr("legrad.loading.find_spec", lambda name: None)
     for missing in (error, ImportError("No module named 'transformers'")):
         assert "pip install 'legrad-pipeline[hf]'" in load_failure("roberta-ViT-B-32", None, missing)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import legrad
-from legrad.support import ModelSupport, model_support
+from legrad.families import ModelSupport, model_support
 from tests.helpers.tiny_models import EMBED_DIM, TEXT, tiny_clip
 
 # Every name that open_clip 3.3.0 has: a name that another release adds needs a family or a reason here.

@@ -12,7 +12,6 @@ from PIL import Image
 import legrad
 from legrad.errors import InputError
 from legrad.images import ImageTransform
-from legrad.method.view_relevance import view_relevance
 from legrad.views import (
     View,
     Views,
@@ -23,6 +22,7 @@ from legrad.views import (
     merge_grids,
     reference_grid,
     resample_grids,
+    view_relevance,
     views_of,
     window_starts,
 )

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from legrad.masks.rle import decode_rle
-from legrad.method.view_relevance import view_relevance
-from legrad.views import Views
+from legrad.views import Views, view_relevance
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.model import check_model, load_explainer, views_wanted

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from legrad.heatmaps import heatmaps_of
-from legrad.method.view_relevance import view_relevance
-from legrad.views import Views, canvas_pixels
+from legrad.views import Views, canvas_pixels, view_relevance
 from pipeline.annotate.engine import Engine, PreparedSample, Prompt
 from pipeline.annotate.model import load_explainer
 from pipeline.config.schema import ModelConfig
