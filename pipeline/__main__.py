@@ -1,24 +1,23 @@
-"""``python -m pipeline`` and the console script ``legrad``: the command line in a process of its own."""
+"""Entry point of ``python -m pipeline`` and of the console script ``legrad``."""
 
 import sys
 
 from pipeline.errors import UserError
-from pipeline.process.ending import skip_native_exit
-from pipeline.process.surroundings import settle_in
+from pipeline.process import prepare_environment, skip_native_exit
 
 
 def run() -> None:
     """Run the command line and end with its exit code."""
     end_with = skip_native_exit()
     try:
-        settle_in()
+        prepare_environment()
     except UserError as error:
         from pipeline.text import on_screen
 
         sys.stderr.write(on_screen(f"legrad: {error}\n"))
         end_with(1)
         return
-    # only now: what it imports looks at the environment
+    # imported only now, because its imports read the environment
     from pipeline.cli.main import main
 
     try:

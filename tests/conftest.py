@@ -1,6 +1,6 @@
 """Shared by all tests: shapes in `legrad` are checked, and random numbers do not depend on the order."""
 
-from pipeline.process.ending import skip_native_exit
+from pipeline.process import skip_native_exit
 
 # Before anything imports ray or torch: native threads once made a run that had passed end with code 139.
 end_with = skip_native_exit()

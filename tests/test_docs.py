@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.output.counts import ShardCounts
 from pipeline.output.run_state import RunState
 from pipeline.output.schema import ACCEPTED, ANNOTATION_SCHEMA, ERROR_SCHEMA
-from pipeline.process import signals
+from pipeline.process import SIGTERM_EXIT_CODE
 from pipeline.run.progress import Pace, as_line
 from tests.helpers.documented_commands import blocks_of, check, commands_of, documented_commands, kind_of
 from tests.helpers.documents import (
@@ -217,7 +217,7 @@ def test_every_file_of_an_output_folder_is_told(tmp_path):
 def test_every_exit_code_is_told():
     (told,) = re.findall(r"Exit codes: (.*?)\n\n", text_of(README), re.DOTALL)
     codes = {int(code) for code in re.findall(r"\b(\d+)\b", told)}
-    assert codes == {0, INVALID_INPUT, ENVIRONMENT_ERROR, INCOMPLETE, 128 + signal.SIGINT, signals.EXIT_CODE}
+    assert codes == {0, INVALID_INPUT, ENVIRONMENT_ERROR, INCOMPLETE, 128 + signal.SIGINT, SIGTERM_EXIT_CODE}
 
 
 def test_every_command_stands_in_the_readmes_table():

@@ -110,8 +110,8 @@ class WrittenMaskScores:
     """The masks as they stand in the Parquet files, and what became of every row and every object.
 
     Pixels are judged by the label map of each scene's rows (`pipeline.output.label_map`). Where rows ignore
-    pixels (rule ``band``, ``argmax``) these count as background, unless a figure is of the kept pixels. Figures are
-    None where nothing decides them.
+    pixels (rule ``band``, ``argmax``) these count as background, unless a figure is of the kept pixels.
+    Figures are None where nothing decides them.
 
     Attributes:
         iou: foreground IoU of a row's mask, mean over the scored rows.

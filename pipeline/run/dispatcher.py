@@ -27,7 +27,7 @@ from pipeline.output.footers import checked_footer
 from pipeline.output.measures import Measures
 from pipeline.output.reading import damage_of
 from pipeline.output.survey import spread_evenly
-from pipeline.process.signals import ended_by_sigterm
+from pipeline.process import exit_on_sigterm
 from pipeline.run import job as jobs
 from pipeline.run.cluster import (
     Machine,
@@ -155,7 +155,7 @@ def _ray() -> Iterator[None]:
         raise UserError(f"RAY_ADDRESS {address}: no ray cluster answers: {error}") from error
     try:
         # only now: a handler that is there before ray.init() is never called
-        with ended_by_sigterm():
+        with exit_on_sigterm():
             yield
     finally:
         ray.shutdown()
