@@ -1,6 +1,7 @@
 """What the files of an output folder say, parsed and checked once; a foreign or damaged folder is met here.
 
-JSON records are models; Parquet files are held against `pipeline.output.schema` before their rows are read. Whatever is wrong with a file becomes a `DamagedFileError` that names it in one line.
+JSON records are models; Parquet files are held against `pipeline.output.schema` before their rows are read.
+Whatever is wrong with a file becomes a `DamagedFileError` that names it in one line.
 """
 
 from __future__ import annotations
