@@ -18,6 +18,8 @@ from legrad.method.trace import LayerTrace, Trace
 from legrad.pictures import overlay
 from legrad.views import Views, view_relevance
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Explanation",
     "ImageTransform",

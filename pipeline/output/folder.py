@@ -11,7 +11,7 @@ import os
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import IO
 
 from pipeline import storage
@@ -27,7 +27,7 @@ IDLE_RUN_S = 3600.0
 
 def new_run_id() -> str:
     """A name for a run; sorted by name is sorted by time, and two runs never share one."""
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     return f"{now:%Y%m%dT%H%M%SZ}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError
@@ -94,7 +94,7 @@ class RunRecorder:
 
     def __init__(self, folder: OutputFolder) -> None:
         self._folder = folder
-        self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._state = RunState(shards_total=0, shards_skipped=0)
         self._history = _History()
         self._next_s = 0.0
@@ -127,7 +127,7 @@ class RunRecorder:
         state = self._state
         record = RunRecord(
             started=self._started,
-            updated=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            updated=datetime.now(UTC).isoformat(timespec="seconds"),
             ended=ended,
             elapsed_s=round(state.elapsed_s, 1),
             shards_done=state.shards_done,

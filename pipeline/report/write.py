@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ def write_report(
             shards_shown=len(shown_shards),
             class_names=class_names,
             seed=seed,
-            made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            made=datetime.now(UTC).isoformat(timespec="seconds"),
         )
     ).encode()
     url = to or storage.join_url(out_dir, REPORT_FILE)

@@ -1,5 +1,6 @@
 """The package's public face."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -29,6 +30,10 @@ def test_the_public_names_are_these():
         "view_relevance",
     ]
     assert all(hasattr(legrad, name) for name in legrad.__all__)
+
+
+def test_the_version_is_the_one_of_the_installed_distribution():
+    assert legrad.__version__ == importlib.metadata.version("legrad-pipeline")
 
 
 def test_every_error_is_a_legrad_error():
