@@ -1,44 +1,44 @@
-"""The exceptions of the method.
+"""Exceptions of this package.
 
 LeGradError
- ├── UnsupportedModelError   a vision tower whose structure this method does not cover
- ├── ModelLoadError          a name, tag or checkpoint from which no model could be made
- ├── InputError              a tensor, index or option that does not fit the model or the other inputs
- ├── TokenizerError          texts given to an explainer that has no tokenizer
- └── MaskError               grids, masks or a rule from which no masks can be made
-      └── RleError           a run-length encoding that is not one of a mask of its size
+ ├── UnsupportedModelError   the structure of the vision tower is not covered
+ ├── ModelLoadError          no model could be made from a name, tag or checkpoint
+ ├── InputError              a tensor, index or option does not fit the model or the other inputs
+ ├── TokenizerError          texts were passed to an explainer that has no tokenizer
+ └── MaskError               no masks can be made from the grids, masks or rule
+      └── RleError           a run-length encoding is invalid
 """
 
 
 class LeGradError(Exception):
-    """Anything that `legrad` refuses to do."""
+    """Base class of all errors that `legrad` raises."""
 
 
 class UnsupportedModelError(LeGradError):
-    """A vision tower whose structure this method does not cover."""
+    """The structure of the vision tower is not covered."""
 
 
 class ModelLoadError(LeGradError):
-    """A model name, tag or checkpoint from which no model could be made."""
+    """No model could be made from a name, tag or checkpoint."""
 
 
 class InputError(LeGradError):
-    """A tensor, an index or an option that does not fit the model or the other inputs."""
+    """A tensor, an index or an option does not fit the model or the other inputs."""
 
 
 class TokenizerError(LeGradError):
-    """Texts given to an explainer that has no tokenizer."""
+    """Texts were passed to an explainer that has no tokenizer."""
 
 
 class MaskError(LeGradError):
-    """Grids, masks or a rule from which no masks can be made."""
+    """No masks can be made from the grids, masks or rule."""
 
 
 class RleError(MaskError):
-    """A run-length encoding that is not one of a mask of its size.
+    """A run-length encoding does not encode a mask of its size, or the mask is too large.
 
     Attributes:
-        fault: what is wrong, in a word: size, frame, counts, not_ascii, alphabet, truncated, overflow,
+        fault: kind of the error: size, frame, counts, not_ascii, alphabet, truncated, overflow,
             many_runs, negative_run, long_run or sum.
     """
 

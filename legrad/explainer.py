@@ -1,73 +1,61 @@
-"""The public face of the method: one class that explains an open_clip model."""
+"""`LeGrad`, the class that explains an open_clip model."""
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from legrad.errors import InputError
 from legrad.families.faithful import Snapshot, describe_model
 from legrad.heatmaps import heatmaps_of
 from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
+    Options,
     as_ragged,
-    as_unit_rows,
-    check_fit,
     check_image_size,
     check_images,
     check_layers,
     check_pool,
+    check_trace,
     common_input_size,
+    cosines,
     neutral_patches,
 )
 from legrad.loading import load_model
 from legrad.method.relevance import relevance_grids
-from legrad.method.trace import Pool, Trace, pool_of, trace_images
+from legrad.method.trace import Trace, trace_images
 from legrad.text import embed_texts, require_tokenizer
 from legrad.tokens import Tokenizer
 
-# Made anew from the model wherever an explainer is copied to: they hold functions of the model's modules.
+# Derived from the model again after a deep copy or unpickling, as they hold functions of its modules.
 _DERIVED = ("tower", "scoring", "_layers", "_relevance_grids", "_snapshot")
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What an explainer was asked for, to be resolved for the tower that the model has."""
-
-    layers: int | Literal["all"]
-    pool: Pool
-    image_size: int | tuple[int, int] | None
-    fit: Fit
-
-
 class LeGrad:
-    """Relevance maps of an open_clip model: which patches of an image speak for which text.
+    """Compute relevance maps of an open_clip model: how much each patch of an image contributes to a text.
 
-    The model is left as it is found: its weights, its flags for gradients and training, the random state. It
-    may be in training mode; patch dropout never acts.
+    The model is never changed: weights, gradient and training flags and the random state stay as they are. It
+    may be in training mode; patch dropout is skipped.
 
-    What is explained is always the model as it is at the call: weights that change in place are followed;
-    where modules, hooks or settings of the vision tower have changed, it is described anew, or refused. To
-    look for that takes about 0.15 ms a call for ViT-B/16, 0.3 ms for ViT-L/14, on one core. An
-    explainer can be copied, deep-copied and pickled; a deep copy explains the copied model.
+    Every call explains the model in its current state. Weights may change in place. If modules, hooks or
+    settings of the vision tower have changed, the tower is described again, or refused; this check takes
+    about 0.15 ms per call for ViT-B/16 and 0.3 ms for ViT-L/14, on one core. An explainer can be copied,
+    deep-copied and pickled; a deep copy explains the copied model.
 
-    The default map is the authors', but for two families. SigLIP: their package corrects every map by the map
-    of the text "a photo of a". PE-Core, which their package does not have: tokens pass the model's final norm
-    before its attentional pooler, and would not in theirs. `as_authors=True` of `heatmaps` and
-    `legrad.explain_image` gives their map.
+    The default map equals that of the authors' package, except for two families. SigLIP: their package
+    corrects every map by the map of the text "a photo of a". PE-Core, which it does not cover: here tokens
+    pass the model's final norm before its attentional pooler. `as_authors=True` computes their map.
 
     Attributes:
         model: the explained model.
         tower: description of its vision tower.
-        tokenizer: what `embed_text` tokenises with, or None.
-        transform: its preprocessing.
-        scoring: how a layer is scored, by the choice of `pool`.
+        tokenizer: tokenizer that `embed_text` uses, or None.
+        transform: preprocessing of images.
+        scoring: how the output of a layer is compared with a text; set by `pool`.
 
     Source: Bousselham et al., https://arxiv.org/abs/2404.03214.
     """
@@ -89,31 +77,32 @@ class LeGrad:
 
         Args:
             model: an open_clip model; its vision tower decides whether it is supported.
-            tokenizer: needed by `embed_text` alone.
-            layers: how many of the last blocks to explain, or "all".
-            pool: how a layer is scored. "reference": the authors' way: the mean over all tokens, or the
-                block's tokens straight into an attentional pooler; "model": the model's own norm, pooling and
-                head.
-            image_size: of the model's input as preprocessed, (height, width) or one number, in pixels;
-                multiples of the patch size. None: the model's own, rounded down to whole patches: a model of
-                384 pixels and patches of 14 sees 378 of them.
+            tokenizer: only needed by `embed_text`.
+            layers: number of last blocks to explain, or "all".
+            pool: how a layer is scored. "reference": as the authors do, by the mean over all tokens, or with
+                the block's tokens fed directly to the attentional pooler; "model": with the model's own norm,
+                pooling and head.
+            image_size: size of the model's input, (height, width) or one number for both, in pixels;
+                multiples of the patch size. None: the model's own size, rounded down to whole patches (378
+                for a model of 384 pixels with patches of 14).
             fit: "stretch" every image to that size; "keep" aspect ratios, with at most as many patches.
-            compile: run what follows the forward pass through `torch.compile`. It pays where batches keep one
-                shape and one number of prompts: another shape is compiled anew, for half a minute or so.
+            compile: run the computation after the forward pass through `torch.compile`. Worth it when the
+                batch shape and the number of prompts stay the same; each new shape takes about half a minute
+                to compile.
 
         Raises:
-            UnsupportedModelError: the vision tower's structure is not covered, or the model computes
-                something else than its classes say: adapters that are not merged, hooks, forward methods of
-                its own. Names the module, its class, and the way out.
+            UnsupportedModelError: the structure of the vision tower is not covered, or the model does not
+                compute what its classes define: unmerged adapters, hooks, replaced forward methods. The
+                message names the module, its class and the way out.
             InputError: an option does not fit the model.
 
-        To make sure that the model is what is explained, one image of noise is encoded twice, by the model
-        and in closed form: two forward passes of one image, once.
+        One image of noise is encoded by the model and in closed form to check that both agree: two forward
+        passes of one image, once.
         """
         self.model = model
         self.tokenizer = tokenizer
         self._compile = compile
-        self._options = _Options(layers, check_pool(pool), image_size, fit)
+        self._options = Options(layers, check_pool(pool), image_size, fit)
         self._own_transform: ImageTransform | None = None
         self._describe()
 
@@ -122,17 +111,14 @@ class LeGrad:
         options, tower = self._options, describe_model(self.model)
         layers = check_layers(options.layers, tower)
         own_transform = transform_of(self.model.visual)  # type: ignore[arg-type]
-        if own_transform == self._own_transform:
-            transform = self.transform
-        else:
-            sized = _sized(own_transform, options.image_size, tower.patch_size)
-            transform = replace(sized, fit=check_fit(options.fit, tower), patch_size=tower.patch_size)
+        # A transform that the caller has set stays as long as the model's own does not change.
+        is_same = own_transform == self._own_transform
+        transform = self.transform if is_same else options.transform_for(tower, own_transform)
         check_image_size(tower, transform.height, transform.width, "preprocessing")
         self._layers, self.tower = layers, tower
         self.transform, self._own_transform = transform, own_transform
-        self.scoring = {"reference": tower.reference, "model": tower.own, "authors": tower.authors}[
-            options.pool
-        ]
+        ways = {"reference": tower.reference, "model": tower.own, "authors": tower.authors}
+        self.scoring = ways[options.pool]
         self._relevance_grids = torch.compile(relevance_grids) if self._compile else relevance_grids
         self._snapshot = Snapshot.of(self.model)
 
@@ -147,11 +133,11 @@ class LeGrad:
         return other
 
     def __getstate__(self) -> dict[str, object]:
-        """Give all that is not derived from the model."""
+        """Return all attributes that are not derived from the model."""
         return {name: value for name, value in vars(self).items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Become an explainer of the copied model."""
+        """Describe the copied model."""
         vars(self).update(state)
         self._describe()
 
@@ -176,20 +162,20 @@ class LeGrad:
         fit: Fit = "stretch",
         compile: bool = False,
     ) -> "LeGrad":
-        """Make a model by open_clip's own factory, and its tokenizer, and explain it.
+        """Load a model and its tokenizer through open_clip and prepare to explain it.
 
-        Code that comes with a model is never run: neither checkpoints nor configurations may name any.
+        Code that comes with a model is never run: checkpoints and configurations that name code are refused.
 
         Args:
-            name: open_clip model name; or `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`, which bring their
+            name: open_clip model name; or `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`, which include
                 weights.
-            pretrained: a tag, whose activation and preprocessing are followed; or the path of a checkpoint,
-                which is run with the activation of the name, and with the preprocessing on which all tags of
-                the name agree, else open_clip's default. None: for an address, its own weights; for a plain
-                name RANDOM weights, whose maps mean nothing.
+            pretrained: a tag, which also sets activation and preprocessing; or the path of a checkpoint,
+                which is run with the activation of the model name, and with the preprocessing on which all
+                tags of the name agree, otherwise open_clip's default. None: the included weights of a
+                `hf-hub:` or `local-dir:` name; for a plain name RANDOM weights, whose maps mean nothing.
             layers: see `LeGrad`.
             pool: see `LeGrad`.
-            device: None: CUDA where there is one, else CPU.
+            device: None: CUDA if available, otherwise CPU.
             precision: one of fp32, fp16, bf16, pure_fp16, pure_bf16, as in open_clip.
             image_size: see `LeGrad`.
             fit: see `LeGrad`.
@@ -199,10 +185,10 @@ class LeGrad:
             The explainer, with the model in evaluation mode on its device, and the model's own tokenizer.
 
         Raises:
-            ModelLoadError: name, tag, checkpoint or precision give no model with the weights that are named;
-                a file is missing, damaged or of another model, weights are not finite, or code is named.
-            UnsupportedModelError: the vision tower's structure is not covered; this is found before weights
-                are downloaded.
+            ModelLoadError: no model with the requested weights can be made: unknown name, tag or precision; a
+                file is missing, damaged or of another model; weights are not finite; or code is named.
+            UnsupportedModelError: the structure of the vision tower is not covered; this is found before
+                weights are downloaded.
             InputError: an option does not fit the model.
         """
         loaded = load_model(name, pretrained, precision=precision, device=device)
@@ -228,26 +214,26 @@ class LeGrad:
 
     @property
     def device(self) -> torch.device:
-        """Where the vision tower is."""
+        """Device of the vision tower."""
         return self.tower.parameter().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the vision tower takes images."""
+        """Dtype of images that the vision tower takes."""
         return self.tower.parameter().dtype
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
         """Resize images to the model's input and normalise them; nothing is cropped.
 
         Args:
-            images: of any sizes and modes; with `fit="keep"`, such that all get one input size
-                (`transform.input_size` tells it).
+            images: of any sizes and modes; with `fit="keep"`, all must get the same input size, which
+                `transform.input_size` returns.
 
         Returns:
             The model's input, on the model's device.
 
         Raises:
-            InputError: the images get several input sizes.
+            InputError: the images get different input sizes.
         """
         height, width = common_input_size(self.transform, images)
         pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8)
@@ -256,15 +242,17 @@ class LeGrad:
         return self.transform.normalise(pixels.to(self.device), self.dtype)
 
     def embed_text(self, texts: Sequence[str]) -> Float[Tensor, "prompts embed_dim"]:
-        """Embed texts as unit rows, in order; a text longer than the context is cut as the tokenizer does.
+        """Embed texts as unit rows, in order.
+
+        Args:
+            texts: any number of texts; the tokenizer truncates texts that exceed its context length.
 
         Raises:
             TokenizerError: the explainer was made without a tokenizer.
-            InputError: the text tower is in training mode with active dropout, or one text is given where a
-                list of them is expected.
+            InputError: the text tower is in training mode with active dropout, or a single string is given
+                instead of a list.
         """
-        tokenizer = require_tokenizer(self.tokenizer)
-        return embed_texts(self.model, tokenizer, texts, self.embed_dim, self.device)
+        return embed_texts(self.model, require_tokenizer(self.tokenizer), texts, self.embed_dim, self.device)
 
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Trace:
         """Run one forward pass.
@@ -274,7 +262,7 @@ class LeGrad:
                 multiples of the patch size.
 
         Returns:
-            All that any number of prompts need.
+            Everything needed to explain any number of prompts without another forward pass.
 
         Raises:
             InputError: the images do not fit the model.
@@ -293,15 +281,15 @@ class LeGrad:
         *,
         per_layer: bool = False,
     ) -> Float[Tensor, "*maps grid_height grid_width"]:
-        """Compute raw relevance grids: at least zero, on the patch grid, not normalised.
+        """Compute raw relevance grids: non-negative, on the patch grid, not normalised.
 
         Args:
             images: preprocessed images, or their trace.
-            text_embeddings: [batch, prompts, embed_dim]: prompts of each image; [prompts, embed_dim]: every
-                prompt for every image; the same with `image_index`: prompts of any number for each image.
-                Rows of any length above zero are brought to unit length.
+            text_embeddings: [batch, prompts, embed_dim]: the prompts of each image; [prompts, embed_dim]:
+                every prompt for every image; [prompts, embed_dim] with `image_index`: any number of prompts
+                for each image. Rows need not have unit length, only a length above zero.
             image_index: for each prompt, the row of its image.
-            per_layer: keep the layers apart.
+            per_layer: return one grid for each layer instead of their sum.
 
         Returns:
             [batch, prompts, grid_height, grid_width], or with `image_index` [prompts, grid_height,
@@ -313,7 +301,7 @@ class LeGrad:
             UnsupportedModelError: the model was changed into one that cannot be explained.
         """
         self._follow_changes()
-        # Checked first: on a GPU the check waits for what was launched before it.
+        # Checked before the forward pass: on a GPU the check waits for all kernels launched before it.
         prompts = as_ragged(self._features_like(images), text_embeddings, image_index)
         trace = self._as_trace(images)
         grids = self._relevance_grids(
@@ -343,41 +331,33 @@ class LeGrad:
             images: as in `relevance`.
             text_embeddings: as in `relevance`.
             image_index: as in `relevance`.
-            neutral_embedding: one embedding of a text that names nothing, such as "a photo of a"; where its
-                own map is high, every prompt's map is set to zero before it is normalised. None: no
-                correction.
-            neutral_threshold: from 0 to 1; how high is high.
-            as_authors: compute the map of the authors' package, whatever the choice of `pool`. SigLIP:
-                without a `neutral_embedding` the text "a photo of a" is taken, which needs the tokenizer.
-                PE-Core: tokens reach the pooler without the final norm. All other families: the default map.
+            neutral_embedding: one embedding of a text that names no object, such as "a photo of a". Where the
+                min-max normalised map of this text exceeds `neutral_threshold`, every prompt's grid is set to
+                zero before it is normalised. None: no correction.
+            neutral_threshold: threshold in [0, 1] for the neutral text's map.
+            as_authors: compute the map of the authors' package, regardless of `pool`. SigLIP: without a
+                `neutral_embedding` the text "a photo of a" is used, which needs the tokenizer. PE-Core:
+                tokens enter the pooler without the final norm. All other families: the default map.
 
         Returns:
-            [batch, prompts, height, width], or with `image_index` [prompts, height, width]. A constant map is
-            zeros.
+            [batch, prompts, height, width], or with `image_index` [prompts, height, width]. A constant map
+            becomes zeros.
 
         Raises:
             InputError: shapes, dtypes, devices, indices or the threshold do not fit.
-            TokenizerError: `as_authors` needs a text to be embedded.
+            TokenizerError: `as_authors` needs the tokenizer, and there is none.
             UnsupportedModelError: the model was changed into one that cannot be explained.
 
         Source: `legrad_torch` 1.1, `LeWrapper.compute_legrad`.
         """
-        if as_authors:
-            authors = self._by_authors()
-            neutral_text = authors.tower.authors_neutral_text
-            if neutral_embedding is None and neutral_text is not None:
-                neutral_embedding = self.embed_text([neutral_text])
-            return authors.heatmaps(
-                images,
-                text_embeddings,
-                image_index,
-                neutral_embedding=neutral_embedding,
-                neutral_threshold=neutral_threshold,
-            )
-        trace = self._as_trace(images)
-        grids = self.relevance(trace, text_embeddings, image_index)
+        explainer = self._by_authors() if as_authors else self
+        neutral_text = explainer.tower.authors_neutral_text if as_authors else None
+        if neutral_embedding is None and neutral_text is not None:
+            neutral_embedding = self.embed_text([neutral_text])
+        trace = explainer._as_trace(images)
+        grids = explainer.relevance(trace, text_embeddings, image_index)
         if neutral_embedding is not None:
-            neutral_grids = self.relevance(trace, neutral_embedding.reshape(1, -1))
+            neutral_grids = explainer.relevance(trace, neutral_embedding.reshape(1, -1))
             neutral = neutral_patches(neutral_grids, neutral_threshold)
             rows = None if image_index is None else image_index.to(neutral.device, torch.int64)
             grids = grids.masked_fill(neutral[:, None] if rows is None else neutral[rows], 0)
@@ -390,10 +370,10 @@ class LeGrad:
         text_embeddings: Float[Tensor, "*leading embed_dim"],
         image_index: Int[Tensor, " prompts"] | None = None,
     ) -> Float[Tensor, "*cosines"]:
-        """Compute the cosine of image and text, by the model's own image features, without a second encode.
+        """Compute the cosine similarity of the model's own image features and texts.
 
         Args:
-            trace: the encoded images.
+            trace: the encoded images; nothing is encoded again.
             text_embeddings: as in `relevance`.
             image_index: as in `relevance`.
 
@@ -403,49 +383,18 @@ class LeGrad:
         Raises:
             InputError: shapes, dtypes, devices or indices do not fit.
         """
-        if image_index is not None:
-            prompts = as_ragged(trace.image_features, text_embeddings, image_index)
-            features = F.normalize(trace.image_features.to(prompts.unit_rows.dtype), dim=-1)
-            return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1)
-        unit_rows = as_unit_rows(trace.image_features, text_embeddings)
-        features = F.normalize(trace.image_features.to(unit_rows.dtype), dim=-1)
-        if unit_rows.ndim == 2:
-            return features @ unit_rows.T
-        return (unit_rows @ features.unsqueeze(-1)).squeeze(-1)
+        return cosines(trace.image_features, text_embeddings, image_index)
 
     def _features_like(
         self, images: Float[Tensor, "batch 3 height width"] | Trace
     ) -> Float[Tensor, "batch embed_dim"]:
-        """Give a tensor of the image features' shape, dtype and device."""
+        """Return a tensor of the image features' shape, dtype and device."""
         if isinstance(images, Trace):
             return images.image_features
         check_images(self.tower, images)
         return images.new_empty(len(images), self.embed_dim)
 
     def _as_trace(self, images: Float[Tensor, "batch 3 height width"] | Trace) -> Trace:
-        if not isinstance(images, Trace):
-            return self.encode(images)
-        if images.structure not in (None, self._snapshot.identity):
-            raise InputError(
-                "trace: made of another model, or before modules of this one were replaced; encode the "
-                "images again"
-            )
-        expected = pool_of(self.tower, self.scoring)
-        # Without a pooler the layers are kept as they are, whatever they are scored by.
-        if self.scoring.pooler is not None and images.pool != expected:
-            raise InputError(
-                f"trace: expected one made with pool={expected!r}, as this tower pools by attention, "
-                f"received one made with pool={images.pool!r}"
-            )
-        return images
-
-
-def _sized(
-    transform: ImageTransform, image_size: int | tuple[int, int] | None, patch_size: int
-) -> ImageTransform:
-    if image_size is None:
-        # Some models are configured for sizes of which their patches leave a margin unseen.
-        height, width = (side - side % patch_size for side in (transform.height, transform.width))
-    else:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return replace(transform, height=height, width=width)
+        if isinstance(images, Trace):
+            return check_trace(images, self.tower, self.scoring, self._snapshot.identity)
+        return self.encode(images)

@@ -1,4 +1,4 @@
-"""One image explained for several texts: numbers, pictures, and what a notebook shows."""
+"""Explain one image for several texts: heat maps, similarities, and pictures for a notebook."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ AUTHORS_NEUTRAL_THRESHOLD = 0.8
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Where an image speaks for each of several texts; a notebook shows `side_by_side`.
+    """Heat maps of one image for several texts; a notebook displays `side_by_side`.
 
     Attributes:
-        image: the original, RGB.
-        texts: what was looked for.
-        heatmaps: of each text, from 0 to 1, at the pixel size of the model's input.
-        similarities: cosine of the image and each text.
-        layer_grids: raw relevance on the patch grid, the layers apart; their sum is what is explained.
-        layer_indices: the blocks' ordinals, as `layer_grids` has them.
-        normalisation: how the model's family brings grids to heat maps.
+        image: the original image, RGB.
+        texts: the texts, in the order of all other attributes.
+        heatmaps: one for each text, from 0 to 1, at the pixel size of the model's input.
+        similarities: cosine similarity of the image and each text.
+        layer_grids: raw relevance on the patch grid for each layer; `heatmaps` are made from their sum.
+        layer_indices: index in the tower of each layer of `layer_grids`, 0 first.
+        normalisation: when grids of this model family are normalised; see `legrad.heatmaps_of`.
     """
 
     image: Image.Image
@@ -46,12 +46,12 @@ class Explanation:
 
     @property
     def overlays(self) -> tuple[Image.Image, ...]:
-        """The heat map of each text over the greyed image, of the image's size."""
+        """Heat map of each text over the greyed image, at the image's size."""
         return tuple(overlay(self.image, heatmap) for heatmap in self.heatmaps)
 
     @property
     def layer_strips(self) -> tuple[Image.Image, ...]:
-        """For each text which layer contributes what; see `layer_strip`."""
+        """Contribution of each layer, one picture for each text; see `layer_strip`."""
         return tuple(self._layer_strip(number, 224) for number in range(len(self.texts)))
 
     def side_by_side(self, *, panel_side: int = 320) -> Image.Image:
@@ -84,7 +84,7 @@ class Explanation:
         return draw_panels([*labels, ("sum",)], panels, per_line=len(panels))
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
+        """Return the picture that a notebook displays."""
         sink = io.BytesIO()
         self.side_by_side().save(sink, "PNG")
         return sink.getvalue()
@@ -96,18 +96,17 @@ def explain_image(
     """Explain one image for several texts, in one forward pass.
 
     Args:
-        explainer: whose layers are explained.
+        explainer: explainer of the model.
         image: of any size and mode.
-        texts: what is looked for, at least one.
-        as_authors: compute the maps of the authors' package, as `LeGrad.heatmaps` says. The default is theirs
-            too, but for SigLIP, whose maps they correct by the map of the text "a photo of a", and PE-Core,
-            whose final norm they would leave out before the pooler.
+        texts: at least one text.
+        as_authors: compute the maps of the authors' package. They differ from the default for SigLIP and
+            PE-Core only; see `LeGrad.heatmaps`.
 
     Returns:
         Heat maps at the size of the model's input, similarities and the raw grids of every layer, on the CPU.
 
     Raises:
-        InputError: no text, or one text where a list of them is expected.
+        InputError: no text, or a single string instead of a list.
         TokenizerError: the explainer was made without a tokenizer.
     """
     if isinstance(texts, str) or not texts:
@@ -136,19 +135,19 @@ def explain_image(
 
 
 def layer_strip(explainer: LeGrad, image: Image.Image, text: str, *, panel_side: int = 224) -> Image.Image:
-    """Draw which layer contributes what: one panel for each explained block, and one for their sum.
+    """Draw the contribution of each layer: one panel for each explained block, and one for their sum.
 
-    All blocks share one colour scale, so a pale panel is a block that adds little; its label gives the
-    block's share of all relevance, in per cent.
+    All blocks share one colour scale, so the panel of a block that contributes little is pale; its label
+    gives the block's share of the total relevance, in per cent.
 
     Args:
         explainer: made with the `layers` to show.
         image: of any size and mode.
-        text: what is looked for.
+        text: the text to explain.
         panel_side: longer side of a panel, in pixels.
 
     Returns:
-        The panels in lines, first block to last, the sum at the end.
+        The panels in one line, first block to last, the sum at the end.
 
     Source: the per-layer maps of https://arxiv.org/abs/2404.03214, section 3.3.
     """

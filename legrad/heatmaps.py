@@ -1,7 +1,7 @@
-"""From relevance grids to heat maps: upsample, normalise.
+"""Convert relevance grids to heat maps: upsample and normalise.
 
-Frames: a *relevance grid* has one cell per image patch; a *heat map* has one value per pixel of the mask
-frame (height, width), which need not be the model's input size.
+A *relevance grid* has one cell per image patch. A *heat map* has one value per pixel of a frame (height,
+width), which need not be the model's input size.
 """
 
 from typing import Literal
@@ -17,7 +17,10 @@ Normalisation = Literal["upsampled", "grid"]
 
 
 def minmax_normalise(maps: Float[Tensor, "*leading height width"]) -> Float[Tensor, "*leading height width"]:
-    """Stretch each map to the range from 0 to 1; a constant map becomes zeros.
+    """Scale each map linearly to the range from 0 to 1; a constant map becomes zeros.
+
+    Args:
+        maps: grids or heat maps of any range.
 
     Source: LeGrad (arXiv:2404.03214), section 3.3: the merged map is min-max normalised.
     """
@@ -27,10 +30,10 @@ def minmax_normalise(maps: Float[Tensor, "*leading height width"]) -> Float[Tens
 
 
 def first_of_equal_maps(maps: Float[Tensor, "maps height width"]) -> list[int]:
-    """For each map the position of the first one that is the same to the last bit; often its own.
+    """Return, for each map, the position of the first map that is bit-for-bit equal, often its own.
 
-    Steps that follow may treat a map differently by its place among others, by a rounding error: which of two
-    equal maps is ahead is decided before them.
+    Later steps may round equal maps differently, depending on their position in a batch; comparing here keeps
+    the result independent of that.
     """
     first: dict[bytes, int] = {}
     every_map = maps.cpu().contiguous().view(torch.uint8).flatten(1).numpy() if maps.numel() else ()
@@ -40,7 +43,7 @@ def first_of_equal_maps(maps: Float[Tensor, "maps height width"]) -> list[int]:
 def upsample_grid(
     relevance_grid: Float[Tensor, "*leading grid_height grid_width"], height: int, width: int
 ) -> Float[Tensor, "*leading height width"]:
-    """Interpolate grids to a pixel frame: bilinear, pixel centres aligned as areas, no antialiasing.
+    """Interpolate grids bilinearly to a pixel frame (`align_corners=False`, no antialiasing).
 
     Args:
         relevance_grid: one grid for each leading index, of any range.
@@ -48,7 +51,7 @@ def upsample_grid(
         width: columns of the pixel frame.
 
     Returns:
-        Maps in the grid's own units, stored column by column (a transposed view), as COCO's RLE reads.
+        Maps in the grid's own units, stored column by column (a transposed view), the order of COCO's RLE.
 
     Raises:
         MaskError: the frame has no pixels.
@@ -61,8 +64,8 @@ def upsample_grid(
     if not leading.numel():
         return relevance_grid.new_zeros((*leading, width, height)).mT
     columns_first = relevance_grid.mT.reshape(1, -1, *relevance_grid.mT.shape[-2:])
-    # Interpolating what stands above the minimum keeps a constant map constant to the last bit; otherwise
-    # rounding would leave a ripple, which min-max normalisation would blow up to a full-range map.
+    # Subtracting the minimum first keeps a constant map exactly constant. Otherwise rounding would leave a
+    # ripple, which min-max normalisation would stretch to the full range.
     lowest = columns_first.amin(dim=(-2, -1), keepdim=True)
     pixels = F.interpolate(columns_first - lowest, size=(width, height), mode="bilinear", align_corners=False)
     return pixels.add_(lowest).reshape(*leading, width, height).mT
@@ -74,14 +77,22 @@ def heatmaps_of(
     width: int,
     normalisation: Normalisation,
 ) -> Float[Tensor, "*leading height width"]:
-    """Bring grids to heat maps from 0 to 1 in a pixel frame; a constant map becomes zeros.
+    """Convert grids to heat maps from 0 to 1 in a pixel frame; a constant map becomes zeros.
 
     Args:
-        relevance_grid: raw relevance.
+        relevance_grid: raw relevance, one grid for each leading index.
         height: rows of the pixel frame.
         width: columns of the pixel frame.
-        normalisation: "upsampled": min-max after upsampling; "grid": before. The authors do the one or the
-            other by model family.
+        normalisation: "upsampled": min-max normalise after upsampling; "grid": before. The authors choose by
+            model family; `explainer.tower.normalisation` is their choice for a model.
+
+    Returns:
+        Heat maps, stored column by column.
+
+    Raises:
+        MaskError: the frame has no pixels.
+
+    Source: `legrad_torch` 1.1, `LeWrapper.compute_legrad`.
     """
     if normalisation == "grid":
         return upsample_grid(minmax_normalise(relevance_grid), height, width)

@@ -1,6 +1,6 @@
-"""From PIL images to the model's input; nothing is ever cropped.
+"""Convert PIL images to the model's input: resize and normalise, without cropping.
 
-Stretched to one size, that is bit for bit what open_clip does with `resize_mode="squash"`.
+With `fit="stretch"` the result is bit for bit that of open_clip with `resize_mode="squash"`.
 """
 
 import math
@@ -27,12 +27,12 @@ class ImageTransform:
     Attributes:
         height: of the model's input, in pixels.
         width: of the model's input, in pixels.
-        mean: of each colour channel, for values from 0 to 1.
-        std: of each colour channel.
-        interpolation: how PIL resamples.
-        fit: "stretch": every image becomes height x width; "keep": an image keeps its aspect ratio, but for
-            rounding to whole patches, and gets about as many patches as height x width has.
-        patch_size: side of a patch in pixels, to which "keep" rounds.
+        mean: mean of each colour channel, for values from 0 to 1.
+        std: standard deviation of each colour channel, for values from 0 to 1.
+        interpolation: resampling filter of PIL.
+        fit: "stretch": every image becomes height x width; "keep": an image keeps its aspect ratio, rounded
+            to whole patches, and gets about as many patches as height x width has.
+        patch_size: side of a patch in pixels; "keep" rounds to its multiples.
     """
 
     height: int
@@ -44,10 +44,10 @@ class ImageTransform:
     patch_size: int = 1
 
     def input_size(self, image_height: int, image_width: int) -> tuple[int, int]:
-        """Give the (height, width) in pixels to which an image of this size is resized.
+        """Return the (height, width) in pixels to which an image of this size is resized.
 
-        With "keep", never more patches than height x width has; the longer side of an image that is extremely
-        long loses patches where its shorter side is held at one.
+        With "keep", the result never has more patches than height x width; a very elongated image gets at
+        least one patch along its shorter side, and correspondingly fewer along the longer one.
         """
         if self.fit == "stretch":
             return self.height, self.width
@@ -83,13 +83,13 @@ class ImageTransform:
     def normalise(
         self, pixels: UInt8[Tensor, "batch height width 3"], dtype: torch.dtype
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Bring resized pixels to the model's range, on the device where they are.
+        """Scale and normalise resized pixels, on their own device.
 
         Args:
             pixels: RGB values from 0 to 255.
-            dtype: of the result; the arithmetic is in float32.
+            dtype: dtype of the result; the arithmetic is in float32.
         """
-        # By a tensor: CUDA multiplies by the reciprocal of a plain number, which is off by a bit.
+        # Divide by a tensor: given a Python number, CUDA multiplies by its rounded reciprocal instead.
         most = torch.tensor(255, dtype=torch.float32, device=pixels.device)
         channels_first = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(most)
         mean, std = (
@@ -100,17 +100,14 @@ class ImageTransform:
 
 
 def transform_of(visual: nn.Module) -> ImageTransform:
-    """Read the preprocessing that an open_clip vision tower carries, or else open_clip's defaults."""
+    """Return the preprocessing stored in an open_clip vision tower, otherwise open_clip's default."""
     defaults = PreprocessCfg(size=visual.image_size)
     config: Mapping[str, Any] = getattr(visual, "preprocess_cfg", None) or vars(defaults)
-    height, width = _pair(config["size"])
-    # open_clip's "random" is for training; it resamples bicubically otherwise.
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
+    # open_clip's "random" is for training; for inference it resamples bicubically.
     interpolation: Interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     return ImageTransform(height, width, _triple(config["mean"]), _triple(config["std"]), interpolation)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _triple(values: int | float | Sequence[int | float]) -> tuple[float, float, float]:

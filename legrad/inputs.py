@@ -1,19 +1,48 @@
-"""What a caller may pass, checked, and brought to the one form that the method computes with."""
+"""Check arguments of callers, and convert them to the form that the method computes with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from legrad.errors import InputError
 from legrad.heatmaps import minmax_normalise
 from legrad.images import Fit, ImageTransform
 from legrad.method.stages import accumulation_dtype
-from legrad.method.towers import Tower
+from legrad.method.towers import Scoring, Tower
+from legrad.method.trace import Pool, Trace, pool_of
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of an explainer, as the caller passed them; `legrad.LeGrad` describes them."""
+
+    layers: int | Literal["all"]
+    pool: Pool
+    image_size: int | tuple[int, int] | None
+    fit: Fit
+
+    def transform_for(self, tower: Tower, own_transform: ImageTransform) -> ImageTransform:
+        """Return the preprocessing for a tower, given the model's own.
+
+        Raises:
+            InputError: `fit` is unknown, or the tower cannot take images of several sizes.
+        """
+        patch = tower.patch_size
+        if self.image_size is None:
+            # Some models are configured for sizes that their patches do not cover completely.
+            own_size = (own_transform.height, own_transform.width)
+            height, width = (side - side % patch for side in own_size)
+        else:
+            size = self.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+        fit = check_fit(self.fit, tower)
+        return replace(own_transform, height=height, width=width, fit=fit, patch_size=patch)
 
 
 @dataclass(frozen=True)
@@ -23,8 +52,8 @@ class RaggedPrompts:
     Attributes:
         unit_rows: one unit text embedding for each prompt.
         image_index: for each prompt, the row of its image.
-        leading: the shape in which the caller gave the prompts: (batch, prompts) or (prompts,).
-        one_by_one: prompt i belongs to image i, for every image.
+        leading: shape in which the caller passed the prompts: (batch, prompts) or (prompts,).
+        one_by_one: whether prompt i belongs to image i, for every image.
     """
 
     unit_rows: Float[Tensor, "prompts embed_dim"]
@@ -36,20 +65,20 @@ class RaggedPrompts:
 def as_ragged(
     image_features: Float[Tensor, "batch embed_dim"], text_embeddings: Tensor, image_index: Tensor | None
 ) -> RaggedPrompts:
-    """Bring the three forms of text embeddings to one, with unit rows.
+    """Convert the three accepted forms of text embeddings to `RaggedPrompts`.
 
     Args:
-        image_features: of the images, or a tensor like it.
-        text_embeddings: [batch, prompts, embed_dim], [prompts, embed_dim], or that with `image_index`.
+        image_features: features of the images, or a tensor of the same shape, dtype and device.
+        text_embeddings: [batch, prompts, embed_dim], [prompts, embed_dim], or the latter with `image_index`.
         image_index: for each prompt the row of its image, on any device, or None.
 
     Raises:
-        InputError: shapes, dtypes, devices or indices do not fit; names what was expected and what received.
+        InputError: shapes, dtypes, devices or indices do not fit.
     """
     unit_rows = as_unit_rows(image_features, text_embeddings)
     device, batch = unit_rows.device, len(image_features)
     if image_index is not None:
-        # Contiguous, also where it is a column of pairs: kernels read it row after row.
+        # Kernels assume contiguous memory, and the index may be a column of a table of pairs.
         checked = _check_image_index(image_index, text_embeddings, batch).contiguous()
         one_by_one = checked.device.type == "cpu" and torch.equal(checked, torch.arange(batch))
         return RaggedPrompts(unit_rows, checked.to(device), (len(checked),), one_by_one)
@@ -60,7 +89,7 @@ def as_ragged(
 
 
 def check_images(tower: Tower, images: Tensor) -> None:
-    """Raise an InputError where images do not fit the tower."""
+    """Raise an InputError if images do not fit the tower."""
     parameter = tower.parameter()
     if images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"images: expected [batch, 3, height, width], received {_shape(images)}")
@@ -76,7 +105,14 @@ def check_images(tower: Tower, images: Tensor) -> None:
 
 
 def check_image_size(tower: Tower, height: int, width: int, where: str) -> None:
-    """Raise an InputError where a size in pixels is not made of whole patches."""
+    """Raise an InputError if a size in pixels is not a whole number of patches, or the tower cannot take it.
+
+    Args:
+        tower: description of the tower.
+        height: in pixels.
+        width: in pixels.
+        where: what has this size; the message begins with it.
+    """
     patch = tower.patch_size
     if height < patch or width < patch or height % patch or width % patch:
         raise InputError(
@@ -91,7 +127,7 @@ def check_image_size(tower: Tower, height: int, width: int, where: str) -> None:
 
 
 def check_fit(fit: Fit, tower: Tower) -> Fit:
-    """Return how images fill the input, or raise an InputError."""
+    """Return `fit` if the tower supports it; otherwise raise an InputError."""
     if fit not in ("stretch", "keep"):
         raise InputError(f"fit: expected 'stretch' or 'keep', received {fit!r}")
     if fit == "keep" and not tower.takes_any_grid:
@@ -100,7 +136,7 @@ def check_fit(fit: Fit, tower: Tower) -> Fit:
 
 
 def common_input_size(transform: ImageTransform, images: Sequence[Image.Image]) -> tuple[int, int]:
-    """Return the (height, width) that all images are resized to, or raise an InputError."""
+    """Return the (height, width) that all images are resized to; raise an InputError if there are several."""
     sizes = {transform.input_size(image.height, image.width) for image in images}
     if len(sizes) > 1:
         raise InputError(
@@ -111,7 +147,7 @@ def common_input_size(transform: ImageTransform, images: Sequence[Image.Image]) 
 
 
 def check_layers(layers: int | Literal["all"], tower: Tower) -> int:
-    """Return the number of blocks to explain, or raise an InputError."""
+    """Return the number of blocks to explain; raise an InputError if the tower does not have them."""
     available = len(tower.blocks)
     if layers == "all":
         return available
@@ -121,7 +157,7 @@ def check_layers(layers: int | Literal["all"], tower: Tower) -> int:
 
 
 def check_pool(pool: str) -> Literal["reference", "model"]:
-    """Return the way to score a layer, or raise an InputError."""
+    """Return `pool` if it is a public choice; otherwise raise an InputError."""
     if pool not in ("reference", "model"):
         raise InputError(f"pool: expected 'reference' or 'model', received {pool!r}")
     return "reference" if pool == "reference" else "model"
@@ -130,7 +166,7 @@ def check_pool(pool: str) -> Literal["reference", "model"]:
 def neutral_patches(
     neutral_grids: Float[Tensor, "batch 1 grid_height grid_width"], threshold: float
 ) -> Bool[Tensor, "batch grid_height grid_width"]:
-    """Find the patches where a neutral text's own map is high.
+    """Mark the patches where the min-max normalised map of a neutral text exceeds a threshold.
 
     Args:
         neutral_grids: raw relevance of the neutral text for each image.
@@ -145,10 +181,10 @@ def neutral_patches(
 
 
 def as_unit_rows(features: Float[Tensor, "batch embed_dim"], text_embeddings: Tensor) -> Tensor:
-    """Bring text embeddings to unit length in float32 or finer.
+    """Normalise text embeddings to unit length, in float32 or float64.
 
     Args:
-        features: of the images, or a tensor like it.
+        features: features of the images, or a tensor of the same shape, dtype and device.
         text_embeddings: [batch, prompts, embed_dim] or [prompts, embed_dim].
 
     Raises:
@@ -179,6 +215,56 @@ def as_unit_rows(features: Float[Tensor, "batch embed_dim"], text_embeddings: Te
     if not bool(((lengths > 0) & lengths.isfinite()).all()):
         raise InputError("text_embeddings: expected rows of finite length above zero, received others")
     return rows.div(lengths)
+
+
+def cosines(
+    image_features: Float[Tensor, "batch embed_dim"], text_embeddings: Tensor, image_index: Tensor | None
+) -> Tensor:
+    """Compute cosine similarities of images and texts.
+
+    Args:
+        image_features: one row for each image.
+        text_embeddings: as `as_ragged` takes them.
+        image_index: as `as_ragged` takes it.
+
+    Returns:
+        [batch, prompts], or with `image_index` [prompts].
+
+    Raises:
+        InputError: shapes, dtypes, devices or indices do not fit.
+    """
+    features = F.normalize(image_features.to(accumulation_dtype(image_features.dtype)), dim=-1)
+    if image_index is not None:
+        prompts = as_ragged(image_features, text_embeddings, image_index)
+        return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1)
+    unit_rows = as_unit_rows(image_features, text_embeddings)
+    if unit_rows.ndim == 2:
+        return features @ unit_rows.T
+    return (unit_rows @ features.unsqueeze(-1)).squeeze(-1)
+
+
+def check_trace(trace: Trace, tower: Tower, scoring: Scoring, structure: int) -> Trace:
+    """Return a trace if it was made by this tower for this scoring; otherwise raise an InputError.
+
+    Args:
+        trace: encoded images.
+        tower: description of the tower.
+        scoring: how its layers are scored.
+        structure: identity of the tower's modules.
+    """
+    if trace.structure not in (None, structure):
+        raise InputError(
+            "trace: made by another model, or before modules of this one were replaced; encode the "
+            "images again"
+        )
+    expected = pool_of(tower, scoring)
+    # Without a pooler a trace is the same for every way of scoring.
+    if scoring.pooler is not None and trace.pool != expected:
+        raise InputError(
+            f"trace: expected one made with pool={expected!r}, as this tower pools by attention, "
+            f"received one made with pool={trace.pool!r}"
+        )
+    return trace
 
 
 def _check_image_index(image_index: Tensor, text_embeddings: Tensor, batch: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of heat maps: over an image, and side by side."""
+"""Draw heat maps over images, and panels side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -27,7 +26,7 @@ def overlay(
 
     Args:
         image: of any size and mode.
-        heatmap: from 0 (blue) to 1 (red); a grid or pixels, stretched to the image.
+        heatmap: values from 0 (blue) to 1 (red), a grid or pixels; interpolated to the image's size.
 
     Returns:
         RGB, of the image's size.
@@ -39,7 +38,9 @@ def overlay(
 def heat_over(
     photo: UInt8[np.ndarray, "height width 3"], heatmap: Float[Tensor, "rows columns"]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Lay a heat map from 0 to 1, in any frame, over the pixels of an image."""
+    """Lay a heat map from 0 to 1 over the pixels of an image; it is interpolated to the image's size."""
+    import matplotlib as mpl
+
     height, width = photo.shape[:2]
     heat = upsample_grid(heatmap.float().cpu(), height, width).clamp(0, 1).numpy()
     colours = mpl.colormaps[COLORMAP](heat)[..., :3] * 255
@@ -54,12 +55,12 @@ def draw_panels(
     *,
     per_line: int,
 ) -> Image.Image:
-    """Draw panels of one size in lines, each above the lines of its label.
+    """Draw panels of one size in a table, each with a label below it.
 
     Args:
-        labels: lines of text for each panel; what does not fit its width ends in an ellipsis.
-        panels: at least one.
-        per_line: how many panels stand side by side.
+        labels: lines of text below each panel; a line wider than the panel is cut and ends in an ellipsis.
+        panels: at least one, all of one size.
+        per_line: number of panels in a line.
     """
     height, width = panels[0].shape[:2]
     label_height = LABEL_TOP + LABEL_HEIGHT * max(map(len, labels))
@@ -77,9 +78,9 @@ def draw_panels(
 
 
 def _clipped(text: str, width: int) -> str:
-    """A text in one line of a width in pixels."""
+    """Return a text in one line, cut to a width in pixels."""
     letters = font("DejaVuSans", LABEL_SIZE)
-    # no line is longer than its width in pixels, and measuring a long text takes long
+    # A line of n pixels holds at most n letters; measuring a longer text would take long.
     one_line = " ".join(text[: width + 1].split())
     if letters.getlength(one_line) <= width and len(text) <= width:
         return one_line
@@ -88,7 +89,7 @@ def _clipped(text: str, width: int) -> str:
 
 
 def fitted(image: Image.Image, longer_side: int) -> Image.Image:
-    """Scale an image, as RGB, to a longer side in pixels."""
+    """Resize an image so that its longer side has this many pixels; returns RGB."""
     scale = longer_side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
@@ -96,5 +97,7 @@ def fitted(image: Image.Image, longer_side: int) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """Load one of the fonts that come with matplotlib, so that pictures look the same everywhere."""
+    """Load a font that matplotlib includes, so that pictures look the same on every machine."""
+    import matplotlib as mpl
+
     return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)

@@ -1,6 +1,6 @@
-"""Model families: from an open_clip vision tower to its description, or the reason why there is none.
+"""Describe the vision towers of open_clip's models, by family, and list which models are supported.
 
-The family is decided by the tower's structure, never by its name.
+The structure of a tower decides its family, never its name.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch import nn
 
 from legrad.errors import UnsupportedModelError
 from legrad.families import clip, eva, relpos, timm_vit
-from legrad.families.modules import check_modules, way_out
+from legrad.families.modules import PLAIN_WAY_OUT, check_modules, way_out
 from legrad.families.parts import NotCovered, qualified_name
 from legrad.method.towers import Tower
 
@@ -45,11 +45,11 @@ def describe_tower(model: nn.Module) -> Tower:
     """Describe the vision tower of an open_clip model.
 
     Args:
-        model: a model with a `visual` tower, as `open_clip.create_model` gives it. It is not changed.
+        model: a model with a `visual` tower, as `open_clip.create_model` returns it. It is not changed.
 
     Raises:
-        UnsupportedModelError: the tower's structure is not covered; names model, tower, the module that is at
-            fault, and the way out.
+        UnsupportedModelError: the structure of the tower is not covered; the message names model, tower, the
+            module that is not covered, and the way out.
     """
     visual = getattr(model, "visual", None)
     if not isinstance(visual, nn.Module):
@@ -78,12 +78,12 @@ def describe_visual(visual: nn.Module) -> Tower:
         return describe(visual)
     except NotCovered as reason:
         raise NotCovered(_located(visual, reason)) from None
-    except AttributeError as error:  # a part was replaced by one that lacks what is read of it
-        raise NotCovered(f"a part of it lacks what belongs to it: {error}") from error
+    except AttributeError as error:  # a module was replaced by one without the expected attributes
+        raise NotCovered(f"one of its modules lacks an expected attribute: {error}") from error
 
 
 def _description(visual: nn.Module) -> Callable[[Any], Tower]:
-    """Choose by exact classes: a subclass may compute something else."""
+    """Choose the description by exact class, as a subclass may compute something else."""
     if type(visual) is VisionTransformer:
         return clip.describe
     trunk: Any = visual.trunk if type(visual) is TimmModel else visual
@@ -95,7 +95,7 @@ def _description(visual: nn.Module) -> Callable[[Any], Tower]:
 
 
 def _located(visual: nn.Module, reason: NotCovered) -> str:
-    """Add to a reason which module is at fault, and what to do, unless it says so itself."""
+    """Add to a reason the path of the module that is not covered, and the way out if it is missing."""
     if reason.module is None:
         return str(reason)
     paths = (path for path, module in visual.named_modules() if module is reason.module)
@@ -105,8 +105,8 @@ def _located(visual: nn.Module, reason: NotCovered) -> str:
 
 
 def _way_out_of_wrapper(model: nn.Module) -> str:
-    plain = "put the model's own module back in its place"
-    return "explain what `open_clip.create_model` gives" if way_out(model) == plain else way_out(model)
+    advice = way_out(model)
+    return "explain the model that `open_clip.create_model` returns" if advice == PLAIN_WAY_OUT else advice
 
 
 def _class_name(visual: nn.Module) -> str:
@@ -122,10 +122,10 @@ class ModelSupport:
     """Whether one open_clip model can be explained.
 
     Attributes:
-        family: the family whose rules apply, or None.
-        reason: why the model is refused, or None.
-        blocks: how many layers there are to choose from, or None.
-        takes_any_grid: images of other sizes than the model's own are possible.
+        family: name of the model family; None if the model is not supported.
+        reason: why the model is not supported, or None.
+        blocks: number of transformer blocks, each of which can be explained; None if not supported.
+        takes_any_grid: whether images of other sizes than the model's own are possible.
     """
 
     family: str | None
@@ -135,31 +135,31 @@ class ModelSupport:
 
 
 def supported_models() -> dict[str, ModelSupport]:
-    """List every model that open_clip knows by name, with its family or the reason for its refusal.
+    """List all models of open_clip by name, with their family or the reason why they are not supported.
 
-    Vision towers are built without memory for their weights; the first call takes seconds. Nothing is
-    downloaded.
+    Nothing is downloaded. The vision towers are built without memory for weights; the first call takes
+    seconds.
     """
     return {name: model_support(name) for name in open_clip.list_models()}
 
 
 def model_support(name: str) -> ModelSupport:
-    """Say whether the open_clip model of this name can be explained, from its configuration alone."""
+    """Return whether the open_clip model of this name is supported, from its configuration only."""
     config = open_clip.get_model_config(name)
     if config is None:
-        return ModelSupport(None, f"open_clip has no model of the name {name!r}")
+        return ModelSupport(None, f"open_clip has no model named {name!r}")
     return support_of(config)
 
 
 def support_of(model_config: Mapping[str, Any]) -> ModelSupport:
-    """Say whether a model of this configuration, open_clip's `model_cfg`, can be explained."""
+    """Return whether a model with this configuration, open_clip's `model_cfg`, is supported."""
     vision = model_config["vision_cfg"] | {"timm_model_pretrained": False}
     return _vision_support(model_config["embed_dim"], json.dumps(vision, sort_keys=True))
 
 
 @cache
 def _vision_support(embed_dim: int, vision_json: str) -> ModelSupport:
-    # Many names share a vision tower and differ in their texts.
+    # Cached by vision tower, as many models differ only in their text towers.
     with torch.device("meta"):
         model = open_clip.CLIP(embed_dim, json.loads(vision_json), _SMALLEST_TEXT)
     try:

@@ -1,4 +1,4 @@
-"""open_clip's own VisionTransformer: CLIP, CLIPA and their kin, and CoCa with its attentional pooler."""
+"""Describe open_clip's own VisionTransformer: CLIP, CLIPA and similar, and CoCa with its pooler."""
 
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ def describe(visual: VisionTransformer) -> Tower:
     pooler = visual.attn_pool
     check_affine_norm(visual.ln_post, "ln_post")
     if isinstance(visual.proj, nn.Module):
-        raise NotCovered("its final projection is no matrix", visual.proj)
+        raise NotCovered("its final projection is not a matrix", visual.proj)
     check_covered(
         ("its final projection was removed", visual.proj is None),
         (f"its patches are not square: {visual.patch_size}", len(set(visual.patch_size)) != 1),
@@ -82,7 +82,7 @@ def _check_attention(attention: Any) -> None:
     if type(attention) is not nn.MultiheadAttention:
         raise NotCovered(f"its attention is {class_name(attention)}", attention)
     if attention.bias_k is not None or attention.add_zero_attn:
-        raise NotCovered("its attention adds keys of its own", attention)
+        raise NotCovered("its attention adds extra keys", attention)
 
 
 def _check_block(block: Any) -> None:
@@ -153,7 +153,7 @@ def _own_scoring(visual: VisionTransformer) -> Scoring:
 
 
 def _pooled_by_attention(visual: VisionTransformer) -> Scoring:
-    """Score the pooler's first query, the one that becomes the image feature."""
+    """Score the output of the pooler's first query, which becomes the image feature."""
     head = (Norm(visual.ln_post), _projection(visual))
     return Scoring((), slice(0, 1), head, _describe_pooler(visual.attn_pool))
 
@@ -177,7 +177,7 @@ def _describe_pooler(pooler: AttentionalPooler) -> Block:
 def _pooler_project(
     pooler: AttentionalPooler, tokens: Float[Tensor, "batch tokens width"], _rotary: Tensor | None
 ) -> QueriesKeysValues:
-    """Project the first query alone: queries do not see each other, and only the first is scored."""
+    """Project the first query only: queries do not interact, and only the first is scored."""
     attention = pooler.attn
     width, heads = attention.embed_dim, attention.num_heads
     by_query, by_key, by_value = attention.in_proj_bias.chunk(3)
@@ -189,7 +189,7 @@ def _pooler_project(
             attention.k_proj_weight,
             attention.v_proj_weight,
         )
-    # open_clip's "fp16" and "bf16" leave the query in float32.
+    # With precision "fp16" and "bf16", open_clip keeps the query in float32.
     query = F.linear(pooler.ln_q(pooler.query[:1]).to(tokens.dtype), query_weight, by_query)
     projected = (
         query.expand(len(tokens), 1, width),
@@ -201,7 +201,7 @@ def _pooler_project(
 
 
 def _embed(visual: VisionTransformer, images: Float[Tensor, "batch 3 height width"]) -> EmbeddedImages:
-    """Embed patches of images of any size; the patch dropout of training never acts."""
+    """Embed patches of images of any size, without the patch dropout of training."""
     patches = visual.conv1(images)
     class_token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
     tokens = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)

@@ -1,4 +1,4 @@
-"""timm's Eva inside open_clip's TimmModel: EVA01, EVA02 and the Perception Encoder (PE-Core)."""
+"""Describe timm's Eva inside open_clip's TimmModel: EVA01, EVA02 and the Perception Encoder (PE-Core)."""
 
 import copy
 from functools import partial
@@ -68,10 +68,10 @@ def describe(visual: TimmModel) -> Tower:
 
 
 def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring, Scoring]:
-    """Describe how a layer is scored: the reference way, as the authors would, and the model's own way.
+    """Describe three ways of scoring a layer: the reference, the authors' package, and the model's own.
 
-    The authors do not have these families; with a pooler the reference is the model's own path: its final
-    norm, then the pooler. Theirs leaves out the norm, as it does for SigLIP.
+    The authors' package does not cover these families. With a pooler the reference is the model's own path:
+    its final norm, then the pooler. Their package would skip the norm, as it does for SigLIP.
     """
     trunk = visual.trunk
     if trunk.attn_pool is None:
@@ -133,7 +133,7 @@ def _projections(attention: Any, tokens: Float[Tensor, "batch tokens width"]) ->
         queries, keys, values = (torch.unflatten(part, -1, (-1, head_dim)).transpose(1, 2) for part in parts)
         return queries, keys, values
     bias = attention.qkv.bias
-    if getattr(attention, "q_bias", None) is not None:  # EvaAttention keeps them apart
+    if getattr(attention, "q_bias", None) is not None:  # EvaAttention stores them separately
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
     return split_heads(F.linear(tokens, attention.qkv.weight, bias), attention.num_heads)
 
@@ -143,30 +143,30 @@ def _rotate(
     part: Float[Tensor, "batch heads tokens head_dim"],
     rotary: Float[Tensor, "patches sines_and_cosines"],
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
-    """Turn queries or keys of the patches by their place; prefix tokens have none."""
+    """Rotate queries or keys of the patches by their position; prefix tokens have no position."""
     prefix, patches = part[:, :, : attention.num_prefix_tokens], part[:, :, attention.num_prefix_tokens :]
     turned = apply_rot_embed_cat(patches, rotary, half=attention.rotate_half)
     return torch.cat([prefix, turned], dim=2)
 
 
 def _embed(trunk: Any, images: Float[Tensor, "batch 3 height width"]) -> EmbeddedImages:
-    """Embed patches of images of any size; the dropouts of training never act."""
+    """Embed patches of images of any size, without the dropouts of training."""
     patches, grid = patch_tokens(trunk.patch_embed, images)
     tokens = add_prefix_and_positions(trunk, patches, grid)
     return EmbeddedImages(trunk.norm_pre(tokens), _rotary(trunk, grid))
 
 
 def _rotary(trunk: Any, grid: tuple[int, int]) -> Float[Tensor, "patches sines_and_cosines"] | None:
-    """Make the rotary position embedding of a grid, as timm does when a model is set to that size.
+    """Compute the rotary position embedding of a grid, as timm does when a model is set to that size.
 
-    timm stretches the places of any grid over the grid that the model was first trained for
-    (`ref_feat_shape`), along each side, where the model names one.
+    If the model defines `ref_feat_shape`, the grid that it was first trained for, timm scales the positions
+    of any grid to that one, along each side.
     """
     rope = trunk.rope
     if rope is None:
         return None
     if rope.training or (rope.feat_shape is not None and tuple(rope.feat_shape) != grid):
-        # A copy, so that the model stays at its own size; out of training, where places may be shifted.
+        # A copy, so that the model keeps its size; in eval mode, as training may shift positions randomly.
         rope = copy.deepcopy(rope).eval()
         rope.update_feat_shape(grid)
     embedding: Tensor = rope.get_embed(shape=grid)

@@ -1,4 +1,4 @@
-"""Whether the closed form computes what a model computes: by its modules, and by one image run both ways."""
+"""Verify that the description of a model computes what the model computes, and notice later changes of it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,15 +17,15 @@ from torch.nn.modules import module as torch_module
 
 from legrad.errors import LeGradError, UnsupportedModelError
 from legrad.families import describe_tower
-from legrad.families.modules import ACTIVATION_NAMES, way_out, written_out
+from legrad.families.modules import ACTIVATION_NAMES, GLOBAL_HOOKS, way_out, written_out
 from legrad.families.parts import qualified_name
 from legrad.method.towers import Tower
 from legrad.method.trace import trace_images
 
-# Of unit features. The structural check comes first, so that what is left to find is no matter of last bits;
-# float32 leaves room for TF32, the others for deep towers.
+# Largest distance of unit features. The structural check comes first, so remaining differences are large;
+# float32 allows for TF32, half precision for deep towers.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-# Those of open_clip's models as they were imported: `visual`, and nothing after it but a normalisation.
+# The original methods of open_clip's models, which apply `visual` and at most a normalisation.
 _ENCODE_IMAGE: tuple[Callable[..., Any], ...] = (
     CLIP.encode_image,
     CustomTextCLIP.encode_image,
@@ -41,25 +41,21 @@ _ELEMENTWISE = (
     activations.QuickGELU,
 )
 
-_GLOBAL_HOOKS: tuple[Any, ...] = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
+_GLOBAL_HOOKS = tuple(getattr(torch_module, name) for name in GLOBAL_HOOKS)
 _UNKNOWN = object()
 
 
 def describe_model(model: nn.Module) -> Tower:
-    """Describe the vision tower of an open_clip model, and make sure that the description is the model.
+    """Describe the vision tower of an open_clip model, and verify that the description matches the model.
 
-    The classes of its modules are compared with those that are covered, and one seeded image of noise, of
-    the tower's own size, is encoded both by `model.encode_image` and by the closed form. That costs two
-    forward passes of one image, once. A tower without values, on the meta device, is judged by its classes
-    alone; so is one whose own features are not finite. The model is left bit for bit as it was.
+    The classes of its modules are compared with those that are covered. Then one seeded image of noise, of
+    the tower's own size, is encoded both by `model.encode_image` and by the closed form, which costs two
+    forward passes of one image. For a tower on the meta device, or one whose features are not finite, only
+    the classes are compared. The model is not changed.
 
     Raises:
-        UnsupportedModelError: names the module, its class, and the way out.
+        UnsupportedModelError: description and model differ; the message names the module, its class, and the
+            way out.
     """
     tower = describe_tower(model)
     _check_encode_image(model)
@@ -76,7 +72,7 @@ def _check_encode_image(model: nn.Module) -> None:
     if own or changed:
         raise UnsupportedModelError(
             f"{qualified_name(type(model))}: expected a model with the `encode_image` of open_clip's CLIP, "
-            f"CustomTextCLIP or CoCa, received one of its own. Way out: {way_out(model)}, or explain the "
+            f"CustomTextCLIP or CoCa, received a replaced one. Way out: {way_out(model)}, or explain the "
             "open_clip model inside"
         )
 
@@ -92,7 +88,7 @@ def _check_features(model: Any, tower: Tower) -> None:
         received = _closed_form(tower, images, 1).image_features
     except (LeGradError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a module that is not as described can raise
+    except Exception as error:  # a module that does not match its description may raise anything
         raise UnsupportedModelError(
             f"{qualified_name(type(model))}: the model encodes an image, its description does not "
             f"({type(error).__name__}: {error}). Way out: put the model's own modules back"
@@ -101,10 +97,10 @@ def _check_features(model: Any, tower: Tower) -> None:
     tolerance = TOLERANCES.get(parameter.dtype, max(TOLERANCES.values()))
     if not distance <= tolerance:
         raise UnsupportedModelError(
-            f"{qualified_name(type(model))}: the model's own features of a test image are {distance:.2g} "
-            f"away from those that would be explained, and the limit is {tolerance:g}; "
-            f"{_first_difference(model, tower, images)}. Something in it computes otherwise than its classes "
-            "say. Way out: explain the model as open_clip.create_model makes it"
+            f"{qualified_name(type(model))}: the model's own features of a test image differ by "
+            f"{distance:.2g} from those that would be explained; the limit is {tolerance:g}; "
+            f"{_first_difference(model, tower, images)}. A module does not compute what its class defines. "
+            "Way out: explain the model that open_clip.create_model returns"
         )
 
 
@@ -115,7 +111,7 @@ def _closed_form(tower: Tower, images: Tensor, layers: int) -> Any:
 
 def _own_features(model: Any, images: Tensor) -> Float[Tensor, "1 embed_dim"]:
     dtypes = {parameter.dtype for parameter in model.visual.parameters()}
-    # What open_clip leaves in float32 does not always meet what it brings to half precision.
+    # In half precision open_clip keeps some parameters in float32, and dtypes do not always match.
     autocast = len(dtypes) > 1 and images.dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(images.device.type, dtype=images.dtype if autocast else None, enabled=autocast):
         features = model.encode_image(images)
@@ -124,7 +120,7 @@ def _own_features(model: Any, images: Tensor) -> Float[Tensor, "1 embed_dim"]:
 
 
 def _first_difference(model: Any, tower: Tower, images: Tensor) -> str:
-    """Say where the model's own pass leaves the closed form first."""
+    """Name the first module in which the model's own pass differs from the closed form."""
     trunk, path = (
         (model.visual.trunk, "visual.trunk.blocks")
         if hasattr(model.visual, "trunk")
@@ -142,24 +138,24 @@ def _first_difference(model: Any, tower: Tower, images: Tensor) -> str:
     tolerance = TOLERANCES.get(images.dtype, 1.0)
     for index, (block, own, other) in enumerate(zip(blocks, outputs, expected, strict=False)):
         if own.shape != other.shape or float((own - other).norm() / own.norm()) > tolerance:
-            return f"they part in {path}.{index}, a {qualified_name(type(block))}"
-    return f"they part outside of its blocks, in visual, a {qualified_name(type(model.visual))}"
+            return f"they first differ in {path}.{index}, a {qualified_name(type(block))}"
+    return f"they differ outside of its blocks, in visual, a {qualified_name(type(model.visual))}"
 
 
 def _check_activations(model: Any, tower: Tower) -> None:
-    """Refuse activations of classes not known here that are more than one function for every element."""
+    """Raise an error for an activation of an unknown class that does not act on each element separately."""
     parameter = tower.parameter()
     for path, module in written_out(model.visual):
         is_known = path.rpartition(".")[2] not in ACTIVATION_NAMES or type(module) in _ELEMENTWISE
         if not is_known and not _is_elementwise(module, parameter):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: visual.{path}, a {qualified_name(type(module))}, is no activation "
-                f"that acts on each element alone, the same in training. Way out: {way_out(module)}"
+                f"{type(model).__name__}: visual.{path}, a {qualified_name(type(module))}, does not act on "
+                f"each element separately, or acts differently in training. Way out: {way_out(module)}"
             )
 
 
 def _is_elementwise(activation: nn.Module, like: Tensor) -> bool:
-    """Try whether elements in other places and another shape, in training and out of it, give the same."""
+    """Test whether the output for an element depends on its position, on the shape, or on training mode."""
     generator = _seeded()
     inputs = torch.randn(2, 3, 16, generator=generator, device="cpu").to(like.device, like.dtype)
     places = torch.randperm(inputs.numel(), generator=generator, device="cpu").to(like.device)[:40]
@@ -184,7 +180,7 @@ def _train(module: nn.Module, mode: bool) -> None:
 
 @contextmanager
 def _as_if_evaluated(model: Any) -> Iterator[None]:
-    """Run without gradients, dropout, autocast or compilation; flags and random state are put back."""
+    """Disable gradients, dropout, autocast and compilation, then restore flags and random state."""
     flags = {module: module.training for module in model.visual.modules()}
     device = next(model.visual.parameters()).device
     compiled = any(module._compiled_call_impl is not None for module in flags)
@@ -201,9 +197,9 @@ def _as_if_evaluated(model: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Part:
-    """One module: its class, its children, and its plain attributes, which hold settings and own methods.
+    """One module with its class, children and plain attributes, which include settings and replaced methods.
 
-    Compared by identity, which is quick; the weights lie in dicts that stay.
+    Attributes are compared by identity, which is fast; weights are in dicts that remain the same objects.
     """
 
     module: nn.Module
@@ -246,12 +242,12 @@ class _Part:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The modules of a vision tower, their settings, hooks and classes, as they were.
+    """State of the modules of a vision tower, except weights: settings, hooks and classes.
 
-    A comparison takes about a microsecond a module: no weight is read, and nothing is run.
+    A comparison takes about a microsecond per module: no weight is read, and nothing is run.
 
     Attributes:
-        identity: a number that other modules than these do not have.
+        identity: number that identifies these modules.
     """
 
     identity: int
@@ -262,7 +258,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Snapshot":
-        """Note what a model with a `visual` tower is made of."""
+        """Record the state of a model with a `visual` tower."""
         visual: Any = model.visual
         parts = tuple(
             _Part.of(module) for module in dict.fromkeys(module for _, module in written_out(visual))
@@ -280,7 +276,7 @@ class Snapshot:
         )
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether a model is still made of the same, so that its description still holds."""
+        """Return whether a model is still in this state, so that its description is still valid."""
         return (
             model is self.model.module
             and not any(_GLOBAL_HOOKS)

@@ -1,8 +1,8 @@
-"""The modules whose forward the closed form writes out or leaves out: exact types, nothing hung on them.
+"""Check that the modules of a vision tower compute what the closed form assumes.
 
 A description (`legrad.families`) reads weights and settings from a tower's modules and computes with them
-itself. That is the model's own computation only if each module is exactly of a known type, and if nothing
-else acts when it is called: no forward of its own, no hook, no parametrization.
+itself. This is the model's own computation only if each module has exactly a known type, and if nothing
+changes its forward pass: no replaced method, no hook, no parametrization.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 
 from legrad.families.parts import NotCovered, class_name, qualified_name
 
-# Left out by the closed form: they act in training alone.
+# Skipped by the closed form, as they only act in training.
 DROPOUTS: frozenset[type[nn.Module]] = frozenset(
     {nn.Dropout, DropPath, PatchDropout, transformer.PatchDropout}
     # from timm 1.0.20 on
@@ -58,19 +58,20 @@ WRITTEN_OUT: frozenset[type[nn.Module]] = frozenset(
     }
     | ({getattr(timm.layers.norm, "LayerNormFp32", nn.LayerNorm)})
 )
-# What cuts images into patches is called as it is and never differentiated: all that hangs on it acts.
+# Modules that embed patches: called by the closed form and never differentiated, so hooks on them act.
 _CALLED = ("conv1", "trunk.patch_embed.proj")
 _CALLED_WITH_CHILDREN = "trunk.patch_embed.backbone"
-# Called too, and differentiated one element at a time; those of unknown types are tried out
-# by `legrad.families.faithful`.
+# Activations: called too, and differentiated element by element; `legrad.families.faithful` tests those of
+# unknown types.
 ACTIVATION_NAMES = ("gelu", "act", "bias_act")
+PLAIN_WAY_OUT = "put the model's own module back in its place"
 HOOKS = {
     "_forward_hooks": "forward hook",
     "_forward_pre_hooks": "forward pre-hook",
     "_backward_hooks": "backward hook",
     "_backward_pre_hooks": "backward pre-hook",
 }
-_GLOBAL_HOOKS = {
+GLOBAL_HOOKS = {
     "_global_forward_hooks": "forward hook",
     "_global_forward_pre_hooks": "forward pre-hook",
     "_global_backward_hooks": "backward hook",
@@ -79,17 +80,16 @@ _GLOBAL_HOOKS = {
 
 
 def written_out(visual: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Walk the modules of a vision tower that the closed form does not merely call, each with its path."""
+    """Yield the modules of a vision tower that the closed form computes itself, each with its path."""
     for path, module in visual.named_modules(remove_duplicate=False):
         if path not in _CALLED and not f"{path}.".startswith(f"{_CALLED_WITH_CHILDREN}."):
             yield path, module
 
 
 def check_modules(visual: nn.Module) -> None:
-    """Refuse modules that may compute something else than the closed form; the tower is not run.
+    """Raise `NotCovered` for a module that may compute something else than the closed form.
 
-    Raises:
-        NotCovered: names the module, its class and the way out.
+    The tower is not run. The message names the module, its class and the way out.
     """
     for path in _CALLED:
         called = _submodule(visual, path)
@@ -98,11 +98,11 @@ def check_modules(visual: nn.Module) -> None:
     for path, module in written_out(visual):
         _check_type(path, module)
         _check_nothing_hangs_on(module)
-    for name, kind in _GLOBAL_HOOKS.items():
+    for name, kind in GLOBAL_HOOKS.items():
         if hooks := getattr(torch_module, name, None):
             raise NotCovered(
-                f"a {kind} is registered for all modules ({_names(hooks)}), which the explanation would pass "
-                "over. Way out: remove it first, by its handle's `remove()`"
+                f"a {kind} is registered for all modules ({_names(hooks)}), which the explanation would "
+                "ignore. Way out: remove it first, with its handle's `remove()`"
             )
 
 
@@ -121,23 +121,23 @@ def _check_nothing_hangs_on(module: nn.Module) -> None:
     own = [key for key in vars(module) if callable(getattr(type(module), key, None))]
     if own:
         raise NotCovered(
-            f"its method `{own[0]}` was replaced on the module itself, which the explanation would pass "
-            f"over. Way out: take it off first (`del module.{own[0]}`)",
+            f"its method `{own[0]}` was replaced on the module itself, which the explanation would ignore. "
+            f"Way out: remove it first (`del module.{own[0]}`)",
             module,
         )
     for name, kind in HOOKS.items():
         if hooks := getattr(module, name):
             raise NotCovered(
-                f"a {kind} is registered ({_names(hooks)}), which the explanation would pass over. Way "
-                "out: remove it first, by its handle's `remove()`, or remove_weight_norm, "
-                "remove_spectral_norm and prune.remove of torch.nn.utils",
+                f"a {kind} is registered ({_names(hooks)}), which the explanation would ignore. Way out: "
+                "remove it first, with its handle's `remove()`, or with remove_weight_norm, "
+                "remove_spectral_norm or prune.remove of torch.nn.utils",
                 module,
             )
     for name, parameter in module.named_parameters(recurse=False):
         if type(parameter) not in (nn.Parameter, Tensor):
             raise NotCovered(
-                f"its {name} is a {qualified_name(type(parameter))}, no plain tensor of numbers. Way out: "
-                "explain the model before its weights are quantised or distributed",
+                f"its {name} is a {qualified_name(type(parameter))}, not a plain tensor. Way out: explain "
+                "the model before its weights are quantised or distributed",
                 module,
             )
 
@@ -161,19 +161,19 @@ def way_out(module: nn.Module) -> str:
     """Say what to do about a module of a class that is not covered."""
     kinds = [qualified_name(kind).lower() for kind in type(module).__mro__]
     if "_orig_mod" in module._modules:
-        return "it is what torch.compile gave: use its `_orig_mod` in its place"
+        return "it was compiled with torch.compile: use its `_orig_mod` instead"
     if parametrize.is_parametrized(module):
         return "bake the weights in first (`torch.nn.utils.parametrize.remove_parametrizations`)"
     if any("lora" in kind or kind.startswith("peft.") for kind in kinds) or hasattr(
         module, "merge_and_unload"
     ):
         return (
-            "merge the adapter into the weights and take it off first (`model.merge_and_unload()` in peft; "
-            "elsewhere a plain layer with the merged weights in its place)"
+            "merge the adapter into the weights first (`model.merge_and_unload()` in peft; otherwise replace "
+            "it by a plain layer with the merged weights)"
         )
     if "module" in module._modules:
-        return "it wraps the model: use its `model.module` in its place"
+        return "it wraps the model: use its `model.module` instead"
     plain = next((kind for kind in type(module).__mro__ if kind in WRITTEN_OUT | DROPOUTS), None)
     if plain is not None and plain is not type(module):
-        return f"put a {qualified_name(plain)} with the same weights in its place, if its forward is the same"
-    return "put the model's own module back in its place"
+        return f"replace it by a {qualified_name(plain)} with the same weights, if its forward is the same"
+    return PLAIN_WAY_OUT

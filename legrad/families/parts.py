@@ -1,4 +1,4 @@
-"""What the descriptions of several families share."""
+"""Checks and building blocks that the descriptions of several families share."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,10 +13,10 @@ from legrad.method.towers import Block, QueriesKeysValues
 
 
 class NotCovered(LeGradError):
-    """A part of a tower that no description covers; the message is the reason.
+    """A part of a vision tower is not covered by any description; the message is the reason.
 
     Attributes:
-        module: the module that is at fault, or None.
+        module: the module that is not covered, or None.
     """
 
     def __init__(self, reason: str, module: nn.Module | None = None) -> None:
@@ -26,12 +26,12 @@ class NotCovered(LeGradError):
 
 
 def qualified_name(thing: Any) -> str:
-    """Name a class or function with the Python module that it comes from."""
+    """Return the name of a class or function with its Python module."""
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
 def class_name(module: nn.Module) -> str:
-    """Name the class of a module, with its article; a refusal adds the qualified name, and the path."""
+    """Return the class name of a module with an article; error messages add its full name and path."""
     return f"a {type(module).__name__}"
 
 
@@ -43,7 +43,7 @@ def check_covered(*checks: tuple[str, bool]) -> None:
 
 
 def check_affine_norm(norm: nn.Module, name: str) -> None:
-    """Refuse what is no LayerNorm over one axis with weight and bias."""
+    """Raise `NotCovered` unless a module is a LayerNorm over one axis with weight and bias."""
     is_affine = (
         isinstance(norm, nn.LayerNorm)
         and len(norm.normalized_shape) == 1
@@ -55,13 +55,13 @@ def check_affine_norm(norm: nn.Module, name: str) -> None:
 
 
 def split_heads(joint: Float[Tensor, "batch tokens three_widths"], heads: int) -> QueriesKeysValues:
-    """Cut a joint projection into queries, keys and values, [batch, heads, tokens, head_dim] each."""
+    """Split a joint projection into queries, keys and values, each [batch, heads, tokens, head_dim]."""
     queries, keys, values = torch.unflatten(joint, -1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return queries, keys, values
 
 
 def describe_blocks(blocks: Iterable[nn.Module], describe_block: Callable[[Any], Block]) -> tuple[Block, ...]:
-    """Describe each block; a reason for refusal names the block."""
+    """Describe each block; the message of a `NotCovered` names the block."""
     described = []
     for index, block in enumerate(blocks):
         try:
@@ -82,16 +82,18 @@ def resample_positions(
     """Resample the patches' position embeddings bicubically with antialiasing, as the authors do.
 
     Args:
-        positions: of the prefix tokens, then of the patches, row by row.
-        native_grid: patches (down, across) that the embeddings were learned for.
-        grid: patches (down, across) wanted.
-        prefix_tokens: how many of the first rows belong to no patch; they stay as they are.
+        positions: embeddings of the prefix tokens, then of the patches, row by row.
+        native_grid: rows and columns of patches that the embeddings were learned for.
+        grid: rows and columns of patches to return.
+        prefix_tokens: number of first embeddings that belong to no patch; they are returned unchanged.
+
+    Source: `legrad_torch` 1.1, which resamples the position embeddings in the same way.
     """
     if tuple(grid) == tuple(native_grid):
         return positions
     prefix, patches = positions[:prefix_tokens], positions[prefix_tokens:]
     maps = patches.T.reshape(1, -1, *native_grid)
-    # Half precision would lose in the resampling what the parameters still hold.
+    # Resampling in half precision would lose accuracy.
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     resampled = F.interpolate(maps, size=tuple(grid), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([prefix.to(maps.dtype), resampled.flatten(2)[0].T])

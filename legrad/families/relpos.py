@@ -1,4 +1,4 @@
-"""timm's VisionTransformerRelPos inside open_clip's TimmModel: positions relative to each other."""
+"""Describe timm's VisionTransformerRelPos inside open_clip's TimmModel: relative position biases."""
 
 import copy
 from functools import partial
@@ -91,7 +91,7 @@ def _bias(position_bias: Any) -> Float[Tensor, "1 heads tokens tokens"] | None:
     if position_bias is None:
         return None
     if position_bias.training:
-        # A copy, as the model is not to be changed: in training a dropout acts on the bias.
+        # A copy in eval mode, as the model must not change, and dropout acts on the bias in training.
         position_bias = copy.deepcopy(position_bias).eval()
     bias: Tensor = position_bias.get_bias()
     return bias

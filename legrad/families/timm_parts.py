@@ -1,4 +1,4 @@
-"""Parts of timm's vision transformers that several of them share, described as stages."""
+"""Describe parts that several of timm's vision transformers share, as stages."""
 
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ Stages = tuple[Stage, ...]
 
 
 def norm_stages(module: nn.Module) -> Stages:
-    """Describe a LayerNorm, or the identity in its place."""
+    """Describe a LayerNorm; an identity gives no stages."""
     if isinstance(module, nn.Identity):
         return ()
     check_affine_norm(module, "norm")
@@ -29,20 +29,20 @@ def norm_stages(module: nn.Module) -> Stages:
 
 
 def linear_stages(module: nn.Module) -> Stages:
-    """Describe a linear layer, or the identity in its place."""
+    """Describe a linear layer; an identity gives no stages."""
     if isinstance(module, nn.Identity):
         return ()
     if type(module) is not nn.Linear:
-        raise NotCovered(f"{class_name(module)} stands where a linear layer is expected", module)
+        raise NotCovered(f"expected a linear layer, found {class_name(module)}", module)
     return (Linear.of(module),)
 
 
 def scale_stages(module: nn.Module) -> Stages:
-    """Describe a LayerScale, or the identity in its place."""
+    """Describe a LayerScale; an identity gives no stages."""
     if isinstance(module, nn.Identity):
         return ()
     if type(module) is not LayerScale:
-        raise NotCovered(f"{class_name(module)} stands where a LayerScale is expected", module)
+        raise NotCovered(f"expected a LayerScale, found {class_name(module)}", module)
     return (Scale(partial(getattr, module, "gamma")),)
 
 
@@ -63,7 +63,7 @@ def mlp_stages(mlp: nn.Module) -> Stages:
 
 
 def side_by_side(first: nn.Linear, second: nn.Linear) -> Linear:
-    """Describe two linear layers of the same inputs as one, the outputs of the first in front."""
+    """Describe two linear layers with the same inputs as one; outputs of the first come first."""
 
     def bias() -> Tensor | None:
         return None if first.bias is None else torch.cat([first.bias, second.bias])
@@ -74,12 +74,10 @@ def side_by_side(first: nn.Linear, second: nn.Linear) -> Linear:
 def head_stages(trunk: nn.Module, head: nn.Module) -> Stages:
     """Describe what follows pooling: the trunk's last norm and linear layer, and open_clip's projection."""
     stages = (*norm_stages(trunk.fc_norm), *linear_stages(trunk.head))  # type: ignore[arg-type]
-    # Sequential in all that open_clip makes
+    # A Sequential in all models that open_clip makes.
     parts = head.named_children() if type(head) is nn.Sequential else [("head", head)]
     for name, module in parts:
-        if type(module) is nn.Identity:
-            continue
-        if isinstance(module, nn.Dropout):
+        if type(module) is nn.Identity or isinstance(module, nn.Dropout):
             continue
         if type(module) not in (Mlp, nn.Linear):
             raise NotCovered(f"its head has a part {name!r}, {class_name(module)}", module)
@@ -88,15 +86,15 @@ def head_stages(trunk: nn.Module, head: nn.Module) -> Stages:
 
 
 def check_no_gate(attention: nn.Module) -> None:
-    """Refuse an attention whose outputs are gated; only newer versions of timm know of gates."""
+    """Raise `NotCovered` for an attention with gated outputs, which newer versions of timm have."""
     check_covered(("its attention has a gate", getattr(attention, "gate", None) is not None))
 
 
 def mean_scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
-    """Describe how a layer of a tower without pooler is scored: the reference way, and the model's own.
+    """Describe two ways of scoring a layer of a tower without pooler: the reference, and the model's own.
 
-    The reference is the authors' way, brought to the tower's norms: the mean over all tokens, then the
-    norms and the head.
+    The reference is the authors' way, adapted to the norms of the tower: the mean over all tokens, then norms
+    and head.
     """
     trunk = visual.trunk
     norm, head = norm_stages(trunk.norm), head_stages(trunk, visual.head)
@@ -109,7 +107,7 @@ def describe_pooler(pooler: nn.Module, norm: nn.Module) -> Block:
 
     Args:
         pooler: the pooler.
-        norm: what the tokens pass before the pooler.
+        norm: module applied to the tokens before the pooler.
     """
     if type(pooler) is not AttentionPoolLatent:
         raise NotCovered(f"it pools by {class_name(pooler)}", pooler)
@@ -129,7 +127,7 @@ def describe_pooler(pooler: nn.Module, norm: nn.Module) -> Block:
 def _pooler_project(
     pooler: AttentionPoolLatent, tokens: Float[Tensor, "batch tokens width"], _rotary: Tensor | None
 ) -> QueriesKeysValues:
-    """Project the first query alone: queries do not see each other, and only the first is scored."""
+    """Project the first query only: queries do not interact, and only the first is scored."""
     query = pooler.q(pooler.latent[:, :1].to(tokens.dtype)).expand(len(tokens), -1, -1)
     queries = torch.unflatten(query, -1, (pooler.num_heads, -1)).transpose(1, 2)
     joint = torch.unflatten(pooler.kv(tokens), -1, (2, pooler.num_heads, -1))
@@ -138,14 +136,14 @@ def _pooler_project(
 
 
 def embed_dim(visual: TimmModel) -> int:
-    """Return the dimension of a tower's features: that of its last projection, if any."""
+    """Return the dimension of a tower's features: that of its last projection, otherwise of its trunk."""
     heads = (visual.trunk.head, *visual.head.modules())
     projections = [module for module in heads if isinstance(module, nn.Linear)]
     return projections[-1].out_features if projections else int(visual.trunk.num_features)
 
 
 def other_patches(trunk: Any, *kinds: type) -> tuple[str, bool]:
-    """Say for `check_covered` what makes a trunk's patches, and whether that is none of the kinds."""
+    """Return a check for `check_covered` that applies if no class of `kinds` makes a trunk's patches."""
     made_by = type(trunk.patch_embed)
     return f"its patches are made by a {made_by.__name__}", made_by not in kinds
 
@@ -161,10 +159,10 @@ def square_patch_size(patch_embed: PatchEmbed) -> int:
 def patch_tokens(
     patch_embed: PatchEmbed, images: Float[Tensor, "batch 3 height width"]
 ) -> tuple[Float[Tensor, "batch patches width_"], tuple[int, int]]:
-    """Cut images of any size into patches and embed each.
+    """Split images of any size into patches and embed each.
 
     Returns:
-        The patches row by row, and how many there are (down, across).
+        The patches row by row, and the numbers of rows and columns.
     """
     patches = patch_embed.proj(images)
     grid_height, grid_width = patches.shape[-2:]
@@ -174,12 +172,12 @@ def patch_tokens(
 def add_prefix_and_positions(
     trunk: Any, patches: Float[Tensor, "batch patches width"], grid: tuple[int, int]
 ) -> Float[Tensor, "batch tokens width"]:
-    """Put the class and register tokens in front of the patches, and add the learned positions, if any.
+    """Prepend the class and register tokens to the patches, and add the learned positions, if any.
 
     Args:
-        trunk: a trunk of timm with tokens and positions by their usual names.
+        trunk: a trunk of timm with the usual attribute names for tokens and positions.
         patches: embedded patches, row by row.
-        grid: how many there are (down, across).
+        grid: number of rows and columns of patches.
     """
     prefix = [
         token.expand(len(patches), -1, -1)

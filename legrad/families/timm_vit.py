@@ -1,4 +1,4 @@
-"""timm's VisionTransformer inside open_clip's TimmModel: SigLIP, ViTamin, MobileCLIP and their kin."""
+"""Describe timm's VisionTransformer inside open_clip's TimmModel: SigLIP, ViTamin, MobileCLIP and similar."""
 
 from functools import partial
 from typing import Any
@@ -51,7 +51,7 @@ def describe(visual: TimmModel) -> Tower:
             trunk.pos_embed is not None and trunk.pos_embed.ndim != 3,
         ),
         (f"its pooling is {trunk.global_pool!r}", trunk.global_pool not in ("token", "avg", "map")),
-        ("its pooling takes prefix tokens in", trunk.pool_include_prefix),
+        ("its pooling includes prefix tokens", trunk.pool_include_prefix),
         (
             "it has prefix tokens beside an attentional pooler",
             trunk.global_pool == "map" and trunk.num_prefix_tokens > 0,
@@ -87,7 +87,7 @@ def _family(trunk: VisionTransformer) -> str:
 
 
 def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
-    """Describe how a layer is scored by the authors, or next to their way, and by the model itself."""
+    """Describe two ways of scoring a layer: the authors' (or the closest to it), and the model's own."""
     trunk = visual.trunk
     if trunk.attn_pool is None:
         return mean_scorings(visual)
@@ -120,7 +120,7 @@ def _project(
 
 
 def _embed(trunk: VisionTransformer, images: Float[Tensor, "batch 3 height width"]) -> EmbeddedImages:
-    """Embed patches of images of any size; the dropouts of training never act."""
+    """Embed patches of images of any size, without the dropouts of training."""
     patches = _patches(trunk.patch_embed, images)
     grid_height, grid_width = patches.shape[-2:]
     tokens = patches.flatten(2).transpose(1, 2)
@@ -142,7 +142,7 @@ def _patches(
 
 
 def _check_nothing_trains(backbone: nn.Module) -> None:
-    """Refuse convolutions that are called as they are, where training mode would change what they compute."""
+    """Raise an InputError if training mode changes what the convolutions before the patches compute."""
     training = [module for module in backbone.modules() if module.training]
     if any(isinstance(module, _BatchNorm) for module in training):
         raise InputError(

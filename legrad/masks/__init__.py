@@ -1,1 +1,1 @@
-"""From relevance grids to masks: refinement, thresholds, cleaning, competition, run-length encoding."""
+"""Convert relevance grids to masks: refinement, thresholds, cleaning, competition, run-length encoding."""

@@ -1,6 +1,7 @@
-"""What makes heat maps and masks tidy: smoothing, and no specks and pinholes.
+"""Clean heat maps and masks: smooth maps, drop small components, fill small holes.
 
-Source: scipy.ndimage (`gaussian_filter`, `label`); smooth, cut, drop components, fill holes: the usual order.
+Source: scipy.ndimage (`gaussian_filter`, `label`), in the usual order: smooth, threshold, drop components,
+fill holes.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy import ndimage
 from torch import Tensor
 
 from legrad.errors import MaskError
@@ -18,12 +18,15 @@ EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is done to heat maps before they are cut, and to masks afterwards; the default is nothing.
+    """Cleaning of heat maps before they are thresholded and of masks afterwards; none by default.
 
     Attributes:
-        smooth: standard deviation of the Gaussian that heat maps are smoothed with, in patches.
-        min_component: connected parts of a mask that cover a smaller share of the frame are dropped.
-        max_hole: holes in a mask that cover at most this share of the frame are filled.
+        smooth: standard deviation of the Gaussian that smooths relevance grids, in patches; at least 0.
+        min_component: share of the frame in [0, 1]; connected components of a mask below it are dropped.
+        max_hole: share of the frame in [0, 1]; holes in a mask up to it are filled.
+
+    Raises:
+        MaskError: a value is out of range.
     """
 
     smooth: float = 0.0
@@ -40,7 +43,7 @@ class Cleaning:
 
     @property
     def changes_masks(self) -> bool:
-        """Whether anything is done to masks."""
+        """Whether masks are changed, not only heat maps."""
         return self.min_component > 0 or self.max_hole > 0
 
 
@@ -50,15 +53,17 @@ NO_CLEANING = Cleaning()
 def smooth_maps(
     maps: Float[Tensor, "*leading height width"], sigma_height: float, sigma_width: float
 ) -> Float[Tensor, "*leading height width"]:
-    """Smooth each map with a Gaussian; beyond its edges a map goes on as its mirror image.
+    """Smooth each map with a Gaussian; maps are mirrored at their edges.
 
     Args:
-        maps: of any range.
-        sigma_height: standard deviation along the height, in the maps' own cells.
-        sigma_width: along the width.
+        maps: maps of any range.
+        sigma_height: standard deviation along the height, in cells of the maps.
+        sigma_width: standard deviation along the width, in cells of the maps.
     """
     if not maps.numel() or not (sigma_height or sigma_width):
         return maps
+    from scipy import ndimage
+
     sigmas = (0.0,) * (maps.ndim - 2) + (sigma_height, sigma_width)
     return torch.from_numpy(ndimage.gaussian_filter(maps.cpu().numpy(), sigmas)).to(maps.device)
 
@@ -66,14 +71,14 @@ def smooth_maps(
 def clean_masks(
     masks: Bool[Tensor, "prompts height width"], cleaning: Cleaning
 ) -> Bool[Tensor, "prompts height width"]:
-    """Drop the small parts of each mask, then fill its small holes.
+    """Drop the small components of each mask, then fill its small holes.
 
-    Parts are connected over edges and corners, holes over edges alone; what touches the frame's border is no
+    Components are 8-connected, holes 4-connected. Background that touches the border of the frame is not a
     hole.
     """
     if not cleaning.changes_masks or not masks.numel():
         return masks
-    # transposed, which changes nothing: masks are stored column by column, and stay so
+    # Transposed, because masks are stored column by column and should stay so; the result is the same.
     tidy = [_clean(mask, cleaning) for mask in masks.mT.cpu().numpy()]
     return torch.from_numpy(np.stack(tidy)).to(masks.device).mT
 
@@ -89,6 +94,8 @@ def _clean(mask: Bool[np.ndarray, "height width"], cleaning: Cleaning) -> Bool[n
 def _without_small_components(
     mask: Bool[np.ndarray, "height width"], min_pixels: float
 ) -> Bool[np.ndarray, "height width"]:
+    from scipy import ndimage
+
     labels, _ = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
     is_kept = np.bincount(labels.ravel()) >= min_pixels
     is_kept[0] = False
@@ -99,6 +106,8 @@ def _without_small_components(
 def _small_holes(
     mask: Bool[np.ndarray, "height width"], max_pixels: float
 ) -> Bool[np.ndarray, "height width"]:
+    from scipy import ndimage
+
     labels, _ = ndimage.label(~mask)
     is_hole = np.bincount(labels.ravel()) <= max_pixels
     is_hole[0] = False

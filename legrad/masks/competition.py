@@ -1,4 +1,4 @@
-"""From heat maps to one label a pixel: the prompts of an image and its background compete."""
+"""Convert heat maps to one label per pixel: prompts compete with each other and with background texts."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -21,8 +21,8 @@ class Contestants:
     """Texts that compete for the pixels of an image.
 
     Attributes:
-        heatmaps: of each text.
-        peaks: maximum of each text's raw map.
+        heatmaps: one heat map for each text.
+        peaks: maximum of each text's raw relevance grid.
     """
 
     heatmaps: HeatmapStack
@@ -32,27 +32,27 @@ class Contestants:
 def competing_masks(
     prompts: Contestants, backgrounds: Contestants, rule: MaskRule, cleaning: Cleaning = NO_CLEANING
 ) -> ImageMasks:
-    """Give each pixel to the prompt that is strongest there, unless it is background.
+    """Assign each pixel to the prompt that is strongest there, or to the background.
 
-    A prompt's strength is its heat map, weighted by the square root of its raw peak's share in the highest
-    peak of all prompts. A pixel is background where the winner's own heat map does not exceed the cut that
-    the rule finds for the map of all winners, or where a background text is stronger. Of equal prompts the
-    first one wins. With rule `band` a winner between the two cuts is ignored.
+    The strength of a prompt is its heat map times sqrt(its raw peak / the highest raw peak of all prompts). A
+    pixel is background if the heat map of the strongest prompt does not exceed the threshold, or if a
+    background text is stronger. The rule finds this threshold on the map of the winners' heat maps. Among
+    equal prompts the first one wins. With rule `band`, pixels between the two thresholds are ignored.
 
-    Heat maps alone, each stretched to 1, let a prompt that is not in the image win as often as one that is;
-    raw maps let one strong prompt take the others' objects. The square root lies between: on the demo's
-    scenes as good as heat maps alone where each prompt is in the image, and 2 to 3 points of mIoU better
-    where prompts are chosen by similarity. Cutting the heat map itself, not the strength, keeps `value`,
-    `low` and `high` what they are for prompts by themselves.
+    Every heat map reaches 1, so that by heat maps alone a prompt that is not in the image would win as often
+    as one that is; by raw grids one strong prompt would take the objects of the others. The square root is a
+    compromise: on the demo scenes it is as good as heat maps alone if every prompt is in the image, and 2 to
+    3 points of mIoU better if prompts are chosen by similarity. The threshold applies to the heat map, not
+    to the strength, so `value`, `low` and `high` mean the same as for independent masks.
 
     Args:
-        prompts: what gets masks.
-        backgrounds: what competes and gets no mask, in the same frame; there may be none.
-        rule: finds the background's level.
-        cleaning: what is done to the masks; they stay disjoint, since only background is filled.
+        prompts: texts that get masks.
+        backgrounds: texts that compete but get no mask, in the same frame; may be empty.
+        rule: finds the threshold between foreground and background.
+        cleaning: cleaning of the masks; they stay disjoint, since only background is filled.
 
     Returns:
-        Disjoint masks without thresholds; with rule `band` one ignore mask.
+        Disjoint masks without thresholds; with rule `band` one ignore mask for the image.
     """
     highest_peak = prompts.peaks.amax() if len(prompts.peaks) else prompts.peaks.new_tensor(1.0)
     won = _winners(prompts, highest_peak)
@@ -68,14 +68,9 @@ def competing_masks(
     return image_masks(rles, ignores=ignores)
 
 
-def _weights(peaks: Float[Tensor, " maps"], highest: Float[Tensor, ""]) -> Float[Tensor, " maps"]:
-    # relevance is not negative, but half precision or merging may round to less than zero
-    return (peaks.clamp(min=0) / torch.where(highest > 0, highest, 1)).sqrt()
-
-
 @dataclass(frozen=True)
 class _Winners:
-    """The greatest strength on each pixel, whose it is, and that one's heat map there; of no maps: zeros."""
+    """Greatest strength at each pixel, index of its text, and that text's heat map; zeros without texts."""
 
     strength: Float[Tensor, "height width"]
     heatmap: Float[Tensor, "height width"]
@@ -83,16 +78,17 @@ class _Winners:
 
 
 def _winners(texts: Contestants, highest_peak: Float[Tensor, ""]) -> _Winners:
-    # equal texts have equal strengths but for rounding: without this they would win by turns
+    # Equal texts differ only by rounding: without this, the winner would alternate between them.
     firsts = first_of_equal_maps(texts.heatmaps.maps)
     peaks = texts.peaks.tolist()
     live = [number for number, first in enumerate(firsts) if first == number or peaks[first] != peaks[number]]
     stack = replace(texts.heatmaps, maps=texts.heatmaps.maps[live])
-    weights = _weights(texts.peaks[live], highest_peak)
-    # column by column, as maps are stored
+    # Relevance is not negative, but half precision and merging may round below zero.
+    weights = (texts.peaks[live].clamp(min=0) / torch.where(highest_peak > 0, highest_peak, 1)).sqrt()
+    # Stored column by column, as the maps are.
     best = stack.maps.new_zeros(stack.width, stack.height, dtype=torch.float32).mT
     of_best, winner = torch.zeros_like(best), torch.full_like(best, NOBODY, dtype=torch.int16)
-    # one after the other: argmax over the first dimension takes ten times as long
+    # A loop over maps, as argmax over the first dimension takes ten times as long.
     heatmaps = itertools.chain.from_iterable(stack.chunks())
     for index, heatmap, weight in zip(live, heatmaps, weights, strict=True):
         strength = heatmap * weight

@@ -1,4 +1,4 @@
-"""From relevance grids to masks: heat maps, cuts, cleaning, encoding; each prompt by itself."""
+"""Convert relevance grids to masks, each prompt on its own: upsample, threshold, clean, encode."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from legrad.masks.cleaning import NO_CLEANING, Cleaning, clean_masks, smooth_map
 from legrad.masks.rle import Rle, encode_rle, measure_encoded
 from legrad.masks.thresholds import MaskRule, cuts_of
 
-# more would not fit into a core's cache
+# Larger chunks would not fit into the cache of a core.
 MAX_CHUNK_PIXELS = 2**19
 
 
 @dataclass(frozen=True)
 class ImageMasks:
-    """The masks of one image, one for each prompt, in the prompts' order.
+    """Masks of one image, one for each prompt, in the prompts' order.
 
     Attributes:
-        rles: the masks; an empty mask is one run of zeros.
-        areas: foreground pixels of each mask.
+        rles: the masks in COCO's run-length encoding; see `decode_rle`.
+        areas: number of foreground pixels of each mask.
         bboxes_xywh: left, top, width and height in pixels; zeros for an empty mask.
-        thresholds: the cut that each heat map was given, from 0 to 1; None where prompts compete.
-        thresholds_low: of rule `band`: the cut below which a pixel is background; None otherwise.
-        ignores: of rule `band`: what is neither foreground nor background, a mask for each prompt; where
-            prompts compete: a single one for the image. No masks with other rules.
+        thresholds: threshold applied to each heat map, from 0 to 1; None if prompts compete.
+        thresholds_low: with rule `band`, the threshold below which a pixel is background; None otherwise.
+        ignores: with rule `band`, masks of the pixels that are neither foreground nor background: one for
+            each prompt, or a single one for the image if prompts compete. Empty with other rules.
     """
 
     rles: list[Rle]
@@ -42,16 +42,16 @@ class ImageMasks:
 
 @dataclass(frozen=True)
 class HeatmapStack:
-    """Heat maps of one image that are made a few at a time, for memory's sake.
+    """Heat maps of one image, computed a few at a time to bound memory.
 
     Attributes:
-        maps: raw relevance grids, or heat maps of any size where `normalisation` is None.
+        maps: raw relevance grids, or heat maps of any size if `normalisation` is None.
         height: rows of the mask frame, usually the original image's.
         width: columns of the mask frame.
         normalisation: see `heatmaps_of`; None: the maps are in [0, 1] already, and only resized.
-        smooth: standard deviations of a Gaussian along height and width, in cells of `maps`; it acts before
-            maps are resized, which costs less and is the same to the eye.
-        max_chunk_pixels: how many pixels of heat maps are held at a time, though never fewer than one map.
+        smooth: standard deviations of a Gaussian along height and width, in cells of `maps`. It is applied
+            before maps are resized, which is cheaper and looks the same.
+        max_chunk_pixels: bound on the pixels of heat maps held at a time, but always at least one map.
 
     Raises:
         MaskError: a map holds NaN or infinity.
@@ -76,7 +76,7 @@ class HeatmapStack:
         return self.maps.shape[0]
 
     def chunks(self) -> Iterator[Float[Tensor, "chunk height width"]]:
-        """The heat maps in order, several at a time."""
+        """Yield the heat maps in order, several at a time."""
         maps_per_chunk = max(1, self.max_chunk_pixels // max(1, self.height * self.width))
         for start in range(0, len(self), maps_per_chunk):
             maps = smooth_maps(self.maps[start : start + maps_per_chunk].float(), *self.smooth)
@@ -96,19 +96,25 @@ def grid_to_masks(
     cleaning: Cleaning = NO_CLEANING,
     max_chunk_pixels: int = MAX_CHUNK_PIXELS,
 ) -> ImageMasks:
-    """Turn one image's relevance grids into masks: smooth, upsample, min-max, cut, clean, encode.
+    """Convert relevance grids of one image to masks: smooth, upsample, normalise, threshold, clean, encode.
 
     Args:
-        relevance_grids: raw grids, one for each prompt; their device does the work up to the encoding.
+        relevance_grids: raw grids, one for each prompt, as `LeGrad.relevance` returns them for one image.
+            Everything before the encoding runs on their device.
         height: rows of the mask frame, usually the original image's.
         width: columns of the mask frame.
-        rule: where to cut.
-        normalisation: see `heatmaps_of`.
-        cleaning: what is done to maps and masks besides.
-        max_chunk_pixels: see `HeatmapStack`.
+        rule: rule for the threshold.
+        normalisation: when maps are normalised; see `heatmaps_of`.
+        cleaning: smoothing of the grids and cleaning of the masks.
+        max_chunk_pixels: bound on the pixels of heat maps held at a time, but always at least one map.
+
+    Returns:
+        One mask for each prompt, with areas, boxes and thresholds.
 
     Raises:
         MaskError: a grid holds NaN or infinity, or the frame has no pixels.
+
+    Source: thresholded heat maps as pseudo-masks: CAM (arXiv:1512.04150), section 4.1; see also `MaskRule`.
     """
     smooth = (cleaning.smooth, cleaning.smooth)
     stack = HeatmapStack(relevance_grids, height, width, normalisation, smooth, max_chunk_pixels)
@@ -116,12 +122,12 @@ def grid_to_masks(
 
 
 def independent_masks(stack: HeatmapStack, rule: MaskRule, cleaning: Cleaning = NO_CLEANING) -> ImageMasks:
-    """Cut each heat map by itself.
+    """Threshold each heat map on its own.
 
     Args:
         stack: the heat maps.
-        rule: where to cut.
-        cleaning: what is done to the masks; smoothing is the stack's own.
+        rule: rule for the threshold.
+        cleaning: cleaning of the masks; `smooth` is ignored, as the stack smooths.
     """
     rles: list[Rle] = []
     ignores: list[Rle] = []
@@ -149,6 +155,6 @@ def image_masks(
     thresholds_low: Float32[np.ndarray, " prompts"] | None = None,
     ignores: Sequence[Rle] = (),
 ) -> ImageMasks:
-    """Masks fresh from `encode_rle`, with their areas and boxes; see `ImageMasks`."""
+    """Return masks just made by `encode_rle` with their areas and boxes; see `ImageMasks`."""
     areas, bboxes_xywh = measure_encoded(rles)
     return ImageMasks(rles, areas, bboxes_xywh, thresholds, thresholds_low, ignores)

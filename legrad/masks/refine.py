@@ -1,7 +1,7 @@
-"""Pixel-adaptive refinement: heat maps that follow the edges of their image.
+"""Pixel-adaptive refinement: let heat maps follow the edges of their image.
 
-Every pixel of a map becomes a weighted mean of its neighbours, again and again; a neighbour weighs the more
-the closer its colour is. So relevance spreads within a surface and stops at its edge.
+Every pixel of a map is repeatedly replaced by a weighted mean of its neighbours. Neighbours of similar colour
+have higher weights, so relevance spreads within a surface and stops at its edge.
 """
 
 from collections.abc import Iterator
@@ -22,33 +22,35 @@ _TINY = 1e-8
 
 
 def dilations_for_patch(patch_pixels: int) -> tuple[int, ...]:
-    """Give steps that reach as far as relevance is blurred: a quarter, a half, one and two patches.
+    """Return dilations for `Refinement` that match the blur of a patch grid: 1/4, 1/2, 1 and 2 patches.
 
     Args:
-        patch_pixels: side of a patch in the frame of the heat maps.
+        patch_pixels: side of a patch in the frame of the heat maps, in pixels.
 
     Returns:
-        Different steps in pixels, ascending. The papers' own, up to 24 px, are made for maps of whole images
-        from convolutional networks.
+        Distinct steps in pixels, ascending. The dilations of the papers, up to 24 pixels, are meant for maps
+        of convolutional networks.
     """
-    return tuple(
-        sorted({max(1, patch_pixels // 4), max(1, patch_pixels // 2), patch_pixels, 2 * patch_pixels})
-    )
+    steps = {max(1, patch_pixels // 4), max(1, patch_pixels // 2), patch_pixels, 2 * patch_pixels}
+    return tuple(sorted(steps))
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """How heat maps are refined.
+    """Parameters of the refinement of heat maps.
 
     Attributes:
-        kernel: how colour distance becomes affinity. pamr: exp(-|difference| / (contrast * deviation)), with
-            the mean over the channels in the exponent; par: the square of that ratio instead, and a share of
-            the weight goes by distance in the frame alone.
-        iterations: how often every pixel becomes the mean of its neighbours.
-        dilations: steps in pixels to eight neighbours each; see `dilations_for_patch`.
-        contrast: share of the neighbours' standard deviation that counts as one unit of colour distance; the
-            smaller, the sharper. None: the authors' own, 0.1 for pamr and 0.3 for par.
-        position_weight: weight of nearness beside colour, the authors' own; par only.
+        kernel: weight of a neighbour by its colour. "pamr": exp(-|difference| / (contrast * deviation)), with
+            the mean over the channels in the exponent; "par": the square of that ratio in the exponent, plus
+            a term that depends on the distance in the frame only.
+        iterations: number of times that every pixel is replaced by the mean of its neighbours, at least 1.
+        dilations: distances in pixels, each to eight neighbours; see `dilations_for_patch`.
+        contrast: unit of colour distance, as a share of the neighbours' standard deviation, above 0; smaller
+            is sharper. None: the authors' choice, 0.1 for "pamr" and 0.3 for "par".
+        position_weight: weight of the term by distance relative to that by colour, at least 0; "par" only.
+
+    Raises:
+        InputError: a value is out of range.
 
     Source: pamr: Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels" (CVPR 2020),
         section 3.3. par: Ru et al., "Learning Affinity from Attention" (CVPR 2022), section on
@@ -77,7 +79,7 @@ class Refinement:
 
     @property
     def unit_contrast(self) -> float:
-        """The contrast in force."""
+        """The contrast that is used: `contrast`, or the authors' choice."""
         return PUBLISHED_CONTRAST[self.kernel] if self.contrast is None else self.contrast
 
 
@@ -89,34 +91,38 @@ def refine_heatmaps(
     *,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Float32[Tensor, "*leading map_height map_width"]:
-    """Let heat maps follow the edges of their images.
+    """Refine heat maps so that they follow the edges of their images.
 
     Args:
-        images: pixels in any range, integer or float: only ratios of differences count, so normalised pixels
-            do as well as raw ones.
-        heatmaps: maps in the images' frame, on their device, of any range: [maps, height, width] with
+        images: pixels of any range, integer or float; only ratios of differences matter, so normalised pixels
+            work as well as raw ones.
+        heatmaps: maps of any range, in the frame and on the device of the images: [maps, height, width] with
             `image_index`; without it [images, prompts, height, width] or [images, height, width].
-        image_index: of each map, the row of its image.
-        refinement: which neighbours, how often, how sharp.
-        max_bytes: working memory beside arguments and result, though never less than what one map of one
-            image takes.
+        image_index: for each map, the row of its image.
+        refinement: parameters of the refinement.
+        max_bytes: bound on working memory beside arguments and result, but at least what one map of one image
+            needs.
 
     Returns:
-        Refined maps. Each pixel is a convex combination of pixels of its own map, so a map never leaves its
-        range, a constant map stays as it is, and peaks become lower: min-max normalise before a fixed cut.
+        Refined maps. Each pixel is a convex combination of pixels of its own map: a map stays within its
+        range, a constant map stays as it is, and peaks become lower, so apply `minmax_normalise` before a
+        fixed threshold.
 
     Raises:
-        InputError: the frames differ, or the index does not fit.
+        InputError: heat maps and images differ in size, or the index does not fit.
+
+    Source: see `Refinement`.
     """
     index = _checked_index(images, heatmaps, image_index)
     height, width = heatmaps.shape[-2:]
     maps = heatmaps.reshape(-1, height, width)
     refined = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     map_bytes = height * width * _FLOAT_BYTES
-    # weights before and after they are made to sum to 1, and a few frames of colours
+    # Weights before and after softmax, and a few frames of colours.
     affinity_bytes = map_bytes * (16 * len(refinement.dilations) + 8 * images.shape[1])
-    # maps are padded by the widest step, and two generations of them are held at a time
-    padded_bytes = map_bytes + _FLOAT_BYTES * _padded_pixels(height, width, max(refinement.dilations))
+    # Maps are padded by the largest dilation, and those of two iterations are held at a time.
+    margin = 2 * max(refinement.dilations)
+    padded_bytes = map_bytes + _FLOAT_BYTES * (height + margin) * (width + margin)
     for map_rows in _groups(index, len(images), max_bytes, affinity_bytes, padded_bytes):
         affinities = _affinities(_as_rows(images[index[map_rows[:, 0]]]), refinement)
         per_image = max(1, (max_bytes // len(map_rows) - affinity_bytes) // padded_bytes)
@@ -126,12 +132,8 @@ def refine_heatmaps(
 
 
 def _as_rows(frames: Tensor) -> Float32[Tensor, "images channels height width"]:
-    # pixels often come with their channels last and maps column by column, which is twice as slow here
+    # Pixels often have their channels last, and maps are stored column by column: twice as slow here.
     return frames.to(torch.float32).contiguous()
-
-
-def _padded_pixels(height: int, width: int, margin: int) -> int:
-    return (height + 2 * margin) * (width + 2 * margin)
 
 
 def _checked_index(
@@ -162,7 +164,7 @@ def _checked_index(
 def _groups(
     index: Int[Tensor, " maps"], images: int, max_bytes: int, affinity_bytes: int, map_bytes: int
 ) -> Iterator[Int[Tensor, "images maps_per_image"]]:
-    """Rows of maps of images that have equally many, so that a group is dense; few enough to fit."""
+    """Group images with equally many maps, so that a group is a dense tensor, within the memory bound."""
     counts = torch.bincount(index, minlength=images)
     by_image = torch.split(torch.argsort(index, stable=True), counts.tolist())
     for count in sorted(set(counts.tolist())):
@@ -174,7 +176,7 @@ def _groups(
 def _neighbours(
     padded: Float[Tensor, "*leading padded_height padded_width"], dilations: tuple[int, ...]
 ) -> Iterator[Float[Tensor, "*leading height width"]]:
-    """Views of a padded frame, each shifted to one neighbour of every pixel."""
+    """Yield views of a padded frame, each shifted to one neighbour of every pixel."""
     margin = max(dilations)
     height, width = padded.shape[-2] - 2 * margin, padded.shape[-1] - 2 * margin
     for step in dilations:
@@ -186,14 +188,14 @@ def _neighbours(
 def _padded(
     frames: Float[Tensor, "images channels height width"], dilations: tuple[int, ...]
 ) -> Float[Tensor, "images channels padded_height padded_width"]:
-    # beyond the border stands the border itself: no value comes in that the frame does not have
+    # Replicating the border adds no values that the frame does not have.
     return F.pad(frames, (max(dilations),) * 4, mode="replicate")
 
 
 def _affinities(
     pixels: Float32[Tensor, "images channels height width"], refinement: Refinement
 ) -> Float32[Tensor, "neighbours images 1 height width"]:
-    """Weights of every pixel's neighbours; they sum to 1."""
+    """Compute the weights of every pixel's neighbours; they sum to 1."""
     dilations = refinement.dilations
     padded = _padded(pixels, dilations)
     inverse_unit = (
@@ -224,8 +226,8 @@ def _local_deviation(
     padded: Float32[Tensor, "images channels padded_height padded_width"],
     dilations: tuple[int, ...],
 ) -> Float32[Tensor, "images channels height width"]:
-    """Standard deviation of every pixel's neighbours, in each channel."""
-    # of differences to the pixel itself, which lose no digits to a large mean
+    """Compute the standard deviation of every pixel's neighbours in each channel."""
+    # From differences to the pixel itself, which lose no digits to a large mean.
     total, squares = torch.zeros_like(pixels), torch.zeros_like(pixels)
     for neighbour in _neighbours(padded, dilations):
         difference = neighbour - pixels
@@ -241,7 +243,7 @@ def _diffuse(
     affinities: Float32[Tensor, "neighbours images 1 height width"],
     refinement: Refinement,
 ) -> Float32[Tensor, "images maps height width"]:
-    # rounding may carry a weighted mean past the values it is made of
+    # Rounding may move a weighted mean beyond the values that it is made of.
     lowest, highest = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
     for _ in range(refinement.iterations):
         padded = _padded(maps, refinement.dilations)

@@ -1,12 +1,12 @@
-"""COCO's compressed run-length encoding of masks: to it, from it, areas and boxes.
+"""Encode and decode masks in COCO's compressed run-length encoding, and measure their areas and boxes.
 
-A mask is read column by column, as the lengths of its runs: background, foreground, background and so on. A
-number is written in digits of five bits, lowest first, as the characters from "0" to "o": 32 is added where
-more digits follow, and 16 in the last one is the sign. From the fourth run on the number is the difference to
-the run before the previous one.
+The encoding lists the lengths of runs in column-major order: background, foreground, background and so on. A
+number is written in digits of five bits, lowest first, as the characters from "0" to "o". A digit has 32
+added if more digits follow, and the bit of value 16 in the last digit is the sign. From the fourth run on,
+the number is the difference to the run two places before.
 
-pycocotools trusts such a string and writes past its arrays where it should not have, so it only ever gets
-masks to encode; what comes from a file is read here.
+pycocotools does not validate such strings and writes out of bounds on invalid ones. It is therefore only used
+to encode masks and to measure what was encoded in this process; strings from files are decoded here.
 
 Source: https://github.com/cocodataset/cocoapi, common/maskApi.c, `rleToString` and `rleFrString`.
 """
@@ -18,26 +18,30 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
-from pycocotools import mask as coco
 from torch import Tensor
 
 from legrad.errors import RleError
 
 MAX_MASK_PIXELS = 2**28
-# whatever a caller allows: pycocotools counts pixels in 32 bits
+# A limit for every `max_pixels`, as pycocotools counts pixels in 32 bits.
 MOST_PIXELS = 2**32 - 1
-# a difference of two runs of up to 2**32 pixels, and its sign
+# Enough for a difference of two runs of up to 2**32 pixels, with its sign.
 MAX_DIGITS = 7
 FIRST_CHARACTER, LAST_CHARACTER, DIGIT_VALUES = ord("0"), "o", 64
 BITS, VALUE, SIGN, MORE = 5, 0x1F, 0x10, 0x20
 
 
-# of more masks pycocotools finds no areas under numpy 2
+# With numpy 2, pycocotools fails to compute the areas of more masks in one call.
 MOST_AT_ONCE = 255
 
 
 class Rle(TypedDict):
-    """One mask in COCO's compressed run-length encoding: `size` is [height, width]."""
+    """One mask in COCO's compressed run-length encoding.
+
+    Attributes:
+        size: [height, width] in pixels.
+        counts: run lengths in column-major order, as COCO's compressed string.
+    """
 
     size: list[int]
     counts: str
@@ -46,11 +50,18 @@ class Rle(TypedDict):
 def encode_rle(
     masks: Shaped[Tensor, "prompts height width"] | Shaped[np.ndarray, "prompts height width"],
 ) -> list[Rle]:
-    """Encode masks as COCO compressed RLE; fastest on masks stored column by column.
+    """Encode masks in COCO's compressed RLE; fastest for masks stored column by column.
 
     Args:
-        masks: boolean or integer; whatever is not zero is foreground.
+        masks: boolean or integer masks of one size; every value except zero is foreground.
+
+    Returns:
+        One encoding for each mask, in order.
+
+    Source: `encode` of pycocotools.
     """
+    from pycocotools import mask as coco
+
     foreground = torch.as_tensor(masks).to(torch.bool)
     # [prompts, width, height] in C order is [height, width, prompts] in Fortran order, as pycocotools wants.
     fortran = foreground.mT.contiguous().view(torch.uint8).cpu().numpy().T
@@ -63,14 +74,16 @@ def encode_rle(
 def measure_encoded(
     rles: Sequence[Rle],
 ) -> tuple[Int64[np.ndarray, " prompts"], Float32[np.ndarray, "prompts 4"]]:
-    """Areas and boxes of masks fresh from `encode_rle`, unchecked and fast; never of what a file says.
+    """Return areas and boxes of masks without validation; fast, but only safe for the output of `encode_rle`.
 
     Args:
-        rles: made by `encode_rle` in this process.
+        rles: encodings that `encode_rle` made in this process.
 
     Returns:
-        Foreground pixels of each mask, and its box as `mask_bbox_xywh` gives it.
+        Foreground pixels of each mask, and its box as `mask_bbox_xywh` returns it.
     """
+    from pycocotools import mask as coco
+
     chunks = [list(rles[first : first + MOST_AT_ONCE]) for first in range(0, len(rles), MOST_AT_ONCE)]
     areas = [np.asarray(coco.area(chunk), dtype=np.int64) for chunk in chunks]
     boxes = [np.asarray(coco.toBbox(chunk), dtype=np.float32) for chunk in chunks]
@@ -80,33 +93,38 @@ def measure_encoded(
 
 
 def decode_rle(rle: Rle, *, max_pixels: int = MAX_MASK_PIXELS) -> Bool[np.ndarray, "height width"]:
-    """Decode one mask of COCO compressed RLE; what is wrong with it is found before its pixels are allocated.
+    """Decode one mask from COCO's compressed RLE; it is validated before memory for its pixels is allocated.
 
     Args:
-        rle: may come from a file of unknown origin.
+        rle: encoding, possibly from an untrusted file.
         max_pixels: larger masks are refused.
 
+    Returns:
+        True for foreground.
+
     Raises:
-        RleError: it is no encoding of a mask of its size.
+        RleError: `rle` does not encode a mask of its size, or the mask is too large.
     """
     stack = _parsed([rle], max_pixels)
-    # not coco.decode, which warns under numpy 2 at every call
     return _pixels(stack.lengths, *stack.sizes[0].tolist())
 
 
 def decode_runs(
     lengths: Any, height: int, width: int, *, max_pixels: int = MAX_MASK_PIXELS
 ) -> Bool[np.ndarray, "height width"]:
-    """Decode one mask of COCO's uncompressed RLE, a list of run lengths, such as crowds have.
+    """Decode one mask from COCO's uncompressed RLE, the list of run lengths that crowd annotations have.
 
     Args:
-        lengths: list of the pixels of each run, the first one background, as JSON of unknown origin has it.
-        height: of the mask.
-        width: of the mask.
+        lengths: number of pixels of each run, the first one background, possibly from an untrusted file.
+        height: height of the mask in pixels.
+        width: width of the mask in pixels.
         max_pixels: larger masks are refused.
 
+    Returns:
+        True for foreground.
+
     Raises:
-        RleError: the runs do not make a mask of this size.
+        RleError: the runs do not fill a mask of this size, or the mask is too large.
     """
     pixels = _pixel_count([height, width], max_pixels)
     if not isinstance(lengths, list | tuple):
@@ -124,14 +142,14 @@ def decode_runs(
 
 
 def mask_area(rles: Sequence[Rle], *, max_pixels: int = MAX_MASK_PIXELS) -> Int64[np.ndarray, " prompts"]:
-    """Count the foreground pixels of each mask, from its runs alone; fastest for many masks at once.
+    """Count the foreground pixels of each mask without decoding it; fastest for many masks at once.
 
     Args:
-        rles: may come from a file of unknown origin.
+        rles: encodings, possibly from an untrusted file.
         max_pixels: larger masks are refused.
 
     Raises:
-        RleError: one of them is no encoding of a mask of its size.
+        RleError: one of them does not encode a mask of its size, or the mask is too large.
     """
     stack = _parsed(rles, max_pixels)
     return stack.sums(stack.lengths * stack.is_foreground)
@@ -140,46 +158,23 @@ def mask_area(rles: Sequence[Rle], *, max_pixels: int = MAX_MASK_PIXELS) -> Int6
 def mask_bbox_xywh(
     rles: Sequence[Rle], *, max_pixels: int = MAX_MASK_PIXELS
 ) -> Float32[np.ndarray, "prompts 4"]:
-    """Find the smallest box around each mask: left, top, width, height in pixels; zeros for an empty mask.
+    """Compute the smallest box around each mask without decoding it; fastest for many masks at once.
 
     Args:
-        rles: may come from a file of unknown origin.
-        max_pixels: larger masks are refused.
+        rles: see `mask_area`.
+        max_pixels: see `mask_area`.
+
+    Returns:
+        Left, top, width and height in pixels; zeros for an empty mask.
 
     Raises:
-        RleError: one of them is no encoding of a mask of its size.
+        RleError: see `mask_area`.
     """
-    stack = _parsed(rles, max_pixels)
-    boxes = np.zeros((len(rles), 4), dtype=np.float32)
-    shown = np.flatnonzero(stack.is_foreground & (stack.lengths > 0))
-    if not len(shown):
-        return boxes
-    owners = stack.owners[shown]
-    heights = stack.sizes[owners, 0]
-    # runs fill their masks, so a mask begins where the pixels of those before it end
-    ends = (stack.lengths.cumsum() - np.repeat(stack.pixels.cumsum() - stack.pixels, stack.run_counts))[shown]
-    left, top = np.divmod(ends - stack.lengths[shown], heights)
-    right, bottom = np.divmod(ends - 1, heights)
-    # a run that goes on in the next column touches the bottom of the one and the top of the other
-    crosses = left != right
-    top[crosses], bottom[crosses] = 0, heights[crosses] - 1
-    masks, first_runs = np.unique(owners, return_index=True)
-    left, top = (np.minimum.reduceat(edge, first_runs) for edge in (left, top))
-    right, bottom = (np.maximum.reduceat(edge, first_runs) for edge in (right, bottom))
-    boxes[masks] = np.stack([left, top, right - left + 1, bottom - top + 1], axis=1)
-    return boxes
+    return _parsed(rles, max_pixels).bboxes_xywh()
 
 
 def check_rles(rles: Sequence[Rle], *, max_pixels: int = MAX_MASK_PIXELS) -> None:
-    """Refuse masks that `decode_rle` would refuse; no pixels are allocated.
-
-    Args:
-        rles: may come from a file of unknown origin.
-        max_pixels: larger masks are refused.
-
-    Raises:
-        RleError: one of them is no encoding of a mask of its size.
-    """
+    """Raise the RleError that `decode_rle` would raise for one of the masks, without decoding them."""
     _parsed(rles, max_pixels)
 
 
@@ -188,8 +183,8 @@ class _RunStack:
     """Runs of several masks, one mask after the other.
 
     Attributes:
-        lengths: of the runs, in pixels.
-        run_counts: runs of each mask.
+        lengths: length of each run in pixels.
+        run_counts: number of runs of each mask.
         sizes: height and width of each mask.
     """
 
@@ -203,26 +198,43 @@ class _RunStack:
         return pixels
 
     @property
-    def owners(self) -> Int64[np.ndarray, " runs"]:
-        """Which mask a run is of."""
-        return np.repeat(np.arange(len(self.run_counts)), self.run_counts)
-
-    @property
     def is_foreground(self) -> Bool[np.ndarray, " runs"]:
-        """Every other run of each mask, from the second one on."""
+        """True for every other run of each mask, from the second one on."""
         is_odd: np.ndarray = np.zeros(len(self.lengths), dtype=bool)
         is_odd[1::2] = True
         begins_odd = (self.run_counts.cumsum() - self.run_counts) & 1 == 1
         return is_odd ^ np.repeat(begins_odd, self.run_counts) if begins_odd.any() else is_odd
 
     def sums(self, values: Int64[np.ndarray, " runs"]) -> Int64[np.ndarray, " masks"]:
-        """The sum over each mask's runs."""
+        """Sum values of runs over each mask."""
         if len(self.run_counts) == 1:
             return np.array([values.sum()])
         totals = np.concatenate([[0], values.cumsum()])
         ends = self.run_counts.cumsum()
         summed: np.ndarray = totals[ends] - totals[ends - self.run_counts]
         return summed
+
+    def bboxes_xywh(self) -> Float32[np.ndarray, "masks 4"]:
+        """Compute the smallest box around each mask; zeros for an empty one."""
+        boxes = np.zeros((len(self.run_counts), 4), dtype=np.float32)
+        shown = np.flatnonzero(self.is_foreground & (self.lengths > 0))
+        if not len(shown):
+            return boxes
+        mask_of_run = np.repeat(np.arange(len(self.run_counts)), self.run_counts)[shown]
+        heights = self.sizes[mask_of_run, 0]
+        # Runs fill their masks, so the pixels of all masks before give the start of a mask.
+        starts = np.repeat(self.pixels.cumsum() - self.pixels, self.run_counts)
+        ends = (self.lengths.cumsum() - starts)[shown]
+        left, top = np.divmod(ends - self.lengths[shown], heights)
+        right, bottom = np.divmod(ends - 1, heights)
+        # A run that continues in the next column touches the bottom of one and the top of the other.
+        crosses = left != right
+        top[crosses], bottom[crosses] = 0, heights[crosses] - 1
+        masks, first_runs = np.unique(mask_of_run, return_index=True)
+        left, top = (np.minimum.reduceat(edge, first_runs) for edge in (left, top))
+        right, bottom = (np.maximum.reduceat(edge, first_runs) for edge in (right, bottom))
+        boxes[masks] = np.stack([left, top, right - left + 1, bottom - top + 1], axis=1)
+        return boxes
 
 
 def _parsed(rles: Sequence[Rle], max_pixels: int) -> _RunStack:
@@ -233,7 +245,7 @@ def _parsed(rles: Sequence[Rle], max_pixels: int) -> _RunStack:
     if len(digits) and digits.max() >= DIGIT_VALUES:
         stray = chr((int(digits[digits >= DIGIT_VALUES][0]) + FIRST_CHARACTER) % 256)
         raise RleError("alphabet", f"expected counts in the characters from 0 to o, found {stray!r}")
-    # the last digit of each number
+    # Positions of the last digit of each number.
     ends = np.flatnonzero(digits < MORE)
     run_counts = np.diff(np.searchsorted(ends, np.cumsum([len(text) for text in texts])), prepend=0)
     stack = _RunStack(_summed_differences(_numbers(digits, ends), run_counts), run_counts, sizes)
@@ -243,7 +255,7 @@ def _parsed(rles: Sequence[Rle], max_pixels: int) -> _RunStack:
 
 def _field(rle: Any, name: str) -> Any:
     if not isinstance(rle, Mapping) or name not in rle:
-        raise RleError(name, f"expected a mask of size and counts, received {rle!r:.80}")
+        raise RleError(name, f"expected a mask with size and counts, received {rle!r:.80}")
     return rle[name]
 
 
@@ -252,7 +264,7 @@ def _pixel_count(size: Any, max_pixels: int) -> int:
         raise RleError("size", f"expected a height and a width, received {size!r:.80}")
     height, width = size
     if height < 0 or width < 0:
-        raise RleError("size", f"a mask of {_shown(height)} x {_shown(width)} pixels")
+        raise RleError("size", f"negative size: {_shown(height)} x {_shown(width)} pixels")
     if height * width > min(max_pixels, MOST_PIXELS) or max(height, width) > MOST_PIXELS:
         limit = f"the limit is {min(max_pixels, MOST_PIXELS):,} pixels"
         raise RleError("size", f"a mask of {_shown(height)} x {_shown(width)} pixels; {limit}")
@@ -264,7 +276,7 @@ def _is_whole(number: Any) -> bool:
 
 
 def _shown(number: int) -> str:
-    # to turn a long number into decimals takes the square of its length
+    # Converting a number to decimals takes time quadratic in its length.
     return str(number) if abs(number) < 10**20 else "10**20 or more"
 
 
@@ -273,7 +285,7 @@ def _characters(rle: Rle, pixels: int) -> bytes:
     if not isinstance(counts, str):
         raise RleError("counts", f"expected counts as text, received {type(counts).__name__}")
     if len(counts) > MAX_DIGITS * (pixels + 1):
-        raise RleError("many_runs", f"{len(counts)} characters of counts for {pixels} pixels")
+        raise RleError("many_runs", f"counts has {len(counts)} characters, too many for {pixels} pixels")
     if not counts.isascii():
         stray = next(character for character in counts if not character.isascii())
         raise RleError("not_ascii", f"expected counts in the characters from 0 to o, found {stray!a}")
@@ -285,10 +297,10 @@ def _characters(rle: Rle, pixels: int) -> bytes:
 def _numbers(
     digits: UInt8[np.ndarray, " characters"], ends: Int64[np.ndarray, " runs"]
 ) -> Int64[np.ndarray, " runs"]:
-    """The numbers that end at these places, the highest digit last and with a sign."""
+    """Return the numbers whose last digits are at these positions; the last digit holds the sign."""
     values = digits & VALUE
     spelt = (values ^ SIGN).astype(np.int16) - SIGN
-    # nearly all numbers have one digit or two: put together where they stand, before any is picked
+    # Nearly all numbers have one or two digits: combine all neighbouring digits, then pick the numbers.
     has_lower = digits[:-1] >= MORE
     np.copyto(spelt[1:], (spelt[1:] << BITS) | values[:-1], where=has_lower)
     numbers: np.ndarray = spelt[ends].astype(np.int64)
@@ -343,7 +355,7 @@ def _require_filling(lengths: Int64[np.ndarray, " runs"], height: int, width: in
 
 
 def _not_filling(total: int, height: int, width: int) -> str:
-    return f"runs of {_shown(total)} pixels together; a mask of {height} x {width} has {height * width}"
+    return f"runs sum to {_shown(total)} pixels; a mask of {height} x {width} has {height * width}"
 
 
 def _pixels(lengths: Int64[np.ndarray, " runs"], height: int, width: int) -> Bool[np.ndarray, "height width"]:

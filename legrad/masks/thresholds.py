@@ -1,4 +1,4 @@
-"""Where a heat map is cut: fixed, or found from each map's own values."""
+"""Thresholds of heat maps: fixed, or computed from the values of each map."""
 
 import math
 from dataclasses import dataclass
@@ -16,24 +16,27 @@ BAND_CENTERS = ("half", "otsu")
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How a heat map becomes a mask: the pixels strictly above a threshold.
+    """Rule that turns a heat map into a mask: foreground is every pixel strictly above a threshold.
 
     Attributes:
-        rule: `fixed` cuts every map at `value`; `otsu` finds the cut of each map; `quantile` leaves the share
-            `quantile` of the pixels outside; `band` takes what lies above `high`, and what lies between `low`
-            and `high` is neither foreground nor background.
-        value: the cut of `fixed`, in heat-map units, from 0 to 1.
-        quantile: share of the pixels from 0 to 1, of `quantile`.
-        low: lower cut of `band`, from 0 to 1.
-        high: upper cut of `band`, above `low`.
-        band_center: what the middle of `band`'s scale is. `half`: 0.5, so that `low` and `high` are values of
-            the heat map. `otsu`: each map's own cut by Otsu; below it the scale runs evenly down to 0, above
-            it up to 1.
+        rule: `fixed`: threshold every map at `value`. `otsu`: use Otsu's threshold of each map. `quantile`:
+            choose each map's threshold so that the share `quantile` of its pixels is background. `band`:
+            pixels above `high` are foreground, and those between `low` and `high` are neither foreground nor
+            background.
+        value: threshold of `fixed`, in [0, 1].
+        quantile: share of background pixels of `quantile`, in [0, 1].
+        low: lower threshold of `band`, in [0, 1].
+        high: upper threshold of `band`, in [0, 1], above `low`.
+        band_center: scale of `low` and `high`. `half`: they are values of the heat map. `otsu`: 0.5 stands
+            for each map's Otsu threshold; the scale is linear from 0 to it, and from it to 1.
 
-    Source: fixed: the usual cut of class activation maps, as in CAM (arXiv:1512.04150), section 4.1, where it
-        is a share of the maximum. otsu: see `otsu_threshold`. band: two cuts and a region in between that is
-        left out of the loss: SEC (arXiv:1603.06098) trains on confident seeds alone; AffinityNet
-        (arXiv:1803.10464), section 3.2, and IRNet (arXiv:1904.05044), section 3.4, ignore what lies between.
+    Raises:
+        MaskError: a value is out of range, or the rule is unknown.
+
+    Source: fixed: the usual threshold of class activation maps, as in CAM (arXiv:1512.04150), section 4.1,
+        where it is a share of the maximum. otsu: see `otsu_threshold`. band: two thresholds with an ignored
+        region between them: SEC (arXiv:1603.06098) trains on confident seeds only; AffinityNet
+        (arXiv:1803.10464), section 3.2, and IRNet (arXiv:1904.05044), section 3.4, ignore the region.
     """
 
     rule: str = "fixed"
@@ -59,11 +62,11 @@ class MaskRule:
 def cuts_of(
     heatmaps: Float[Tensor, "maps height width"], rule: MaskRule, *, is_stretched: bool = False
 ) -> tuple[Float[Tensor, " maps"], Float[Tensor, " maps"]]:
-    """Find the lower and the upper cut of each heat map; they are one but for `band`.
+    """Compute the lower and the upper threshold of each heat map; they differ for rule `band` only.
 
     Args:
         heatmaps: values from 0 to 1.
-        rule: how.
+        rule: the rule to apply.
         is_stretched: see `otsu_threshold`.
     """
     if rule.rule == "otsu":
@@ -96,27 +99,28 @@ def _on_scale(position: float, center: Float[Tensor, " maps"]) -> Float[Tensor, 
 def otsu_threshold(
     heatmaps: Float[Tensor, "*leading height width"], *, is_stretched: bool = False
 ) -> Float[Tensor, "*leading"]:
-    """Find the cut that separates each map's values best into two classes.
+    """Compute Otsu's threshold of each map.
 
     Args:
-        heatmaps: values from 0 to 1.
-        is_stretched: whether each map is known to reach from 0 to 1, or to be all zeros; saves time.
+        heatmaps: maps of any finite range.
+        is_stretched: promise that each map has minimum 0 and maximum 1, or is all zeros; saves time.
 
     Returns:
-        The centre of the chosen bin, of 256 between the map's own extremes; a constant map's own value.
+        Centre of the chosen bin, out of 256 between the minimum and maximum of the map; the value itself for
+        a constant map.
 
-    Source: Otsu, "A threshold selection method from gray-level histograms" (1979): the cut with the
+    Source: Otsu, "A threshold selection method from gray-level histograms" (1979): the threshold with the
         greatest between-class variance.
     """
     leading = heatmaps.shape[:-2]
     if not leading.numel():
         return heatmaps.new_zeros(leading)
-    # mT first: maps from upsample_grid are stored column by column, and flattening them so takes no copy.
+    # mT first: maps from upsample_grid are stored column by column, so that flattening copies nothing.
     values = heatmaps.mT.reshape(leading.numel(), -1)
     if is_stretched:
         cuts = _otsu_of_stretched(values)
     else:
-        # one after the other: torch.aminmax along a dimension is eight times slower
+        # Two passes, as torch.aminmax along a dimension is eight times slower.
         lowest = values.amin(dim=1)
         span = values.amax(dim=1) - lowest
         stretched = (values - lowest[:, None]).div_(torch.where(span > 0, span, 1)[:, None])
@@ -134,7 +138,7 @@ def _otsu_of_stretched(unit_values: Float[Tensor, "maps pixels"]) -> Float[Tenso
 
 def _histograms(unit_values: Float[Tensor, "maps pixels"]) -> Float[Tensor, "maps bins"]:
     bins = (unit_values * OTSU_BINS).clamp_(max=OTSU_BINS - 1).to(torch.uint8)
-    # map by map: one count over all of them takes indices of four bytes, and twice the time
+    # One map at a time: a single count over all maps needs indices of four bytes and takes twice the time.
     counts = [torch.bincount(map_bins, minlength=OTSU_BINS) for map_bins in bins]
     return torch.stack(counts).double()
 
@@ -142,7 +146,7 @@ def _histograms(unit_values: Float[Tensor, "maps pixels"]) -> Float[Tensor, "map
 def _between_class_variance(
     counts: Float[Tensor, "maps bins"], centres: Float[Tensor, " bins"]
 ) -> Float[Tensor, "maps cuts"]:
-    # cut k separates bins 0..k from bins k+1..255; the outer bins are never empty, so no weight is zero
+    # Threshold k separates bins 0..k from k+1..255; the outer bins are never empty, so no weight is zero.
     weight, moment = counts.cumsum(dim=1), (counts * centres).cumsum(dim=1)
     lower_weight, lower_moment = weight[:, :-1], moment[:, :-1]
     upper_weight, upper_moment = weight[:, -1:] - lower_weight, moment[:, -1:] - lower_moment
@@ -153,15 +157,18 @@ def _between_class_variance(
 def quantile_threshold(
     heatmaps: Float[Tensor, "*leading height width"], share: float
 ) -> Float[Tensor, "*leading"]:
-    """Find the lowest value of each map that at least a share of its pixels does not exceed.
+    """Compute the threshold of each map below or at which lies at least a share of its pixels.
 
     Args:
-        heatmaps: of any range.
-        share: from 0 to 1; at most 1 - `share` of a map lies above its cut.
+        heatmaps: maps of any range.
+        share: from 0 to 1; at most the share 1 - `share` of the pixels lies above the threshold.
+
+    Returns:
+        The lowest such value among the map's own.
     """
     values = heatmaps.mT.flatten(-2)
     pixels = values.shape[-1]
-    # rounding must not ask for one pixel more than the share says
+    # The small number keeps rounding errors of the product from adding a pixel.
     rank = min(max(math.ceil(share * pixels - 1e-9), 1), pixels)
     return values.kthvalue(rank, dim=-1).values
 
@@ -169,17 +176,18 @@ def quantile_threshold(
 def relevance_contrast(
     relevance_grids: Float[Tensor, "prompts grid_height grid_width"],
 ) -> Float[Tensor, " prompts"]:
-    """Tell how far each raw map stands out: its mean above its own Otsu cut less the mean below.
+    """Compute the contrast of each raw grid: mean above its Otsu threshold minus mean below it.
 
-    In raw units, like the peak, since min-max would give a map of noise the contrast of any other.
+    It is in raw units, like the peak, because min-max normalisation would make the contrast of pure noise as
+    high as that of any other map.
 
     Args:
         relevance_grids: raw relevance.
 
     Returns:
-        At least 0; 0 for a constant map.
+        At least 0; 0 for a constant grid.
 
-    Source: Otsu (1979): the gap between the two class means, which the between-class variance weighs.
+    Source: Otsu (1979): the difference of the two class means in the between-class variance.
     """
     cuts = otsu_threshold(relevance_grids)
     inside = relevance_grids > cuts[:, None, None]

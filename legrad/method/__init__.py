@@ -1,1 +1,1 @@
-"""The method: towers, one forward pass as values, and relevance in closed form."""
+"""LeGrad in closed form: towers, their forward pass, and relevance."""

@@ -1,7 +1,7 @@
-"""sum over heads and queries of relu(g V^T), without ever holding that product for all prompts.
+"""Compute the sum over heads and queries of relu(g V^T), without storing that product for all prompts.
 
-On a CUDA device with Triton it is one kernel (`legrad.method.kernels_triton`); elsewhere, and in float64, the
-product is taken a piece at a time.
+In half precision on a CUDA device with Triton it is one kernel (`legrad.method.kernels_triton`); otherwise
+the product is computed piece by piece.
 """
 
 from functools import cache
@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# In float32 the pieces are faster than the kernel, by half on an H100: its tensor cores know no such product.
+# In float32 the pieces are faster than the kernel, by half on an H100, whose tensor cores lack this product.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-# A piece that stays in a core's cache, in memory that the allocator keeps, takes half the time.
+# Pieces that fit into the cache of a core, in memory that the allocator reuses, take half the time.
 CPU_PIECE_BYTES_PER_THREAD = 2**20
 
 
@@ -29,11 +29,11 @@ def rectified_column_sums(
         gradients: g, of any strides.
         values: V, of the same dtype and on the same device.
         image_index: for each prompt, the row of its image in `values`; on the same device.
-        memory_budget_bytes: bound on what is held of the product where no kernel runs; what one head has for
-            one key is the least taken.
+        memory_budget_bytes: bound on the memory for a piece of the product if the kernel is not used; a piece
+            has at least one head and one key.
 
     Returns:
-        At least zero; float32, or float64 for float64.
+        Non-negative sums; float32, or float64 for float64.
     """
     if gradients.is_cuda and gradients.dtype in KERNEL_DTYPES and gradients.numel() and _has_triton():
         from legrad.method import kernels_triton
@@ -49,12 +49,12 @@ def rectified_column_sums_in_pieces(
     image_index: Int[Tensor, " prompts"],
     memory_budget_bytes: int,
 ) -> Float[Tensor, "prompts keys"]:
-    """Compute `rectified_column_sums` by batched products, on any device and in any floating dtype."""
+    """Compute `rectified_column_sums` by batched products, on any device and in any floating-point dtype."""
     dtype = torch.promote_types(gradients.dtype, torch.float32)
     prompts, heads, queries, head_dim = gradients.shape
     keys = values.shape[2]
     sums = torch.zeros(prompts, keys, dtype=dtype, device=gradients.device)
-    # An element of the product, and of the values that are gathered for it.
+    # Elements of the product, and of the values that are gathered for it.
     held = _piece_bytes(gradients.device, memory_budget_bytes) // gradients.element_size()
     key_step = _step(held, queries + head_dim, keys)
     head_step = _step(held, (queries + head_dim) * key_step, heads)
@@ -73,7 +73,7 @@ def rectified_column_sums_in_pieces(
 
 
 def _step(held: int, elements_each: int, count: int) -> int:
-    """Return how many of `count` fit, at least one."""
+    """Return how many of `count` fit into `held` elements, at least one."""
     return min(max(1, held // max(1, elements_each)), max(1, count))
 
 

@@ -1,4 +1,4 @@
-"""The rectified column sums as one Triton kernel; imported only where a CUDA device runs it."""
+"""Compute rectified column sums with one Triton kernel; imported only if a CUDA device runs it."""
 
 from typing import no_type_check
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-PROGRAMS_PER_PROCESSOR = 4  # so many, about, hide the latency of loads on one streaming multiprocessor
+PROGRAMS_PER_PROCESSOR = 4  # about enough to hide the latency of loads on one streaming multiprocessor
 
 
 @triton.jit(do_not_specialize=["prompts", "heads_per_program"])
@@ -37,7 +37,7 @@ def _rectified_column_sums_kernel(  # noqa: PLR0917
     KEY_BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """One program owns a block of keys of one prompt, for some of the heads: no two write to one place."""
+    """Sum one block of keys of one prompt over some of the heads; no two programs write to one address."""
     key_blocks = tl.cdiv(keys, KEY_BLOCK)
     prompt = (tl.program_id(0) // key_blocks).to(tl.int64)
     head_group = tl.program_id(1).to(tl.int64)
@@ -65,10 +65,10 @@ def _rectified_column_sums_kernel(  # noqa: PLR0917
             mask=(dims < HEAD_DIM)[:, None] & (query < queries)[None, :],
             other=0.0,
         )
-        if INTERPRETED:  # Triton's interpreter would multiply the bits of bfloat16
+        if INTERPRETED:  # Triton's interpreter cannot multiply bfloat16
             value, gradient = value.to(tl.float32), gradient.to(tl.float32)
         product = tl.dot(value, gradient, input_precision="ieee")
-        # Like torch's relu, and unlike the hardware's maximum, keep what is not a number.
+        # Propagate NaN, as torch's relu does and the hardware's maximum does not.
         total += tl.sum(tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL), axis=1)
     tl.store(sums + (head_group * prompts + prompt) * keys + key_rows, total, mask=key_rows < keys)
 
@@ -83,23 +83,24 @@ def rectified_column_sums(
     warps: int = 4,
     stages: int | None = None,
 ) -> Float[Tensor, "prompts keys"]:
-    """Sum relu(gradients @ values^T) over heads and queries in one kernel; the product is never written.
+    """Sum relu(gradients @ values^T) over heads and queries in one kernel; the product is never stored.
 
     Args:
         gradients: float16, bfloat16 or float32, of any strides.
         values: of the same dtype, of any strides.
         image_index: for each prompt, the row of its image in `values`; not checked.
-        query_block: queries in one product, at most; a power of two, 16 at least. None: what fits registers.
-        key_block: keys that one program owns; a power of two, 16 at least.
+        query_block: largest number of queries in one product; a power of two, at least 16. None: as many as
+            fit into registers.
+        key_block: number of keys of one program; a power of two, at least 16.
         warps: warps of one program.
-        stages: loads in flight. None: what fits registers.
+        stages: loads in flight. None: as many as fit into registers.
 
     Returns:
-        float32. Shapes and device alone decide the order of summation.
+        float32. The order of summation depends only on shapes and device.
     """
     prompts, heads, queries, head_dim = gradients.shape
     keys = values.shape[2]
-    # Products of float32 keep their operands in registers; larger blocks would spill them.
+    # In float32 the operands are in registers; larger blocks would spill.
     is_wide = gradients.dtype == torch.float32
     query_block, stages = query_block or (32 if is_wide else 64), stages or (2 if is_wide else 3)
     programs = prompts * triton.cdiv(keys, key_block)
@@ -130,7 +131,7 @@ def rectified_column_sums(
 
 
 def _heads_per_program(heads: int, programs: int, device: torch.device) -> int:
-    """Share the heads of few prompts among programs, so that every processor has work."""
+    """Split heads among programs, so that few prompts still occupy every processor."""
     if device.type != "cuda":  # Triton's interpreter
         return max(1, heads // 2)
     wanted = PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

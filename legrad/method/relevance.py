@@ -1,4 +1,4 @@
-"""LeGrad in closed form: relevance of every patch for every prompt, from one forward pass.
+"""Compute LeGrad in closed form: relevance of every patch for every prompt, from one forward pass.
 
 Notation, as in the paper: a block maps tokens x to y = x + W_o concat_h(A_h V_h) + b_o and z = y +
 MLP(norm(y)); the layer's score for a prompt t is s = <unit(head(mean(z))), t>. With g = ds / d(concat_h A_h
@@ -6,8 +6,8 @@ V_h),
 
     ds/dA_h[i, j] = <g_h[i], V_h[j]>,    relevance[j] = 1/(heads * queries) sum_h sum_i relu(ds/dA_h[i, j]),
 
-so neither an attention matrix nor a graph is ever kept: g needs the block's tail and the head alone. Where
-the tower pools by attention, the pooler's A and V take the place of the block's, with one query.
+so neither attention matrices nor an autograd graph are stored: g only needs the part of the block after the
+attention, and the head. If the tower pools by attention, A and V are those of the pooler, with one query.
 
 Source: Bousselham et al., "LeGrad: An Explainability Method for Vision Transformers via Feature Formation
 Sensitivity", https://arxiv.org/abs/2404.03214, section 3.
@@ -25,8 +25,8 @@ from legrad.method.stages import Pullback, Rows, pull_back, run_stages
 from legrad.method.towers import Block, Scoring, Tower
 from legrad.method.trace import LayerTrace, Trace
 
-# Bounds the temporaries of one step, so that prompts times tokens squared never lies in memory at once. A CPU
-# is fastest with what its last cache holds, a device with few large steps.
+# Bound on the temporaries of one step, so that prompts x tokens x tokens is never in memory at once. A CPU is
+# fastest if they fit into its last-level cache, a device with few large steps.
 CPU_MEMORY_BUDGET_BYTES = 32 * 2**20
 DEVICE_MEMORY_BUDGET_BYTES = 512 * 2**20
 EVERY = slice(None)
@@ -51,12 +51,12 @@ def relevance_grids(
         trace: the encoded images.
         unit_text_embeddings: one unit row for each prompt, in float32 or finer.
         image_index: for each prompt, the row of its image in the trace.
-        scoring: how a layer is scored; the one that the trace was made for.
-        one_by_one: prompt i belongs to image i, for every image.
-        one_image_at_a_time: linearise a tail for one image after the other; what its prompts share then stays
-            in a processor's cache, and is not copied. None: on a CPU.
-        memory_budget_bytes: bound on the temporaries of one step; one prompt's tail is the least taken. None:
-            what suits the device.
+        scoring: how a layer is scored; must be the one that the trace was made for.
+        one_by_one: whether prompt i belongs to image i, for every image.
+        one_image_at_a_time: process one image after the other, so that data shared by its prompts stays in
+            the processor's cache and is not copied. None: True on a CPU.
+        memory_budget_bytes: bound on the temporaries of one step, but at least those of one prompt. None:
+            a default for the device.
 
     Returns:
         Relevance, at least zero, unnormalised; layers from first to last explained. float32 (float64 for a
@@ -98,7 +98,7 @@ def _layer_relevance(
 ) -> Float[Tensor, "prompts patches"]:
     every_row = EVERY if one_by_one else image_index
     pooled_gradients, pull_to_tokens = _score_gradients(scoring, layer, unit_text_embeddings, every_row)
-    # Gradients are tiny, and all that follows is linear in their scale: half precision would lose them.
+    # Gradients are tiny and would underflow in half precision; everything that follows is linear in them.
     smallest = torch.finfo(pooled_gradients.dtype).tiny
     scales = pooled_gradients.abs().amax(dim=-1, keepdim=True).clamp(min=smallest)
     scaled_gradients = pooled_gradients / scales
@@ -124,7 +124,7 @@ def _layer_relevance(
 
 
 def _images_with_prompts(image_index: Int[Tensor, " prompts"]) -> Iterator[tuple[slice, slice]]:
-    """Pair each image with its prompts, as far as they stand side by side."""
+    """Yield each run of consecutive prompts of one image, with that image."""
     images, counts = (column.tolist() for column in torch.unique_consecutive(image_index, return_counts=True))
     ends = accumulate(counts)
     for image, count, end in zip(images, counts, ends, strict=True):
@@ -142,11 +142,11 @@ def _score_gradients(
     unit_text_embeddings: Float[Tensor, "prompts embed_dim"],
     rows: Rows,
 ) -> tuple[Float[Tensor, "prompts 1 width"], Pullback]:
-    """Differentiate each prompt's score by the mean of the pooled tokens, and say how the tokens follow.
+    """Differentiate each prompt's score with respect to the mean of the pooled tokens.
 
     Returns:
-        The gradients by the mean, already divided by the number of tokens averaged, and the pullback from
-        there to the tokens that left the block: [prompts, 1, width] where all of them share one gradient.
+        The gradients with respect to the mean, divided by the number of averaged tokens, and the pullback
+        from there to the block's output tokens: [prompts, 1, width] if all of them share one gradient.
     """
     dtype = unit_text_embeddings.dtype
     tokens = layer.outputs[:, scoring.pooled_tokens]
@@ -167,7 +167,7 @@ def _feature_gradients(
     rows: Rows,
     is_unit: bool,
 ) -> Float[Tensor, "prompts embed_dim"]:
-    """Differentiate <unit(feature), text>, or <feature, text>, by the feature."""
+    """Differentiate <unit(feature), text>, or <feature, text>, with respect to the feature."""
     if not is_unit:
         return unit_text_embeddings
     smallest = torch.finfo(features.dtype).tiny
@@ -179,7 +179,7 @@ def _feature_gradients(
 
 
 def _context_pullback(block: Block, layer: LayerTrace, images: slice, pooled_tokens: slice) -> Pullback:
-    """Linearise a block's tail, from z back to concat_h(A_h V_h), at the tokens that are pooled."""
+    """Linearise a block from z back to concat_h(A_h V_h), at the pooled tokens."""
     dtype = layer.values.dtype
     pull_mlp = pull_back(block.mlp, _selected(layer.mlp_inputs, images, pooled_tokens), dtype)
     pull_out = pull_back(block.out, _selected(layer.out_inputs, images, pooled_tokens), dtype)
@@ -201,7 +201,7 @@ def _selected(
 
 
 def _prompts_per_step(layer: LayerTrace, pooled_tokens: slice, memory_budget_bytes: int) -> int:
-    """Bound the prompts so that the tail's temporaries, two of the widest inputs for each, fit the budget."""
+    """Return how many prompts fit the budget, if each needs two temporaries of the widest stage input."""
     kept = [inputs for inputs in (*layer.out_inputs, *layer.mlp_inputs) if inputs is not None]
     widest = max((inputs.shape[-1] for inputs in kept), default=layer.outputs.shape[-1])
     queries = layer.outputs[:, pooled_tokens].shape[1]

@@ -1,17 +1,17 @@
-"""The parts that a gradient passes through on its way from a score to the attention, each with its pullback.
+"""Stages: the operations between the attention and the score, each with its forward pass and its pullback.
 
-A stage acts on each token alone, and has
+A stage acts on each token separately, and has
 
-    is_linear                   the pullback needs no inputs, so none are kept for it
+    is_linear                   True: the pullback needs no inputs, so none are stored for it
     forward(inputs)             tokens [..., in] -> [..., out], in the dtype of the inputs
     pullback(inputs, dtype)     the stage linearised at the inputs [batch, tokens, in] of a batch of images
                                 (None if it is linear); matrix products are computed in `dtype`
 
-One pullback carries the gradients of any number of prompts; `rows` says which image each belongs to, as
-indices or, where prompts and images go one by one or all prompts belong to one image, as a slice, which
-copies nothing. A gradient that is the same for all tokens of a prompt keeps a token axis of one until a stage
-makes the tokens differ: with mean pooling, the first product of an MLP's backward pass is therefore a vector
-times a matrix.
+One pullback maps the gradients of any number of prompts. `rows` selects the image of each prompt: by indices,
+or by a slice, which copies nothing, if prompt i belongs to image i or all prompts belong to one image. A
+gradient that is the same for all tokens of a prompt has a token axis of length one until a stage makes the
+tokens differ. With mean pooling, the first product in the backward pass of an MLP is therefore a vector times
+a matrix.
 """
 
 import functools
@@ -37,8 +37,8 @@ class Linear:
     """A product with a matrix, and a bias.
 
     Attributes:
-        weight: gives the matrix [out, in] as it is now, so that reloaded weights are followed.
-        bias: gives the bias [out].
+        weight: returns the current matrix [out, in], so that reloaded weights are used.
+        bias: returns the current bias [out], or None.
     """
 
     weight: Callable[[], Tensor]
@@ -64,10 +64,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Scale:
-    """A product with one factor for each channel, as LayerScale.
+    """A product with one factor for each channel, such as LayerScale.
 
     Attributes:
-        factor: gives the factors [width].
+        factor: returns the current factors [width].
     """
 
     factor: Callable[[], Tensor]
@@ -115,7 +115,7 @@ class Activation:
     """An elementwise non-linearity.
 
     Attributes:
-        module: the activation; one that works in place is given a copy.
+        module: the activation; an in-place one is applied to a copy.
     """
 
     module: nn.Module
@@ -134,7 +134,7 @@ class Activation:
 
         def pull(gradients: Tensor, rows: Rows) -> Tensor:
             if not isinstance(rows, slice):
-                # Several prompts of an image share its derivatives.
+                # Prompts of one image share its derivatives.
                 return derivative()[rows].mul_(gradients)
             if len(tokens[rows]) == len(gradients):
                 return activation_backward(self.module, tokens[rows], gradients)
@@ -145,10 +145,10 @@ class Activation:
 
 @dataclass(frozen=True)
 class Gate:
-    """The product of a gated MLP: activation(first half) * second half (SwiGLU and its kin).
+    """The product in a gated MLP: activation(first half) * second half (SwiGLU and similar).
 
     Attributes:
-        activation: acts on the first half of the channels.
+        activation: applied to the first half of the channels.
 
     Source: Shazeer, "GLU Variants Improve Transformer", https://arxiv.org/abs/2002.05202, section 2.
     """
@@ -182,7 +182,7 @@ def run_stages(stages: Sequence[Stage], inputs: Tensor) -> tuple[Tensor, tuple[T
     """Apply stages in order.
 
     Returns:
-        The outputs of the last, and the inputs of each stage that is not linear (None for the others).
+        The outputs of the last stage, and the inputs of each stage that is not linear (None for the others).
     """
     kept: list[Tensor | None] = []
     for stage in stages:
@@ -192,7 +192,7 @@ def run_stages(stages: Sequence[Stage], inputs: Tensor) -> tuple[Tensor, tuple[T
 
 
 def pull_back(stages: Sequence[Stage], kept_inputs: Sequence[Tensor | None], dtype: torch.dtype) -> Pullback:
-    """Linearise stages at the inputs that `run_stages` kept, and compose their pullbacks."""
+    """Linearise stages at the inputs that `run_stages` returned, and compose their pullbacks."""
     pullbacks = [stage.pullback(inputs, dtype) for stage, inputs in zip(stages, kept_inputs, strict=True)]
 
     def pull(gradients: Tensor, rows: Rows) -> Tensor:
@@ -204,7 +204,7 @@ def pull_back(stages: Sequence[Stage], kept_inputs: Sequence[Tensor | None], dty
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over many terms are kept: float32 at least."""
+    """Return the dtype for sums over many terms: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -216,11 +216,11 @@ def activation_derivative(activation: nn.Module, inputs: Float[Tensor, "*shape"]
 def activation_backward(
     activation: nn.Module, inputs: Float[Tensor, "*shape"], gradients: Float[Tensor, "..."]
 ) -> Float[Tensor, "*shape"]:
-    """Multiply gradients, of any shape that expands to the inputs', by the activation's derivative there."""
+    """Multiply gradients, which expand to the shape of the inputs, by the activation's derivative there."""
     gradients = gradients.to(inputs.dtype).expand_as(inputs)
-    if inputs.device.type == "cpu":  # whose kernels take no gradient that is expanded
+    if inputs.device.type == "cpu":  # its kernels need contiguous gradients
         gradients, inputs = gradients.contiguous(), inputs.contiguous()
-    # One pass over memory each, where autograd would compute the outputs first.
+    # These need one pass over memory; autograd would compute the outputs first.
     product: Tensor | None = None
     if type(activation) is nn.GELU:
         product = torch.ops.aten.gelu_backward(gradients, inputs, approximate=activation.approximate)
@@ -233,7 +233,7 @@ def _backward_by_autograd(
     activation: nn.Module, inputs: Float[Tensor, "*shape"], gradients: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
     with torch.inference_mode(False), torch.enable_grad():
-        # Tensors made in inference mode cannot be differentiated by, copies of them can.
+        # Tensors made in inference mode cannot require gradients, but copies of them can.
         leaf = (inputs.clone() if inputs.is_inference() else inputs.detach()).requires_grad_()
         outputs = activation(leaf * 1 if _is_in_place(activation) else leaf)
         (product,) = torch.autograd.grad(outputs, leaf, gradients)
@@ -243,13 +243,13 @@ def _backward_by_autograd(
 def _norm_backward(
     norm: nn.LayerNorm, inputs: Float[Tensor, "images tokens width"], gradients: Tensor
 ) -> Float[Tensor, "prompts tokens width"]:
-    """Carry gradients [prompts, 1 or tokens, width] back through a LayerNorm."""
-    # With parameters of float32, the CPU's kernel keeps the statistics of narrower inputs in float32 too.
+    """Multiply gradients [prompts, 1 or tokens, width] by the derivative of a LayerNorm."""
+    # With float32 parameters, the CPU kernel also keeps the statistics of narrower inputs in float32.
     parameter_dtype = accumulation_dtype(inputs.dtype) if inputs.device.type == "cpu" else inputs.dtype
     weight, bias = norm.weight.detach().to(parameter_dtype), norm.bias.detach().to(parameter_dtype)
     shape = list(norm.normalized_shape)
     _, mean, inverse_std = torch.native_layer_norm(inputs.contiguous(), shape, weight, bias, norm.eps)
-    # The kernel takes operands of one shape: an image of many prompts grows, and a gradient of many tokens.
+    # The kernel needs operands of one shape: images are expanded to prompts, and gradients to tokens.
     grown = (len(gradients), *inputs.shape[1:])
     by_outputs, inputs = gradients.to(inputs.dtype).expand(grown), inputs.expand(grown)
     mean, inverse_std = (values.expand(*grown[:-1], 1).contiguous() for values in (mean, inverse_std))
@@ -266,5 +266,5 @@ def _is_in_place(activation: nn.Module) -> bool:
 
 def _given(inputs: Tensor | None) -> Tensor:
     if inputs is None:
-        raise ValueError("the pullback of a stage that is not linear needs the stage's inputs")
+        raise ValueError("the pullback of a non-linear stage needs the inputs of the stage")
     return inputs

@@ -1,7 +1,7 @@
-"""What a vision tower is made of, as far as the method needs to know.
+"""Descriptions of vision towers: blocks, pooling and scoring, without details of model families.
 
 Everything that depends on a model family is in `legrad.families`, which describes a tower as a `Tower`;
-`legrad.method.trace` and `legrad.method.relevance` work on that description alone.
+`legrad.method.trace` and `legrad.method.relevance` only use that description.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class EmbeddedImages:
 
     Attributes:
         tokens: [batch, prefix and patches, width].
-        rotary: rotary position embedding of the patches, as the attention's `project` takes it, or None.
+        rotary: rotary position embedding of the patches for `Block.project`, or None.
     """
 
     tokens: Tensor
@@ -36,12 +36,12 @@ class Block:
     residual x, and y is its only token.
 
     Attributes:
-        norm: what the attention's inputs pass first.
+        norm: applied to the tokens before the attention.
         project: (normed tokens, rotary embedding) -> queries, keys and values,
             [batch, heads, tokens, head_dim].
-        bias: gives what is added to the attention's logits, [1, heads, queries, keys], or None.
-        out: from the mixed values, heads side by side, to what is added to x.
-        mlp: from y to what is added to y; empty where there is none.
+        out: stages from the attention's output, heads concatenated, to the residual branch added to x.
+        mlp: stages from y to the residual branch added to y; empty if there is none.
+        bias: returns the bias of the attention's logits, [1, heads, queries, keys], or None.
         is_pooler: x is not added to y.
     """
 
@@ -55,14 +55,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Scoring:
-    """From the tokens that leave a block to the feature that is compared with a text.
+    """Computation from the output tokens of a block to the feature that is compared with a text.
 
     Attributes:
-        pooler: attentional pooler that the tokens go through first; its attention is then the one explained.
-        token_stages: what each token passes before the mean.
+        token_stages: applied to each token before the mean.
         pooled_tokens: the tokens that are averaged.
-        head: what the mean passes.
-        is_unit: the score is the cosine; else the plain product with the unit text.
+        head: applied to the mean.
+        pooler: attentional pooler applied first, or None; if there is one, its attention is explained.
+        is_unit: True: the score is the cosine; False: the dot product of the feature and the unit text.
     """
 
     token_stages: tuple[Stage, ...]
@@ -74,26 +74,26 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Tower:
-    """One vision tower, described.
+    """Description of one vision tower.
 
     Attributes:
-        family: name of the rules that apply, as `legrad.supported_models` lists it.
+        family: name of the model family, as in `legrad.supported_models`.
         patch_size: side of a square patch, in pixels of the model's input.
-        native_grid: patches (down, across) at the size the tower was trained for.
-        native_size: (height, width) of that size in pixels; patches may leave a margin of it unseen.
-        takes_any_grid: other grids are possible; else images must have the native size.
+        native_grid: rows and columns of patches at the size that the tower was trained for.
+        native_size: (height, width) of that size in pixels; patches may not cover it completely.
+        takes_any_grid: whether other grids are possible; otherwise images must have the native size.
         embed_dim: dimension of the joint image-text space.
-        prefix_tokens: tokens in front of the patches (class and register tokens).
-        normalisation: how the authors bring a heat map of this family to 0 to 1: after ("upsampled") or
-            before ("grid") it is upsampled.
-        embed: images [batch, 3, height, width] -> tokens entering the first block.
+        prefix_tokens: number of tokens before the patches (class and register tokens).
+        normalisation: whether the authors min-max normalise maps of this family after ("upsampled") or before
+            ("grid") upsampling.
+        embed: images [batch, 3, height, width] -> input tokens of the first block.
         blocks: every block, first to last.
-        reference: how a layer is scored by default: the authors' way, or the nearest to it for a family that
-            they do not have.
-        authors: how the authors' package would score a layer; `reference`, but for PE-Core.
-        own: the model's own pooling and head; of the last block's tokens it makes the image feature.
-        parameter: one parameter of the patch embedding; its dtype and device are those of the images.
-        authors_neutral_text: the text by whose map the authors correct every map of this family, or None.
+        reference: default scoring of a layer: the authors' way, or the closest to it for a family that their
+            package does not cover.
+        authors: scoring of the authors' package; differs from `reference` for PE-Core only.
+        own: the model's own pooling and head, which computes the image feature from the last block.
+        parameter: returns a parameter of the patch embedding; images must have its dtype and device.
+        authors_neutral_text: text whose map the authors use to correct every map of this family, or None.
     """
 
     family: str

@@ -1,6 +1,6 @@
-"""One forward pass through a vision tower, returning what the explanation needs as values."""
+"""Run a vision tower once, and return everything that explanations need from the forward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,17 +17,17 @@ StageInputs = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one explained attention computed, in the notation y = x + out(attention), z = y + mlp(y).
+    """Values computed by one explained attention, with y = x + out(attention) and z = y + mlp(y).
 
-    The attention is the block's own, or the pooler's where the tower has one.
+    The attention is that of the pooler if the tower has one, otherwise that of the block.
 
     Attributes:
         index: position of the block in the tower, 0 first.
         values: V, one matrix for each head.
-        out_inputs: inputs of each stage of `out` that is not linear.
-        mlp_inputs: inputs of each stage of `mlp` that is not linear.
-        outputs: z, the tokens that are scored: the block's, or the pooler's one.
-        block_outputs: the tokens that leave the block.
+        out_inputs: inputs of each stage of `out`, None for linear stages.
+        mlp_inputs: inputs of each stage of `mlp`, None for linear stages.
+        outputs: z, the tokens that are scored: those of the block, or the pooler's one token.
+        block_outputs: output tokens of the block.
     """
 
     index: int
@@ -40,19 +40,16 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """A batch of encoded images: enough to explain any number of prompts without a second encode.
+    """A batch of encoded images: everything needed to explain any number of prompts without another encode.
 
     Attributes:
         layers: the explained blocks, first to last.
-        image_features: the model's own, unit rows, as `model.encode_image(images, normalize=True)` gives
-            them.
-        grid_height: patches down.
-        grid_width: patches across.
+        image_features: unit rows, as returned by `model.encode_image(images, normalize=True)`.
+        grid_height: rows of patches.
+        grid_width: columns of patches.
         rotary: the rotary position embedding that the blocks used, or None.
-        pool: the choice of `pool` that the layers were kept for; "authors": that of `as_authors`, where it is
-            another.
-        structure: tells the modules that were run from those of another model; None in a copy or where it is
-            not known.
+        pool: the choice of `pool` that the trace was made for; "authors" for `as_authors`, if that differs.
+        structure: identifies the modules that made the trace; None in a copy or if it is not known.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -69,7 +66,7 @@ class Trace:
         return len(self.image_features)
 
     def __getstate__(self) -> dict[str, object]:
-        """Give what a copy keeps: its explainer may be one of copied modules."""
+        """Return the state for a copy, whose explainer may have copied modules."""
         return vars(self) | {"structure": None}
 
 
@@ -77,16 +74,16 @@ class Trace:
 def trace_images(
     tower: Tower, images: Float[Tensor, "batch 3 height width"], layers: int, scoring: Scoring
 ) -> Trace:
-    """Encode images once, keeping what the last blocks computed.
+    """Encode images once, and store what the last blocks computed.
 
-    The forward pass is written over the tower's own submodules: nothing is hooked, no state that training
-    mode would change is used, and attention stays fused. Autocast does not act.
+    The forward pass calls the tower's own submodules, without hooks and independent of training mode, and
+    uses fused attention. Autocast is disabled.
 
     Args:
         tower: description of the tower.
         images: preprocessed images; both sides multiples of the patch size.
-        layers: how many of the last blocks to keep.
-        scoring: how a layer is scored; its pooler, if any, is run on each kept block's tokens.
+        layers: number of last blocks to store.
+        scoring: how a layer is scored; its pooler, if any, is run on the tokens of each stored block.
 
     Returns:
         The trace, in the dtype of the tower's parameters.
@@ -109,7 +106,7 @@ def trace_images(
 
 
 def pool_of(tower: Tower, scoring: Scoring) -> Pool:
-    """Name the way in which a tower's layers are scored."""
+    """Return the choice of `pool` that a scoring of a tower belongs to."""
     if scoring is tower.reference:
         return "reference"
     return "model" if scoring is tower.own else "authors"
@@ -118,7 +115,7 @@ def pool_of(tower: Tower, scoring: Scoring) -> Pool:
 def run_block(
     block: Block, tokens: Float[Tensor, "batch tokens width"], rotary: Tensor | None, index: int = 0
 ) -> LayerTrace:
-    """Run one block, or pooler, keeping what it computed on the way."""
+    """Run one block or pooler, and return the values that it computed."""
     return run_normed_block(block, tokens, block.norm(tokens), rotary, index)
 
 
@@ -129,7 +126,7 @@ def run_normed_block(
     rotary: Tensor | None,
     index: int = 0,
 ) -> LayerTrace:
-    """Run what follows a block's first norm, given the block's inputs and their normed form."""
+    """Run a block after its first norm, given its input tokens before and after that norm."""
     queries, keys, values = block.project(normed_tokens, rotary)
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=block.bias())
     branch, out_inputs = run_stages(block.out, mixed.transpose(1, 2).flatten(2))
@@ -143,22 +140,15 @@ def run_normed_block(
 def score_features(
     scoring: Scoring, tokens: Float[Tensor, "batch tokens width"]
 ) -> Float[Tensor, "batch embed_dim"]:
-    """Pool tokens and apply the head, as a scoring says; the feature is not brought to unit length."""
+    """Pool tokens and apply the head of a scoring; the feature is not normalised."""
     if scoring.pooler is not None:
         tokens = run_block(scoring.pooler, tokens, None).outputs
-    # Selected before the stages: with a class token the norm sees that alone.
+    # Selected before the stages, so that with a class token the norm only runs on that token.
     normed, _ = run_stages(scoring.token_stages, tokens[:, scoring.pooled_tokens])
     features, _ = run_stages(scoring.head, normed.mean(dim=1, keepdim=True))
     return features[:, 0]
 
 
 def _compact(layer: LayerTrace, block_outputs: Tensor) -> LayerTrace:
-    """Copy the values, or their view would keep queries and keys in memory as well."""
-    return LayerTrace(
-        layer.index,
-        layer.values.contiguous(),
-        layer.out_inputs,
-        layer.mlp_inputs,
-        layer.outputs,
-        block_outputs,
-    )
+    """Copy the values, as their view would also keep queries and keys in memory."""
+    return replace(layer, values=layer.values.contiguous(), block_outputs=block_outputs)

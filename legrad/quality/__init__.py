@@ -1,1 +1,1 @@
-"""How good maps and masks are: metrics, perturbation, and the methods that LeGrad is compared with."""
+"""Measure maps and masks: metrics, perturbation tests, and baseline methods to compare LeGrad with."""

@@ -1,8 +1,8 @@
-"""Maps that LeGrad has to beat, from the same forward pass of the same model.
+"""Baseline maps to compare LeGrad with, from the same forward pass of the same model.
 
-All are raw grids on the patch grid, one a prompt, so that they go through the same upsampling, normalisation
-and thresholds as LeGrad's own. They are computed from a `Trace`, whose last block is run again where its
-attention or its gradient is needed; the model is not touched.
+All are raw grids on the patch grid, one for each prompt, so that upsampling, normalisation and thresholds are
+the same as for LeGrad. They are computed from a `Trace`; its last block is run again where its attention or
+gradient is needed. The model is not changed.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ def baseline_grids(
     generator: torch.Generator,
     images: Float[Tensor, "batch 3 height width"] | None = None,
 ) -> dict[str, Float[Tensor, "prompts grid_height grid_width"]]:
-    """Every baseline for the given (image, prompt) pairs.
+    """Compute every baseline for the given (image, prompt) pairs.
 
     Args:
         tower: description of the tower that made the trace.
-        trace: the encoded images, with the last two blocks at least.
-        text_embeddings: unit rows, one a prompt.
+        trace: the encoded images, with at least the last two blocks.
+        text_embeddings: unit rows, one for each prompt.
         image_index: for each prompt, the row of its image in the trace.
-        generator: of the random grids; on the CPU.
-        images: what the trace encodes; given, and where the tower has a class token, rollout is one of the
-            baselines, and the trace must hold every block.
+        generator: generator of the random grids, on the CPU.
+        images: the images that the trace encodes. If they are given and the tower has a class token,
+            attention rollout is included, and the trace must hold every block.
 
     Returns:
-        Name of the baseline to its grids, in float32.
+        Grids by name of the baseline, in float32.
 
     Raises:
-        InputError: the trace holds one block alone, or not every block where rollout needs them.
+        InputError: the trace holds fewer blocks than needed.
     """
     grid = (trace.grid_height, trace.grid_width)
     device = image_index.device
@@ -59,7 +59,7 @@ def baseline_grids(
 
 
 def _pooling_attention(tower: Tower, trace: Trace, images: Tensor | None) -> dict[str, Tensor]:
-    """The attention by which the tower gathers its feature, where there is such a thing."""
+    """Return the attention from the pooled token to the patches, if the tower pools by attention."""
     if tower.own.pooler is not None:
         return {"pooler attention": pooler_attention(tower.own.pooler, tower, trace)}
     if not tower.prefix_tokens:
@@ -71,12 +71,12 @@ def _pooling_attention(tower: Tower, trace: Trace, images: Tensor | None) -> dic
 def random_grids(
     prompts: int, grid_height: int, grid_width: int, *, generator: torch.Generator
 ) -> Float[Tensor, "prompts grid_height grid_width"]:
-    """Independent uniform noise in every cell."""
+    """Return independent uniform noise in every cell."""
     return torch.rand(prompts, grid_height, grid_width, generator=generator)
 
 
 def centre_prior(grid_height: int, grid_width: int) -> Float[Tensor, "grid_height grid_width"]:
-    """A Gaussian around the centre, its deviation a quarter of each side; knows neither image nor prompt."""
+    """Return a centred Gaussian with a standard deviation of 1/4 side; independent of image and prompt."""
     rows, columns = (
         ((torch.arange(cells) + 0.5) / cells - 0.5) / CENTRE_PRIOR_SIGMA
         for cells in (grid_height, grid_width)
@@ -85,10 +85,12 @@ def centre_prior(grid_height: int, grid_width: int) -> Float[Tensor, "grid_heigh
 
 
 def cls_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_height grid_width"]:
-    """How much the class token attends to each patch in the last block, averaged over heads; knows no prompt.
+    """Return the class token's attention to each patch in the last block, averaged over heads.
+
+    It does not depend on the prompt.
 
     Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, figure 1
-        (there one map a head).
+        (there one map for each head).
     """
     return _patch_grid(_last_attention(tower, trace)[:, 0], tower, trace)
 
@@ -97,11 +99,11 @@ def cls_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_heigh
 def attention_rollout(
     tower: Tower, trace: Trace, images: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch grid_height grid_width"]:
-    """How much of each patch reaches the class token, if every block mixed tokens as its attention says.
+    """Compute attention rollout: the share of each patch in the class token, if only attention mixed tokens.
 
-    Each block's attention, averaged over heads, is averaged with the identity for the residual, and the
-    product over all blocks is read at the class token; knows no prompt. Blocks are taken from the last to the
-    first, so that one row is carried instead of a matrix, and one attention matrix is held at a time.
+    Each block's attention, averaged over heads, is averaged with the identity for the residual; the result is
+    the class token's row of the product over all blocks. It does not depend on the prompt. Blocks are
+    multiplied from last to first, so that only one row and one attention matrix are in memory at a time.
 
     Args:
         tower: description of the tower that made the trace.
@@ -109,7 +111,7 @@ def attention_rollout(
         images: the same images; their embedding enters the first block.
 
     Raises:
-        InputError: a trace of fewer blocks.
+        InputError: the trace lacks blocks.
 
     Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, section 3.
     """
@@ -130,13 +132,13 @@ def attention_rollout(
 def pooler_attention(
     pooler: Block, tower: Tower, trace: Trace
 ) -> Float[Tensor, "batch grid_height grid_width"]:
-    """How much an attentional pooler looks at each patch, averaged over heads; knows no prompt."""
+    """Return an attentional pooler's attention to each patch, averaged over heads; no prompt is used."""
     attention = _attention(pooler, trace.layers[-1].block_outputs, None)
     return _patch_grid(attention[:, 0], tower, trace)
 
 
 def mean_query_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_height grid_width"]:
-    """How much all tokens attend to each patch in the last block, averaged over heads; knows no prompt."""
+    """Return the attention to each patch in the last block, averaged over heads and queries."""
     return _patch_grid(_last_attention(tower, trace).mean(dim=1), tower, trace)
 
 
@@ -146,10 +148,10 @@ def patch_text_similarity(
     text_embeddings: Float[Tensor, "prompts embed_dim"],
     image_index: Int[Tensor, " prompts"],
 ) -> Float[Tensor, "prompts grid_height grid_width"]:
-    """Cosine of each output patch token, through the model's final norm and projection, with the text.
+    """Return the cosine of the text and each output patch token after the model's final norm and projection.
 
-    Source: the direct reading of dense features that Zhou et al., "Extract Free Dense Labels from CLIP",
-        ECCV 2022, improve on by changing the last attention, which this baseline does not.
+    Source: the unmodified dense features that Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022,
+        start from; their method also changes the last attention.
     """
     with torch.no_grad():
         features = _token_features(tower.own, trace.layers[-1].block_outputs)
@@ -163,14 +165,14 @@ def gradcam(
     text_embeddings: Float[Tensor, "prompts embed_dim"],
     image_index: Int[Tensor, " prompts"],
 ) -> Float[Tensor, "prompts grid_height grid_width"]:
-    """GradCAM of the model's own image-text cosine, at the last block's normalised input.
+    """Compute GradCAM of the model's own image-text cosine at the normalised input of the last block.
 
-    The activations are those after the block's first norm, the last place where the score still depends on
-    the patches when the model pools its class token. A channel's weight is its gradient averaged over the
+    The activations are those after the block's first norm: for a model that pools its class token, the last
+    ones in which the score depends on the patches. A channel's weight is its gradient averaged over the
     patches, and the map is the ReLU of the weighted sum of channels.
 
-    Source: Selvaraju et al., "Grad-CAM", ICCV 2017, equations 1 and 2; the layer is the one commonly taken
-        for vision transformers (Gildenblat et al., pytorch-grad-cam).
+    Source: Selvaraju et al., "Grad-CAM", ICCV 2017, equations 1 and 2; the layer is the usual choice for
+        vision transformers (Gildenblat et al., pytorch-grad-cam).
     """
     block = tower.blocks[-1]
     residual = _last_block_input(trace)[image_index]
@@ -188,7 +190,7 @@ def gradcam(
 def _token_features(
     scoring: Scoring, tokens: Float[Tensor, "batch tokens width"]
 ) -> Float[Tensor, "batch tokens embed_dim"]:
-    """The feature that the model would make of each token, were it the only one."""
+    """Return the feature that the model computes from each token on its own."""
     if scoring.pooler is not None:
         pooled = run_block(scoring.pooler, tokens.flatten(0, 1)[:, None], None).outputs
         tokens = torch.unflatten(pooled[:, 0], 0, tokens.shape[:2])
@@ -204,7 +206,7 @@ def _last_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch queries 
 def _attention(
     block: Block, tokens: Float[Tensor, "batch tokens width"], rotary: Tensor | None
 ) -> Float[Tensor, "batch queries keys"]:
-    """A block's attention matrix, averaged over heads."""
+    """Return a block's attention matrix, averaged over heads."""
     queries, keys, _ = block.project(block.norm(tokens), rotary)
     logits = queries.float() @ keys.float().mT / queries.shape[-1] ** 0.5
     bias = block.bias()

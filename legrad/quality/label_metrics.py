@@ -1,7 +1,7 @@
-"""How good a label map is: IoU over classes, pixel figures and boundaries, with intervals over images.
+"""Metrics of label maps: IoU over classes, pixel shares and boundary F, with bootstrap intervals over images.
 
-What is counted is kept image by image, so that whole images can be resampled: every figure here is a function
-of sums over images. Pure functions on numpy arrays.
+Counts are kept for each image, so that whole images can be resampled: every metric is a function of sums over
+images. All functions are pure and take numpy arrays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from legrad.quality.metrics import Estimate, draws_per_image
 
 BACKGROUND = 0
 BOUNDARY_TOLERANCE = 0.0075  # share of the image diagonal
-DRAWS_AT_ONCE = 100  # bounds the sums that are held at a time
+DRAWS_AT_ONCE = 100  # bounds the memory for sums
 
 # Columns of a pixel tally.
 COUNTED, KEPT, CORRECT, CORRECT_KEPT, MASKED, HIT, TRUE = range(7)
@@ -30,13 +30,13 @@ Sums = Float[np.ndarray, "draws columns"]
 
 @dataclass(frozen=True)
 class Overlap:
-    """What prediction and truth have in common in one image, class by class, in pixels or in points.
+    """Overlap of prediction and truth in one image for each class, in pixels or in points.
 
     Attributes:
-        class_ids: the classes that occur in either, ascending; 0 is background.
-        truth: how many belong to the class.
-        predicted: how many are said to.
-        both: how many belong and are said to.
+        class_ids: classes that occur in either, ascending; 0 is background.
+        truth: number of pixels or points of the class in the truth.
+        predicted: number in the prediction.
+        both: number in both.
     """
 
     class_ids: Int[np.ndarray, " classes"]
@@ -47,11 +47,11 @@ class Overlap:
 
 @dataclass(frozen=True)
 class OverlapTable:
-    """The overlaps of a set of images, aligned.
+    """Overlaps of a set of images in one table.
 
     Attributes:
-        class_ids: the classes that occur in any of them, ascending.
-        counts: one row an image; all classes' truth, then all classes' predicted, then all classes' both.
+        class_ids: classes that occur in any image, ascending.
+        counts: one row for each image; columns are `truth` of all classes, then `predicted`, then `both`.
     """
 
     class_ids: Int[np.ndarray, " classes"]
@@ -67,10 +67,10 @@ def label_overlap(
 
     Args:
         predicted: class of each pixel, 0 for background.
-        truth: the same.
-        counted: pixels that count; elsewhere the labels may be anything.
+        truth: class of each pixel, 0 for background.
+        counted: pixels to include; labels of all others are ignored.
     """
-    # sklearn's confusion_matrix takes 50 times as long, and of its cells only margins and diagonal are needed
+    # scikit-learn's confusion_matrix takes 50 times as long; only its margins and diagonal are needed here.
     labels = [predicted[counted], truth[counted]]
     length = 1 + max((int(part.max(initial=0)) for part in labels), default=0)
     predicted_count, truth_count = (np.bincount(part, minlength=length) for part in labels)
@@ -84,18 +84,18 @@ def point_overlap(
     is_object: Bool[np.ndarray, " points"],
     is_predicted: Bool[np.ndarray, " points"],
 ) -> Overlap:
-    """Count the points of every class: points said yes to, points predicted, and both.
+    """Count the labelled points of every class: positive points, predicted points, and both.
 
     Args:
-        class_ids: the class that each point was asked for; one place may be asked for several.
-        is_object: whether the answer was yes.
-        is_predicted: whether the prediction has that class there.
+        class_ids: class that each point is labelled for; one location may have labels for several classes.
+        is_object: whether the point belongs to the class (a positive label).
+        is_predicted: whether the prediction has that class at the point.
 
     Returns:
-        Counts from which the IoU is yes and predicted / (yes, or no but predicted).
+        Counts whose IoU is (positive and predicted) / (positive or predicted).
 
-    Source: Benenson and Ferrari, "From colouring-in to pointillism", arXiv:2210.14142, which evaluates by
-        the IoU of labelled points in place of pixels.
+    Source: Benenson and Ferrari, "From colouring-in to pointillism", arXiv:2210.14142, which uses the IoU of
+        labelled points instead of pixels.
     """
     found, position = np.unique(class_ids, return_inverse=True)
 
@@ -108,7 +108,7 @@ def point_overlap(
 
 
 def tabulate_overlaps(overlaps: Sequence[Overlap]) -> OverlapTable:
-    """Align the overlaps of a set of images, one row each."""
+    """Collect the overlaps of a set of images in a table, one row for each image."""
     counts = [np.stack([overlap.truth, overlap.predicted, overlap.both], axis=1) for overlap in overlaps]
     return tabulate_counts(
         np.concatenate([np.zeros((0, 3), dtype=np.intp), *counts]),
@@ -124,13 +124,13 @@ def tabulate_counts(
     images: Int[np.ndarray, " items"],
     image_count: int,
 ) -> OverlapTable:
-    """Align what was counted of classes in images; items of the same class and image are added up.
+    """Collect counts of classes in images in a table; items of the same class and image are summed.
 
     Args:
         counts: truth, predicted and both of each item.
-        class_ids: the class of each item.
-        images: the row of the image that each item belongs to.
-        image_count: how many images there are, also such without items.
+        class_ids: class of each item.
+        images: row of the image that each item belongs to.
+        image_count: number of images, including those without items.
     """
     found, position = np.unique(class_ids, return_inverse=True)
     columns = position[:, None] + np.arange(3) * len(found)
@@ -140,14 +140,14 @@ def tabulate_counts(
 
 
 def mean_iou(table: OverlapTable, *, background: bool) -> Callable[[Sums], Float[np.ndarray, " draws"]]:
-    """The mean over classes of the intersection over union, as a function of summed overlaps.
+    """Return the function from summed overlaps to the mean intersection over union over classes.
 
-    One confusion matrix over the whole set, not a mean over images. A class counts where it occurs in the
-    truth or in the prediction; where none does the figure is NaN.
+    The counts of all images are summed first; it is not a mean over images. Classes that occur neither in the
+    truth nor in the prediction are excluded; without any class the result is NaN.
 
     Args:
-        table: tells the columns.
-        background: whether background is a class like the others.
+        table: defines the columns.
+        background: whether background is included as a class.
 
     Source: Everingham et al., "The PASCAL Visual Object Classes Challenge: A Retrospective", IJCV 2015,
         section 4.3.2 (there every class of a fixed list occurs).
@@ -157,7 +157,7 @@ def mean_iou(table: OverlapTable, *, background: bool) -> Callable[[Sums], Float
 
 
 def class_iou(table: OverlapTable) -> dict[int, float]:
-    """Intersection over union of every class that occurs, over the whole set."""
+    """Return the intersection over union of every class that occurs, over the whole set."""
     sums = np.asarray(table.counts.sum(axis=0), dtype=np.float64).reshape(1, -1)
     iou = _class_iou(sums, len(table.class_ids))[0]
     pairs = zip(table.class_ids.tolist(), iou.tolist(), strict=True)
@@ -170,13 +170,13 @@ def pixel_tally(
     counted: Bool[np.ndarray, "height width"],
     kept: Bool[np.ndarray, "height width"],
 ) -> Float[np.ndarray, " columns"]:
-    """Count pixels of one image for what `share` divides; the columns are constants of this module.
+    """Count pixels of one image, to be divided by `share`; the columns are constants of this module.
 
     Args:
-        predicted: class of each pixel, 0 for background and where the prediction does not commit itself.
+        predicted: class of each pixel, 0 for background and for pixels that the prediction ignores.
         truth: class of each pixel.
-        counted: pixels that count in the truth.
-        kept: pixels for which the prediction commits itself.
+        counted: pixels to include, by the truth.
+        kept: pixels that the prediction does not ignore.
     """
     correct, masked = counted & (predicted == truth), counted & (predicted != BACKGROUND)
     tally = np.zeros(7)
@@ -191,7 +191,7 @@ def pixel_tally(
 
 
 def share(part: int, whole: int) -> Callable[[Sums], Float[np.ndarray, " draws"]]:
-    """One column of summed tallies over another; NaN where that is 0."""
+    """Return the function that divides one column of summed tallies by another; NaN if that is 0."""
     return lambda sums: _ratio(sums[:, part], sums[:, whole])
 
 
@@ -202,18 +202,18 @@ def bootstrap_sums(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate | None:
-    """A function of sums over images, with its interval over resampled sets of images.
+    """Return a function of sums over images, with its interval over resampled sets of images.
 
-    Resamples on which it is NaN are left out.
+    Resamples on which it is NaN are skipped.
 
     Args:
-        counts: one row an image.
-        statistic: of sums over the rows, for several sets at a time.
-        resamples: how many bootstrap samples.
-        seed: of numpy's default generator; the same seed and number of images give the same resamples.
+        counts: one row for each image.
+        statistic: function of sums over rows, for several sets at a time.
+        resamples: number of bootstrap samples.
+        seed: seed of numpy's default generator; the same seed and number of images give the same resamples.
 
     Returns:
-        None where the figure is undefined on the whole set.
+        None if the value is undefined on the whole set.
     """
     values = _resampled(counts, statistic, resamples, seed)
     return _estimate(values, counts.shape[0])
@@ -228,23 +228,23 @@ def bootstrap_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate | None:
-    """How much more a figure is on one set of predictions than on another of the same images, paired.
+    """Return the difference of a value between two sets of predictions for the same images, paired.
 
-    Both are resampled together, image by image, which leaves out what is hard or easy about the images.
+    Both are resampled together by image, which removes the variance due to hard and easy images.
 
     Args:
-        counts: one row an image.
-        other_counts: of the same images in the same order.
-        statistic: of sums over ``counts``.
-        other_statistic: of sums over ``other_counts``.
-        resamples: how many bootstrap samples.
-        seed: of numpy's default generator.
+        counts: one row for each image.
+        other_counts: counts of the same images in the same order.
+        statistic: function of sums over ``counts``.
+        other_statistic: function of sums over ``other_counts``.
+        resamples: number of bootstrap samples.
+        seed: seed of numpy's default generator.
 
     Returns:
-        None where either figure is undefined.
+        None if either value is undefined.
 
     Raises:
-        ValueError: different numbers of images.
+        ValueError: the numbers of images differ.
     """
     if counts.shape[0] != other_counts.shape[0]:
         raise ValueError(
@@ -262,20 +262,20 @@ def boundary_f(
     *,
     tolerance: float = BOUNDARY_TOLERANCE,
 ) -> float:
-    """F-measure of the boundary: harmonic mean of how much of either contour lies near the other.
+    """Return the boundary F-measure: harmonic mean of the shares of either contour that lie near the other.
 
-    A boundary pixel is one of the mask with a neighbour, left, right, above or below, outside of it; the
-    frame of the image is no boundary. Boundary pixels of the mask that do not count in the truth are neither
-    right nor wrong, but the truth's may be found by them.
+    A boundary pixel is a pixel of the mask with a 4-neighbour outside of the mask; the border of the image is
+    no boundary. Boundary pixels of the mask that are not valid are excluded from precision, but still match
+    boundary pixels of the truth.
 
     Args:
         mask: predicted pixels.
         truth: pixels of the object.
-        valid: pixels that count.
-        tolerance: how far is near, as a share of the image diagonal.
+        valid: pixels to include.
+        tolerance: maximal distance that is near, as a share of the image diagonal.
 
     Returns:
-        From 0 to 1. Where neither has a boundary 1 if they agree, else 0; where one has none 0.
+        From 0 to 1. If neither has a boundary: 1 if they agree, otherwise 0. If only one has a boundary: 0.
 
     Source: Csurka et al., "What is a good evaluation measure for semantic segmentation?", BMVC 2013, section
         2.2, whose tolerance of 0.75 % of the diagonal is the default.
@@ -299,7 +299,7 @@ def _boundary_pixels(mask: Bool[np.ndarray, "height width"]) -> Int[np.ndarray, 
 def _share_near(
     pixels: Int[np.ndarray, "pixels 2"], others: Int[np.ndarray, "others 2"], reach: float
 ) -> float:
-    """Share of pixels with one of the others within reach, in pixels, the reach included."""
+    """Return the share of pixels that have one of the others at a distance of at most `reach` pixels."""
     distances, _ = cKDTree(others).query(pixels, distance_upper_bound=reach + 1)
     return float(np.mean(distances <= reach))
 
@@ -310,7 +310,7 @@ def _resampled(
     resamples: int,
     seed: int,
 ) -> Float[np.ndarray, " values"]:
-    """The figure of the whole set, then of each resample."""
+    """Return the value of the whole set, then of each resample."""
     images = counts.shape[0]
     draws = draws_per_image(images, resamples, seed) if images else np.zeros((resamples, 0))
     everything = np.concatenate([np.ones((1, images)), draws]).astype(np.float64)
@@ -323,7 +323,7 @@ def _resampled(
 
 
 def _estimate(values: Float[np.ndarray, " values"], images: int) -> Estimate | None:
-    """The first value with the interval of all; None where it is undefined."""
+    """Return the first value with the interval of all values; None if it is undefined."""
     if np.isnan(values[0]):
         return None
     low, high = np.nanpercentile(values, [2.5, 97.5])

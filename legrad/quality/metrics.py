@@ -1,8 +1,8 @@
-"""How good a map is: localisation against ground truth, recognition against labels, and how sure we are.
+"""Metrics of heat maps: localisation against ground truth, recognition against labels, bootstrap intervals.
 
-Everything here is a pure function on numpy arrays. A *pair* is one (image, prompt) with its heat map, its
-ground truth and the pixels that count: ``valid`` is False where the annotator of the ground truth did not
-decide (COCO's "ignore", VOC's 255), and such pixels take part in nothing.
+All functions are pure and take numpy arrays. A *pair* is one (image, prompt) with its heat map, its ground
+truth and its valid pixels: ``valid`` is False where the ground truth is undecided (COCO's "ignore", VOC's
+255), and such pixels are excluded from every metric.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % percentile-bootstrap interval.
+    """A value with its 95 % percentile-bootstrap interval.
 
     Attributes:
-        value: the figure on the whole set.
+        value: the value on the whole set.
         low: 2.5th percentile over the resamples.
         high: 97.5th percentile over the resamples.
-        images: how many images it rests on.
+        images: number of images in the set.
     """
 
     value: float
@@ -56,7 +55,7 @@ def foreground_iou(
     truth: Bool[np.ndarray, "pairs height width"],
     valid: Bool[np.ndarray, "pairs height width"],
 ) -> Float[np.ndarray, " pairs"]:
-    """Intersection over union of the foreground, over valid pixels; 1 where both masks are empty there."""
+    """Return the intersection over union of the foreground over valid pixels; 1 if both masks are empty."""
     intersection = (masks & truth & valid).sum(axis=(1, 2))
     union = ((masks | truth) & valid).sum(axis=(1, 2))
     return _ratio_or_one(intersection, union)
@@ -68,12 +67,12 @@ def iou_at_thresholds(
     valid: Bool[np.ndarray, "pairs height width"],
     thresholds: Float[np.ndarray, " thresholds"],
 ) -> Float[np.ndarray, "pairs thresholds"]:
-    """Foreground IoU of ``heatmap > threshold`` for every threshold, from one histogram a map.
+    """Return the foreground IoU of ``heatmap > threshold`` for every threshold, from one histogram per map.
 
     Args:
         heatmaps: maps on the scale of the thresholds.
         truth: pixels of the object.
-        valid: pixels that count.
+        valid: pixels to include.
         thresholds: ascending.
 
     Raises:
@@ -91,10 +90,10 @@ def iou_at_thresholds(
 def best_threshold(
     iou: Float[np.ndarray, "pairs thresholds"], thresholds: Float[np.ndarray, " thresholds"]
 ) -> tuple[float, int]:
-    """The one threshold with the highest mean IoU over the whole set, and its column.
+    """Return the threshold with the highest mean IoU over the whole set, and its column.
 
-    It is chosen on the very pairs it is reported for, so its IoU is an upper bound of what a threshold fixed
-    beforehand would reach. Ties go to the lowest threshold.
+    As it is chosen on the same pairs that it is reported for, its IoU is an upper bound for any threshold
+    fixed in advance. Ties go to the lowest threshold.
     """
     column = int(iou.mean(axis=0).argmax())
     return float(thresholds[column]), column
@@ -105,18 +104,18 @@ def average_precision(
     truth: Bool[np.ndarray, "height width"],
     valid: Bool[np.ndarray, "height width"],
 ) -> float:
-    """Average precision of the map as a ranking of all valid pixels; no pixel is subsampled.
+    """Return the average precision of the map as a ranking of all valid pixels, without subsampling.
 
-    Only the order of the values matters, so a map and its min-max normalisation have the same one. The
-    definition is scikit-learn's: precision at every distinct value, weighted by the recall it adds.
+    Only the order of the values matters, so a map and its min-max normalisation have the same value. As in
+    scikit-learn, it is the precision at every distinct value, weighted by the recall that this value adds.
 
     Raises:
-        ValueError: no valid pixel belongs to the object, and the figure is undefined.
+        ValueError: no valid pixel belongs to the object, so that the value is undefined.
     """
     labels = truth[valid]
     if not labels.any():
         raise ValueError(
-            f"expected at least one valid pixel of the object, received {valid.sum()} without any"
+            f"expected at least one valid pixel of the object, received none in {valid.sum()} valid pixels"
         )
     return _average_precision(labels, heatmap[valid])
 
@@ -126,18 +125,19 @@ def own_object_preference(
     truth: Bool[np.ndarray, "2 height width"],
     valid: Bool[np.ndarray, "2 height width"],
 ) -> Float[np.ndarray, " 2"]:
-    """Whether each of two prompts' maps is, on average, hotter on its own object than on the other's.
+    """Compare the mean heat of each of two prompts' maps on its own object and on the other one.
 
     Args:
         heatmaps: normalised maps of the two prompts of one image.
         truth: the two objects, in the same order.
-        valid: pixels that count.
+        valid: pixels to include.
 
     Returns:
-        1 own object, 0 the other's, 0.5 where both are equally hot. Maps that ignore the prompt average 0.5.
+        1 if the own object is hotter, 0 if the other one is, 0.5 if both are equal. The mean is 0.5 for maps
+        that do not depend on the prompt.
 
     Raises:
-        ValueError: an object without any valid pixel.
+        ValueError: an object has no valid pixel.
     """
     objects = (truth & valid).reshape(2, -1).astype(np.float64)
     areas = objects.sum(axis=1)
@@ -152,7 +152,7 @@ def own_object_preference(
 def top1_hits(
     scores: Float[np.ndarray, "images classes"], present: Bool[np.ndarray, "images classes"]
 ) -> Bool[np.ndarray, " images"]:
-    """Whether the highest-scoring class is in the image; ties go to the lower class index."""
+    """Return whether the highest-scoring class is in the image; ties go to the lower class index."""
     hits: NDArray[np.bool_] = present[np.arange(len(scores)), scores.argmax(axis=1)]
     return hits
 
@@ -160,12 +160,12 @@ def top1_hits(
 def recall_at_present_count(
     scores: Float[np.ndarray, "images classes"], present: Bool[np.ndarray, "images classes"]
 ) -> Float[np.ndarray, " images"]:
-    """R@n: the share of an image's n present classes that are among its n highest-scoring ones.
+    """Return R@n: the share of an image's n present classes that are among its n highest-scoring classes.
 
     Ties go to the lower class index.
 
     Raises:
-        ValueError: an image in which no class is present.
+        ValueError: no class is present in one of the images.
     """
     counts = present.sum(axis=1)
     if (counts == 0).any():
@@ -180,7 +180,7 @@ def recall_at_present_count(
 def mean_average_precision(
     scores: Float[np.ndarray, "images classes"], present: Bool[np.ndarray, "images classes"]
 ) -> float:
-    """mAP: average precision of ranking the images by a class's score, averaged over the classes that occur.
+    """Return mAP: average precision of ranking images by a class's score, averaged over occurring classes.
 
     Raises:
         ValueError: no class occurs in any image.
@@ -197,14 +197,23 @@ def mean_average_precision(
 def presence_auroc(
     scores: Float[np.ndarray, "images classes"], present: Bool[np.ndarray, "images classes"]
 ) -> float:
-    """AUROC of telling present from absent classes, over all (image, class) scores pooled.
+    """Return the AUROC of present against absent classes, over all (image, class) scores pooled.
 
     Raises:
-        ValueError: nothing is present, or nothing is absent.
+        ValueError: no class is present, none is absent, or a score is not finite.
+
+    Source: Mann and Whitney (1947): the share of (present, absent) pairs in which the present class has the
+        higher score; ties count half.
     """
+    from scipy.stats import rankdata
+
     if present.all() or not present.any():
-        raise ValueError("expected present and absent classes, received one kind alone")
-    return float(roc_auc_score(present.ravel(), scores.ravel()))
+        raise ValueError("expected present and absent classes, received only one of the two")
+    if not np.isfinite(scores).all():
+        raise ValueError("expected finite scores, received NaN or infinity")
+    positives = int(present.sum())
+    wins = float(rankdata(scores, axis=None)[present.ravel()].sum()) - positives * (positives + 1) / 2
+    return wins / (positives * (present.size - positives))
 
 
 def bootstrap_mean(
@@ -214,16 +223,16 @@ def bootstrap_mean(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """The mean over pairs; whole images are resampled, since an image's pairs are not independent.
+    """Return the mean over pairs; whole images are resampled, as pairs of one image are not independent.
 
     Args:
-        values: one figure a pair.
+        values: one value for each pair.
         image_index: the image of each pair; any integers.
-        resamples: how many bootstrap samples.
-        seed: of numpy's default generator; the same seed gives the same interval.
+        resamples: number of bootstrap samples.
+        seed: seed of numpy's default generator; the same seed gives the same interval.
 
     Raises:
-        ValueError: no pair at all.
+        ValueError: there is no pair.
     """
     if not len(values):
         raise ValueError("expected at least one pair, received none")
@@ -243,15 +252,15 @@ def bootstrap_statistic(
     resamples: int = 100,
     seed: int = 0,
 ) -> Estimate:
-    """Any statistic of a set of images, with its interval over resampled sets.
+    """Return a statistic of a set of images, with its interval over resampled sets.
 
-    A resample on which the statistic is undefined (it raises ValueError) is left out.
+    A resample on which the statistic is undefined (it raises ValueError) is skipped.
 
     Args:
-        statistic: takes the row numbers of a set of images, repeats included; gives the figure.
-        image_count: how many images there are.
-        resamples: how many bootstrap samples.
-        seed: of numpy's default generator.
+        statistic: function from the row numbers of a set of images, with repetitions, to the value.
+        image_count: number of images.
+        resamples: number of bootstrap samples.
+        seed: seed of numpy's default generator.
 
     Raises:
         ValueError: the statistic is undefined on the whole set.
@@ -269,14 +278,13 @@ def bootstrap_statistic(
 
 
 def draws_per_image(image_count: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples images"]:
-    """How often each image stands in each resample; each resample has as many images as the set."""
+    """Draw how often each image occurs in each resample; each resample has as many images as the set."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(image_count, np.full(image_count, 1.0 / image_count), size=resamples)
 
 
 def _average_precision(labels: Bool[np.ndarray, " items"], scores: Float[np.ndarray, " items"]) -> float:
-    """Average precision of a ranking with a positive label at least; equal scores stand or fall together."""
-    # scikit-learn's own function takes several times as long, most of it for checks.
+    """Return the average precision of a ranking with at least one positive label; ties share a precision."""
     positives, negatives = np.sort(scores[labels]), np.sort(scores[~labels])
     true_alarms = len(positives) - np.searchsorted(positives, positives, side="left")
     false_alarms = len(negatives) - np.searchsorted(negatives, positives, side="left")
@@ -286,7 +294,7 @@ def _average_precision(labels: Bool[np.ndarray, " items"], scores: Float[np.ndar
 def _pixels_above(
     bins: Int[np.ndarray, "pairs height width"], counted: Bool[np.ndarray, "pairs height width"], count: int
 ) -> Int[np.ndarray, "pairs thresholds"]:
-    """For every pair and threshold, how many of the counted pixels lie above it (bin number > its column)."""
+    """Count the pixels above each threshold for every pair: those whose bin number exceeds its column."""
     pair_of_pixel = np.arange(len(bins))[:, None, None] * (count + 1)
     histogram = np.bincount((pair_of_pixel + bins)[counted], minlength=len(bins) * (count + 1))
     at_least = histogram.reshape(len(bins), count + 1)[:, ::-1].cumsum(axis=1)[:, ::-1]
@@ -296,5 +304,5 @@ def _pixels_above(
 def _ratio_or_one(
     intersection: Int[np.ndarray, "*shape"], union: Int[np.ndarray, "*shape"]
 ) -> Float[np.ndarray, "*shape"]:
-    """Intersection over union; two empty sets agree entirely."""
+    """Return intersection over union; 1 for two empty sets."""
     return np.where(union > 0, intersection / np.maximum(union, 1), 1.0)

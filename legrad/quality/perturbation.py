@@ -1,7 +1,7 @@
-"""How faithful a relevance map is to the model: what becomes of a score as patches are taken away or shown.
+"""Perturbation tests of a relevance map: change of a score while patches are deleted or inserted.
 
-Works on maps of any origin: all that is needed is one grid an image. The images are the model's normalised
-input, in which 0 is the mean colour of the data that it was trained on.
+They work for maps of any method, given one grid for each image. The images are the model's normalised input,
+in which 0 is the mean colour of its training data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from scipy.integrate import trapezoid
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -20,7 +19,7 @@ Test = Literal["deletion", "insertion"]
 Order = Literal["positive", "negative"]
 
 SHARES = np.arange(10) / 10  # 0 to 90 %
-BLUR_SIGMA = 5 / 224  # of the blurred image that insertion starts from, as a share of the shorter side
+BLUR_SIGMA = 5 / 224  # blur of the image that insertion starts from, as a share of the shorter side
 
 
 def perturbed_images(
@@ -32,19 +31,19 @@ def perturbed_images(
     test: Test,
     order: Order,
 ) -> Float[Tensor, "maps 3 height width"]:
-    """Take away, or show, a share of each image's patches in the order of their relevance.
+    """Delete, or insert, a share of each image's patches in the order of their relevance.
 
     Args:
-        images: normalised model input; whole patches down and across.
-        filling: what stands where a patch is not shown; see `filling_of`.
-        relevance_grids: a grid for each image.
-        share: of the patches, from 0 to 1, rounded to whole ones.
-        test: "deletion": these patches are taken away; "insertion": these alone are shown.
+        images: normalised model input, a whole number of patches high and wide.
+        filling: replacement for hidden patches; see `filling_of`.
+        relevance_grids: one grid for each image.
+        share: share of the patches in [0, 1], rounded to a whole number of them.
+        test: "deletion": hide these patches; "insertion": show only these.
         order: "positive": the most relevant patches first; "negative": the least relevant first.
 
     Returns:
-        New images. For a map that is faithful the score falls early under positive deletion and late under
-        negative, and rises early under positive insertion.
+        New images. For a faithful map the score falls early under positive deletion, late under negative
+        deletion, and rises early under positive insertion.
 
     Source: positive and negative deletion: Chefer et al., "Transformer Interpretability Beyond Attention
         Visualization", CVPR 2021, section 4, taken over by LeGrad (arXiv:2404.03214); insertion into a
@@ -58,17 +57,17 @@ def perturbed_images(
 def filling_of(
     images: Float[Tensor, "maps 3 height width"], test: Test
 ) -> Float[Tensor, "maps 3 height width"]:
-    """What stands in place of hidden patches: the mean colour under deletion, the blurred image else."""
+    """Return what replaces hidden patches: mean colour for deletion, the blurred image for insertion."""
     return torch.zeros_like(images) if test == "deletion" else blurred(images)
 
 
 def first_patches(
     relevance_grids: Float[Tensor, "maps grid_height grid_width"], share: float, order: Order
 ) -> Bool[Tensor, "maps grid_height grid_width"]:
-    """Mark the share of patches that come first; of equal ones those that come first row by row.
+    """Mark the share of patches that come first by relevance; ties are in row-major order.
 
     Args:
-        relevance_grids: any scale; only the order counts.
+        relevance_grids: grids of any scale; only the order matters.
         share: from 0 to 1.
         order: "positive": the most relevant first; "negative": the least relevant first.
     """
@@ -80,10 +79,10 @@ def first_patches(
 
 
 def blurred(images: Float[Tensor, "maps 3 height width"]) -> Float[Tensor, "maps 3 height width"]:
-    """Images without detail: a Gaussian of 5 pixels for images of 224."""
+    """Blur images with a Gaussian whose standard deviation is 5 pixels for images of 224 pixels."""
     sigma = BLUR_SIGMA * min(images.shape[-2:])
     side = 2 * max(1, round(2 * sigma)) + 1
-    # reflection needs a side shorter than the image
+    # Padding by reflection needs a kernel smaller than the image.
     side = min(side, 2 * ((min(images.shape[-2:]) - 1) // 2) + 1)
     softened: Tensor = gaussian_blur(images, [side, side], [sigma, sigma])
     return softened
@@ -92,9 +91,11 @@ def blurred(images: Float[Tensor, "maps 3 height width"]) -> Float[Tensor, "maps
 def area_under_curve(
     curves: Float[np.ndarray, "*leading shares"], shares: Float[np.ndarray, " shares"] = SHARES
 ) -> Float[np.ndarray, "*leading"]:
-    """The area under a score over the share of patches, divided by the range of the shares.
+    """Return the area under a score over the share of patches, divided by the range of the shares.
 
-    By the trapezoidal rule; a score that does not change has itself as area.
+    It is computed by the trapezoidal rule; for a constant score it equals the score.
     """
+    from scipy.integrate import trapezoid
+
     area: np.ndarray = np.asarray(trapezoid(curves, shares, axis=-1) / (shares[-1] - shares[0]))
     return area

@@ -170,4 +170,4 @@ def test_every_model_that_open_clip_knows_has_the_family_or_the_reason_written_h
 
 
 def test_a_name_that_open_clip_does_not_know_has_a_reason():
-    assert model_support("ViT-Z") == ModelSupport(None, "open_clip has no model of the name 'ViT-Z'")
+    assert model_support("ViT-Z") == ModelSupport(None, "open_clip has no model named 'ViT-Z'")
