@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from pycocotools import mask as coco
-from torch import Tensor
 
 from legrad.errors import RleError
 
@@ -43,14 +41,15 @@ class Rle(TypedDict):
     counts: str
 
 
-def encode_rle(
-    masks: Shaped[Tensor, "prompts height width"] | Shaped[np.ndarray, "prompts height width"],
-) -> list[Rle]:
+def encode_rle(masks: Shaped[Any, "prompts height width"]) -> list[Rle]:
     """Encode masks as COCO compressed RLE; fastest on masks stored column by column.
 
     Args:
-        masks: boolean or integer; whatever is not zero is foreground.
+        masks: tensor or array, boolean or integer; whatever is not zero is foreground.
     """
+    # imported here: those who only read masks need no torch
+    import torch
+
     foreground = torch.as_tensor(masks).to(torch.bool)
     # [prompts, width, height] in C order is [height, width, prompts] in Fortran order, as pycocotools wants.
     fortran = foreground.mT.contiguous().view(torch.uint8).cpu().numpy().T
