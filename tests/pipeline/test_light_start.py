@@ -13,7 +13,7 @@ DATA_LIBRARIES = {"pyarrow", "numpy", "pandas", "yaml"}  # pydantic is imported 
 
 
 def packages_imported(*arguments):
-    """Exit code, standard output and top-level packages that a Python process with these arguments imports."""
+    """Exit code, standard output and imported top-level packages of a Python process with these arguments."""
     process = subprocess.run(
         [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, check=False
     )
