@@ -4,19 +4,26 @@
     trace = explainer.encode(explainer.preprocess(images))
     relevance_grids = explainer.relevance(trace, explainer.embed_text(["a dog", "a car"]))
 
+Names are imported when they are first used, so that a module which needs no model, such as
+`legrad.masks.rle`, loads neither torch nor open_clip.
+
 Source: Bousselham et al., "LeGrad: An Explainability Method for Vision Transformers via Feature Formation
 Sensitivity", https://arxiv.org/abs/2404.03214.
 """
 
-from legrad.errors import InputError, LeGradError, ModelLoadError, TokenizerError, UnsupportedModelError
-from legrad.explainer import LeGrad
-from legrad.explanation import Explanation, explain_image, layer_strip
-from legrad.families import ModelSupport, supported_models
-from legrad.images import ImageTransform
-from legrad.masks.refine import Refinement, refine_heatmaps
-from legrad.method.trace import LayerTrace, Trace
-from legrad.pictures import overlay
-from legrad.views import Views, view_relevance
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from legrad.errors import InputError, LeGradError, ModelLoadError, TokenizerError, UnsupportedModelError
+    from legrad.explainer import LeGrad
+    from legrad.explanation import Explanation, explain_image, layer_strip
+    from legrad.families import ModelSupport, supported_models
+    from legrad.images import ImageTransform
+    from legrad.masks.refine import Refinement, refine_heatmaps
+    from legrad.method.trace import LayerTrace, Trace
+    from legrad.pictures import overlay
+    from legrad.views import Views, view_relevance
 
 __version__ = "0.1.0"
 
@@ -41,3 +48,34 @@ __all__ = [
     "supported_models",
     "view_relevance",
 ]
+
+_MODULES = {
+    "legrad.errors": [
+        "InputError",
+        "LeGradError",
+        "ModelLoadError",
+        "TokenizerError",
+        "UnsupportedModelError",
+    ],
+    "legrad.explainer": ["LeGrad"],
+    "legrad.explanation": ["Explanation", "explain_image", "layer_strip"],
+    "legrad.families": ["ModelSupport", "supported_models"],
+    "legrad.images": ["ImageTransform"],
+    "legrad.masks.refine": ["Refinement", "refine_heatmaps"],
+    "legrad.method.trace": ["LayerTrace", "Trace"],
+    "legrad.pictures": ["overlay"],
+    "legrad.views": ["Views", "view_relevance"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+if not TYPE_CHECKING:  # type checkers would take any name for one of this package's
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'legrad' has no attribute {name!r}")
+        value = getattr(import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

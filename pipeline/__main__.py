@@ -2,12 +2,18 @@
 
 import sys
 
-from pipeline.errors import UserError
-from pipeline.process import prepare_environment, skip_native_exit
-
 
 def run() -> None:
     """Run the command line and end with its exit code."""
+    if sys.argv[1:2] == ["--version"]:
+        # answered before anything else is imported
+        from importlib.metadata import version
+
+        sys.stdout.write(f"legrad {version('legrad-pipeline')}\n")
+        return
+    from pipeline.errors import UserError
+    from pipeline.process import prepare_environment, skip_native_exit
+
     end_with = skip_native_exit()
     try:
         prepare_environment()

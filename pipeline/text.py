@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import reprlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
 
 # controls, line and paragraph separators, marks that turn the direction of writing, halves of surrogate pairs
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -29,6 +33,51 @@ def _escaped(match: re.Match[str]) -> str:
     # how Python keeps a byte that is not UTF-8
     code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+class PrintableStream:
+    """A text stream that escapes what must not reach a terminal.
+
+    Args:
+        stream: takes the escaped text; all but writing is left to it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text, escaped."""
+        # progress bars of the model hub go back to the start of their line
+        bar = text.startswith("\r") and self.stream.isatty()
+        self.stream.write("\r" + on_screen(text[1:]) if bar else on_screen(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write lines, escaped."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def printable_streams() -> Iterator[None]:
+    """Escape what is not printable on its way to stdout and stderr, until the end of the block."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, PrintableStream(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log lines of one line each: a message cannot pretend to be another."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line, without traceback."""
+        return printable(super().formatMessage(record))
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:

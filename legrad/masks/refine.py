@@ -13,10 +13,10 @@ from jaxtyping import Float, Float32, Int, Shaped
 from torch import Tensor
 
 from legrad.errors import InputError
+from legrad.masks.contrast import PUBLISHED_CONTRAST
 
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 DEFAULT_MAX_BYTES = 2**28
-PUBLISHED_CONTRAST = {"pamr": 0.1, "par": 0.3}
 _FLOAT_BYTES = 4
 _TINY = 1e-8
 

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
-from torch import Tensor
 
 from legrad.errors import RleError
 
@@ -47,19 +45,19 @@ class Rle(TypedDict):
     counts: str
 
 
-def encode_rle(
-    masks: Shaped[Tensor, "prompts height width"] | Shaped[np.ndarray, "prompts height width"],
-) -> list[Rle]:
+def encode_rle(masks: Shaped[Any, "prompts height width"]) -> list[Rle]:
     """Encode masks in COCO's compressed RLE; fastest for masks stored column by column.
 
     Args:
-        masks: boolean or integer masks of one size; every value except zero is foreground.
+        masks: boolean or integer tensor or array; every value except zero is foreground.
 
     Returns:
         One encoding for each mask, in order.
 
     Source: `encode` of pycocotools.
     """
+    # imported here: programs that only read masks need neither
+    import torch
     from pycocotools import mask as coco
 
     foreground = torch.as_tensor(masks).to(torch.bool)

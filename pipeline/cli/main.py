@@ -25,6 +25,7 @@ from pipeline.cli.report import report
 from pipeline.cli.shards import shards_app
 from pipeline.cli.status import status
 from pipeline.errors import PipelineError, UserError
+from pipeline.text import PrintableFormatter, printable_streams
 
 USAGE_EXIT_CODE = 2  # typer's own
 
@@ -62,8 +63,6 @@ def _root(
 
 def main() -> None:
     """Run the command line; an error of the user's input takes one screen, without a traceback."""
-    from pipeline.console import PrintableFormatter, printable_streams
-
     with printable_streams():
         # torch's threads share the cores with decoding; spinning while they wait costs more than it saves
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

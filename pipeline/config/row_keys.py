@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from legrad.masks.contrast import PUBLISHED_CONTRAST
 from pipeline import storage
 from pipeline.config.classes import ClassEntry
 from pipeline.config.schema import JobConfig
@@ -202,9 +203,6 @@ def _class_rows(config: JobConfig) -> Any:
 
 
 def _unit_contrast(config: JobConfig) -> float:
-    # imported here: it brings torch, and most commands need none
-    from legrad.masks.refine import PUBLISHED_CONTRAST
-
     own = config.masks.refine_contrast
     return PUBLISHED_CONTRAST[config.masks.refine] if own is None else own
 

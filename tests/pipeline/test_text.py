@@ -17,8 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.console import PrintableConsole, PrintableFormatter, printable_streams
-from pipeline.text import on_screen, printable
+from pipeline.console import PrintableConsole
+from pipeline.text import PrintableFormatter, on_screen, printable, printable_streams
 
 # clear the screen, set its title, eight-bit controls, backspaces, directions, separators, half a character
 HOSTILE = [
