@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 import pyarrow as pa
 
@@ -12,29 +12,39 @@ RLE_TYPE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 # of this package's part of a Parquet file's footer
 METADATA_KEY = b"legrad"
 
+class AnnotationRow(TypedDict):
+    """One row of an annotations file: each column's type in Python, and in Parquet.
+
+    The writer of a shard adds `shard`; every other column is given by whoever makes the row.
+    """
+
+    key: Annotated[str, pa.string()]
+    sample_index: Annotated[int, pa.int32()]
+    shard: Annotated[NotRequired[str], pa.string()]
+    prompt_index: Annotated[int, pa.int16()]
+    prompt: Annotated[str, pa.string()]
+    prompt_truncated: Annotated[bool, pa.bool_()]
+    class_id: Annotated[int | None, pa.int32()]
+    status: Annotated[str, pa.string()]
+    image_height: Annotated[int, pa.int32()]
+    image_width: Annotated[int, pa.int32()]
+    similarity: Annotated[float, pa.float32()]
+    peak: Annotated[float, pa.float32()]
+    threshold: Annotated[float | None, pa.float32()]
+    threshold_low: Annotated[float | None, pa.float32()]
+    area: Annotated[int, pa.int64()]
+    bbox_xywh: Annotated[list[float] | None, pa.list_(pa.float32(), 4)]
+    mask: Annotated[Mapping[str, Any] | None, RLE_TYPE]
+    ignore: Annotated[Mapping[str, Any] | None, RLE_TYPE]
+    heatmap: Annotated[bytes | None, pa.binary()]
+    heatmap_height: Annotated[int | None, pa.int16()]
+    heatmap_width: Annotated[int | None, pa.int16()]
+
+
 ANNOTATION_SCHEMA = pa.schema(
     [
-        ("key", pa.string()),
-        ("sample_index", pa.int32()),
-        ("shard", pa.string()),
-        ("prompt_index", pa.int16()),
-        ("prompt", pa.string()),
-        ("prompt_truncated", pa.bool_()),
-        ("class_id", pa.int32()),
-        ("status", pa.string()),
-        ("image_height", pa.int32()),
-        ("image_width", pa.int32()),
-        ("similarity", pa.float32()),
-        ("peak", pa.float32()),
-        ("threshold", pa.float32()),
-        ("threshold_low", pa.float32()),
-        ("area", pa.int64()),
-        ("bbox_xywh", pa.list_(pa.float32(), 4)),
-        ("mask", RLE_TYPE),
-        ("ignore", RLE_TYPE),
-        ("heatmap", pa.binary()),
-        ("heatmap_height", pa.int16()),
-        ("heatmap_width", pa.int16()),
+        (name, column.__metadata__[0])
+        for name, column in get_type_hints(AnnotationRow, include_extras=True).items()
     ]
 )
 
