@@ -12,7 +12,7 @@ from pipeline.config import config_hash
 from pipeline.errors import DamagedFileError, PipelineError, UserError
 from pipeline.footers import counts_as_metadata
 from pipeline.former_results import agreed_with_former, rows_of_unlisted_files
-from pipeline.image_shards import lies_in, moved_url, parse_move
+from pipeline.image_shards import content_digest, lies_in, moved_url, parse_move
 from pipeline.job_record import JobStamp, as_json, installed_versions, job_document, utc_now
 from pipeline.model import check_model, resolved, weights_digest
 from pipeline.output_folder import (
@@ -177,13 +177,9 @@ def _is_same_content(folder: OutputFolder, shard: ShardSource, shard_id: str) ->
     try:
         url = storage.join_url(folder.url, ANNOTATIONS, f"{shard_id}.parquet")
         recorded = read_footer_record(url, "annotations").content_digest
-        with storage.open_shard(shard) as stream:
-            digested = storage.DigestingStream(stream)
-            while digested.read(storage.READAHEAD_BYTES):
-                pass
+        return bool(recorded == content_digest(shard))
     except PipelineError:
         return False
-    return bool(recorded == digested.digest())
 
 
 def _job_from(

@@ -26,8 +26,8 @@ from pipeline.errors import DamagedFileError
 from pipeline.evaluation.result import WrittenMaskScores
 from pipeline.evaluation.scene_scores import SceneScores, score_scene
 from pipeline.ground_truth import Scene, read_scenes
-from pipeline.image_shards import match_annotations
-from pipeline.output_records import open_table, read_rows
+from pipeline.image_shards import match_annotations, require_annotated_version
+from pipeline.output_records import open_table, read_footer_record, read_rows
 from pipeline.settings import InputConfig
 from pipeline.storage import ShardSource
 
@@ -83,6 +83,7 @@ def collect_written_masks(
         if (name := matched.get(shard.canonical_url)) is not None:
             url = storage.join_url(folder, name)
             try:
+                require_annotated_version(shard, read_footer_record(url, "annotations"))
                 rows = read_rows(url, "annotations", COLUMNS)
                 own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
             except DamagedFileError as error:
