@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -14,13 +14,14 @@ from pipeline.budget import reason_at_end
 from pipeline.config import parse_config
 from pipeline.errors import DamagedFileError
 from pipeline.footers import checked_footers
-from pipeline.output_folder import ANNOTATIONS, FAILED, JOB_FILE, SUCCESS_FILE, ids_in
+from pipeline.output_folder import ANNOTATIONS, FAILED, JOB_FILE, SUCCESS_FILE, ids_in, stray_annotations
 from pipeline.output_records import FooterRecord, JobRecord, read_failure, read_job_record, read_shard_rows
 from pipeline.progress import as_duration, as_share
 from pipeline.records import ShardCounts, total_counts
 from pipeline.result import damage_of
 from pipeline.run_record import RUNNING, RunRecord, latest_run
 from pipeline.settings import RunConfig
+from pipeline.text import printable
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def read_status(output_dir: str) -> OutputStatus:
     damaged = [shard_id for shard_id, footer in valid.items() if footer.state == "damaged"]
     failed = sorted((ids_in(output_dir, FAILED) & set(listed)) - set(valid))
     counts = total_counts(footer.counts() for footer in valid.values())
+    strays = stray_annotations(output_dir, listed)
     return OutputStatus(
         shards_total=len(listed),
         done=tuple(shard_id for shard_id in valid if shard_id not in set(damaged)),
@@ -87,7 +89,7 @@ def read_status(output_dir: str) -> OutputStatus:
             if isinstance(found, DamagedFileError)
         ),
         counts=counts,
-        shortfall=shortfall(run_settings(output_dir, job), counts, len(damaged), published - set(listed)),
+        shortfall=shortfall(run_settings(output_dir, job), counts, len(damaged), strays),
         succeeded=storage.exists(output_dir, SUCCESS_FILE),
         run=latest_run(output_dir),
     )
@@ -98,19 +100,19 @@ def run_settings(output_dir: str, job: JobRecord) -> RunConfig:
     return parse_config(job.config, where=storage.join_url(output_dir, JOB_FILE)).run
 
 
-def shortfall(run: RunConfig, counts: ShardCounts, damaged: int, unlisted: Collection[str]) -> str:
+def shortfall(run: RunConfig, counts: ShardCounts, damaged: int, strays: Sequence[str]) -> str:
     """Why a job is not complete though no shard of it is left or failed; empty where it is.
 
     Args:
         run: its settings.
         counts: outcomes of its samples.
         damaged: how many of its shards are damaged.
-        unlisted: ids of files among the annotations that are of no shard of the job.
+        strays: files among the annotations that are of no shard of the job.
     """
-    if unlisted:
+    if strays:
         return (
-            f"{len(unlisted):,} file(s) in {ANNOTATIONS}/ are of no listed shard, such as "
-            f"{min(unlisted)}.parquet; whoever reads the folder counts their rows"
+            f"{len(strays):,} file(s) in {ANNOTATIONS}/ are of no listed shard, such as "
+            f"{printable(strays[0])}; whoever reads the folder counts their rows"
         )
     if damaged and not run.accept_damaged:
         return f"{damaged:,} shard(s) are damaged; run.accept_damaged is false"
