@@ -30,7 +30,7 @@ from legrad.views import Views, canvas_pixels
 from pipeline.errors import SampleFailure
 from pipeline.image_files.bmp import check_bmp
 from pipeline.image_files.jpeg import CheckedJpeg
-from pipeline.image_files.png import check_png, png_without_texts
+from pipeline.image_files.png import check_png, check_png_pixels, png_without_texts
 from pipeline.image_files.webp import check_webp, check_webp_length
 from pipeline.shards import SampleFields
 from pipeline.text import printable
@@ -190,6 +190,7 @@ def _check_soundness(header: ImageFile, data: bytes) -> None:
     """Refuse a file that shows damage; a JPEG does so itself, as it is decoded."""
     if isinstance(header, PngImageFile):
         check_png(data)
+        check_png_pixels(data)
     elif isinstance(header, WebPImageFile):
         check_webp(data, header.width * header.height)
     elif isinstance(header, BmpImageFile):
