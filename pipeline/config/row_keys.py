@@ -84,7 +84,8 @@ def _told_weights(earlier: Mapping[str, Any], config: JobConfig, digest: str) ->
     if before != digest:
         pretrained = _at(earlier, "config", "model", "pretrained")
         yield (
-            f"the model's weights: {_shown(pretrained)} ({_shown(before)}) before, "
+            "the model's files (weights, configuration or tokenizer): "
+            f"{_shown(pretrained)} ({_shown(before)}) before, "
             f"{_shown(config.model.pretrained)} ({_shown(digest)}) now"
         )
 
@@ -256,7 +257,12 @@ _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
     "prompts.mentioned_in": lambda config: _field(config.prompts.mentioned_in),
     "prompts.background": _background,
     "masks.refine_contrast": _unit_contrast,
-    # no mask covers less than nothing
+    # nothing falls short of these
+    "masks.min_similarity": lambda config: (
+        None if config.masks.min_similarity == -1 else config.masks.min_similarity
+    ),
+    "masks.min_peak": lambda config: config.masks.min_peak or None,
+    "masks.min_contrast": lambda config: config.masks.min_contrast or None,
     "masks.min_area": lambda config: config.masks.min_area or None,
     "output.rows": lambda config: config.rows_written,
 }

@@ -26,8 +26,8 @@ from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError
 from pipeline.evaluation.result import WrittenMaskScores
 from pipeline.evaluation.scene_scores import SceneScores, score_scene
-from pipeline.output.image_shards import match_annotations
-from pipeline.output.reading import open_table, read_rows
+from pipeline.output.image_shards import match_annotations, require_annotated_version
+from pipeline.output.reading import open_table, read_footer_record, read_rows
 from pipeline.shards.ground_truth import Scene, read_scenes
 from pipeline.storage import ShardSource
 
@@ -83,6 +83,7 @@ def collect_written_masks(
         if (name := matched.get(shard.canonical_url)) is not None:
             url = storage.join_url(folder, name)
             try:
+                require_annotated_version(shard, read_footer_record(url, "annotations"))
                 rows = read_rows(url, "annotations", COLUMNS)
                 own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
             except DamagedFileError as error:

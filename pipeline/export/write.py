@@ -176,7 +176,8 @@ def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
 
 def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     settings, shard_id = export.settings, pair.annotations_id
-    source = Source(export.out, frozenset(settings.image.lower().split(";")), settings.max_member_bytes)
+    fields = frozenset(settings.image.lower().split(";"))
+    source = Source(export.out, fields, settings.max_member_bytes, refuse_mismatches=True)
     joins, counts, class_names = SharedCounts(), Counter[str](), dict[int, str]()
     class_ids = {entry.name.lower(): entry.class_id for entry in export.classes} or None
     joined = source.read(Share(pair), joins.of_worker(0))
@@ -186,11 +187,8 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     except UserError as error:
         raise UserError(f"{pair.shard.canonical_url}: {error}") from error
     met = asdict(joins.read())
-    if met.pop("shards_left_out"):
-        url = storage.join_url(export.out, "annotations", f"{shard_id}.parquet")
-        raise DamagedFileError(url, "does not belong to its errors file or to the job; run the job again")
     # every sample that was joined is counted by what became of it here
-    del met["joined"]
+    del met["joined"], met["shards_left_out"]
     record = ShardRecord(_attempt(export.out, shard_id), written, dict(+(counts + Counter(met))), class_names)
     folder = storage.join_url(export.dest, RECORDS_FOLDER)
     storage.publish(folder, f"{shard_id}.json", json.dumps(asdict(record)).encode())

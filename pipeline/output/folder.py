@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO
@@ -78,6 +78,31 @@ class OutputFolder:
 
     def _place(self, folder: str) -> str:
         return storage.join_url(self.url, folder) if folder else self.url
+
+
+def stray_annotations(output_dir: str, listed_ids: Collection[str]) -> list[str]:
+    """Files among the annotations that readers of the folder take for some, and that are of no listed shard.
+
+    Readers look into folders below as well, and some take a file for Parquet whatever the case of its name or
+    what follows; they pass over names that begin with a dot or an underscore, and fail at other files.
+
+    Args:
+        output_dir: the job's output folder.
+        listed_ids: ids of the job's shards.
+
+    Returns:
+        Their paths, relative to the folder of annotations, in order.
+
+    Raises:
+        OutputError: the folder cannot be listed.
+    """
+    own = {f"{shard_id}{SUFFIXES[ANNOTATIONS]}" for shard_id in listed_ids}
+    found = storage.list_paths(storage.join_url(output_dir, ANNOTATIONS)) - own
+    return sorted(
+        path
+        for path in found
+        if ".parquet" in path.lower() and not any(part.startswith((".", "_")) for part in path.split("/"))
+    )
 
 
 def ids_in(output_dir: str, folder: str) -> frozenset[str]:

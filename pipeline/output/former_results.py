@@ -24,6 +24,7 @@ from pipeline.output.folder import (
     SUCCESS_FILE,
     SUFFIXES,
     OutputFolder,
+    stray_annotations,
 )
 from pipeline.output.footers import FOOTER_READERS
 from pipeline.output.job_record import JobStamp
@@ -193,6 +194,7 @@ def rows_of_unlisted_files(
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         rows = list(pool.map(lambda shard_id: _row_of(folder.url, shard_id), unlisted))
     foreign = [f"{shard_id}.parquet" for shard_id, row in zip(unlisted, rows, strict=True) if row is None]
+    foreign += stray_annotations(folder.url, ids.annotations)
     if foreign:
         where = storage.shown_url(storage.join_url(folder.url, ANNOTATIONS))
         raise UserError(

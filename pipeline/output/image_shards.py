@@ -11,10 +11,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pipeline.errors import UserError
-from pipeline.storage import ShardSource, absolute, join_url, list_shards, shard_name, shown_url
+from pipeline.errors import MismatchError, UserError
+from pipeline.output.reading import FooterRecord
+from pipeline.storage import (
+    READAHEAD_BYTES,
+    DigestingStream,
+    ShardSource,
+    absolute,
+    join_url,
+    list_shards,
+    open_shard,
+    shard_name,
+    shown_url,
+    version_now,
+)
 from pipeline.storage.pipes import is_command
 from pipeline.storage.urls import ID_DIGITS, LONG_ID_DIGITS, file_url, id_of_name, is_local, local_path
+from pipeline.storage.versions import InputVersion, version_of
 
 DIGEST = re.compile(rf"-[0-9a-f]{{{ID_DIGITS}}}(?:[0-9a-f]{{{LONG_ID_DIGITS - ID_DIGITS}}})?$")
 
@@ -55,6 +68,43 @@ def locate_shards(listed: Sequence[Mapping[str, Any]], given: Sequence[str] = ()
     found = _matched(list_shards(patterns), {row["shard_id"]: row["shard"] for row in listed})
     absent = [row["shard_id"] for row in listed if row["shard_id"] not in found]
     return LocatedShards(found, dict.fromkeys(absent, "is not among the shards given"))
+
+
+def require_annotated_version(shard: ShardSource, footer: FooterRecord) -> None:
+    """Make sure that a shard which lies where it was annotated is still what was annotated.
+
+    Images that were put in its place may have the same keys and sizes, and masks of others. Where only time
+    or ETag differ, the content decides. Copies in other places may be packed anew, and are joined by key.
+
+    Args:
+        shard: what is going to be read.
+        footer: of its annotations.
+
+    Raises:
+        MismatchError: it is another version.
+        ShardError: it cannot be looked up or read.
+    """
+    if shard.canonical_url != footer.shard:
+        return
+    annotated, now = footer.version, version_now(shard)
+    # of web servers the listing asks; what this machine sees of a file is newer than what a list says
+    now = version_of(shard) if now == InputVersion() else now
+    if not now.differs_from(annotated):
+        return
+    if now.differs_in_size_from(annotated) or content_digest(shard) != footer.content_digest:
+        raise MismatchError(
+            shard.canonical_url,
+            "changed since it was annotated, so its masks are of other images: annotate again",
+        )
+
+
+def content_digest(shard: ShardSource) -> str:
+    """The digest of all bytes of a shard, as footers hold it; raises ShardError where it cannot be read."""
+    with open_shard(shard) as stream:
+        digested = DigestingStream(stream)
+        while digested.read(READAHEAD_BYTES):
+            pass
+    return digested.digest()
 
 
 def parse_move(text: str, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:

@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.errors import DamagedFileError, MismatchError, ShardError
 from pipeline.output.folder import ANNOTATIONS
 from pipeline.output.footers import checked_footer
+from pipeline.output.image_shards import require_annotated_version
 from pipeline.output.joining_counts import WorkerCounts
 from pipeline.output.pairs import ShardPair
 from pipeline.output.reading import iter_rows, open_table
@@ -52,12 +53,14 @@ class Source:
         fields: the fields of a sample that are kept.
         max_member_bytes: samples with a larger field count as damaged.
         skip_unreadable: whether a shard that cannot be read is left out, instead of an error.
+        refuse_mismatches: whether one whose files do not belong together is an error, instead of left out.
     """
 
     out_dir: str
     fields: frozenset[str]
     max_member_bytes: int
     skip_unreadable: bool = False
+    refuse_mismatches: bool = False
 
     def read(self, share: Share[ShardPair], counts: WorkerCounts) -> Iterator[JoinedSample]:
         """The samples of a shard that have annotation rows, joined by ordinal and key.
@@ -81,8 +84,11 @@ class Source:
     def _read(self, share: Share[ShardPair], counts: WorkerCounts) -> Iterator[JoinedSample]:
         pair = share.shard
         try:
-            checked_footer(self.out_dir, pair.annotations_id, pair.listed, pair.config_hash)
+            footer = checked_footer(self.out_dir, pair.annotations_id, pair.listed, pair.config_hash)
+            require_annotated_version(pair.shard, footer)
         except MismatchError as error:
+            if self.refuse_mismatches:
+                raise
             counts.add("shards_left_out")
             _log.warning("left out, to be annotated again: %s", error)
             return

@@ -12,6 +12,7 @@ RLE_TYPE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 # of this package's part of a Parquet file's footer
 METADATA_KEY = b"legrad"
 
+
 class AnnotationRow(TypedDict):
     """One row of an annotations file: each column's type in Python, and in Parquet.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -15,7 +15,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import DamagedFileError
 from pipeline.output.budget import reason_at_end
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.folder import ANNOTATIONS, FAILED, JOB_FILE, SUCCESS_FILE, ids_in
+from pipeline.output.folder import ANNOTATIONS, FAILED, JOB_FILE, SUCCESS_FILE, ids_in, stray_annotations
 from pipeline.output.footers import checked_footers
 from pipeline.output.reading import (
     FooterRecord,
@@ -26,7 +26,7 @@ from pipeline.output.reading import (
     read_shard_rows,
 )
 from pipeline.output.runs import RUNNING, RunRecord, latest_run
-from pipeline.text import as_duration, as_share
+from pipeline.text import as_duration, as_share, printable
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def read_status(output_dir: str) -> OutputStatus:
     damaged = [shard_id for shard_id, footer in valid.items() if footer.state == "damaged"]
     failed = sorted((ids_in(output_dir, FAILED) & set(listed)) - set(valid))
     counts = total_counts(footer.counts() for footer in valid.values())
+    strays = stray_annotations(output_dir, listed)
     return OutputStatus(
         shards_total=len(listed),
         done=tuple(shard_id for shard_id in valid if shard_id not in set(damaged)),
@@ -93,7 +94,7 @@ def read_status(output_dir: str) -> OutputStatus:
             if isinstance(found, DamagedFileError)
         ),
         counts=counts,
-        shortfall=shortfall(run_settings(output_dir, job), counts, len(damaged), published - set(listed)),
+        shortfall=shortfall(run_settings(output_dir, job), counts, len(damaged), strays),
         succeeded=storage.exists(output_dir, SUCCESS_FILE),
         run=latest_run(output_dir),
     )
@@ -104,19 +105,19 @@ def run_settings(output_dir: str, job: JobRecord) -> RunConfig:
     return parse_config(job.config, where=storage.join_url(output_dir, JOB_FILE)).run
 
 
-def shortfall(run: RunConfig, counts: ShardCounts, damaged: int, unlisted: Collection[str]) -> str:
+def shortfall(run: RunConfig, counts: ShardCounts, damaged: int, strays: Sequence[str]) -> str:
     """Why a job is not complete though no shard of it is left or failed; empty where it is.
 
     Args:
         run: its settings.
         counts: outcomes of its samples.
         damaged: how many of its shards are damaged.
-        unlisted: ids of files among the annotations that are of no shard of the job.
+        strays: files among the annotations that are of no shard of the job.
     """
-    if unlisted:
+    if strays:
         return (
-            f"{len(unlisted):,} file(s) in {ANNOTATIONS}/ are of no listed shard, such as "
-            f"{min(unlisted)}.parquet; whoever reads the folder counts their rows"
+            f"{len(strays):,} file(s) in {ANNOTATIONS}/ are of no listed shard, such as "
+            f"{printable(strays[0])}; whoever reads the folder counts their rows"
         )
     if damaged and not run.accept_damaged:
         return f"{damaged:,} shard(s) are damaged; run.accept_damaged is false"

@@ -16,9 +16,9 @@ from pipeline import storage
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure
 from pipeline.evaluation.scene_scores import row_class, row_target
-from pipeline.output.image_shards import LocatedShards
+from pipeline.output.image_shards import LocatedShards, require_annotated_version
 from pipeline.output.label_map import mask_of_image
-from pipeline.output.reading import checked_rows, damage, open_table
+from pipeline.output.reading import checked_rows, damage, open_table, read_footer_record
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
 from pipeline.report.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.report.scores import ScoredRows
@@ -141,11 +141,12 @@ def shortened(text: str | None, most: int = MAX_TEXT) -> str:
 
 
 def with_pictures(
-    cards: Sequence[CardRow], located: LocatedShards, config: JobConfig, max_bytes: int
+    out_dir: str, cards: Sequence[CardRow], located: LocatedShards, config: JobConfig, max_bytes: int
 ) -> Gallery:
     """Read the cards' images from their shards and draw them.
 
     Args:
+        out_dir: the job's output folder.
         cards: the rows.
         located: where the shards are.
         config: of the job.
@@ -163,6 +164,8 @@ def with_pictures(
         if source is not None:
             reason = ""
             try:
+                annotations = storage.join_url(out_dir, "annotations", f"{shard_id}.parquet")
+                require_annotated_version(source, read_footer_record(annotations, "annotations"))
                 for position, card in _drawn(source, own, config, max_bytes):
                     drawn[position] = card
             except PipelineError as error:

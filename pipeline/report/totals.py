@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import DamagedFileError
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.folder import ANNOTATIONS, DAMAGED, FAILED, SUCCESS_FILE, ids_in
+from pipeline.output.folder import ANNOTATIONS, DAMAGED, FAILED, SUCCESS_FILE, ids_in, stray_annotations
 from pipeline.output.footers import checked_footers
 from pipeline.output.reading import (
     FooterRecord,
@@ -97,7 +97,7 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
     """
     listed = {row["shard_id"]: row for row in read_shard_rows(out_dir)}
     present = ids_in(out_dir, ANNOTATIONS)
-    published, unlisted = sorted(present & set(listed)), present - set(listed)
+    published = sorted(present & set(listed))
     damaged = sorted(ids_in(out_dir, DAMAGED) & set(published))
     failed = sorted((ids_in(out_dir, FAILED) & set(listed)) - set(published))
     broken: list[str] = []
@@ -114,6 +114,7 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
         with_errors = [shard_id for shard_id, found in sound.items() if found.error_rows]
     else:
         counts, with_errors = _success_counts(out_dir, broken), published
+    strays = stray_annotations(out_dir, listed)
     runs, unread_runs = latest_runs(out_dir, RUNS_SHOWN)
     failures = tuple(
         (listed[shard_id]["shard"], _told(partial(_last_error, out_dir, shard_id), broken))
@@ -132,7 +133,7 @@ def read_totals(out_dir: str, job: JobRecord) -> Totals:
         failed=failures,
         failed_count=len(failed),
         mismatched=len(mismatched),
-        shortfall=shortfall(run_settings(out_dir, job), counts or ShardCounts(), len(damaged), unlisted),
+        shortfall=shortfall(run_settings(out_dir, job), counts or ShardCounts(), len(damaged), strays),
         counts=counts,
         errors=errors,
         runs=tuple(runs),

@@ -92,7 +92,7 @@ def write_report(
     shown_shards = _shown_shards(scores, totals.listed, located)
     chosen, at_random = choose_rows(scores, _rows_of(scores, shown_shards), samples, generator)
     cards, unread = read_cards(out_dir, scores, chosen, at_random)
-    gallery = with_pictures(cards, located, config, PICTURE_BYTES // max(1, len(cards)))
+    gallery = with_pictures(out_dir, cards, located, config, PICTURE_BYTES // max(1, len(cards)))
     page = render_page(
         PageContent(
             out=storage.shown_url(out_dir),

@@ -26,7 +26,7 @@ from pipeline.output.folder import (
 )
 from pipeline.output.footers import counts_as_metadata
 from pipeline.output.former_results import agreed_with_former, rows_of_unlisted_files
-from pipeline.output.image_shards import lies_in, moved_url, parse_move
+from pipeline.output.image_shards import content_digest, lies_in, moved_url, parse_move
 from pipeline.output.job_record import JobStamp, as_json, installed_versions, job_document, utc_now
 from pipeline.output.reading import read_footer_record, read_shard_rows, read_success
 from pipeline.output.shard_list import shard_list_bytes
@@ -177,13 +177,9 @@ def _is_same_content(folder: OutputFolder, shard: ShardSource, shard_id: str) ->
     try:
         url = storage.join_url(folder.url, ANNOTATIONS, f"{shard_id}.parquet")
         recorded = read_footer_record(url, "annotations").content_digest
-        with storage.open_shard(shard) as stream:
-            digested = storage.DigestingStream(stream)
-            while digested.read(storage.READAHEAD_BYTES):
-                pass
+        return bool(recorded == content_digest(shard))
     except PipelineError:
         return False
-    return bool(recorded == digested.digest())
 
 
 def _job_from(

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.output.budget import reason_at_end
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.folder import ANNOTATIONS, SUCCESS_FILE
+from pipeline.output.folder import ANNOTATIONS, SUCCESS_FILE, stray_annotations
 from pipeline.output.footers import checked_footers
 from pipeline.output.reading import FooterRecord, damage_of, read_job_record, read_shard_rows
 from pipeline.output.run_state import RunState
 from pipeline.run import job as jobs
 from pipeline.run.job import Job
+from pipeline.text import printable
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,10 @@ def _work_of_others(job: Job) -> str:
             f"another job has written into this folder meanwhile, with another {what}: let one job end, then "
             "run the one that counts again, or choose another output.dir"
         )
-    if foreign := sorted(job.folder.ids(ANNOTATIONS) - set(job.listed)):
+    if foreign := stray_annotations(job.folder.url, job.listed):
         return (
-            f"files of {len(foreign):,} shard(s) that are not listed came into {ANNOTATIONS}/ meanwhile, "
-            f"such as {foreign[0]}.parquet: let other jobs on this folder end, then run this command again"
+            f"{len(foreign):,} file(s) of no listed shard came into {ANNOTATIONS}/ meanwhile, "
+            f"such as {printable(foreign[0])}: let other jobs on this folder end, then run this command again"
         )
     return ""
 

@@ -25,7 +25,7 @@ from legrad.views import Views, canvas_pixels
 from pipeline.errors import SampleFailure
 from pipeline.shards.image_files.bmp import check_bmp
 from pipeline.shards.image_files.jpeg import CheckedJpeg
-from pipeline.shards.image_files.png import check_png, png_without_texts
+from pipeline.shards.image_files.png import check_png, check_png_pixels, png_without_texts
 from pipeline.shards.image_files.webp import check_webp, check_webp_length
 
 # Pillow reads the parts of a file (segments, chunks, blocks) one by one in Python, metadata included
@@ -170,6 +170,7 @@ def _check_soundness(header: ImageFile, data: bytes) -> None:
     """Refuse a file that shows damage; a JPEG does so itself, as it is decoded."""
     if isinstance(header, PngImageFile):
         check_png(data)
+        check_png_pixels(data)
     elif isinstance(header, WebPImageFile):
         check_webp(data, header.width * header.height)
     elif isinstance(header, BmpImageFile):

@@ -43,6 +43,21 @@ def list_names(folder_url: str) -> set[str]:
     }
 
 
+def list_paths(folder_url: str) -> set[str]:
+    """Paths of the files in a folder and below, relative to it, as `list_names`; a missing folder has none.
+
+    Raises:
+        OutputError: the folder cannot be listed.
+    """
+    with told_as(OutputError, folder_url, "cannot be listed"):
+        filesystem, path = resolved(folder_url)
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+    start = len(path.rstrip("/")) + 1
+    return {
+        info.path[start:] for info in infos if info.is_file and not info.base_name.endswith(TEMPORARY_SUFFIX)
+    }
+
+
 def publish(
     folder_url: str, name: str, content: IO[bytes] | bytes, *, staging_url: str | None = None
 ) -> None:

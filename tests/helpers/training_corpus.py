@@ -12,6 +12,7 @@ from pycocotools import mask as coco
 
 from pipeline import storage
 from pipeline.output.folder import JOB_FILE, LAYOUT, SHARDS_FILE
+from pipeline.output.image_shards import content_digest
 from pipeline.output.schema import ANNOTATION_SCHEMA
 from pipeline.output.shard_list import shard_list_bytes
 from pipeline.output.writer import ShardWriter
@@ -172,7 +173,7 @@ def annotate(out, shard, rows_by_sample):
         for index, rows in enumerate(rows_by_sample):
             failed = [] if rows else [SampleError("decode", "unreadable", "broken", None, index)]
             writer.add_sample(rows, failed if index % 2 else [])
-        writer.publish(str(out))
+        writer.publish(str(out), content_digest(shard))
 
 
 def write_corpus(folder, plans, *, not_annotated=()):

@@ -233,6 +233,17 @@ def test_samples_that_are_not_the_ones_annotated_are_counted_and_left_out(job, t
     assert (totals.written, totals.counts["mispaired"]) == (1, 1)
 
 
+@pytest.mark.parametrize("form", ["coco", "voc", "webdataset"])
+def test_masks_of_a_shard_that_changed_since_are_never_exported(job, tmp_path, form):
+    shard = next(path for path in sorted(tmp_path.rglob("*.tar")))
+    content = bytearray(shard.read_bytes())
+    content[-1] = 1
+    shard.write_bytes(content)
+    ran = CliRunner().invoke(app, ["export", str(job), str(tmp_path / "dest"), "--format", form])
+    assert ran.exit_code == 3
+    assert f"{shard.name}: changed since it was annotated" in ran.output
+
+
 def test_a_job_is_exported_to_a_store(store, only_loopback, monkeypatch, job):
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
     store.ask("PUT", "exports")

@@ -385,3 +385,38 @@ def test_a_message_names_what_is_broken(name):
     make, kind, words = BROKEN[name]
     failure = failure_of(make())
     assert (failure.kind, words in failure.message) == (kind, True), failure.message
+
+
+def png_of(raw: bytes, kind: int = 2, interlace: int = 0) -> bytes:
+    header = struct.pack(">IIBBBBB", 20, 30, 8, kind, 0, 0, interlace)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, content) for name, content in parts)
+
+
+def test_a_png_of_sound_checksums_that_lacks_rows_or_its_palette_is_damaged():
+    rows = bytes(30 * (1 + 20 * 3))
+    assert decoded(png_of(rows)).shape == (30, 20, 3)
+    assert failure_of(png_of(rows[:-1])).kind == "truncated"
+    assert failure_of(png_of(rows[: len(rows) // 2])).kind == "truncated"
+    assert failure_of(png_of(bytes(30 * 21), kind=3)).kind == "corrupt"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 2), (5, 9), (188, 250)])
+def test_a_png_of_any_mode_and_size_is_sound(mode, height, width):
+    image = Image.new("I;16", (width, height)) if mode == "I;16" else noisy(height, width).convert(mode)
+    assert decoded(encoded(image, "PNG")).shape == (height, width, 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (4, 5), (9, 8), (30, 20)])
+def test_an_interlaced_png_has_the_rows_of_its_passes(height, width):
+    # the sizes of the seven passes, told pixel by pixel: the table of the specification, section 8.2
+    table = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
+    raw = b""
+    for number in "1234567":
+        lines = [sum(table[y % 8][x % 8] == number for x in range(width)) for y in range(height)]
+        raw += b"".join(bytes(1 + 3 * columns) for columns in lines if columns)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 1)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, content) for name, content in parts)
+    assert decoded(data).shape == (height, width, 3)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
@@ -418,16 +420,38 @@ def test_a_file_is_not_done_that_holds(tars, out, spoil):
     assert_all_readers_find(out, 4 * ROWS)
 
 
-def test_a_file_of_no_listed_shard_is_told_by_status_and_report(tars, out):
+@pytest.mark.parametrize("stray", ["mine.parquet", "before/mine.parquet", "MINE.PARQUET", "mine.parquet.bak"])
+def test_a_file_of_no_listed_shard_is_told_by_status_and_report(tars, out, stray):
     annotate(prepare_job(demo_job(tars, out)))
-    shutil.copy(next((out / "annotations").glob("b-*")), out / "annotations" / "mine.parquet")
+    path = out / "annotations" / stray
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(next((out / "annotations").glob("b-*")), path)
+    assert ds.dataset(out / "annotations").count_rows() > 4 * ROWS
     status, totals = read_status(str(out)), read_totals(str(out), read_job_record(str(out)))
     for complete, shortfall in (
         (status.complete, status.shortfall),
         (totals.complete, totals.shortfall),
     ):
         assert not complete
-        assert "1 file(s) in annotations/ are of no listed shard, such as mine.parquet" in shortfall
+        assert f"1 file(s) in annotations/ are of no listed shard, such as {stray}" in shortfall
+
+
+@pytest.mark.parametrize("stray", ["before/mine.parquet", "MINE.PARQUET", "mine.parquet.bak"])
+def test_a_file_that_readers_would_take_for_annotations_is_refused(tars, out, stray):
+    annotate(prepare_job(demo_job(tars, out)))
+    path = out / "annotations" / stray
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=rf"did not write.*{re.escape(stray)}"):
+        prepare_job(demo_job(tars, out))
+
+
+@pytest.mark.parametrize("hidden", ["_metadata", ".DS_Store"])
+def test_a_file_that_readers_pass_over_is_let_alone(tars, out, hidden):
+    annotate(prepare_job(demo_job(tars, out)))
+    (out / "annotations" / hidden).write_text("mine")
+    assert read_status(str(out)).complete
+    assert not todo(prepare_job(demo_job(tars, out)))
 
 
 @pytest.mark.parametrize("what", ["list of shards", "configuration"])

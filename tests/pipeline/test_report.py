@@ -232,10 +232,13 @@ def test_shards_that_moved_are_found_where_the_user_says(tmp_path, given_as):
 def test_a_shard_of_other_samples_under_the_same_name_gives_no_wrong_picture(tmp_path):
     out = write_job(tmp_path, [[row(0), row(1)]])
     write_job(tmp_path / "other", [[row(0, key="someone else"), row(1)]])
-    shutil.copy(tmp_path / "other" / "0.tar", tmp_path / "0.tar")
-    report, page = page_of(out)
+    report, page = page_of(out, f"{tmp_path}/other/*.tar")
     assert report.pictures == 1
     assert "holds no such sample" in page.text
+    shutil.copy(tmp_path / "other" / "0.tar", tmp_path / "0.tar")
+    report, page = page_of(out)
+    assert report.pictures == 0
+    assert "changed since it was annotated" in page.text
 
 
 def test_an_image_that_cannot_be_read_leaves_its_card_without_a_picture(tmp_path):

@@ -250,6 +250,7 @@ CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
         ({"masks": {"refine": "none"}}, {"masks": {"refine": "none", "refine_iterations": 3}}),
         ({}, {"masks": {"refine_contrast": 0.3}}),
         ({}, {"masks": {"min_area": 0}}),
+        ({}, {"masks": {"min_similarity": -1, "min_peak": 0, "min_contrast": 0}}),
         ({}, {"views": {"tile_zoom": 3, "tile_overlap": 0.5, "max_tiles": 3}}),
         ({}, {"prompts": {"max_per_sample": 3, "embed_synonyms": True, "neutral_threshold": 0.1}}),
         ({}, {"prompts": {"background": "default", "max_background": 2}}),
@@ -290,7 +291,9 @@ def test_a_change_is_told_with_both_values_and_nothing_else_is(before, now, mess
 
 def test_the_weights_are_named_where_their_digest_differs_and_only_there():
     tag = job(model={"pretrained": "laion400m_e32"})
-    assert told(job(), tag, digest_now="v") == "the model's weights: openai (w) before, laion400m_e32 (v) now"
+    assert told(job(), tag, digest_now="v") == (
+        "the model's files (weights, configuration or tokenizer): openai (w) before, laion400m_e32 (v) now"
+    )
     assert "nothing in the configuration" in told(job(), tag)
 
 

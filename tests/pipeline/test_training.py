@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import shutil
 from collections import Counter
@@ -55,6 +56,13 @@ def corpus(tmp_path_factory):
 
 def numbers(samples):
     return [int(sample["key"][1:]) for sample in samples]
+
+
+def write_copy(path, members):
+    """A shard of the same name in another folder, where it may be packed otherwise."""
+    folder = path.parent / "copies"
+    folder.mkdir()
+    return write_tar(folder / path.name, members)
 
 
 @given(
@@ -163,8 +171,8 @@ def test_no_image_ever_comes_with_the_mask_of_another_and_all_samples_are_accoun
 
 def test_rows_of_samples_that_the_shard_does_not_have_are_counted(tmp_path):
     corpus = write_corpus(tmp_path, plain_plans([3]))
-    write_tar(corpus.shards[0], members_of(corpus.planned[0][0]))
-    dataset = MaskDataset(corpus.out, str(tmp_path / "*.tar"))
+    copy = write_copy(corpus.shards[0], members_of(corpus.planned[0][0]))
+    dataset = MaskDataset(corpus.out, str(copy))
     assert numbers(dataset) == [0]
     assert dataset.counts().rows_without_sample == 2
 
@@ -172,10 +180,36 @@ def test_rows_of_samples_that_the_shard_does_not_have_are_counted(tmp_path):
 def test_another_shard_under_the_same_name_gives_no_sample_at_all(tmp_path):
     corpus = write_corpus(tmp_path, plain_plans([4]))
     others = [Planned(number) for number in range(50, 54)]
-    write_tar(corpus.shards[0], [member for item in others for member in members_of(item)])
-    dataset = MaskDataset(corpus.out, str(tmp_path / "*.tar"))
+    copy = write_copy(corpus.shards[0], [member for item in others for member in members_of(item)])
+    dataset = MaskDataset(corpus.out, str(copy))
     assert list(dataset) == []
     assert dataset.counts().mispaired == 4
+
+
+def test_a_shard_that_changed_in_its_place_gives_no_sample_and_is_named(tmp_path, caplog):
+    corpus = write_corpus(tmp_path, plain_plans([3, 2]))
+    replaced = [members_of(Planned(item.number + 40)) for item in corpus.planned[0]]
+    names = [members_of(item) for item in corpus.planned[0]]
+    # other pictures under the same keys, of the same sizes
+    write_tar(
+        corpus.shards[0],
+        [
+            (name, data)
+            for old, new in zip(names, replaced, strict=True)
+            for (name, _), (_, data) in zip(old, new, strict=True)
+        ],
+    )
+    dataset = MaskDataset(corpus.out)
+    with caplog.at_level(logging.WARNING):
+        assert sorted(numbers(dataset)) == [3, 4]
+    assert dataset.counts().shards_left_out == 1
+    assert "000.tar: changed since it was annotated" in caplog.text
+
+
+def test_a_shard_that_was_only_touched_is_read_as_before(tmp_path):
+    corpus = write_corpus(tmp_path, plain_plans([3]))
+    os.utime(corpus.shards[0], (1, 1))
+    assert sorted(numbers(MaskDataset(corpus.out))) == [0, 1, 2]
 
 
 def test_files_of_two_attempts_are_left_out_and_named(tmp_path, caplog):
@@ -351,8 +385,8 @@ def test_ground_truth_of_another_size_or_missing_is_counted(tmp_path):
         *[(name, small if name.endswith("seg.png") else data) for name, data in members_of(items[0])],
         *[(name, data) for name, data in members_of(items[1]) if not name.endswith("seg.png")],
     ]
-    write_tar(corpus.shards[0], members)
-    dataset = MaskDataset(corpus.out, str(tmp_path / "*.tar"), target="ground_truth")
+    copy = write_copy(corpus.shards[0], members)
+    dataset = MaskDataset(corpus.out, str(copy), target="ground_truth")
     assert list(dataset) == []
     assert dataset.counts().undecodable == 2
 

@@ -16,6 +16,10 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 2**16
 _KEPT = frozenset((b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"acTL", b"fcTL", b"fdAT", b"IEND"))
 _LENGTH_AND_KIND_BYTES, _SUM_BYTES = 8, 4
+_PIECE_BYTES = 2**20
+_INDEXED, _CHANNELS = 3, {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# of each pass: first column and row, and steps between columns and between rows
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,55 @@ def check_png(data: bytes) -> None:
         if chunk.kind == b"IEND":
             return
     raise truncated(f"the PNG has {len(data)} bytes and no end chunk (IEND)")
+
+
+def check_png_pixels(data: bytes) -> None:
+    """Check that there is a palette where one is used, and that the compressed data hold every row.
+
+    Decoders make up what is missing. Colours beyond the end of a palette are not looked for.
+
+    Args:
+        data: a file's content, of a size that was found small enough.
+
+    Raises:
+        SampleFailure: kind `truncated`, `corrupt` or `too_many_parts`.
+    """
+    view, inflater = memoryview(data), zlib.decompressobj()
+    left_bytes, needs_palette = 0, False
+    for chunk in _chunks(data):
+        content = view[chunk.start + _LENGTH_AND_KIND_BYTES : chunk.stop - _SUM_BYTES]
+        if chunk.kind == b"IHDR":
+            left_bytes, needs_palette = _inflated_bytes(content), content[9] == _INDEXED
+        elif chunk.kind == b"PLTE":
+            needs_palette = False
+        elif chunk.kind == b"IDAT":
+            left_bytes -= _count_inflated(inflater, content, left_bytes)
+    if needs_palette:
+        raise corrupt("the PNG's pixels are of a palette, and it has none")
+    if left_bytes > 0:
+        left_bytes -= len(inflater.flush())
+    if left_bytes > 0:
+        raise truncated(f"the PNG's compressed data end {left_bytes} bytes before its last row does")
+
+
+def _count_inflated(inflater: zlib._Decompress, content: memoryview, most_bytes: int) -> int:
+    found, rest = 0, bytes(content)
+    while rest and found < most_bytes and not inflater.eof:
+        try:
+            found += len(inflater.decompress(rest, _PIECE_BYTES))
+        except zlib.error as error:
+            raise corrupt(f"the PNG's compressed data are damaged: {error}") from error
+        rest = inflater.unconsumed_tail
+    return found
+
+
+def _inflated_bytes(header: memoryview) -> int:
+    """Bytes of all rows, with the one before each row that names its filter; of all passes if interlaced."""
+    width, height = (int.from_bytes(header[start : start + 4], "big") for start in (0, 4))
+    bits = header[8] * _CHANNELS.get(header[9], 1)
+    passes = _ADAM7 if header[12] else ((0, 0, 1, 1),)
+    sizes = ((-(-(width - left) // across), -(-(height - top) // down)) for left, top, across, down in passes)
+    return sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
 
 
 def _chunks(data: bytes) -> Iterator[_Chunk]:
