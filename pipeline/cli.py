@@ -126,7 +126,7 @@ def evaluate(
     out: OutputDir,
     shards: TruthShards,
     classes: Annotated[
-        Path | None, typer.Option(help="File of the classes: line i of a .txt names class i; or .yaml.")
+        str | None, typer.Option(help="File of the classes: line i of a .txt names class i; or .yaml.")
     ] = None,
     *,
     perturbation: Annotated[

@@ -19,6 +19,7 @@ from pipeline.decode import MAX_CAPTION_CHARACTERS, open_image
 from pipeline.demo import assets
 from pipeline.errors import SampleFailure, UserError
 from pipeline.model import DEMO, load_explainer
+from pipeline.records import received
 from pipeline.settings import ADDRESS_PREFIXES, InputConfig, ModelConfig
 from pipeline.text import printable
 
@@ -69,7 +70,11 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
         model = ModelConfig.model_validate({"name": name, "pretrained": tag, **settings})
     except ValidationError as error:
         problem = error.errors()[0]
-        raise UserError(f"--{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
+        key, told = problem["loc"][0], problem["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"--{'model' if key == 'name' else key}: {told[0].lower()}{told[1:]}, "
+            f"got {received(problem['input'])}"
+        ) from None
     if model.fit == "tile":
         raise UserError("--fit: expected stretch or keep, got 'tile', which only jobs do")
     return model
@@ -145,9 +150,12 @@ def _loaded(model: ModelConfig) -> legrad.LeGrad:
 
 def _read_image(url: str) -> Image.Image:
     shown = storage.shown_url(url)
+    limits = {
+        name: InputConfig.model_fields[name].default for name in ("max_member_bytes", "max_image_pixels")
+    }
     try:
-        data = storage.read_bytes(url)
-        return open_image(data, max_image_pixels=InputConfig.model_fields["max_image_pixels"].default)
+        data = storage.read_bytes(url, max_bytes=limits["max_member_bytes"])
+        return open_image(data, max_image_pixels=limits["max_image_pixels"])
     except OSError as error:
         raise UserError(f"{shown}: cannot be read: {error.strerror or error}") from error
     except SampleFailure as failure:

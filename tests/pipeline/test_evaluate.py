@@ -33,6 +33,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import legrad
 from legrad.masks import encode_rle
+from pipeline import cli
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import (
     EvaluationOptions,
@@ -424,6 +425,15 @@ def test_a_damaged_annotations_file_is_named_and_the_others_are_scored(
     assert written.rows_scored == 1
     (told,) = written.damaged_files
     assert path.name in told
+
+
+def test_the_class_list_may_be_a_url(weights, truth_shard, tmp_path, monkeypatch, capsys):
+    out = write_output(tmp_path / "out", weights, {})
+    words = ["evaluate", out, str(truth_shard), "--classes", "ftp://host/classes.txt"]
+    monkeypatch.setattr("sys.argv", ["legrad", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "two slashes" not in capsys.readouterr().err
 
 
 def test_two_shards_of_one_stem_never_share_a_file(weights, truth_shard, tmp_path):
