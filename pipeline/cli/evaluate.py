@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +19,7 @@ def evaluate(
         ),
     ],
     classes: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="FILE", help="Names of the classes: line i of a .txt names class i; or a .yaml list."
         ),

@@ -104,6 +104,7 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
     from pipeline.annotate.model import DEMO
     from pipeline.config.schema import ADDRESS_PREFIXES, ModelConfig
     from pipeline.demo import assets
+    from pipeline.text import received
 
     if DEMO in (name, tag):
         name, tag = assets.DEMO_MODEL_NAME, DEMO
@@ -117,7 +118,11 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
         model = ModelConfig.model_validate({"name": name, "pretrained": tag, **settings})
     except ValidationError as error:
         problem = error.errors()[0]
-        raise UserError(f"--{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
+        key, message = problem["loc"][0], problem["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"--{'model' if key == 'name' else key}: {message[0].lower()}{message[1:]}, "
+            f"got {received(problem['input'])}"
+        ) from None
     if model.fit == "tile":
         raise UserError("--fit: expected stretch or keep, got 'tile', which is for legrad annotate only")
     return model
@@ -209,9 +214,12 @@ def _read_image(url: str) -> Image.Image:
     from pipeline.shards.images import open_image
 
     shown = storage.shown_url(url)
+    limits = {
+        name: InputConfig.model_fields[name].default for name in ("max_member_bytes", "max_image_pixels")
+    }
     try:
-        data = storage.read_bytes(url)
-        return open_image(data, max_image_pixels=InputConfig.model_fields["max_image_pixels"].default)
+        data = storage.read_bytes(url, max_bytes=limits["max_member_bytes"])
+        return open_image(data, max_image_pixels=limits["max_image_pixels"])
     except OSError as error:
         raise UserError(f"{shown}: cannot be read: {error.strerror or error}") from error
     except SampleFailure as failure:

@@ -65,7 +65,7 @@ def open_coco(root: str | Path, split: str = "val2017") -> TruthDataset:
     left_out = LeftOut()
     try:
         records = read_records(instances, captions, left_out)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         where = f"{folder / 'annotations'}: instances_{split}.json or captions_{split}.json"
         raise UserError(f"{where} is not laid out as COCO's: {error}") from error
     return TruthDataset(
@@ -127,6 +127,8 @@ def _mask(
         label = IGNORED if annotation.get("iscrowd") else _class_id(annotation, class_ids)
         rle = _rle(annotation.get("segmentation"), height, width)
         return label, int(mask_area([rle], max_pixels=height * width)[0]), rle
+    except RecursionError as error:
+        raise _bad_annotation("an annotation is nested too deeply") from error
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RleError) as error:
         reason = f"has no {error} in its segmentation" if isinstance(error, KeyError) else str(error)
         raise _bad_annotation(f"annotation {annotation.get('id')!r:.40}: {reason}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -93,7 +93,7 @@ def _categories(records: list[Any]) -> tuple[dict[int, int], tuple[str, ...]]:
     named = [(whole_number(_object(record), "id"), _text(record, "name")) for record in records]
     named.sort()
     ids = [identity for identity, _ in named]
-    if repeated := sorted({identity for identity in ids if ids.count(identity) > 1}):
+    if repeated := sorted(identity for identity, count in Counter(ids).items() if count > 1):
         raise ValueError(f"expected categories of different ids, found {repeated[0]} several times")
     if not named:
         raise ValueError("expected categories, found none")
@@ -176,6 +176,8 @@ def _each(
     for place, record in enumerate(records):
         try:
             found = read(_object(record))
+        except RecursionError:
+            left_out.add(kind, f"record {place}: is nested too deeply")
         except (ValueError, OverflowError) as error:
             identity = record.get("id") if isinstance(record, dict) else None
             left_out.add(kind, f"record {place} (id {identity!r:.40}): {error}")

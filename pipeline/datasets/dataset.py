@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -245,7 +246,10 @@ def unique_names(names: Sequence[str], identities: Sequence[str]) -> tuple[str, 
     unique = []
     for name, identity in zip(names, identities, strict=True):
         plain = " ".join(name.split()) or identity
-        unique.append(f"{plain} ({identity})" if plain.casefold() in taken else plain)
+        # a name may look like one with its identity already
+        while plain.casefold() in taken:
+            plain = f"{plain} ({identity})"
+        unique.append(plain)
         taken.add(plain.casefold())
     return tuple(unique)
 
@@ -273,9 +277,12 @@ def read_list(path: Path) -> list[str]:
 def read_text(path: Path, *, max_bytes: int = MAX_LIST_BYTES) -> str:
     """The text of a file of the dataset; raises UserError as `read_list`."""
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes > max_bytes:
-            raise UserError(f"{path}: has {size_bytes} bytes, allowed are {max_bytes}")
+        found = path.stat()
+        # a pipe blocks, and a device never ends
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: is no regular file")
+        if found.st_size > max_bytes:
+            raise UserError(f"{path}: has {found.st_size} bytes, allowed are {max_bytes}")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is the dataset laid out as its owners ship it?") from None

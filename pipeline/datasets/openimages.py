@@ -17,6 +17,7 @@ Source: https://storage.googleapis.com/openimages/web/download_v7.html, "Point-l
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,11 @@ def open_openimages(root: str | Path, split: str = "val", images: str | Path | N
 
 def _read_classes(path: Path, left_out: LeftOut) -> tuple[list[str], list[str]]:
     """MIDs, and how people call them."""
-    table = [row for row in csv.reader(read_text(path).splitlines()) if row]
+    try:
+        # only the table's own line feeds part its rows, or the ids of all classes behind would shift
+        table = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if row]
+    except csv.Error as error:
+        raise UserError(f"{path}: is no table of classes: {error}") from None
     # MIDs begin with a slash, the heading does not
     rows = [row for row in table if row[0].startswith("/")]
     if not rows or any(len(row) < 2 for row in rows):

@@ -16,12 +16,14 @@ import numpy as np
 import webdataset
 from jaxtyping import UInt16
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.config.classes import class_lines
 from pipeline.datasets.dataset import IGNORED, TruthDataset, TruthSample
 from pipeline.errors import SampleFailure, UserError
 from pipeline.shards.ground_truth import IGNORED_LABEL, IGNORED_LABEL_16_BIT, LABEL_MAP_FIELD
+from pipeline.text import printable
 
 CLASSES_FILE = "classes.txt"
 CONVERSION_FILE = "conversion.json"
@@ -191,12 +193,18 @@ def _shard_name(dataset: TruthDataset, index: int) -> str:
 def _earlier(dest: str, fresh: Conversion, present: set[str]) -> Conversion:
     where = storage.join_url(dest, CONVERSION_FILE)
     try:
-        earlier = Conversion(**json.loads(storage.read_text(where)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{storage.shown_url(where)}: is no record of a conversion: {error}") from error
+        earlier = TypeAdapter(Conversion).validate_json(storage.read_text(where))
+    except ValidationError as error:
+        told = printable(error.errors(include_url=False, include_input=False)[0]["msg"])
+        raise UserError(f"{storage.shown_url(where)}: is no record of a conversion: {told}") from None
     if earlier.fingerprint != fresh.fingerprint:
         message = "the images, the classes or the limits of shards are others than before"
         raise UserError(f"{storage.shown_url(where)}: cannot resume: {message}; write anew with --overwrite")
+    if not 0 <= earlier.images_read <= fresh.images:
+        raise UserError(
+            f"{storage.shown_url(where)}: is no record of a conversion: says that {earlier.images_read} of "
+            f"{fresh.images} images were read"
+        )
     if missing := sorted(set(earlier.shards) - present):
         raise UserError(
             f"{storage.shown_url(where)}: cannot resume: {missing[0]} is gone; write anew with --overwrite"

@@ -118,7 +118,9 @@ def evaluate_output(
         perturbed_scenes=perturbed_scenes,
     )
     try:
-        collected = collect_written_masks(out_dir, shards, config.input, config.prompts.source)
+        collected = collect_written_masks(
+            out_dir, shards, config.input, config.prompts.source, job.config_hash
+        )
         written = score_written_masks(collected, seed=options.seed)
         scenes = _read_all(shards, config.input)
         maps = evaluate_scenes(explainer, scenes, class_names, settings=config.input, options=options)

@@ -193,12 +193,15 @@ def _point_scores(scene: Scene, rows: Sequence[Row], prompt_source: str) -> Over
     """Each point against the masks of its own class; a class without a mask is nowhere."""
     if not scene.points or prompt_source == "caption":
         return None
-    masks: dict[int, list[np.ndarray]] = {}
+    said = [False] * len(scene.points)
     for row in rows:
         class_id = row_class(scene, row, prompt_source)
-        if row["mask"] is not None and class_id is not None:
-            masks.setdefault(class_id, []).append(decode_rle(row["mask"]))
-    said = [any(point.value_in(mask) for mask in masks.get(point.class_id, ())) for point in scene.points]
+        own = [number for number, point in enumerate(scene.points) if point.class_id == class_id]
+        if row["mask"] is not None and own:
+            # one mask after the other: a row may be anybody's, and its mask as large as a mask can be
+            mask = decode_rle(row["mask"])
+            for number in own:
+                said[number] |= bool(scene.points[number].value_in(mask))
     return point_overlap(
         np.array([point.class_id for point in scene.points]),
         np.array([point.is_object for point in scene.points]),

@@ -26,12 +26,16 @@ from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError
 from pipeline.evaluation.result import WrittenMaskScores
 from pipeline.evaluation.scene_scores import SceneScores, score_scene
+from pipeline.output.footers import own_footer
 from pipeline.output.image_shards import match_annotations, require_annotated_version
 from pipeline.output.reading import open_table, read_footer_record, read_rows
 from pipeline.shards.ground_truth import Scene, read_scenes
 from pipeline.storage import ShardSource
 
-COLUMNS = ["key", "sample_index", "prompt_index", "class_id", "status", "similarity", "mask", "ignore"]
+COLUMNS = [
+    *("key", "sample_index", "prompt_index", "prompt", "class_id", "status"),
+    *("image_height", "image_width", "similarity", "mask", "ignore"),
+]
 
 Row = Mapping[str, Any]
 
@@ -56,7 +60,11 @@ class WrittenMasks:
 
 
 def collect_written_masks(
-    out_dir: str, shards: Sequence[ShardSource], settings: InputConfig, prompt_source: str
+    out_dir: str,
+    shards: Sequence[ShardSource],
+    settings: InputConfig,
+    prompt_source: str,
+    config_hash: str | None = None,
 ) -> WrittenMasks:
     """Hold every written mask against its object, joined by shard, sample ordinal, key and prompt.
 
@@ -69,6 +77,7 @@ def collect_written_masks(
         shards: the tars with ground truth.
         settings: the job's input section.
         prompt_source: the job's ``prompts.source``.
+        config_hash: the job's; files of another job, or of two attempts, count as damaged. None: any will do.
 
     Raises:
         ShardError: a tar cannot be read.
@@ -83,6 +92,8 @@ def collect_written_masks(
         if (name := matched.get(shard.canonical_url)) is not None:
             url = storage.join_url(folder, name)
             try:
+                if config_hash is not None:
+                    own_footer(out_dir, name.removesuffix(".parquet"), config_hash)
                 require_annotated_version(shard, read_footer_record(url, "annotations"))
                 rows = read_rows(url, "annotations", COLUMNS)
                 own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)

@@ -15,6 +15,7 @@ from scipy import ndimage
 from legrad.masks.cleaning import EIGHT_NEIGHBOURS
 from legrad.masks.rle import encode_rle, mask_area, mask_bbox_xywh
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.export.samples import ExportSample
 from pipeline.output.label_map import mask_at_size
 
@@ -121,8 +122,15 @@ def merge_parts(dest: str, shard_ids: Iterable[str], class_names: Mapping[int, s
 def _write_all(spool: IO[bytes], dest: str, shard_ids: Iterable[str], section: str) -> None:
     between = b""
     for shard_id in shard_ids:
-        part = json.loads(storage.read_text(storage.join_url(dest, PARTS_FOLDER, f"{shard_id}.json")))
-        for element in part[section]:
+        where = storage.join_url(dest, PARTS_FOLDER, f"{shard_id}.json")
+        try:
+            elements = list(json.loads(storage.read_text(where))[section])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{storage.shown_url(where)}: is no part of an export ({type(error).__name__}); remove the "
+                "folder and export again"
+            ) from error
+        for element in elements:
             spool.write(between + json.dumps(element).encode())
             between = b",\n"
 

@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
+
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.config.classes import ClassEntry, check_class, class_lines, read_class_list
@@ -247,12 +249,10 @@ def _earlier(export: _Export, shard_id: str) -> ShardRecord | None:
     """What an earlier run wrote of a shard; None where it has been annotated again since."""
     url = storage.join_url(export.dest, RECORDS_FOLDER, f"{shard_id}.json")
     try:
-        record = ShardRecord(**json.loads(storage.read_text(url)))
-    except (TypeError, ValueError, RecursionError):
+        record = TypeAdapter(ShardRecord).validate_json(storage.read_text(url))
+    except ValidationError:
         return None
-    names = {int(number): name for number, name in record.class_names.items()}
-    same = record.attempt == _attempt(export.out, shard_id)
-    return replace(record, class_names=names) if same else None
+    return record if record.attempt == _attempt(export.out, shard_id) else None
 
 
 def _attempt(out: str, shard_id: str) -> str:

@@ -53,13 +53,12 @@ def checked_footers(
         return dict(zip(listed, pool.map(checked, listed), strict=True))
 
 
-def checked_footer(output_dir: str, shard_id: str, row: Row, config_hash: str) -> FooterRecord:
+def own_footer(output_dir: str, shard_id: str, config_hash: str) -> FooterRecord:
     """The footer of a shard's annotations, once its two files have shown to belong together and to the job.
 
     Raises:
         DamagedFileError: one of them cannot be read, or does not hold the rows that its footer counts.
-        MismatchError: they are not of the same attempt, or are of another configuration, of another shard,
-            or of another version of the input than the one listed.
+        MismatchError: they are not of the same attempt, or are of another configuration.
     """
     name = f"{shard_id}.parquet"
     url, errors_url = (storage.join_url(output_dir, folder, name) for folder in (ANNOTATIONS, ERRORS))
@@ -68,6 +67,19 @@ def checked_footer(output_dir: str, shard_id: str, row: Row, config_hash: str) -
         raise MismatchError(storage.shown_url(url), "is not of the same attempt as its errors file")
     if footer.config_hash != config_hash:
         raise MismatchError(storage.shown_url(url), "is of another configuration than the job")
+    return footer
+
+
+def checked_footer(output_dir: str, shard_id: str, row: Row, config_hash: str) -> FooterRecord:
+    """The same, once the files have shown to be of the shard that the job lists.
+
+    Raises:
+        DamagedFileError: as `own_footer`.
+        MismatchError: as `own_footer`; or they are of another shard, or of another version of the input than
+            the one listed.
+    """
+    footer = own_footer(output_dir, shard_id, config_hash)
+    url = storage.join_url(output_dir, ANNOTATIONS, f"{shard_id}.parquet")
     if footer.shard not in (row["shard"], row["moved_from"]):
         raise MismatchError(storage.shown_url(url), f"holds the rows of another shard: {footer.shard}")
     if not _is_of_listed_version(footer, row):

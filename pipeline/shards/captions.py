@@ -59,9 +59,14 @@ def read_captions(
     content = find_field(fields, field_spec, stage="caption")
     value: Any = _json_value(content, name) if name else _text(content, MAX_CAPTION_CHARACTERS * 4)
     if not (isinstance(value, list) if several is None else several):
-        return [_caption(value)]
+        if isinstance(value, list):
+            remedy = "prompts.source=captions takes each text of a list"
+            raise _failure("wrong_type", f"expected a text as caption in {spec}, received list; {remedy}")
+        return [check_caption(value)]
     if not isinstance(value, list):
-        raise _failure("wrong_type", f"expected a list of captions in {spec}, received {_type_name(value)}")
+        remedy = "; prompts.source=caption takes one text" if isinstance(value, str) else ""
+        message = f"expected a list of captions in {spec}, received {_type_name(value)}{remedy}"
+        raise _failure("wrong_type", message)
     if len(value) > MAX_CAPTIONS:
         raise _failure("too_many", f"the sample has {len(value)} captions, allowed are {MAX_CAPTIONS}")
     return [_caption_or_failure(element) for element in value]
@@ -69,12 +74,17 @@ def read_captions(
 
 def _caption_or_failure(value: object) -> str | SampleFailure:
     try:
-        return _caption(value)
+        return check_caption(value)
     except SampleFailure as failure:
         return failure
 
 
-def _caption(value: object) -> str:
+def check_caption(value: object) -> str:
+    """Return a caption without surrounding white space.
+
+    Raises:
+        SampleFailure: stage `caption`; kind `wrong_type`, `empty`, `too_long` or `not_utf8`.
+    """
     if not isinstance(value, str):
         raise _failure("wrong_type", f"expected a text as caption, received {_type_name(value)}")
     caption = value.strip()

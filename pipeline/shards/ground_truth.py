@@ -28,6 +28,7 @@ from PIL import Image
 
 from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure
+from pipeline.shards.captions import MAX_CAPTIONS, check_caption
 from pipeline.shards.fields import find_field, told_fields
 from pipeline.shards.image_files.png import check_png, png_without_texts
 from pipeline.shards.sample_error import SampleError
@@ -201,19 +202,31 @@ def _document(fields: Mapping[str, bytes]) -> dict[str, Any]:
 
 def _objects(document: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Captions and class ids of the objects, checked to be of one length."""
-    try:
-        captions = tuple(str(caption) for caption in document["captions"])
-        class_ids = tuple(int(class_id) for class_id in document["class_ids"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        message = f"expected a JSON field with captions and class_ids: {type(error).__name__} {error}"
-        raise _bad_truth(message) from error
+    captions, class_ids = (_list_of(document, name) for name in ("captions", "class_ids"))
+    # a fraction, a truth value or a text would become another class
+    if not all(type(class_id) is int for class_id in class_ids):
+        raise _bad_truth(f"class_ids: expected whole numbers, received {class_ids!r:.200}")
     if not all(0 < class_id <= MAX_CLASS_ID for class_id in class_ids):
         raise _bad_truth(f"expected class_ids from 1 to {MAX_CLASS_ID}, received {class_ids!r:.200}")
     if len(captions) != len(class_ids):
         raise _bad_truth(
             f"expected as many class_ids as captions, received {len(class_ids)} for {len(captions)}"
         )
-    return captions, class_ids
+    try:
+        # as annotation takes them: what costs more than its length is refused
+        return tuple(map(check_caption, captions)), tuple(class_ids)
+    except SampleFailure as failure:
+        raise _bad_truth(f"captions: {failure.message}") from failure
+
+
+def _list_of(document: Mapping[str, Any], name: str) -> list[Any]:
+    values = document.get(name)
+    if not isinstance(values, list):
+        message = f"expected a JSON field with captions and class_ids: {name} is "
+        raise _bad_truth(message + ("missing" if values is None else f"no list but {type(values).__name__}"))
+    if len(values) > MAX_CAPTIONS:
+        raise _bad_truth(f"{name}: expected at most {MAX_CAPTIONS}, received {len(values)}")
+    return values
 
 
 def _points(listed: Any) -> tuple[PointLabel, ...]:
@@ -225,7 +238,7 @@ def _points(listed: Any) -> tuple[PointLabel, ...]:
 def _point(item: Any) -> PointLabel:
     match item:
         case {"x": x, "y": y, "class_id": int(class_id), "label": "yes" | "no" as label} if (
-            _is_share(x) and _is_share(y) and 0 < class_id <= MAX_CLASS_ID
+            _is_share(x) and _is_share(y) and class_id is not True and 0 < class_id <= MAX_CLASS_ID
         ):
             return PointLabel(float(x), float(y), class_id, label == "yes")
     raise _bad_truth(

@@ -17,7 +17,7 @@ from tests.helpers.report_jobs import error, row, write_job
 
 JOB, SHARDS, RUNS, FAILED = "job.json", "shards.parquet", "runs", "failed"
 ANNOTATIONS, ERRORS = "annotations", "errors"
-ALL = frozenset({"report", "export", "training"})
+ALL = frozenset({"report", "export", "training", "evaluate"})
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,13 @@ class Hostile:
 
     def is_refused_by(self, reader):
         """Whether nothing can be read without this file, or this reader refuses the whole for its sake."""
-        return self.place in (JOB, SHARDS) or reader in self.refused_by
+        return (
+            self.place == JOB or (self.place == SHARDS and reader != "evaluate") or reader in self.refused_by
+        )
+
+    def is_told_by(self, reader):
+        """Whether this reader must name the file; evaluation reads no list of shards."""
+        return reader in self.told_by and (reader, self.place) != ("evaluate", SHARDS)
 
 
 def good_output(folder):
@@ -258,7 +264,7 @@ PARQUET_FAULTS = {
 # what is no file is not there: its shard counts as not annotated, its run or failure as not recorded
 NOT_THERE = ("a folder in its place", "a pipe in its place", "a link to a device", "a link to nowhere")
 A_MASK = "0.tar: sample key000 left out: mask: "
-REPORT, DRAWN, UNTOLD = frozenset({"report"}), frozenset({"export", "training"}), frozenset()
+REPORT, DRAWN, UNTOLD = frozenset({"report"}), ALL - {"report"}, frozenset()
 
 
 def each(place, faults, told_by=ALL):
@@ -328,7 +334,7 @@ HOSTILE_OUTPUTS = {
     "annotations: a count that is no number": Hostile(ANNOTATIONS, footer_with(rows=float("nan"))),
     "annotations: kinds of errors that are a list": Hostile(ANNOTATIONS, footer_with(errors_by_kind=[1])),
     "annotations: another attempt": Hostile(ANNOTATIONS, footer_with(attempt="b")),
-    "annotations: another job": Hostile(ANNOTATIONS, footer_with(config_hash="0"), REPORT),
+    "annotations: another job": Hostile(ANNOTATIONS, footer_with(config_hash="0"), REPORT | {"evaluate"}),
     "annotations: two million rows in a group": Hostile(ANNOTATIONS, many_rows(2_000_000)),
     "annotations: a mask of 40,000 x 40,000": Hostile(
         ANNOTATIONS, mask_of([40_000, 40_000], "0PPPZbe1"), DRAWN, A_MASK

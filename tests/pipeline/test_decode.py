@@ -727,3 +727,13 @@ def test_arbitrary_bytes_are_captions_that_can_be_written_or_failures(content, s
         assert failure.stage == "caption"
     else:
         assert all(caption.strip() and caption.encode() for caption in captions)
+
+
+@pytest.mark.parametrize(
+    ("value", "several", "remedy"),
+    [(["a", "b"], False, "prompts.source=captions"), ("a", True, "prompts.source=caption takes one text")],
+)
+def test_a_caption_of_the_other_kind_is_told_with_the_way_out(value, several, remedy):
+    with pytest.raises(SampleFailure, match=remedy) as failure:
+        read_captions({"json": json.dumps({"c": value}).encode()}, "json:c", several=several)
+    assert (failure.value.stage, failure.value.kind) == ("caption", "wrong_type")

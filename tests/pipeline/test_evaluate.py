@@ -23,6 +23,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import legrad
 from legrad.masks.rle import encode_rle
+from pipeline.cli import main as cli
 from pipeline.config.schema import InputConfig
 from pipeline.console import PrintableConsole
 from pipeline.errors import UserError
@@ -34,7 +35,8 @@ from pipeline.evaluation.evaluate import (
 )
 from pipeline.evaluation.plot import plot_evaluation
 from pipeline.evaluation.result import EvaluationResult
-from pipeline.output.schema import ANNOTATION_SCHEMA
+from pipeline.output.folder import LAYOUT
+from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY
 from pipeline.shards.ground_truth import Scene, read_scenes
 from pipeline.storage import list_shards
 from tests.helpers.ground_truth_shards import (
@@ -304,6 +306,7 @@ def test_shards_without_any_ground_truth_are_a_user_error(explainer, tmp_path):
 def annotation(key: str, index: int, prompt: int, mask: np.ndarray | None, **columns: Any) -> dict[str, Any]:
     rle = None if mask is None else encode_rle(torch.from_numpy(mask[None]))[0]
     found = {"key": key, "sample_index": index, "prompt_index": prompt, "status": "ok", "mask": rle}
+    found |= {"prompt": "a dog", "image_height": 24, "image_width": 40}
     return {**found, "similarity": 0.3, **columns}
 
 
@@ -314,14 +317,36 @@ def evaluated(weights: Path, out: str, *arguments: Any) -> EvaluationResult:
 def write_output(
     out: Path, weights: Path, rows_by_name: Mapping[str, list[dict[str, Any]]], **prompts: Any
 ) -> str:
+    job = job_document(out, weights, **prompts)
     (out / "annotations").mkdir(parents=True)
-    (out / "job.json").write_text(json.dumps(job_document(out, weights, **prompts)))
+    (out / "errors").mkdir()
+    (out / "job.json").write_text(json.dumps(job))
     for name, rows in rows_by_name.items():
-        columns = [{name: row.get(name) for name in ANNOTATION_SCHEMA.names} for row in rows]
-        pq.write_table(
-            pa.Table.from_pylist(columns, schema=ANNOTATION_SCHEMA), out / "annotations" / f"{name}.parquet"
-        )
+        footer = json.dumps(footer_document(len(rows), job["config_hash"])).encode()
+        for folder, schema, written in (
+            ("annotations", ANNOTATION_SCHEMA, rows),
+            ("errors", ERROR_SCHEMA, []),
+        ):
+            columns = [{column: row.get(column) for column in schema.names} for row in written]
+            table = pa.Table.from_pylist(columns, schema=schema.with_metadata({METADATA_KEY: footer}))
+            pq.write_table(table, out / folder / f"{name}.parquet")
     return str(out)
+
+
+def footer_document(rows: int, config_hash: str) -> dict[str, Any]:
+    names = ("annotated", "empty", "failed", "error_rows", "dropped_prompts")
+    return {
+        **dict.fromkeys(names, 0),
+        "rows": rows,
+        "errors_by_kind": {},
+        "layout": LAYOUT,
+        "attempt": "a",
+        "config_hash": config_hash,
+        "shard": "x",
+        "state": "done",
+        "content_digest": "x",
+        "input": {"size": None, "mtime_ns": None, "etag": None},
+    }
 
 
 LABELS = label_map({1: (2, 10, 2, 12), 2: (12, 20, 20, 30), 255: (0, 24, 0, 4)})
@@ -424,6 +449,15 @@ def test_a_damaged_annotations_file_is_named_and_the_others_are_scored(
     assert written.rows_scored == 1
     (told,) = written.damaged_files
     assert path.name in told
+
+
+def test_the_class_list_may_be_a_url(weights, truth_shard, tmp_path, monkeypatch, capsys):
+    out = write_output(tmp_path / "out", weights, {})
+    words = ["evaluate", out, str(truth_shard), "--classes", "ftp://host/classes.txt"]
+    monkeypatch.setattr("sys.argv", ["legrad", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "two slashes" not in capsys.readouterr().err
 
 
 def test_two_shards_of_one_stem_never_share_a_file(weights, truth_shard, tmp_path):

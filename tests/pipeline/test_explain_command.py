@@ -124,3 +124,15 @@ def test_any_text_gives_a_file_name_that_is_safe_everywhere(text):
     from pipeline.cli.explain import slug
 
     assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", slug(text))
+
+
+def test_an_image_without_end_is_refused_before_it_fills_the_memory(tmp_path):
+    with pytest.raises(UserError, match=r"/dev/zero: cannot be read: has more than 67108864 bytes"):
+        explain_file("/dev/zero", ["a cat"], model_named("demo", None), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["", "\n", "ViT\x1b[2J"])
+def test_a_model_name_that_cannot_be_is_told_in_plain_words(name):
+    with pytest.raises(UserError, match=r"^--model: expected a text .*got '") as refusal:
+        model_named(name, "openai")
+    assert str(refusal.value).isprintable()

@@ -291,3 +291,26 @@ def test_every_name_that_is_written_stays_within_the_folder(tmp_path):
     assert totals.counts["exported"] == len(written) == totals.written
     assert all(dest in path.parents and len(path.name) < 120 for path in written)
     assert all(Path(path.name).name == path.name for path in written)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", "[" * 100_000, '{"attempt": 1}', None],
+    ids=["a list", "cut", "nested", "fields lacking", "names of classes as a list"],
+)
+def test_a_damaged_record_of_a_shard_means_that_it_is_exported_again(job, tmp_path, content):
+    export_job(str(job), str(tmp_path / "dest"), ExportOptions("coco"))
+    record = next((tmp_path / "dest" / "export").iterdir())
+    document = json.loads(record.read_text())
+    record.write_text(json.dumps(document | {"class_names": ["a"]}) if content is None else content)
+    assert export_job(str(job), str(tmp_path / "dest"), ExportOptions("coco")).shards_written == 1
+    assert json.loads(record.read_text()) == document
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '{"images": 5}'])
+def test_a_damaged_part_of_a_merged_file_is_named(job, tmp_path, content):
+    export_job(str(job), str(tmp_path / "dest"), ExportOptions("coco"))
+    part = next((tmp_path / "dest" / "annotations").iterdir())
+    part.write_text(content)
+    with pytest.raises(UserError, match=rf"{part.name}: is no part of an export"):
+        export_job(str(job), str(tmp_path / "dest"), ExportOptions("coco"))

@@ -94,7 +94,10 @@ def test_points_of_another_form_are_no_ground_truth(points):
     assert "points" in found.message
 
 
-@pytest.mark.parametrize("class_ids", [[0, 1, 2], [1, 2, -3], [1, 2, 2**31]])
+@pytest.mark.parametrize(
+    "class_ids",
+    [[0, 1, 2], [1, 2, -3], [1, 2, 2**31], [1, 2, 2.9], [1, 2, True], [1, 2, "3"], "123", {"1": 1}, None, 3],
+)
 def test_class_ids_that_no_column_holds_are_no_ground_truth(class_ids):
     document = {"captions": ["a", "b", "c"], "class_ids": class_ids}
     found = read({**FIELDS, "json": json.dumps(document).encode()})
@@ -109,3 +112,32 @@ def test_a_coloured_map_is_no_ground_truth():
 @pytest.mark.parametrize("document", [b"[]", b"{", b"[" * 100_000, b"\xff"])
 def test_a_json_field_that_is_no_object_is_no_ground_truth(document):
     assert read({**FIELDS, "json": document}).kind == "bad_ground_truth"
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        "abc",
+        ["a", "b", None],
+        ["a", "b", ["c"]],
+        ["a", "b", "\ud83d"],
+        ["a", "b", ""],
+        ["a", "b", "\u263a" * 16_385],
+        ["a", "b", "c" * 401],
+        ["a", "b", "\u0301\u0323" * 100_000],
+        ["a"] * 1025,
+    ],
+)
+def test_captions_that_annotation_refuses_are_no_ground_truth_either(captions):
+    document = {"captions": captions, "class_ids": [1] * len(captions)}
+    fields = scene_fields(label_map({1: (0, 4, 0, 4)}), ["a"], [1]) | {"json": json.dumps(document).encode()}
+    found = scene_of(RawSample(0, "a", fields), "png")
+    assert isinstance(found, SampleError)
+    assert (found.kind, len(found.message) < 400) == ("bad_ground_truth", True)
+
+
+def test_a_point_of_class_true_is_none():
+    document = {"points": [{"x": 0.5, "y": 0.5, "class_id": True, "label": "yes"}]}
+    found = scene_of(RawSample(0, "a", {"json": json.dumps(document).encode()}), "png")
+    assert isinstance(found, SampleError)
+    assert "received {'x': 0.5, 'y': 0.5, 'class_id': True" in found.message

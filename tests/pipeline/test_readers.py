@@ -1,8 +1,10 @@
 """Datasets in their owners' layout come out of the shards as their owners' own tools would read them."""
 
+import contextlib
 import csv
 import io
 import json
+import os
 import warnings
 
 import numpy as np
@@ -16,6 +18,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pipeline.config.classes import read_class_list
 from pipeline.config.schema import InputConfig
 from pipeline.datasets.coco import open_coco
+from pipeline.datasets.dataset import unique_names
 from pipeline.datasets.imagenet_s import open_imagenet_s
 from pipeline.datasets.openimages import open_openimages
 from pipeline.datasets.voc import open_voc
@@ -617,3 +620,88 @@ def test_a_grey_label_map_of_voc_is_read_as_well(tmp_path):
     write(tmp_path / "VOCdevkit/VOC2012/SegmentationClass/grey.png", png(truth["grey"]))
     write_shards(open_voc(tmp_path), str(tmp_path / "out"))
     np.testing.assert_array_equal(scenes_of(tmp_path / "out")["grey"].label_map, truth["grey"])
+
+
+def test_no_two_classes_share_a_name_even_where_one_looks_numbered_already():
+    names = unique_names(["a", "a (3)", "a", "A"], ["1", "2", "3", "4"])
+    assert len({name.casefold() for name in names}) == 4
+    assert names[:2] == ("a", "a (3)")
+
+
+def test_a_line_separator_within_a_class_name_shifts_no_class_id(tmp_path):
+    classes = {"/m/1": "cat\u2028/m/9,evil\x0b", "/m/2": "dog"}
+    write_openimages(tmp_path, [("a", 0.5, 0.5, "/m/2", "yes")], classes=classes, images=["a"])
+    dataset = open_openimages(tmp_path)
+    assert dataset.class_names == ("cat /m/9,evil", "dog")
+    assert dataset.read("a").document["class_ids"] == [2]
+
+
+def test_a_table_of_classes_that_csv_refuses_is_told(tmp_path):
+    write_openimages(
+        tmp_path, [("a", 0.5, 0.5, "/m/1", "yes")], classes={"/m/1": "x" * 200_000}, images=["a"]
+    )
+    with pytest.raises(UserError, match=r"class-descriptions\.csv: is no table of classes"):
+        open_openimages(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_list_that_is_no_regular_file_is_refused_not_read(tmp_path, make):
+    write_coco(tmp_path, [], images={1: (30, 40)})
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    path.unlink()
+    make(path)
+    with pytest.raises(UserError, match="is no regular file"):
+        open_coco(tmp_path)
+
+
+@pytest.mark.parametrize("depth", range(900, 1000, 7))
+def test_records_nested_as_deeply_as_json_can_be_read_are_left_out_or_refused(tmp_path, depth):
+    nested = "[" * depth + "]" * depth
+    outlines = [coco_object(1, 1, 1, ["@"]), coco_object(1, 1, 1, ["@"])]
+    write_coco(tmp_path, outlines, images={1: (30, 40)})
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    sound = path.read_text()
+    places = {
+        '"@"': nested,
+        '"images": [': f'"images": [{nested}, ',
+        '"annotations": [': f'"annotations": [{nested}, ',
+        '"category_id": 1': f'"category_id": {nested}',
+    }
+    for old, new in places.items():
+        path.write_text(sound.replace(old, new))
+        with contextlib.suppress(UserError):
+            write_shards(open_coco(tmp_path), str(tmp_path / "out"))
+
+
+def test_a_hundred_thousand_categories_are_read_without_counting_each_again(tmp_path):
+    write_coco(tmp_path, [], images={1: (30, 40)})
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    categories = [{"id": number, "name": f"thing {number}"} for number in range(100_000)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"categories": categories}))
+    assert len(open_coco(tmp_path).class_names) == 100_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"images_read": "x"},
+        {"images_read": -1},
+        {"images_read": 10**30},
+        {"images_read": 2},
+        {"shards": 5},
+        {"shards": [1]},
+        {"skipped": []},
+        {"skipped_names": {"a": 1}},
+        {"written": None},
+        {"fingerprint": ["\x1b[2J"]},
+    ],
+)
+def test_a_damaged_record_of_a_conversion_is_told_not_resumed(tmp_path, changes):
+    write_voc(tmp_path / "voc", ["a"])
+    out = tmp_path / "out"
+    write_shards(open_voc(tmp_path / "voc"), str(out))
+    record = out / "conversion.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+    with pytest.raises(UserError, match=r"conversion\.json: is no record of a conversion") as refusal:
+        write_shards(open_voc(tmp_path / "voc"), str(out), resume=True)
+    assert str(refusal.value).isprintable()
