@@ -9,9 +9,12 @@ CHECK_PYTHON = version=$$($(PYTHON) -c 'import platform; print(platform.python_v
 	|| echo 'not there'); case $$version in 3.1[1-3].*) ;; \
 	*) echo "legrad needs Python $(PYTHONS); $(PYTHON) is $$version; run make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; false;; esac
 
+# two processes of one thread each: the tests of a unit use little of a second core
+UNITS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/integration --numprocesses 2 --dist worksteal
+
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-all check fix bench bench-gpu bench-pipeline demo-model train-demo clean
+.PHONY: help setup demo test test-fast test-all check fix bench bench-gpu bench-pipeline demo-model train-demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -26,15 +29,21 @@ setup: $(STAMP)  ## make .venv and install, where something changed
 demo: $(STAMP)  ## annotate the shipped shards with the shipped model, evaluate, draw
 	$(BIN)/legrad demo
 
-test: $(STAMP)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+test: $(STAMP)  ## all tests but the slow ones: units in two processes, then whole jobs on Ray
+	$(UNITS) -m "not slow"
+	$(BIN)/python -m pytest tests/integration -m "not slow"
+
+test-fast: $(STAMP)  ## unit tests that take milliseconds, for while you work
+	$(UNITS) -m "not slow and not medium"
 
 test-all: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+	$(UNITS)
+	$(BIN)/python -m pytest tests/integration
 
-check: $(STAMP)  ## format, lint and types, nothing changed
+check: $(STAMP)  ## format, lint, imports and types, nothing changed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 fix: $(STAMP)  ## format, mend what the linter can, renew the list of keys in configs/README.md

@@ -24,9 +24,10 @@ hypothesis.settings.load_profile("untimed")
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """End the process with the code that the tests earned."""
+    """End the process with the exit code of the tests, except a worker of xdist, which has to report first."""
     yield
-    end_with(int(session.exitstatus))
+    if not hasattr(session.config, "workerinput"):
+        end_with(int(session.exitstatus))
 
 
 @pytest.fixture(autouse=True, scope="session")

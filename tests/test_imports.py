@@ -1,43 +1,54 @@
-"""The layers of the house, read from the source: who may import whom."""
+"""Who may import whom: the contracts of import-linter in pyproject.toml."""
 
-import ast
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.processes import REPOSITORY
+
+LINT_IMPORTS = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+DOWNWARDS = "A package of pipeline imports only packages below it BROKEN"
+BREACHES = {
+    "pipeline/storage/breach.py": ("import pipeline.config", DOWNWARDS),
+    "pipeline/export/breach.py": ("import pipeline.datasets", DOWNWARDS),
+    "pipeline/unplaced.py": ("", DOWNWARDS),
+    "legrad/breach.py": ("def later():\n    import ray", "legrad imports neither pipeline nor ray BROKEN"),
+    "pipeline/output/breach.py": ("import ray.util", "Only pipeline.run imports ray BROKEN"),
+    "pipeline/demo/assets.py": ("import pipeline.text", "The demo's files need no other package BROKEN"),
+    "pipeline/cli/breach.py": (
+        "import pipeline.demo.making.art",
+        "Only the demo's programs import each other",
+    ),
+}
 
 
-def _modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+def lint_imports(tree: Path) -> subprocess.CompletedProcess:
+    """Check the contracts of a source tree, in a process that finds no other copy of it."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", LINT_IMPORTS]
+    return subprocess.run(command, cwd=tree, env=environment, check=False, capture_output=True, text=True)
 
 
-def _imported_packages(source: Path) -> set[str]:
-    """The first name of every import in a file, wherever in the file it stands."""
-    names = set()
-    for node in ast.walk(ast.parse(source.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(source.relative_to(ROOT).parts[0] if node.level else node.module.split(".")[0])
-    return names
+def test_the_contracts_of_imports_are_kept():
+    ended = lint_imports(REPOSITORY)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("source", _modules("legrad"), ids=lambda path: path.name)
-def test_the_method_imports_neither_the_application_nor_ray(source):
-    assert not _imported_packages(source) & {"pipeline", "ray"}
-
-
-def test_one_module_alone_imports_ray():
-    importers = {
-        path for path in _modules("legrad") + _modules("pipeline") if "ray" in _imported_packages(path)
-    }
-    assert importers == {ROOT / "pipeline" / "run" / "dispatcher.py"}
-
-
-def test_imports_inside_functions_and_of_submodules_are_seen(tmp_path):
-    source = ROOT / "tests" / "test_imports.py"
-    assert _imported_packages(source) == {"ast", "pathlib", "pytest"}
-    hidden = tmp_path / "hidden.py"
-    hidden.write_text("def f():\n    import ray.util\n    from pipeline.run.dispatcher import main\n")
-    assert _imported_packages(hidden) == {"ray", "pipeline"}
+@pytest.mark.parametrize("path", BREACHES)
+def test_a_breach_of_a_contract_is_seen(path, tmp_path):
+    line, message = BREACHES[path]
+    for package in ("legrad", "pipeline"):
+        for source in (REPOSITORY / package).rglob("*.py"):
+            copy = tmp_path / source.relative_to(REPOSITORY)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, copy)
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    with (tmp_path / path).open("a") as source:
+        source.write(f"\n{line}\n")
+    ended = lint_imports(tmp_path)
+    assert ended.returncode == 1
+    assert message in ended.stdout

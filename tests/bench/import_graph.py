@@ -1,0 +1,95 @@
+"""Size of the import graph: modules, rooms, and imports between rooms.
+
+    python tests/bench/import_graph.py [REVISION...]
+
+A room is a direct child of `pipeline` or `legrad`: a package, or a module that is in none. One JSON row for
+each git revision (the working tree without one) and package:
+
+    modules, lines   files of Python, and their lines
+    rooms            direct children of the package
+    arrows           pairs of rooms of which one imports the other
+    arrows_up        the fewest arrows without which the rooms would be in layers
+"""
+
+import argparse
+import importlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import grimp
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("legrad", "pipeline")
+
+
+def main() -> None:
+    """Print the rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("revisions", nargs="*", metavar="REVISION", help="git revisions to read")
+    for revision in parser.parse_args().revisions or [None]:
+        with tempfile.TemporaryDirectory() as folder:
+            tree = ROOT if revision is None else unpacked(revision, Path(folder))
+            for package in PACKAGES:
+                print(
+                    json.dumps(
+                        {"bench": "import_graph", "revision": revision or "working tree"} | row(tree, package)
+                    )
+                )
+
+
+def unpacked(revision: str, folder: Path) -> Path:
+    """Return a folder with the packages as they are at a git revision."""
+    archive = subprocess.check_output(["git", "archive", revision, *PACKAGES], cwd=ROOT)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def row(tree: Path, package: str) -> dict[str, str | int]:
+    """Return the counts of one package of a source tree."""
+    graph = graph_of(tree, package)
+    arrows = {
+        (room(importer), room(imported))
+        for importer in graph.modules
+        for imported in graph.find_modules_directly_imported_by(importer)
+    }
+    upwards = {
+        (room(importer), room(imported)) for importer, imported in graph.nominate_cycle_breakers(package)
+    }
+    sources = list((tree / package).rglob("*.py"))
+    return {
+        "package": package,
+        "modules": len(sources),
+        "lines": sum(source.read_bytes().count(b"\n") for source in sources),
+        "rooms": len(graph.find_children(package)),
+        "arrows": sum(
+            importer != imported and package not in (importer, imported) for importer, imported in arrows
+        ),
+        "arrows_up": len(upwards),
+    }
+
+
+def graph_of(tree: Path, package: str) -> grimp.ImportGraph:
+    """Return the imports between the modules of a package, which is found first in a source tree."""
+    sys.path.insert(0, str(tree))
+    importlib.invalidate_caches()
+    try:
+        return grimp.build_graph(package, cache_dir=None)
+    finally:
+        sys.path.remove(str(tree))
+
+
+def room(module: str) -> str:
+    """Return the direct child of the package that a module is, or is in."""
+    return ".".join(module.split(".")[:2])
+
+
+if __name__ == "__main__":
+    main()
