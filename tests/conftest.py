@@ -24,7 +24,7 @@ hypothesis.settings.load_profile("untimed")
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """End the process with the exit code of the tests, except a worker of xdist, which has to report first."""
+    """End the process with the exit code of the tests; a worker of xdist has to report first."""
     yield
     if not hasattr(session.config, "workerinput"):
         end_with(int(session.exitstatus))
