@@ -1,324 +1,219 @@
-"""What the documents say holds: commands are understood, links lead somewhere, lists are complete."""
+"""The documents agree with the code: commands parse, Python runs, links resolve, tables are complete."""
 
-import dataclasses
-import importlib
-import inspect
+import importlib.util
 import json
+import pkgutil
 import re
-import signal
 import tarfile
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
+import click
+import open_clip
 import pytest
 import typer
 import yaml
 from pydantic import TypeAdapter
 
-import legrad
-import pipeline.training
-from pipeline.cli import main as cli
-from pipeline.cli.common import ENVIRONMENT_ERROR, INCOMPLETE, INVALID_INPUT
-from pipeline.config.load import known_keys, parse_config
+from pipeline.cli.main import app
+from pipeline.config.load import load_config, parse_config
 from pipeline.config.schema import JobConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
-from pipeline.output.counts import ShardCounts
-from pipeline.output.run_state import RunState
-from pipeline.output.schema import ACCEPTED, ANNOTATION_SCHEMA, ERROR_SCHEMA
-from pipeline.process import SIGTERM_EXIT_CODE
-from pipeline.run.progress import Pace, as_line
-from tests.helpers.documented_commands import blocks_of, check, commands_of, documented_commands, kind_of
+from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
 from tests.helpers.documents import (
-    CONFIGS,
     PAGES,
-    ROOT,
+    Command,
     anchors,
     blocks,
     code_spans,
+    commands,
+    first_cells,
     links,
-    options_of,
-    prose,
-    rooms,
-    section,
-    text_of,
+    name_of,
 )
-from tests.helpers.report_jobs import row, write_job
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.report_jobs import varied_rows, write_job
 
-README, CONTRIBUTING = PAGES[:2]
+DEMO_CONFIG = REPOSITORY / "configs" / "demo.yaml"
+SECTIONS = {name: field.annotation.model_fields for name, field in JobConfig.model_fields.items()}
+KEY_IN_TEXT = re.compile(rf"(?<![\w./])({'|'.join(SECTIONS)})\.(\w+)(\*|(?:=|: )(\S+(?: \| \S+)*))?")
+ON_EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+def check_legrad(words, is_partial):
+    """Parse a command line of `legrad` without running it; a partial one only as far as it goes."""
+    node = typer.main.get_command(app)
+    while words and hasattr(node, "commands") and not words[0].startswith("-"):
+        alternatives, *words = words
+        for name in alternatives.split("|"):
+            assert name in node.commands, f"no command {name!r}"
+        node = node.commands[name]
+    known = {option for parameter in node.params for option in parameter.opts}
+    options = {word.split("=")[0] for word in words if word.startswith("--")}
+    assert options <= known | {"--help"}, f"no option {options - known}"
+    if not is_partial:
+        node.make_context("legrad", list(words))
+    if node.name == "annotate" and words:
+        path = REPOSITORY / words[0]
+        overrides = [word for word in words[1:] if re.match(r"\w+\.\w+=", word)]
+        load_config(
+            path if path.is_file() else DEMO_CONFIG,
+            [word for word in overrides if word != "section.key=value"],
+        )
+
+
+def check_python(words):
+    """Find the module or file and its options in its source."""
+    if words[:2] in (["-m", "pytest"], ["-m", "pip"]):
+        return
+    found = importlib.util.find_spec(words[1]) if words[0] == "-m" else None
+    path = Path(found.origin) if found else REPOSITORY / words[0]
+    source = path.read_text(encoding="utf-8")
+    options = {word.split("=")[0] for word in words if word.startswith("--")}
+    assert all(f'"{option}"' in source for option in options), f"no such option of {path.name}"
+
+
+def check(command):
+    """Fail where the program would not understand the command."""
+    program, *words = command.words
+    if program == "legrad":
+        check_legrad(words, command.is_partial)
+    elif program == "python":
+        check_python(words)
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in words if "=" not in word} <= set(targets), "no such target"
+    else:
+        project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+        paths = [word.split("::")[0] for word in words if word.startswith("tests/")]
+        assert all((REPOSITORY / path).exists() for path in paths), "no such file"
+        assert set(re.findall(r"\.\[([\w-]+)\]", " ".join(words))) <= set(project["optional-dependencies"]), (
+            "no such extra"
+        )
+
+
+@ON_EACH_PAGE
+def test_every_command_is_understood_by_the_program_that_it_calls(page):
+    for command in commands(page):
+        try:
+            check(command)
+        except Exception as error:
+            raise AssertionError(f"{command}: {error}") from error
 
 
 @pytest.mark.parametrize(
-    "block", [block for page in (*PAGES, *CONFIGS) for block in blocks(page)], ids=lambda block: block.where
-)
-def test_every_block_is_of_a_kind_that_is_held_to_the_code(block):
-    assert kind_of(block) != "unknown", (
-        f"{block.where}: neither code, commands, a tree nor what our programs tell"
-    )
-
-
-@pytest.mark.parametrize("command", documented_commands(), ids=str)
-def test_every_command_is_understood_by_the_program_that_it_calls(command):
-    check(command)
-
-
-def test_a_wrong_option_key_target_or_extra_would_be_seen():
-    for line in (
+    "line",
+    [
         "legrad annotate configs/demo.yaml --no-such-option",
         "legrad annotate configs/demo.yaml run.batchsize=3",
-        "legrad annotate configs/gone.yaml",
         "legrad nonsense",
         "legrad export OUT DEST --format gif",
         "legrad status",
-        "legrad explain cat.jpg",
         "make nonsense",
-        "python -m pipeline.nonsense",
         "python -m pipeline.demo.making.train --nonsense",
         "python tests/bench/nonsense.py",
-        "pip install '.[nonsense]'",
+        "pip install .[nonsense]",
         "pytest tests/legrad/test_nonsense.py",
-        "ray job nonsense",
-        "nonsense",
-    ):
-        (command,) = commands_of(line, "here")
-        with pytest.raises((AssertionError, UserError)):
-            check(command)
-
-
-def options_of_everything():
-    """Options of our programs, and of `ray job submit`."""
-    from ray.dashboard.modules.job.cli import submit
-
-    found = {name for parameter in submit.params for name in parameter.opts}
-    nodes = [typer.main.get_command(cli.app)]
-    while nodes:
-        node = nodes.pop()
-        nodes += getattr(node, "commands", {}).values()
-        found |= {name for parameter in node.params for name in parameter.opts}
-    programs = [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "tests" / "bench").glob("*.py")]
-    return found.union(*(options_of(path) for path in programs))
-
-
-def test_every_option_that_a_sentence_names_is_there():
-    named = {
-        (page.name, span.split()[0].split("=")[0])
-        for page in PAGES
-        for span in code_spans(page)
-        if span[:2] == "--"
-    }
-    known = options_of_everything()
-    assert [name for name in sorted(named) if name[1] not in known] == []
-
-
-SECTIONS = {name: field.annotation.model_fields for name, field in JobConfig.model_fields.items()}
-KEY_IN_TEXT = re.compile(rf"(?<![\w./])({'|'.join(SECTIONS)})\.(\w+)(\*|(?:=|: )(\S+(?: \| \S+)*))?")
-FILE_NAME = re.compile(r"^\S+\.(py|md|log|yaml)$|> \S+\.log")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_configuration_key_and_value_in_a_sentence_is_one(page):
-    found = [
-        match
-        for span in code_spans(page)
-        if not FILE_NAME.search(span)
-        for match in KEY_IN_TEXT.finditer(span)
-    ]
-    for match in found:
-        keys, (_, key, follows, values) = SECTIONS[match[1]], match.groups()
-        if follows == "*":
-            assert any(name.startswith(key) for name in keys), f"{page.name}: {match[0]}"
-            continue
-        assert key in keys, f"{page.name}: {match[0]}"
-        for value in values.split(" | ") if values and "NAME" not in values else ():
-            allowed = TypeAdapter(Annotated[keys[key].annotation, keys[key]])
-            assert allowed.validate_python(yaml.safe_load(value)) is not None, f"{page.name}: {match[0]}"
-
-
-@pytest.mark.parametrize("block", blocks_of("yaml"), ids=lambda block: block.where)
-def test_every_configuration_in_the_documents_loads(block):
-    least = yaml.safe_load(blocks_of("yaml")[0].text)
-    assert parse_config({**least, **yaml.safe_load(block.text)})
-
-
-def test_names_of_ours_in_sentences_are_there():
-    missing = []
-    for page in PAGES:
-        for span in code_spans(page):
-            name = re.match(r"(?:legrad|pipeline)(?:\.\w+)+", span)
-            if name and not _resolves(name[0]):
-                missing.append((page.name, name[0]))
-    assert missing == []
-
-
-def _resolves(dotted):
-    parts = dotted.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
-            continue
-        try:
-            for part in parts[length:]:
-                found = getattr(found, part)
-        except AttributeError:
-            return False
-        return True
-    return False
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_leads_somewhere(page):
-    for target in links(page):
-        if re.match(r"https?://", target):
-            continue
-        path, _, anchor = target.partition("#")
-        found = (page.parent / path).resolve() if path else page
-        assert found.exists(), f"{page.name}: {target}"
-        assert not anchor or anchor in anchors(found), f"{page.name}: {target}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_file_of_the_repository_that_a_sentence_names_is_there(page):
-    folders = "legrad|pipeline|configs|tests|cluster|protocol"
-    for span in code_spans(page):
-        for name in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./*-]*\w)", span):
-            pattern = name.replace("NAME", "*")
-            assert [*ROOT.glob(pattern), *page.parent.glob(pattern)], f"{page.name}: {name}"
-
-
-@pytest.mark.parametrize("page", (*PAGES, *CONFIGS), ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_section_that_is_named_in_quotes_or_italics_is_there(page):
-    for path, title in re.findall(r'([\w./-]+\.md), section "([^"]+)"', text_of(page)):
-        assert f"\n## {title}\n" in text_of(ROOT / path), title
-    for title in re.findall(r"see \*([^*]+)\*", text_of(page)):
-        assert f"\n## {title}\n" in text_of(page), title
-
-
-def test_every_column_is_told_and_no_other():
-    told = section(README, "What is written")
-    names = set(re.findall(r"`([a-z_]+)`", told))
-    columns = {*ANNOTATION_SCHEMA.names, *ERROR_SCHEMA.names}
-    assert columns - names == set()
-    keys = {key.partition(".")[2] for key in known_keys()}
-    others = {*ACCEPTED, "null", "uint8", "argmax", "band"}
-    assert names - columns - keys - others == set()
-    errors = told[told.index("An error row") :].partition("\n\n")[0]
-    assert set(re.findall(r"`([a-z_]+)`", errors)) == set(ERROR_SCHEMA.names)
-
-
-def test_every_file_of_an_output_folder_is_told(tmp_path):
-    (tree,) = (block for block in blocks(README) if block.text.startswith("OUT/"))
-    told = {line.split()[0].split("/")[1] for line in tree.lines}
-    written = {path.name for path in write_job(tmp_path, [[row(0)]]).iterdir()}
-    assert written - {".tmp"} <= told
-    assert told - written == {"damaged", "failed", "unlisted", "_SUCCESS"}
-
-
-def test_every_exit_code_is_told():
-    (told,) = re.findall(r"Exit codes: (.*?)\n\n", text_of(README), re.DOTALL)
-    codes = {int(code) for code in re.findall(r"\b(\d+)\b", told)}
-    assert codes == {0, INVALID_INPUT, ENVIRONMENT_ERROR, INCOMPLETE, 128 + signal.SIGINT, SIGTERM_EXIT_CODE}
-
-
-def test_every_command_stands_in_the_readmes_table():
-    table = {
-        command.words[1]
-        for command in documented_commands()
-        if command.where == "README.md" and command.mentioned
-    }
-    assert set(typer.main.get_command(cli.app).commands) <= table
-
-
-def test_every_command_is_named_at_the_top_of_the_command_line():
-    told = set(re.findall(r"\w+", cli.__doc__.splitlines()[0]))
-    assert set(typer.main.get_command(cli.app).commands) - told == set()
-
-
-def test_the_demos_page_names_every_file_that_lies_beside_it():
-    folder = ROOT / "pipeline" / "demo"
-    named = {Path(name).name for span in code_spans(folder / "README.md") for name in span.split()}
-    there = {path.name for path in folder.iterdir() if path.is_file()}
-    assert there - named == {"README.md", "__init__.py"}
-
-
-def test_every_target_of_the_makefile_is_named():
-    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(
-        re.findall(r"[a-z-]+", prose(README) + prose(CONTRIBUTING) + "".join(b.text for b in blocks(README)))
-    )
-    assert targets - named == set()
-
-
-def test_the_map_of_the_house_names_every_room_and_none_that_is_gone():
-    (tree,) = (block for block in blocks(CONTRIBUTING) if kind_of(block) == "tree")
-    told = rooms(tree.text)
-    for package in ("legrad", "pipeline"):
-        there = {
-            path.stem
-            for path in (ROOT / package).iterdir()
-            if (path.suffix == ".py" and not path.stem.startswith("__")) or (path / "__init__.py").exists()
-        }
-        assert told[package] == there, f"missing {there - told[package]}, gone {told[package] - there}"
-
-
-def test_the_layout_of_the_readme_names_folders_that_are_there():
-    for block in blocks_of("tree"):
-        for name in re.findall(r"(?<!\S)(\w+)/(?=\s|$)", block.text):
-            assert any((ROOT / folder / name).is_dir() for folder in (".", "pipeline", "legrad", "tests")), (
-                name
-            )
-
-
-def test_the_sample_in_the_demos_page_has_the_fields_of_the_shipped_ones():
-    (block,) = blocks_of("json")
-    with tarfile.open(assets.demo_shard_paths("heldout")[0]) as tar:
-        (first, *_) = (member for member in tar if member.name.endswith(".json"))
-        assert json.loads(block.text).keys() == json.loads(tar.extractfile(first).read()).keys()
-
-
-def test_the_line_of_a_log_is_as_the_program_writes_it():
-    lines = [line for block in blocks_of("output") for line in block.lines if line.startswith("shards ")]
-    state = RunState(
-        shards_total=7, shards_skipped=0, shards_done=3, counts=ShardCounts(annotated=225), workers_ready=1
-    )
-    (told,) = {_without_numbers(line) for line in lines}
-    assert told == _without_numbers(as_line(state, Pace(16.0, 0.99)))
-
-
-def _without_numbers(line):
-    return re.sub(r"\?|\d[\d.,]*\d|\d|(?<= )s\b", "0", line).replace("0s", "0")
-
-
-def public_callables():
-    for module in (legrad, pipeline.training):
-        for name in module.__all__:
-            found = getattr(module, name)
-            if inspect.isfunction(found):
-                yield f"{module.__name__}.{name}", found, found.__doc__
-            elif inspect.isclass(found) and not issubclass(found, Exception):
-                yield from _methods(f"{module.__name__}.{name}", found)
-
-
-def _methods(name, cls):
-    if not dataclasses.is_dataclass(cls) and "__init__" in vars(cls):
-        yield name, cls.__init__, (cls.__doc__ or "") + (cls.__init__.__doc__ or "")
-    for key, value in vars(cls).items():
-        function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-        if inspect.isfunction(function) and not key.startswith("_"):
-            yield f"{name}.{key}", function, function.__doc__
-
-
-@pytest.mark.parametrize(
-    ("name", "function", "told"), [pytest.param(*entry, id=entry[0]) for entry in public_callables()]
+    ],
 )
-def test_public_functions_with_several_arguments_tell_each_and_what_they_return(name, function, told):
-    assert told
-    signature = inspect.signature(function)
-    arguments = [argument for argument in signature.parameters if argument not in {"self", "cls"}]
-    if len(arguments) > 2:
-        assert [
-            argument
-            for argument in arguments
-            if f"\n{argument}: " not in inspect.cleandoc(told).replace("    ", "")
-        ] == []
-        assert signature.return_annotation in {None, "None"} or "Returns:" in told
+def test_a_command_that_is_wrong_would_be_seen(line):
+    with pytest.raises((AssertionError, UserError, OSError, typer.BadParameter, click.UsageError)):
+        check(Command("here", tuple(line.split()), is_partial=False))
+
+
+@ON_EACH_PAGE
+def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@ON_EACH_PAGE
+def test_every_file_and_name_of_ours_in_a_sentence_is_there(page):
+    for span in code_spans(page):
+        for path in re.findall(r"(?<![\w/.-])(?:(?:legrad|pipeline|configs|tests)/[\w./*-]*\w)", span):
+            pattern = path.replace("NAME", "*")
+            assert [*REPOSITORY.glob(pattern), *page.parent.glob(pattern)], path
+        for name in re.findall(r"^(?:legrad|pipeline)(?:\.\w+)+", span):
+            pkgutil.resolve_name(name)
+
+
+@ON_EACH_PAGE
+def test_every_configuration_key_and_value_is_one(page):
+    for span in code_spans(page):
+        for section, key, follows, values in KEY_IN_TEXT.findall(
+            re.sub(r"\S+\.(py|md|log|yaml)\b", "", span)
+        ):
+            keys = [
+                name for name in SECTIONS[section] if name == key or (follows == "*" and name.startswith(key))
+            ]
+            assert keys, span
+            for value in values.split(" | ") if values and "NAME" not in values else ():
+                field = SECTIONS[section][key]
+                TypeAdapter(Annotated[field.annotation, field]).validate_python(yaml.safe_load(value))
+
+
+@ON_EACH_PAGE
+def test_every_configuration_in_a_block_loads(page):
+    least = {"input": {"shards": "a.tar"}, "model": {"name": "ViT-B-16", "pretrained": "openai"}}
+    for block in blocks(page):
+        if block.language == "yaml":
+            parse_config({**least, "output": {"dir": "out"}, **yaml.safe_load(block.text)})
+
+
+def test_the_tables_of_columns_and_commands_are_complete():
+    columns = {name for cell in first_cells("column") for name in re.findall(r"`(\w+)`", cell)}
+    assert columns == {*ANNOTATION_SCHEMA.names} | (columns & {*ERROR_SCHEMA.names})
+    listed = {cell.split()[1].strip("`") for cell in first_cells("command") if cell.startswith("`legrad ")}
+    assert listed == set(typer.main.get_command(app).commands)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """The working directory of the documents' Python: the results of a job, and pictures."""
+    out = write_job(tmp_path / "job", [varied_rows(40, classes=2)], runs=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "demo").symlink_to(out)
+    (tmp_path / "out" / "mine").symlink_to(out)
+    with tarfile.open(assets.demo_shard_paths("heldout")[0]) as tar:
+        picture = next(member for member in tar if member.name.endswith(".jpg"))
+        (tmp_path / "picture").write_bytes(tar.extractfile(picture).read())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@ON_EACH_PAGE
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_python_runs_and_gives_the_shapes_in_its_comments(page, checkout):
+    namespace = {}
+    for block in blocks(page):
+        # queries of stores and hubs are run in tests/pipeline/test_queries.py
+        if block.language != "python" or re.search("s3://|load_dataset", block.text):
+            continue
+        text, sizes = on_the_demo_model(block.text)
+        for name in re.findall(r'"([\w-]+\.jpg)"', text):
+            (checkout / name).write_bytes((checkout / "picture").read_bytes())
+        exec(compile(text, block.where, "exec"), namespace)
+        for variable, shape in re.findall(r"^(\w+) = .*#.*?\[([\d, ]+)\]", text, re.MULTILINE):
+            expected = [sizes.get(size, int(size)) for size in shape.split(", ")]
+            assert list(namespace[variable].shape) == expected, f"{block.where}: {variable}"
+
+
+def on_the_demo_model(text):
+    """Return code with the shipped model in place of one of the hub, and its sizes in place of that one's."""
+    named = re.search(r'from_open_clip\("([\w-]+)", "(\w+)"', text)
+    if not named:
+        return text, {}
+    assert named[2] in open_clip.list_pretrained_tags_by_model(named[1])
+    model = open_clip.get_model_config(named[1])
+    ours = json.loads(assets.demo_model_config_path().read_text())
+    call = f'from_open_clip("{assets.register_demo_model()}", {str(assets.demo_weights_path())!r}'
+    sizes = {
+        str(model["vision_cfg"]["image_size"]): ours["vision_cfg"]["image_size"],
+        str(model["embed_dim"]): ours["embed_dim"],
+    }
+    return text.replace(named[0], call), sizes

@@ -1,149 +1,108 @@
-"""What the documents say, for tests that hold them to it: blocks, headings, links, code in the text."""
+"""Parts of the repository's Markdown pages: blocks of code, inline code, links, tables, commands."""
 
-import ast
 import re
+import shlex
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-PAGES = (
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "configs" / "README.md",
-    ROOT / "pipeline" / "demo" / "README.md",
-    ROOT / "tests" / "bench" / "README.md",
-    ROOT / "tests" / "fuzz" / "README.md",
-    ROOT / "SECURITY.md",
+from tests.helpers.processes import REPOSITORY
+
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "legrad/**/*.md", "pipeline/**/*.md", "configs/**/*.md", "tests/**/*.md")
+    for path in REPOSITORY.glob(pattern)
 )
-CONFIGS = tuple(sorted((ROOT / "configs").rglob("*.yaml"))) + tuple(
-    sorted((ROOT / "pipeline" / "demo").glob("*.yaml"))
-)
+PROGRAMS = {"legrad", "make", "pip", "pytest", "python"}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_INDENTED = re.compile(r"(?:\A|(?<=\n\n))(?:    .*\n|\n(?=    ))+")
+# what may stand before a command: variables of its environment, nohup, or another command that starts it
+_BEFORE_COMMAND = re.compile(r"^(\w+=\S+\s+|nohup\s+|.*\s--\s+)*")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code: where it begins, its language as given, its text, and the line of text before it."""
+    """A fenced block of code: its place, its language (may be empty) and its text."""
 
-    page: Path
-    line: int
+    where: str
     language: str
     text: str
-    before: str
-
-    @property
-    def where(self):
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-    @property
-    def lines(self):
-        """Not empty, and joined where a backslash ends them."""
-        return [line for line in self.text.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-@cache
-def text_of(page):
-    return page.read_text(encoding="utf-8")
+@dataclass(frozen=True)
+class Command:
+    """A call of one of PROGRAMS: its place and words, and whether arguments may be missing."""
+
+    where: str
+    words: tuple[str, ...]
+    is_partial: bool
+
+    def __str__(self) -> str:
+        return f"{self.where} {' '.join(self.words)}"
 
 
-def _block(page, start, language, text):
-    before = text_of(page)[:start]
-    return Block(page, before.count("\n") + 1, language, text, before.rstrip().rpartition("\n")[2])
+def name_of(page: Path) -> str:
+    """Return a page's path below the repository."""
+    return str(page.relative_to(REPOSITORY))
 
 
 @cache
-def blocks(page):
-    """The fenced and the indented blocks of a page, in order; of a configuration, what its head sets off."""
-    text = text_of(page)
-    if page.suffix == ".yaml":
-        head = text[: next(match.start() for match in re.finditer(r"^(?!#)", text, re.MULTILINE))]
-        shown = "\n".join(re.sub(r"(?<=\S)\s{3,}\S.*", "", line[4:]) for line in _set_off(head))
-        return (Block(page, 1, "sh", shown, ""),) if shown else ()
-    fenced = [_block(page, match.start(), match[1], match[2]) for match in _FENCE.finditer(text)]
-    rest = _FENCE.sub(lambda match: re.sub(r"[^\n]", "", match[0]), text)
-    indented = [
-        _block(page, match.start(), "", re.sub(r"^    ", "", match[0], flags=re.MULTILINE))
-        for match in _INDENTED.finditer(rest)
-        if match[0].strip()
+def blocks(page: Path) -> list[Block]:
+    """Return the fenced blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(f"{name_of(page)}:{text[: match.start()].count(chr(10)) + 1}", match[1], match[2])
+        for match in _FENCE.finditer(text)
     ]
-    return tuple(sorted([*fenced, *indented], key=lambda block: block.line))
-
-
-def _set_off(head):
-    return [line for line in head.splitlines() if line.startswith("#   ")]
 
 
 @cache
-def prose(page):
-    """A page without its blocks."""
-    return _FENCE.sub("", text_of(page))
+def prose(page: Path) -> str:
+    """Return a page without its blocks."""
+    return _FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 @cache
-def code_spans(page):
-    """The inline code of a page, in order, each once."""
-    return tuple(
-        dict.fromkeys(span.replace("\\|", "|") for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(page)))
-    )
+def code_spans(page: Path) -> list[str]:
+    """Return the inline code of a page."""
+    return [span.replace("\\|", "|") for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(page))]
 
 
-def section(page, title):
-    """The text below a heading of the second level, to the next one."""
-    _, found, rest = text_of(page).partition(f"\n## {title}\n")
-    assert found, f"{page.relative_to(ROOT)} has no section {title!r}"
-    return rest.partition("\n## ")[0]
+def links(page: Path) -> list[str]:
+    """Return the targets of the links and pictures of a page that lead to files."""
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if not target.startswith("http")]
 
 
 @cache
-def anchors(page):
-    """What a link to a heading of the page is called, as GitHub makes it."""
+def anchors(page: Path) -> set[str]:
+    """Return the names by which links reach the headings of a page, as GitHub makes them."""
     headings = re.findall(r"^#+ +(.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def links(page):
-    """Targets of the links and pictures of a page."""
-    return re.findall(r"\]\(([^)\s]+)\)", prose(page))
+def first_cells(header: str) -> list[str]:
+    """Return the first cell of each row of all tables on all pages whose first header is the given one."""
+    tables = re.compile(rf"^\| {header} \|.*\n\|[-|: ]+\n((?:\|.*\n)+)", re.MULTILINE)
+    rows = [
+        line for page in PAGES for match in tables.finditer(prose(page)) for line in match[1].splitlines()
+    ]
+    return [row.split(" | ")[0].strip("| ") for row in rows]
 
 
-def rooms(text):
-    """A tree's names: by folder, the modules and folders that stand in it.
-
-    A line `folder/   what it is` opens a folder, and lines that are indented name what is in it, with commas,
-    up to two spaces.
-    """
-    found, folder = {}, ""
-    for line in text.splitlines():
-        names = re.split(r"\s{2,}", line.strip())[0]
-        if not line.startswith(" "):
-            folder = names.rstrip("/")
-            found.setdefault(folder, set())
-        else:
-            found[folder] |= {name.rstrip("/") for name in re.split(r",\s*", names) if name}
+def commands(page: Path) -> list[Command]:
+    """Return the commands of PROGRAMS on a page; those in a sentence, or with `...`, may lack arguments."""
+    lines = [
+        (block.where, line, "..." in line)
+        for block in blocks(page)
+        if block.language in {"", "sh", "bash", "console", "text"}
+        for line in block.text.replace("\\\n", " ").splitlines()
+    ]
+    lines += [(name_of(page), span, True) for span in code_spans(page)]
+    found = []
+    for where, line, is_partial in lines:
+        call = _BEFORE_COMMAND.sub("", line.strip())
+        if call.split(" ")[0] in PROGRAMS and " " in call:
+            words = shlex.split(
+                re.sub(r" [>&|].*", "", re.sub(r"(?<= )\[([^\]]*)\]", r"\1", call)), comments=True
+            )
+            found.append(Command(where, tuple(words), is_partial))
     return found
-
-
-@cache
-def told_words():
-    """Every word in a text of the application's source."""
-    return frozenset(
-        word
-        for path in sorted((ROOT / "pipeline").rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        for word in re.findall(r"[A-Za-z]+", node.value)
-    )
-
-
-@cache
-def options_of(path):
-    """The options that a program with argparse takes, read from its source."""
-    return frozenset(
-        argument.value
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
-        for argument in node.args
-        if isinstance(argument, ast.Constant) and str(argument.value).startswith("-")
-    )
