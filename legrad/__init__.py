@@ -1,8 +1,9 @@
-"""LeGrad for open_clip: which patches of an image speak for which text, in closed form.
+"""LeGrad for open_clip: how much each patch of an image contributes to a text, in closed form.
 
     explainer = legrad.LeGrad.from_open_clip("ViT-B-16", "laion2b_s34b_b88k")
-    trace = explainer.encode(explainer.preprocess(images))
+    trace = explainer.encode(explainer.preprocess([image]))
     relevance_grids = explainer.relevance(trace, explainer.embed_text(["a dog", "a car"]))
+    masks = legrad.grid_to_masks(relevance_grids[0], image.height, image.width, legrad.MaskRule("otsu"))
 
 Names are imported when they are first used, so that a module which needs no model, such as
 `legrad.masks.rle`, loads neither torch nor open_clip.

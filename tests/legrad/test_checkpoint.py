@@ -41,14 +41,14 @@ SAVED = {
     "wrapped twice": (lambda state: prefixed(state, "module._orig_mod."), r"begins with '_orig_mod\.'"),
     "with arguments": (
         lambda state: {"state_dict": state, "args": argparse.Namespace(lr=1)},
-        r"holds argparse\.Namespace beside its weights, and code in it is never run.*save its state_dict",
+        r"holds argparse\.Namespace beside its weights, and code in it is never run.*save only its state_dict",
     ),
     "no dictionary": (lambda state: list(state.values()), "holds list; expected weights by name"),
     "nothing": (lambda state: {}, "holds no weights"),
     "nothing inside": (lambda state: {"state_dict": {}}, "holds no weights"),
     "of OpenAI's form": (
         lambda state: state | {"input_resolution": torch.tensor(224)},
-        "in OpenAI's own form.*the tag openai.*model tiny-quickgelu instead of tiny",
+        "in OpenAI's own format.*the tag openai.*model tiny-quickgelu instead of tiny",
     ),
     "one tower": (
         lambda state: {key: value for key, value in state.items() if key.startswith("visual.")},
@@ -89,7 +89,7 @@ def torchscript(path: Path, state) -> None:
 
 
 FILES = {
-    "empty": ("w.pt", lambda path, state: path.write_bytes(b""), "is empty: fetch it again"),
+    "empty": ("w.pt", lambda path, state: path.write_bytes(b""), "is empty: download it again"),
     "empty safetensors": ("w.safetensors", lambda path, state: path.write_bytes(b""), "is empty"),
     "a pointer": (
         "w.safetensors",
@@ -103,7 +103,7 @@ FILES = {
         lambda path, state: path.write_text("not weights at all"),
         "no sound safetensors file",
     ),
-    "cut off": ("w.pt", cut_off, "damaged or cut off: fetch it again"),
+    "cut off": ("w.pt", cut_off, "damaged or truncated: download it again"),
     "torch as safetensors": (
         "w.safetensors",
         lambda path, state: torch.save(state, path),
@@ -112,9 +112,9 @@ FILES = {
     "safetensors as torch": (
         "w.pt",
         lambda path, state: save_file(state, path),
-        r"safetensors file by its content: rename it to \*\.safetensors",
+        r"has the content of a safetensors file: rename it to \*\.safetensors",
     ),
-    "TorchScript": ("w.pt", torchscript, "TorchScript archive, which is code and never run.*the tag openai"),
+    "TorchScript": ("w.pt", torchscript, "TorchScript archive, which contains code and is never run.*the tag openai"),
 }
 
 

@@ -140,7 +140,7 @@ def test_weights_that_the_hub_refuses_are_an_error_and_never_random(hub):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("hf-hub:org/bare", "no open_clip_config.json, so it is no model of open_clip's"),
+        ("hf-hub:org/bare", "no open_clip_config.json, so it is not a model of open_clip"),
         ("hf-hub:org/nothing", "has no such repository"),
     ],
 )
