@@ -82,7 +82,7 @@ def _check_attention(attention: Any) -> None:
     if type(attention) is not nn.MultiheadAttention:
         raise NotCovered(f"its attention is {class_name(attention)}", attention)
     if attention.bias_k is not None or attention.add_zero_attn:
-        raise NotCovered("its attention adds extra keys", attention)
+        raise NotCovered("its attention adds keys beyond those of the tokens", attention)
 
 
 def _check_block(block: Any) -> None:

@@ -98,7 +98,8 @@ def refuse_code_in_text_model(config: Mapping[str, Any], where: str) -> None:
     _refuse_names_of_code(config, where)
     if config.get("model_type") not in arch_dict:
         raise ModelLoadError(
-            f"{where}: model_type is {config.get('model_type')!r}; open_clip supports {_listed(set(arch_dict))}"
+            f"{where}: model_type is {config.get('model_type')!r}; open_clip supports "
+            f"{_listed(set(arch_dict))}"
         )
 
 

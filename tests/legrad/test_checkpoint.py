@@ -41,7 +41,7 @@ SAVED = {
     "wrapped twice": (lambda state: prefixed(state, "module._orig_mod."), r"begins with '_orig_mod\.'"),
     "with arguments": (
         lambda state: {"state_dict": state, "args": argparse.Namespace(lr=1)},
-        r"holds argparse\.Namespace beside its weights, and code in it is never run.*save only its state_dict",
+        r"holds argparse\.Namespace beside its weights, and code in it is never run.*only its state_dict",
     ),
     "no dictionary": (lambda state: list(state.values()), "holds list; expected weights by name"),
     "nothing": (lambda state: {}, "holds no weights"),
@@ -114,7 +114,11 @@ FILES = {
         lambda path, state: save_file(state, path),
         r"has the content of a safetensors file: rename it to \*\.safetensors",
     ),
-    "TorchScript": ("w.pt", torchscript, "TorchScript archive, which contains code and is never run.*the tag openai"),
+    "TorchScript": (
+        "w.pt",
+        torchscript,
+        "TorchScript archive, which contains code and is never run.*the tag openai",
+    ),
 }
 
 
