@@ -50,7 +50,8 @@ def describe(visual: VisionTransformer) -> Tower:
     if pooler is not None:
         _check_pooler(pooler)
     grid_height, grid_width = visual.grid_size
-    reference = _mean_of_all_tokens(visual) if pooler is None else _authors_coca(visual)
+    mean_of_all_tokens = Scoring((), slice(0, None), (Norm(visual.ln_post), _projection(visual)))
+    reference = mean_of_all_tokens if pooler is None else _authors_coca(visual)
     return Tower(
         family="clip" if pooler is None else "coca",
         patch_size=visual.patch_size[0],
@@ -138,10 +139,6 @@ def _project(
 
 def _projection(visual: VisionTransformer) -> Linear:
     return Linear(lambda: visual.proj.T, lambda: None)
-
-
-def _mean_of_all_tokens(visual: VisionTransformer) -> Scoring:
-    return Scoring((), slice(0, None), (Norm(visual.ln_post), _projection(visual)))
 
 
 def _own_scoring(visual: VisionTransformer) -> Scoring:
