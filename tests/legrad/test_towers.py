@@ -1,4 +1,4 @@
-"""Which towers are taken, which are refused, and that structure decides."""
+"""Which towers are supported and which are refused, by their structure."""
 
 import open_clip
 import pytest
