@@ -1,11 +1,12 @@
-"""LeGrad for open_clip: which patches of an image speak for which text, in closed form.
+"""LeGrad for open_clip: how much each patch of an image contributes to a text, in closed form.
 
     explainer = legrad.LeGrad.from_open_clip("ViT-B-16", "laion2b_s34b_b88k")
-    trace = explainer.encode(explainer.preprocess(images))
+    trace = explainer.encode(explainer.preprocess([image]))
     relevance_grids = explainer.relevance(trace, explainer.embed_text(["a dog", "a car"]))
+    masks = legrad.grid_to_masks(relevance_grids[0], image.height, image.width, legrad.MaskRule("otsu"))
 
-Names are imported when they are first used, so that a module which needs no model, such as
-`legrad.masks.rle`, loads neither torch nor open_clip.
+Names are imported when they are first used, so that modules without a model, such as `legrad.masks.rle`, load
+neither torch nor open_clip.
 
 Source: Bousselham et al., "LeGrad: An Explainability Method for Vision Transformers via Feature Formation
 Sensitivity", https://arxiv.org/abs/2404.03214.
@@ -15,12 +16,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from legrad.errors import InputError, LeGradError, ModelLoadError, TokenizerError, UnsupportedModelError
+    from legrad.errors import (
+        InputError,
+        LeGradError,
+        MaskError,
+        ModelLoadError,
+        RleError,
+        TokenizerError,
+        UnsupportedModelError,
+    )
     from legrad.explainer import LeGrad
     from legrad.explanation import Explanation, explain_image, layer_strip
     from legrad.families import ModelSupport, supported_models
+    from legrad.heatmaps import heatmaps_of, minmax_normalise, upsample_grid
     from legrad.images import ImageTransform
-    from legrad.masks.refine import Refinement, refine_heatmaps
+    from legrad.masks.cleaning import Cleaning
+    from legrad.masks.grids import ImageMasks, grid_to_masks
+    from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
+    from legrad.masks.rle import Rle, decode_rle, encode_rle, mask_area, mask_bbox_xywh
+    from legrad.masks.thresholds import MaskRule, otsu_threshold
     from legrad.method.trace import LayerTrace, Trace
     from legrad.pictures import overlay
     from legrad.views import Views, view_relevance
@@ -28,24 +42,40 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cleaning",
     "Explanation",
+    "ImageMasks",
     "ImageTransform",
     "InputError",
     "LayerTrace",
     "LeGrad",
     "LeGradError",
+    "MaskError",
+    "MaskRule",
     "ModelLoadError",
     "ModelSupport",
     "Refinement",
+    "Rle",
+    "RleError",
     "TokenizerError",
     "Trace",
     "UnsupportedModelError",
     "Views",
+    "decode_rle",
+    "dilations_for_patch",
+    "encode_rle",
     "explain_image",
+    "grid_to_masks",
+    "heatmaps_of",
     "layer_strip",
+    "mask_area",
+    "mask_bbox_xywh",
+    "minmax_normalise",
+    "otsu_threshold",
     "overlay",
     "refine_heatmaps",
     "supported_models",
+    "upsample_grid",
     "view_relevance",
 ]
 
@@ -53,15 +83,22 @@ _MODULES = {
     "legrad.errors": [
         "InputError",
         "LeGradError",
+        "MaskError",
         "ModelLoadError",
+        "RleError",
         "TokenizerError",
         "UnsupportedModelError",
     ],
     "legrad.explainer": ["LeGrad"],
     "legrad.explanation": ["Explanation", "explain_image", "layer_strip"],
     "legrad.families": ["ModelSupport", "supported_models"],
+    "legrad.heatmaps": ["heatmaps_of", "minmax_normalise", "upsample_grid"],
     "legrad.images": ["ImageTransform"],
-    "legrad.masks.refine": ["Refinement", "refine_heatmaps"],
+    "legrad.masks.cleaning": ["Cleaning"],
+    "legrad.masks.grids": ["ImageMasks", "grid_to_masks"],
+    "legrad.masks.refine": ["Refinement", "dilations_for_patch", "refine_heatmaps"],
+    "legrad.masks.rle": ["Rle", "decode_rle", "encode_rle", "mask_area", "mask_bbox_xywh"],
+    "legrad.masks.thresholds": ["MaskRule", "otsu_threshold"],
     "legrad.method.trace": ["LayerTrace", "Trace"],
     "legrad.pictures": ["overlay"],
     "legrad.views": ["Views", "view_relevance"],

@@ -1,4 +1,4 @@
-"""From a name to a model with its weights, or to one line that says why not."""
+"""Load a model of open_clip with its weights, or explain in one line why that is not possible."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ MAX_CAUSE_LENGTH = 300
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model of open_clip's in evaluation mode, and its own tokenizer."""
+    """A model of open_clip in evaluation mode, and its own tokenizer."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -61,28 +61,33 @@ def load_model(
     device: str | torch.device | None = None,
     expected_digest: str | None = None,
 ) -> LoadedModel:
-    """Make a model of open_clip's with the weights that are named, and with nothing else.
+    """Load a model of open_clip with exactly the weights that are named.
 
-    Everything is found before the weights are read: configuration, then tokenizer, then weights. open_clip is
-    given these files alone, so that it neither falls back on random weights nor fetches anything itself.
+    All files are located before the weights are read: configuration, then tokenizer, then weights. open_clip
+    only gets these files, so that it cannot fall back to random weights or download anything itself.
 
     Args:
         name: name of an open_clip model, `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`.
-        pretrained: tag or path of a checkpoint. None: random weights; for an address, which brings its
-            weights, the only value.
+        pretrained: tag or path of a checkpoint. None: random weights; required for an `hf-hub:` or
+            `local-dir:` name, which includes its weights.
         precision: one of `PRECISIONS`.
-        device: None: CUDA where there is one, else CPU.
-        expected_digest: what `model_digest` gave where the job was begun; other files are refused.
+        device: None: CUDA if available, otherwise CPU.
+        expected_digest: digest that `model_digest` returned when the job started; files with another digest
+            are refused.
+
+    Returns:
+        The model and its tokenizer.
 
     Raises:
-        ModelLoadError: no such model, or its weights are missing, damaged, of another model, not finite.
-        UnsupportedModelError: the vision tower's structure is not covered; nothing was fetched for it but
-            its configuration.
+        ModelLoadError: there is no such model, or its weights are missing, damaged, of another model or not
+            finite.
+        UnsupportedModelError: the structure of the vision tower is not covered; only its configuration was
+            downloaded.
     """
     check_request(name, precision)
     if pretrained is None and not brings_weights(name):
         logger.warning("%s gets random weights, as pretrained is None: its maps mean nothing", name)
-    with _told_as_load_failure(name, pretrained), _quiet():
+    with _explained_failure(name, pretrained), _quiet():
         files = _supported_files(name, pretrained)
         checkpoint = None if files.weights is None else files.weights.fetch()
         before = None if checkpoint is None else _state_of(checkpoint)
@@ -98,30 +103,33 @@ def load_model(
 
 
 def model_digest(name: str, pretrained: str | None) -> str:
-    """Identify what a model computes, by all files that it is made of, without loading it.
+    """Return a digest of all files that determine what a model computes, without loading the model.
 
-    Weights on a hub are not downloaded where the hub, or its cache here, tells their SHA-256. Those on this
-    machine are read, and refused where they can be told to be no weights of this model.
+    Weights on a hub are not downloaded if the hub or the local cache knows their SHA-256. Weights on this
+    machine are read, and refused if they are recognisably not weights of this model.
 
     Args:
-        name: as in `load_model`.
-        pretrained: as in `load_model`.
+        name: see `load_model`.
+        pretrained: see `load_model`.
+
+    Returns:
+        `sha256:` and hexadecimal digits.
 
     Raises:
         ModelLoadError, UnsupportedModelError: as `load_model` does.
     """
     check_request(name, "fp32")
-    with _told_as_load_failure(name, pretrained), _quiet():
+    with _explained_failure(name, pretrained), _quiet():
         files = _supported_files(name, pretrained)
         if files.weights is None:
-            raise ModelLoadError("random weights have no digest; name a tag or a checkpoint")
+            raise ModelLoadError("random weights have no digest; set pretrained to a tag or a checkpoint")
         if isinstance(files.weights, LocalWeights):
             check_checkpoint(files.weights.path, files)
         return files.digest(files.weights.sha256())
 
 
 def check_request(name: str, precision: str) -> None:
-    """Refuse what needs neither a file nor a hub to be refused.
+    """Check name and precision as far as possible without reading files or asking a hub.
 
     Raises:
         ModelLoadError: unknown name or precision.
@@ -133,7 +141,7 @@ def check_request(name: str, precision: str) -> None:
         return
     known = open_clip.list_models()
     if plain_name(name) not in known:
-        nearest = ", ".join(get_close_matches(plain_name(name), known)) or "none is near"
+        nearest = ", ".join(get_close_matches(plain_name(name), known)) or "none is similar"
         raise ModelLoadError(f"open_clip has no model named {name!r}; nearest: {nearest}")
     reason = model_support(plain_name(name)).reason
     if reason is not None:
@@ -152,7 +160,7 @@ def _check_digest(found: str, expected: str) -> None:
     if found != expected:
         raise ModelLoadError(
             f"this machine's files of the model have the digest {found}, and the job's have {expected}: its "
-            "weights, configuration or tokenizer differ. Give all machines the same files, for instance by "
+            "weights, configuration or tokenizer differ. Give all machines the same files, for example with "
             "HF_HOME on shared storage"
         )
 
@@ -172,7 +180,7 @@ def _made(files: ModelFiles, checkpoint: Path | None, precision: str, device: to
 
 
 def _laid_out(files: ModelFiles, folder: Path) -> str:
-    """Lay a model's small files out in a folder of their own, and return its address for open_clip."""
+    """Put a model's small files in a folder, and return its `local-dir:` name for open_clip."""
     text = dict(files.model_config["text_cfg"])
     if files.text_model_config is not None:
         (folder / TEXT_MODEL_FOLDER).mkdir()
@@ -190,7 +198,7 @@ def _laid_out(files: ModelFiles, folder: Path) -> str:
 
 @torch.no_grad()
 def _fill_with_nan(model: nn.Module) -> None:
-    """Make what a checkpoint leaves as it is recognisable."""
+    """Fill all weights with NaN, to recognise those that a checkpoint does not contain."""
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
@@ -211,7 +219,7 @@ def _state_of(path: Path) -> tuple[int, ...]:
 
 
 @contextmanager
-def _told_as_load_failure(name: str, pretrained: str | None) -> Iterator[None]:
+def _explained_failure(name: str, pretrained: str | None) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, UnsupportedModelError):
@@ -222,11 +230,11 @@ def _told_as_load_failure(name: str, pretrained: str | None) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what open_clip and the hub's client log; what fails is told once, by the error."""
+    """Suppress log messages of open_clip and the hub's client; failures are reported by the error."""
     root, hub = logging.getLogger(), logging.getLogger("huggingface_hub")
     earlier_level = hub.level
     hub.setLevel(logging.ERROR)
-    root.addFilter(_not_by_open_clip)  # which logs by the root logger
+    root.addFilter(_not_by_open_clip)  # open_clip logs to the root logger
     try:
         yield
     finally:
@@ -239,12 +247,12 @@ def _not_by_open_clip(record: logging.LogRecord) -> bool:
 
 
 def load_failure(name: str, pretrained: str | None, error: Exception) -> str:
-    """Describe a failure of open_clip's factory.
+    """Return one line that says why a model could not be made, and what to do.
 
     Args:
-        name: the model that was asked for.
+        name: the requested model.
         pretrained: its tag or checkpoint.
-        error: what open_clip raised; the errors behind it are looked at too.
+        error: the exception of open_clip; its causes are considered too.
     """
     asked = f"open_clip could not make {name!r} with pretrained={pretrained!r}"
     cause = " ".join(str(error).split()) or type(error).__name__
@@ -253,25 +261,27 @@ def load_failure(name: str, pretrained: str | None, error: Exception) -> str:
     tag = pretrained or ("null" if ":" in name else "TAG")
     fetch = f"legrad models --fetch {name} {tag}"
     advice = next((advice for link in _chain(error) if (advice := _advice(link, fetch))), None)
-    if isinstance(error, ModelLoadError):  # our own, which says what to do
+    if isinstance(error, ModelLoadError):  # its message already says what to do
         return f"{asked}: {'; '.join(filter(None, (cause, advice)))}"
     return f"{asked}: {advice or _shortened(cause)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came from; open_clip wraps what its hubs raise."""
+    """Yield an error and its causes; open_clip wraps exceptions of its hubs."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _advice(error: BaseException, fetch: str) -> str | None:
-    if isinstance(error, UnpicklingError):  # its own message advises how to run the code
+    if isinstance(error, UnpicklingError):  # its own message advises running the code
         return "the checkpoint is damaged, or holds more than weights; code in it is never run"
     if isinstance(error, GatedRepoError):
-        return "its files on the Hugging Face hub are for those who accepted their terms: set HF_TOKEN"
+        return (
+            "its files on the Hugging Face hub require accepting terms of use: accept them, then set HF_TOKEN"
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return "the Hugging Face hub has no such repository, or shows it to members alone: set HF_TOKEN"
+        return "the Hugging Face hub has no such repository, or it is private: set HF_TOKEN"
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         return (
             "its files are not in this machine's cache, and the Hugging Face hub does not give them now: "
@@ -290,7 +300,7 @@ def _advice(error: BaseException, fetch: str) -> str | None:
 
 
 def _shortened(cause: str) -> str:
-    """One line, cut between words."""
+    """Return a message in one line, cut between words."""
     words = " ".join(cause.split())
     if len(words) <= MAX_CAUSE_LENGTH:
         return words

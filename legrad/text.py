@@ -1,4 +1,4 @@
-"""From texts to unit embeddings: each text once, in batches of similar length, without needless padding."""
+"""Embed texts as unit vectors: each text once, in batches of similar length, with little padding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from legrad.errors import InputError, TokenizerError
 from legrad.families.modules import HOOKS
 from legrad.tokens import Tokenizer, exceeds_context, token_ids_of
 
-# A processor's caches hold few texts; on a device the launches of kernels are what counts.
+# Few texts fit into the caches of a CPU; on a GPU, launching kernels is the cost.
 CPU_BATCH_SIZE, DEVICE_BATCH_SIZE = 16, 256
 
 
@@ -27,8 +27,8 @@ def embed_texts(
 
     Args:
         model: an open_clip model.
-        tokenizer: as `open_clip.get_tokenizer` gives it; it cuts longer texts at its context length.
-        texts: any number of texts, also none.
+        tokenizer: as returned by `open_clip.get_tokenizer`; it truncates texts at its context length.
+        texts: any number of texts, including none.
         embed_dim: dimension of the joint space.
         device: of the model.
 
@@ -37,10 +37,10 @@ def embed_texts(
         model.
 
     Raises:
-        InputError: the text tower is in training mode with active dropout; embeddings would be random. Or
-            the tokenizer is not the model's. Or one text is given where a list of them is expected.
+        InputError: the text tower is in training mode with active dropout, so that embeddings would be
+            random; the tokenizer is not the model's; or a single string is passed instead of a list.
     """
-    if isinstance(texts, str):  # which is a sequence too, of letters
+    if isinstance(texts, str):  # also a sequence of strings
         raise InputError(f"embed_text: expected a list of texts, received the text {texts!r}")
     refuse_active_dropout(model)
     if not texts:
@@ -59,17 +59,17 @@ def embed_tokens(
 ) -> Float[Tensor, "prompts embed_dim"]:
     """Embed tokenised texts, in batches of similar length.
 
-    A batch is cut where the embeddings of all its texts stop depending on what follows. For towers that look
-    at padding, such as SigLIP's, that is nowhere. Autocast does not act.
+    Trailing tokens that no embedding of a batch depends on are cut. Towers in which padding affects the
+    result, such as SigLIP's, get all tokens. Autocast is disabled.
 
     Args:
         model: an open_clip model.
-        token_ids: as the model's tokenizer gives them, padded; at least one text.
-        device: of the model.
-        batch_size: texts that pass the tower at once; None: what suits the device.
+        token_ids: padded token ids from the model's tokenizer; at least one text.
+        device: device of the model.
+        batch_size: number of texts per batch; None: a default for the device.
 
     Returns:
-        Unit rows, as `embed_texts` gives them.
+        Unit rows, as in `embed_texts`.
 
     Raises:
         InputError: the tokens do not fit the text tower.
@@ -93,13 +93,13 @@ def embed_tokens(
 def truncated(
     tokenizer: Tokenizer, texts: Sequence[str], token_ids: Int[Tensor, "prompts context"] | None = None
 ) -> list[bool]:
-    """Say for each text whether the tokenizer cuts it at its context length.
+    """Return for each text whether the tokenizer truncates it at its context length.
 
     Args:
-        tokenizer: as `open_clip.get_tokenizer` gives it.
+        tokenizer: as returned by `open_clip.get_tokenizer`.
         texts: any number of texts.
-        token_ids: what the tokenizer gave for the texts, where that is at hand: saves open_clip's own, which
-            is slow, from tokenising most again.
+        token_ids: token ids of the texts, if known: then most texts need not be tokenised again, which is
+            slow with open_clip's own tokenizer.
     """
     suspects = range(len(texts)) if token_ids is None else _suspect_rows(tokenizer, token_ids)
     is_cut = _exceed_context(tokenizer, [texts[row] for row in suspects])
@@ -108,7 +108,7 @@ def truncated(
 
 
 def refuse_active_dropout(model: nn.Module) -> None:
-    """Raise an InputError where dropout would make the model's text embeddings random."""
+    """Raise an InputError if dropout would make the model's text embeddings random."""
     for name, module in model.named_modules():
         if module.training and not name.startswith("visual.") and _drops(module):
             raise InputError(
@@ -117,7 +117,7 @@ def refuse_active_dropout(model: nn.Module) -> None:
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    """Return the tokenizer of an explainer, or raise a TokenizerError that names the way out."""
+    """Return the tokenizer of an explainer; raise a TokenizerError if there is none."""
     if tokenizer is None:
         raise TokenizerError(
             "embed_text: this LeGrad has no tokenizer; make it with LeGrad.from_open_clip, "
@@ -127,21 +127,21 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether a module drops in training mode: by its class, or by the rates that it keeps."""
+    """Return whether a module has active dropout, by its class or by its dropout rates."""
     rates = [getattr(module, "p", 0)] if "Dropout" in type(module).__name__ else []
     rates += [value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]
     return any(rate > 0 for rate in rates)
 
 
 def _text_tower(model: nn.Module) -> nn.Module:
-    """The module that holds the text tower; in open_clip's plain CLIP that is the model itself."""
+    """Return the module that contains the text tower: in open_clip's plain CLIP, the model itself."""
     tower = getattr(model, "text", None)
     return tower if isinstance(tower, nn.Module) else model
 
 
 def _is_known(model: nn.Module, tower: nn.Module) -> bool:
-    """Whether a text tower computes what its class says, so that its texts may be cut."""
-    if isinstance(tower, HFTextEncoder):  # which is called in any case
+    """Return whether a text tower computes what its class defines, so that its tokens may be cut."""
+    if isinstance(tower, HFTextEncoder):  # always called as a whole
         return True
     own_methods = ("encode_text", "forward")
     return (
@@ -159,36 +159,36 @@ def _check_tokens(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> None
         raise InputError(
             f"embed_text: the text tower takes {context} tokens with ids below {vocabulary}, "
             f"the tokenizer gives {token_ids.shape[1]} with ids up to {int(token_ids.max())}; "
-            "the model's own is open_clip.get_tokenizer(model_name)"
+            "use the model's own tokenizer, open_clip.get_tokenizer(model_name)"
         )
 
 
 def _needed_lengths(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> Int[Tensor, " prompts"]:
-    """For each text, how many of its tokens, from the first, its embedding depends on."""
+    """Return for each text the number of first tokens that its embedding depends on."""
     everything = torch.full_like(token_ids[:, 0], token_ids.shape[1])
-    if isinstance(tower, HFTextEncoder):  # padding is masked, and left out when tokens are averaged
+    if isinstance(tower, HFTextEncoder):  # padding is masked, and excluded from averages of tokens
         pad_id = tower.config.pad_token_id
         return everything if pad_id is None else _length_before_padding(token_ids, pad_id)
     if not isinstance(tower, CLIP | TextTransformer):
         return everything
     if getattr(tower, "cls_emb", None) is not None:  # as in CoCa: padding is masked
-        # the uncorrected mask is shifted by one, so that one token of padding is seen
+        # The uncorrected mask is shifted by one, so that one padding token is not masked.
         seen_padding = int(not tower.correct_cls_mask)
         return (_length_before_padding(token_ids, tower.pad_id) + seen_padding).minimum(everything)
     pooled_position = _pooled_position(tower, token_ids)
-    if tower.attn_mask is None or pooled_position is None:  # every token sees all, padding too
+    if tower.attn_mask is None or pooled_position is None:  # every token attends to all, also to padding
         return everything
     return pooled_position + 1
 
 
 def _length_before_padding(token_ids: Int[Tensor, "prompts context"], pad_id: int) -> Int[Tensor, " prompts"]:
-    """Number of tokens up to the last one that is no padding, at least one."""
+    """Return the number of tokens up to the last one that is not padding, at least one."""
     positions = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device)
     return (positions * (token_ids != pad_id)).amax(dim=1).clamp(min=1)
 
 
 def _pooled_position(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> Int[Tensor, " prompts"] | None:
-    """Position of the token that the tower pools, where the token itself marks it; else None."""
+    """Return the position of the token that the tower pools, if it depends on the tokens; otherwise None."""
     is_clip = isinstance(tower, CLIP)
     pool_type = tower.text_pool_type if is_clip else tower.pool_type
     if pool_type == "argmax":
@@ -202,7 +202,7 @@ def _pooled_position(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> I
 def _encode(
     model: Any, tower: Any, token_ids: Int[Tensor, "prompts length"], context: int
 ) -> Float[Tensor, "prompts embed_dim"]:
-    # In half precision CoCa's own text tower mixes dtypes: its class token stays in float32.
+    # In half precision CoCa's own text tower fails, as its class token stays in float32.
     has_class_token = isinstance(tower, TextTransformer) and tower.cls_emb is not None
     if isinstance(tower, HFTextEncoder) or (token_ids.shape[1] == context and not has_class_token):
         whole: Tensor = model.encode_text(token_ids)
@@ -213,7 +213,7 @@ def _encode(
 def _encode_cut(
     tower: Any, token_ids: Int[Tensor, "prompts length"], context: int
 ) -> Float[Tensor, "prompts embed_dim"]:
-    """Embed tokens that were cut, by open_clip's own text transformer, which takes whole contexts alone.
+    """Embed cut tokens, as open_clip's text transformer, which only takes whole contexts, would.
 
     Source: `CLIP.encode_text` and `TextTransformer.forward` of open_clip 3.3.
     """
@@ -226,7 +226,7 @@ def _encode_cut(
         pooled_position = _pooled_position(tower, token_ids)
         x = tower.transformer(x, attn_mask=mask)
         pooled = x[torch.arange(len(x), device=x.device), pooled_position]
-    else:  # the class token stands behind the whole context, and keeps its position there
+    else:  # the class token keeps its position after the whole context
         class_token = (tower.cls_emb.to(dtype) + positions[context]).expand(len(x), 1, -1)
         padding_mask = tower._build_additive_mask(token_ids, length + 1, dtype)
         if tower.attn_mask is not None:
@@ -241,21 +241,23 @@ def _encode_cut(
 
 
 def _suspect_rows(tokenizer: Tokenizer, token_ids: Int[Tensor, "prompts context"]) -> list[int]:
-    """Rows of texts that may have been cut, all where that does not show."""
-    if hasattr(tokenizer, "tokenizer"):  # fast, and some pad with the mark that also ends what is cut
+    """Return the rows of texts that may have been truncated: all, if the tokens do not show it."""
+    if hasattr(tokenizer, "tokenizer"):  # some pad with the token that also ends a truncated text
         return list(range(len(token_ids)))
-    # open_clip's own is slow, and pads with 0, which never ends what is cut
+    # open_clip's own tokenizer pads with 0, which never ends a truncated text.
     return token_ids[:, -1].nonzero().flatten().tolist()
 
 
 def _exceed_context(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
-    """Whether each text has more tokens than its context takes, start and end marks included."""
+    """Return for each text whether it exceeds the context, including start and end tokens."""
     pretrained = getattr(tokenizer, "tokenizer", None)
     if pretrained is None:
         return [exceeds_context(tokenizer, text) for text in texts]
     if not texts:
         return []
-    clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn("canonicalize")  # SigLipTokenizer's only way
+    clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn(
+        "canonicalize"
+    )  # the only choice of SigLipTokenizer
     own_marks = getattr(tokenizer, "tokenizer_mode", "") == "clips"  # start, end, class
     token_ids = pretrained(
         [clean(text) for text in texts], truncation=False, add_special_tokens=not own_marks, verbose=False

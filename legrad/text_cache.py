@@ -1,4 +1,4 @@
-"""Text embeddings that are kept: for streams of prompts in which texts come again."""
+"""Embed texts with a cache, for streams of prompts in which texts recur."""
 
 import sys
 import threading
@@ -15,10 +15,10 @@ from legrad.explainer import LeGrad
 from legrad.text import embed_tokens, refuse_active_dropout, require_tokenizer, truncated
 from legrad.tokens import token_ids_of
 
-# What Python and torch keep for one text beside its characters and its numbers: measured, rounded up.
+# Memory of one cached text beside its characters and its row, measured and rounded up.
 ENTRY_OVERHEAD_BYTES = 1024
 ROWS_A_BLOCK = 1024
-# Of ensembles not seen before, so that the tokens and rows of their members stay few.
+# Bounds the memory for tokens and rows of the texts in new ensembles.
 TEXTS_AT_ONCE = 8192
 
 
@@ -27,8 +27,8 @@ class EmbeddedTexts:
     """Texts, or ensembles of texts, as unit rows of the joint space.
 
     Attributes:
-        unit_rows: one row each, float32 (float64 for a float64 model), on the model's device.
-        truncated: for each, whether the tokenizer cut it, or one of its texts, at its context length.
+        unit_rows: one row for each, float32 (float64 for a float64 model), on the model's device.
+        truncated: for each, whether the tokenizer truncated it, or one of its texts, at its context length.
     """
 
     unit_rows: Float[Tensor, "prompts embed_dim"]
@@ -43,10 +43,10 @@ class _Entry:
 
 
 class _RowStore:
-    """Rows of one length in few large blocks.
+    """Rows of equal length, stored in few large blocks.
 
-    Many small tensors that live long, each allocated between a batch's large ones, would break up the heap:
-    the process would grow with every text, by far more than the rows take.
+    Many small, long-lived tensors allocated among the large ones of a batch would fragment the heap: the
+    process would grow by far more than the size of the rows.
     """
 
     def __init__(self) -> None:
@@ -54,10 +54,10 @@ class _RowStore:
         self._free: list[int] = []
 
     def put(self, row: Float[Tensor, " embed_dim"]) -> int:
-        """Copy a row in; returns its place."""
+        """Store a copy of a row and return its place."""
         if not self._free:
             first = len(self._blocks) * ROWS_A_BLOCK
-            with torch.inference_mode(False):  # or only callers in that mode could write to the block
+            with torch.inference_mode(False):  # otherwise only callers in that mode could write to the block
                 self._blocks.append(row.new_empty(ROWS_A_BLOCK, len(row)))
             self._free = list(range(first + ROWS_A_BLOCK - 1, first - 1, -1))
         place = self._free.pop()
@@ -65,19 +65,19 @@ class _RowStore:
         return place
 
     def row(self, place: int) -> Float[Tensor, " embed_dim"]:
-        """A view of a row."""
+        """Return a view of a row."""
         return self._blocks[place // ROWS_A_BLOCK][place % ROWS_A_BLOCK]
 
     def drop(self, place: int) -> None:
-        """Let a place be used again."""
+        """Free a place for another row."""
         self._free.append(place)
 
 
 class TextEmbedder:
-    """Embeds texts with a model's text tower and keeps what was used last; threads take turns.
+    """Embed texts with a model's text tower and cache the most recently used embeddings; thread-safe.
 
     Attributes:
-        cached_bytes: what the kept embeddings take now, an estimate from above.
+        cached_bytes: upper estimate of the memory that the cache uses now.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class TextEmbedder:
         """Prepare to embed; nothing is computed yet.
 
         Args:
-            explainer: whose text tower and tokenizer are used.
-            max_cache_bytes: the embeddings used least recently are dropped above this; 0 keeps none. On a
-                CUDA device the rows, not the texts, are in its memory.
-            batch_size: texts that pass the tower at once; None: what suits the device.
+            explainer: explainer of the model; its text tower and tokenizer are used.
+            max_cache_bytes: bound on the cache; the least recently used embeddings are dropped above it, and
+                0 disables the cache. For a CUDA model the rows are in GPU memory, the texts are not.
+            batch_size: number of texts per batch; None: a default for the device.
 
         Raises:
             TokenizerError: the explainer was made without a tokenizer.
@@ -104,7 +104,7 @@ class TextEmbedder:
         self.cached_bytes = 0
 
     def embed(self, texts: Sequence[str]) -> EmbeddedTexts:
-        """Embed texts, in order; a text is embedded once while it is kept, however often it comes.
+        """Embed texts, in order; cached texts are not embedded again.
 
         Raises:
             InputError: the text tower is in training mode with active dropout, or the tokenizer is not the
@@ -113,14 +113,14 @@ class TextEmbedder:
         return self.embed_ensembles([(text,) for text in texts])
 
     def embed_ensembles(self, ensembles: Sequence[tuple[str, ...]]) -> EmbeddedTexts:
-        """Embed ensembles of texts, each as one unit row: the mean of its texts' unit rows, at unit length.
+        """Embed ensembles of texts, each as one unit row: the normalised mean of its texts' unit rows.
 
         Args:
-            ensembles: such as the names of a class in several templates; of at least one text each. What is
-                kept is the mean, and no row of a single text.
+            ensembles: at least one text each, such as a class name in several templates. The mean is cached,
+                not the rows of single texts.
 
         Raises:
-            InputError: as `embed` does.
+            InputError: see `embed`.
 
         Source: Radford et al., https://arxiv.org/abs/2103.00020, section 3.1.4; open_clip's
         `build_zero_shot_classifier`.
@@ -135,7 +135,7 @@ class TextEmbedder:
                 entries.append(self._entries[ensemble])
             rows = [self._rows.row(entry.place) for entry in entries]
             empty = torch.zeros(0, self._explainer.embed_dim, device=self._explainer.device)
-            # a copy, within the lock: a place that is dropped is soon another text's
+            # A copy, made while the lock is held, as evicted places are reused.
             unit_rows = torch.stack(rows) if rows else empty
             self._evict()
         return EmbeddedTexts(unit_rows, tuple(entry.truncated for entry in entries))
@@ -161,7 +161,7 @@ class TextEmbedder:
 
 
 def _of_few_texts(ensembles: Sequence[tuple[str, ...]]) -> Iterator[Sequence[tuple[str, ...]]]:
-    """Cut a list of ensembles where TEXTS_AT_ONCE texts are reached."""
+    """Split a list of ensembles into parts of about TEXTS_AT_ONCE texts."""
     start, texts = 0, 0
     for position, ensemble in enumerate(ensembles):
         texts += len(ensemble)
@@ -175,7 +175,7 @@ def _of_few_texts(ensembles: Sequence[tuple[str, ...]]) -> Iterator[Sequence[tup
 def _means(
     ensembles: Sequence[tuple[str, ...]], texts: Sequence[str], text_rows: Float[Tensor, "texts embed_dim"]
 ) -> Float[Tensor, "ensembles embed_dim"]:
-    """Unit mean of the rows of each ensemble's texts; a text alone keeps its row to the last bit."""
+    """Return the normalised mean of each ensemble's rows; a single text keeps exactly its own row."""
     row_of = {text: row for row, text in enumerate(texts)}
     means = []
     for ensemble in ensembles:

@@ -1,7 +1,7 @@
-"""Token ids of texts, the same as open_clip's, at a cost that the context bounds and not the text.
+"""Tokenise texts as open_clip does, in time bounded by the context length instead of the text length.
 
-open_clip's own byte-pair encoding tokenises a whole text before it cuts it at the context's length, and takes
-quadratic time on a run of letters or symbols: seconds for the 16,384 symbols of a single caption.
+open_clip's own byte-pair encoding tokenises a whole text before it truncates it, in time quadratic in the
+length of a run of letters or symbols: seconds for a caption of 16,384 symbols.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,17 +14,17 @@ from jaxtyping import Int
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-# open_clip's tokenizers share no class: called with texts they give tokens, and they have a context_length.
+# open_clip's tokenizers share no base class: they are callables with a `context_length`.
 Tokenizer: TypeAlias = Any
 
-# of a run in bytes: shorter ones are open_clip's own, which keeps their tokens
+# Length of a run in bytes; up to it open_clip's own encoding, which has a cache, is used.
 SHORT_RUN = 64
-# how far a place is looked for where a long run may be cut
+# Bytes within which a position is searched where a long run may be split.
 SEARCH_BYTES = 512
 
 
 def token_ids_of(tokenizer: Tokenizer, texts: Sequence[str]) -> Int[Tensor, "texts context"]:
-    """Tokenise texts as `tokenizer(texts)` does, cut at its context length and padded to it."""
+    """Tokenise texts as `tokenizer(texts)` does, truncated and padded to its context length."""
     if not _is_plain(tokenizer):
         ids: Tensor = tokenizer(texts)
         return ids
@@ -37,7 +37,7 @@ def token_ids_of(tokenizer: Tokenizer, texts: Sequence[str]) -> Int[Tensor, "tex
 
 
 def exceeds_context(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether one of open_clip's own tokenizers cuts a text."""
+    """Return whether one of open_clip's own tokenizers truncates a text."""
     most: int = tokenizer.context_length - 2
     if not _is_plain(tokenizer):
         whole: Sequence[int] = tokenizer.encode(text)
@@ -46,7 +46,7 @@ def exceeds_context(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def first_tokens(tokenizer: SimpleTokenizer, text: str, most: int) -> list[int]:
-    """Give the first `most` tokens of `tokenizer.encode(text)`."""
+    """Return the first `most` tokens of `tokenizer.encode(text)`."""
     tokens: list[int] = []
     for run in tokenizer.pat.finditer(tokenizer.clean_fn(text)):
         for part in _parts_of_run(tokenizer, run[0]):
@@ -57,7 +57,7 @@ def first_tokens(tokenizer: SimpleTokenizer, text: str, most: int) -> list[int]:
 
 
 def _is_plain(tokenizer: Tokenizer) -> bool:
-    # a subclass, or a way to drop other tokens than the last, has ways of its own
+    # A subclass, or a reduction that drops other tokens than the last ones, may behave differently.
     return type(tokenizer) is SimpleTokenizer and tokenizer.reduction_fn is None
 
 
@@ -78,15 +78,15 @@ def _parts_of_run(tokenizer: SimpleTokenizer, run: str) -> Iterator[list[str]]:
 
 
 def _cut(tokenizer: SimpleTokenizer, run: str, first: int) -> int:
-    """Find a place in a run that no token spans: no merge ever crosses it, so both sides are on their own.
+    """Find a position in a run that no token spans: no merge crosses it, so both sides are independent.
 
     Args:
-        tokenizer: every product of a merge is in its vocabulary.
-        run: bytes as open_clip writes them, a character each.
-        first: the place is there or later.
+        tokenizer: its vocabulary contains every product of a merge.
+        run: bytes in open_clip's notation, one character each.
+        first: first position to consider.
 
     Returns:
-        Where the run may be cut; its end where no place is near.
+        The position where the run may be split, or its end if none is near.
     """
     longest = _longest_token(tokenizer)
     for place in range(first, min(first + SEARCH_BYTES, len(run) - longest)):
@@ -106,14 +106,14 @@ def _longest_token(tokenizer: SimpleTokenizer) -> int:
 
 
 def merged(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Merge neighbours, always all pairs of the lowest rank from left to right, until no pair has a rank.
+    """Apply byte-pair merges: always all pairs of the lowest rank, left to right, until no pair has a rank.
 
     Args:
-        symbols: what is merged, changed in place.
-        ranks: of pairs of neighbours, each rank that of one pair.
+        symbols: symbols to merge, changed in place.
+        ranks: rank of each pair of neighbours; ranks are unique.
 
     Source: Sennrich et al., https://arxiv.org/abs/1508.07909, algorithm 1; `SimpleTokenizer.bpe` of open_clip
-        3.3, here with a heap of pairs: n log n steps instead of n for each merge.
+        3.3, here with a heap of pairs: n log n steps in total instead of n for each merge.
     """
     count = len(symbols)
     after, before = list(range(1, count + 1)), list(range(-1, count - 1))
@@ -128,10 +128,10 @@ def merged(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str
         lowest, changed = heap[0][0], []
         while heap and heap[0][0] == lowest:
             _, place = heappop(heap)
-            if rank_at(place) == lowest:  # or it is no longer the pair that it was
+            if rank_at(place) == lowest:  # otherwise the pair has changed since
                 _join(symbols, after, before, place)
                 changed += [before[place], place]
-        # only now: a pair that has just come about waits until those of this rank are merged
+        # Added only now, as new pairs wait until all pairs of this rank are merged.
         for place in changed:
             if (rank := rank_at(place)) is not None:
                 heappush(heap, (rank, place))
@@ -139,7 +139,7 @@ def merged(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str
 
 
 def _join(symbols: list[str], after: list[int], before: list[int], place: int) -> None:
-    """Take the following symbol into the one at a place; an empty one stays behind."""
+    """Append the following symbol to the one at a position, and leave an empty one in its place."""
     following = after[place]
     symbols[place] += symbols[following]
     symbols[following] = ""

@@ -1,9 +1,9 @@
-"""Several views of one image, explained apart and merged into one map: mirrored, at other scales, in windows.
+"""Explain several views of one image and merge them into one map: mirrored, at other scales, in windows.
 
-An image is resized to a few *canvases*: the whole image at the model's input size, at each scale, and, for
-windows, closer. A *view* is what the model encodes at once: a whole canvas or a window of one, perhaps
-mirrored. Windows lie on whole patches, so that their cells are cells of the canvas. Relevance stays raw until
-the views are merged: what a view sees little of counts little.
+An image is resized to a few *canvases*: the whole image at each scale of the model's input size and, for
+windows, enlarged. A *view* is what the model encodes at once: a canvas or a window of one, possibly mirrored.
+Windows are aligned with patches, so that their cells are cells of the canvas. Raw relevance is merged, so
+that views in which a text has little relevance contribute little.
 
     canvases -> views -> encode, relevance -> mean on each canvas -> mean over canvases on the reference grid
 """
@@ -26,7 +26,7 @@ from legrad.images import ImageTransform
 from legrad.method.towers import Tower
 from legrad.method.trace import Trace
 
-Grid = tuple[int, int]  # cells down and across
+Grid = tuple[int, int]  # rows and columns of cells
 MOST_SCALES = 8
 LARGEST_FACTOR = 8.0
 MOST_TILES = 256
@@ -34,17 +34,21 @@ MOST_TILES = 256
 
 @dataclass(frozen=True)
 class Views:
-    """Which views of an image are merged; as it stands, the whole image alone.
+    """Views of an image that are merged; by default, only the whole image.
 
     Attributes:
-        flip: every view also mirrored left to right.
-        scales: the whole image at these multiples of the model's input size, each rounded to whole patches.
-            The first one is the reference: the image's similarity is told there.
-        tile: also windows of the model's input size over the image enlarged.
-        tile_zoom: how many times larger than the model's input the image under the windows is; never larger
-            than the image itself.
-        tile_overlap: least share of a window that the next one repeats.
-        max_tiles: most windows of an image; what would need more is seen from farther.
+        flip: add every view mirrored left to right.
+        scales: 1 to 8 multiples of the model's input size, above 0 and at most 8, at each of which the whole
+            image is a view, rounded to whole patches. Similarities are computed at the first scale.
+        tile: add windows of the model's input size over the enlarged image.
+        tile_zoom: size of the enlarged image relative to the model's input, from 1 to 8; the image is never
+            enlarged beyond its own size.
+        tile_overlap: least share of a window that overlaps with the next one, from 0, below 1.
+        max_tiles: largest number of windows of an image, from 1 to 256; an image that needs more windows is
+            downscaled to fit.
+
+    Raises:
+        InputError: a value is out of range.
     """
 
     flip: bool = False
@@ -55,7 +59,7 @@ class Views:
     max_tiles: int = 16
 
     def __post_init__(self) -> None:
-        """Raise an InputError where a value is out of range."""
+        """Raise an InputError if a value is out of range."""
         if not 1 <= len(self.scales) <= MOST_SCALES or len(set(self.scales)) < len(self.scales):
             raise InputError(f"scales: expected 1 to {MOST_SCALES} different factors, received {self.scales}")
         if not all(0 < scale <= LARGEST_FACTOR for scale in self.scales):
@@ -74,15 +78,15 @@ class Views:
 
 @dataclass(frozen=True)
 class View:
-    """One encode: a part of a canvas, in cells of the canvas.
+    """A part of a canvas that is encoded at once, in cells of the canvas.
 
     Attributes:
-        canvas: which canvas.
+        canvas: index of the canvas.
         top: first row.
         left: first column.
-        rows: how many.
-        columns: how many.
-        is_mirrored: seen mirrored left to right.
+        rows: number of rows.
+        columns: number of columns.
+        is_mirrored: whether the view is mirrored left to right.
     """
 
     canvas: int
@@ -96,9 +100,9 @@ class View:
 def canvas_grids(
     views: Views, transform: ImageTransform, image_height: int, image_width: int
 ) -> tuple[Grid, ...]:
-    """Give the grids of the canvases of an image: one for each scale, then the one under the windows.
+    """Return the grids of the canvases of an image: one for each scale, then the one for windows.
 
-    The last is left out where a single window would see the whole image.
+    The last one is omitted if a single window would cover the whole image.
     """
     patch = transform.patch_size
     grids = []
@@ -115,7 +119,7 @@ def canvas_grids(
 def canvas_pixels(
     views: Views, transform: ImageTransform, image: Image.Image
 ) -> tuple[UInt8[np.ndarray, "height width 3"], ...]:
-    """Resize an image of any mode to each of its canvases, as `ImageTransform.resize` does."""
+    """Resize an image of any mode to each of its canvases, like `ImageTransform.resize`."""
     patch = transform.patch_size
     return tuple(
         transform.resize_to(image, rows * patch, columns * patch)
@@ -124,7 +128,7 @@ def canvas_pixels(
 
 
 def canvas_bytes(views: Views, transform: ImageTransform) -> int:
-    """Give the most bytes that the pixels of an image's canvases take, whatever its size."""
+    """Return an upper bound on the bytes of the pixels of an image's canvases, for images of any size."""
     scaled = (_scaled(transform, scale) for scale in views.scales)
     window = transform.height * transform.width
     pixels = sum(each.height * each.width for each in scaled) + views.tile * views.max_tiles * window
@@ -135,9 +139,9 @@ def views_of(views: Views, canvases: Sequence[Grid], window: Grid) -> tuple[View
     """List the views of an image, first the whole image at the first scale.
 
     Args:
-        views: which views are wanted.
-        canvases: the image's, as `canvas_grids` gives them.
-        window: cells of a window.
+        views: the views to make.
+        canvases: grids of the image's canvases, as returned by `canvas_grids`.
+        window: rows and columns of a window, in cells.
     """
     upright = [View(index, 0, 0, *grid, False) for index, grid in enumerate(canvases[: len(views.scales)])]
     for index, (rows, columns) in enumerate(canvases[len(views.scales) :], start=len(views.scales)):
@@ -151,13 +155,13 @@ def views_of(views: Views, canvases: Sequence[Grid], window: Grid) -> tuple[View
 
 
 def window_starts(cells: int, window_cells: int, overlap: float) -> tuple[int, ...]:
-    """Place windows along one axis: the first and the last flush with the borders, the others evenly between.
+    """Return the first cells of windows along one axis, evenly spaced from border to border.
 
     Args:
-        cells: of the axis, at least those of a window.
-        window_cells: of a window.
-        overlap: least share of a window that the next one repeats, from 0, below 1; windows move on by one
-            cell at least.
+        cells: length of the axis, at least `window_cells`.
+        window_cells: length of a window.
+        overlap: least share of a window that overlaps with the next one, from 0, below 1; windows are at
+            least one cell apart.
     """
     spare = cells - window_cells
     moves = -(-spare // _longest_move(window_cells, overlap))
@@ -165,20 +169,20 @@ def window_starts(cells: int, window_cells: int, overlap: float) -> tuple[int, .
 
 
 def reference_grid(canvases: Sequence[Grid]) -> Grid:
-    """Give the grid on which an image's views are merged: that of its finest canvas."""
+    """Return the grid on which an image's views are merged: that of its finest canvas."""
     return max(canvases, key=lambda grid: grid[0] * grid[1])
 
 
 def resample_grids(
     grids: Float[Tensor, "*maps rows columns"], grid: Grid
 ) -> Float[Tensor, "*maps new_rows new_columns"]:
-    """Resample maps that cover the same area, aligned by it: bilinear, antialiased where cells grow."""
+    """Resample maps to another grid over the same area: bilinear, antialiased if downsampling."""
     if tuple(grids.shape[-2:]) == grid:
         return grids
     if not grids.numel():
         return grids.new_zeros(*grids.shape[:-2], *grid)
     flat = grids.reshape(1, -1, *grids.shape[-2:])
-    # Interpolating what stands above the minimum keeps a constant map constant to the last bit.
+    # Subtracting the minimum first keeps a constant map exactly constant.
     lowest = flat.amin(dim=(-2, -1), keepdim=True)
     resampled = F.interpolate(flat - lowest, size=grid, mode="bilinear", antialias=True, align_corners=False)
     return resampled.add_(lowest).reshape(*grids.shape[:-2], *grid)
@@ -191,12 +195,12 @@ def merge_grids(
     """Merge raw maps of an image's views on its reference grid.
 
     Args:
-        canvases: the image's.
-        view_grids: each view and its maps, as the view was seen: a mirrored one's are mirrored back here.
+        canvases: grids of the image's canvases.
+        view_grids: each view and its maps; maps of a mirrored view are mirrored back here.
 
     Returns:
-        On every canvas the mean of the views that cover a cell, resampled to the reference grid; of that the
-        mean over canvases.
+        Mean over canvases, after resampling to the reference grid; on each canvas the mean over the views
+        that cover a cell.
     """
     sums: dict[int, Tensor] = {}
     counts: dict[int, Tensor] = {}
@@ -223,17 +227,16 @@ def view_relevance(
     """Explain images of any sizes by several views each.
 
     Args:
-        explainer: explains each view.
-        images: of any modes; their pixels are resized anew for each scale.
-        text_embeddings: every prompt for every image; rows of any length above zero.
-        views: which views.
+        explainer: explainer of the model.
+        images: images of any size and mode.
+        text_embeddings: every prompt for every image; rows need not have unit length.
+        views: the views to merge.
 
     Returns:
-        For each image raw relevance, as `LeGrad.relevance` gives it, on the grid of the image's finest
-        canvas.
+        For each image raw relevance as in `LeGrad.relevance`, on the grid of the image's finest canvas.
 
     Raises:
-        InputError: the model cannot take a view, or embeddings do not fit.
+        InputError: the model cannot encode a view, or embeddings do not fit.
     """
     check_views(views, explainer.tower)
     merged = []
@@ -260,24 +263,22 @@ def merged_relevance(
     """Explain a batch of images by several views each, given the trace of the first view.
 
     Args:
-        explainer: explains each view.
-        trace: of the first canvas as it is.
-        canvases: the batch on each canvas, as `legrad.views.canvas_pixels` resizes images; on any device.
+        explainer: explainer of the model.
+        trace: trace of the first canvas, not mirrored.
+        canvases: the batch on each canvas, resized by `canvas_pixels`; on any device.
         text_embeddings: one row for each prompt.
         image_index: for each prompt, the row of its image.
-        views: which views.
-        images_at_once: most images of a forward pass; views of one size share one. At least the whole batch
-            goes together.
+        views: the views to merge.
+        images_at_once: largest number of images in a forward pass, if the batch is not larger; views of one
+            size share a forward pass.
 
     Returns:
-        Raw relevance on the reference grid, at the scale that it has on the first view.
+        Raw relevance on the reference grid, scaled like the relevance of the first view.
     """
     first = explainer.relevance(trace, text_embeddings, image_index)
-    grids = [_grid_of(explainer, canvas) for canvas in canvases]
-    window = (
-        explainer.transform.height // explainer.patch_size,
-        explainer.transform.width // explainer.patch_size,
-    )
+    patch = explainer.patch_size
+    grids = [(canvas.shape[1] // patch, canvas.shape[2] // patch) for canvas in canvases]
+    window = (explainer.transform.height // patch, explainer.transform.width // patch)
     whole, *others = views_of(views, grids, window)
     if not others:
         return first
@@ -287,12 +288,12 @@ def merged_relevance(
     def explained() -> Iterator[tuple[View, Tensor]]:
         yield whole, first
         for part in _parts(others, max(1, images_at_once // batch)):
-            pixels = torch.cat([_seen(canvases[view.canvas], view, explainer.patch_size) for view in part])
+            pixels = torch.cat([_seen(canvases[view.canvas], view, patch) for view in part])
             rows = torch.cat([image_index + batch * place for place in range(len(part))])
             relevance = explainer.relevance(
                 preprocessed(explainer, pixels), text_embeddings.repeat(len(part), 1), rows
             )
-            # the derivative by one attention weight falls with the number of tokens that the score averages
+            # Relevance is inversely proportional to the number of tokens that the score averages.
             scale = 1.0 if explainer.scoring.pooler is not None else _tokens(explainer, part[0]) / tokens
             by_view = (relevance * scale).reshape(len(part), prompts, *relevance.shape[-2:])
             yield from zip(part, by_view, strict=True)
@@ -303,12 +304,12 @@ def merged_relevance(
 def preprocessed(
     explainer: LeGrad, pixels: UInt8[Tensor, "batch height width 3"]
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Bring resized pixels to the model's device, range and dtype."""
+    """Normalise resized pixels, on the model's device and in its dtype."""
     return explainer.transform.normalise(pixels.to(explainer.device), explainer.dtype)
 
 
 def check_views(views: Views, tower: Tower) -> Views:
-    """Return the views, or raise an InputError where the tower cannot take one."""
+    """Return the views; raise an InputError if the tower cannot encode one of them."""
     if not tower.takes_any_grid and views.scales != (1.0,):
         raise InputError(
             f"scales: the positions of this tower ({tower.family}) are bound to one size, "
@@ -326,10 +327,10 @@ def _scaled(transform: ImageTransform, scale: float) -> ImageTransform:
 
 
 def _tiled_grid(views: Views, window: Grid, image_height: int, image_width: int, patch: int) -> Grid:
-    """Give the grid of the canvas under the windows: the finest of at most `max_tiles` of them.
+    """Return the grid of the canvas for windows: the finest one that needs at most `max_tiles` windows.
 
-    Its shorter side, measured in windows, is `tile_zoom` windows long, or as many as the image's own pixels
-    fill; at least one. An image so long that windows of its shorter side are too many is squeezed.
+    Its shorter side is at most `tile_zoom` windows long, and no longer than the image's own pixels allow, but
+    at least one window. An image that is too elongated for that is squeezed along its longer side.
     """
     sides = (image_height, image_width)
     short, long = (0, 1) if window[0] * image_width >= window[1] * image_height else (1, 0)
@@ -340,22 +341,19 @@ def _tiled_grid(views: Views, window: Grid, image_height: int, image_width: int,
         grid = [cells, cells]
         grid[long] = min(max(in_proportion, window[long]), farthest)
         tiled = (grid[0], grid[1])
-        if _count_windows(tiled, window, views.tile_overlap) <= views.max_tiles:
+        axes = zip(tiled, window, strict=True)
+        if math.prod(len(window_starts(*axis, views.tile_overlap)) for axis in axes) <= views.max_tiles:
             return tiled
     return window
 
 
-def _count_windows(grid: Grid, window: Grid, overlap: float) -> int:
-    return math.prod(len(window_starts(*axis, overlap)) for axis in zip(grid, window, strict=True))
-
-
 def _longest_move(window_cells: int, overlap: float) -> int:
-    # the small number: 12 cells of which a quarter is repeated move by 9, whatever 12 * 0.75 rounds to
+    # The small number makes up for rounding: windows of 12 cells that overlap by a quarter are 9 cells apart.
     return max(1, math.floor(window_cells * (1 - overlap) + 1e-9))
 
 
 def _parts(views: Sequence[View], length: int) -> Iterator[list[View]]:
-    """Put views of one size together, at most `length` of them."""
+    """Group consecutive views of one size, at most `length` in a group."""
     for _, alike in groupby(views, key=lambda view: (view.rows, view.columns)):
         listed = list(alike)
         yield from (listed[start : start + length] for start in range(0, len(listed), length))
@@ -369,7 +367,3 @@ def _seen(canvas: UInt8[Tensor, "batch height width 3"], view: View, patch: int)
 
 def _tokens(explainer: LeGrad, view: View) -> int:
     return explainer.tower.prefix_tokens + view.rows * view.columns
-
-
-def _grid_of(explainer: LeGrad, canvas: Tensor) -> Grid:
-    return canvas.shape[1] // explainer.patch_size, canvas.shape[2] // explainer.patch_size

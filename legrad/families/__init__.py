@@ -53,9 +53,12 @@ def describe_tower(model: nn.Module) -> Tower:
     """
     visual = getattr(model, "visual", None)
     if not isinstance(visual, nn.Module):
+        advice = way_out(model)
+        if advice == PLAIN_WAY_OUT:
+            advice = "explain the model that `open_clip.create_model` returns"
         raise UnsupportedModelError(
-            f"{qualified_name(type(model))}: expected an open_clip model with a `visual` tower. Way out: "
-            f"{_way_out_of_wrapper(model)}"
+            f"{qualified_name(type(model))}: expected an open_clip model with a `visual` tower. "
+            f"Way out: {advice}"
         )
     try:
         return describe_visual(visual)
@@ -102,11 +105,6 @@ def _located(visual: nn.Module, reason: NotCovered) -> str:
     place = ".".join(["visual", *filter(None, paths)])
     named = f"{reason} ({place}, a {qualified_name(type(reason.module))})"
     return named if "Way out" in named else f"{named}. Way out: {way_out(reason.module)}"
-
-
-def _way_out_of_wrapper(model: nn.Module) -> str:
-    advice = way_out(model)
-    return "explain the model that `open_clip.create_model` returns" if advice == PLAIN_WAY_OUT else advice
 
 
 def _class_name(visual: nn.Module) -> str:

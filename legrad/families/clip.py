@@ -50,7 +50,8 @@ def describe(visual: VisionTransformer) -> Tower:
     if pooler is not None:
         _check_pooler(pooler)
     grid_height, grid_width = visual.grid_size
-    reference = _mean_of_all_tokens(visual) if pooler is None else _authors_coca(visual)
+    mean_of_all_tokens = Scoring((), slice(0, None), (Norm(visual.ln_post), _projection(visual)))
+    reference = mean_of_all_tokens if pooler is None else _authors_coca(visual)
     return Tower(
         family="clip" if pooler is None else "coca",
         patch_size=visual.patch_size[0],
@@ -82,7 +83,7 @@ def _check_attention(attention: Any) -> None:
     if type(attention) is not nn.MultiheadAttention:
         raise NotCovered(f"its attention is {class_name(attention)}", attention)
     if attention.bias_k is not None or attention.add_zero_attn:
-        raise NotCovered("its attention adds extra keys", attention)
+        raise NotCovered("its attention adds keys beyond those of the tokens", attention)
 
 
 def _check_block(block: Any) -> None:
@@ -138,10 +139,6 @@ def _project(
 
 def _projection(visual: VisionTransformer) -> Linear:
     return Linear(lambda: visual.proj.T, lambda: None)
-
-
-def _mean_of_all_tokens(visual: VisionTransformer) -> Scoring:
-    return Scoring((), slice(0, None), (Norm(visual.ln_post), _projection(visual)))
 
 
 def _own_scoring(visual: VisionTransformer) -> Scoring:

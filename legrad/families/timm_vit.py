@@ -53,7 +53,7 @@ def describe(visual: TimmModel) -> Tower:
         (f"its pooling is {trunk.global_pool!r}", trunk.global_pool not in ("token", "avg", "map")),
         ("its pooling includes prefix tokens", trunk.pool_include_prefix),
         (
-            "it has prefix tokens beside an attentional pooler",
+            "it has both prefix tokens and an attentional pooler",
             trunk.global_pool == "map" and trunk.num_prefix_tokens > 0,
         ),
     )

@@ -39,9 +39,9 @@ def competing_masks(
     background text is stronger. The rule finds this threshold on the map of the winners' heat maps. Among
     equal prompts the first one wins. With rule `band`, pixels between the two thresholds are ignored.
 
-    Every heat map reaches 1, so that by heat maps alone a prompt that is not in the image would win as often
-    as one that is; by raw grids one strong prompt would take the objects of the others. The square root is a
-    compromise: on the demo scenes it is as good as heat maps alone if every prompt is in the image, and 2 to
+    Every heat map reaches 1, so by heat maps only, a prompt that is not in the image would win as often as
+    one that is; by raw grids, one strong prompt would take the objects of the others. The square root is a
+    compromise: on the demo scenes it is as good as heat maps only if every prompt is in the image, and 2 to
     3 points of mIoU better if prompts are chosen by similarity. The threshold applies to the heat map, not
     to the strength, so `value`, `low` and `high` mean the same as for independent masks.
 

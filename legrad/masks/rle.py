@@ -56,7 +56,7 @@ def encode_rle(masks: Shaped[Any, "prompts height width"]) -> list[Rle]:
 
     Source: `encode` of pycocotools.
     """
-    # imported here: programs that only read masks need neither
+    # Imported here, as programs that only read masks need neither.
     import torch
     from pycocotools import mask as coco
 

@@ -27,8 +27,8 @@ class MaskRule:
         quantile: share of background pixels of `quantile`, in [0, 1].
         low: lower threshold of `band`, in [0, 1].
         high: upper threshold of `band`, in [0, 1], above `low`.
-        band_center: scale of `low` and `high`. `half`: they are values of the heat map. `otsu`: 0.5 stands
-            for each map's Otsu threshold; the scale is linear from 0 to it, and from it to 1.
+        band_center: scale of `low` and `high`. `half`: they are values of the heat map. `otsu`: 0.5 is
+            each map's Otsu threshold; the scale is linear from 0 to it, and from it to 1.
 
     Raises:
         MaskError: a value is out of range, or the rule is unknown.

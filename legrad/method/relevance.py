@@ -60,7 +60,7 @@ def relevance_grids(
 
     Returns:
         Relevance, at least zero, unnormalised; layers from first to last explained. float32 (float64 for a
-        float64 model), whatever the precision of the model.
+        float64 model), at any precision of the model.
     """
     device_type = image_index.device.type
     if one_image_at_a_time is None:

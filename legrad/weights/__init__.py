@@ -1,1 +1,1 @@
-"""Files of models: found, checked and digested before a model is made of them."""
+"""Find, check and hash the files of models before a model is made."""

@@ -1,4 +1,4 @@
-"""Checkpoints as files: told apart, and refused in one line with the way out, before a model is made."""
+"""Check the file of a checkpoint before a model is made, with one-line errors that name the way out."""
 
 import re
 import zipfile
@@ -26,16 +26,16 @@ LFS_POINTER, ZIP = b"version https://git-lfs", b"PK\x03\x04"
 
 
 def check_checkpoint(path: Path, files: ModelFiles) -> None:
-    """Refuse a file that is no checkpoint, holds it in a way that is not read, or needs another activation.
+    """Refuse a file that is no checkpoint, has an unsupported format, or was trained with another activation.
 
-    Weights are not read, but for a few: what is in them shows once they are in a model.
+    Only few weights are read; the others are checked after they are loaded into a model.
 
     Args:
         path: the checkpoint.
-        files: what the model is made of.
+        files: the other files of the model.
 
     Raises:
-        ModelLoadError: it is such a file.
+        ModelLoadError: the file is refused.
         OSError: it cannot be read.
     """
     _check_first_bytes(path)
@@ -50,7 +50,7 @@ def check_checkpoint(path: Path, files: ModelFiles) -> None:
 
 @dataclass(frozen=True)
 class _Tensors:
-    """The names of a checkpoint's tensors, and what reads one of them."""
+    """The names of a checkpoint's tensors, and a function that reads one of them."""
 
     keys: list[str]
     read: Callable[[str], Tensor]
@@ -69,8 +69,8 @@ def _opened(path: Path) -> Iterator[_Tensors]:
         return
     if _is_torchscript(path):
         raise ModelLoadError(
-            f"{path.name} is a TorchScript archive, which is code and never run. OpenAI's own are the "
-            "tag openai; of others, save torch.jit.load(FILE).state_dict() where you trust them"
+            f"{path.name} is a TorchScript archive, which contains code and is never run. For OpenAI's "
+            "weights use the tag openai; of a file that you trust, save torch.jit.load(FILE).state_dict()"
         )
     state = _state_dict(path, _unpickled(path))
     yield _Tensors(list(state), state.__getitem__)
@@ -86,26 +86,26 @@ def _unpickled(path: Path) -> Any:
                 f"{path.name} is damaged, or no checkpoint; code in it is never run"
             ) from error
         raise ModelLoadError(
-            f"{path.name} holds {named[1]} beside its weights, and code in it is never run: where you "
-            "trust it, load it with weights_only=False and save its state_dict alone"
+            f"{path.name} holds {named[1]} beside its weights, and code in it is never run: if you trust "
+            "it, load it with weights_only=False and save only its state_dict"
         ) from error
     except (EOFError, RuntimeError, ValueError, KeyError, RecursionError) as error:
-        raise ModelLoadError(f"{path.name} is damaged or cut off: fetch it again") from error
+        raise ModelLoadError(f"{path.name} is damaged or truncated: download it again") from error
 
 
 def _check_first_bytes(path: Path) -> None:
     with path.open("rb") as file:
         first = file.read(64)
     if not first:
-        raise ModelLoadError(f"{path.name} is empty: fetch it again")
+        raise ModelLoadError(f"{path.name} is empty: download it again")
     if first.startswith(LFS_POINTER):
         raise ModelLoadError(
-            f"{path.name} is a pointer of Git LFS, not weights: run `git lfs pull` beside it"
+            f"{path.name} is a pointer of Git LFS, not weights: run `git lfs pull` in its folder"
         )
     if first.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        raise ModelLoadError(f"{path.name} is a web page, not weights: fetch the file itself")
+        raise ModelLoadError(f"{path.name} is a web page, not weights: download the file itself")
     if first[8:9] == b"{" and path.suffix != ".safetensors":
-        raise ModelLoadError(f"{path.name} is a safetensors file by its content: rename it to *.safetensors")
+        raise ModelLoadError(f"{path.name} has the content of a safetensors file: rename it to *.safetensors")
 
 
 def _is_zip(path: Path) -> bool:
@@ -122,13 +122,13 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _state_dict(path: Path, checkpoint: Any) -> dict[str, Tensor]:
-    """Return the tensors by the names that open_clip's reader gives them."""
+    """Return the tensors by the names that open_clip's reader would give them."""
     if isinstance(checkpoint, Mapping) and "state_dict" in checkpoint:
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
         raise ModelLoadError(
             f"{path.name} holds {type(checkpoint).__name__}; expected weights by name, as "
-            "model.state_dict() gives"
+            "model.state_dict() returns"
         )
     if not checkpoint:
         raise ModelLoadError(f"{path.name} holds no weights")
@@ -148,22 +148,22 @@ def _check_keys(path: Path, tensors: _Tensors, files: ModelFiles) -> None:
         raise ModelLoadError(f"{path.name} holds no weights")
     if OPENAI_KEYS & set(tensors.keys):
         raise ModelLoadError(
-            f"{path.name} is in OpenAI's own form; use the tag openai, or take the keys "
-            f"{', '.join(sorted(OPENAI_KEYS))} out of it{_quick_gelu_name(files)}"
+            f"{path.name} is in OpenAI's own format; use the tag openai, or remove the keys "
+            f"{', '.join(sorted(OPENAI_KEYS))} from it{_quick_gelu_name(files)}"
         )
     firsts = {key.partition(".")[0] for key in tensors.keys}
     prefix = next(iter(firsts))
-    # A checkpoint of one tower alone is told by what open_clip misses in it.
+    # A checkpoint of a single tower is reported later, by the keys that open_clip does not find in it.
     if len(firsts) == 1 and prefix not in TOWER_NAMES and all("." in key for key in tensors.keys):
         renamed = f"{{key.removeprefix('{prefix}.'): value for key, value in checkpoint.items()}}"
         raise ModelLoadError(
-            f"{path.name}: every name of a weight begins with '{prefix}.', as a wrapper leaves it: "
+            f"{path.name}: every name of a weight begins with '{prefix}.', which a wrapper has added: "
             f"{_saved_anew(renamed)}"
         )
 
 
 def _saved_anew(expression: str) -> str:
-    return f"save {expression} with torch.save, where checkpoint = torch.load(FILE, weights_only=True)"
+    return f"save {expression} with torch.save, for checkpoint = torch.load(FILE, weights_only=True)"
 
 
 def _quick_gelu_name(files: ModelFiles) -> str:
@@ -175,7 +175,7 @@ def _quick_gelu_name(files: ModelFiles) -> str:
 
 
 def _check_known_tag(path: Path, files: ModelFiles) -> None:
-    """Refuse a file that is known to be a tag's, where it would be run with another activation."""
+    """Refuse a file that is known to belong to a tag with another activation than the model's."""
     sha256 = cache(lambda: file_sha256(path))
     for name, tag in open_clip.list_pretrained():
         config = open_clip.get_pretrained_cfg(name, tag)
@@ -190,7 +190,7 @@ def _check_known_tag(path: Path, files: ModelFiles) -> None:
 
 
 def _is_file_of(path: Path, tag: Mapping[str, Any], sha256: Callable[[], str]) -> bool:
-    """Say whether a file lies in the cache as a tag's, or has the digest that the tag's address names."""
+    """Return whether a file is in the cache of a tag's repository, or has the digest in the tag's address."""
     repository = str(tag.get("hf_hub") or "").rpartition("/")[0]
     if repository and f"models--{repository.replace('/', '--')}" in path.absolute().parts:
         return True
@@ -201,9 +201,9 @@ def _is_file_of(path: Path, tag: Mapping[str, Any], sha256: Callable[[], str]) -
 
 
 def _check_rounding(path: Path, tensors: _Tensors, files: ModelFiles) -> None:
-    """Refuse weights that bear the marks of OpenAI's training under a name that computes plain GELU.
+    """Refuse weights that seem to be OpenAI's, trained with QuickGELU, for a model with plain GELU.
 
-    OpenAI kept the weights of linear layers in half precision, and embeddings and norms in single.
+    OpenAI stored weights of linear layers in half precision, and embeddings and norms in single precision.
     """
     linear, embedding = "visual.transformer.resblocks.0.mlp.c_fc.weight", "token_embedding.weight"
     if files.quick_gelu or not {linear, embedding} <= set(tensors.keys):
@@ -212,8 +212,8 @@ def _check_rounding(path: Path, tensors: _Tensors, files: ModelFiles) -> None:
     if _is_rounded(tensors.read(linear), torch.float16) and not rounded:
         raise ModelLoadError(
             f"{path.name}: its linear layers are rounded to half precision and its embeddings are not, as in "
-            f"OpenAI's weights{_quick_gelu_name(files)}. Weights trained with GELU go into a folder with an "
-            "open_clip_config.json that says so: local-dir:FOLDER"
+            f"OpenAI's weights{_quick_gelu_name(files)}. If the weights were trained with GELU, put "
+            "them in a folder with an open_clip_config.json that says so, and load it as local-dir:FOLDER"
         )
 
 

@@ -1,4 +1,4 @@
-"""Configurations that came with somebody's weights: read within bounds, and refused where they name code."""
+"""Read configurations of untrusted models within limits, and refuse those that name code to run."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from open_clip.hf_configs import arch_dict
 from legrad.errors import ModelLoadError
 
 MAX_CONFIG_BYTES = 16 << 20
-# Whatever their values: each makes transformers import, or fetch and import, what the configuration names.
+# Refused with any value: each makes transformers import, or download and import, code that is named there.
 NAMES_OF_CODE = frozenset(
     {
         "trust_remote_code",
@@ -27,7 +27,7 @@ NAMES_OF_CODE = frozenset(
     }
 )
 TOKENIZER_OPTIONS = frozenset({"clean", "strip_sep_token", "language"})
-# Without "Fast": what only reads vocabularies, and runs nothing that its configuration names.
+# Names without "Fast" of classes that only read vocabularies, and run nothing that a configuration names.
 # fmt: off
 TOKENIZER_CLASSES = frozenset({
     "Albert", "Bart", "Barthez", "Bert", "BigBird", "Bloom", "Camembert", "CLIP", "Cohere", "Deberta",
@@ -36,7 +36,7 @@ TOKENIZER_CLASSES = frozenset({
     "Siglip", "Siglip2", "T5", "XGLM", "XLMRoberta", "XLNet",
 })
 # fmt: on
-# By these transformers chooses a class where none is named.
+# If no class is named, transformers chooses one by the model type.
 TOKENIZER_MODEL_TYPES = frozenset(arch_dict) | {"clip", "siglip", "siglip2", "t5", "gemma", "gpt2", "llama"}
 
 
@@ -61,49 +61,50 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def refuse_code_in_model(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a model configuration of open_clip's that has code run, or has files fetched that it names.
+    """Refuse a model configuration of open_clip that would run code or download files that it names.
 
     Args:
-        config: what `model_cfg` holds.
-        where: what to call it.
+        config: contents of `model_cfg`.
+        where: file or name, for the error message.
 
     Raises:
-        ModelLoadError: it names code, an option of the tokenizer that is not on the list, or a vision tower
-            that is not timm's own.
+        ModelLoadError: it names code, a tokenizer option that is not in the list of safe ones, or a vision
+            tower that is not part of timm.
     """
     _refuse_names_of_code(config, where)
     for section in ("vision_cfg", "text_cfg"):
         if not isinstance(config.get(section), Mapping):
-            raise ModelLoadError(f"{where} has no {section}; expected a configuration of open_clip's")
+            raise ModelLoadError(f"{where} has no {section}; expected a configuration of open_clip")
     options = config["text_cfg"].get("tokenizer_kwargs") or {}
     unknown = set(options) - TOKENIZER_OPTIONS
     if unknown:
         raise ModelLoadError(
-            f"{where}: text_cfg.tokenizer_kwargs has {_listed(unknown)}, which may run code or draw "
-            f"lots; only {_listed(TOKENIZER_OPTIONS)} are taken"
+            f"{where}: text_cfg.tokenizer_kwargs has {_listed(unknown)}, which may run code or depend on "
+            f"random numbers; only {_listed(TOKENIZER_OPTIONS)} are accepted"
         )
     timm_name = config["vision_cfg"].get("timm_model_name")
     if timm_name is not None and not timm.is_model(str(timm_name)):
         raise ModelLoadError(
-            f"{where}: vision_cfg.timm_model_name is {timm_name!r}, which is no model of timm's own"
+            f"{where}: vision_cfg.timm_model_name is {timm_name!r}, which is not a model of timm"
         )
 
 
 def refuse_code_in_text_model(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a configuration of a text model of Hugging Face that names code, or is of another architecture.
+    """Refuse a configuration of a Hugging Face text model that names code or an unknown architecture.
 
     Raises:
-        ModelLoadError: it does, or is.
+        ModelLoadError: it names code, or open_clip does not support its `model_type`.
     """
     _refuse_names_of_code(config, where)
     if config.get("model_type") not in arch_dict:
         raise ModelLoadError(
-            f"{where}: model_type is {config.get('model_type')!r}; open_clip takes {_listed(set(arch_dict))}"
+            f"{where}: model_type is {config.get('model_type')!r}; open_clip supports "
+            f"{_listed(set(arch_dict))}"
         )
 
 
 def refuse_code_in_tokenizer(folder: Path) -> None:
-    """Refuse the files of a tokenizer of Hugging Face that name code, or a class that is not on the list.
+    """Refuse the files of a Hugging Face tokenizer that name code or a class not known to be safe.
 
     Raises:
         ModelLoadError: they do.
@@ -119,13 +120,13 @@ def refuse_code_in_tokenizer(folder: Path) -> None:
         unlisted = [found for found in types if found not in TOKENIZER_MODEL_TYPES]
     if unlisted:
         raise ModelLoadError(
-            f"the tokenizer in {folder} is of the class or type {unlisted[0]!r}, which is not on the list of "
-            "those that run nothing; save it as a PreTrainedTokenizerFast (tokenizer.json)"
+            f"the tokenizer in {folder} has the class or type {unlisted[0]!r}, which is not on the list of "
+            "those that run no code; save it as a PreTrainedTokenizerFast (tokenizer.json)"
         )
 
 
 def _plain(tokenizer_class: str) -> str:
-    if tokenizer_class == "TokenizersBackend":  # as transformers 5 calls its PreTrainedTokenizerFast
+    if tokenizer_class == "TokenizersBackend":  # name of PreTrainedTokenizerFast in transformers 5
         return "PreTrained"
     return tokenizer_class.removesuffix("Fast").removesuffix("Tokenizer")
 
@@ -138,7 +139,7 @@ def _refuse_names_of_code(config: Mapping[str, Any], where: str) -> None:
     if found is not None:
         raise ModelLoadError(
             f"{where} has the key {found}: code that comes with a model is never run. If the model works "
-            "without it, take the key out of a copy, and name that as local-dir:FOLDER"
+            "without it, remove the key in a copy, and load that as local-dir:FOLDER"
         )
 
 

@@ -1,4 +1,4 @@
-"""Files of repositories on the Hugging Face hub, by way of this machine's cache."""
+"""Get files of repositories on the Hugging Face hub, through the local cache."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ BLOCK_BYTES = 1 << 22
 
 
 def hub_file(repository: str, filenames: Sequence[str]) -> Path:
-    """Return where the first of these files that the repository has lies on this machine.
+    """Return the local path of the first of these files that the repository has.
 
     Args:
         repository: `organisation/name`.
@@ -31,17 +31,16 @@ def hub_file(repository: str, filenames: Sequence[str]) -> Path:
             return Path(hf_hub_download(repository, filename))
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-                raise  # the hub has an answer, only not now: another file is no substitute
-            # That the hub could not be asked says more than that another name is not there.
+                raise  # a temporary error of the hub: another file is no substitute
+            # An unreachable hub is a better explanation than a missing file.
             missing = missing if isinstance(missing, LocalEntryNotFoundError) else error
     raise missing or ValueError("no filenames")
 
 
 def hub_file_sha256(repository: str, filenames: Sequence[str]) -> str:
-    """Return the SHA-256 that `hub_file`'s choice has by the hub's word, without a download where possible.
+    """Return the SHA-256 of the file that `hub_file` would choose, without a download if possible.
 
-    The hub, and its cache here, name large files by their SHA-256. What they name otherwise is fetched and
-    read.
+    The hub and its local cache name large files by their SHA-256. Other files are downloaded and read.
 
     Raises:
         EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError: as `hub_file` does.
@@ -53,7 +52,7 @@ def hub_file_sha256(repository: str, filenames: Sequence[str]) -> str:
             break
         except EntryNotFoundError:
             continue
-        except Exception:  # no connection, a proxy, a full hub: the cache decides, or its error tells why
+        except Exception:  # no connection, a proxy, an overloaded hub: use the cache, or its error
             break
         if etag is not None and _is_sha256(etag):
             return etag
@@ -63,7 +62,7 @@ def hub_file_sha256(repository: str, filenames: Sequence[str]) -> str:
 
 
 def hub_folder(repository: str, patterns: Sequence[str]) -> Path:
-    """Return a folder with those files of a repository that match the patterns, and perhaps others.
+    """Return a local folder with at least the files of a repository that match the patterns.
 
     Raises:
         LocalEntryNotFoundError: the hub cannot be reached, and nothing is in the cache.
@@ -82,7 +81,7 @@ def file_sha256(path: Path) -> str:
 
 
 class _NoBar(tqdm):
-    """A progress bar that is not shown: the files are small, and many workers fetch them."""
+    """A progress bar that is not shown, as the files are small and many workers fetch them."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]

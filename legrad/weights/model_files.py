@@ -1,4 +1,4 @@
-"""The files that a model is made of, whatever its name is: configuration, tokenizer, weights."""
+"""Find the files of a model for any kind of name: configuration, tokenizer and weights."""
 
 import hashlib
 import json
@@ -64,17 +64,17 @@ class LocalWeights:
 
 @dataclass(frozen=True)
 class HubWeights:
-    """A checkpoint in a repository on the Hugging Face hub: the first of its names that is there."""
+    """A checkpoint in a repository on the Hugging Face hub: the first of several file names that exists."""
 
     repository: str
     filenames: tuple[str, ...]
 
     def fetch(self) -> Path:
-        """Return its path on this machine; download it if need be."""
+        """Return its path on this machine; download it if necessary."""
         return hub_file(self.repository, self.filenames)
 
     def sha256(self) -> str:
-        """Return the SHA-256 of its bytes; without a download where the hub or its cache tells it."""
+        """Return the SHA-256 of its bytes, without a download if the hub or its cache knows it."""
         return hub_file_sha256(self.repository, self.filenames)
 
 
@@ -83,17 +83,17 @@ WeightsFile: TypeAlias = LocalWeights | HubWeights
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """All that decides what a model computes.
+    """All files and settings that determine what a model computes.
 
     Attributes:
-        name: as open_clip knows it: without slashes, unless it is an address.
+        name: name in open_clip's tables, without slashes; or an `hf-hub:` or `local-dir:` name.
         model_config: open_clip's `model_cfg`.
-        preprocess_config: mean, std and so on, where they are not open_clip's defaults.
+        preprocess_config: mean, std and so on; open_clip's defaults are omitted.
         weights: the checkpoint; None: random weights.
-        weights_stand_alone: the checkpoint is a plain file, and the configuration only that of a name:
-            nothing but the user's word says that one is made for the other.
-        tokenizer_files: of a tokenizer of Hugging Face; none: open_clip's own.
-        text_model_config: `config.json` of a text tower of Hugging Face, if it is one.
+        weights_stand_alone: the checkpoint is a file that the user combined with a model name, so that
+            nothing guarantees that they belong together.
+        tokenizer_files: files of a Hugging Face tokenizer; empty: open_clip's own tokenizer.
+        text_model_config: `config.json` of a Hugging Face text tower, or None.
     """
 
     name: str
@@ -106,14 +106,14 @@ class ModelFiles:
 
     @property
     def quick_gelu(self) -> bool:
-        """Whether open_clip's own towers compute QuickGELU."""
+        """Whether open_clip's own towers use QuickGELU."""
         return bool(self.model_config.get("quick_gelu", False))
 
     def digest(self, weights_sha256: str) -> str:
-        """Identify what the model computes: one digest of weights, configuration and tokenizer.
+        """Return one digest of weights, configuration and tokenizer.
 
         Args:
-            weights_sha256: of the checkpoint.
+            weights_sha256: SHA-256 of the checkpoint.
 
         Returns:
             `sha256:` and hexadecimal digits.
@@ -131,33 +131,31 @@ class ModelFiles:
 
 
 def brings_weights(name: str) -> bool:
-    """Whether a name stands for weights too: the address of a folder or of a repository on a hub."""
+    """Return whether a name includes weights: `local-dir:` and `hf-hub:` names do."""
     return name.startswith((HUB_PREFIX, FOLDER_PREFIX))
 
 
 def plain_name(name: str) -> str:
-    """Return a model's name as open_clip's tables have it: ViT-B-32 for ViT-B/32; addresses as they are."""
+    """Return a model's name in open_clip's tables, such as ViT-B-32 for ViT-B/32."""
     return name if brings_weights(name) else name.replace("/", "-")
 
 
 def find_model_files(name: str, pretrained: str | None) -> ModelFiles:
-    """Find what a model is made of, and refuse what would run code; weights on a hub are not fetched yet.
+    """Find the files of a model, and refuse configurations that name code; weights are not downloaded yet.
 
     Args:
         name: name of an open_clip model, `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`.
-        pretrained: tag or path of a checkpoint; None for names that bring their weights, and for random ones.
+        pretrained: tag or path of a checkpoint; None for names that include weights, and for random weights.
 
     Raises:
-        ModelLoadError: the name, tag or path leads to no file, two things are said where one counts, or a
-            configuration names code.
-        HfHubHTTPError, LocalEntryNotFoundError: the hub does not give a file.
+        ModelLoadError: there is no file for the name, tag or path; `pretrained` is set although the name
+            includes weights; or a configuration names code.
+        HfHubHTTPError, LocalEntryNotFoundError: a file cannot be downloaded.
     """
     if not brings_weights(name):
         return _by_name(plain_name(name), pretrained)
     if pretrained is not None:
-        raise ModelLoadError(
-            "the name brings its own weights, so that pretrained would be ignored; leave it out"
-        )
+        raise ModelLoadError("the name brings its own weights, so pretrained would be ignored; omit it")
     prefix, _, address = name.partition(":")
     return _in_folder(name, Path(address)) if f"{prefix}:" == FOLDER_PREFIX else _in_repository(name, address)
 
@@ -186,7 +184,7 @@ def _in_repository(name: str, repository: str) -> ModelFiles:
         raise
     except EntryNotFoundError:
         raise ModelLoadError(
-            f"the repository has no {CONFIG_FILE}, so it is no model of open_clip's; "
+            f"the repository has no {CONFIG_FILE}, so it is not a model of open_clip; "
             f"{_how_open_clip_writes_it()}"
         ) from None
     model_config, preprocess_config = _read_open_clip_config(path)
@@ -225,7 +223,7 @@ def _by_name(name: str, pretrained: str | None) -> ModelFiles:
 
 
 def _weights_of_tag(tag: Mapping[str, Any]) -> WeightsFile:
-    """Where open_clip finds a tag's weights, by the rules of its `download_pretrained`."""
+    """Return where the weights of a tag are, by the rules of open_clip's `download_pretrained`."""
     if not tag.get("hf_hub"):
         return LocalWeights(Path(factory.download_pretrained(dict(tag))))
     repository, _, filename = str(tag["hf_hub"]).rpartition("/")
@@ -251,9 +249,9 @@ def _preprocess_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preprocess_of_name(name: str) -> dict[str, Any]:
-    """Return the preprocessing on which all tags of a name agree, else none: open_clip's default counts."""
+    """Return the preprocessing on which all tags of a name agree, otherwise nothing (open_clip's default)."""
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    # Images are always stretched here, so that tags that differ in resize_mode alone agree.
+    # Images are always stretched here, so tags that only differ in resize_mode agree.
     agreed = [{**_preprocess_of(tag), "resize_mode": "squash"} for tag in tags]
     return agreed[0] if agreed and all(other == agreed[0] for other in agreed) else {}
 
@@ -307,7 +305,7 @@ def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
     if not any(_matches(path.name, VOCABULARY_PATTERNS) for path in files):
         raise ModelLoadError(
             f"{folder} has no vocabulary of a tokenizer ({', '.join(VOCABULARY_PATTERNS)}), "
-            "which text_cfg.hf_tokenizer_name asks for"
+            "which text_cfg.hf_tokenizer_name requires"
         )
     refuse_code_in_tokenizer(folder)
     return tuple(files)
@@ -328,7 +326,7 @@ def _text_model_config(model_config: Mapping[str, Any]) -> Path | None:
 
 
 def _without_addresses(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out where a text tower's files are: what is in them counts, and has a digest of its own."""
+    """Remove the addresses of a text tower's files, as their contents have digests of their own."""
     text = model_config["text_cfg"]
     named = {key: bool(text.get(key)) for key in ("hf_model_name", "hf_tokenizer_name")}
     return {**model_config, "text_cfg": {**text, **named}}

@@ -74,7 +74,7 @@ def measure_maps(
         batch: the scenes.
         grids: raw relevance for each scored object, in the order of scenes and objects.
         scene_of_pair: row of the scene that each map belongs to.
-        normalisation: as `legrad.masks.grids.heatmaps_of` takes it.
+        normalisation: see `legrad.heatmaps_of`.
     """
     pairs = grids.shape[1]
     measures = MapMeasures(

@@ -1,4 +1,4 @@
-"""Files that are no checkpoint, or not of this model: told apart in one line, with the way out."""
+"""Files that are no checkpoint, or not of this model, are refused in one line with the way out."""
 
 import argparse
 import json
@@ -41,14 +41,14 @@ SAVED = {
     "wrapped twice": (lambda state: prefixed(state, "module._orig_mod."), r"begins with '_orig_mod\.'"),
     "with arguments": (
         lambda state: {"state_dict": state, "args": argparse.Namespace(lr=1)},
-        r"holds argparse\.Namespace beside its weights, and code in it is never run.*save its state_dict",
+        r"holds argparse\.Namespace beside its weights, and code in it is never run.*only its state_dict",
     ),
     "no dictionary": (lambda state: list(state.values()), "holds list; expected weights by name"),
     "nothing": (lambda state: {}, "holds no weights"),
     "nothing inside": (lambda state: {"state_dict": {}}, "holds no weights"),
     "of OpenAI's form": (
         lambda state: state | {"input_resolution": torch.tensor(224)},
-        "in OpenAI's own form.*the tag openai.*model tiny-quickgelu instead of tiny",
+        "in OpenAI's own format.*the tag openai.*model tiny-quickgelu instead of tiny",
     ),
     "one tower": (
         lambda state: {key: value for key, value in state.items() if key.startswith("visual.")},
@@ -60,7 +60,7 @@ SAVED = {
 
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("kind", SAVED)
-def test_weights_that_are_saved_otherwise_are_told_with_the_way_out(tmp_path, state, kind, old_format):
+def test_weights_saved_in_another_layout_are_refused_with_the_way_out(tmp_path, state, kind, old_format):
     change, told = SAVED[kind]
     path = tmp_path / "weights.pt"
     torch.save(change(state), path, _use_new_zipfile_serialization=not old_format)
@@ -89,7 +89,7 @@ def torchscript(path: Path, state) -> None:
 
 
 FILES = {
-    "empty": ("w.pt", lambda path, state: path.write_bytes(b""), "is empty: fetch it again"),
+    "empty": ("w.pt", lambda path, state: path.write_bytes(b""), "is empty: download it again"),
     "empty safetensors": ("w.safetensors", lambda path, state: path.write_bytes(b""), "is empty"),
     "a pointer": (
         "w.safetensors",
@@ -103,7 +103,7 @@ FILES = {
         lambda path, state: path.write_text("not weights at all"),
         "no sound safetensors file",
     ),
-    "cut off": ("w.pt", cut_off, "damaged or cut off: fetch it again"),
+    "cut off": ("w.pt", cut_off, "damaged or truncated: download it again"),
     "torch as safetensors": (
         "w.safetensors",
         lambda path, state: torch.save(state, path),
@@ -112,14 +112,18 @@ FILES = {
     "safetensors as torch": (
         "w.pt",
         lambda path, state: save_file(state, path),
-        r"safetensors file by its content: rename it to \*\.safetensors",
+        r"has the content of a safetensors file: rename it to \*\.safetensors",
     ),
-    "TorchScript": ("w.pt", torchscript, "TorchScript archive, which is code and never run.*the tag openai"),
+    "TorchScript": (
+        "w.pt",
+        torchscript,
+        "TorchScript archive, which contains code and is never run.*the tag openai",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_files_that_are_no_weights_are_told_before_anything_is_loaded(tmp_path, state, kind):
+def test_files_without_weights_are_refused_before_anything_is_loaded(tmp_path, state, kind):
     name, write, told = FILES[kind]
     write(tmp_path / name, state)
     for attempt in (load_model, model_digest):
@@ -128,7 +132,7 @@ def test_files_that_are_no_weights_are_told_before_anything_is_loaded(tmp_path, 
         assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_told_with_the_tags_of_the_name(monkeypatch):
+def test_the_error_for_a_missing_file_lists_the_tags_of_the_model(monkeypatch):
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny", {"openai": {}, "laion": {}})
     for attempt in (load_model, model_digest):
         with pytest.raises(
@@ -155,7 +159,7 @@ def test_openais_weights_in_a_file_do_not_run_with_plain_gelu(tmp_path, state):
     load_model("tiny-quickgelu", str(path), device="cpu")
 
 
-def test_weights_that_only_look_like_openais_run_from_a_folder_that_says_so(tmp_path, state):
+def test_weights_that_only_look_like_openais_run_from_a_folder_with_a_configuration(tmp_path, state):
     save_file(like_openai(state), tmp_path / "open_clip_model.safetensors")
     document = {"model_cfg": CONFIG | {"quick_gelu": False}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(document))

@@ -1,4 +1,4 @@
-"""CoCa's attentional pooler, against plain autograd on an attention matrix that is spelled out."""
+"""CoCa's attentional pooler, against plain autograd on an explicit attention matrix."""
 
 import math
 

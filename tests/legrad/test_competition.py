@@ -1,4 +1,4 @@
-"""Prompts that compete, against the same done pixel by pixel in plain Python."""
+"""Masks of competing prompts, against a pixel-by-pixel implementation in plain Python."""
 
 import numpy as np
 import pytest
@@ -126,7 +126,7 @@ def test_where_nothing_is_relevant_nobody_wins(rule):
     assert made.areas.tolist() == [0, 0]
 
 
-def test_of_equal_texts_the_first_wins_every_pixel_wherever_it_stands_among_others():
+def test_of_equal_texts_the_first_wins_every_pixel_at_any_position_in_the_list():
     grids = random_grids(3, 5)
     once = competing_masks(contestants(grids), contestants(NO_MAPS), MaskRule("fixed", 0.4))
     again = torch.cat([grids[[0, 0, 1]], grids, grids[[0]]])

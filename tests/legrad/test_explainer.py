@@ -1,4 +1,4 @@
-"""The public class: what it returns, what it refuses, and that it leaves the model as it was."""
+"""The class LeGrad: its results, its errors, and that it does not change the model."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""No way of changing a model makes its maps silently wrong: each is followed, or refused by name."""
+"""No change of a model makes its maps silently wrong: it is followed, or refused with the module's name."""
 
 import copy
 import io

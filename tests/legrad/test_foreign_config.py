@@ -1,4 +1,4 @@
-"""A configuration that came with somebody's weights never has code run, whatever it says."""
+"""A configuration of an untrusted model never runs code."""
 
 import json
 from pathlib import Path

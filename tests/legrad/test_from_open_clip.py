@@ -100,7 +100,7 @@ def test_an_unknown_precision_is_refused(precision):
         legrad.LeGrad.from_open_clip("tiny", precision=precision)
 
 
-def test_random_weights_are_told(caplog):
+def test_random_weights_are_logged_as_a_warning(caplog):
     legrad.LeGrad.from_open_clip("tiny", device="cpu")
     (told,) = caplog.messages
     assert told == "tiny gets random weights, as pretrained is None: its maps mean nothing"

@@ -1,4 +1,4 @@
-"""The published package's maps, on weights and images made by recipe; see tests/golden/README.md."""
+"""Maps equal those of the authors' package, on generated weights and images; see tests/golden/README.md."""
 
 import importlib.util
 import json

@@ -124,9 +124,7 @@ def test_keep_treats_height_and_width_alike(height, width):
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
 )
-def test_keep_never_lays_an_upright_image_on_its_side_whatever_the_budget_of_patches(
-    height, width, rows, columns
-):
+def test_keep_never_turns_portrait_into_landscape_for_any_number_of_patches(height, width, rows, columns):
     input_height, input_width = keeping(16 * rows, 16 * columns).input_size(height, width)
     assert input_height * input_width <= 256 * rows * columns
     assert (input_height - input_width) * (height - width) >= 0

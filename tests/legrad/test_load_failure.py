@@ -1,4 +1,4 @@
-"""What is said of a model that could not be made."""
+"""Error messages for models that could not be made."""
 
 from urllib.error import URLError
 
@@ -30,7 +30,7 @@ def _offline(monkeypatch, tmp_path):
         ("hf-hub:nobody/nothing", None, "hf-hub:nobody/nothing null`"),
     ],
 )
-def test_without_a_connection_one_line_says_how_to_fetch_the_files(name, pretrained, advised):
+def test_without_a_connection_the_error_names_the_command_that_fetches_the_files(name, pretrained, advised):
     with pytest.raises(legrad.ModelLoadError, match=f"{UNREACHABLE} {advised}") as caught:
         legrad.LeGrad.from_open_clip(name, pretrained, device="cpu")
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The weights that run are the weights that are named, whatever the kind of name."""
+"""A loaded model has exactly the weights that are named, for every kind of name."""
 
 import json
 import logging
@@ -140,11 +140,11 @@ def test_weights_that_the_hub_refuses_are_an_error_and_never_random(hub):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("hf-hub:org/bare", "no open_clip_config.json, so it is no model of open_clip's"),
+        ("hf-hub:org/bare", "no open_clip_config.json, so it is not a model of open_clip"),
         ("hf-hub:org/nothing", "has no such repository"),
     ],
 )
-def test_a_repository_that_is_no_model_is_told_in_one_line(hub, name, told):
+def test_a_repository_without_a_model_is_refused_in_one_line(hub, name, told):
     with pytest.raises(legrad.ModelLoadError, match=told) as caught:
         load_model(name, None, device="cpu")
     assert "\n" not in str(caught.value)
@@ -310,7 +310,7 @@ def test_a_file_follows_the_preprocessing_on_which_all_tags_of_its_name_agree(tm
         assert made.transform.mean == tuple(mean)
 
 
-def test_loading_leaves_logging_as_it_was_and_says_nothing(folder, caplog):
+def test_loading_logs_nothing_and_restores_the_configuration_of_logging(folder, caplog):
     filters, level = list(logging.getLogger().filters), logging.getLogger("huggingface_hub").level
     with caplog.at_level(logging.WARNING):
         load_model(f"local-dir:{folder}", None, device="cpu")

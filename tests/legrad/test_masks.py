@@ -235,7 +235,7 @@ def test_an_impossible_rule_is_refused(rule):
     threshold=st.floats(0.05, 0.95),
     max_chunk_pixels=st.integers(1, 10_000),
 )
-def test_masks_equal_plain_steps_in_float64_whatever_the_chunks(
+def test_masks_equal_plain_steps_in_float64_for_any_chunk_size(
     prompts, grid_size, pixel_size, threshold, max_chunk_pixels
 ):
     grids = random_grids(prompts, *grid_size)

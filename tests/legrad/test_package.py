@@ -1,35 +1,70 @@
-"""The package's public face."""
+"""The public names of the package, and what importing it loads."""
 
 import importlib.metadata
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import torch
 
 import legrad
+
+ROOT = Path(__file__).parents[2]
+HEATMAPS = """
+from tests.helpers.tiny_models import tiny_clip, tiny_images, unit_texts
+explainer = legrad.LeGrad(tiny_clip())
+explainer.heatmaps(tiny_images(), unit_texts(2))
+refinement = legrad.Refinement(dilations=(1,))
+legrad.refine_heatmaps(torch.rand(1, 3, 8, 8), torch.rand(1, 2, 8, 8), refinement=refinement)
+"""
 
 
 def test_the_public_names_are_these():
     assert sorted(legrad.__all__) == [
+        "Cleaning",
         "Explanation",
+        "ImageMasks",
         "ImageTransform",
         "InputError",
         "LayerTrace",
         "LeGrad",
         "LeGradError",
+        "MaskError",
+        "MaskRule",
         "ModelLoadError",
         "ModelSupport",
         "Refinement",
+        "Rle",
+        "RleError",
         "TokenizerError",
         "Trace",
         "UnsupportedModelError",
         "Views",
+        "decode_rle",
+        "dilations_for_patch",
+        "encode_rle",
         "explain_image",
+        "grid_to_masks",
+        "heatmaps_of",
         "layer_strip",
+        "mask_area",
+        "mask_bbox_xywh",
+        "minmax_normalise",
+        "otsu_threshold",
         "overlay",
         "refine_heatmaps",
         "supported_models",
+        "upsample_grid",
         "view_relevance",
     ]
     assert all(hasattr(legrad, name) for name in legrad.__all__)
+
+
+def test_no_public_name_is_also_the_name_of_a_submodule():
+    submodules = {module.name for module in pkgutil.iter_modules(legrad.__path__)}
+    assert not submodules & set(legrad.__all__)
 
 
 def test_the_version_is_the_one_of_the_installed_distribution():
@@ -37,11 +72,40 @@ def test_the_version_is_the_one_of_the_installed_distribution():
 
 
 def test_every_error_is_a_legrad_error():
-    errors = [legrad.InputError, legrad.ModelLoadError, legrad.TokenizerError, legrad.UnsupportedModelError]
+    errors = [getattr(legrad, name) for name in legrad.__all__ if name.endswith("Error")]
+    assert len(errors) == 7
     assert all(issubclass(error, legrad.LeGradError) for error in errors)
 
 
-def test_importing_legrad_brings_neither_ray_nor_the_application():
-    program = "import sys, legrad; print([m for m in sys.modules if m.split('.')[0] in ('ray', 'pipeline')])"
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert finished.stdout.strip() == "[]"
+def test_relevance_grids_become_masks_through_public_names_alone():
+    grids = torch.zeros(2, 4, 6)
+    grids[0, 1:3, 2:4] = 1
+    masks = legrad.grid_to_masks(
+        grids, 40, 60, legrad.MaskRule("otsu"), cleaning=legrad.Cleaning(max_hole=0.1)
+    )
+    pixels = legrad.decode_rle(masks.rles[0])
+    heatmap = legrad.heatmaps_of(grids, 40, 60, "upsampled")[0]
+    assert (pixels == (heatmap > legrad.otsu_threshold(heatmap)).numpy()).all()
+    assert legrad.encode_rle(pixels[None]) == masks.rles[:1]
+    assert legrad.mask_area(masks.rles).tolist() == masks.areas.tolist() == [pixels.sum(), 0]
+    assert (legrad.mask_bbox_xywh(masks.rles) == masks.bboxes_xywh).all()
+
+
+def loaded_after(program, packages):
+    """The packages of a list that a program in a process of its own has imported at its end."""
+    ending = f"print([name for name in {sorted(packages)} if name in sys.modules])"
+    source = f"import sys, torch, legrad\n{program}\n{ending}"
+    finished = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return finished.stdout.strip()
+
+
+def test_importing_legrad_loads_neither_ray_nor_the_application():
+    program = "from legrad import *"
+    assert loaded_after(program, {"ray", "pipeline"}) == "[]"
+
+
+@pytest.mark.parametrize("program", ["from legrad import *", HEATMAPS], ids=["import", "heat maps"])
+def test_what_heat_maps_do_not_need_is_not_loaded(program):
+    assert loaded_after(program, {"pycocotools", "scipy", "matplotlib", "sklearn"}) == "[]"

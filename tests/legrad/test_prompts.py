@@ -1,4 +1,4 @@
-"""Texts to unit rows."""
+"""Embedding texts as unit rows."""
 
 import open_clip
 import pytest

@@ -131,7 +131,7 @@ def test_maps_as_the_explainer_gives_them_need_no_index():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_arithmetic_is_in_float32_whatever_the_maps_are_in(dtype):
+def test_the_arithmetic_is_in_float32_for_maps_of_any_dtype(dtype):
     images, heatmaps = scenes(5, 2, 2)
     heatmaps = heatmaps.to(dtype)
     refined = refine_heatmaps(images, heatmaps, refinement=SMALL)
@@ -228,7 +228,7 @@ def test_steps_follow_the_patch_and_never_repeat(patch, steps):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_says_what_the_cpu_says():
+def test_a_gpu_computes_the_same_as_the_cpu():
     images, heatmaps = scenes(10, 4, 7)
     index = torch.tensor([2, 0, 3, 2, 0, 2, 3])
     on_cpu = refine_heatmaps(images, heatmaps, index, SMALL)

@@ -52,7 +52,7 @@ def test_features_and_every_layer_equal_the_models_own_forward_pass_with_autogra
     assert [relative_error(received[i], expected[i]) < 1e-10 for i in range(LAYERS)] == [True] * LAYERS
 
 
-def test_the_bias_that_says_where_patches_lie_matters():
+def test_the_relative_position_bias_matters():
     model = _tiny()
     images, texts = tiny_images(2, dtype=torch.float64), unit_texts(2)
     received = legrad.LeGrad(model).relevance(images, texts)

@@ -98,13 +98,13 @@ run_lists = st.lists(st.integers(0, 12), max_size=12)
 @example(2, 6, "o" * 40)
 @example(2, 6, "<\x00")
 @example(0, 5, "")
-def test_any_text_is_refused_or_read_as_the_format_says(height, width, counts):
+def test_any_text_is_refused_or_decoded_as_the_format_defines(height, width, counts):
     assert_read_as_by_reference(height, width, counts)
 
 
 @settings(deadline=None, max_examples=300)
 @given(sides, run_lists, st.booleans())
-def test_any_runs_are_refused_or_read_as_the_format_says(height, runs, fitting):
+def test_any_runs_are_refused_or_decoded_as_the_format_defines(height, runs, fitting):
     width = 5
     if fitting and sum(runs) <= height * width:
         runs = [*runs, height * width - sum(runs)]
@@ -173,7 +173,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_malformation_is_told_apart(fault):
+def test_each_kind_of_malformation_has_its_own_fault(fault):
     height, width, counts = FAULTS[fault]
     rle = {"size": [height, width], "counts": counts}
     for read in (decode_rle, lambda one: mask_area([one]), lambda one: check_rles([one])):

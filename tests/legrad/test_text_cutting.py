@@ -1,4 +1,4 @@
-"""Padding is left out where a text tower never looks at it, and nowhere else."""
+"""Padding is cut exactly if a text tower does not depend on it."""
 
 from copy import deepcopy
 

@@ -1,4 +1,4 @@
-"""Embeddings that are kept."""
+"""Embedding texts with a cache."""
 
 import functools
 import threading

@@ -1,4 +1,4 @@
-"""Cuts against numpy, and what bands promise."""
+"""Thresholds against numpy, and properties of rule `band`."""
 
 import numpy as np
 import pytest
@@ -88,7 +88,7 @@ def test_impossible_numbers_are_refused_by_name(settings):
         MaskRule("band", **settings)
 
 
-def test_contrast_is_the_gap_between_what_stands_out_and_the_rest_in_raw_units():
+def test_contrast_is_the_difference_of_the_means_above_and_below_otsus_threshold_in_raw_units():
     grid = torch.zeros(3, 4, 5)
     grid[0, :2, :2], grid[1, :2, :2] = 8.0, 0.5
     grid[1] += 3
@@ -104,7 +104,7 @@ def test_contrast_has_the_unit_of_relevance(maps, unit):
 
 
 @given(unit_maps)
-def test_otsu_says_the_same_of_maps_that_are_known_to_be_stretched(maps):
+def test_otsu_gives_the_same_threshold_for_maps_declared_as_stretched(maps):
     heatmaps = minmax_normalise(torch.from_numpy(maps))
     assert torch.equal(otsu_threshold(heatmaps, is_stretched=True), otsu_threshold(heatmaps))
 

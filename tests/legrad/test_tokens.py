@@ -1,4 +1,4 @@
-"""Tokens are open_clip's own, whatever the text, and a long text costs what its context takes."""
+"""Tokens equal those of open_clip for any text, and the cost of a long text is bounded by the context."""
 
 import random
 import unicodedata
@@ -49,7 +49,7 @@ def test_the_ids_of_any_text_are_those_of_open_clip(text):
 
 @settings(max_examples=100)
 @given(texts, st.integers(1, 12))
-def test_a_text_is_told_as_cut_exactly_where_its_tokens_do_not_fit(text, context_length):
+def test_a_text_is_reported_as_truncated_exactly_if_its_tokens_do_not_fit(text, context_length):
     tokenizer = copy(SHORT_CONTEXT)
     tokenizer.context_length = context_length
     expected = [len(THEIRS.encode(text)) + 2 > tokenizer.context_length]

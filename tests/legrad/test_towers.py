@@ -1,4 +1,4 @@
-"""Which towers are taken, which are refused, and that structure decides."""
+"""Which towers are supported and which are refused, by their structure."""
 
 import open_clip
 import pytest
@@ -104,7 +104,7 @@ def _without_pooling(model):
     ("change", "reason"),
     [
         (_without_joint_projection, "block 1: its queries, keys and values have no joint projection"),
-        (_with_extra_keys, "block 0: its attention adds keys"),
+        (_with_extra_keys, "block 0: its attention adds keys beyond those of the tokens"),
         (_with_longer_mlp, "block 2: its MLP is made of"),
         (_with_other_norm, "block 2: its ln_2 is a RMSNorm, not a LayerNorm"),
         (_with_norm_without_weights, "block 2: its ln_1 is a LayerNorm, not a LayerNorm with weight"),

@@ -1,4 +1,4 @@
-"""Views of an image: where windows lie, and what merging does to maps that are known."""
+"""Views of an image: positions of windows, and merging of known maps."""
 
 from dataclasses import replace
 
@@ -312,7 +312,7 @@ def test_no_text_gives_no_map(explainer):
     assert maps.shape == (0, 4, 8)
 
 
-def test_maps_of_finer_views_are_of_one_scale_with_the_first_whatever_the_pooling():
+def test_maps_of_finer_views_have_the_scale_of_the_first_for_every_pooling():
     # at the same tokens, twice: a finer view of them has relevance of the same size
     for pool in ("reference", "model"):
         explainer = legrad.LeGrad(tiny_clip(), pool=pool)
