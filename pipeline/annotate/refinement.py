@@ -10,7 +10,7 @@ import torch
 from legrad.heatmaps import Normalisation, first_of_equal_maps, heatmaps_of, minmax_normalise
 from legrad.images import ImageTransform
 from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
-from pipeline.config.schema import MasksConfig
+from pipeline.config.masks import MasksConfig
 
 
 def refinement_of(masks: MasksConfig, patch_pixels: int) -> Refinement | None:

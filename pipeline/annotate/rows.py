@@ -16,7 +16,8 @@ from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks
 from legrad.masks.rle import Rle
 from legrad.masks.thresholds import MaskRule, relevance_contrast
 from pipeline.annotate.engine import ExplainedSample
-from pipeline.config.schema import JobConfig, MasksConfig
+from pipeline.config.masks import MasksConfig
+from pipeline.config.schema import JobConfig
 from pipeline.output.label_map import mask_frame
 from pipeline.output.schema import ACCEPTED, EMPTY_MASK, OK
 

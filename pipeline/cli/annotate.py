@@ -120,7 +120,7 @@ def _result_lines(job: Job, result: JobResult, max_shards: int | None) -> Iterat
     if result.stopped:
         yield f"{'not complete' if result.totals else 'stopped early'}: {result.stopped}"
     yield from _shard_lines("damaged", result.damaged, f"{output_dir}/damaged")
-    yield from _shard_lines("failed, attempts used up", result.failed, f"{output_dir}/failed")
+    yield from _shard_lines("failed", result.failed, f"{output_dir}/failed")
     nothing_to_do = not (state.shards_done or state.shards_left or state.shards_failed)
     counts = result.totals if nothing_to_do and result.totals else state.counts
     if counts is result.totals:

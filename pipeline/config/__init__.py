@@ -1,1 +1,1 @@
-"""A job's configuration: its keys, how they are read and overridden, and which of them change rows."""
+"""The configuration of a job: its keys, how it is loaded, and which keys change the rows."""

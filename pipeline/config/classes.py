@@ -1,4 +1,4 @@
-"""The classes to look for: a file of names, or of names with ids, synonyms, plurals and templates."""
+"""Read and write classes files: names, or names with ids, synonyms, plurals and templates."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from pipeline.text import printable, received
 LARGEST_CLASS_ID = 2**15 - 1
 MAX_FILE_BYTES = 4 << 20
 MAX_TEXT_CHARACTERS = 1000
-TOLD_PROBLEMS = 10
+REPORTED_PROBLEMS = 10
 
 
 def _template(text: str) -> str:
     if "{}" not in text:
-        raise ValueError("expected a text with {} where the name goes")
+        raise ValueError("expected a text with {} in place of the name")
     return text
 
 
 def one_line(text: str) -> str:
-    """Return a text; raise a ValueError where it would not be one line of a file or a terminal."""
+    """Return a text that is one line; raise a ValueError otherwise."""
     if text != printable(text):
         raise ValueError("expected a text without line feeds and control characters")
     return text
@@ -53,11 +53,11 @@ class ClassEntry(BaseModel):
     """One class.
 
     Attributes:
-        class_id: from 1; 0 is the background of label maps, and 255 what they leave open.
-        name: what its rows are named by, and what is embedded.
-        synonyms: further names by which a sample may mention it.
-        plurals: of any of its names, where English has no rule for them.
-        templates: in place of the job's; none: the job's.
+        class_id: from 1; in label maps, 0 is the background and 255 is ignored.
+        name: the prompt in the rows of the class, and the text that is embedded.
+        synonyms: further names by which a sample may mention the class.
+        plurals: irregular plurals of any of its names.
+        templates: used in place of the job's; empty: the job's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,14 +76,14 @@ def read_class_list(url: str) -> tuple[ClassEntry, ...]:
 
     Args:
         url: path or URL of a text file, whose line i names the class of id i, or of a YAML list, whose
-            elements are names or mappings of `name` and, where wanted, `id`, `synonyms`, `plurals` and
-            `templates`; a class without an id gets its place in the list, from 1.
+            elements are names or mappings of `name` and, optionally, `id`, `synonyms`, `plurals` and
+            `templates`; the default id is the place in the list, from 1.
 
     Returns:
         The classes in the file's order; ids and names are unique.
 
     Raises:
-        UserError: the file cannot be read, or an entry is wrong; names the file and the lines or entries.
+        UserError: the file cannot be read, or an entry is wrong; the error names the lines or entries.
     """
     text = storage.read_text(url, MAX_FILE_BYTES)
     where = storage.shown_url(url)
@@ -93,7 +93,9 @@ def read_class_list(url: str) -> tuple[ClassEntry, ...]:
     elif suffix in (".yaml", ".yml"):
         items, place = _yaml_list(text, where), "entry"
     else:
-        raise UserError(f"{where}: expected a classes file named .txt, .yaml or .yml, got {suffix or 'none'}")
+        raise UserError(
+            f"{where}: expected a classes file named .txt, .yaml or .yml, got {suffix or 'no extension'}"
+        )
     try:
         return class_entries(items, place)
     except ValueError as error:
@@ -101,13 +103,13 @@ def read_class_list(url: str) -> tuple[ClassEntry, ...]:
 
 
 def check_class(class_id: int, name: str) -> None:
-    """Refuse a class of somebody else's files that a classes file cannot list.
+    """Check that a classes file can list a class.
 
     Raises:
         ValueError: the id is out of range, or the name is not one line.
     """
     if not 1 <= class_id <= LARGEST_CLASS_ID:
-        raise ValueError(f"class {class_id}: expected ids from 1 to {LARGEST_CLASS_ID}")
+        raise ValueError(f"class {class_id}: ids go from 1 to {LARGEST_CLASS_ID}")
     try:
         one_line(name)
     except ValueError as error:
@@ -115,7 +117,7 @@ def check_class(class_id: int, name: str) -> None:
 
 
 def class_lines(names: Mapping[int, str]) -> str:
-    """Give the content of a classes file: line i names class i, by its number where no class has that id.
+    """Return the content of a classes file: line i is the name of class i, or i if there is no such class.
 
     Raises:
         ValueError: as `check_class`.
@@ -129,31 +131,35 @@ def class_entries(items: Sequence[Any], place: str = "entry") -> tuple[ClassEntr
     """Validate a list of names or mappings, as `read_class_list` describes it.
 
     Args:
-        items: names, mappings, or entries that are valid already.
-        place: what an item is called in errors; they are numbered from 1.
+        items: names, mappings or entries.
+        place: the word for an item in errors, such as line; items are numbered from 1.
 
     Raises:
         ValueError: one line for each problem, the first few of many.
     """
     if not items or items == [""]:
-        raise ValueError("expected at least one class, got none")
+        raise ValueError("names no class")
     if len(items) > LARGEST_CLASS_ID:
-        raise ValueError(f"expected at most {LARGEST_CLASS_ID} classes, got {len(items)}")
+        raise ValueError(f"{len(items)} classes; the limit is {LARGEST_CLASS_ID}")
     entries: list[ClassEntry] = []
     problems: list[str] = []
     for number, item in enumerate(items, 1):
         try:
             entries.append(_entry(item, number))
         except ValidationError as error:
-            problems += [f"  {place} {number}: {_told(problem)}" for problem in error.errors()]
+            problems += [f"  {place} {number}: {_problem_text(problem)}" for problem in error.errors()]
     if not problems:
         problems = [
             *_repeated(entries, place, lambda entry: entry.class_id, "id"),
             *_repeated(entries, place, lambda entry: entry.name.casefold(), "name"),
         ]
     if problems:
-        more = [f"  ... and {len(problems) - TOLD_PROBLEMS} more"] if len(problems) > TOLD_PROBLEMS else []
-        raise ValueError("\n".join([f"{len(problems)} problem(s)", *problems[:TOLD_PROBLEMS], *more]))
+        more = (
+            [f"  ... and {len(problems) - REPORTED_PROBLEMS} more"]
+            if len(problems) > REPORTED_PROBLEMS
+            else []
+        )
+        raise ValueError("\n".join([f"{len(problems)} problem(s)", *problems[:REPORTED_PROBLEMS], *more]))
     return tuple(entries)
 
 
@@ -172,7 +178,7 @@ def _entry(item: Any, number: int) -> ClassEntry:
     return ClassEntry.model_validate(item)
 
 
-def _told(problem: Any) -> str:
+def _problem_text(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
@@ -191,5 +197,5 @@ def _repeated(
         first = first_number.setdefault(key(entry), number)
         if first != number:
             value = entry.class_id if what == "id" else entry.name
-            problems.append(f"  {place} {number}: {what} {value!r} is that of {place} {first} too")
+            problems.append(f"  {place} {number}: {what} {value!r} is also that of {place} {first}")
     return problems

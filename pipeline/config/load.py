@@ -1,4 +1,4 @@
-"""The job's configuration: YAML, validated on load, overridable by ``key=value``."""
+"""Load a job's configuration: YAML, keys set by ``section.key=value``, validation, and the config hash."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.config.row_keys import row_keys
-from pipeline.config.schema import JobConfig, Section
+from pipeline.config.schema import JobConfig
+from pipeline.config.section import Section
 from pipeline.config.yaml_text import parse_yaml
 from pipeline.errors import UserError
 from pipeline.text import printable, received
 
 MAX_FILE_BYTES = 1 << 20
-TOLD_PROBLEMS = 20
+REPORTED_PROBLEMS = 20
 URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
 
 
@@ -28,19 +29,22 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
 
     Args:
         path: the YAML file: a path, s3://, gs:// or http(s):// URL.
-        overrides: ``section.key=value`` strings; values are parsed as YAML, later ones win.
+        overrides: ``section.key=value`` strings; values are parsed as YAML, and of several values of a key
+            the last one counts.
 
     Returns:
         The validated configuration.
 
     Raises:
-        UserError: unreadable file, invalid YAML, unknown key (the nearest known one is named), bad value.
+        UserError: the file cannot be read, is not YAML, or has an unknown key (the error names the nearest
+            known one) or a wrong value.
     """
     where = storage.shown_url(str(path))
     document = parse_yaml(storage.read_text(str(path), MAX_FILE_BYTES), where)
     if not isinstance(document, dict):
         raise UserError(
-            f"{where}: expected a mapping with sections input, model, output; got {type(document).__name__}"
+            f"{where}: expected a mapping with the sections input, model and output; got "
+            f"{type(document).__name__}"
         )
     for override in overrides:
         document = _with_override(document, override)
@@ -48,23 +52,31 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
 
 
 def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobConfig:
-    """Validate a configuration given as nested mappings; raises UserError like `load_config`."""
+    """Validate a configuration given as nested mappings.
+
+    Args:
+        document: section to key to value.
+        where: names the document in errors.
+
+    Raises:
+        UserError: as `load_config`.
+    """
     try:
         return JobConfig.model_validate(document)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_told(problem) for problem in error.errors()))
-        more = [f"  ... and {len(lines) - TOLD_PROBLEMS} more"] if len(lines) > TOLD_PROBLEMS else []
-        told = [f"{storage.shown_url(where)}: {len(lines)} problem(s)", *lines[:TOLD_PROBLEMS], *more]
-        raise UserError("\n".join(told)) from None
+        lines = list(dict.fromkeys(_problem_line(problem) for problem in error.errors()))
+        more = [f"  ... and {len(lines) - REPORTED_PROBLEMS} more"] if len(lines) > REPORTED_PROBLEMS else []
+        heading = f"{storage.shown_url(where)}: {len(lines)} problem(s)"
+        raise UserError("\n".join([heading, *lines[:REPORTED_PROBLEMS], *more])) from None
     except RecursionError:
-        raise UserError(f"{storage.shown_url(where)}: is nested too deeply to be a configuration") from None
+        raise UserError(f"{storage.shown_url(where)}: is nested too deeply for a configuration") from None
 
 
 def config_hash(config: JobConfig, weights_digest: str) -> str:
-    """Hash what changes the rows, as `pipeline.config.row_keys` tells it.
+    """Hash the keys that change the rows, and the digest of the weights.
 
     Args:
-        config: the job's configuration, with the content of its files.
+        config: the job's configuration, with the content of the files that it names.
         weights_digest: digest of the model's weights.
 
     Returns:
@@ -78,15 +90,15 @@ def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:
     dotted_key, separator, text = override.partition("=")
     keys = dotted_key.split(".")
     if not separator or not all(keys) or len(keys) > 2:
-        raise UserError(f"expected an override of the form section.key=value, got {_shown(override)}")
-    # @FILE, *.tar and {0..9}.tar are patterns of input.shards, and no YAML
+        raise UserError(f"expected section.key=value, got {_shown(override)}")
+    # @FILE, *.tar and {0..9}.tar are patterns of input.shards, and not YAML
     is_pattern = text.startswith(("@", "*", "{"))
-    value = text if is_pattern else parse_yaml(text, f"override {dotted_key}: the value")
+    value = text if is_pattern else parse_yaml(text, f"{dotted_key}=...")
     return _set(document, keys, value)
 
 
 def _shown(override: str) -> str:
-    # what stands behind the key may carry credentials
+    # the value may carry credentials
     key, separator, _ = override.partition("=")
     return received(f"{key}{separator}..." if separator else storage.shown_url(override))
 
@@ -96,11 +108,11 @@ def _set(document: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str,
         return {**document, keys[0]: value}
     nested = document.get(keys[0]) or {}
     if not isinstance(nested, dict):
-        raise UserError(f"override {'.'.join(keys)}: {keys[0]} is not a section")
+        raise UserError(f"{'.'.join(keys)}: the file has a value in place of the section {keys[0]}")
     return {**document, keys[0]: _set(nested, keys[1:], value)}
 
 
-def _told(problem: Any) -> str:
+def _problem_line(problem: Any) -> str:
     # deeper parts name alternatives of a type, not keys
     location = [printable(str(part))[:80] for part in problem["loc"]][:2]
     dotted = ".".join(location) or "config"
@@ -113,8 +125,8 @@ def _told(problem: Any) -> str:
         return f"  {message}"
     # URLs may carry credentials or signatures
     value = problem["input"]
-    told_value = type(value).__name__ if dotted in URL_KEYS else received(value)
-    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {told_value}"
+    shown_value = type(value).__name__ if dotted in URL_KEYS else received(value)
+    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {shown_value}"
 
 
 def _suggestion(location: Sequence[str]) -> str:
@@ -128,7 +140,7 @@ def _suggestion(location: Sequence[str]) -> str:
 
 
 def known_keys() -> list[str]:
-    """All keys, sections first as ``input``, then as ``input.shards``."""
+    """Return the names of all sections, then of all keys, such as ``input.shards``."""
     sections = list(JobConfig.model_fields)
     nested = [
         f"{name}.{key}"

@@ -1,6 +1,7 @@
-"""The list of all configuration keys, made from the configuration's own model.
+"""Make the reference of all configuration keys from the configuration's own model.
 
-``python -m pipeline.config.reference`` prints it; with the path of a Markdown page it renews the list in it.
+``python -m pipeline.config.reference`` prints it; with the path of a Markdown page, it renews
+the reference in that page.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ END = "<!-- end of keys -->"
 
 
 def keys_as_markdown() -> str:
-    """One table for each section: key, values, default, meaning."""
+    """Return a table for each section: key, values, default, meaning."""
     schema = JobConfig.model_json_schema()
     sections = [
         _section(name, schema["$defs"][reference["$ref"].rpartition("/")[2]])
@@ -28,7 +29,7 @@ def keys_as_markdown() -> str:
 
 
 def with_keys(page: str) -> str:
-    """A page with the list between its two marks renewed; raises ValueError where it lacks them."""
+    """Return a page with the reference between its two marks renewed; raise ValueError if it has no marks."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -91,7 +92,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    """Print the list, or renew it in the page whose path is given."""
+    """Print the reference, or renew it in the page whose path is given."""
     if len(sys.argv) == 1:
         print(keys_as_markdown())
         return

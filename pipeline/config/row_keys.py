@@ -1,4 +1,7 @@
-"""Which keys of a configuration change its rows: what the hash covers, and what a refusal names."""
+"""Which keys of a configuration change the rows of a job.
+
+The config hash covers these keys, and an error names those that changed.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +14,32 @@ from pydantic import ValidationError
 from legrad.masks.contrast import PUBLISHED_CONTRAST
 from pipeline import storage
 from pipeline.config.classes import ClassEntry
+from pipeline.config.masks import RULE_KEYS
 from pipeline.config.schema import JobConfig
 from pipeline.text import printable
 
-# a key of any other section counts unless it is named below
+# other keys count, unless they do nothing in a configuration: see _ACTS_IF
 NEVER_COUNT_SECTIONS = ("run",)
-# weights count by their digest, wherever they lie
+# weights count by their digest, wherever their file is
 NEVER_COUNT = ("input.shards", "input.allow_commands", "model.pretrained", "output.dir", "output.on_mismatch")
-MAX_KEYS_TOLD = 10
+MAX_KEYS_NAMED = 10
 MAX_VALUE_CHARACTERS = 80
 _NEXT_LINE = "\n           "
 _NOT_COUNTED = object()
 
 
 def row_keys(config: JobConfig) -> dict[str, Any]:
-    """Give each key that changes the rows, with its value.
+    """Return each key that changes the rows, with its value.
 
-    A key that does nothing in this configuration, such as `masks.quantile` under `masks.rule` fixed, is left
-    out, and values that mean the same are one.
+    Keys that do nothing in this configuration, such as `masks.quantile` under `masks.rule` fixed, are
+    omitted, and values that mean the same are replaced by one of them.
 
     Args:
-        config: with the content of its files, as `pipeline.prompts.sample_prompts.with_files_read` gives it.
+        config: with the content of the files that it names, see
+            `pipeline.prompts.sample_prompts.with_files_read`.
 
     Returns:
-        Dotted key to value, of types that JSON has.
+        Dotted key to value, of the types of JSON.
     """
     return {
         key: _MEANING[key](config) if key in _MEANING else value
@@ -43,25 +48,27 @@ def row_keys(config: JobConfig) -> dict[str, Any]:
     }
 
 
-def told_differences(
-    earlier: Mapping[str, Any], config: JobConfig, weights_digest: str, *, most: int = MAX_KEYS_TOLD
+def describe_differences(
+    earlier: Mapping[str, Any], config: JobConfig, weights_digest: str, *, most: int = MAX_KEYS_NAMED
 ) -> str:
-    """Tell why results of an earlier configuration are not those of this one.
+    """Describe why the rows of an earlier configuration are not those of this one.
 
     Args:
-        earlier: the content of a folder's job.json; damaged or written by another version, it still gets an
-            answer.
-        config: the configuration now, with the content of its files.
+        earlier: the content of a folder's job.json, which may be damaged, or written by another version.
+        config: the configuration now, with the content of the files that it names.
         weights_digest: digest of its weights.
-        most: keys that are named.
+        most: largest number of keys that are named.
 
     Returns:
-        One line for each key that changed and counts before or now, with both values; indented to stand
-        after "  changed: ".
+        One line for each key that changed and counts before or now, with both values; indented to follow
+        "  changed: ".
     """
-    lines = [*_told_weights(earlier, config, weights_digest), *_told_keys(earlier.get("config"), config)]
+    lines = [
+        *_weights_line(earlier, config, weights_digest),
+        *_changed_key_lines(earlier.get("config"), config),
+    ]
     if not lines:
-        # the hash differs, and nothing that it covers
+        # the hashes differ, but nothing that they cover
         lines = ["nothing in the configuration; another version of this program wrote the folder"]
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
     return _NEXT_LINE.join([*lines[:most], *more])
@@ -79,7 +86,7 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _told_weights(earlier: Mapping[str, Any], config: JobConfig, digest: str) -> Iterator[str]:
+def _weights_line(earlier: Mapping[str, Any], config: JobConfig, digest: str) -> Iterator[str]:
     before = earlier.get("weights_digest")
     if before != digest:
         pretrained = _at(earlier, "config", "model", "pretrained")
@@ -96,11 +103,11 @@ def _at(document: Any, *keys: str) -> Any:
     return document
 
 
-def _told_keys(earlier: Any, config: JobConfig) -> Iterator[str]:
+def _changed_key_lines(earlier: Any, config: JobConfig) -> Iterator[str]:
     try:
         before = JobConfig.model_validate(earlier)
     except RecursionError:
-        yield "the earlier configuration, which is nested too deeply to be read"
+        yield "the earlier configuration, which cannot be read: it is nested too deeply"
         return
     except ValidationError as error:
         keys = dict.fromkeys(".".join(str(part) for part in problem["loc"][:2]) for problem in error.errors())
@@ -111,10 +118,10 @@ def _told_keys(earlier: Any, config: JobConfig) -> Iterator[str]:
     for key in raw_now:
         means_another = counted_before.get(key, _NOT_COUNTED) != counted_now.get(key, _NOT_COUNTED)
         if means_another and raw_before[key] != raw_now[key]:
-            yield f"{key}: {_told_change(raw_before[key], raw_now[key])}"
+            yield f"{key}: {_change(raw_before[key], raw_now[key])}"
 
 
-def _told_change(before: Any, now: Any) -> str:
+def _change(before: Any, now: Any) -> str:
     if isinstance(before, list) and isinstance(now, list) and len(_json(before) + _json(now)) > 80:
         pairs = zip(before, now, strict=False)
         place = next(
@@ -126,11 +133,12 @@ def _told_change(before: Any, now: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it may stand on a screen: short, printable, without credentials."""
+    """Return a value as it may be printed: short, printable, without credentials."""
     try:
         text = storage.shown_url(value) if isinstance(value, str) else _json(value)
     except ValueError:
-        text = "a value that cannot be shown"  # a URL that is none, of which nobody knows what is secret
+        # an invalid URL, of which nobody knows what is secret
+        text = "a value that cannot be shown"
     text = printable(text)
     return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[: MAX_VALUE_CHARACTERS - 1]}…"
 
@@ -140,7 +148,7 @@ def _json(value: Any) -> str:
 
 
 def _classes(config: JobConfig) -> tuple[ClassEntry, ...] | None:
-    """The classes that act; None where there are none, or where they are still to be read."""
+    """Return the classes; None if there are none, or if their file has not been read yet."""
     found = config.prompts.classes
     return found if isinstance(found, tuple) else None
 
@@ -155,7 +163,7 @@ def _some_class(config: JobConfig, has: Callable[[ClassEntry], object]) -> bool:
 
 
 def _competes(config: JobConfig) -> bool:
-    """Whether background texts take part: under argmax alone."""
+    """Return whether there are background texts that compete, which they do under argmax only."""
     return config.masks.combine == "argmax" and bool(_background(config))
 
 
@@ -183,8 +191,8 @@ def _tiles(config: JobConfig) -> bool:
     return config.model.fit == "tile" and config.views.max_tiles > 1
 
 
-def _rule_is(rule: str) -> Callable[[JobConfig], bool]:
-    return lambda config: config.masks.rule == rule
+def _rule_reads(key: str) -> Callable[[JobConfig], bool]:
+    return lambda config: key in RULE_KEYS[config.masks.rule]
 
 
 def _refines(config: JobConfig) -> bool:
@@ -192,15 +200,15 @@ def _refines(config: JobConfig) -> bool:
 
 
 def _class_rows(config: JobConfig) -> Any:
-    """What of each class acts."""
+    """Return what of each class changes the rows."""
     classes, prompts = _classes(config), config.prompts
     if classes is None:
         return prompts.classes
     is_looked_for = prompts.mentioned_in is not None or _competes(config)
-    left_out = set() if is_looked_for else {"plurals"}
+    unused = set() if is_looked_for else {"plurals"}
     if not (is_looked_for or prompts.embed_synonyms):
-        left_out.add("synonyms")
-    return [entry.model_dump(mode="json", exclude=left_out) for entry in classes]
+        unused.add("synonyms")
+    return [entry.model_dump(mode="json", exclude=unused) for entry in classes]
 
 
 def _unit_contrast(config: JobConfig) -> float:
@@ -214,12 +222,12 @@ def _image_size(config: JobConfig) -> list[int] | None:
 
 
 def _field(spec: str | None) -> str | None:
-    """A field's name as it is looked for: extensions in any case, JSON keys in their own."""
+    """Return a field's name as samples are searched for it: the case of extensions does not matter."""
     extensions, colon, name = (spec or "").partition(":")
     return extensions.lower() + colon + name or None
 
 
-# keys that are not here always act
+# when a key does something; keys that are not here always do
 _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
     "input.caption": lambda config: not _by_classes(config),
     "views.tile_zoom": _tiles,
@@ -235,17 +243,13 @@ _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
     "prompts.background": _competes,
     "prompts.max_background": _backgrounds_are_chosen,
     "prompts.neutral_threshold": lambda config: config.prompts.neutral is not None,
-    "masks.value": _rule_is("fixed"),
-    "masks.quantile": _rule_is("quantile"),
-    "masks.low": _rule_is("band"),
-    "masks.high": _rule_is("band"),
-    "masks.band_center": _rule_is("band"),
+    **{f"masks.{key}": _rule_reads(key) for keys in RULE_KEYS.values() for key in keys},
     "masks.refine_iterations": _refines,
     "masks.refine_dilations": _refines,
     "masks.refine_contrast": _refines,
 }
 
-# where several values mean the same
+# the value that counts, where several mean the same
 _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
     "input.image": lambda config: config.input.image.lower(),
     "input.caption": lambda config: _field(config.input.caption),

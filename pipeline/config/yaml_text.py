@@ -1,4 +1,4 @@
-"""YAML of people and of other hosts: plain values, in bounded time and memory."""
+"""Parse untrusted YAML: plain values only, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 
 from pipeline.errors import UserError
 
-# sections, lists and mappings within each other; a configuration has five
+# levels of sections, lists and mappings; a configuration has five
 MAX_DEPTH = 16
 
 
@@ -19,12 +19,12 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML that holds texts, numbers, lists and mappings of texts.
 
     Args:
-        text: the document; whoever reads it bounds its length.
-        where: named in errors.
+        text: the document; the caller limits its length.
+        where: names the document in errors.
 
     Raises:
-        UserError: it is no YAML; or has aliases, which a few lines multiply to billions of values, a key
-            twice or a key that is no text, or is nested more than MAX_DEPTH deep.
+        UserError: it is not YAML; or it has aliases (with which a few lines make billions of values), the
+            same key twice, a key that is not a text, or more than MAX_DEPTH levels.
     """
     try:
         return yaml.load(text, _PlainLoader)  # noqa: S506 (a SafeLoader)
@@ -36,7 +36,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """A safe loader that neither repeats nor overwrites anything."""
+    """A safe loader that refuses aliases and repeated keys."""
 
     _depth = 0
 
@@ -44,10 +44,10 @@ class _PlainLoader(yaml.SafeLoader):
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         self._depth += 1
         if isinstance(event, yaml.AliasEvent):
-            message = "aliases (*name) are not read; write the value out"
+            message = "aliases (*name) are not supported; write the value out"
             raise _refused(message, event)
         if self._depth > MAX_DEPTH:
-            raise _refused(f"nested more than {MAX_DEPTH} deep", event)
+            raise _refused(f"nested more than {MAX_DEPTH} levels deep", event)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -58,10 +58,10 @@ class _PlainLoader(yaml.SafeLoader):
             is_text = isinstance(key, ScalarNode) and key.tag == "tag:yaml.org,2002:str"
             if not is_text:
                 shown = key.value if isinstance(key, ScalarNode) else key.id
-                message = f"expected a text as key, got {shown[:40]!r}; a text in quotes is one"
+                message = f"expected a text as key, got {shown[:40]!r}; put it in quotes"
                 raise _refused(message, key)
             if key.value in seen:
-                raise _refused(f"the key {key.value[:40]!r} stands twice", key)
+                raise _refused(f"the key {key.value[:40]!r} is there twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from pipeline import storage
-from pipeline.config.row_keys import told_differences
+from pipeline.config.row_keys import describe_differences
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.output.folder import (
@@ -95,7 +95,7 @@ def is_to_be_deleted(folder: OutputFolder, former: JobRecord, config: JobConfig,
         raise UserError(
             f"{storage.shown_url(folder.url)}: holds results of another configuration "
             f"({former.config_hash}, now {stamp.config_hash}).\n"
-            f"  changed: {told_differences(former.model_dump(), config, stamp.weights_digest)}\n"
+            f"  changed: {describe_differences(former.model_dump(), config, stamp.weights_digest)}\n"
             f"  choose another output.dir, or set output.on_mismatch=overwrite to delete what is there"
         )
     return True

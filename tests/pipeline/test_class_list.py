@@ -65,10 +65,10 @@ def test_what_a_job_wrote_down_is_read_as_the_same_classes():
     ("name", "text", "told"),
     [
         ("c.txt", "dog\n\ncat", ["line 2: name", "at least 1 character"]),
-        ("c.txt", "dog\ncat\nDog", ["line 3: name 'Dog' is that of line 1 too"]),
-        ("c.txt", "\n\n", ["at least one class"]),
+        ("c.txt", "dog\ncat\nDog", ["line 3: name 'Dog' is also that of line 1"]),
+        ("c.txt", "\n\n", ["names no class"]),
         ("c.txt", "dog\n" * 100, ["99 problem(s)", "line 2:", "and 89 more"]),
-        ("c.yaml", "- dog\n- {name: cat, id: 1}", ["entry 2: id 1 is that of entry 1 too"]),
+        ("c.yaml", "- dog\n- {name: cat, id: 1}", ["entry 2: id 1 is also that of entry 1"]),
         ("c.yaml", "- {name: cat, id: 0}", ["entry 1: id: ", "greater than or equal to 1, got 0"]),
         ("c.yaml", "- {name: cat, id: 32768}", ["entry 1: id: ", "less than or equal to 32767, got 32768"]),
         ("c.yaml", "- {name: cat, id: '3'}", ["entry 1: id: ", "got '3'"]),

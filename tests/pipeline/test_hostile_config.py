@@ -51,15 +51,15 @@ def refused(call, *arguments):
 
 
 HOSTILE_YAML = {
-    "billion laughs": (LAUGHS, "aliases .* are not read"),
-    "an alias to itself": ("a: &a [*a]", "aliases .* are not read"),
-    "merged mappings": ("a: &a {b: 1}\nc: {<<: *a}", "aliases .* are not read|expected a text as key"),
-    "deep lists": (DEEP, "nested more than 16 deep"),
-    "deep lists never closed": ("[" * 20_000, "nested more than 16 deep"),
-    "deep mappings": ("{a: " * 20_000 + "}" * 20_000, "nested more than 16 deep"),
-    "deep block lists": ("- " * 20_000 + "a", "nested more than 16 deep"),
-    "a key twice": ("a: 1\nb: 2\na: 3", r"the key 'a' stands twice\s+in .*line 3"),
-    "a key twice, once in quotes": ('{a: 1, "a": 2}', "stands twice"),
+    "billion laughs": (LAUGHS, "aliases .* are not supported"),
+    "an alias to itself": ("a: &a [*a]", "aliases .* are not supported"),
+    "merged mappings": ("a: &a {b: 1}\nc: {<<: *a}", "aliases .* are not supported|expected a text as key"),
+    "deep lists": (DEEP, "nested more than 16 levels deep"),
+    "deep lists never closed": ("[" * 20_000, "nested more than 16 levels deep"),
+    "deep mappings": ("{a: " * 20_000 + "}" * 20_000, "nested more than 16 levels deep"),
+    "deep block lists": ("- " * 20_000 + "a", "nested more than 16 levels deep"),
+    "a key twice": ("a: 1\nb: 2\na: 3", r"the key 'a' is there twice\s+in .*line 3"),
+    "a key twice, once in quotes": ('{a: 1, "a": 2}', "is there twice"),
     "a key that is a number": ("1: a", "expected a text as key, got '1'"),
     "a key that is true": ("on: a", "expected a text as key, got 'on'"),
     "a key that is null": ("~: a", "expected a text as key"),
@@ -80,7 +80,8 @@ def test_yaml_that_multiplies_nests_or_overwrites_is_refused_everywhere(tmp_path
         assert re.search(told, message)
     config_file.write_text("\n".join(LINES))
     if "\n" not in text and not text.startswith("{"):
-        assert "override prompts.classes" in refused(load_config, config_file, [f"prompts.classes={text}"])
+        message = refused(load_config, config_file, [f"prompts.classes={text}"])
+        assert "prompts.classes=...: is not valid YAML" in message
 
 
 @settings(max_examples=200)
@@ -112,9 +113,9 @@ def test_an_override_of_another_form_is_refused_in_a_line(config_file, override)
     assert len(refused(load_config, config_file, [override]).splitlines()) <= 2
 
 
-def test_a_value_of_an_override_that_is_no_yaml_is_not_repeated_for_it_may_hold_a_secret(config_file):
+def test_a_value_of_an_override_that_is_not_yaml_is_not_repeated_as_it_may_hold_a_secret(config_file):
     message = refused(load_config, config_file, ["input.shards=[https://user:hunter2@host/a.tar"])
-    assert "override input.shards" in message
+    assert "input.shards=...: is not valid YAML" in message
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_names_of_other_scripts_and_joined_emoji_are_names(tmp_path):
 
 def test_a_classes_file_of_more_lines_than_there_are_ids_is_told_in_a_line(tmp_path):
     (tmp_path / "c.txt").write_text("\n".join(map(str, range(40_000))))
-    assert "at most 32767 classes, got 40000" in refused(read_class_list, str(tmp_path / "c.txt"))
+    assert "40000 classes; the limit is 32767" in refused(read_class_list, str(tmp_path / "c.txt"))
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2J", "a\x00b", "a\u202eb"], ids=repr)

@@ -79,9 +79,9 @@ def replace_weights(folder: Path, value: float) -> None:
 @pytest.mark.parametrize(
     ("name", "pretrained", "told"),
     [
-        ("local-dir:model", "weights.pt", "must be null, as local-dir:model brings its own weights"),
+        ("local-dir:model", "weights.pt", "must be null, because local-dir:model brings its own weights"),
         ("hf-hub:org/model", "openai", "must be null"),
-        ("ViT-B-32", None, "required, as ViT-B-32 brings no weights"),
+        ("ViT-B-32", None, "required, because ViT-B-32 brings no weights"),
         ("ViT-B-32", "", "a text that is not empty"),
         (DEMO_MODEL_NAME, None, "required"),
     ],

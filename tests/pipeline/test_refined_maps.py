@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.engine import Engine, PreparedSample, Prompt
 from pipeline.annotate.refinement import refined_maps, refinement_of
-from pipeline.config.schema import MasksConfig
+from pipeline.config.masks import MasksConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.prompts.sample_prompts import Companions

@@ -18,7 +18,7 @@ from pipeline.annotate.refinement import refined_maps, refinement_of
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.texts import BatchTextEmbedder, choose_maps
 from pipeline.config.load import config_hash, known_keys, parse_config
-from pipeline.config.row_keys import row_keys, told_differences
+from pipeline.config.row_keys import describe_differences, row_keys
 from pipeline.errors import SampleFailure, UserError
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of, with_files_read
 from pipeline.shards.images import DecodedImage
@@ -185,7 +185,7 @@ def written(config, digest="w"):
 
 
 def keys_told(before, now, digest="w"):
-    lines = told_differences(written(before), now, digest, most=99).split("\n")
+    lines = describe_differences(written(before), now, digest, most=99).split("\n")
     return [line.strip().partition(": ")[0] for line in lines]
 
 
@@ -235,7 +235,7 @@ def job(**sections):
 
 
 def told(before, now, digest_now="w"):
-    return told_differences(written(before), now, digest_now)
+    return describe_differences(written(before), now, digest_now)
 
 
 CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
@@ -328,4 +328,4 @@ def test_at_most_ten_keys_are_told_and_the_rest_is_counted():
     ],
 )
 def test_a_record_that_cannot_be_read_is_told_as_that(earlier):
-    assert "this version cannot read" in told_differences(earlier, job(), "w")
+    assert "this version cannot read" in describe_differences(earlier, job(), "w")

@@ -144,9 +144,9 @@ def test_names_of_files_and_lists_give_way_to_their_content(tmp_path):
     ("settings", "told"),
     [
         ({"source": "classes"}, "prompts.source classes needs prompts.classes"),
-        ({"classes": "a.txt"}, "prompts.classes belongs to prompts.source classes, not to caption"),
-        ({"mentioned_in": "txt"}, "prompts.mentioned_in belongs to prompts.source classes"),
-        ({"source": "classes", "classes": ["dog", "Dog"]}, "entry 2: name 'Dog' is that of entry 1 too"),
+        ({"classes": "a.txt"}, "prompts.classes needs prompts.source classes, not caption"),
+        ({"mentioned_in": "txt"}, "prompts.mentioned_in needs prompts.source classes"),
+        ({"source": "classes", "classes": ["dog", "Dog"]}, "entry 2: name 'Dog' is also that of entry 1"),
         ({"templates": ["a photo"]}, "prompts.templates: expected a text with {}"),
         ({"templates": []}, "prompts.templates: "),
         ({"background": ["sky", " "]}, "prompts.background: "),
