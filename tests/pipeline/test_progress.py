@@ -69,7 +69,7 @@ def test_a_terminal_gets_a_live_display_that_fits(width):
     screen = io.StringIO()
     with open_progress(PrintableConsole(file=screen, force_terminal=True, width=width), 1.0) as progress:
         progress.update(STATE)
-        progress.say("a worker died")
+        progress.say("Worker lost")
     shown = screen.getvalue()
     assert "\x1b[" in shown
     for told in (
@@ -80,7 +80,7 @@ def test_a_terminal_gets_a_live_display_that_fits(width):
         "decode/truncated 10",
     ):
         assert told in shown
-    assert "a worker died" in shown
+    assert "Worker lost" in shown
 
 
 def test_of_many_kinds_of_error_a_line_names_the_commonest():
@@ -155,7 +155,7 @@ def test_what_several_are_told_all_of_them_hear():
     with open_progress(consoles[0], 0.0) as one, open_progress(consoles[1], 0.0) as other:
         both = SharedProgress([one, other])
         both.update(STATE)
-        both.say("a worker died")
+        both.say("Worker lost")
     assert logs[0].getvalue() == logs[1].getvalue()
     assert logs[0].getvalue().count("\n") == 2
 
