@@ -41,6 +41,7 @@ from pipeline.run.worker import (
     build_annotator,
 )
 from pipeline.storage import ShardSource
+from pipeline.text import first_few
 
 MAX_SHARDS_IN_FLIGHT = 12
 HEARTBEAT_INTERVAL_S = 2.0
@@ -86,7 +87,7 @@ def run_job(
             if not result.torn:
                 break
             # two jobs on one folder may each have written one file of a shard
-            progress.say(f"Found files of different attempts; annotating again: {', '.join(result.torn)}")
+            progress.say(f"Found files of different attempts; annotating again: {first_few(result.torn)}")
             job = jobs.looked_at_again(job)
             result = _run_once(job, progress, factory, max_shards)
         return result

@@ -16,7 +16,7 @@ from pipeline.run.job import Job
 from pipeline.run.progress import Progress
 from pipeline.run.shard_queue import GivenUp
 from pipeline.storage import ShardSource
-from pipeline.text import printable
+from pipeline.text import first_few, printable
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,13 @@ def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
     if torn:
         job.folder.remove(SUCCESS_FILE)
         job.folder.set_aside(shard.shard_id for shard in torn)
-        names = ", ".join(shard.canonical_url for shard in torn)
+        urls = tuple(shard.canonical_url for shard in torn)
         return replace(
             result,
             state=replace(result.state, shards_skipped=result.state.shards_skipped - len(torn)),
             stopped="shards with files of different attempts, configurations or inputs; run the same command "
-            f"again to redo them: {names}",
-            torn=tuple(shard.canonical_url for shard in torn),
+            f"again to redo them: {first_few(urls)}",
+            torn=urls,
         )
     total = total_counts(footer.counts() for footer in footers.values() if isinstance(footer, FooterRecord))
     result = replace(result, totals=total, stopped=reason_at_end(job.config.run, total))
