@@ -78,7 +78,7 @@ def as_line(state: RunState, pace: Pace) -> str:
         f"samples {counts.samples_in:,} ({pace.samples_per_s:,.1f}/s), {counts.failed:,} failed | "
         f"images {state.measures.images_decoded:,} | rows {counts.rows:,} | "
         f"device busy {as_share(pace.device_busy_share)} | errors {_errors(counts)} | "
-        f"elapsed {as_duration(state.elapsed_s)}, left {_time_left(state)}"
+        f"elapsed {as_duration(state.elapsed_s)}, remaining {_time_left(state)}"
     )
 
 

@@ -109,7 +109,7 @@ def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, d
 
 
 class Worker:
-    """Load the model once, then annotate shards, several at a time from several threads; never raise.
+    """Load the model once, then annotate shards, several at a time; failures are returned, not raised.
 
     Args:
         config: the job's configuration.
