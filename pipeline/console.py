@@ -1,8 +1,7 @@
-"""Consoles of rich that escape untrusted text on its way to a terminal.
+"""Consoles that make untrusted text printable before it reaches a terminal or a log.
 
-What a command shows goes through a `PrintableConsole`; everything else that reaches stdout or stderr (log
-lines, warnings, tracebacks, what Ray passes on from its workers) goes through
-`pipeline.text.printable_streams`.
+A command writes to a `PrintableConsole`; everything else that reaches stdout or stderr (log lines, warnings,
+tracebacks, output that Ray forwards from its workers) passes through `pipeline.text.printable_streams`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pipeline.text import PrintableStream, on_screen
 
 
 class PrintableConsole(Console):
-    """A console that shows text as text: neither escape sequences nor rich's markup in it take effect.
+    """A console on which neither escape sequences nor rich's markup in a text take effect.
 
     Args:
         options: as `rich.console.Console` takes them.
@@ -31,7 +30,7 @@ class PrintableConsole(Console):
 
     @property
     def file(self) -> IO[str]:
-        """Where this console writes; past `printable_streams`, since its own colours are escape sequences."""
+        """The stream written to; bypasses `printable_streams`, since colours are escape sequences."""
         file = super().file
         return file.stream if isinstance(file, PrintableStream) else file
 
@@ -40,12 +39,12 @@ class PrintableConsole(Console):
         self._file = new_file
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text of a string; escaped first, for rich drops some controls without a trace."""
+        """Return the text of a string, escaped first because rich drops some control characters silently."""
         return super().render_str(on_screen(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render; everything that any console method shows comes by here."""
-        # before it is laid out, so that columns are as wide as what is shown
+        """Render and escape; every console method calls this."""
+        # escaped before layout, so that column widths fit the escaped text
         if isinstance(renderable, Text) and (shown := on_screen(renderable.plain)) != renderable.plain:
             renderable = _with_text(renderable, shown)
         for segment in super().render(renderable, options):
@@ -60,10 +59,10 @@ def _with_text(text: Text, shown: str) -> Text:
 
 
 class PatientConsole(PrintableConsole):
-    """A console whose reader may go away: the run goes on in silence, where rich would end it."""
+    """A console that falls silent when its reader closes the pipe; rich would end the process."""
 
     def on_broken_pipe(self) -> None:
-        """Write the rest to nowhere."""
+        """Discard all further output."""
         self.quiet = True
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())

@@ -1,12 +1,12 @@
-"""Errors of the application.
+"""Exceptions of the application.
 
 PipelineError
-├── UserError            the user's own mistake: one screen, no traceback, exit code 1
+├── UserError            invalid input or configuration: one screen, no traceback, exit code 1
 ├── OutputError          the output folder cannot be written: exit code 2
 ├── DamagedFileError     a file of an output folder is not what this package writes there: exit code 2
-│   └── MismatchError    a shard's two files are sound, but do not belong together or to the job
-├── ShardError           a shard could not be read as a whole: retried, then given up
-│   └── ShortReadError   fewer bytes came than the object holds
+│   └── MismatchError    a shard's two files are intact, but do not belong together or to the job
+├── ShardError           a shard could not be read to its end: retried, then given up
+│   └── ShortReadError   fewer bytes arrived than the object has
 └── SampleFailure        one sample (or one of its prompts) could not be annotated: an error row
 """
 
@@ -14,11 +14,11 @@ from __future__ import annotations
 
 
 class PipelineError(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base of all exceptions that this package raises deliberately."""
 
 
 class UserError(PipelineError):
-    """A mistake in a config, a path or an argument, told in one screen."""
+    """Invalid configuration, path or argument; the message fits on one screen."""
 
 
 class OutputError(PipelineError):
@@ -26,10 +26,10 @@ class OutputError(PipelineError):
 
 
 class DamagedFileError(PipelineError):
-    """A file of an output folder that is not what this package writes there.
+    """A file of an output folder is not what this package writes there.
 
     Attributes:
-        url: the file, as it may be shown.
+        url: the file, without credentials.
         problem: what is wrong with it, in one line.
     """
 
@@ -43,19 +43,19 @@ class DamagedFileError(PipelineError):
 
 
 class MismatchError(DamagedFileError):
-    """A shard's annotations that do not belong to its errors, to the job, or to the shard as it is listed."""
+    """A shard's annotations do not belong to its errors file, to the job, or to the shard as listed now."""
 
 
 class ShardError(PipelineError):
-    """A shard could not be opened or read to its end; worth another attempt."""
+    """A shard could not be opened or read to its end; another attempt may succeed."""
 
 
 class ShortReadError(ShardError):
-    """A connection ended before all the bytes of an object had come."""
+    """A connection ended before all bytes of an object had arrived."""
 
 
 class SampleFailure(PipelineError):
-    """A sample that cannot be annotated; the annotator adds key and index.
+    """A sample cannot be annotated; the annotator adds key and index.
 
     Attributes:
         stage: where it happened: open, read, decode, caption, model or mask.

@@ -59,7 +59,7 @@ def annotate(
         raise typer.Exit(annotate_with_config(settings, console, max_shards=limit, moves=moves))
     from pipeline.run import estimate
 
-    for line in estimate.told_dry_run(estimate.dry_run(settings, moves)):
+    for line in estimate.dry_run_lines(estimate.dry_run(settings, moves)):
         console.print(line, soft_wrap=True)
 
 
@@ -163,7 +163,7 @@ def _shard_lines(what: str, shards: Sequence[tuple[str, str]], records: str) -> 
 
 
 def _lines_on_shards_left(job: Job, result: JobResult, max_shards: int | None) -> Iterator[str]:
-    from pipeline.run.estimate import told_extrapolation
+    from pipeline.run.estimate import extrapolation_lines
     from pipeline.run.job import ids_of
 
     ids = ids_of(job.folder)
@@ -173,4 +173,4 @@ def _lines_on_shards_left(job: Job, result: JobResult, max_shards: int | None) -
         yield f"left: {first_few(left, NAMED_SHARDS)}; run the same command again to resume"
     if max_shards is not None:
         newly_done = [shard for shard in job.todo if shard.shard_id in ids.annotations]
-        yield from told_extrapolation(job, result.state, newly_done)
+        yield from extrapolation_lines(job, result.state, newly_done)

@@ -1,4 +1,4 @@
-"""The state of a run: what its driver knows at one moment."""
+"""The state of a run: counts of shards and samples, workers ready, elapsed time."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pipeline.output.measures import Measures
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands.
+    """Progress of a run at one moment.
 
     Attributes:
         shards_total: shards of the job.
         shards_skipped: done before this run.
         shards_done: done in this run.
         shards_failed: given up.
-        shards_damaged: published, of archives that were not read to a sound end; earlier ones included.
+        shards_damaged: published from archives that could not be read to their end; includes earlier runs.
         counts: outcomes of the samples of shards done in this run.
-        live_counts: outcomes in shards that are still in hand.
+        live_counts: outcomes so far in shards in flight.
         measures: of all workers of this run, since each loaded its model.
         workers_ready: workers that have loaded their model.
-        elapsed_s: seconds since the workers were asked for.
-        loading_s: seconds until the first worker was ready; of the elapsed ones while none is.
+        elapsed_s: seconds since the workers were started.
+        loading_s: seconds until the first worker was ready; equal to elapsed_s while none is.
     """
 
     shards_total: int
@@ -51,7 +51,7 @@ class RunState:
 
     @property
     def counts_so_far(self) -> ShardCounts:
-        """Outcomes of samples in this run, shards in hand included."""
+        """Outcomes of samples in this run, shards in flight included."""
         return self.counts + self.live_counts
 
     @property

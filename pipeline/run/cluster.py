@@ -1,46 +1,101 @@
-"""Clusters of Ray: whether one answers, which Ray itself takes minutes to deny; the token of our own."""
+"""The Ray cluster of a run: start one here or connect to one, and find out whether its machines are alive."""
 
 from __future__ import annotations
 
+import logging
+import os
 import secrets
 import socket
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import ray
+from ray.exceptions import RayError
+
 from pipeline.errors import UserError
+from pipeline.process import exit_on_sigterm
 
 ADDRESS_TIMEOUT_S = 10.0
 MACHINE_TIMEOUT_S = 1.0
-CAUSE_CHARACTERS = 400
-# ray looks for these clusters on its own
+MAX_CAUSE_CHARACTERS = 400
+LOCAL_OBJECT_STORE_BYTES = 128 << 20
+# ray.init() finds these clusters itself
 NAMED_ADDRESSES = ("local", "auto")
 
 
-def settle_token(environ: MutableMapping[str, str]) -> None:
-    """Give a Ray that this process starts a token, where the environment does not say otherwise.
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine; shut down after the block.
 
-    It stays in the environment of this process and its children, for later runs too. Ray itself would write
-    one into the home, where others may read it, and take the one that it finds there.
+    Raises:
+        UserError: RAY_ADDRESS is malformed, nothing answers there, or Ray does not start.
+    """
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    check_address(address)
+    # Ray then leaves CUDA_VISIBLE_DEVICES of CPU workers unchanged, which will be its default
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        if address == "local":
+            _start_ray_here()
+        else:
+            ray.init(address=address, logging_level=logging.ERROR)
+    except (ConnectionError, RayError) as error:
+        reason = _one_line(error)
+        if address == "local":
+            raise UserError(f"cannot start Ray on this machine ({reason})") from error
+        raise _no_connection(address, reason) from error
+    try:
+        # a handler installed before ray.init() would never be called
+        with exit_on_sigterm():
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _start_ray_here() -> None:
+    """Start Ray on loopback, with a token: a client that reaches Ray can run code."""
+    provide_token(os.environ)
+    constants = ray._private.ray_constants
+    networked = constants.ENABLE_RAY_CLUSTER
+    # as on macOS and Windows; Ray would replace an address of 127.0.0.1 by that of the network
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+        )
+    finally:
+        constants.ENABLE_RAY_CLUSTER = networked
+
+
+def provide_token(environ: MutableMapping[str, str]) -> None:
+    """Set a random token for a Ray that this process starts, unless the environment already chooses one.
+
+    It stays in the environment of this process and its children, for later runs too. Without it Ray would
+    write a token to the home folder, where others may read it, or reuse the one it finds there.
 
     Args:
-        environ: of the process; what is set of RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH holds.
+        environ: environment variables; RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH are respected.
     """
-    asks_for_one = environ.get("RAY_AUTH_MODE", "token").lower() == "token"
-    if asks_for_one and not (environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH")):
+    uses_token = environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+    if uses_token and not (environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH")):
         environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def check_address(address: str, timeout_s: float = ADDRESS_TIMEOUT_S) -> None:
-    """Refuse a RAY_ADDRESS at which nobody answers.
+    """Fail at once if nothing answers at a RAY_ADDRESS; Ray itself would retry for minutes.
 
     Args:
-        address: HOST:PORT of a ray cluster, ``ray://HOST:PORT``, ``auto`` or ``local``.
-        timeout_s: how long an answer may take.
+        address: HOST:PORT of a Ray cluster, ``ray://HOST:PORT``, ``auto`` or ``local``.
+        timeout_s: longest wait for an answer.
 
     Raises:
-        UserError: the address has another form, or nothing accepts a connection there.
+        UserError: the address is malformed, or nothing accepts a connection there.
     """
     if address in NAMED_ADDRESSES:
         return
@@ -48,7 +103,14 @@ def check_address(address: str, timeout_s: float = ADDRESS_TIMEOUT_S) -> None:
     try:
         socket.create_connection((host, port), timeout_s).close()
     except OSError as error:
-        raise UserError(f"RAY_ADDRESS {address}: no ray cluster answers: {error}") from error
+        raise _no_connection(address, (error.strerror or str(error)).lower()) from error
+
+
+def _no_connection(address: str, reason: str) -> UserError:
+    return UserError(
+        f"cannot connect to a Ray cluster at {address} ({reason}); "
+        "correct RAY_ADDRESS, or unset it to run on this machine"
+    )
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
@@ -58,17 +120,22 @@ def _host_and_port(address: str) -> tuple[str, int]:
             return parts.hostname, parts.port
     except ValueError:
         pass
-    raise UserError(f"RAY_ADDRESS: expected HOST:PORT of a ray cluster, auto or local, got {address!r}")
+    raise UserError(f"RAY_ADDRESS: expected HOST:PORT of a Ray cluster, auto or local, got {address!r}")
+
+
+def machine_resources() -> list[Mapping[str, float]]:
+    """Return Ray's resources (``CPU``, ``GPU``, ...) of each machine that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine of the cluster, as a worker on it saw it when it was ready.
+    """A machine of the cluster, as seen when a worker on it became ready.
 
     Attributes:
-        node_id: ray's name for it.
-        host: address of its ray daemon.
-        port: port of its ray daemon; None where the driver cannot reach it.
+        node_id: Ray's id of the machine.
+        host: address of its Ray daemon.
+        port: port of its Ray daemon; None if this process could not reach the daemon.
     """
 
     node_id: str = ""
@@ -77,7 +144,7 @@ class Machine:
 
 
 def find_machine(nodes: Iterable[Mapping[str, Any]], node_id: str) -> Machine:
-    """The machine of that id among ray's nodes, and whether its daemon can be asked for a sign of life."""
+    """Return the machine with an id among Ray's nodes, and check whether its daemon can be reached."""
     for node in nodes:
         if node["NodeID"] == node_id:
             machine = Machine(node_id, node["NodeManagerAddress"], node["NodeManagerPort"])
@@ -86,7 +153,7 @@ def find_machine(nodes: Iterable[Mapping[str, Any]], node_id: str) -> Machine:
 
 
 def machine_is_lost(nodes: Iterable[Mapping[str, Any]], machine: Machine) -> bool:
-    """Whether a machine went away: ray says so, which takes it a while, or its daemon no longer answers."""
+    """Return whether Ray reports a machine as dead, which takes a while, or its daemon no longer answers."""
     alive = any(node["NodeID"] == machine.node_id and node["Alive"] for node in nodes)
     return not alive or (machine.port is not None and not _daemon_answers(machine))
 
@@ -99,7 +166,10 @@ def _daemon_answers(machine: Machine) -> bool:
     return True
 
 
-def cause_of_death(error: Exception) -> str:
-    """What ray says of a worker's end, in one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.rpartition("Worker exit detail: ")[2][:CAUSE_CHARACTERS]
+def loss_cause(error: Exception) -> str:
+    """Return why Ray lost a worker, in one line of bounded length."""
+    return _one_line(error).rpartition("Worker exit detail: ")[2][:MAX_CAUSE_CHARACTERS].rstrip(".")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

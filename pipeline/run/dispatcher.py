@@ -1,17 +1,14 @@
-"""The job on Ray: one actor per device, shards handed out one by one, every shard's fate known.
+"""Run a job on Ray: one actor per device, shards assigned one by one, the outcome of every shard recorded.
 
-Ray's own retries are off: they would hide which shard killed a worker. The driver replaces workers itself,
-suspects the shards that a dead worker had in hand, and runs suspects alone, so that a shard which kills its
-worker every time is found and given up while all others go on.
+Ray's own retries are off because they would hide which shard killed a worker. The dispatcher replaces lost
+workers itself and runs the shards that were in flight on them alone, so that a shard that kills its worker
+every time is found and given up while all others are annotated.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,46 +17,45 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util import metrics as ray_metrics
 
 from pipeline import storage
-from pipeline.errors import DamagedFileError, OutputError, PipelineError, UserError
+from pipeline.errors import OutputError, PipelineError, UserError
 from pipeline.output.budget import reason_to_stop
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.footers import checked_footer
 from pipeline.output.measures import Measures
-from pipeline.output.reading import damage_of
+from pipeline.output.run_state import RunState
 from pipeline.output.survey import spread_evenly
-from pipeline.process import exit_on_sigterm
+from pipeline.run import cluster
 from pipeline.run import job as jobs
-from pipeline.run.cluster import (
-    Machine,
-    cause_of_death,
-    check_address,
-    find_machine,
-    machine_is_lost,
-    settle_token,
-)
+from pipeline.run.cluster import Machine
 from pipeline.run.job import Job
-from pipeline.run.outcome import JobResult, concluded, first_state
+from pipeline.run.outcome import JobResult, RunTally, concluded, first_state
 from pipeline.run.plan import WorkerPlan, plan_workers
 from pipeline.run.progress import Progress, SharedProgress
 from pipeline.run.prometheus import RunMetrics
-from pipeline.run.shard_queue import GivenUp, ShardQueue
-from pipeline.run.worker import AnnotatorFactory, LoadOutcome, Pulse, ShardOutcome, Worker, build_annotator
+from pipeline.run.shard_queue import ShardQueue
+from pipeline.run.worker import (
+    AnnotatorFactory,
+    Heartbeat,
+    LoadOutcome,
+    ShardOutcome,
+    Worker,
+    build_annotator,
+)
 from pipeline.storage import ShardSource
+from pipeline.text import first_few
 
-MAX_SHARDS_IN_HAND = 12
-PULSE_INTERVAL_S = 2.0
+MAX_SHARDS_IN_FLIGHT = 12
+HEARTBEAT_INTERVAL_S = 2.0
 WAIT_S = 0.5
-MAX_LOAD_DEATHS = 3
+MAX_LOSSES_WHILE_LOADING = 3
 MAX_REDOS = 3
-PATIENCE_S = 60.0
-DOUBT_S = 2.0
-UNREACHABLE_DOUBT_S = 30.0
+NO_WORKER_WARNING_S = 60.0
+MACHINE_CHECK_S = 2.0
+UNREACHABLE_MACHINE_CHECK_S = 30.0
 RETRY_BACKOFF_S = 2.0
-LOCAL_OBJECT_STORE_BYTES = 128 << 20
 
 
-class WorkersDied(PipelineError):
-    """Workers die before they have loaded their model."""
+class WorkersLost(PipelineError):
+    """Workers are lost again and again before they have loaded their model."""
 
 
 def run_job(
@@ -69,21 +65,21 @@ def run_job(
     *,
     max_shards: int | None = None,
 ) -> JobResult:
-    """Annotate what is left of a job, locally or on the cluster that RAY_ADDRESS names.
+    """Annotate the remaining shards of a job, on this machine or on the cluster that RAY_ADDRESS names.
 
     Args:
         job: a prepared job.
-        progress: is told where the run stands.
+        progress: receives the state of the run and messages.
         factory: builds the annotator inside each worker.
-        max_shards: stop after as many, spread evenly over what is left; None: all.
+        max_shards: stop after this many shards, spread evenly over the remaining ones; None: all.
 
     Returns:
-        The counts; shards given up are named, in OUT/failed/ too.
+        The counts of the run; shards given up are listed, and recorded in OUT/failed/.
 
     Raises:
-        UserError: the configuration keeps workers from loading, or asks for what the cluster lacks.
+        UserError: workers cannot load with this configuration, or it asks for more than the cluster has.
         OutputError: the output cannot be written.
-        WorkersDied: workers die again and again while they load.
+        WorkersLost: workers are lost again and again while they load their model.
     """
     try:
         result = _run_once(job, progress, factory, max_shards)
@@ -91,7 +87,7 @@ def run_job(
             if not result.torn:
                 break
             # two jobs on one folder may each have written one file of a shard
-            progress.say(f"files that do not belong together; done again: {', '.join(result.torn)}")
+            progress.say(f"Found files of different attempts; annotating again: {first_few(result.torn)}")
             job = jobs.looked_at_again(job)
             result = _run_once(job, progress, factory, max_shards)
         return result
@@ -102,11 +98,11 @@ def run_job(
 def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shards: int | None) -> JobResult:
     if not job.todo:
         return concluded(job, JobResult(first_state(job)))
-    with _ray():
+    with cluster.ray_session():
         shards = spread_evenly(job.todo, max_shards)
-        plan = plan_workers(job.config.run, _machines(), len(shards))
+        plan = plan_workers(job.config.run, cluster.machine_resources(), len(shards))
         progress.say(
-            f"{len(shards)} shard(s) to do, {first_state(job).shards_skipped} done before; "
+            f"Annotating {len(shards):,} shard(s), {first_state(job).shards_skipped:,} done before; starting "
             f"{plan.workers} worker(s) on {plan.device} with {plan.cpus} CPU core(s) each"
         )
         metrics = RunMetrics(storage.shown_url(job.config.output.dir), ray_metrics.Counter, ray_metrics.Gauge)
@@ -118,88 +114,58 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
         return concluded(job, result)
 
 
-def _machines() -> list[Mapping[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _start_own_ray() -> None:
-    """Start Ray on loopback, for those alone who know the token: whoever reaches it may run code."""
-    settle_token(os.environ)
-    constants = ray._private.ray_constants
-    networked = constants.ENABLE_RAY_CLUSTER
-    # as on macOS and Windows; an address of 127.0.0.1 that it is given Ray replaces by that of the network
-    constants.ENABLE_RAY_CLUSTER = False
-    try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-        )
-    finally:
-        constants.ENABLE_RAY_CLUSTER = networked
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    check_address(address)
-    # ray then leaves CUDA_VISIBLE_DEVICES of CPU workers alone, its coming default
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        if address == "local":
-            _start_own_ray()
-        else:
-            ray.init(address=address, logging_level=logging.ERROR)
-    except (ConnectionError, RayError) as error:
-        raise UserError(f"RAY_ADDRESS {address}: no ray cluster answers: {error}") from error
-    try:
-        # only now: a handler that is there before ray.init() is never called
-        with exit_on_sigterm():
-            yield
-    finally:
-        ray.shutdown()
-
-
 @dataclass(eq=False)
-class _Seat:
-    """A place for a worker: its actor, and what it has in hand."""
+class _WorkerSlot:
+    """A started worker and the shards in flight on it; a worker that replaces it gets a slot of its own.
+
+    Attributes:
+        actor: handle of the Ray actor.
+        ready: whether the model is loaded.
+        has_room: whether the worker would begin another shard at once.
+        machine: the machine it runs on, once it is ready.
+        in_flight: shards assigned and not finished.
+        progressed_s: monotonic time at which the counts last changed.
+        live_counts: outcomes so far in the shards in flight.
+        measures: of the worker since it loaded its model.
+    """
 
     actor: Any
     ready: bool = False
     has_room: bool = False
     machine: Machine = field(default_factory=Machine)
-    in_hand: list[ShardSource] = field(default_factory=list)
-    moved_s: float = 0.0
+    in_flight: list[ShardSource] = field(default_factory=list)
+    progressed_s: float = 0.0
     live_counts: ShardCounts = field(default_factory=ShardCounts)
     measures: Measures = field(default_factory=Measures)
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """A worker that is gone; its shards wait until it is clear whether its machine went too."""
+    """A lost worker whose shards are not requeued before it is known whether its machine was lost too."""
 
-    seat: _Seat
-    what: str
-    until_s: float
+    slot: _WorkerSlot
+    cause: str
+    decide_by_s: float
 
 
 @dataclass(frozen=True)
 class _Call:
-    kind: Literal["load", "annotate", "room", "pulse"]
-    seat: _Seat
+    """A remote call that has not returned yet."""
+
+    kind: Literal["load", "annotate", "room", "heartbeat"]
+    slot: _WorkerSlot
     shard: ShardSource | None = None
 
 
 class _RayWorker(Worker):
-    """A worker that also knows its machine."""
+    """A worker that also reports its machine."""
 
     def node_id(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
 
 class _Dispatcher:
-    """Hands shards to workers and settles what comes back. Used for one run, then thrown away."""
+    """Assign shards to workers, handle what they return and replace lost workers; serves one run."""
 
     def __init__(
         self,
@@ -215,89 +181,83 @@ class _Dispatcher:
         self._progress = progress
         self._factory = factory
         self._queue = ShardQueue(shards, max_attempts=run.max_attempts, backoff_s=RETRY_BACKOFF_S)
-        self._failed: list[tuple[str, str]] = []
-        self._damaged: list[tuple[str, str]] = []
-        self._listed = job.listed
-        self._seats: list[_Seat] = []
+        self._tally = RunTally(job, progress)
+        self._slots: list[_WorkerSlot] = []
         self._calls: dict[Any, _Call] = {}
         self._losses: list[_Loss] = []
-        self._load_deaths = 0
-        self._measures_of_the_dead = Measures()
-        self._next_pulse_s = 0.0
-        self._state = first_state(job)
+        self._losses_while_loading = 0
+        self._measures_of_lost_workers = Measures()
+        self._next_heartbeat_s = 0.0
         self._started_s = time.monotonic()
         self._first_ready_s: float | None = None
-        self._next_complaint_s = self._started_s + PATIENCE_S
+        self._next_warning_s = self._started_s + NO_WORKER_WARNING_S
 
     def run(self) -> JobResult:
         for _ in range(self._plan.workers):
-            self._hire()
-        stopped = ""
-        while not stopped and (len(self._queue) or self._losses or any(seat.in_hand for seat in self._seats)):
-            self._hand_out()
-            self._ask_for_pulse()
+            self._start_worker()
+        state, stopped = self._state(), ""
+        while not stopped and self._has_work():
+            self._assign_shards()
+            self._request_heartbeats()
             self._collect()
-            self._dismiss_who_stalls()
-            self._judge_losses()
-            self._complain_if_no_worker_comes()
-            self._show()
-            stopped = reason_to_stop(self._job.config.run, self._state)
-        return JobResult(self._state, tuple(self._failed), tuple(self._damaged), stopped=stopped)
+            self._replace_stalled_workers()
+            self._resolve_losses()
+            self._warn_if_no_worker_is_ready()
+            state = self._state()
+            self._progress.update(state)
+            stopped = reason_to_stop(self._job.config.run, state)
+        return self._tally.result(state, stopped)
 
     def stop_workers(self) -> None:
-        for seat in self._seats:
-            ray.kill(seat.actor)
+        for slot in self._slots:
+            ray.kill(slot.actor)
 
-    def _hire(self) -> None:
-        options = {
-            "num_cpus": self._plan.cpus,
-            "num_gpus": self._plan.gpus,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            # one thread more than shards in hand answers the pulse, one waits for room
-            "max_concurrency": MAX_SHARDS_IN_HAND + 2,
-        }
-        actor: Any = (
-            ray.remote(_RayWorker)
-            .options(**options)
-            .remote(
-                self._job.config,
-                self._job.metadata,
-                cpus=self._plan.cpus,
-                device=self._plan.device,
-                factory=self._factory,
-            )
+    def _has_work(self) -> bool:
+        return bool(len(self._queue) or self._losses or any(slot.in_flight for slot in self._slots))
+
+    def _start_worker(self) -> None:
+        job, plan = self._job, self._plan
+        worker: Any = ray.remote(_RayWorker).options(
+            num_cpus=plan.cpus,
+            num_gpus=plan.gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            # besides the shards in flight, one thread answers heartbeats and one waits for room
+            max_concurrency=MAX_SHARDS_IN_FLIGHT + 2,
         )
-        seat = _Seat(actor)
-        self._seats.append(seat)
-        self._calls[actor.load.remote()] = _Call("load", seat)
+        actor = worker.remote(
+            job.config, job.metadata, cpus=plan.cpus, device=plan.device, factory=self._factory
+        )
+        slot = _WorkerSlot(actor)
+        self._slots.append(slot)
+        self._calls[actor.load.remote()] = _Call("load", slot)
 
-    def _hand_out(self) -> None:
-        # everybody's first shard before anybody's second
-        free = [seat for seat in self._seats if seat.has_room and len(seat.in_hand) < MAX_SHARDS_IN_HAND]
-        for seat in sorted(free, key=lambda seat: len(seat.in_hand)):
-            self._give_next(seat)
+    def _assign_shards(self) -> None:
+        # every worker gets its first shard before any gets its second
+        free = [slot for slot in self._slots if slot.has_room and len(slot.in_flight) < MAX_SHARDS_IN_FLIGHT]
+        for slot in sorted(free, key=lambda slot: len(slot.in_flight)):
+            self._assign_next(slot)
 
-    def _give_next(self, seat: _Seat) -> None:
-        waiting_for_a_first = sum(not other.in_hand for other in self._seats)
-        if seat.in_hand and len(self._queue) <= waiting_for_a_first:
+    def _assign_next(self, slot: _WorkerSlot) -> None:
+        idle_workers = sum(not other.in_flight for other in self._slots)
+        if slot.in_flight and len(self._queue) <= idle_workers:
             return
-        shard = self._queue.take(seat.in_hand, time.monotonic())
+        shard = self._queue.take(slot.in_flight, time.monotonic())
         if shard is not None:
-            seat.moved_s = seat.moved_s if seat.in_hand else time.monotonic()
-            seat.in_hand.append(shard)
-            self._calls[seat.actor.annotate.remote(shard)] = _Call("annotate", seat, shard)
-            seat.has_room = False
-            self._calls[seat.actor.wait_for_room.remote()] = _Call("room", seat)
+            slot.progressed_s = slot.progressed_s if slot.in_flight else time.monotonic()
+            slot.in_flight.append(shard)
+            self._calls[slot.actor.annotate.remote(shard)] = _Call("annotate", slot, shard)
+            slot.has_room = False
+            self._calls[slot.actor.wait_for_room.remote()] = _Call("room", slot)
 
-    def _ask_for_pulse(self) -> None:
-        if time.monotonic() < self._next_pulse_s:
+    def _request_heartbeats(self) -> None:
+        if time.monotonic() < self._next_heartbeat_s:
             return
-        self._next_pulse_s = time.monotonic() + PULSE_INTERVAL_S
-        asked = {id(call.seat) for call in self._calls.values() if call.kind == "pulse"}
-        for seat in self._seats:
-            if seat.in_hand and id(seat) not in asked:
-                self._calls[seat.actor.pulse.remote()] = _Call("pulse", seat)
+        self._next_heartbeat_s = time.monotonic() + HEARTBEAT_INTERVAL_S
+        pending = {id(call.slot) for call in self._calls.values() if call.kind == "heartbeat"}
+        for slot in self._slots:
+            if slot.in_flight and id(slot) not in pending:
+                self._calls[slot.actor.heartbeat.remote()] = _Call("heartbeat", slot)
 
     def _collect(self) -> None:
         if not self._calls:
@@ -305,147 +265,135 @@ class _Dispatcher:
             return
         calls = list(self._calls)
         ray.wait(calls, num_returns=1, timeout=WAIT_S)
-        # all that have ended by now: what the loop does besides costs as much for one as for many
-        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-        for reference in ready:
+        # handle all that have returned: the rest of the loop costs the same for one as for many
+        returned, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+        for reference in returned:
             call = self._calls.pop(reference, None)
             if call is None:
-                continue  # of a worker that was lost a moment ago
+                continue  # its worker was lost a moment ago
             try:
-                self._settle(call, ray.get(reference))
+                self._handle(call, ray.get(reference))
             except RayTaskError:
                 raise
             except RayError as error:
-                # also what is no RayActorError: ray's memory monitor kills a worker with an OutOfMemoryError
-                self._worker_lost(call.seat, f"died: {cause_of_death(error)}")
+                # not only RayActorError: Ray's memory monitor kills a worker with an OutOfMemoryError
+                self._replace_worker(call.slot, cluster.loss_cause(error))
 
-    def _settle(self, call: _Call, answer: Any) -> None:
+    def _handle(self, call: _Call, answer: Any) -> None:
+        slot = call.slot
         if isinstance(answer, LoadOutcome):
-            self._loaded(call.seat, answer)
+            self._worker_loaded(slot, answer)
         elif isinstance(answer, ShardOutcome) and call.shard is not None:
-            call.seat.in_hand.remove(call.shard)
-            call.seat.live_counts = answer.live_counts
-            call.seat.measures, call.seat.moved_s = answer.measures, time.monotonic()
-            self._attempted(call.shard, answer)
+            slot.in_flight.remove(call.shard)
+            slot.live_counts, slot.measures = answer.live_counts, answer.measures
+            slot.progressed_s = time.monotonic()
+            self._attempt_ended(call.shard, answer)
         elif call.kind == "room":
-            call.seat.has_room = True
-        elif isinstance(answer, Pulse):
-            if answer.counts != call.seat.live_counts:
-                call.seat.moved_s = time.monotonic()
-            call.seat.live_counts, call.seat.measures = answer.counts, answer.measures
+            slot.has_room = True
+        elif isinstance(answer, Heartbeat):
+            if answer.counts != slot.live_counts:
+                slot.progressed_s = time.monotonic()
+            slot.live_counts, slot.measures = answer.counts, answer.measures
 
-    def _loaded(self, seat: _Seat, outcome: LoadOutcome) -> None:
+    def _worker_loaded(self, slot: _WorkerSlot, outcome: LoadOutcome) -> None:
         if outcome.message:
             raise UserError(outcome.message)
-        self._load_deaths = 0
+        self._losses_while_loading = 0
         self._first_ready_s = self._first_ready_s or time.monotonic()
-        self._next_complaint_s = time.monotonic() + PATIENCE_S
-        node_id = ray.get(seat.actor.node_id.remote(), timeout=PATIENCE_S)
-        seat.machine = find_machine(ray.nodes(), node_id)
-        seat.ready = seat.has_room = True
+        self._next_warning_s = time.monotonic() + NO_WORKER_WARNING_S
+        node_id = ray.get(slot.actor.node_id.remote(), timeout=NO_WORKER_WARNING_S)
+        slot.machine = cluster.find_machine(ray.nodes(), node_id)
+        slot.ready = slot.has_room = True
 
-    def _attempted(self, shard: ShardSource, outcome: ShardOutcome) -> None:
+    def _attempt_ended(self, shard: ShardSource, outcome: ShardOutcome) -> None:
         if outcome.status == "fatal":
             raise OutputError(outcome.message)
         if outcome.report is not None:
-            self._published(shard, outcome.report.counts, outcome.report.damage)
+            self._tally.add_published(shard, outcome.report.counts, outcome.report.damage)
             return
-        self._progress.say(f"{shard.canonical_url}: attempt failed: {outcome.message}")
         given_up = self._queue.attempt_failed(shard, outcome.message, time.monotonic())
         if given_up is not None:
-            self._give_up(given_up)
-
-    def _published(self, shard: ShardSource, counts: ShardCounts, damage: str) -> None:
-        if shard.shard_id in self._job.failed:
-            jobs.forget_failure(self._job.folder, shard.shard_id)
-        state = replace(self._state, counts=self._state.counts + counts)
-        if damage:
-            self._damaged.append((shard.canonical_url, damage))
-            self._progress.say(f"{shard.canonical_url}: damaged: {damage}; its intact samples are annotated")
-            self._state = replace(state, shards_damaged=state.shards_damaged + 1)
+            self._tally.add_given_up(given_up)
         else:
-            self._state = replace(state, shards_done=state.shards_done + 1)
+            self._progress.say(
+                f"{shard.canonical_url}: attempt failed: {outcome.message}; will be tried again"
+            )
 
-    def _give_up(self, given_up: GivenUp) -> None:
-        shard = given_up.shard
-        jobs.record_failure(self._job.folder, shard, given_up.attempts, given_up.message)
-        self._failed.append((shard.canonical_url, given_up.message))
-        self._state = replace(self._state, shards_failed=self._state.shards_failed + 1)
-        self._progress.say(f"{shard.canonical_url}: given up after {given_up.attempts} attempt(s)")
-
-    def _worker_lost(self, seat: _Seat, what: str) -> None:
-        if seat not in self._seats:
+    def _replace_worker(self, slot: _WorkerSlot, cause: str) -> None:
+        if slot not in self._slots:
             return
-        ray.kill(seat.actor)
-        self._seats.remove(seat)
-        self._measures_of_the_dead += seat.measures
-        self._calls = {reference: call for reference, call in self._calls.items() if call.seat is not seat}
-        if not seat.ready:
-            self._load_deaths += 1
-            if self._load_deaths >= max(MAX_LOAD_DEATHS, 2 * self._plan.workers):
-                raise WorkersDied(f"{self._load_deaths} workers in a row died while they loaded; one {what}")
-        if seat.in_hand:
+        ray.kill(slot.actor)
+        self._slots.remove(slot)
+        self._measures_of_lost_workers += slot.measures
+        self._calls = {reference: call for reference, call in self._calls.items() if call.slot is not slot}
+        if not slot.ready:
+            self._count_loss_while_loading(cause)
+        elif slot.in_flight:
             # a machine that goes down takes its worker first
-            doubt_s = UNREACHABLE_DOUBT_S if seat.machine.port is None else DOUBT_S
-            self._losses.append(_Loss(seat, what, time.monotonic() + doubt_s))
-        self._hire()
+            check_s = UNREACHABLE_MACHINE_CHECK_S if slot.machine.port is None else MACHINE_CHECK_S
+            self._losses.append(_Loss(slot, cause, time.monotonic() + check_s))
+        else:
+            self._progress.say(f"Worker lost ({cause}); restarting. No shards in flight.")
+        self._start_worker()
 
-    def _dismiss_who_stalls(self) -> None:
+    def _count_loss_while_loading(self, cause: str) -> None:
+        self._losses_while_loading += 1
+        if self._losses_while_loading >= max(MAX_LOSSES_WHILE_LOADING, 2 * self._plan.workers):
+            raise WorkersLost(
+                f"{self._losses_while_loading} workers in a row were lost while loading the model; "
+                f"the last one: {cause}"
+            )
+        self._progress.say(f"Worker lost while loading the model ({cause}); restarting.")
+
+    def _replace_stalled_workers(self) -> None:
         timeout_s = self._job.config.run.stall_timeout_s
-        for seat in tuple(self._seats):
-            if timeout_s and seat.in_hand and time.monotonic() - seat.moved_s > timeout_s:
-                self._worker_lost(seat, f"finished no sample for {timeout_s:g} s (run.stall_timeout_s)")
+        for slot in tuple(self._slots):
+            if timeout_s and slot.in_flight and time.monotonic() - slot.progressed_s > timeout_s:
+                cause = f"finished no sample for {timeout_s:g} s, the limit of run.stall_timeout_s"
+                self._replace_worker(slot, cause)
 
-    def _judge_losses(self) -> None:
+    def _resolve_losses(self) -> None:
         nodes = ray.nodes() if self._losses else []
         for loss in tuple(self._losses):
-            machine_lost = machine_is_lost(nodes, loss.seat.machine)
-            if machine_lost or time.monotonic() >= loss.until_s:
+            machine_lost = cluster.machine_is_lost(nodes, loss.slot.machine)
+            if machine_lost or time.monotonic() >= loss.decide_by_s:
                 self._losses.remove(loss)
-                self._take_back(loss, machine_lost)
+                self._requeue(loss, machine_lost)
 
-    def _take_back(self, loss: _Loss, machine_lost: bool) -> None:
-        unpublished = [shard for shard in loss.seat.in_hand if not self._found_published(shard)]
-        names = ", ".join(shard.canonical_url for shard in unpublished) or "nothing unpublished"
+    def _requeue(self, loss: _Loss, machine_lost: bool) -> None:
+        shards = [shard for shard in loss.slot.in_flight if not self._tally.add_if_published(shard)]
+        names = ", ".join(shard.canonical_url for shard in shards) or "none unpublished"
         if machine_lost:
-            self._progress.say(f"a machine was lost; its shards go to other workers: {names}")
-            given_up = self._queue.node_lost(unpublished, "its machine was lost, time and again")
+            machine = loss.slot.machine
+            self._progress.say(
+                f"Machine {machine.host or machine.node_id} lost; other workers redo its shards. "
+                f"Shards in flight: {names}"
+            )
+            given_up = self._queue.machine_lost(shards, "machine lost again and again")
         else:
-            self._progress.say(f"a worker {loss.what}; it is replaced; it had in hand: {names}")
-            given_up = self._queue.worker_died(unpublished, f"the worker {loss.what}")
-        for gone in given_up:
-            self._give_up(gone)
+            self._progress.say(f"Worker lost ({loss.cause}); restarting. Shards in flight: {names}")
+            given_up = self._queue.worker_lost(shards, f"worker lost ({loss.cause})")
+        for shard in given_up:
+            self._tally.add_given_up(shard)
 
-    def _found_published(self, shard: ShardSource) -> bool:
-        """Whether a lost worker had published a shard: both files of one attempt, of the input as listed."""
-        out, shard_id = self._job.folder.url, shard.shard_id
-        try:
-            footer = checked_footer(out, shard_id, self._listed[shard_id], self._job.stamp.config_hash)
-        except DamagedFileError:
-            return False
-        damage = damage_of(out, shard_id) if footer.state == "damaged" else ""
-        self._published(shard, footer.counts(), damage)
-        return True
-
-    def _complain_if_no_worker_comes(self) -> None:
+    def _warn_if_no_worker_is_ready(self) -> None:
         now_s = time.monotonic()
-        if now_s < self._next_complaint_s or any(seat.ready for seat in self._seats):
+        if now_s < self._next_warning_s or any(slot.ready for slot in self._slots):
             return
-        self._next_complaint_s = now_s + PATIENCE_S
+        self._next_warning_s = now_s + NO_WORKER_WARNING_S
         plan = self._plan
         self._progress.say(
-            f"still no worker is ready: each needs {plan.cpus} CPU core(s) and {plan.gpus:g} GPU(s) free "
-            f"on one machine, and time to load {self._job.config.model.name}"
+            f"No worker is ready yet; still waiting. Each worker needs {plan.cpus} free CPU core(s) and "
+            f"{plan.gpus:g} free GPU(s) on one machine, and time to load {self._job.config.model.name}"
         )
 
-    def _show(self) -> None:
-        live = total_counts(seat.live_counts for seat in self._seats if seat.in_hand)
-        self._state = replace(
-            self._state,
-            live_counts=live,
-            measures=sum((seat.measures for seat in self._seats), start=self._measures_of_the_dead),
-            workers_ready=sum(seat.ready for seat in self._seats),
+    def _state(self) -> RunState:
+        """Return the shards counted so far, with what the workers last reported."""
+        return replace(
+            self._tally.state,
+            live_counts=total_counts(slot.live_counts for slot in self._slots if slot.in_flight),
+            measures=sum((slot.measures for slot in self._slots), start=self._measures_of_lost_workers),
+            workers_ready=sum(slot.ready for slot in self._slots),
             elapsed_s=time.monotonic() - self._started_s,
             loading_s=(self._first_ready_s or time.monotonic()) - self._started_s,
         )
-        self._progress.update(self._state)

@@ -1,4 +1,4 @@
-"""What a whole job will take, from a look into a few of its shards or from those that are done."""
+"""Estimate the samples, time and output size of a job from a few of its shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from rich.filesize import decimal
 
 from pipeline import storage
 from pipeline.annotate.annotator import wanted_fields
@@ -33,14 +34,14 @@ LISTED_SHARDS = 20
 
 @dataclass(frozen=True)
 class Probe:
-    """What a look into the beginning of a few shards found; its sums are over what was read.
+    """Sums over the first samples of a few shards.
 
     Attributes:
-        shards: how many were looked into.
-        samples: found there.
-        prompts: of those samples.
-        bytes_read: of the tars, up to the last sample found.
-        unreadable: why a shard could not be looked into, by canonical URL.
+        shards: number of shards read.
+        samples: samples read.
+        prompts: prompts of those samples.
+        bytes_read: bytes of the tars, up to the last sample read.
+        unreadable: canonical URL and error of each shard that could not be read.
     """
 
     shards: int = 0
@@ -52,14 +53,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class DryRun:
-    """A job as it would be, nothing of it started.
+    """The shards of a job and their state, without anything started.
 
     Attributes:
         shards: every shard of the job.
-        done: ids of those that need no work, damaged ones that are left alone included.
-        damaged: ids of those of them whose archive was not read to a sound end.
-        probe: what a few of them hold.
-        output_bytes: published so far, by shard id.
+        done: ids of shards that need no work, including damaged ones that will not be retried.
+        damaged: ids of shards whose archive could not be read to its end.
+        probe: counts from the first samples of a few shards.
+        output_bytes: bytes published so far, by shard id.
     """
 
     shards: Sequence[ShardSource]
@@ -70,7 +71,7 @@ class DryRun:
 
 
 class _CountedStream(io.RawIOBase):
-    """A stream that knows how much of it was read."""
+    """A stream that counts the bytes read."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -86,32 +87,32 @@ class _CountedStream(io.RawIOBase):
 
 
 def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
-    """List a job's shards and look into a few; nothing is written or started.
+    """List a job's shards and read the first samples of a few; write and start nothing.
 
     Args:
         config: the job's configuration.
-        moves: OLD=NEW for each folder or file of shards that lies elsewhere now.
+        moves: OLD=NEW for each folder or file of shards that has moved.
 
     Raises:
-        UserError: no shard matches, one of the patterns is refused, the classes cannot be read, or the folder
-            holds results of another configuration.
+        UserError: no shard matches, a pattern is invalid, the classes cannot be read, or the folder has
+            results of another configuration.
     """
     listing = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
     out = storage.absolute(config.output.dir)
     folder = OutputFolder(out, new_run_id())
-    ids, listed = _held(folder, config)
+    ids, listed = _kept_results(folder, config)
     found = jobs.look_into(
         folder, ids, [*listed, *rows_of_unlisted_files(folder, ids, listed)], listing, moves
     )
     shards, done = found.shards, found.done if config.run.retry_damaged else found.done | found.damaged
-    # of unknown size: missing, or made by a command that is not to be run now
+    # the size is unknown if the shard is missing, or comes from a command, which is not run here
     sized = [shard for shard in shards if shard.size_bytes is not None]
-    probe = _probe(config, spread_evenly(sized, PROBED_SHARDS))
+    probe = _probe_shards(config, spread_evenly(sized, PROBED_SHARDS))
     return DryRun(shards, done, found.damaged, probe, published_bytes(out, sorted(done)))
 
 
-def _held(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, list[dict[str, Any]]]:
-    """What a folder holds that the job would keep, which is nothing where it would overwrite."""
+def _kept_results(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, list[dict[str, Any]]]:
+    """Return the ids and listed shards that the job would keep; none if it would overwrite the folder."""
     ids = jobs.ids_of(folder)
     former = former_job(folder, ids)
     if former is not None:
@@ -121,12 +122,12 @@ def _held(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, list[dict
     return ids, jobs.listed_earlier(folder)
 
 
-def _probe(config: JobConfig, shards: Sequence[ShardSource]) -> Probe:
+def _probe_shards(config: JobConfig, shards: Sequence[ShardSource]) -> Probe:
     found = Probe()
     sample_prompts = SamplePrompts(config)
     for shard in shards:
         try:
-            samples, prompts, bytes_read = _looked_into(config, sample_prompts, shard)
+            samples, prompts, bytes_read = _probe_shard(config, sample_prompts, shard)
         except (PipelineError, OSError, pa.ArrowException) as error:
             unreadable = (*found.unreadable, (shard.canonical_url, str(error)))
             found = Probe(found.shards, found.samples, found.prompts, found.bytes_read, unreadable)
@@ -141,10 +142,10 @@ def _probe(config: JobConfig, shards: Sequence[ShardSource]) -> Probe:
     return found
 
 
-def _looked_into(
+def _probe_shard(
     config: JobConfig, sample_prompts: SamplePrompts, shard: ShardSource
 ) -> tuple[int, int, int]:
-    """Samples, prompts and bytes of a shard's beginning, at most PROBED_SAMPLES samples."""
+    """Return samples, prompts and bytes read, for at most the first PROBED_SAMPLES samples of a shard."""
     with storage.open_shard(shard) as stream:
         counted = _CountedStream(stream)
         items = read_samples(
@@ -166,7 +167,7 @@ def _prompts(sample_prompts: SamplePrompts, sample: RawSample) -> int:
 
 
 def published_bytes(output_dir: str, shard_ids: Sequence[str]) -> dict[str, int]:
-    """Bytes of both files of each published shard, by shard id."""
+    """Return the bytes of both files of each published shard, by shard id."""
     wanted = set(shard_ids)
     sizes: dict[str, int] = dict.fromkeys(wanted, 0)
     for folder in ("annotations", "errors"):
@@ -186,16 +187,15 @@ def _sizes_bytes(folder_url: str) -> dict[str, int]:
     return {info.base_name: info.size for info in infos if info.is_file}
 
 
-def told_dry_run(found: DryRun) -> list[str]:
-    """The lines that `legrad annotate --dry-run` prints."""
+def dry_run_lines(found: DryRun) -> list[str]:
+    """Return the lines that `legrad annotate --dry-run` prints."""
     left = [shard for shard in found.shards if shard.shard_id not in found.done]
     size_bytes, unsized = _total_bytes(found.shards)
     lines = [f"{shard.canonical_url}  {_size_of(shard)}{_mark(shard, found)}" for shard in found.shards]
     lines = [*lines[:LISTED_SHARDS], *_and_more(len(lines) - LISTED_SHARDS)]
-    lines.append(f"shards: {len(found.shards):,}, of which {len(left):,} are left; {as_bytes(size_bytes)}")
-    lines += (
-        [f"shards of unknown size, perhaps missing: {unsized:,}; not in the estimates"] if unsized else []
-    )
+    lines.append(f"shards: {len(found.shards):,} in total, {len(left):,} left; {decimal(size_bytes)}")
+    if unsized:
+        lines.append(f"{unsized:,} shard(s) of unknown size, perhaps missing, are not in the estimates")
     lines += [f"cannot be read: {url}: {message}" for url, message in found.probe.unreadable]
     probe = found.probe
     if probe.samples:
@@ -203,10 +203,10 @@ def told_dry_run(found: DryRun) -> list[str]:
         lines.append(
             f"samples: about {round(probe.samples * factor):,}, "
             f"prompts: about {round(probe.prompts * factor):,} "
-            f"(from {probe.samples} samples in {probe.shards} shard(s))"
+            f"(estimated from {probe.samples} samples in {probe.shards} shard(s))"
         )
-    lines.append(_told_output_size(found))
-    lines.append("nothing was started or written")
+    lines.append(_output_size_line(found))
+    lines.append("dry run: nothing was started or written")
     return lines
 
 
@@ -217,71 +217,61 @@ def _mark(shard: ShardSource, found: DryRun) -> str:
 
 
 def _size_of(shard: ShardSource) -> str:
-    return "? bytes" if shard.size_bytes is None else as_bytes(shard.size_bytes)
+    return "? bytes" if shard.size_bytes is None else decimal(shard.size_bytes)
 
 
 def _and_more(number: int) -> list[str]:
     return [f"... and {number:,} more"] if number > 0 else []
 
 
-def _told_output_size(found: DryRun) -> str:
+def _output_size_line(found: DryRun) -> str:
     done_bytes, _ = _total_bytes([shard for shard in found.shards if shard.shard_id in found.done])
     if not done_bytes:
-        return "output: size and time are known once a few shards are done; --limit 3 measures them"
+        return "output: size and time are unknown until a few shards are done; measure them with --limit 3"
     written = sum(found.output_bytes.values())
     size_bytes, _ = _total_bytes(found.shards)
     return (
-        f"output: about {as_bytes(round(written * size_bytes / done_bytes))} "
-        f"(from {len(found.done):,} shard(s) that are done: {as_bytes(written)})"
+        f"output: about {decimal(round(written * size_bytes / done_bytes))} "
+        f"(estimated from {len(found.done):,} finished shard(s) with {decimal(written)})"
     )
 
 
 def _total_bytes(shards: Sequence[ShardSource]) -> tuple[int, int]:
-    """The sum of the known sizes, and how many are unknown."""
+    """Return the sum of the known sizes, and how many sizes are unknown."""
     sizes = [shard.size_bytes for shard in shards]
     return sum(size for size in sizes if size is not None), sizes.count(None)
 
 
-def told_extrapolation(job: Job, state: RunState, newly_done: Sequence[ShardSource]) -> list[str]:
-    """The lines that follow `legrad annotate --limit N`: time and output size of the whole job.
+def extrapolation_lines(job: Job, state: RunState, newly_done: Sequence[ShardSource]) -> list[str]:
+    """Return the lines printed after `legrad annotate --limit N`: time and output size of the whole job.
 
     Args:
         job: the whole job.
-        state: where the limited run ended.
-        newly_done: the shards that it did.
+        state: the last state of the limited run.
+        newly_done: the shards that it annotated.
     """
     if not newly_done:
-        return ["no shard was done: nothing to extrapolate from"]
-    settled = job.done | {shard.shard_id for shard in newly_done}
-    left = [shard for shard in job.shards if shard.shard_id not in settled]
+        return ["no estimate: no shard was annotated"]
+    done = job.done | {shard.shard_id for shard in newly_done}
+    left = [shard for shard in job.shards if shard.shard_id not in done]
     shards_each = _ratio(left, newly_done)
     whole = _ratio(job.shards, newly_done)
     worker_s = state.measures.ready_s * shards_each
     written = sum(published_bytes(job.config.output.dir, [shard.shard_id for shard in newly_done]).values())
     workers = max(1, state.workers_ready)
     return [
-        f"extrapolated from {len(newly_done):,} of {len(job.shards):,} shards:",
-        f"  left: {len(left):,} shards, about {as_duration(worker_s)} of one worker; "
-        f"{as_duration(worker_s / workers)} with {workers} worker(s) as here, loading not included",
-        f"  the whole corpus: about {round(state.counts.samples_in * whole):,} samples, "
-        f"{round(state.counts.rows * whole):,} rows, {as_bytes(round(written * whole))} of output",
+        f"estimate from {len(newly_done):,} of {len(job.shards):,} shards:",
+        f"  {len(left):,} shard(s) left: about {as_duration(worker_s)} with one worker, "
+        f"{as_duration(worker_s / workers)} with {workers} worker(s) as in this run; loading not included",
+        f"  whole corpus: about {round(state.counts.samples_in * whole):,} samples, "
+        f"{round(state.counts.rows * whole):,} rows, {decimal(round(written * whole))} of output",
     ]
 
 
 def _ratio(shards: Sequence[ShardSource], measured: Sequence[ShardSource]) -> float:
-    """How much larger some shards are than the measured ones: by bytes if all are known, else by number."""
+    """Return how much larger shards are than the measured ones: by bytes if all are known, else by count."""
     size_bytes, unsized = _total_bytes(shards)
     measured_bytes, measured_unsized = _total_bytes(measured)
     if unsized or measured_unsized or not measured_bytes:
         return len(shards) / len(measured)
     return size_bytes / measured_bytes
-
-
-def as_bytes(number: int) -> str:
-    """Bytes as ``512 B``, ``3.4 MB`` or ``1.2 TB``, powers of 1000."""
-    value = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"

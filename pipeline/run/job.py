@@ -1,4 +1,4 @@
-"""A job's output folder: what it belongs to, what is done in it, and when it is complete."""
+"""Prepare the output folder of a job: find out what is done, and record the job, failures and success."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Job:
     Attributes:
         config: the configuration.
         stamp: identifies the results.
-        folder: the output folder, as this run writes into it.
+        folder: the output folder.
         shards: every shard of the job.
-        rows: what the folder's list of shards says of them.
+        rows: rows of OUT/shards.parquet, one per shard.
         done: ids of shards that need no work.
-        damaged: ids of published shards whose archive is damaged and that are left alone.
-        given_up: ids of shards that an earlier run gave up on and that are left alone.
-        warnings: what the user should know before the work starts.
+        damaged: ids of published shards whose archive is damaged and that are not retried.
+        given_up: ids of shards that an earlier run gave up on and that are not retried.
+        warnings: messages to show before the run starts.
         failed: ids of all shards that an earlier run gave up on.
     """
 
@@ -66,31 +66,31 @@ class Job:
 
     @property
     def todo(self) -> list[ShardSource]:
-        """The shards that are left, in order."""
-        settled = self.done | self.damaged | self.given_up
-        return [shard for shard in self.shards if shard.shard_id not in settled]
+        """The shards left, in order."""
+        finished = self.done | self.damaged | self.given_up
+        return [shard for shard in self.shards if shard.shard_id not in finished]
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """For the footers of the Parquet files that this run writes."""
+        """Metadata for the footers of the Parquet files that this run writes."""
         return {**self.stamp.as_metadata(), "run": self.folder.run_id}
 
     @property
     def listed(self) -> dict[str, Row]:
-        """What the folder's list of shards says of them, by id."""
+        """Rows of OUT/shards.parquet by shard id."""
         return {row["shard_id"]: row for row in self.rows}
 
 
 def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
-    """Expand the shard list, check that the output folder is this configuration's, and see what is left.
+    """List the shards, check that the output folder belongs to this configuration, and find what is left.
 
     Args:
         config: the job's configuration.
-        moves: OLD=NEW for each folder or file of shards that lies elsewhere now.
+        moves: OLD=NEW for each folder or file of shards that has moved.
 
     Raises:
-        UserError: no shard matches, the classes cannot be read, the folder holds results of another
-            configuration or files that are not ours, or no shard of the job lies in an OLD.
+        UserError: no shard matches, the classes cannot be read, the folder has results of another
+            configuration or files that this package did not write, or no listed shard is in an OLD.
         OutputError: the folder cannot be written.
     """
     config = as_run(config)
@@ -109,29 +109,29 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
     folder.sweep()
     found = look_into(folder, ids, listed, listing.shards, moves)
     job = _job_from(config, stamp, folder, found, tuple(found.list_rows(listed)))
-    _settle(job, found)
-    return replace(job, warnings=(*former.warnings, *listing.warnings, *_told(found)))
+    _update_folder(job, found)
+    return replace(job, warnings=(*former.warnings, *listing.warnings, *_warnings(found)))
 
 
 def as_run(config: JobConfig) -> JobConfig:
-    """The configuration as it is run: paths absolute, files read; raises UserError where one cannot be."""
+    """Return the configuration with absolute paths and files read; raises UserError if one cannot be read."""
     config = _with_absolute_paths(config)
     return config.model_copy(update={"prompts": with_files_read(config.prompts)})
 
 
 def stamp_of(config: JobConfig) -> JobStamp:
-    """What identifies the results of a configuration as it is run; raises UserError without its weights."""
+    """Return what identifies the results of a configuration; raises UserError if the weights are missing."""
     digest = weights_digest(config.model)
     return JobStamp(config_hash(config, digest), digest, installed_versions())
 
 
 def listed_earlier(folder: OutputFolder) -> list[dict[str, Any]]:
-    """The list of shards that a folder has from earlier runs; empty where it has none."""
+    """Return the rows of OUT/shards.parquet from earlier runs; empty if there is no such file."""
     return read_shard_rows(folder.url) if storage.exists(folder.url, SHARDS_FILE) else []
 
 
 def ids_of(folder: OutputFolder) -> FolderIds:
-    """Ids of the shards that have files in a folder; raises OutputError where it cannot be listed."""
+    """Return the ids of shards with files in a folder; raises OutputError if it cannot be listed."""
     return FolderIds(folder.ids(ANNOTATIONS), folder.ids(ERRORS), folder.ids(FAILED), folder.ids(DAMAGED))
 
 
@@ -142,23 +142,23 @@ def look_into(
     listing: Sequence[ShardSource],
     moves: Sequence[str] = (),
 ) -> Survey:
-    """Compare a folder with the shards that are listed now; nothing is changed.
+    """Compare an output folder with the shards listed now; changes nothing.
 
     Args:
         folder: the output folder.
-        ids: the shards that have files in it.
-        listed: rows of its list of shards.
-        listing: the shards as they are now.
-        moves: OLD=NEW for what lies elsewhere now.
+        ids: ids of the shards with files in it.
+        listed: rows of OUT/shards.parquet.
+        listing: the shards as listed now.
+        moves: OLD=NEW for each folder or file of shards that has moved.
 
     Raises:
-        UserError: one of `moves` names nothing that was listed.
+        UserError: one of `moves` is not OLD=NEW, or no listed shard is in an OLD.
     """
-    return survey(ids, listed, listing, _told_moves(moves, listed), partial(_is_same_content, folder))
+    return survey(ids, listed, listing, _moved_rows(moves, listed), partial(_is_same_content, folder))
 
 
-def _told_moves(moves: Sequence[str], listed: Sequence[Row]) -> dict[str, Row]:
-    told: dict[str, Row] = {}
+def _moved_rows(moves: Sequence[str], listed: Sequence[Row]) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
     for text in moves:
         move = parse_move(text, listed)
         if move is None:
@@ -169,8 +169,8 @@ def _told_moves(moves: Sequence[str], listed: Sequence[Row]) -> dict[str, Row]:
             for row in listed
             if lies_in(row["shard"], old)
         }
-        told |= moved
-    return told
+        rows |= moved
+    return rows
 
 
 def _is_same_content(folder: OutputFolder, shard: ShardSource, shard_id: str) -> bool:
@@ -198,44 +198,45 @@ def _job_from(
     )
 
 
-def _settle(job: Job, found: Survey) -> None:
-    """Take away what does not hold any more, then publish what the folder is from now on."""
+def _update_folder(job: Job, found: Survey) -> None:
+    """Set aside files that are no longer valid, then publish the job and its list of shards."""
     superseded = {shard.shard_id for shard in found.changed} | (found.damaged - job.damaged)
     if job.todo or found.unlisted or superseded:
-        # first of all: a crash in between must not leave a success that was never reached
+        # removed first: a crash after this must not leave a success that was never reached
         job.folder.remove(SUCCESS_FILE)
     job.folder.set_aside(sorted(found.unlisted | superseded))
     job.folder.publish(JOB_FILE, job_document(job.config, job.stamp))
     job.folder.publish(SHARDS_FILE, shard_list_bytes(job.rows))
 
 
-def _told(found: Survey) -> tuple[str, ...]:
-    told = []
+def _warnings(found: Survey) -> tuple[str, ...]:
+    warnings = []
     if found.moved:
         moves = [f"{old} is now {shard.canonical_url}" for old, shard in found.moved]
-        told.append(f"{len(moves):,} shard(s) moved and are not done again: {first_few(moves)}")
+        warnings.append(f"{len(moves):,} shard(s) moved and are not annotated again: {first_few(moves)}")
     if found.changed:
         urls = [shard.canonical_url for shard in found.changed]
-        told.append(
-            f"{len(urls):,} shard(s) changed since they were annotated and are done again: {first_few(urls)}"
+        warnings.append(
+            f"{len(urls):,} shard(s) changed since they were annotated and are annotated again: "
+            f"{first_few(urls)}"
         )
     if found.unlisted:
-        told.append(
-            f"the files of {len(found.unlisted):,} shard(s) that are not listed any more were moved to "
-            f"unlisted/: {first_few(sorted(found.unlisted))}"
+        warnings.append(
+            f"{len(found.unlisted):,} shard(s) are no longer listed; their files were moved to unlisted/: "
+            f"{first_few(sorted(found.unlisted))}"
         )
-    return tuple(told)
+    return tuple(warnings)
 
 
 def looked_at_again(job: Job) -> Job:
-    """The same job with what is done in its folder by now; raises OutputError where that cannot be told."""
+    """Return the job with what its folder contains now; raises OutputError if it cannot be listed."""
     listed = frozenset(shard.shard_id for shard in job.shards)
     published, damaged = job.folder.ids(ANNOTATIONS) & listed, job.folder.ids(DAMAGED)
     return replace(job, done=published - damaged, damaged=published & damaged)
 
 
 def _with_absolute_paths(config: JobConfig) -> JobConfig:
-    # workers on a cluster have another working directory than the driver
+    # workers on a cluster have another working directory than this process
     output = config.output.model_copy(update={"dir": storage.absolute(config.output.dir)})
     return config.model_copy(update={"output": output, "model": resolved(config.model)})
 
@@ -253,12 +254,12 @@ def record_failure(folder: OutputFolder, shard: ShardSource, attempts: int, last
 
 
 def forget_failure(folder: OutputFolder, shard_id: str) -> None:
-    """Remove the failure record of a shard that is done after all."""
+    """Remove the failure record of a shard that is now annotated."""
     folder.remove(f"{shard_id}.json", FAILED)
 
 
 def record_success(folder: OutputFolder, shards: int, damaged: int, counts: ShardCounts) -> None:
-    """Write OUT/_SUCCESS with the totals, unless it says the same already."""
+    """Write OUT/_SUCCESS with the totals, unless it has them already."""
     if _success_of(folder) != (shards, damaged, counts):
         document = {"shards": shards, "damaged": damaged, **counts_as_metadata(counts), "when": utc_now()}
         folder.publish(SUCCESS_FILE, as_json(document))

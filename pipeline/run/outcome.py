@@ -1,4 +1,4 @@
-"""How a run ended, and whether the job is complete with it."""
+"""Count the outcomes of a run's shards, and decide at its end whether the job is complete."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from pipeline.errors import DamagedFileError, UserError
 from pipeline.output.budget import reason_at_end
 from pipeline.output.counts import ShardCounts, total_counts
 from pipeline.output.folder import ANNOTATIONS, SUCCESS_FILE, stray_annotations
-from pipeline.output.footers import checked_footers
+from pipeline.output.footers import checked_footer, checked_footers
 from pipeline.output.reading import FooterRecord, damage_of, read_job_record, read_shard_rows
 from pipeline.output.run_state import RunState
 from pipeline.run import job as jobs
 from pipeline.run.job import Job
-from pipeline.text import printable
+from pipeline.run.progress import Progress
+from pipeline.run.shard_queue import GivenUp
+from pipeline.storage import ShardSource
+from pipeline.text import first_few, printable
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class JobResult:
     Attributes:
         state: shard and sample counts of this run.
         failed: URL and last error of every shard given up.
-        damaged: URL and reason of every shard whose archive was not read to a sound end.
-        damaged_accepted: whether the job is complete all the same, by `run.accept_damaged`.
-        stopped: why the run stopped early, or is not complete though it came to its end; empty otherwise.
-        torn: URLs of shards whose two files did not belong together and that are to be done again.
-        totals: outcomes of all samples of the job; None where shards are left or given up.
+        damaged: URL and reason of every shard whose archive could not be read to its end.
+        damaged_accepted: whether damaged shards do not keep the job from being complete
+            (`run.accept_damaged`).
+        stopped: why the run stopped early, or why the job is not complete although the run reached its end;
+            empty otherwise.
+        torn: URLs of shards whose two files did not belong together and that must be annotated again.
+        totals: outcomes of all samples of the job; None while shards are left or given up.
     """
 
     state: RunState
@@ -45,12 +50,12 @@ class JobResult:
 
     @property
     def settled(self) -> bool:
-        """Whether every shard of the job is published and nothing speaks against its end."""
+        """Whether every shard of the job is published and nothing stopped the run."""
         return not self.stopped and not self.state.shards_failed and not self.state.shards_left
 
 
 def first_state(job: Job) -> RunState:
-    """Where a run begins: with what earlier runs have done."""
+    """Return the state at the start of a run: what earlier runs did."""
     given_up = sum(shard.shard_id in job.given_up for shard in job.shards)
     return RunState(
         shards_total=len(job.shards),
@@ -59,10 +64,71 @@ def first_state(job: Job) -> RunState:
     )
 
 
-def concluded(job: Job, result: JobResult) -> JobResult:
-    """Close a run: count what earlier runs left, and write OUT/_SUCCESS where the job is complete.
+class RunTally:
+    """Count the shards of a run by outcome, and record failures in the output folder.
 
-    Without completeness there is no OUT/_SUCCESS, whatever an earlier run found.
+    Args:
+        job: the job.
+        progress: receives a message about each damaged or failed shard.
+
+    Attributes:
+        state: counts of shards, and of the samples in finished ones.
+    """
+
+    def __init__(self, job: Job, progress: Progress) -> None:
+        self.state = first_state(job)
+        self._job = job
+        self._progress = progress
+        self._listed = job.listed
+        self._failed: list[tuple[str, str]] = []
+        self._damaged: list[tuple[str, str]] = []
+
+    def add_published(self, shard: ShardSource, counts: ShardCounts, damage: str) -> None:
+        """Count a published shard; `damage` says what is wrong with its archive, or is empty."""
+        if shard.shard_id in self._job.failed:
+            jobs.forget_failure(self._job.folder, shard.shard_id)
+        state = replace(self.state, counts=self.state.counts + counts)
+        if damage:
+            self._damaged.append((shard.canonical_url, damage))
+            self._progress.say(f"{shard.canonical_url}: damaged: {damage}; its intact samples are annotated")
+            self.state = replace(state, shards_damaged=state.shards_damaged + 1)
+        else:
+            self.state = replace(state, shards_done=state.shards_done + 1)
+
+    def add_if_published(self, shard: ShardSource) -> bool:
+        """Count a lost worker's shard if both its files exist, of one attempt at the listed input.
+
+        Returns:
+            Whether the shard was published.
+        """
+        out, shard_id = self._job.folder.url, shard.shard_id
+        try:
+            footer = checked_footer(out, shard_id, self._listed[shard_id], self._job.stamp.config_hash)
+        except DamagedFileError:
+            return False
+        damage = damage_of(out, shard_id) if footer.state == "damaged" else ""
+        self.add_published(shard, footer.counts(), damage)
+        return True
+
+    def add_given_up(self, given_up: GivenUp) -> None:
+        """Count a shard that is given up, and record it in OUT/failed/."""
+        shard = given_up.shard
+        jobs.record_failure(self._job.folder, shard, given_up.attempts, given_up.message)
+        self._failed.append((shard.canonical_url, given_up.message))
+        self.state = replace(self.state, shards_failed=self.state.shards_failed + 1)
+        self._progress.say(
+            f"{shard.canonical_url}: given up after {given_up.attempts} attempt(s): {given_up.message}"
+        )
+
+    def result(self, state: RunState, stopped: str) -> JobResult:
+        """Return the result of the run, given its last state and why it stopped early, if it did."""
+        return JobResult(state, tuple(self._failed), tuple(self._damaged), stopped=stopped)
+
+
+def concluded(job: Job, result: JobResult) -> JobResult:
+    """Add the failed and damaged shards of earlier runs to a result, and write or remove OUT/_SUCCESS.
+
+    OUT/_SUCCESS exists afterwards if and only if the job is complete.
     """
     given_up = [
         (shard.canonical_url, "given up in an earlier run")
@@ -89,7 +155,7 @@ def concluded(job: Job, result: JobResult) -> JobResult:
 
 
 def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
-    """Hold every footer against the list of shards, look at the error budget, and write OUT/_SUCCESS."""
+    """Check every footer against the list of shards, apply the error budget, and write OUT/_SUCCESS."""
     if others := _work_of_others(job):
         return replace(result, stopped=others)
     footers = checked_footers(job.folder.url, job.listed, job.stamp.config_hash)
@@ -97,13 +163,13 @@ def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
     if torn:
         job.folder.remove(SUCCESS_FILE)
         job.folder.set_aside(shard.shard_id for shard in torn)
-        names = ", ".join(shard.canonical_url for shard in torn)
+        urls = tuple(shard.canonical_url for shard in torn)
         return replace(
             result,
             state=replace(result.state, shards_skipped=result.state.shards_skipped - len(torn)),
-            stopped=f"files of different attempts, configurations or inputs; run the same command again to "
-            f"redo: {names}",
-            torn=tuple(shard.canonical_url for shard in torn),
+            stopped="shards with files of different attempts, configurations or inputs; run the same command "
+            f"again to redo them: {first_few(urls)}",
+            torn=urls,
         )
     total = total_counts(footer.counts() for footer in footers.values() if isinstance(footer, FooterRecord))
     result = replace(result, totals=total, stopped=reason_at_end(job.config.run, total))
@@ -113,25 +179,25 @@ def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
 
 
 def _work_of_others(job: Job) -> str:
-    """What another job has done to the folder since this one began; empty where it is this job's alone."""
+    """Return what another job changed in the folder since this one began; empty if nothing."""
     try:
         record, rows = read_job_record(job.folder.url), read_shard_rows(job.folder.url)
     except (UserError, DamagedFileError) as error:
-        return f"the folder is not as this job left it: {error}; run the same command again"
+        return f"the output folder changed during the run: {error}; run the same command again"
     if record.config_hash != job.stamp.config_hash or rows != list(job.rows):
         what = "configuration" if record.config_hash != job.stamp.config_hash else "list of shards"
         return (
-            f"another job has written into this folder meanwhile, with another {what}: let one job end, then "
-            "run the one that counts again, or choose another output.dir"
+            f"another job with another {what} wrote to this folder during the run; wait until it ends and "
+            "run the command whose results you want again, or choose another output.dir"
         )
     if foreign := stray_annotations(job.folder.url, job.listed):
         return (
-            f"{len(foreign):,} file(s) of no listed shard came into {ANNOTATIONS}/ meanwhile, "
-            f"such as {printable(foreign[0])}: let other jobs on this folder end, then run this command again"
+            f"{ANNOTATIONS}/ received {len(foreign):,} file(s) that belong to no shard of this job, such as "
+            f"{printable(foreign[0])}; wait until other jobs on this folder end, then run this command again"
         )
     return ""
 
 
 def _is_torn(footer: FooterRecord | DamagedFileError, is_listed_as_done: bool) -> bool:
-    """Whether files do not belong together; also those of a damaged archive whose record was lost."""
+    """Return whether files do not belong together, or a damaged archive's record is missing."""
     return isinstance(footer, DamagedFileError) or (is_listed_as_done and footer.state != "done")

@@ -1,4 +1,4 @@
-"""What a person sees while the job runs: a live display on a terminal, plain lines in a log."""
+"""Progress of a run: a live display on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ RECENT_S = 60.0
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a run is.
+    """Speed of a run.
 
     Attributes:
-        samples_per_s: samples that reached an outcome, a second.
-        device_busy_share: share of the workers' time in which the device step ran; None without any.
+        samples_per_s: samples annotated, left empty or failed, per second.
+        device_busy_share: share of the workers' time in which the device step ran, in [0, 1]; None before a
+            worker is ready.
     """
 
     samples_per_s: float
@@ -41,26 +42,26 @@ class Pace:
 
 
 class RecentPace:
-    """The pace of the last minute, from one state after the other."""
+    """Measure the pace of the last minute from successive states."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int, Measures]] = deque([(0.0, 0, Measures())])
 
     def update(self, state: RunState) -> Pace:
-        """Take the newest state in.
+        """Add the newest state.
 
         Returns:
             The pace since the oldest state that is not older than RECENT_S.
         """
         samples = state.counts_so_far.samples_in
-        # a state a second is enough, however often the driver looks
+        # one state per second is enough, however often this is called
         if state.working_s - self._seen[-1][0] >= 1.0:
             self._seen.append((state.working_s, samples, state.measures))
         while len(self._seen) > 1 and self._seen[1][0] < state.working_s - RECENT_S:
             self._seen.popleft()
         then_s, samples_then, measures_then = self._seen[0]
         passed_s = state.working_s - then_s
-        # a dead worker takes its unfinished samples with it
+        # samples of unfinished shards are lost with their worker
         gained = max(0, samples - samples_then)
         return Pace(
             gained / passed_s if passed_s > 0 else 0.0, (state.measures - measures_then).device_busy_share
@@ -68,7 +69,7 @@ class RecentPace:
 
 
 def as_line(state: RunState, pace: Pace) -> str:
-    """One line for a log: shards, samples, rate, images, busy share, errors, time passed and left."""
+    """Return one log line: shards, samples, rate, images, busy share, errors, elapsed and remaining time."""
     counts = state.counts_so_far
     waiting = "" if state.workers_ready else "waiting for workers | "
     return (
@@ -77,7 +78,7 @@ def as_line(state: RunState, pace: Pace) -> str:
         f"samples {counts.samples_in:,} ({pace.samples_per_s:,.1f}/s), {counts.failed:,} failed | "
         f"images {state.measures.images_decoded:,} | rows {counts.rows:,} | "
         f"device busy {as_share(pace.device_busy_share)} | errors {_errors(counts)} | "
-        f"elapsed {as_duration(state.elapsed_s)}, left {_time_left(state)}"
+        f"elapsed {as_duration(state.elapsed_s)}, remaining {_time_left(state)}"
     )
 
 
@@ -86,7 +87,7 @@ def _time_left(state: RunState) -> str:
         return "?"
     if not state.samples_per_s or not state.counts.samples_in:
         return as_duration(state.working_s / state.shards_done * state.shards_left)
-    # by samples, as shards in hand may be nearly done
+    # by samples, because shards in flight may be nearly done
     expected = state.counts.samples_in / state.shards_done * state.shards_left - state.live_counts.samples_in
     return as_duration(max(0.0, expected) / state.samples_per_s)
 
@@ -99,17 +100,17 @@ def _errors(counts: ShardCounts) -> str:
 
 
 class Progress(Protocol):
-    """Takes the state of the run and messages; decides itself when to show them."""
+    """Receives the state of a run and messages, and decides when to show them."""
 
     def update(self, state: RunState) -> None:
-        """Show where the run stands, perhaps later."""
+        """Show the state of the run, perhaps later."""
 
     def say(self, message: str) -> None:
         """Show a message at once."""
 
 
 class SharedProgress:
-    """Passes everything on to several; one that fails is told once and left out, for the run matters more."""
+    """Pass everything on to several displays; log and remove one that fails, so that the run continues."""
 
     def __init__(self, parts: Sequence[Progress]) -> None:
         self._parts = list(parts)
@@ -117,23 +118,23 @@ class SharedProgress:
     def update(self, state: RunState) -> None:
         """Pass the state on."""
         for part in tuple(self._parts):
-            with self._left_out_if_it_fails(part):
+            with self._remove_if_it_fails(part):
                 part.update(state)
 
     def say(self, message: str) -> None:
         """Pass the message on."""
         for part in tuple(self._parts):
-            with self._left_out_if_it_fails(part):
+            with self._remove_if_it_fails(part):
                 part.say(message)
 
     @contextmanager
-    def _left_out_if_it_fails(self, part: Progress) -> Iterator[None]:
+    def _remove_if_it_fails(self, part: Progress) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self._parts.remove(part)
             logger.warning(
-                "%s failed (%s: %s); the run goes on without it",
+                "%s failed (%s: %s); the run continues without it",
                 type(part).__name__.strip("_"),
                 type(error).__name__,
                 printable(str(error)),
@@ -172,7 +173,7 @@ class _LogProgress:
 
 @contextmanager
 def open_progress(console: PrintableConsole, interval_s: float) -> Iterator[Progress]:
-    """A live display where the console is a terminal, else one line every `interval_s` seconds."""
+    """Open a live display if the console is a terminal, else print one line every `interval_s` seconds."""
     if not console.is_terminal:
         yield _LogProgress(console, interval_s)
         return
@@ -182,7 +183,7 @@ def open_progress(console: PrintableConsole, interval_s: float) -> Iterator[Prog
 
 def _display(state: RunState, pace: Pace) -> RenderableType:
     counts = state.counts_so_far
-    settled = state.shards_total - state.shards_left
+    finished = state.shards_total - state.shards_left
     lines = {
         "shards": f"{state.shards_skipped + state.shards_done:,}/{state.shards_total:,} done, "
         f"{state.shards_damaged:,} damaged, {state.shards_failed:,} failed, {state.shards_left:,} left",
@@ -199,6 +200,6 @@ def _display(state: RunState, pace: Pace) -> RenderableType:
     for name, value in lines.items():
         table.add_row(Text(name, style="dim"), Text(value))
     display = Table.grid()
-    display.add_row(ProgressBar(total=max(1, state.shards_total), completed=settled, width=60))
+    display.add_row(ProgressBar(total=max(1, state.shards_total), completed=finished, width=60))
     display.add_row(table)
     return display

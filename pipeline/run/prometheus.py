@@ -1,4 +1,4 @@
-"""A run as Prometheus metrics. The instruments are handed in, so that this module needs no ray."""
+"""Publish the state of a run as Prometheus metrics; the metric classes are passed in, so it needs no Ray."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ INTERVAL_S = 1.0
 _ASCII = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 COUNTERS = {
-    "legrad_samples": ("Samples that reached an outcome: annotated, empty or failed.", "outcome"),
-    "legrad_rows": ("Annotation rows.", None),
-    "legrad_errors": ("Error rows, by stage and kind.", "kind"),
+    "legrad_samples": ("Samples processed, by outcome: annotated, empty or failed.", "outcome"),
+    "legrad_rows": ("Annotation rows written.", None),
+    "legrad_errors": ("Error rows written, by stage and kind.", "kind"),
     "legrad_images_decoded": ("Images decoded and resized.", None),
-    "legrad_device_busy_seconds": ("Seconds in which a device step ran, summed over workers.", None),
-    "legrad_worker_seconds": ("Seconds in which workers had their model loaded, summed.", None),
+    "legrad_device_busy_seconds": ("Seconds in which a device step ran, summed over all workers.", None),
+    "legrad_worker_seconds": ("Seconds since each worker loaded its model, summed over all workers.", None),
 }
 GAUGES = {
-    "legrad_shards": ("Shards of the job: done, damaged, failed or left.", "state"),
-    "legrad_workers": ("Workers that have loaded their model.", None),
+    "legrad_shards": ("Shards of the job, by state: done, damaged, failed or left.", "state"),
+    "legrad_workers": ("Workers ready: those that have loaded their model.", None),
 }
 
 
@@ -31,12 +31,12 @@ class MetricKind(Protocol):
     """A class of metrics, such as ``ray.util.metrics.Counter``."""
 
     def __call__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> Any:
-        """Make the metric of that name."""
+        """Create a metric."""
 
 
 @dataclass
 class _Counter:
-    """Only ever rises: what a dead worker takes with it is not counted twice when it is done again."""
+    """A counter that never falls: samples lost with their worker are not counted again when redone."""
 
     metric: Any
     counted: dict[tuple[str, ...], float] = field(default_factory=dict)
@@ -50,12 +50,12 @@ class _Counter:
 
 
 class RunMetrics:
-    """Tells the state of a run to Prometheus, at most once a second; every metric carries the output folder.
+    """Publish the state of a run, at most once a second; every metric has the output folder as a tag.
 
     Args:
-        output_dir: names the run; without credentials.
-        counter: makes a metric with ``inc(value, tags)``.
-        gauge: makes a metric with ``set(value, tags)``.
+        output_dir: the output folder, without credentials.
+        counter: class of metrics with ``inc(value, tags)``.
+        gauge: class of metrics with ``set(value, tags)``.
     """
 
     def __init__(self, output_dir: str, counter: MetricKind, gauge: MetricKind) -> None:
@@ -66,7 +66,7 @@ class RunMetrics:
         self._next_s = 0.0
 
     def update(self, state: RunState) -> None:
-        """Record where the run stands, unless that was done less than a second ago."""
+        """Publish the state, unless that was done less than a second ago and shards are left."""
         if time.monotonic() >= self._next_s or not state.shards_left:
             self._next_s = time.monotonic() + INTERVAL_S
             self._make_instruments()
@@ -74,10 +74,10 @@ class RunMetrics:
             self._gauge(state)
 
     def say(self, message: str) -> None:
-        """Messages are no metrics."""
+        """Ignore messages."""
 
     def _make_instruments(self) -> None:
-        # only now: an update that fails is made good, a metric that cannot be made would end the run
+        # created here and not in __init__, because an update that fails does not end the run
         if self._gauges:
             return
         counter, gauge = self._kinds
@@ -115,7 +115,7 @@ class RunMetrics:
 
 
 def _tag_value(text: str) -> str:
-    """The text as ray takes it: in ASCII; what is not is escaped as in URLs."""
+    """Return a text in ASCII, as Ray requires; other characters are escaped as in URLs."""
     return quote(text, safe=_ASCII, errors="replace")
 
 

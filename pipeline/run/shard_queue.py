@@ -1,4 +1,4 @@
-"""Which shard is worked on next, and which one is given up. Plain bookkeeping, no ray."""
+"""Decide which shard is annotated next and which one is given up; bookkeeping without Ray."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.storage import ShardSource
 
-# a machine that goes away says nothing of its shards, unless it happens to the same shard again and again
+# losing a machine is not a shard's fault, unless it happens to the same shard again and again
 MACHINES_LOST_BY_CHANCE = 5
 
 
@@ -22,13 +22,13 @@ class GivenUp:
 
 
 class ShardQueue:
-    """Hands shards out, and remembers attempts and suspicions.
+    """Queue of shards that keeps count of attempts and of shards suspected of killing workers.
 
-    A worker that dies says nothing of which of its shards killed it. So all that it had in hand become
-    suspects, and a suspect runs alone on its worker: then the next death names it.
+    When a worker is lost, any shard in flight on it may be the cause. So all of them become suspects, and a
+    suspect runs alone on its worker: if that worker is lost too, the suspect was the cause.
 
     Args:
-        shards: the work, in order.
+        shards: the shards to annotate, in order.
         max_attempts: attempts at one shard before it is given up.
         backoff_s: wait before a shard's second attempt; doubled for each further one.
     """
@@ -46,65 +46,65 @@ class ShardQueue:
     def __len__(self) -> int:
         return len(self._fresh) + len(self._suspects) + len(self._backing_off)
 
-    def take(self, in_hand: Sequence[ShardSource], now_s: float) -> ShardSource | None:
-        """The next shard for a worker, or None where it should have no more for now.
+    def take(self, in_flight: Sequence[ShardSource], now_s: float) -> ShardSource | None:
+        """Return the next shard for a worker, or None if it should get no more for now.
 
         Args:
-            in_hand: what the worker is busy with.
+            in_flight: the shards that the worker is annotating.
             now_s: a monotonic clock, in seconds.
         """
-        self._fresh.extendleft(self._rested(now_s))
-        if any(shard.shard_id in self._tried_alone for shard in in_hand):
+        self._fresh.extendleft(self._take_due(now_s))
+        if any(shard.shard_id in self._tried_alone for shard in in_flight):
             return None
-        if self._suspects and not in_hand:
-            # the worker that takes a dead one's place comes with empty hands; busy ones need not run dry
+        if self._suspects and not in_flight:
+            # the worker that replaces a lost one is idle, so busy workers need not run dry for a suspect
             return self._take_suspect()
         return self._fresh.popleft() if self._fresh else None
 
-    def worker_died(self, in_hand: Sequence[ShardSource], message: str) -> list[GivenUp]:
-        """Suspect what a dead worker had in hand; give up what has now killed enough workers alone.
+    def worker_lost(self, in_flight: Sequence[ShardSource], message: str) -> list[GivenUp]:
+        """Suspect the shards in flight on a lost worker; give up one that killed its worker alone too often.
 
         Returns:
             The shards given up.
         """
         given_up = []
-        for shard in in_hand:
-            # only a shard that was alone is known to be guilty
-            attempts = self._struck(shard) if len(in_hand) == 1 else 0
+        for shard in in_flight:
+            # only a shard that ran alone is known to be the cause
+            attempts = self._count_attempt(shard) if len(in_flight) == 1 else 0
             if attempts >= self._max_attempts:
                 given_up.append(GivenUp(shard, attempts, message))
             else:
                 self._suspects.append(shard)
         return given_up
 
-    def node_lost(self, in_hand: Sequence[ShardSource], message: str) -> list[GivenUp]:
-        """Put back what a worker had in hand when its machine went away.
+    def machine_lost(self, in_flight: Sequence[ShardSource], message: str) -> list[GivenUp]:
+        """Requeue the shards in flight on a worker whose machine was lost.
 
-        That is no strike against any shard; only one that has lost MACHINES_LOST_BY_CHANCE machines is
-        suspected of taking them down, as a shard that exhausts a machine's memory does.
+        That does not count as an attempt. Only a shard in flight on more than MACHINES_LOST_BY_CHANCE lost
+        machines becomes a suspect: it may, for example, exhaust a machine's memory.
 
         Returns:
             The shards given up.
         """
-        self._machines_lost.update(shard.shard_id for shard in in_hand)
-        if any(self._machines_lost[shard.shard_id] > MACHINES_LOST_BY_CHANCE for shard in in_hand):
-            return self.worker_died(in_hand, message)
-        self._fresh.extendleft(reversed(in_hand))
+        self._machines_lost.update(shard.shard_id for shard in in_flight)
+        if any(self._machines_lost[shard.shard_id] > MACHINES_LOST_BY_CHANCE for shard in in_flight):
+            return self.worker_lost(in_flight, message)
+        self._fresh.extendleft(reversed(in_flight))
         return []
 
     def attempt_failed(self, shard: ShardSource, message: str, now_s: float) -> GivenUp | None:
-        """Try a shard again after a while, unless it has had its attempts.
+        """Requeue a shard after a wait, unless its attempts are used up.
 
         Returns:
-            The shard as given up, or None.
+            The shard as given up, or None if it will be tried again.
         """
-        attempts = self._struck(shard)
+        attempts = self._count_attempt(shard)
         if attempts >= self._max_attempts:
             return GivenUp(shard, attempts, message)
         self._backing_off.append((now_s + self._backoff_s * 2 ** (attempts - 1), shard))
         return None
 
-    def _struck(self, shard: ShardSource) -> int:
+    def _count_attempt(self, shard: ShardSource) -> int:
         self._attempts[shard.shard_id] = self._attempts.get(shard.shard_id, 0) + 1
         return self._attempts[shard.shard_id]
 
@@ -113,7 +113,7 @@ class ShardQueue:
         self._tried_alone.add(suspect.shard_id)
         return suspect
 
-    def _rested(self, now_s: float) -> list[ShardSource]:
-        rested = [shard for until_s, shard in self._backing_off if until_s <= now_s]
+    def _take_due(self, now_s: float) -> list[ShardSource]:
+        due = [shard for until_s, shard in self._backing_off if until_s <= now_s]
         self._backing_off = [waiting for waiting in self._backing_off if waiting[0] > now_s]
-        return rested
+        return due

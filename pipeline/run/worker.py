@@ -1,4 +1,4 @@
-"""What runs in a worker process: a plain class around one annotator. Knows nothing of ray."""
+"""The worker: a plain class around one annotator that returns every outcome as a value; without Ray."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class ShardOutcome:
     """How an attempt at a shard ended.
 
     Attributes:
-        status: done; retry: worth another attempt; fatal: no other shard would fare better.
-        report: counts and duration, where done.
-        message: what went wrong, where not.
+        status: done; retry: another attempt may succeed; fatal: every other shard would fail as well.
+        report: counts and duration; None unless done.
+        message: what went wrong; empty if done.
         measures: of the worker since it loaded its model.
-        live_counts: outcomes so far of the shards that it still has in hand.
+        live_counts: outcomes so far in the shards that are still in flight on this worker.
     """
 
     status: Literal["done", "retry", "fatal"]
@@ -47,8 +47,13 @@ class ShardOutcome:
 
 
 @dataclass(frozen=True)
-class Pulse:
-    """How far a worker is: outcomes in its shards in hand, and its measures since it loaded its model."""
+class Heartbeat:
+    """Progress of a worker.
+
+    Attributes:
+        counts: outcomes so far in the shards in flight.
+        measures: of the worker since it loaded its model.
+    """
 
     counts: ShardCounts
     measures: Measures
@@ -56,38 +61,42 @@ class Pulse:
 
 @dataclass(frozen=True)
 class LoadOutcome:
-    """Whether a worker is ready: an empty message, or the user's mistake that keeps it from loading."""
+    """Whether a worker is ready.
+
+    Attributes:
+        message: the invalid input or configuration that keeps the model from loading; empty if it is loaded.
+    """
 
     message: str = ""
 
 
 class Annotator(Protocol):
-    """What a worker drives: annotates one shard, and tells how far it is with those in hand."""
+    """Annotates shards, several at a time, and reports its progress."""
 
     def annotate(self, shard: ShardSource) -> ShardReport:
         """Read, explain and publish one shard."""
 
     def wait_for_room(self) -> None:
-        """Return when another shard would be begun at once."""
+        """Return once another shard would be begun at once."""
 
     def live_counts(self) -> ShardCounts:
-        """Outcomes so far of the shards in hand."""
+        """Return the outcomes so far in the shards in flight."""
 
     def measures(self) -> Measures:
-        """Images decoded and time on the device, since the model was loaded."""
+        """Return images decoded and device time since the model was loaded."""
 
 
 class AnnotatorFactory(Protocol):
-    """Builds the annotator inside the worker process."""
+    """Build the annotator inside the worker process."""
 
     def __call__(self, config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> Annotator:
-        """Load whatever is needed; raises UserError for the user's own mistakes."""
+        """Load the model; raises UserError for invalid input or configuration."""
 
 
 def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> Annotator:
-    """The real annotator: its own model on its own device."""
+    """Return an annotator with its own model on its own device."""
     batches_at_once = min(BATCHES_AT_ONCE, cpus)
-    # batches side by side share the cores better than the threads of one batch, which wait for each other
+    # parallel batches use the cores better than threads within one batch, which wait for each other
     torch.set_num_threads(cpus // batches_at_once)
     explainer = load_explainer(config.model, device, expected_digest=metadata.get("weights_digest"))
     return ShardAnnotator(
@@ -100,12 +109,12 @@ def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, d
 
 
 class Worker:
-    """Loads once, then annotates shards, several at a time where its threads allow; never raises.
+    """Load the model once, then annotate shards, several at a time; failures are returned, not raised.
 
     Args:
         config: the job's configuration.
-        metadata: goes into every file beside the counts.
-        cpus: CPU cores that belong to this worker.
+        metadata: written to the footer of every file, beside the counts.
+        cpus: CPU cores reserved for this worker.
         device: torch device of the model.
         factory: builds the annotator.
     """
@@ -126,7 +135,7 @@ class Worker:
         self._loading = threading.Lock()
 
     def load(self) -> LoadOutcome:
-        """Build the annotator; says so where the configuration is at fault."""
+        """Build the annotator; return the message of a UserError instead of raising it."""
         try:
             with self._loading:
                 self._annotator = self._factory(*self._arguments)
@@ -135,7 +144,7 @@ class Worker:
         return LoadOutcome()
 
     def annotate(self, shard: ShardSource) -> ShardOutcome:
-        """Annotate one shard and tell how it ended."""
+        """Annotate one shard and return how the attempt ended."""
         if self._annotator is None:
             return ShardOutcome("retry", message="the worker has not loaded its model")
         outcome = self._attempt(self._annotator, shard)
@@ -153,7 +162,7 @@ class Worker:
             return ShardOutcome("fatal" if error.errno in FULL_DISK_ERRORS else "retry", message=str(error))
         except Exception as error:
             if not _device_answers(self._device):
-                # a broken device fails every later shard too: only a new process gets a new one
+                # a broken CUDA context fails every later shard too; only a new process gets a new context
                 os._exit(1)
             logger.exception("%s: unexpected error", shard.canonical_url)
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -163,15 +172,15 @@ class Worker:
             )
 
     def wait_for_room(self) -> None:
-        """Return when the worker can use another shard."""
+        """Return once the worker can use another shard."""
         if self._annotator is not None:
             self._annotator.wait_for_room()
 
-    def pulse(self) -> Pulse:
-        """How far the shards in hand are, and what the worker has done so far."""
+    def heartbeat(self) -> Heartbeat:
+        """Return the progress of the shards in flight, and the worker's measures so far."""
         if self._annotator is None:
-            return Pulse(ShardCounts(), Measures())
-        return Pulse(self._annotator.live_counts(), self._annotator.measures())
+            return Heartbeat(ShardCounts(), Measures())
+        return Heartbeat(self._annotator.live_counts(), self._annotator.measures())
 
 
 def _device_answers(device: str) -> bool:

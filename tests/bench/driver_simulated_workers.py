@@ -2,8 +2,8 @@
 
     python tests/bench/driver_simulated_workers.py [--workers 64] [--shard-s 1.0] [--shards 3200]
 
-Every simulated worker takes `shard-s` for a shard, one after the other, as a device does; the driver hands
-shards over, collects, counts and shows as in any run. Ray's own cost a call is left out here (see
+Every simulated worker takes `shard-s` for a shard, one after the other, as a device does; the driver
+assigns shards, collects, counts and shows as in any run. Ray's own cost per call is not included (see
 driver_overhead.py), its latency is added: `call-s` from a call to its start. One JSON row:
 
     efficiency          shards x shard-s / (workers x time from the first shard's start to the last's end)
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from driver_overhead import Observer, job_config, write_shards
 from environment import environment
 from noop_annotator import SHARD_SECONDS, noop
 
-from pipeline.run import dispatcher as run
+from pipeline.run import cluster, dispatcher
 from pipeline.run.job import prepare_job
 
 NODE = "simulated"
@@ -34,11 +35,11 @@ NODE = "simulated"
 class Method:
     """An actor's method: `remote` runs it on the actor's own threads."""
 
-    def __init__(self, hands: ThreadPoolExecutor, function: Any, call_s: float) -> None:
-        self._hands, self._function, self._call_s = hands, function, call_s
+    def __init__(self, threads: ThreadPoolExecutor, function: Any, call_s: float) -> None:
+        self._threads, self._function, self._call_s = threads, function, call_s
 
     def remote(self, *arguments: Any) -> "Future[Any]":
-        return self._hands.submit(self._run, *arguments)
+        return self._threads.submit(self._run, *arguments)
 
     def _run(self, *arguments: Any) -> Any:
         time.sleep(self._call_s)
@@ -48,11 +49,11 @@ class Method:
 class Actor:
     def __init__(self, instance: Any, concurrency: int, call_s: float) -> None:
         self._instance, self._call_s = instance, call_s
-        self._hands = ThreadPoolExecutor(concurrency)
+        self._threads = ThreadPoolExecutor(concurrency)
 
     def __getattr__(self, name: str) -> Method:
         function = (lambda: NODE) if name == "node_id" else getattr(self._instance, name)
-        return Method(self._hands, function, self._call_s)
+        return Method(self._threads, function, self._call_s)
 
 
 class SimulatedRay:
@@ -61,12 +62,6 @@ class SimulatedRay:
     def __init__(self, workers: int, call_s: float) -> None:
         self._workers, self._call_s = workers, call_s
         self.util = SimpleNamespace()
-
-    def init(self, **_options: Any) -> None:
-        pass
-
-    def shutdown(self) -> None:
-        pass
 
     def nodes(self) -> list[dict[str, Any]]:
         resources = {"CPU": float(self._workers)}
@@ -104,13 +99,14 @@ def main() -> None:
     parser.add_argument("--call-s", type=float, default=0.002)
     arguments = parser.parse_args()
     os.environ[SHARD_SECONDS] = str(arguments.shard_s)
-    run.ray = SimulatedRay(arguments.workers, arguments.call_s)
+    dispatcher.ray = cluster.ray = SimulatedRay(arguments.workers, arguments.call_s)
+    cluster.ray_session = nullcontext
     observer = Observer(arguments.shards)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         write_shards(folder, arguments.shards)
         job = prepare_job(job_config(folder, arguments.workers))
-        result = run.run_job(job, observer, noop)
+        result = dispatcher.run_job(job, observer, noop)
         assert result.state.shards_done == arguments.shards, result
     assert observer.first is not None
     first, last = observer.first, observer.last

@@ -28,7 +28,7 @@ class NoopAnnotator:
         self._files, self._counts = ready_made(metadata)
         for folder in FOLDERS:
             (self._out / folder).mkdir(parents=True, exist_ok=True)
-        self._in_hand, self._changed = 0, threading.Condition()
+        self._in_flight, self._changed = 0, threading.Condition()
         self._device = threading.Lock()
 
     def annotate(self, shard: ShardSource) -> ShardReport:
@@ -45,7 +45,7 @@ class NoopAnnotator:
 
     def wait_for_room(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._in_hand < SHARDS_WITH_ROOM)
+            self._changed.wait_for(lambda: self._in_flight < SHARDS_WITH_ROOM)
 
     def live_counts(self) -> ShardCounts:
         return ShardCounts()
@@ -55,7 +55,7 @@ class NoopAnnotator:
 
     def _count(self, more: int) -> None:
         with self._changed:
-            self._in_hand += more
+            self._in_flight += more
             self._changed.notify_all()
 
 

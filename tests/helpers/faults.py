@@ -1,7 +1,7 @@
-"""Faults that strike inside a worker process, at exact points of a shard's way, as often as they are told to.
+"""Faults inside a worker process, at exact steps of annotating a shard, a given number of times.
 
-A `Fault` names the point, the shard and what happens there; every blow leaves a mark in a folder, so that a
-worker that takes the place of a dead one knows how many there have been, and a test knows that they came.
+A `Fault` names the step, the shard and what happens there. Each occurrence leaves a mark in a folder, so that
+a worker that replaces a lost one knows how many there were, and a test knows that they happened.
 """
 
 import faulthandler
@@ -36,10 +36,10 @@ class Fault:
         shard: stem of the tar.
         point: "begin"; "middle": half of the samples done; "errors": the errors file half written under its
             temporary name; "between": errors published, annotations not; "annotations": these half written;
-            "published": both files there, the driver not told.
-        action: a key of ACTIONS; "wait_for_rival", "between" alone: until another process has published the
-            annotations.
-        times: how often; later attempts go well.
+            "published": both files there, the driver does not know yet.
+        action: a key of ACTIONS; "wait_for_go": until the file `go` is beside the marks folder;
+            "wait_for_rival", only at "between": until another process has published the annotations.
+        times: how often; later attempts succeed.
     """
 
     shard: str
@@ -95,7 +95,9 @@ class Faults:
             except FileExistsError:
                 continue
             before()
-            if fault.action == "wait_for_rival":
+            if fault.action == "wait_for_go":
+                wait_until(self._marks.with_name("go").exists, lambda: "the file go was never created")
+            elif fault.action == "wait_for_rival":
                 wait_until(rival.exists, lambda: f"nobody else published {rival}")
             else:
                 ACTIONS[fault.action]()
@@ -128,7 +130,7 @@ def stem_of(output_name):
 
 
 def marks(folder):
-    """How many blows fell, by "shard-point"."""
+    """Return how often faults occurred, by "shard-point"."""
     return dict(Counter(path.name.rpartition("-")[0] for path in Path(folder).iterdir()))
 
 
@@ -141,19 +143,19 @@ class WordAnnotator:
     def __init__(self, config, metadata, faults, seconds_per_sample=0.0):
         self._output_dir, self._metadata = config.output.dir, metadata
         self._faults, self._seconds_per_sample = faults, seconds_per_sample
-        self._in_hand = set()
+        self._in_flight = set()
         self._room = threading.Condition()
 
     def annotate(self, shard):
         stem, started_s = stem_of(shard.shard_id), time.monotonic()
         with ShardWriter(shard, {**self._metadata, "attempt": uuid.uuid4().hex}) as writer:
-            self._in_hand.add(writer)
+            self._in_flight.add(writer)
             try:
                 self._faults.strike(stem, "begin")
                 self._add_samples(shard, writer, stem)
                 counts = writer.publish(self._output_dir).counts
             finally:
-                self._in_hand.discard(writer)
+                self._in_flight.discard(writer)
                 with self._room:
                     self._room.notify_all()
         return ShardReport(counts, time.monotonic() - started_s)
@@ -171,10 +173,10 @@ class WordAnnotator:
 
     def wait_for_room(self):
         with self._room:
-            self._room.wait_for(lambda: len(self._in_hand) < 2)
+            self._room.wait_for(lambda: len(self._in_flight) < 2)
 
     def live_counts(self):
-        return total_counts(writer.counts() for writer in tuple(self._in_hand))
+        return total_counts(writer.counts() for writer in tuple(self._in_flight))
 
     def measures(self):
         return Measures()
@@ -204,7 +206,7 @@ def struck_by(*faults, marks_folder, seconds_per_sample=0.0):
 
 
 def annotate_all(job, factory):
-    """A worker's life; ends with 1 where a shard could not be done, as a driver would stop the job."""
+    """Run a worker over the shards left; exit with 1 if one fails, as a driver would stop the job."""
     # a death on purpose needs no traceback
     faulthandler.disable()
     worker = Worker(job.config, job.metadata, cpus=1, device="cpu", factory=factory)

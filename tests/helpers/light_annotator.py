@@ -1,4 +1,4 @@
-"""An annotator without a model, for tests of how shards are handed out; some shards misbehave by name."""
+"""An annotator without a model, for tests of the dispatcher; some shards misbehave, as their names say."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ class LightAnnotator:
 
     def __init__(self, config, metadata):
         self.config, self.metadata = config, metadata
-        self.in_hand, self.changed = 0, threading.Condition()
+        self.in_flight, self.changed = 0, threading.Condition()
 
     def annotate(self, shard):
         self._count(1)
@@ -31,7 +31,7 @@ class LightAnnotator:
 
     def _count(self, more):
         with self.changed:
-            self.in_hand += more
+            self.in_flight += more
             self.changed.notify_all()
 
     def _annotate(self, shard):
@@ -59,7 +59,7 @@ class LightAnnotator:
 
     def wait_for_room(self):
         with self.changed:
-            self.changed.wait_for(lambda: self.in_hand < 2)
+            self.changed.wait_for(lambda: self.in_flight < 2)
 
     def live_counts(self):
         return ShardCounts()

@@ -1,7 +1,6 @@
 """A ray cluster of one machine, started as an administrator does, in processes of its own."""
 
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -43,12 +42,11 @@ def free_ports(number):
 
 
 @contextmanager
-def ray_head(*, dashboard, token=False):
-    """Start a head with 2 CPU cores; end it with all its processes.
+def ray_head(*, dashboard):
+    """Start a head with 2 CPU cores that serves callers with this process's token; end it after the block.
 
     Args:
         dashboard: whether jobs can be submitted.
-        token: whether only callers with the token in RAY_AUTH_TOKEN are served.
     """
     gcs, web, metrics, client = free_ports(4)
     # unix sockets below it: their paths may have 107 characters
@@ -59,11 +57,8 @@ def ray_head(*, dashboard, token=False):
         "PATH": os.pathsep.join([bin_folder, os.environ["PATH"]]),
         "RAY_metrics_report_interval_ms": "500",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token" if token else "disabled",
     }
     environment.pop("RAY_ADDRESS", None)
-    if token:
-        environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     command = [
         *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
         *(f"--metrics-export-port={metrics}", f"--temp-dir={folder}", "--num-cpus=2", "--num-gpus=0"),

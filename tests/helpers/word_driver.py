@@ -1,4 +1,4 @@
-"""The real command line, with workers that need no model and suffer faults: JOB.yaml SPEC.json."""
+"""Run the real command line with workers that need no model and suffer faults: JOB.yaml SPEC.json."""
 
 import json
 import sys
@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.cli import main as cli
-from pipeline.run import command as annotate_job
-from pipeline.run.dispatcher import run_job
+from pipeline.run import dispatcher
 from tests.helpers.faults import Fault, struck_by
 
 
@@ -20,7 +19,7 @@ def main():
         marks_folder=spec["marks_folder"],
         seconds_per_sample=spec["seconds_per_sample"],
     )
-    annotate_job.run_job = partial(run_job, factory=factory)
+    dispatcher.run_job = partial(dispatcher.run_job, factory=factory)
     sys.argv = ["legrad", "annotate", config]
     cli.main()
 

@@ -1,9 +1,10 @@
-"""A ray cluster of several machines in this one, jobs on it, and the table of faults."""
+"""A Ray cluster of several simulated machines, jobs on it, and the table of faults."""
 
 import itertools
 import json
 import multiprocessing
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -34,33 +35,51 @@ TABLE_HEAD = (
 
 
 def pytest_collection_modifyitems(items):
-    """Give the tests here time for a machine with other work."""
+    """Give the tests here time on a machine that is busy with other work."""
     for item in items:
         if item.path.parent == HERE and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TEST_PATIENCE_S))
 
 
-@pytest.fixture(scope="session")
-def cluster():
-    """A head that takes no work; tests add the machines that do."""
-    from ray.cluster_utils import Cluster
+@pytest.fixture(autouse=True, scope="session")
+def _one_environment_for_every_ray():
+    """Give every Ray of these tests, in this process and in others, the same token and import path.
+
+    A process keeps the first authentication mode and token that its Ray finds, so tests that start or join
+    different clusters would otherwise depend on their order.
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config
 
     with pytest.MonkeyPatch.context() as patch:
         # workers import the tests' annotators by name
         patch.setenv("PYTHONPATH", python_path())
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+        # a run sets this itself, and leaves it set
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
-        started = Cluster(initialize_head=True, head_node_args=head)
-        yield started
-        started.shutdown()
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A cluster whose head runs no workers; tests add the machines that do."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+    started = Cluster(initialize_head=True, head_node_args=head)
+    yield started
+    started.shutdown()
 
 
 @pytest.fixture
 def machines(cluster, monkeypatch):
-    """Adds a machine of so many CPU cores to the cluster; takes those that are left away again.
+    """Return a function that adds a machine with some CPU cores to the cluster; remove them after the test.
 
     Jobs of this test run on the cluster. Each machine has an address of its own, so that the driver, which
-    attaches to the machine at its own address, is on the head and does not go down with another one.
+    attaches to the machine at its own address, is on the head and not on a machine that a test removes.
     """
     added = []
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
@@ -79,7 +98,7 @@ def machines(cluster, monkeypatch):
 
 @pytest.fixture
 def struck_job(tmp_path):
-    """Runs a job of word shards in this process while faults strike its workers.
+    """Return a function that runs a job of word shards in this process while faults strike its workers.
 
     `meanwhile` gives a context for the run, once the shards are listed. Returns the result, the log and the
     accounts of the output folder; OUT is tmp_path/"out".
@@ -107,7 +126,7 @@ def struck_job(tmp_path):
 
 @pytest.fixture
 def struck_worker(tmp_path):
-    """Runs a worker over what is left of a job, in a process of its own and without ray.
+    """Return a function that runs a worker over the shards left, in a process of its own and without Ray.
 
     Returns the process's exit code and the accounts of the output folder, whatever the worker left there.
     """
@@ -128,7 +147,7 @@ def struck_worker(tmp_path):
 
 @pytest.fixture
 def word_command(tmp_path):
-    """Starts `legrad annotate` on word shards as a process of its own; returns it.
+    """Return a function that starts `legrad annotate` on word shards as a process of its own.
 
     Its output goes to tmp_path/"log", its results to tmp_path/"out".
     """
@@ -147,7 +166,7 @@ def word_command(tmp_path):
             started.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.helpers.word_driver", str(job), str(spec)],
-                    env={**os.environ, "PYTHONPATH": python_path(), **dict(environment)},
+                    env={**os.environ, **dict(environment)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -164,7 +183,7 @@ def word_command(tmp_path):
 
 @pytest.fixture(scope="session")
 def fault_table():
-    """Notes a fault and the accounts after it, in the file that LEGRAD_FAULT_TABLE names."""
+    """Return a function that records a fault and the accounts after it in the file LEGRAD_FAULT_TABLE."""
 
     def note(fault, injected_how, accounts):
         if TABLE_FILE is None:

@@ -1,4 +1,4 @@
-"""Whole runs in processes that lack what libraries expect: home, name, room for temporary files, UTF-8."""
+"""Whole runs in processes without home, user name, usable temporary folder or UTF-8."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ CAPTION = "a dog, 犬"
 
 @pytest.fixture
 def job(tmp_path):
-    """A folder that everybody may write, with a job on a corpus whose captions are no ASCII."""
+    """A folder that everybody may write to, with a job on a corpus whose captions are not ASCII."""
     folder = tmp_path / "漢字 é"
     folder.mkdir()
     write_corpus(folder / "in", 1, 2, caption=CAPTION)
@@ -60,26 +60,26 @@ def assert_annotated(ended, folder):
     assert (folder / "out" / "_SUCCESS").exists()
 
 
-def test_a_user_without_name_and_home_runs_a_job(job):
+def test_a_job_runs_for_a_user_without_name_and_home(job):
     assert_annotated(run(job, "annotate", "job.yaml", prefix=as_nobody()), job)
     for arguments in (["status", "out"], ["report", "out"]):
         assert run(job, *arguments, prefix=NOBODY).returncode == 0
 
 
-def test_a_home_and_a_temporary_folder_that_cannot_be_written_end_no_job(job):
+def test_a_job_runs_with_an_unwritable_home_and_temporary_folder(job):
     (job / "home").mkdir(mode=0o755)
     unusable = {"HOME": str(job / "home"), "TMPDIR": str(job / "home")}
     assert_annotated(run(job, "annotate", "job.yaml", prefix=as_nobody(), **unusable), job)
     assert list((job / "home").iterdir()) == []
 
 
-def test_a_long_temporary_folder_ends_no_job(job):
+def test_a_job_runs_with_a_long_temporary_folder(job):
     long = job / ("x" * 120)
     long.mkdir()
     assert_annotated(run(job, "annotate", "job.yaml", HOME=str(job), TMPDIR=str(long)), job)
 
 
-def test_a_terminal_that_knows_ascii_alone_ends_no_job(job):
+def test_a_job_runs_on_a_terminal_that_accepts_only_ascii(job):
     ascii_alone = {"HOME": str(job), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     assert_annotated(run(job, "annotate", "job.yaml", **ascii_alone), job)
     for arguments in (
@@ -92,7 +92,7 @@ def test_a_terminal_that_knows_ascii_alone_ends_no_job(job):
         assert ended.stdout.isascii()
 
 
-def test_a_locale_that_cannot_write_the_paths_is_told_in_one_line(job):
+def test_a_locale_that_cannot_encode_the_paths_is_an_error_of_one_line(job):
     no_utf8 = {"HOME": str(job), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ended = run(job, "annotate", "job.yaml", **no_utf8)
     said = ended.stderr.decode()

@@ -1,4 +1,4 @@
-"""Workers that die, freeze or hang at every point of a shard's way: whatever happens, the books add up."""
+"""Workers killed, frozen or hanging at every step of annotating a shard: every sample is accounted for."""
 
 import json
 import re
@@ -13,7 +13,7 @@ ONCE_EACH = {
     "while the errors file is written": ("b", "errors", "kill"),
     "between the errors file and the annotations": ("c", "between", "kill"),
     "while the annotations file is written": ("d", "annotations", "kill"),
-    "after both files, the driver not yet told": ("e", "published", "kill"),
+    "after both files, before the driver knows": ("e", "published", "kill"),
     "by a segmentation fault": ("f", "middle", "segfault"),
 }
 
@@ -41,7 +41,7 @@ def test_a_process_that_ends_at_any_point_leaves_no_half_file_and_the_next_one_d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ONCE_EACH)
-def test_a_worker_that_dies_once_costs_nothing(point, machines, struck_job, tmp_path, fault_table):
+def test_a_worker_that_is_killed_once_costs_nothing(point, machines, struck_job, tmp_path, fault_table):
     machines()
     shard, where, how = ONCE_EACH[point]
     result, log, accounts = struck_job([*"abcdefg"], Fault(shard, where, how), workers=1, max_attempts=2)
@@ -55,7 +55,7 @@ def test_a_worker_that_dies_once_costs_nothing(point, machines, struck_job, tmp_
 
 
 @pytest.mark.slow
-def test_poison_among_good_shards_and_a_death_at_every_point_of_publishing_cost_the_poison_alone(
+def test_poison_among_good_shards_and_a_loss_at_every_step_of_publishing_cost_only_the_poison_shard(
     machines, struck_job, tmp_path, fault_table
 ):
     machines(2)

@@ -1,4 +1,4 @@
-"""Who can reach the Ray that a local run starts: nobody from the network, and nobody without its token."""
+"""The Ray that a local run starts accepts no caller from the network, and none without its token."""
 
 import http
 import http.client
@@ -69,8 +69,8 @@ def page_at(port):
         connection.close()
 
 
-class LooksAround:
-    """Progress that looks once, when a worker is ready, at what listens and who is answered."""
+class Observer:
+    """Progress that, once a worker is ready, lists what listens and tries calls with and without token."""
 
     def __init__(self):
         self.found = {}
@@ -107,7 +107,7 @@ def main():
     for tar in tars:
         tar.write_bytes(b"")
     config = demo_job(tars, folder / "out", run={"workers": 1, "progress_interval_s": 0.1})
-    seen = LooksAround()
+    seen = Observer()
     run_job(prepare_job(config), seen, light)
     print(json.dumps(seen.found))
 
@@ -134,12 +134,12 @@ def test_a_local_run_answers_nobody_on_the_network_and_nobody_without_its_token(
     found = json.loads(ran.stdout.splitlines()[-1])
     assert {name for name, *_ in found["open"]} >= {"gcs_server", "raylet"}
     assert [line for line in found["open"] if not is_loopback(line[1])] == []
-    code, told = found["answers"]["with the token"]
-    assert code == 0, told
+    code, output = found["answers"]["with the token"]
+    assert code == 0, output
     for who in ("with another token", "without token"):
-        code, told = found["answers"][who]
+        code, output = found["answers"][who]
         assert code != 0
-        assert re.search("unauthenticated", told, re.IGNORECASE)
+        assert re.search("unauthenticated", output, re.IGNORECASE)
     assert found["written"] == []
     assert all(page.startswith("# HELP") for page in found["pages"]), "nothing but metrics is shown to all"
     assert not (tmp_path / ".ray").exists()

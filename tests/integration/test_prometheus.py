@@ -1,4 +1,4 @@
-"""Runs on a cluster that was there before: watched by Prometheus, and limited to some shards."""
+"""Runs on an existing cluster: watched by Prometheus, and limited to some shards."""
 
 import time
 import urllib.request
@@ -11,7 +11,6 @@ from pipeline.run.job import prepare_job
 from pipeline.run.progress import SharedProgress
 from tests.helpers.corpus import demo_job
 from tests.helpers.light_annotator import slow
-from tests.helpers.processes import python_path
 from tests.helpers.ray_head import ray_head
 from tests.helpers.waiting import PATIENCE_S
 
@@ -20,18 +19,14 @@ KINDS = 7  # every kind but errors, of which there are none
 
 @pytest.fixture(scope="module")
 def head():
-    with pytest.MonkeyPatch.context() as patch:
-        # workers import the light annotator by name
-        patch.setenv("PYTHONPATH", python_path())
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        with ray_head(dashboard=False) as started:
-            patch.setenv("RAY_ADDRESS", started.address)
-            yield started
+    with ray_head(dashboard=False) as started, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", started.address)
+        yield started
 
 
 @pytest.fixture
 def job(tmp_path):
-    """A job of so many empty shards, and perhaps one more that is held back."""
+    """Return a function that prepares a job of some empty shards, and perhaps of a held one."""
 
     def make(number, *more):
         shards = [
@@ -48,7 +43,7 @@ def job(tmp_path):
 
 
 class Scraper:
-    """Looks at the metrics while the run goes on; once all have come, lets the last shard go."""
+    """Read the metrics during the run; release the held shard once all of them are published."""
 
     def __init__(self, url, go):
         self.url, self.go, self.seen, self.until_s = url, go, {}, time.monotonic() + PATIENCE_S
@@ -88,14 +83,14 @@ def test_a_run_can_be_watched_by_prometheus(head, job, tmp_path):
     assert scraper.seen["ray_legrad_images_decoded"].samples[0].value >= 1
     busy_s = scraper.seen["ray_legrad_device_busy_seconds"].samples[0].value
     assert 0 < busy_s <= scraper.seen["ray_legrad_worker_seconds"].samples[0].value
-    # what workers measured is whole at the end, whenever they were asked last
+    # the measures are complete at the end, whenever the last heartbeat was
     assert result.state.measures.images_decoded == 10
     assert 0 < result.state.measures.device_busy_share <= 1
     assert result.state.loading_s < result.state.elapsed_s
 
 
 @pytest.mark.slow
-def test_a_limited_run_does_so_many_shards_and_the_next_run_the_others(head, job, tmp_path):
+def test_a_limited_run_annotates_that_many_shards_and_the_next_run_the_others(head, job, tmp_path):
     quiet = SharedProgress([])
     first = run_job(job(6), quiet, slow, max_shards=2)
     assert (first.state.shards_done, first.state.shards_left, first.complete) == (2, 4, False)

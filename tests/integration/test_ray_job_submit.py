@@ -24,7 +24,7 @@ SHARDS_TO_STOP = 5
 
 @pytest.fixture(scope="module")
 def head():
-    with ray_head(dashboard=True, token=True) as started:
+    with ray_head(dashboard=True) as started:
         yield started
 
 

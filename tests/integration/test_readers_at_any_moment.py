@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from tests.helpers.faults import Fault
 from tests.helpers.output_readers import assert_all_readers_find, rows_by_reader
 from tests.helpers.waiting import PATIENCE_S, TEST_PATIENCE_S, descendants, wait_until
 
@@ -12,9 +13,9 @@ NAMES = [f"s{number}" for number in range(8)]
 
 
 def stopped_in_mid_run(process, condition, log):
-    """Everything of a run stands still once a condition holds; returns what lets it go on."""
+    """Stop all processes of a run once a condition holds; return their ids."""
     wait_until(condition, log.read_text, process)
-    # the driver first, or it would take silent workers for dead ones
+    # the driver first, so that it does not replace stopped workers
     pids = [process.pid, *descendants(process.pid)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -31,25 +32,27 @@ def test_at_every_moment_all_readers_find_the_same_rows_and_in_the_end_those_of_
     def published():
         return {path.name.split("-")[0] for path in (out / "annotations").glob("*.parquet")}
 
-    first, tars = word_command(NAMES, samples=30, seconds_per_sample=0.03)
+    # each run is stopped while a shard is held
+    first, tars = word_command(NAMES, Fault("s7", "begin", "wait_for_go"), samples=30)
     stopped = stopped_in_mid_run(first, lambda: len(published()) >= 2, log)
     assert_all_readers_find(out)
     assert len(published()) < len(NAMES)
     for pid in stopped:
         os.kill(pid, signal.SIGKILL)
-    first.wait(60)
+    first.wait(PATIENCE_S)
     assert_all_readers_find(out)
 
     redone = sorted(published())[0]
     os.utime(tmp_path / "in" / f"{redone}.tar", (1, 1))
-    again, _ = word_command(NAMES, samples=30, seconds_per_sample=0.03)
+    again, _ = word_command(NAMES, Fault(redone, "begin", "wait_for_go"), samples=30)
     stopped = stopped_in_mid_run(again, lambda: list((out / "unlisted").glob(f"{redone}-*.moved")), log)
     assert redone not in published()
     assert_all_readers_find(out)
     for pid in stopped:
         os.kill(pid, signal.SIGCONT)
+    (tmp_path / "go").touch()
     assert again.wait(PATIENCE_S) == 0, log.read_text()
-    assert "changed since they were annotated and are done again" in log.read_text()
+    assert "changed since they were annotated and are annotated again" in log.read_text()
     assert_all_readers_find(out)
     rows_of_all = rows_by_reader(out)["status"]
     assert published() == set(NAMES)

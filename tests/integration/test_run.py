@@ -1,4 +1,4 @@
-"""Jobs on a real local Ray: workers die, runs are cut short, shards are poison; no row is lost or doubled."""
+"""Jobs on a local Ray: workers killed, runs interrupted, shards that kill workers; no row lost or doubled."""
 
 import inspect
 import os
@@ -17,13 +17,12 @@ from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.console import PrintableConsole
 from pipeline.errors import OutputError, UserError
 from pipeline.output.status import read_status
-from pipeline.run.dispatcher import WorkersDied, run_job
+from pipeline.run.dispatcher import WorkersLost, run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import open_progress
 from tests.helpers.accounts import audit
 from tests.helpers.corpus import demo_job, write_corpus
 from tests.helpers.light_annotator import LightAnnotator, dies_while_loading, light
-from tests.helpers.processes import python_path
 from tests.helpers.waiting import PATIENCE_S, held_shard, wait_for_first_shard
 
 LEGRAD = str(Path(sys.executable).with_name("legrad"))
@@ -40,10 +39,8 @@ def named_shards(folder, *names):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Runs a job with the light annotator; returns its result and what its log said."""
-    # workers import the light annotator by name
-    monkeypatch.setenv("PYTHONPATH", python_path())
+def run(tmp_path):
+    """Return a function that runs a job with the light annotator and returns its result and log."""
 
     def start(*names, factory=light, **settings):
         shards = named_shards(tmp_path / "in", *names)
@@ -68,10 +65,10 @@ def test_a_poison_shard_among_good_ones_is_given_up_and_all_others_finish(run, t
     assert [url.rsplit("/", 1)[1] for url, _ in result.failed] == ["poison.tar"]
     assert (result.state.shards_done, result.state.shards_failed, result.state.shards_left) == (5, 1, 0)
     assert not result.complete
-    assert "a worker died" in log
+    assert re.search(r"Worker lost \(.+\); restarting. Shards in flight: .*poison.tar", log)
     status = read_status(str(tmp_path / "out"))
     assert (len(status.done), len(status.failed), len(status.left)) == (5, 1, 0)
-    assert "the worker died" in status.failed[0][1]
+    assert "worker lost" in status.failed[0][1]
     assert not (tmp_path / "out" / "_SUCCESS").exists()
     failure = yaml.safe_load(next((tmp_path / "out" / "failed").iterdir()).read_text())
     assert failure["attempts"] == 2
@@ -113,13 +110,13 @@ def test_a_budget_blown_by_the_last_shard_is_no_success(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_files_of_different_attempts_are_done_again_by_the_same_command(run, tmp_path):
+def test_the_same_command_redoes_shards_with_files_of_different_attempts(run, tmp_path):
     run("a", "b", workers=1)
     errors = sorted((tmp_path / "out" / "errors").iterdir())
     errors[0].write_bytes(b"torn")
     (tmp_path / "out" / "_SUCCESS").unlink()
     result, log = run("a", "b", workers=1)
-    assert re.search(r"do not belong together; done again: \S+/a.tar\n", log)
+    assert re.search(r"files of different attempts; annotating again: \S+/a.tar\n", log)
     assert (result.state.shards_done, result.complete) == (1, True)
     assert published(tmp_path / "out") == ["a.tar", "b.tar"]
 
@@ -133,12 +130,12 @@ def test_too_many_failed_shards_stop_the_job_early(run):
 
 
 @pytest.mark.slow
-def test_workers_that_die_while_they_load_end_the_job(run):
-    with pytest.raises(WorkersDied, match="3 workers in a row"):
+def test_workers_lost_while_loading_end_the_job(run):
+    with pytest.raises(WorkersLost, match="3 workers in a row"):
         run("a", factory=dies_while_loading, workers=1)
 
 
-def test_a_damaged_checkpoint_is_told_before_any_worker_starts(tmp_path):
+def test_a_damaged_checkpoint_is_an_error_before_any_worker_starts(tmp_path):
     checkpoint = tmp_path / "weights.safetensors"
     checkpoint.write_bytes(b"no weights")
     model = {"name": "ViT-B-32", "pretrained": str(checkpoint)}
@@ -164,7 +161,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
-    """Rows of a run that nothing disturbed."""
+    """Rows of an undisturbed run."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     corpus.go.touch()
     finished = annotate(corpus, out)
@@ -208,7 +205,7 @@ def rows_of(out):
 
 
 def worker_pids(process):
-    """Worker processes of the ray that belongs to a driver: those whose ancestors lead to it."""
+    """Process ids of the workers below a driver process."""
     parents, names = {}, {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -231,7 +228,7 @@ def descends(pid, ancestor, parents):
 
 @pytest.fixture
 def nothing_lost_or_doubled(corpus, undisturbed, fault_table):
-    """Holds an output folder against the input, against a run that nothing disturbed, and notes the fault."""
+    """Return a function that compares an output folder with the input and an undisturbed run."""
 
     def check(out, fault, injected_how):
         accounts = audit(out, corpus.shards)
@@ -256,7 +253,7 @@ def test_a_worker_killed_in_mid_shard_costs_no_row_and_doubles_none(
     os.kill(pids[0], signal.SIGKILL)
     corpus.go.touch()
     assert begun.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
-    assert "a worker died" in (tmp_path / "log").read_text()
+    assert "Worker lost" in (tmp_path / "log").read_text()
     nothing_lost_or_doubled(out, "worker killed in mid-shard, real model", "SIGKILL to the worker")
 
 
@@ -284,7 +281,7 @@ def test_sigterm_ends_with_its_own_exit_code_and_a_rerun_completes(
     assert begun.wait(timeout=PATIENCE_S) == 143, (tmp_path / "log").read_text()
     corpus.go.touch()
     assert annotate(corpus, out).wait(timeout=PATIENCE_S) == 0
-    nothing_lost_or_doubled(out, "driver told to end, rerun, real model", "SIGTERM to the driver")
+    nothing_lost_or_doubled(out, "driver ended, rerun, real model", "SIGTERM to the driver")
 
 
 def test_a_driver_killed_with_9_leaves_what_a_rerun_completes(

@@ -1,4 +1,4 @@
-"""A hopeless job stops early, and says why."""
+"""A job with too many failures stops early and reports why."""
 
 import pytest
 

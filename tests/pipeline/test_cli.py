@@ -66,7 +66,9 @@ def test_a_dry_run_lists_and_estimates_and_writes_nothing(legrad, config_file, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_limited_run_annotates_so_many_shards_and_extrapolates(legrad, config_file, monkeypatch, tmp_path):
+def test_a_limited_run_annotates_that_many_shards_and_gives_an_estimate(
+    legrad, config_file, monkeypatch, tmp_path
+):
     def done(job, progress, max_shards):
         first = job.shards[0].shard_id
         for folder in ("errors", "annotations"):
@@ -79,7 +81,7 @@ def test_a_limited_run_annotates_so_many_shards_and_extrapolates(legrad, config_
     code, out, _ = legrad("annotate", config_file, "--limit", "1")
     assert code == 3
     assert "0001.tar; run the same command again to resume" in out
-    assert "extrapolated from 1 of 2 shards" in out
+    assert "estimate from 1 of 2 shards" in out
     assert "about 2 samples, 6 rows, 4.0 kB of output" in out
 
 

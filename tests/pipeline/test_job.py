@@ -1,4 +1,4 @@
-"""The output folder: whose it is, what is done in it, when it is complete."""
+"""The output folder of a job: its configuration, finished shards, and when it is complete."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_a_new_folder_gets_its_job_file_and_the_frozen_list_of_shards(corpus, tm
     assert table["size_bytes"].to_pylist() == [path.stat().st_size for path in corpus]
 
 
-def test_done_shards_are_known_by_their_annotations_alone(corpus, tmp_path):
+def test_a_shard_is_done_if_its_annotations_are_there(corpus, tmp_path):
     config = demo_job(corpus, tmp_path / "out")
     job = jobs.prepare_job(config)
     commit(job, job.shards[1])
@@ -56,7 +56,7 @@ def test_done_shards_are_known_by_their_annotations_alone(corpus, tmp_path):
     ]
 
 
-def test_new_shards_are_taken_in_and_the_job_is_no_longer_complete(corpus, tmp_path):
+def test_new_shards_are_added_and_the_job_is_no_longer_complete(corpus, tmp_path):
     config = demo_job(corpus[:2], tmp_path / "out")
     job = jobs.prepare_job(config)
     for shard in job.shards:
@@ -88,7 +88,7 @@ def test_files_of_a_job_with_another_configuration_that_started_at_the_same_time
     ]
 
 
-def test_another_configuration_is_refused_and_what_differs_is_named(corpus, tmp_path):
+def test_another_configuration_is_an_error_that_names_the_differences(corpus, tmp_path):
     job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     commit(job, job.shards[0])
     changed = r"changed: masks\.rule: otsu before, fixed now\n +masks\.value: 0\.5 before, 0\.3 now\n  choose"
@@ -96,20 +96,20 @@ def test_another_configuration_is_refused_and_what_differs_is_named(corpus, tmp_
         jobs.prepare_job(demo_job(corpus, tmp_path / "out", masks={"rule": "fixed", "value": 0.3}))
 
 
-def test_a_key_that_does_nothing_leaves_finished_work_as_it_is(corpus, tmp_path):
+def test_a_key_without_effect_on_rows_keeps_finished_shards(corpus, tmp_path):
     job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     commit(job, job.shards[0])
     again = jobs.prepare_job(demo_job(corpus, tmp_path / "out", masks={"quantile": 0.1, "value": 0.9}))
     assert again.done == {job.shards[0].shard_id}
 
 
-def test_a_folder_without_results_takes_a_corrected_configuration(corpus, tmp_path):
+def test_a_folder_without_results_accepts_a_corrected_configuration(corpus, tmp_path):
     jobs.prepare_job(demo_job(corpus, tmp_path / "out", model={"layers": 1}))
     corrected = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     assert read_job_record(str(tmp_path / "out")).config_hash == corrected.stamp.config_hash
 
 
-def test_another_configuration_may_overwrite_where_that_is_asked_for(corpus, tmp_path):
+def test_another_configuration_overwrites_if_output_on_mismatch_says_so(corpus, tmp_path):
     first = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     commit(first, first.shards[0])
     changed = demo_job(corpus, tmp_path / "out", masks={"rule": "fixed"}, output={"on_mismatch": "overwrite"})
@@ -125,7 +125,7 @@ def test_run_settings_may_change_between_runs(corpus, tmp_path):
     assert jobs.prepare_job(demo_job(corpus, tmp_path / "out", run={"batch_size": 3})).warnings == ()
 
 
-def test_other_versions_are_a_warning_not_a_refusal(corpus, tmp_path):
+def test_other_versions_are_a_warning_and_no_error(corpus, tmp_path):
     config = demo_job(corpus, tmp_path / "out")
     job = jobs.prepare_job(config)
     commit(job, job.shards[0])
@@ -137,7 +137,7 @@ def test_other_versions_are_a_warning_not_a_refusal(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("retry", [True, False])
-def test_given_up_shards_are_tried_again_unless_told_not_to(corpus, tmp_path, retry):
+def test_given_up_shards_are_tried_again_if_run_retry_failed_is_set(corpus, tmp_path, retry):
     config = demo_job(corpus, tmp_path / "out", run={"retry_failed": retry})
     job = jobs.prepare_job(config)
     jobs.record_failure(job.folder, job.shards[0], 3, "killed")
@@ -146,7 +146,7 @@ def test_given_up_shards_are_tried_again_unless_told_not_to(corpus, tmp_path, re
     assert (job.shards[0].shard_id in again.given_up) is not retry
 
 
-def test_no_secret_of_a_url_is_written_down(corpus, tmp_path):
+def test_no_secret_of_a_url_is_written(corpus, tmp_path):
     signed = f"file://{corpus[0]}"
     config = demo_job([signed], tmp_path / "out")
     hidden = config.model_copy(
@@ -160,7 +160,7 @@ def test_no_secret_of_a_url_is_written_down(corpus, tmp_path):
     assert "s3://bucket/{0..1}.tar" in written
 
 
-def test_status_counts_what_is_done_failed_and_left(corpus, tmp_path):
+def test_status_counts_shards_done_failed_and_left(corpus, tmp_path):
     config = demo_job(corpus, tmp_path / "out")
     job = jobs.prepare_job(config)
     commit(job, job.shards[0], rows=3, failures=2)
@@ -191,12 +191,12 @@ def test_status_names_a_shard_whose_two_files_are_of_different_attempts(corpus, 
     assert not status.complete
 
 
-def test_status_of_a_folder_without_a_job_is_the_users_mistake(tmp_path):
+def test_status_of_a_folder_without_a_job_is_an_input_error(tmp_path):
     with pytest.raises(UserError, match=r"holds no job\.json"):
         read_status(str(tmp_path))
 
 
-def test_the_list_of_shards_that_is_frozen_is_the_one_that_is_worked_on(corpus, tmp_path):
+def test_the_listed_shards_are_the_shards_annotated(corpus, tmp_path):
     config = demo_job([str(corpus[0].parent / "*.tar")], tmp_path / "out")
     job = jobs.prepare_job(config)
     frozen = [(row["shard_id"], row["shard"]) for row in read_shard_rows(config.output.dir)]
@@ -211,6 +211,6 @@ def test_relative_paths_mean_the_same_files_for_workers_elsewhere(corpus, tmp_pa
 
 
 def test_credentials_in_the_output_folder_are_refused(corpus):
-    with pytest.raises(UserError, match="credentials come from the environment") as told:
+    with pytest.raises(UserError, match="credentials come from the environment") as raised:
         demo_job(corpus, "s3://id:hunter2@bucket/out")
-    assert "hunter2" not in str(told.value)
+    assert "hunter2" not in str(raised.value)

@@ -168,7 +168,7 @@ def test_a_corpus_that_only_moved_is_not_annotated_again(tars, out, tmp_path, ho
     moves = [f"{tmp_path / 'in'}={tmp_path / 'elsewhere'}"] if how == "told" else []
     job = prepare_job(demo_job(moved, out), moves)
     assert job.todo == []
-    assert any("4 shard(s) moved and are not done again" in told for told in job.warnings)
+    assert any("4 shard(s) moved and are not annotated again" in told for told in job.warnings)
     assert annotate(job).complete
     assert_all_readers_find(out, 4 * ROWS)
     again = prepare_job(demo_job(moved, out))

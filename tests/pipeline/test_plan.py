@@ -1,4 +1,4 @@
-"""Workers are planned for what machines can hold."""
+"""Plan workers that fit on the machines of a cluster."""
 
 import itertools
 
@@ -46,22 +46,22 @@ def test_the_device_follows_the_plan():
 
 
 @pytest.mark.parametrize(
-    ("machines", "settings", "told"),
+    ("machines", "settings", "message"),
     [
         (
             [{"CPU": 4}, {"CPU": 4}],
             {"cpus_per_worker": 8},
-            "cpus_per_worker: 8 asked for, the largest machine has 4",
+            "cpus_per_worker is 8; the largest machine has 4",
         ),
         (
             [{"CPU": 4, "GPU": 2}] * 2,
             {"gpus_per_worker": 4},
-            "gpus_per_worker: 4 asked for, the largest machine has 2",
+            "gpus_per_worker is 4; the largest machine has 2",
         ),
     ],
 )
-def test_a_worker_larger_than_any_machine_is_refused(machines, settings, told):
-    with pytest.raises(UserError, match=told):
+def test_a_worker_larger_than_any_machine_is_refused(machines, settings, message):
+    with pytest.raises(UserError, match=message):
         plan_workers(RunConfig(**settings), machines, shards=1)
 
 

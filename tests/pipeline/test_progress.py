@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines in a log, a display on a terminal."""
+"""Progress of a run: lines in a log, a display on a terminal."""
 
 import io
 import os
@@ -38,30 +38,30 @@ def logged(state, interval_s):
     return log.getvalue()
 
 
-def test_a_log_gets_one_plain_line_with_everything_that_is_asked_of_it():
+def test_a_log_gets_one_plain_line_with_all_figures():
     line = logged(STATE, 0.0)
     assert line.count("\n") == 1
     assert "\x1b" not in line
-    for told in (
+    for part in (
         "shards 5/10, 0 damaged, 1 failed, 4 left",
         "samples 300 (10.0/s), 10 failed",
         "images 290",
         "device busy 90 %",
         "errors 10 (decode/truncated 10)",
-        "elapsed 35s, left 40s",
+        "elapsed 35s, remaining 40s",
     ):
-        assert told in line
+        assert part in line
 
 
-def test_a_log_gets_no_line_before_its_time():
+def test_a_log_gets_no_line_before_the_interval_has_passed():
     assert logged(STATE, 3600.0) == ""
 
 
-def test_samples_of_shards_in_hand_count_in_the_time_left():
-    # 4 shards of about 100 samples are left, 150 of these have come: 250 at 15/s
-    assert "left 17s" in logged(replace(STATE, live_counts=ShardCounts(annotated=150)), 0.0)
+def test_samples_of_shards_in_flight_count_in_the_time_left():
+    # 4 shards of about 100 samples are left, 150 of these are done: 250 at 15/s
+    assert "remaining 17s" in logged(replace(STATE, live_counts=ShardCounts(annotated=150)), 0.0)
     # shards without a single sample are counted as shards
-    assert "left 40s" in logged(replace(STATE, counts=ShardCounts()), 0.0)
+    assert "remaining 40s" in logged(replace(STATE, counts=ShardCounts()), 0.0)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -69,21 +69,21 @@ def test_a_terminal_gets_a_live_display_that_fits(width):
     screen = io.StringIO()
     with open_progress(PrintableConsole(file=screen, force_terminal=True, width=width), 1.0) as progress:
         progress.update(STATE)
-        progress.say("a worker died")
+        progress.say("Worker lost")
     shown = screen.getvalue()
     assert "\x1b[" in shown
-    for told in (
+    for part in (
         "5/10 done, 0 damaged, 1 failed, 4 left",
         "10.0/s",
         "290 decoded",
         "busy 90 %",
         "decode/truncated 10",
     ):
-        assert told in shown
-    assert "a worker died" in shown
+        assert part in shown
+    assert "Worker lost" in shown
 
 
-def test_of_many_kinds_of_error_a_line_names_the_commonest():
+def test_a_line_names_the_most_common_kinds_of_error():
     kinds = {f"decode/kind{rank}": 10 - rank for rank in range(8)}
     line = as_line(replace(STATE, counts=ShardCounts(errors_by_kind=kinds)), RecentPace().update(STATE))
     assert "decode/kind0 10, decode/kind1 9, decode/kind2 8, ..." in line
@@ -111,7 +111,7 @@ def test_the_pace_is_that_of_the_last_minute_not_of_the_whole_run():
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 100), st.booleans()), max_size=30))
-def test_the_pace_is_never_negative_also_when_a_dead_worker_takes_samples_with_it(steps):
+def test_the_pace_is_never_negative_even_if_a_lost_worker_takes_samples_with_it(steps):
     pace, elapsed_s, samples = RecentPace(), 0.0, 0
     for passed_s, gained, lost in steps:
         elapsed_s, samples = elapsed_s + passed_s, max(0, samples - gained) if lost else samples + gained
@@ -149,20 +149,20 @@ def test_time_counts_once_while_several_device_steps_run(monkeypatch):
     assert meter.read() == Measures(device_busy_s=5.0, ready_s=10.0)
 
 
-def test_what_several_are_told_all_of_them_hear():
+def test_every_display_receives_everything():
     logs = [io.StringIO(), io.StringIO()]
     consoles = [PrintableConsole(file=log) for log in logs]
     with open_progress(consoles[0], 0.0) as one, open_progress(consoles[1], 0.0) as other:
         both = SharedProgress([one, other])
         both.update(STATE)
-        both.say("a worker died")
+        both.say("Worker lost")
     assert logs[0].getvalue() == logs[1].getvalue()
     assert logs[0].getvalue().count("\n") == 2
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(0.4, "0s"), (59.6, "1m00s"), (200, "3m20s"), (3720, "1h02m")])
-def test_durations_are_told_briefly(seconds, told):
-    assert as_duration(seconds) == told
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (200, "3m20s"), (3720, "1h02m")])
+def test_durations_are_short(seconds, text):
+    assert as_duration(seconds) == text
 
 
 class Failing:
@@ -180,7 +180,7 @@ class Failing:
         raise OSError("the terminal is gone")
 
 
-def test_a_part_that_fails_is_told_once_and_the_others_go_on(caplog):
+def test_a_display_that_fails_is_logged_once_and_the_others_continue(caplog):
     log, failing = io.StringIO(), Failing()
     with open_progress(PrintableConsole(file=log, width=80), 0.0) as shown:
         for progress in (SharedProgress([failing, shown]), SharedProgress([shown, failing])):
@@ -192,7 +192,7 @@ def test_a_part_that_fails_is_told_once_and_the_others_go_on(caplog):
     assert caplog.text.count("Failing failed (UnicodeEncodeError") == 2
 
 
-def test_a_reader_who_goes_away_ends_no_run():
+def test_a_reader_that_closes_the_pipe_does_not_end_a_run():
     reader, writer = os.pipe()
     os.close(reader)
     with (

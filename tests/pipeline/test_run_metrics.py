@@ -1,4 +1,4 @@
-"""A run as metrics: names, tags, and counters that only rise."""
+"""Metrics of a run: names, tags, and counters that only rise."""
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ STATE = RunState(
 )
 
 
-def test_all_that_is_known_of_a_run_is_recorded(metrics):
+def test_the_whole_state_of_a_run_is_published(metrics):
     metrics.update(STATE)
     assert set(Recorder.made) == {*COUNTERS, *GAUGES}
     assert value("legrad_samples", outcome="annotated") == 12
@@ -70,7 +70,7 @@ def test_all_that_is_known_of_a_run_is_recorded(metrics):
     assert value("legrad_workers") == 2
 
 
-def test_counters_neither_fall_nor_count_twice_what_a_dead_worker_had_begun(metrics):
+def test_counters_neither_fall_nor_count_twice_the_samples_of_a_lost_worker(metrics):
     metrics.update(STATE)
     metrics.update(replace(STATE, live_counts=ShardCounts()))
     assert value("legrad_samples", outcome="annotated") == 12
@@ -78,7 +78,7 @@ def test_counters_neither_fall_nor_count_twice_what_a_dead_worker_had_begun(metr
     assert value("legrad_samples", outcome="annotated") == 15
 
 
-def test_metrics_are_recorded_no_more_often_than_the_interval_but_always_at_the_end(metrics, monkeypatch):
+def test_metrics_are_published_at_most_once_per_interval_and_always_at_the_end(metrics, monkeypatch):
     monkeypatch.setattr("pipeline.run.prometheus.INTERVAL_S", 3600.0)
     metrics.update(STATE)
     metrics.update(replace(STATE, workers_ready=5))
@@ -95,7 +95,7 @@ def test_metrics_are_recorded_no_more_often_than_the_interval_but_always_at_the_
         ("/data/\udce9", "/data/?"),
     ],
 )
-def test_any_folder_can_name_a_run(metrics, out, tag):
+def test_any_output_folder_can_be_a_tag(metrics, out, tag):
     RunMetrics(out, Recorder, Recorder).update(
         replace(STATE, counts=ShardCounts(errors_by_kind={"décode": 1}))
     )
@@ -103,7 +103,7 @@ def test_any_folder_can_name_a_run(metrics, out, tag):
     assert frozenset({("output", tag), ("kind", "d%C3%A9code")}) in Recorder.made["legrad_errors"].values
 
 
-def test_metrics_that_cannot_be_made_end_no_run():
+def test_metrics_that_cannot_be_created_do_not_end_a_run():
     def broken(*_args):
         raise RuntimeError("no agent")
 

@@ -1,4 +1,4 @@
-"""Untrusted text on its way to a terminal, by whichever road."""
+"""Untrusted text is escaped before it reaches a terminal, whichever call writes it."""
 
 import io
 import logging
@@ -71,7 +71,7 @@ def roads(console):
 
 @pytest.mark.parametrize("road", list(roads(PrintableConsole())))
 @pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
-def test_no_road_of_a_console_lets_untrusted_text_through(road, hostile):
+def test_no_method_of_a_console_lets_untrusted_text_through(road, hostile):
     log = io.StringIO()
     roads(PrintableConsole(file=log, width=200))[road](hostile)
     assert not RAW.search(log.getvalue())
@@ -106,7 +106,7 @@ def test_markup_in_text_is_text(road, text):
     assert text in log.getvalue()
 
 
-def test_columns_are_as_wide_as_what_is_shown():
+def test_columns_are_as_wide_as_the_escaped_text():
     log = io.StringIO()
     table = Table("key", "count")
     table.add_row(Text("\x1b[2J" * 3), "1")
@@ -116,7 +116,7 @@ def test_columns_are_as_wide_as_what_is_shown():
 
 
 @given(st.text(st.characters()))
-def test_what_is_printable_is_printed_as_it_is_and_the_rest_is_escaped(text):
+def test_printable_text_is_unchanged_and_the_rest_is_escaped(text):
     assert not RAW.search(on_screen(text))
     assert not re.search("[\n\t]", printable(text))
     if not RAW.search(text):
@@ -156,26 +156,26 @@ def trace(text):
 
 @pytest.mark.parametrize("write", [print, log_line, warning, trace], ids=lambda write: write.__name__)
 @pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
-def test_nothing_else_that_is_written_lets_untrusted_text_through(write, hostile):
+def test_no_other_way_of_writing_lets_untrusted_text_through(write, hostile):
     # pytest replaces the hooks of the interpreter, which write where sys.stderr is
     shown = streams_of(lambda: write(hostile))
     assert not RAW.search(shown)
 
 
-def test_a_log_message_cannot_pretend_to_be_another_line():
+def test_a_log_message_cannot_imitate_another_line():
     record = logging.LogRecord("x", logging.WARNING, "", 0, "key %s", ("a\nERROR x: b",), None)
     assert PrintableFormatter("%(message)s").format(record) == "key a\\x0aERROR x: b"
 
 
-def test_the_streams_are_as_before_in_the_end():
+def test_the_streams_are_restored_after_the_block():
     before = sys.stdout, sys.stderr
     with pytest.raises(SystemExit), printable_streams():
         sys.exit(3)
     assert (sys.stdout, sys.stderr) == before
 
 
-def test_no_module_shows_text_past_the_one_place():
-    """Neither print nor another console; what makes the project's own pages may."""
+def test_modules_write_only_through_the_escaping_console():
+    """Neither print nor another console is used, except to generate the project's own pages."""
     allowed = {"console.py", "reference.py"}
     for path in (SOURCE / "pipeline").rglob("*.py"):
         if path.name not in allowed and "demo" not in path.parts:
