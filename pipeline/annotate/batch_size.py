@@ -1,4 +1,4 @@
-"""`run.batch_size: auto`: how many images a forward pass takes."""
+"""Find the batch size for `run.batch_size: auto`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from PIL import Image
 
 import legrad
 from legrad.views import Views, canvas_pixels
-from pipeline.annotate.engine import Engine, PreparedSample, Prompt
-from pipeline.shards.images import WHOLE_IMAGE, DecodedImage
+from pipeline.annotate.engine import Engine
+from pipeline.annotate.samples import PreparedSample
+from pipeline.prompts.sample_prompts import Prompt
+from pipeline.shards.images import WHOLE_IMAGE
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,7 @@ def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int, views: Vi
     if explainer.device.type != "cuda":
         return CPU_BATCH_SIZE
     trial = Engine(explainer, prompts_per_sample, LARGEST_TRIED, views=views)
-    image = _large_image(explainer, views)
-    prompts = tuple(Prompt(index, f"{index}") for index in range(prompts_per_sample))
-    sample = PreparedSample(0, "trial", image, prompts)
+    sample = _trial_sample(explainer, prompts_per_sample, views)
 
     def step_s(images: int) -> float:
         # the first run of a size also chooses kernels and takes memory
@@ -48,13 +48,14 @@ def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int, views: Vi
     return found
 
 
-def _large_image(explainer: legrad.LeGrad, views: Views) -> DecodedImage:
-    """An image of the input's aspect ratio, of as many pixels as views of it can use."""
+def _trial_sample(explainer: legrad.LeGrad, prompts_per_sample: int, views: Views) -> PreparedSample:
+    """Return a sample whose image has the input's aspect ratio, and as many pixels as views of it can use."""
     transform = explainer.transform
     factor = math.ceil(max(views.tile_zoom, *views.scales))
-    size = (transform.width * factor, transform.height * factor)
-    pixels, *further_pixels = canvas_pixels(views, transform, Image.new("RGB", size))
-    return DecodedImage(pixels, size[1], size[0], tuple(further_pixels))
+    width, height = transform.width * factor, transform.height * factor
+    prompts = tuple(Prompt(index, f"{index}") for index in range(prompts_per_sample))
+    canvases = canvas_pixels(views, transform, Image.new("RGB", (width, height)))
+    return PreparedSample(0, "trial", height, width, canvases, prompts)
 
 
 def search_batch_size(step_s: Callable[[int], float]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,26 +55,20 @@ class DecodedImage:
     """An image as the model takes it, and the size it came in.
 
     Attributes:
-        pixels: RGB, uint8 [height, width, 3] at the model's input size.
         image_height: rows of the original, after EXIF orientation.
         image_width: columns of the original, after EXIF orientation.
-        further_pixels: the same for each further canvas of `legrad.views`.
+        canvases: the image resized for each canvas of `legrad.views`, RGB, uint8 [height, width, 3] each, the
+            first one at the model's input size.
     """
 
-    pixels: np.ndarray
     image_height: int
     image_width: int
-    further_pixels: tuple[np.ndarray, ...] = ()
+    canvases: tuple[np.ndarray, ...]
 
     @property
-    def canvases(self) -> tuple[np.ndarray, ...]:
-        """All pixels, those of the first canvas first."""
-        return (self.pixels, *self.further_pixels)
-
-    @property
-    def shapes(self) -> Hashable:
-        """What images have in common that may share a batch."""
-        return tuple(pixels.shape for pixels in self.canvases)
+    def pixels(self) -> np.ndarray:
+        """Pixels at the model's input size."""
+        return self.canvases[0]
 
 
 WHOLE_IMAGE = Views()
@@ -96,8 +90,7 @@ def decode_image(
     """
     image = open_image(data, max_image_pixels=max_image_pixels)
     with _faults_as_failures():
-        pixels, *further_pixels = canvas_pixels(views, transform, image)
-        return DecodedImage(pixels, image.height, image.width, tuple(further_pixels))
+        return DecodedImage(image.height, image.width, canvas_pixels(views, transform, image))
 
 
 def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
