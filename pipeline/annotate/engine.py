@@ -18,7 +18,14 @@ from legrad.views import Views, merged_relevance, preprocessed
 from pipeline.annotate.maps import MapSettings, sample_maps
 from pipeline.annotate.meter import Meter
 from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps
-from pipeline.annotate.texts import BatchTextEmbedder, BatchTexts, ImageMaps, choose_maps, equal_within
+from pipeline.annotate.texts import (
+    BatchTextEmbedder,
+    BatchTexts,
+    ImageMaps,
+    choose_maps,
+    equal_within,
+    images_of_maps,
+)
 from pipeline.prompts.sample_prompts import Companions
 from pipeline.shards.images import WHOLE_IMAGE
 
@@ -166,13 +173,12 @@ class Engine:
     ) -> torch.Tensor:
         """Return the raw grids of all maps of a batch, image by image, float32 on the device."""
         text_rows = torch.from_numpy(np.concatenate([maps.text_rows for maps in chosen]))
-        counts = torch.tensor([len(maps.text_rows) for maps in chosen])
         return merged_relevance(
             self._explainer,
             trace,
             canvases,
             texts.unit_rows[text_rows.to(texts.unit_rows.device)],
-            torch.repeat_interleave(torch.arange(len(chosen)), counts),
+            images_of_maps(chosen),
             views=self._views,
             images_at_once=images_at_once,
         ).float()

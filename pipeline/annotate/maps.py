@@ -12,7 +12,7 @@ from legrad.images import ImageTransform
 from legrad.inputs import neutral_patches
 from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
 from pipeline.annotate.samples import SampleMaps, TextMaps
-from pipeline.annotate.texts import ImageMaps
+from pipeline.annotate.texts import ImageMaps, images_of_maps
 from pipeline.config.schema import MasksConfig
 
 
@@ -66,11 +66,10 @@ def sample_maps(
         chosen: of each image, which of the grids are its own.
         settings: what is done to the grids.
     """
-    counts = torch.tensor([len(maps.text_rows) for maps in chosen])
-    owners = torch.repeat_interleave(torch.arange(len(chosen)), counts)
+    owners = images_of_maps(chosen)
     mask_maps = grids
     if settings.neutral_threshold is not None:
-        grids, mask_maps, owners = _without_claimed_patches(grids, counts, owners, settings.neutral_threshold)
+        grids, mask_maps, owners = _without_claimed_patches(grids, owners, settings.neutral_threshold)
     peaks = mask_maps.amax((1, 2))
     if settings.refinement is not None:
         mask_maps = refined_maps(pixels, mask_maps, owners, settings.refinement, settings.normalisation)
@@ -110,10 +109,10 @@ def refined_maps(
 
 
 def _without_claimed_patches(
-    grids: torch.Tensor, counts: torch.Tensor, owners: torch.Tensor, threshold: float
+    grids: torch.Tensor, owners: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the grids but the neutral ones; the same, zeroed where the neutral one is high; their owners."""
-    neutral = counts.cumsum(0) - 1  # the last map of each image
+    neutral = torch.bincount(owners).cumsum(0) - 1  # the last map of each image
     claimed = neutral_patches(grids[neutral.to(grids.device)][:, None], threshold)
     kept = torch.ones(len(owners), dtype=torch.bool).index_fill(0, neutral, False).nonzero().flatten()
     owners = owners[kept]

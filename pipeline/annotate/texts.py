@@ -129,6 +129,12 @@ class BatchTextEmbedder:
         return equal
 
 
+def images_of_maps(chosen: Sequence[ImageMaps]) -> torch.Tensor:
+    """Return the row of the image of each map of a batch, int64 [maps], on the CPU."""
+    counts = torch.tensor([len(maps.text_rows) for maps in chosen])
+    return torch.repeat_interleave(torch.arange(len(chosen)), counts)
+
+
 def choose_maps(
     similarities: np.ndarray, texts: BatchTexts, max_prompts: int, max_background: int
 ) -> list[ImageMaps]:

@@ -2,24 +2,31 @@
 
 import copy
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from device_trips import DeviceTrips
 from PIL import Image
 
 from legrad.heatmaps import heatmaps_of
 from legrad.views import Views, canvas_pixels, view_relevance
 from pipeline.annotate.engine import Engine
+from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.model import load_explainer
 from pipeline.annotate.samples import PreparedSample
-from pipeline.config.schema import ModelConfig
+from pipeline.config.schema import MasksConfig, ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.prompts.sample_prompts import Companions, Prompt
 
 TILES = Views(tile=True, scales=(1.0, 0.75), tile_zoom=1.25, max_tiles=4)
 SOON_S = 120.0
+
+# for the demo's text tower, grass and sky are one, as are any two texts of one word that it does not know
+BACKGROUNDS = ["sky", "a wall", "grass", "a very old wall", "a dog"]
+COMPANIONS = Companions(tuple((text,) for text in BACKGROUNDS), 2, "a photo of a", 0.6)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +107,38 @@ def same(results, expected):
     for result, wanted in zip(results, expected, strict=True):
         assert torch.allclose(prompt_grids(result), prompt_grids(wanted), rtol=1e-3, atol=1e-9)
         assert [prompt.prompt for prompt in result.prompts] == [prompt.prompt for prompt in wanted.prompts]
+
+
+def test_an_explained_sample_keeps_no_pixels(explainer):
+    batch, _ = large_samples(explainer, 2, TILES)
+    canvases = [weakref.ref(canvas) for sample in batch for canvas in sample.canvases]
+    assert len(canvases) == 6
+    results = Engine(explainer, 32, 8, views=TILES).explain(batch)
+    batch.clear()
+    assert len(results) == 2
+    assert [canvas() for canvas in canvases] == [None] * 6
+
+
+@pytest.mark.parametrize("is_refined", [False, True])
+@pytest.mark.parametrize("companions", [False, True])
+def test_values_come_to_the_cpu_a_few_times_a_batch_and_maps_once(explainer, companions, is_refined):
+    engine = Engine(
+        explainer,
+        32,
+        8,
+        companions=COMPANIONS if companions else Companions(),
+        refinement=refinement_of(MasksConfig(refine="par"), 8) if is_refined else None,
+    )
+    by_batch = []
+    for count in (1, 8):
+        with DeviceTrips(explainer.model) as device:
+            engine.explain(samples(count, first=10 * count))
+        by_batch.append(device.trips)
+    alone, together = by_batch
+    # the similarities, from which prompts are chosen, and all maps
+    assert alone["cpu"] == together["cpu"] == 2
+    # the others are checks of the texts, and which of them are equal
+    assert alone.total() == together.total() <= 8
 
 
 def test_two_batches_are_on_the_device_at_once_where_that_is_wanted(explainer):
@@ -190,11 +229,6 @@ def test_a_view_that_does_not_fit_alone_is_an_error(explainer):
     batch, _ = large_samples(explainer, 2, TILES)
     with pytest.raises(torch.OutOfMemoryError):
         Engine(Device(explainer, fits=0).explainer, 32, 4, views=TILES).explain(batch)
-
-
-# for the demo's text tower, grass and sky are one, as are any two texts of one word that it does not know
-BACKGROUNDS = ["sky", "a wall", "grass", "a very old wall", "a dog"]
-COMPANIONS = Companions(tuple((text,) for text in BACKGROUNDS), 2, "a photo of a", 0.6)
 
 
 def test_backgrounds_and_the_neutral_text_are_those_of_the_library(explainer):

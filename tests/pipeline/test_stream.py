@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
@@ -217,6 +218,29 @@ def test_a_device_step_that_loses_a_sample_is_an_error():
     with pytest.raises(ValueError, match="expected 3 explained samples, received 2"):
         stream.run(range(3), print)
     stream.close()
+
+
+def test_what_was_prepared_is_let_go_once_it_is_explained():
+    class Pixels:
+        pass
+
+    prepared, alive = [], []
+
+    def prepare(sample):
+        pixels = Pixels()
+        prepared.append(weakref.ref(pixels))
+        return pixels
+
+    def finish(number):
+        alive.append((number, sum(pixels() is not None for pixels in prepared[: number + 1])))
+        return number
+
+    numbers = iter(range(12))
+    stages = Stages(lambda _: 1, prepare, lambda _: 1, lambda batch: [next(numbers) for _ in batch], finish)
+    stream = BatchStream(stages, StreamLimits(threads=1, max_samples=32), lambda shape: 4)
+    stream.run(range(12), print)
+    stream.close()
+    assert alive == [(number, 0) for number in range(12)]
 
 
 def test_nothing_is_written_once_a_shard_has_failed(bench):
