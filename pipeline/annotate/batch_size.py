@@ -18,7 +18,7 @@ from pipeline.shards.images import WHOLE_IMAGE
 
 logger = logging.getLogger(__name__)
 
-# a core gains nothing from more, and memory grows with the batch
+# a CPU core gains nothing from more, and memory grows with the batch
 CPU_BATCH_SIZE = 8
 FIRST_TRIED = 8
 LARGEST_TRIED = 1024
@@ -26,12 +26,12 @@ WORTHWHILE_GAIN = 1.05
 
 
 def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int, views: Views = WHOLE_IMAGE) -> int:
-    """Find how many images keep a device busy: on CUDA by trying, on a CPU a fixed number.
+    """Return the number of images that keeps a device busy: on CUDA by trial, on a CPU a fixed number.
 
     Args:
         explainer: the loaded model.
-        prompts_per_sample: how many each image of the trial gets.
-        views: how each image of the trial is seen.
+        prompts_per_sample: prompts of each image of the trial.
+        views: views of each image of the trial.
     """
     if explainer.device.type != "cuda":
         return CPU_BATCH_SIZE
@@ -39,7 +39,7 @@ def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int, views: Vi
     sample = _trial_sample(explainer, prompts_per_sample, views)
 
     def step_s(images: int) -> float:
-        # the first run of a size also chooses kernels and takes memory
+        # the first run of a size also chooses kernels and allocates memory
         return min(trial.measure_s([sample] * images) for _ in range(2))
 
     found = search_batch_size(step_s)
@@ -59,14 +59,14 @@ def _trial_sample(explainer: legrad.LeGrad, prompts_per_sample: int, views: View
 
 
 def search_batch_size(step_s: Callable[[int], float]) -> int:
-    """Double the batch while that pays and fits.
+    """Double the batch size while that is worthwhile and fits into memory.
 
     Args:
-        step_s: runs a batch of so many images and returns its seconds; raises torch.OutOfMemoryError.
+        step_s: runs a batch of that many images and returns the seconds taken; raises torch.OutOfMemoryError.
 
     Returns:
-        The smallest size beyond which doubling gains less than 5 %; where memory ends first, half of what
-        fits, since two batches are held at a time. At least 1.
+        The smallest size beyond which doubling gains less than 5 %; where memory runs out first, half of what
+        fits, since two batches are on the device at a time. At least 1.
     """
     size, rate = FIRST_TRIED, _rate(step_s, FIRST_TRIED)
     while rate is None and size > 1:

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from device_trips import DeviceTrips
 from PIL import Image
 
 from legrad.heatmaps import heatmaps_of
@@ -20,6 +19,7 @@ from pipeline.annotate.samples import PreparedSample
 from pipeline.config.schema import MasksConfig, ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.prompts.sample_prompts import Companions, Prompt
+from tests.helpers.device_trips import DeviceTrips
 
 TILES = Views(tile=True, scales=(1.0, 0.75), tile_zoom=1.25, max_tiles=4)
 SOON_S = 120.0
