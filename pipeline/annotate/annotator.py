@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,13 @@ import legrad
 from legrad.views import canvas_bytes
 from pipeline import storage
 from pipeline.annotate.batch_size import find_batch_size
-from pipeline.annotate.engine import Engine, ExplainedSample, PreparedSample
+from pipeline.annotate.engine import Engine
+from pipeline.annotate.maps import map_bytes, refinement_of
 from pipeline.annotate.meter import Meter
 from pipeline.annotate.model import views_wanted
-from pipeline.annotate.refinement import map_bytes, refinement_of
-from pipeline.annotate.rows import annotation_rows, finite_prompts
-from pipeline.annotate.stages import Stages, StreamLimits
-from pipeline.annotate.stream import BatchStream
+from pipeline.annotate.rows import SampleRows, sample_rows
+from pipeline.annotate.samples import ExplainedSample, PreparedSample
+from pipeline.annotate.stream import BatchStream, Stages, StreamLimits
 from pipeline.config.schema import InputConfig, JobConfig
 from pipeline.errors import SampleFailure
 from pipeline.output.counts import ShardCounts, total_counts
@@ -33,40 +33,6 @@ from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
 
 LOOKAHEAD_BATCHES = 8
-
-
-@dataclass(frozen=True)
-class SampleOutcome:
-    """What became of a sample: rows, error rows, or neither where no prompt applies.
-
-    Attributes:
-        rows: of the annotations file.
-        errors: of the errors file.
-        dropped_prompts: prompts left out because the sample had too many.
-        is_sample: False for an error of the shard that belongs to no sample.
-    """
-
-    rows: tuple[dict[str, Any], ...] = ()
-    errors: tuple[SampleError, ...] = ()
-    dropped_prompts: int = 0
-    is_sample: bool = True
-
-    def add_to(self, writer: ShardWriter) -> None:
-        """Record it."""
-        if self.is_sample:
-            writer.add_sample(self.rows, self.errors, self.dropped_prompts)
-        else:
-            for error in self.errors:
-                writer.add_error(error)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A sample to be explained, or one already at its end; errors of single prompts stay with it."""
-
-    sample: PreparedSample | None
-    errors: tuple[SampleError, ...]
-    is_sample: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,9 +56,9 @@ class ShardAnnotator:
     Args:
         config: the job's configuration.
         explainer: the loaded model.
-        decode_threads: threads that decode images and encode masks, shared by all shards in hand.
-        metadata: written into every file beside the counts, such as the config hash and versions.
-        batches_at_once: on the device; with two, one computes while the other is put together.
+        decode_threads: threads that decode images and encode masks, shared by all shards in flight.
+        metadata: written into the footer of every file beside the counts: config hash, versions and so on.
+        batches_at_once: batches on the device; with two, one computes while the other is put together.
     """
 
     def __init__(
@@ -125,9 +91,9 @@ class ShardAnnotator:
         )
         self._metadata = metadata
         self._wanted_fields = wanted_fields(config.input, self._sample_prompts)
-        self._in_hand: set[ShardWriter] = set()
+        self._in_flight: set[ShardWriter] = set()
         self._stream = BatchStream(
-            Stages(self._size_bytes, self._prepare, _shapes, self._explain, self._finish),
+            Stages(self._size_bytes, self._prepare, _shape, self._engine.explain, self._finish),
             StreamLimits(
                 threads=decode_threads,
                 device_threads=batches_at_once,
@@ -161,15 +127,15 @@ class ShardAnnotator:
         return ShardReport(published.counts, time.monotonic() - started_s, published.damage)
 
     def wait_for_room(self) -> None:
-        """Return when another shard would be begun at once; until then it is better off elsewhere."""
+        """Wait until another shard would be read at once; until then another worker should take it."""
         self._stream.wait_for_room()
 
     def live_counts(self) -> ShardCounts:
-        """Outcomes so far of the shards in hand."""
-        return total_counts(writer.counts() for writer in tuple(self._in_hand))
+        """Return the outcomes so far of the shards in flight."""
+        return total_counts(writer.counts() for writer in tuple(self._in_flight))
 
     def measures(self) -> Measures:
-        """Images decoded and time on the device, since the model was loaded."""
+        """Return the images decoded and the time on the device since the model was loaded."""
         return self._meter.read()
 
     def _batch_size(self, maps_per_sample: int) -> int:
@@ -179,11 +145,11 @@ class ShardAnnotator:
 
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:
-        self._in_hand.add(writer)
+        self._in_flight.add(writer)
         try:
             yield
         finally:
-            self._in_hand.discard(writer)
+            self._in_flight.discard(writer)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -197,65 +163,52 @@ class ShardAnnotator:
         )
 
     def _size_bytes(self, item: RawSample | SampleError) -> int:
-        """What a sample takes at most, as read and as decoded; the stream's limit counts it ahead."""
+        """Return the most bytes that a sample takes, as read, decoded and explained."""
         if isinstance(item, SampleError):
             return 0
         read_bytes = sum(map(len, item.fields.values()))
         return read_bytes + canvas_bytes(self._views, self._explainer.transform) + self._refined_bytes
 
-    def _prepare(self, item: RawSample | SampleError) -> _Prepared:
+    def _prepare(self, item: RawSample | SampleError) -> PreparedSample | SampleRows:
         if isinstance(item, SampleError):
-            return _Prepared(None, (item,), is_sample=item.sample_index is not None)
+            return SampleRows(errors=(item,), is_sample=item.sample_index is not None)
         try:
             found = self._sample_prompts.of(item.fields)
-            errors = tuple(
-                _error_row(failure, item.key, item.index, index) for index, failure in found.failures
-            )
+            errors = tuple(_error_of(failure, item, prompt_index) for prompt_index, failure in found.failures)
             if not found.prompts:
-                return _Prepared(None, errors)
+                return SampleRows(errors=errors)
             image = decode_image(
                 find_field(item.fields, self._config.input.image),
                 self._explainer.transform,
                 max_image_pixels=self._config.input.max_image_pixels,
                 views=self._views,
             )
-            self._meter.image_decoded()
         except SampleFailure as failure:
-            return _Prepared(None, (_error_row(failure, item.key, item.index),))
-        return _Prepared(PreparedSample(item.index, item.key, image, found.prompts), errors)
+            return SampleRows(errors=(_error_of(failure, item),))
+        self._meter.image_decoded()
+        return PreparedSample(
+            index=item.index,
+            key=item.key,
+            image_height=image.image_height,
+            image_width=image.image_width,
+            canvases=image.canvases,
+            prompts=found.prompts,
+            errors=errors,
+        )
 
-    def _explain(self, batch: Sequence[_Prepared]) -> list[ExplainedSample]:
-        return self._engine.explain([item.sample for item in batch if item.sample is not None])
-
-    def _finish(self, item: _Prepared, explained: ExplainedSample | None) -> SampleOutcome:
-        if explained is None:
-            return SampleOutcome(errors=item.errors, is_sample=item.is_sample)
-        sample = explained.sample
-        errors = [
-            SampleError(
-                "model",
-                "non_finite",
-                "the relevance map is not finite",
-                sample.key,
-                sample.index,
-                kept.prompt.index,
-            )
-            for kept, is_finite in zip(explained.prompts, finite_prompts(explained).tolist(), strict=True)
-            if not is_finite
-        ]
-        rows = annotation_rows(explained, self._config, self._explainer.tower.normalisation)
-        return SampleOutcome(tuple(rows), (*item.errors, *errors), explained.dropped_prompts)
+    def _finish(self, explained: ExplainedSample) -> SampleRows:
+        return sample_rows(explained, self._config)
 
 
 def wanted_fields(settings: InputConfig, prompts: SamplePrompts) -> frozenset[str]:
-    """The fields of a sample that are read at all."""
+    """Return the names of the fields of a sample that are read at all."""
     prompt_fields = prompts.field.lower().split(":")[0].split(";") if prompts.field else []
     return frozenset([*settings.image.lower().split(";"), *prompt_fields])
 
 
-def _error_row(failure: SampleFailure, key: str, index: int, prompt_index: int | None = None) -> SampleError:
-    return SampleError(failure.stage, failure.kind, failure.message, key, index, prompt_index)
+def _error_of(failure: SampleFailure, sample: RawSample, prompt_index: int | None = None) -> SampleError:
+    return SampleError(failure.stage, failure.kind, failure.message, sample.key, sample.index, prompt_index)
 
 
-def _shapes(item: _Prepared) -> Hashable | None:
-    return None if item.sample is None else item.sample.image.shapes
+def _shape(sample: PreparedSample | SampleRows) -> Hashable | None:
+    return sample.shape if isinstance(sample, PreparedSample) else None

@@ -1,4 +1,4 @@
-"""`run.batch_size: auto`: how many images a forward pass takes."""
+"""Find the batch size for `run.batch_size: auto`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from PIL import Image
 
 import legrad
 from legrad.views import Views, canvas_pixels
-from pipeline.annotate.engine import Engine, PreparedSample, Prompt
-from pipeline.shards.images import WHOLE_IMAGE, DecodedImage
+from pipeline.annotate.engine import Engine
+from pipeline.annotate.samples import PreparedSample
+from pipeline.prompts.sample_prompts import Prompt
+from pipeline.shards.images import WHOLE_IMAGE
 
 logger = logging.getLogger(__name__)
 
-# a core gains nothing from more, and memory grows with the batch
+# a CPU core gains nothing from more, and memory grows with the batch
 CPU_BATCH_SIZE = 8
 FIRST_TRIED = 8
 LARGEST_TRIED = 1024
@@ -24,22 +26,20 @@ WORTHWHILE_GAIN = 1.05
 
 
 def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int, views: Views = WHOLE_IMAGE) -> int:
-    """Find how many images keep a device busy: on CUDA by trying, on a CPU a fixed number.
+    """Return the number of images that keeps a device busy: on CUDA by trial, on a CPU a fixed number.
 
     Args:
         explainer: the loaded model.
-        prompts_per_sample: how many each image of the trial gets.
-        views: how each image of the trial is seen.
+        prompts_per_sample: prompts of each image of the trial.
+        views: views of each image of the trial.
     """
     if explainer.device.type != "cuda":
         return CPU_BATCH_SIZE
     trial = Engine(explainer, prompts_per_sample, LARGEST_TRIED, views=views)
-    image = _large_image(explainer, views)
-    prompts = tuple(Prompt(index, f"{index}") for index in range(prompts_per_sample))
-    sample = PreparedSample(0, "trial", image, prompts)
+    sample = _trial_sample(explainer, prompts_per_sample, views)
 
     def step_s(images: int) -> float:
-        # the first run of a size also chooses kernels and takes memory
+        # the first run of a size also chooses kernels and allocates memory
         return min(trial.measure_s([sample] * images) for _ in range(2))
 
     found = search_batch_size(step_s)
@@ -48,24 +48,25 @@ def find_batch_size(explainer: legrad.LeGrad, prompts_per_sample: int, views: Vi
     return found
 
 
-def _large_image(explainer: legrad.LeGrad, views: Views) -> DecodedImage:
-    """An image of the input's aspect ratio, of as many pixels as views of it can use."""
+def _trial_sample(explainer: legrad.LeGrad, prompts_per_sample: int, views: Views) -> PreparedSample:
+    """Return a sample whose image has the input's aspect ratio, and as many pixels as views of it can use."""
     transform = explainer.transform
     factor = math.ceil(max(views.tile_zoom, *views.scales))
-    size = (transform.width * factor, transform.height * factor)
-    pixels, *further_pixels = canvas_pixels(views, transform, Image.new("RGB", size))
-    return DecodedImage(pixels, size[1], size[0], tuple(further_pixels))
+    width, height = transform.width * factor, transform.height * factor
+    prompts = tuple(Prompt(index, f"{index}") for index in range(prompts_per_sample))
+    canvases = canvas_pixels(views, transform, Image.new("RGB", (width, height)))
+    return PreparedSample(0, "trial", height, width, canvases, prompts)
 
 
 def search_batch_size(step_s: Callable[[int], float]) -> int:
-    """Double the batch while that pays and fits.
+    """Double the batch size while that is worthwhile and fits into memory.
 
     Args:
-        step_s: runs a batch of so many images and returns its seconds; raises torch.OutOfMemoryError.
+        step_s: runs a batch of that many images and returns the seconds taken; raises torch.OutOfMemoryError.
 
     Returns:
-        The smallest size beyond which doubling gains less than 5 %; where memory ends first, half of what
-        fits, since two batches are held at a time. At least 1.
+        The smallest size beyond which doubling gains less than 5 %; where memory runs out first, half of what
+        fits, since two batches are on the device at a time. At least 1.
     """
     size, rate = FIRST_TRIED, _rate(step_s, FIRST_TRIED)
     while rate is None and size > 1:

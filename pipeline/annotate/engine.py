@@ -1,4 +1,4 @@
-"""The device step: a batch of images and their prompts in, similarities and relevance grids out."""
+"""The device step: a batch of images and their prompts in, similarities and maps out."""
 
 from __future__ import annotations
 
@@ -6,80 +6,32 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 import legrad
-from legrad.inputs import neutral_patches
 from legrad.masks.refine import Refinement
+from legrad.method.trace import Trace
 from legrad.text_cache import TextEmbedder
 from legrad.views import Views, merged_relevance, preprocessed
-from pipeline.annotate.equal_texts import equal_within
+from pipeline.annotate.maps import MapSettings, sample_maps
 from pipeline.annotate.meter import Meter
-from pipeline.annotate.refinement import refined_maps
-from pipeline.annotate.texts import BatchTextEmbedder, BatchTexts, ImageMaps, choose_maps
-from pipeline.prompts.sample_prompts import Companions, Prompt
-from pipeline.shards.images import WHOLE_IMAGE, DecodedImage
-
-__all__ = ["Engine", "ExplainedPrompt", "ExplainedSample", "PreparedSample", "Prompt"]
+from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps
+from pipeline.annotate.texts import (
+    BatchTextEmbedder,
+    BatchTexts,
+    ImageMaps,
+    choose_maps,
+    equal_within,
+    images_of_maps,
+)
+from pipeline.prompts.sample_prompts import Companions
+from pipeline.shards.images import WHOLE_IMAGE
 
 logger = logging.getLogger(__name__)
 
 NO_COMPANIONS = Companions()
-
-
-@dataclass(frozen=True)
-class PreparedSample:
-    """A decoded sample that waits for its turn on the device.
-
-    Attributes:
-        index: ordinal in the shard.
-        key: sample key.
-        image: decoded and resized image.
-        prompts: texts to explain, at least one.
-    """
-
-    index: int
-    key: str
-    image: DecodedImage
-    prompts: tuple[Prompt, ...]
-
-
-@dataclass(frozen=True)
-class ExplainedPrompt:
-    """A prompt with its cosine similarity to the image, in [-1, 1]."""
-
-    prompt: Prompt
-    truncated: bool
-    similarity: float
-
-
-@dataclass(frozen=True)
-class ExplainedSample:
-    """What the device step says of a sample.
-
-    Attributes:
-        sample: the sample.
-        prompts: the prompts kept, in the sample's order.
-        relevance_grids: raw relevance, float32 on the CPU, [prompts, grid_height, grid_width].
-        dropped_prompts: prompts left out because the sample had too many.
-        background_grids: raw relevance of background texts, as `relevance_grids`; [backgrounds, grid_height,
-            grid_width], perhaps of no background.
-        neutral_patches: where the neutral text's own map is high, bool [grid_height, grid_width]: grids are
-            zeroed there before they are normalised; None: no such correction.
-        refined_maps: heat maps in [0, 1] on the CPU, in the frame of the model's input, [prompts +
-            backgrounds, height, width] with the prompts first; None: not refined.
-    """
-
-    sample: PreparedSample
-    prompts: tuple[ExplainedPrompt, ...]
-    relevance_grids: torch.Tensor
-    dropped_prompts: int
-    background_grids: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
-    neutral_patches: torch.Tensor | None = None
-    refined_maps: torch.Tensor | None = None
 
 
 class Engine:
@@ -90,10 +42,10 @@ class Engine:
         max_prompts_per_sample: of more prompts the most similar ones are kept.
         batch_size: most images in a batch.
         batches_at_once: while one computes, others are put together; further threads wait.
+        meter: measures how long the device was busy.
+        companions: texts explained beside every sample's own.
         views: of every image, whose relevance is merged; the similarity is the first one's.
         refinement: how heat maps are made to follow the pixels; None: not at all.
-        companions: texts explained beside every sample's own.
-        meter: takes how long the device was busy.
     """
 
     def __init__(
@@ -110,49 +62,53 @@ class Engine:
     ) -> None:
         self._explainer = explainer
         self._views = views
-        self._refinement = refinement
-        self._companions = companions
+        self._map_settings = MapSettings(
+            explainer.tower.normalisation,
+            None if companions.neutral is None else companions.neutral_threshold,
+            refinement,
+        )
+        self._max_background = companions.max_background
         self._max_prompts_per_sample = max_prompts_per_sample
         within = equal_within(explainer.dtype)
         self._texts = BatchTextEmbedder(TextEmbedder(explainer), companions, within)
         self._turns = threading.Semaphore(batches_at_once)
         self._batches_at_once = batches_at_once
         self._memory_lock = threading.Lock()
-        self._said_out_of_memory = False
+        self._has_warned = False
         self._meter = meter or Meter()
         self._limit_by_shape: dict[Hashable, int] = {}
         self.batch_size = batch_size
 
-    def batch_limit(self, shapes: Hashable) -> int:
-        """Most images of such shapes in a batch: `batch_size`, or less where that was too much."""
-        return self._limit_by_shape.get(shapes, self.batch_size)
+    def batch_limit(self, shape: Hashable) -> int:
+        """Return the most images of a shape in one batch: `batch_size`, or less where that did not fit."""
+        return self._limit_by_shape.get(shape, self.batch_size)
 
     def explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
         """Explain every prompt of every sample; a batch too large for the device is halved.
 
         Args:
-            samples: their images are of the same shapes.
+            samples: of one shape.
 
         Raises:
             torch.OutOfMemoryError: not even a single sample fits.
         """
         explained: list[ExplainedSample] = []
         while len(explained) < len(samples):
-            shapes = samples[0].image.shapes
-            limit = self.batch_limit(shapes)
+            shape = samples[0].shape
+            limit = self.batch_limit(shape)
             batch = samples[len(explained) : len(explained) + limit]
             had_the_device_alone = self._batches_at_once == 1
             # views of one size share a forward pass, up to the limit
             tried = len(batch) if self._views == WHOLE_IMAGE else limit
             part = self._explained_if_it_fits(batch, tried, had_the_device_alone)
             if part is None:
-                self._save_memory(shapes, tried, had_the_device_alone)
+                self._save_memory(shape, tried, had_the_device_alone)
             else:
                 explained += part
         return explained
 
     def measure_s(self, samples: Sequence[PreparedSample]) -> float:
-        """Explain one batch as it is, and say how many seconds that took.
+        """Explain one batch without halving it, and return the seconds that took.
 
         Raises:
             torch.OutOfMemoryError: it does not fit.
@@ -174,99 +130,81 @@ class Engine:
         # outside of the handler, whose traceback holds on to tensors
         return None
 
-    def _save_memory(self, shapes: Hashable, images_tried: int, had_the_device_alone: bool) -> None:
-        """From now on one batch at a time; where that was so already, halve it."""
+    def _save_memory(self, shape: Hashable, images_tried: int, had_the_device_alone: bool) -> None:
+        """Allow one batch at a time from now on; where only one was running, halve it."""
         with self._memory_lock:
-            if not self._said_out_of_memory:
+            if not self._has_warned:
                 logger.warning(
-                    "out of device memory with %d images: batches are made smaller; lower run.batch_size",
+                    "out of device memory with %d images in a forward pass; using smaller batches. "
+                    "Lower run.batch_size to avoid this.",
                     images_tried,
                 )
-                self._said_out_of_memory = True
+                self._has_warned = True
             if had_the_device_alone:
-                self._limit_by_shape[shapes] = images_tried // 2
+                self._limit_by_shape[shape] = images_tried // 2
             while self._batches_at_once > 1:
                 self._turns.acquire()
                 self._batches_at_once -= 1
 
     def _explain(self, samples: Sequence[PreparedSample], images_at_once: int) -> list[ExplainedSample]:
         explainer = self._explainer
-        by_canvas = zip(*(sample.image.canvases for sample in samples), strict=True)
-        canvases = [torch.from_numpy(np.stack(pixels)) for pixels in by_canvas]
+        by_canvas = zip(*(sample.canvases for sample in samples), strict=True)
+        canvases = [torch.from_numpy(np.stack(pixels)).to(explainer.device) for pixels in by_canvas]
         trace = explainer.encode(preprocessed(explainer, canvases[0]))
         texts = self._texts.embed([sample.prompts for sample in samples])
         similarities = explainer.similarity(trace, texts.unit_rows).float().cpu().numpy()
-        chosen = choose_maps(
-            similarities, texts, self._max_prompts_per_sample, self._companions.max_background
-        )
-        text_rows = torch.from_numpy(np.concatenate([maps.text_rows for maps in chosen]))
-        counts = [len(maps.text_rows) for maps in chosen]
-        owners = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts))
-        rows = texts.unit_rows[text_rows.to(texts.unit_rows.device)]
-        grids = (
-            merged_relevance(
-                explainer, trace, canvases, rows, owners, views=self._views, images_at_once=images_at_once
+        chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, self._max_background)
+        grids = self._relevance(trace, canvases, texts, chosen, images_at_once)
+        maps = sample_maps(grids, canvases[0], chosen, self._map_settings)
+        return [
+            _explained(sample, own_maps, _explained_prompts(sample, choice, rows, cosines, texts))
+            for sample, choice, own_maps, rows, cosines in zip(
+                samples, chosen, maps, texts.prompt_rows, similarities, strict=True
             )
-            .float()
-            .cpu()
-        )
-        return self._refined(
-            [
-                self._explained(sample, maps, own_grids, _told(sample, maps, rows, cosines, texts))
-                for sample, maps, own_grids, rows, cosines in zip(
-                    samples, chosen, torch.split(grids, counts), texts.prompt_rows, similarities, strict=True
-                )
-            ]
-        )
+        ]
 
-    def _refined(self, explained: list[ExplainedSample]) -> list[ExplainedSample]:
-        if self._refinement is None:
-            return explained
-        maps = refined_maps(
-            [result.sample.image.pixels for result in explained],
-            [_competing_grids(result) for result in explained],
-            self._refinement,
-            self._explainer.tower.normalisation,
-            self._explainer.device,
-        )
-        return [replace(result, refined_maps=own) for result, own in zip(explained, maps, strict=True)]
-
-    def _explained(
+    def _relevance(
         self,
-        sample: PreparedSample,
-        maps: ImageMaps,
-        grids: torch.Tensor,
-        prompts: tuple[ExplainedPrompt, ...],
-    ) -> ExplainedSample:
-        end = maps.prompt_maps
-        neutral_grid = grids[end + maps.backgrounds :]
-        neutral = None
-        if self._companions.neutral is not None:
-            neutral = neutral_patches(neutral_grid[None], self._companions.neutral_threshold)[0]
-        return ExplainedSample(
-            sample=sample,
-            prompts=prompts,
-            relevance_grids=grids[torch.from_numpy(maps.map_of_prompt)],
-            dropped_prompts=len(sample.prompts) - len(prompts),
-            background_grids=grids[end : end + maps.backgrounds],
-            neutral_patches=neutral,
-        )
+        trace: Trace,
+        canvases: Sequence[torch.Tensor],
+        texts: BatchTexts,
+        chosen: Sequence[ImageMaps],
+        images_at_once: int,
+    ) -> torch.Tensor:
+        """Return the raw grids of all maps of a batch, image by image, float32 on the device."""
+        text_rows = torch.from_numpy(np.concatenate([maps.text_rows for maps in chosen]))
+        return merged_relevance(
+            self._explainer,
+            trace,
+            canvases,
+            texts.unit_rows[text_rows.to(texts.unit_rows.device)],
+            images_of_maps(chosen),
+            views=self._views,
+            images_at_once=images_at_once,
+        ).float()
 
 
-def _told(
+def _explained(
+    sample: PreparedSample, maps: SampleMaps, prompts: tuple[ExplainedPrompt, ...]
+) -> ExplainedSample:
+    return ExplainedSample(
+        index=sample.index,
+        key=sample.key,
+        image_height=sample.image_height,
+        image_width=sample.image_width,
+        prompts=prompts,
+        maps=maps,
+        dropped_prompts=len(sample.prompts) - len(prompts),
+        errors=sample.errors,
+    )
+
+
+def _explained_prompts(
     sample: PreparedSample, maps: ImageMaps, prompt_rows: np.ndarray, cosines: np.ndarray, texts: BatchTexts
 ) -> tuple[ExplainedPrompt, ...]:
-    """The prompts kept of a sample; equal ones have the similarity of the first."""
+    """Return the prompts of a sample that have maps; equal ones have the similarity of the first."""
     similarities = cosines[maps.text_rows[maps.map_of_prompt]].tolist()
     return tuple(
         ExplainedPrompt(sample.prompts[position], texts.truncated[prompt_rows[position]], similarity)
         for position, similarity in zip(maps.prompts.tolist(), similarities, strict=True)
     )
-
-
-def _competing_grids(explained: ExplainedSample) -> torch.Tensor:
-    """Grids of prompts, then of backgrounds, without what a neutral text claims."""
-    grids = torch.cat([explained.relevance_grids, explained.background_grids])
-    if explained.neutral_patches is None:
-        return grids
-    return grids.masked_fill(explained.neutral_patches, 0)

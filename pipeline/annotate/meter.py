@@ -1,4 +1,4 @@
-"""What a worker measures of itself while it works: images decoded, and how long its device was busy."""
+"""Measure a worker at work: images decoded, and how long its device was busy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.output.measures import Measures
 
 
 class Meter:
-    """Takes the measures of one worker; its threads share it."""
+    """Takes the measures of one worker; all its threads share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,7 +28,7 @@ class Meter:
 
     @contextmanager
     def device_step(self) -> Iterator[None]:
-        """Measure a device step; while several run, the time counts once."""
+        """Measure a device step; time in which several run counts once."""
         self._change_steps(+1)
         try:
             yield
@@ -36,7 +36,7 @@ class Meter:
             self._change_steps(-1)
 
     def read(self) -> Measures:
-        """The measures so far."""
+        """Return the measures so far."""
         with self._lock:
             self._count_busy_time()
             ready_s = self._counted_until_s - self._started_s

@@ -1,4 +1,4 @@
-"""From the configuration's model section to a loaded explainer."""
+"""Load the model that a configuration names, and check its names without loading it."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def load_explainer(
 ) -> legrad.LeGrad:
     """Load the configured model, ready to explain images.
 
-    What a hub has is downloaded once into this machine's cache, `HF_HOME`; processes that load at the same
-    time wait for each other, by the locks of the hub's client. `legrad models --fetch NAME TAG` does that
-    ahead of a job: on every machine, or once with `HF_HOME` on shared storage. Machines without a connection
-    then need `HF_HUB_OFFLINE=1`, or every file is asked for in vain before the cache is used.
+    Files on a hub are downloaded once into the cache of this machine, `HF_HOME`; processes that load at the
+    same time wait for each other by the locks of the hub's client. `legrad models --fetch NAME TAG` downloads
+    them ahead of a job: on every machine, or once with `HF_HOME` on shared storage. Machines without a
+    connection then need `HF_HUB_OFFLINE=1`, or the hub is tried for every file before the cache is used.
 
     Args:
-        model: the configuration's model section.
-        device: where the model goes.
-        expected_digest: what `weights_digest` gave for the job; other files are refused.
+        model: `model` section of the configuration.
+        device: device of the model.
+        expected_digest: `weights_digest` of the job; files with another digest are refused.
 
     Raises:
-        UserError: unknown name or tag, unsupported architecture, missing or unreadable checkpoint, other
-            files than the job's.
+        UserError: unknown name or tag, unsupported architecture, missing or unreadable checkpoint, files
+            that differ from the job's.
     """
     with _as_user_error(model):
         loaded = load_model(
@@ -63,7 +63,7 @@ def load_explainer(
 
 
 def views_wanted(config: JobConfig, explainer: legrad.LeGrad) -> Views:
-    """The views that a configuration asks for.
+    """Return the views that a configuration asks for.
 
     Raises:
         UserError: the model cannot take one of them.
@@ -76,12 +76,12 @@ def views_wanted(config: JobConfig, explainer: legrad.LeGrad) -> Views:
 
 
 def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
-    """Refuse what can be told from the names alone, before any worker starts; nothing is loaded.
+    """Refuse what the names alone show to be wrong, before any worker starts and without loading anything.
 
-    What a name stands for that is an address is looked at by `weights_digest`.
+    A name that is an address is checked by `weights_digest`.
 
     Args:
-        model: the configuration's model section.
+        model: `model` section of the configuration.
         scales: `views.scales`.
 
     Raises:
@@ -98,14 +98,14 @@ def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
         raise UserError(f"model.layers: {model.name} has {support.blocks} blocks, got {model.layers}")
     if not support.takes_any_grid and (model.fit == "keep" or scales != (1.0,)):
         raise UserError(
-            f"model.name {model.name}: its positions are bound to one size, which model.fit keep and other "
-            f"views.scales than 1 are not; got {model.fit} and {list(scales)}"
+            f"model.name {model.name}: its positions are bound to one size, so model.fit must not be keep "
+            f"and views.scales must be [1]; got {model.fit} and {list(scales)}"
         )
     checkpoint = _checkpoint(model)
     if checkpoint is not None and not _is_tag(name, checkpoint) and not _is_path(checkpoint):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
         raise UserError(
-            f"model.pretrained: expected a checkpoint's path, or for {model.name} one of {tags}; "
+            f"model.pretrained: expected the path of a checkpoint, or for {model.name} one of {tags}; "
             f"got {checkpoint!r}"
         )
 
@@ -113,17 +113,17 @@ def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
 def _nearest_names(name: str) -> str:
     known = open_clip.list_models()
     nearest = [] if name in known else get_close_matches(name, known)
-    return f"; nearest: {', '.join(nearest)}" if nearest else "; `legrad models` lists what is supported"
+    return f"; nearest: {', '.join(nearest)}" if nearest else "; `legrad models` lists the supported models"
 
 
 def weights_digest(model: ModelConfig) -> str:
-    """Identify all that decides what the model computes: weights, its and its tokenizer's configuration.
+    """Return a digest of all that decides what a model computes: weights, configuration and tokenizer.
 
-    The model is not loaded, and what a hub has is downloaded only where the hub does not tell its digest.
+    The model is not loaded, and files on a hub are downloaded only where the hub does not publish a digest.
 
     Raises:
-        UserError: a file is missing, damaged or no weights of this model; a configuration names code; the
-            demo's weights are asked for under another model's name.
+        UserError: a file is missing, damaged or not of this model; a configuration names code; the weights
+            of the demo are requested under the name of another model.
     """
     with _as_user_error(model):
         checkpoint = _checkpoint(model)
@@ -131,14 +131,14 @@ def weights_digest(model: ModelConfig) -> str:
 
 
 def describe_model(model: ModelConfig) -> str:
-    """Name a model and its weights for people."""
+    """Return the name of a model and its weights for display."""
     return model.name if model.pretrained is None else f"{model.name} ({model.pretrained})"
 
 
 def resolved(model: ModelConfig) -> ModelConfig:
-    """Return the section as any process reads it: names without slashes, absolute paths.
+    """Return the section with absolute paths and plain names, which mean the same in every process.
 
-    Workers on a cluster have another working directory than the driver.
+    Workers on a cluster have a different working directory from the driver.
     """
     if model.name.startswith(FOLDER_PREFIX):
         folder = storage.absolute(model.name.removeprefix(FOLDER_PREFIX))
@@ -150,7 +150,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
 
 
 def is_built_in(model: ModelConfig) -> bool:
-    """Whether name and weights are open_clip's own, or the demo's: neither a path nor a hub's address."""
+    """Return whether open_clip, or the demo, brings name and weights: neither is a path or an address."""
     if model.pretrained is None or model.name.startswith(ADDRESS_PREFIXES):
         return False
     demo = (assets.DEMO_MODEL_NAME, DEMO)
@@ -181,7 +181,7 @@ def _checkpoint(model: ModelConfig) -> str | None:
 
 
 def _is_tag(name: str, pretrained: str) -> bool:
-    """Whether open_clip has the tag; a file of the same name never hides it."""
+    """Return whether open_clip has the tag; a file of the same name does not hide it."""
     return bool(open_clip.is_pretrained_cfg(name, pretrained))
 
 

@@ -1,30 +1,55 @@
-"""The annotation rows of one explained sample: its grids become masks, accepted or rejected."""
+"""What a sample adds to the files of its shard: its maps become masks, and masks become rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from legrad.heatmaps import Normalisation
 from legrad.masks.cleaning import Cleaning
 from legrad.masks.competition import Contestants, competing_masks
 from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks
 from legrad.masks.rle import Rle
 from legrad.masks.thresholds import MaskRule, relevance_contrast
-from pipeline.annotate.engine import ExplainedSample
+from pipeline.annotate.samples import ExplainedSample, TextMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
 from pipeline.output.label_map import mask_frame
-from pipeline.output.schema import ACCEPTED, EMPTY_MASK, OK
+from pipeline.output.schema import ACCEPTED, EMPTY_MASK, OK, AnnotationRow
+from pipeline.output.writer import ShardWriter
+from pipeline.shards.sample_error import SampleError
 
-# A sample's neighbours in its batch move a score by a rounding error; one that stands at a limit but for
-# that is within it, always.
+# A sample's neighbours in its batch move a score by a rounding error; a score that misses a limit by no more
+# than that is always within it.
 SIMILARITY_ROUNDING = 1e-5
 RELATIVE_ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """What a sample adds to the files of its shard: rows, error rows, or neither where no prompt applies.
+
+    Attributes:
+        rows: of the annotations file.
+        errors: of the errors file.
+        dropped_prompts: prompts omitted because the sample had too many.
+        is_sample: False for an error of the shard that belongs to no sample.
+    """
+
+    rows: tuple[AnnotationRow, ...] = ()
+    errors: tuple[SampleError, ...] = ()
+    dropped_prompts: int = 0
+    is_sample: bool = True
+
+    def add_to(self, writer: ShardWriter) -> None:
+        """Record the rows and errors."""
+        if self.is_sample:
+            writer.add_sample(self.rows, self.errors, self.dropped_prompts)
+        else:
+            for error in self.errors:
+                writer.add_error(error)
 
 
 @dataclass(frozen=True)
@@ -33,13 +58,11 @@ class _Frame:
 
     explained: ExplainedSample
     config: MasksConfig
-    normalisation: Normalisation
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width."""
-        image = self.explained.sample.image
-        return mask_frame(image.image_height, image.image_width, self.config.max_side)
+        return mask_frame(self.explained.image_height, self.explained.image_width, self.config.max_side)
 
     @property
     def rule(self) -> MaskRule:
@@ -49,95 +72,101 @@ class _Frame:
 
     @property
     def cleaning(self) -> Cleaning:
-        """What is done to maps and masks besides."""
+        """How maps are smoothed, and specks and holes removed from masks."""
         return Cleaning(self.config.smooth, self.config.min_component, self.config.max_hole)
 
     def of_prompts(self, positions: Sequence[int]) -> Contestants:
-        """Heat maps of some of the prompts, and the peak of each one's grid."""
-        return self._stack(self.explained.relevance_grids, positions, first_refined=0)
+        """Return the heat maps of some of the prompts, and the peak of each one's grid."""
+        return self._contestants(self.explained.maps.prompts, positions)
 
     def of_backgrounds(self) -> Contestants:
-        """The same of the background texts; those that are not finite compete with nobody."""
-        grids = self.explained.background_grids
-        positions = _finite(grids).nonzero().flatten().tolist()
-        return self._stack(grids, positions, first_refined=len(self.explained.prompts))
+        """Return the same of the background texts whose grids are finite."""
+        backgrounds = self.explained.maps.backgrounds
+        return self._contestants(backgrounds, _finite_positions(backgrounds))
 
-    def _stack(self, grids: torch.Tensor, positions: Sequence[int], first_refined: int) -> Contestants:
-        kept = grids[list(positions)]
-        if self.explained.neutral_patches is not None and len(kept):
-            kept = kept.masked_fill(self.explained.neutral_patches, 0)
-        peaks = kept.amax((1, 2)) if len(kept) else torch.zeros(0)
-        heatmaps = self._heatmaps(kept, [first_refined + position for position in positions])
-        return Contestants(heatmaps, peaks)
-
-    def _heatmaps(self, grids: torch.Tensor, refined_rows: Sequence[int]) -> HeatmapStack:
-        refined, smooth = self.explained.refined_maps, self.config.smooth
-        if refined is None:
-            return HeatmapStack(grids, *self.size, self.normalisation, (smooth, smooth))
-        grid_height, grid_width = self.explained.relevance_grids.shape[1:]
-        per_patch = (refined.shape[1] / grid_height, refined.shape[2] / grid_width)
-        return HeatmapStack(
-            refined[list(refined_rows)],
-            *self.size,
-            normalisation=None,
-            smooth=(smooth * per_patch[0], smooth * per_patch[1]),
+    def _contestants(self, maps: TextMaps, positions: Sequence[int]) -> Contestants:
+        kept, smooth = list(positions), self.config.smooth
+        rows_per_cell, columns_per_cell = (
+            pixels / cells
+            for pixels, cells in zip(maps.mask_maps.shape[1:], maps.relevance_grids.shape[1:], strict=True)
         )
+        heatmaps = HeatmapStack(
+            maps.mask_maps[kept],
+            *self.size,
+            normalisation=self.explained.maps.normalisation,
+            smooth=(smooth * rows_per_cell, smooth * columns_per_cell),
+        )
+        return Contestants(heatmaps, maps.peaks[kept])
 
 
 @dataclass(frozen=True)
-class _Made:
-    """The masks of a sample.
+class _Mask:
+    """The columns of a row that describe its mask; by default those of a prompt without a mask."""
 
-    Attributes:
-        columns: of each prompt that has a mask, by its position in the sample.
-        area_shares: the share of the frame that each of them covers.
-    """
+    threshold: float | None = None
+    threshold_low: float | None = None
+    area: int = 0
+    bbox_xywh: list[float] | None = None
+    rle: Rle | None = None
+    ignore: Rle | None = None
 
-    columns: Mapping[int, dict[str, Any]]
-    area_shares: Mapping[int, float]
 
-
-def annotation_rows(
-    explained: ExplainedSample, config: JobConfig, normalisation: Normalisation
-) -> list[dict[str, Any]]:
-    """Turn one sample's grids into rows, in its prompts' order; prompts without finite grids have none.
-
-    Prompts rejected by similarity, peak or contrast are not cut, so they have no threshold, and compete with
-    nobody. What a prompt had won that is rejected for its area falls to the others. Accepted prompts without
-    a pixel are `empty_mask`: they have a mask of zeros.
+def sample_rows(explained: ExplainedSample, config: JobConfig) -> SampleRows:
+    """Turn an explained sample into its rows; prompts without a finite map become errors.
 
     Args:
-        explained: what the device step says of the sample.
-        config: ``masks`` says how masks are made and which are rejected; ``output`` what the rows hold.
-        normalisation: when the model family's maps are brought to [0, 1].
+        explained: the sample after the device step.
+        config: see `annotation_rows`.
+    """
+    finite = set(_finite_positions(explained.maps.prompts))
+    message = "the relevance map is not finite"
+    not_finite = [
+        SampleError("model", "non_finite", message, explained.key, explained.index, kept.prompt.index)
+        for position, kept in enumerate(explained.prompts)
+        if position not in finite
+    ]
+    return SampleRows(
+        tuple(annotation_rows(explained, config)),
+        (*explained.errors, *not_finite),
+        explained.dropped_prompts,
+    )
+
+
+def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[AnnotationRow]:
+    """Turn the maps of a sample into rows, in the order of its prompts; those without finite maps have none.
+
+    Prompts rejected by similarity, peak or contrast get no mask and no threshold, and do not compete. The
+    pixels won by a prompt that is then rejected for its area go to the others. Accepted prompts without a
+    pixel are `empty_mask`: they have a mask of zeros.
+
+    Args:
+        explained: the sample after the device step.
+        config: `masks` says how masks are made and which are rejected; `output` what the rows hold.
     """
     status_by_position = _statuses_before_masks(explained, config.masks)
     contestants = [position for position, status in status_by_position.items() if status == OK]
-    frame = _Frame(explained, config.masks, normalisation)
+    frame = _Frame(explained, config.masks)
     make = _competing if config.masks.combine == "argmax" else _independent
-    made, too_small = make(frame, contestants)
-    empty = [position for position, column in made.columns.items() if not column["area"]]
+    masks, too_small = make(frame, contestants)
+    empty = [position for position, mask in masks.items() if not mask.area]
     status_by_position |= dict.fromkeys(empty, EMPTY_MASK) | dict.fromkeys(too_small, "rejected_area")
     return [
-        _row(explained, position, status, made, with_heatmap=config.output.heatmap)
+        _row(explained, position, status, masks.get(position, _Mask()), with_heatmap=config.output.heatmap)
         for position, status in status_by_position.items()
         if status in ACCEPTED or config.rows_written == "all"
     ]
 
 
-def finite_prompts(explained: ExplainedSample) -> torch.Tensor:
-    """Which prompts have a grid without NaN and infinity: bool [prompts]."""
-    return _finite(explained.relevance_grids)
-
-
-def _finite(grids: torch.Tensor) -> torch.Tensor:
-    return grids.isfinite().flatten(1).all(dim=1)
+def _finite_positions(maps: TextMaps) -> list[int]:
+    """Return the positions of the texts whose grids have neither NaN nor infinity."""
+    positions: list[int] = maps.relevance_grids.isfinite().flatten(1).all(dim=1).nonzero().flatten().tolist()
+    return positions
 
 
 def _statuses_before_masks(explained: ExplainedSample, masks: MasksConfig) -> dict[int, str]:
-    """Position of each finite prompt to its status, as far as it is known without a mask."""
-    positions: list[int] = finite_prompts(explained).nonzero().flatten().tolist()
-    grids = explained.relevance_grids[positions]
+    """Return the status of each finite prompt by its position, as far as it is known without a mask."""
+    positions = _finite_positions(explained.maps.prompts)
+    grids = explained.maps.prompts.relevance_grids[positions]
     contrasts = [0.0] * len(grids) if masks.min_contrast is None else relevance_contrast(grids).tolist()
     return {
         position: _status(masks, explained.prompts[position].similarity, float(grid.max()), contrast)
@@ -155,89 +184,80 @@ def _status(masks: MasksConfig, similarity: float, peak: float, contrast: float)
     return OK
 
 
-def _independent(frame: _Frame, positions: Sequence[int]) -> tuple[_Made, list[int]]:
-    """Masks of prompts that do not know of each other, and which of them are too small."""
-    masks = independent_masks(frame.of_prompts(positions).heatmaps, frame.rule, frame.cleaning)
-    made = _made(frame, positions, masks, masks.ignores)
-    return made, _too_small(frame, made)
+def _independent(frame: _Frame, positions: Sequence[int]) -> tuple[dict[int, _Mask], list[int]]:
+    """Cut each prompt by itself; return the masks by position, and the positions of those too small."""
+    image_masks = independent_masks(frame.of_prompts(positions).heatmaps, frame.rule, frame.cleaning)
+    masks = _by_position(positions, image_masks, image_masks.ignores)
+    return masks, _too_small(frame, masks)
 
 
-def _competing(frame: _Frame, positions: Sequence[int]) -> tuple[_Made, list[int]]:
-    """Masks of prompts that share out the image, and which had to leave it because theirs were too small."""
+def _competing(frame: _Frame, positions: Sequence[int]) -> tuple[dict[int, _Mask], list[int]]:
+    """Let prompts compete; return the masks by position, and the positions of those dropped as too small."""
     rejected: list[int] = []
     backgrounds = frame.of_backgrounds()
     while True:
         live = [position for position in positions if position not in rejected]
-        masks = competing_masks(frame.of_prompts(live), backgrounds, frame.rule, frame.cleaning)
-        # one for the image: whoever reads a single row must not take what is unknown for background
-        made = _made(frame, live, masks, list(masks.ignores) * len(live))
-        too_small = _too_small(frame, made)
+        image_masks = competing_masks(frame.of_prompts(live), backgrounds, frame.rule, frame.cleaning)
+        # one for the image, on every row: in a single row, what is unknown must not look like background
+        masks = _by_position(live, image_masks, list(image_masks.ignores) * len(live))
+        too_small = _too_small(frame, masks)
         if not too_small:
-            return made, rejected
+            return masks, rejected
         rejected += too_small
 
 
-def _made(
-    frame: _Frame,
-    positions: Sequence[int],
-    masks: ImageMasks,
-    ignores: Sequence[Rle],
-) -> _Made:
-    height, width = frame.size
-    columns = {
-        position: {
-            "threshold": None if masks.thresholds is None else float(masks.thresholds[ordinal]),
-            "threshold_low": None if masks.thresholds_low is None else float(masks.thresholds_low[ordinal]),
-            "area": int(masks.areas[ordinal]),
-            "bbox_xywh": masks.bboxes_xywh[ordinal].tolist(),
-            "mask": masks.rles[ordinal],
-            "ignore": ignores[ordinal] if ignores else None,
-        }
+def _by_position(positions: Sequence[int], masks: ImageMasks, ignores: Sequence[Rle]) -> dict[int, _Mask]:
+    return {
+        position: _Mask(
+            threshold=None if masks.thresholds is None else float(masks.thresholds[ordinal]),
+            threshold_low=None if masks.thresholds_low is None else float(masks.thresholds_low[ordinal]),
+            area=int(masks.areas[ordinal]),
+            bbox_xywh=masks.bboxes_xywh[ordinal].tolist(),
+            rle=masks.rles[ordinal],
+            ignore=ignores[ordinal] if ignores else None,
+        )
         for ordinal, position in enumerate(positions)
     }
-    shares = {position: column["area"] / (height * width) for position, column in columns.items()}
-    return _Made(columns, shares)
 
 
-def _too_small(frame: _Frame, made: _Made) -> list[int]:
-    min_area = frame.config.min_area
-    if min_area is None:
-        return []
-    return [position for position, share in made.area_shares.items() if share < min_area]
+def _too_small(frame: _Frame, masks: Mapping[int, _Mask]) -> list[int]:
+    height, width = frame.size
+    min_share = frame.config.min_area or 0
+    return [position for position, mask in masks.items() if mask.area / (height * width) < min_share]
 
 
 def _row(
-    explained: ExplainedSample, position: int, status: str, made: _Made, *, with_heatmap: bool
-) -> dict[str, Any]:
-    sample, kept = explained.sample, explained.prompts[position]
-    grid = explained.relevance_grids[position]
-    peak = float(grid.max())
-    columns = made.columns.get(position, {})
+    explained: ExplainedSample, position: int, status: str, mask: _Mask, *, with_heatmap: bool
+) -> AnnotationRow:
+    kept = explained.prompts[position]
+    grid = explained.maps.prompts.relevance_grids[position]
     if status not in ACCEPTED:
-        columns = {name: columns.get(name) for name in ("threshold", "threshold_low")}
-        columns |= {"area": 0, "bbox_xywh": None, "mask": None, "ignore": None}
+        mask = _Mask(mask.threshold, mask.threshold_low)
     return {
-        "key": sample.key,
-        "sample_index": sample.index,
+        "key": explained.key,
+        "sample_index": explained.index,
         "prompt_index": kept.prompt.index,
         "prompt": kept.prompt.text,
         "prompt_truncated": kept.truncated,
         "class_id": kept.prompt.class_id,
         "status": status,
-        "image_height": sample.image.image_height,
-        "image_width": sample.image.image_width,
+        "image_height": explained.image_height,
+        "image_width": explained.image_width,
         "similarity": kept.similarity,
-        "peak": peak,
-        **columns,
-        **(_heatmap_columns(grid, peak) if with_heatmap else {}),
+        "peak": float(grid.max()),
+        "threshold": mask.threshold,
+        "threshold_low": mask.threshold_low,
+        "area": mask.area,
+        "bbox_xywh": mask.bbox_xywh,
+        "mask": mask.rle,
+        "ignore": mask.ignore,
+        "heatmap": _quantised(grid) if with_heatmap else None,
+        "heatmap_height": grid.shape[0] if with_heatmap else None,
+        "heatmap_width": grid.shape[1] if with_heatmap else None,
     }
 
 
-def _heatmap_columns(relevance_grid: torch.Tensor, peak: float) -> dict[str, Any]:
-    scaled = relevance_grid.numpy() / (peak or 1.0) * 255
-    grid_height, grid_width = relevance_grid.shape
-    return {
-        "heatmap": np.rint(scaled).astype(np.uint8).tobytes(),
-        "heatmap_height": grid_height,
-        "heatmap_width": grid_width,
-    }
+def _quantised(relevance_grid: torch.Tensor) -> bytes:
+    """Return a grid in steps of 1/255 of its peak."""
+    scaled = relevance_grid.numpy() / (float(relevance_grid.max()) or 1.0) * 255
+    return np.rint(scaled).astype(np.uint8).tobytes()

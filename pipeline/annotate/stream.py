@@ -1,7 +1,7 @@
-"""One stream of batches for all shards in hand: threads prepare, few work the device, threads finish.
+"""One stream of batches for all shards in flight.
 
-A shard's own thread reads it and waits until the last of its samples is written. In between, samples of all
-shards share the threads that decode and encode, the room for what is held at a time, and the batches.
+The thread of a shard reads it, and waits until the last of its samples is written. In between, the samples of
+all shards share the threads that prepare and finish them, the limits on samples in flight, and the batches.
 """
 
 from __future__ import annotations
@@ -13,40 +13,84 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, S
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, cast
+from typing import Generic, TypeVar, cast
 
-from pipeline.annotate.batching import WaitingSamples
-from pipeline.annotate.stages import Explained, Outcome, Prepared, Raw, Stages, StreamLimits
-from pipeline.annotate.task_pool import TaskPool
+from pipeline.annotate.queues import TaskPool, WaitingSamples, started_threads
 
 FINISH, PREPARE = 0, 1
 CLOSED = "the stream of samples was closed"
 
+Raw = TypeVar("Raw")
+Prepared = TypeVar("Prepared")
+Explained = TypeVar("Explained")
+Outcome = TypeVar("Outcome")
+
+
+@dataclass(frozen=True)
+class Stages(Generic[Raw, Prepared, Explained, Outcome]):
+    """What is done with a sample on its way; `explain` alone runs on the device.
+
+    Attributes:
+        size_bytes: bytes that a sample takes at most, from when it was read until it is written.
+        prepare: makes a sample ready for the device, or returns its outcome where nothing is to be explained;
+            called by several threads.
+        shape: of what `prepare` returned; samples of equal shape may share a batch. None: it is the outcome.
+        explain: returns one result for each sample of a batch, in order.
+        finish: turns a result into the outcome; called by several threads.
+    """
+
+    size_bytes: Callable[[Raw], int]
+    prepare: Callable[[Raw], Prepared | Outcome]
+    shape: Callable[[Prepared | Outcome], Hashable | None]
+    explain: Callable[[Sequence[Prepared]], Sequence[Explained]]
+    finish: Callable[[Explained], Outcome]
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """How far reading may run ahead of writing, and other limits of a stream.
+
+    Attributes:
+        threads: number of threads that prepare and finish samples.
+        max_samples: samples in flight, from read to written.
+        device_threads: batches on the device at a time.
+        max_bytes: sum of `Stages.size_bytes` of the samples in flight; a larger sample is in flight alone.
+        max_readers: most shards that are asked for at a time because the device has run dry.
+        max_wait_s: longest time that a sample waits for others of its shape while the device is free.
+    """
+
+    threads: int
+    max_samples: int
+    device_threads: int = 1
+    max_bytes: int = 512 << 20
+    max_readers: int = 8
+    max_wait_s: float = 5.0
+
 
 @dataclass(eq=False)
 class _Source(Generic[Prepared, Outcome]):
-    """A shard in hand: what was read of it, and how much of that is written."""
+    """A shard in flight: how much of it was read, and how much of that is written."""
 
     sink: Callable[[Outcome], None]
     changed: threading.Condition
     read: int = 0
     batched: int = 0
     written: int = 0
-    held_bytes: int = 0
-    prepared: dict[int, _Ticket[Prepared, Outcome]] = field(default_factory=dict)
+    bytes_in_flight: int = 0
+    prepared: dict[int, _InFlight[Prepared, Outcome]] = field(default_factory=dict)
     outcomes: dict[int, tuple[int, Outcome]] = field(default_factory=dict)
     is_writing: bool = False
     error: BaseException | None = None
 
 
 @dataclass(eq=False)
-class _Ticket(Generic[Prepared, Outcome]):
-    """A sample under way."""
+class _InFlight(Generic[Prepared, Outcome]):
+    """The place of a sample in its shard, and the sample once prepared, until the device has explained it."""
 
     source: _Source[Prepared, Outcome]
     position: int
     size_bytes: int
-    prepared: Prepared | None = None
+    prepared: Prepared | Outcome | None = None
 
 
 class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
@@ -54,11 +98,11 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
 
     A batch goes to the device when it is full, when nothing could join it before the device has worked, or
     when a sample has waited too long. A batch that fails is tried again shard by shard, so that a sample at
-    fault costs no other shard anything.
+    fault fails its own shard alone.
 
     Args:
         stages: what is done with a sample.
-        limits: what bounds the stream.
+        limits: see `StreamLimits`.
         batch_limit: most samples of a shape in one batch; asked anew for every batch.
     """
 
@@ -73,35 +117,30 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._lock = threading.Lock()
         self._work_for_device = threading.Condition(self._lock)
         self._room_for_shard = threading.Condition(self._lock)
-        self._waiting: WaitingSamples[_Ticket[Prepared, Outcome]] = WaitingSamples(
+        self._waiting: WaitingSamples[_InFlight[Prepared, Outcome]] = WaitingSamples(
             batch_limit, limits.max_wait_s
         )
         self._sources: set[_Source[Prepared, Outcome]] = set()
         self._readers = 0
         self._wanted_readers = min(2, limits.max_readers)
-        self._readers_held_up: deque[_Source[Prepared, Outcome]] = deque()
-        self._held_samples = 0
-        self._held_bytes = 0
+        self._blocked_readers: deque[_Source[Prepared, Outcome]] = deque()
+        self._samples_in_flight = 0
+        self._bytes_in_flight = 0
         self._preparing = 0
         self._on_device = 0
         self._finishing = 0
-        self._has_worked = False
+        self._has_served_a_batch = False
         self._is_closed = False
         self._pool = TaskPool(limits.threads)
-        self._device_threads = [
-            threading.Thread(target=self._serve_device, name=f"device-{number}", daemon=True)
-            for number in range(limits.device_threads)
-        ]
-        for thread in self._device_threads:
-            thread.start()
+        self._device_threads = started_threads("device", limits.device_threads, self._serve_device)
 
     def run(self, samples: Iterable[Raw], sink: Callable[[Outcome], None]) -> None:
-        """Take one shard's samples through the stages; the thread that calls reads them.
+        """Take the samples of a shard through the stages; the calling thread reads them.
 
         Args:
             samples: read as fast as there is room for them.
-            sink: is given every sample's outcome, in order, one at a time, by any thread; never after the
-                return.
+            sink: called with the outcome of every sample, in order, one at a time, by any thread; never after
+                this method has returned.
 
         Raises:
             Exception: whatever reading, a stage or the sink raised for this shard.
@@ -110,8 +149,8 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         try:
             with self._reading(source), closing(_as_generator(samples)) as items:
                 for raw in items:
-                    ticket = self._admitted(source, self._stages.size_bytes(raw))
-                    self._pool.submit(PREPARE, partial(self._prepare, ticket, raw))
+                    sample = self._admitted(source, self._stages.size_bytes(raw))
+                    self._pool.submit(PREPARE, partial(self._prepare, sample, raw))
             self._wait_until_written(source)
         except BaseException as error:
             self._fail(source, error)
@@ -120,20 +159,18 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             self._leave(source)
 
     def wait_for_room(self) -> None:
-        """Return when one more shard would be read at once: at first two, more if the device ran dry."""
+        """Wait until one more shard would be read at once: two at first, more once the device has run dry."""
         with self._lock:
-            while not self._is_closed and (self._readers_held_up or self._readers >= self._wanted_readers):
+            while not self._is_closed and (self._blocked_readers or self._readers >= self._wanted_readers):
                 self._room_for_shard.wait()
 
     def close(self) -> None:
-        """Stop the threads; shards that are still in hand fail."""
+        """Stop the threads; shards that are still in flight fail."""
         with self._lock:
             self._close(RuntimeError(CLOSED))
         for thread in self._device_threads:
             thread.join()
         self._pool.close()
-
-    # --- reading: on the shard's thread ---
 
     @contextmanager
     def _reading(self, source: _Source[Prepared, Outcome]) -> Iterator[None]:
@@ -150,113 +187,114 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 self._room_for_shard.notify_all()
                 self._work_for_device.notify()
 
-    def _admitted(self, source: _Source[Prepared, Outcome], size_bytes: int) -> _Ticket[Prepared, Outcome]:
+    def _admitted(self, source: _Source[Prepared, Outcome], size_bytes: int) -> _InFlight[Prepared, Outcome]:
         with self._lock:
-            self._readers_held_up.append(source)
+            self._blocked_readers.append(source)
             try:
-                # readers take turns, so that no connection lies idle for long
+                # readers take turns, so that no connection is idle for long
                 while source.error is None and not (
-                    self._readers_held_up[0] is source and self._has_room(size_bytes)
+                    self._blocked_readers[0] is source and self._has_room(size_bytes)
                 ):
                     self._work_for_device.notify()
                     source.changed.wait()
             finally:
-                self._readers_held_up.remove(source)
+                self._blocked_readers.remove(source)
                 self._wake_reader()
             if source.error is not None:
                 raise source.error
-            ticket = _Ticket(source, source.read, size_bytes)
+            sample = _InFlight(source, source.read, size_bytes)
             source.read += 1
-            source.held_bytes += size_bytes
-            self._held_samples += 1
-            self._held_bytes += size_bytes
+            source.bytes_in_flight += size_bytes
+            self._samples_in_flight += 1
+            self._bytes_in_flight += size_bytes
             self._preparing += 1
-            return ticket
+            return sample
 
     def _has_room(self, size_bytes: int) -> bool:
-        limits = self._limits
-        return not self._held_samples or (
-            self._held_samples < limits.max_samples and self._held_bytes + size_bytes <= limits.max_bytes
+        has_bytes = self._bytes_in_flight + size_bytes <= self._limits.max_bytes
+        return not self._samples_in_flight or (
+            has_bytes and self._samples_in_flight < self._limits.max_samples
         )
 
     def _wake_reader(self) -> None:
-        if self._readers_held_up:
-            self._readers_held_up[0].changed.notify_all()
+        if self._blocked_readers:
+            self._blocked_readers[0].changed.notify_all()
         else:
             self._room_for_shard.notify_all()
 
     def _wait_until_written(self, source: _Source[Prepared, Outcome]) -> None:
         with self._lock:
-            while source.error is None and source.written < source.read:
-                source.changed.wait()
+            source.changed.wait_for(lambda: source.error is not None or source.written == source.read)
             if source.error is not None:
                 raise source.error
 
     def _leave(self, source: _Source[Prepared, Outcome]) -> None:
         with self._lock:
-            while source.is_writing:
-                source.changed.wait()
+            source.changed.wait_for(lambda: not source.is_writing)
             self._sources.discard(source)
 
-    # --- preparing and finishing: on the pool's threads ---
-
-    def _prepare(self, ticket: _Ticket[Prepared, Outcome], raw: Raw) -> None:
-        source = ticket.source
+    def _prepare(self, sample: _InFlight[Prepared, Outcome], raw: Raw) -> None:
+        source = sample.source
         try:
             if source.error is None:
-                ticket.prepared = self._stages.prepare(raw)
+                sample.prepared = self._stages.prepare(raw)
         except BaseException as error:
             self._fail(source, error)
         with self._lock:
             self._preparing -= 1
             if source.error is None:
-                source.prepared[ticket.position] = ticket
-            passed_on = self._pass_on(source)
+                source.prepared[sample.position] = sample
+            done = self._pass_on(source)
             self._work_for_device.notify()
-        for unexplained in passed_on:
-            self._finish(unexplained, None)
+        for outcome in done:
+            self._write(outcome, cast(Outcome, outcome.prepared))
+            self._count_finished()
 
-    def _pass_on(self, source: _Source[Prepared, Outcome]) -> list[_Ticket[Prepared, Outcome]]:
-        """Let prepared samples wait for the device, in the shard's order; those with nothing to explain."""
-        unexplained = []
-        while (ticket := source.prepared.pop(source.batched, None)) is not None:
+    def _pass_on(self, source: _Source[Prepared, Outcome]) -> list[_InFlight[Prepared, Outcome]]:
+        """Queue prepared samples for the device in the order of their shard; return those that need none."""
+        done = []
+        while (sample := source.prepared.pop(source.batched, None)) is not None:
             source.batched += 1
-            shape = self._stages.shape(cast(Prepared, ticket.prepared))
+            shape = self._stages.shape(cast("Prepared | Outcome", sample.prepared))
             if shape is None:
                 self._finishing += 1
-                unexplained.append(ticket)
+                done.append(sample)
             else:
-                self._waiting.add(shape, ticket, time.monotonic())
-        return unexplained
+                self._waiting.add(shape, sample, time.monotonic())
+        return done
 
-    def _finish(self, ticket: _Ticket[Prepared, Outcome], explained: Explained | None) -> None:
-        source = ticket.source
+    def _finish(self, sample: _InFlight[Prepared, Outcome], explained: Explained) -> None:
+        source = sample.source
         try:
             if source.error is None:
-                outcome = self._stages.finish(cast(Prepared, ticket.prepared), explained)
-                with self._lock:
-                    source.outcomes[ticket.position] = (ticket.size_bytes, outcome)
-                self._write(source)
+                self._write(sample, self._stages.finish(explained))
         except BaseException as error:
             self._fail(source, error)
+        self._count_finished()
+
+    def _count_finished(self) -> None:
         with self._lock:
             self._finishing -= 1
             self._work_for_device.notify()
 
-    def _write(self, source: _Source[Prepared, Outcome]) -> None:
-        """Give the sink what comes next of a shard; where a thread is at it, it takes this too."""
+    def _write(self, sample: _InFlight[Prepared, Outcome], outcome: Outcome) -> None:
+        """Pass the next outcomes of a shard to its sink; a thread that does so already takes this one too."""
+        source = sample.source
         with self._lock:
+            if source.error is not None:
+                return
+            source.outcomes[sample.position] = (sample.size_bytes, outcome)
             if source.is_writing:
                 return
             source.is_writing = True
         while (entry := self._next_to_write(source)) is not None:
-            size_bytes, outcome = entry
+            size_bytes, next_outcome = entry
             try:
-                source.sink(outcome)
+                source.sink(next_outcome)
             except BaseException as error:
                 self._fail(source, error)
             with self._lock:
-                self._written(source, size_bytes)
+                self._count_written(source, size_bytes)
 
     def _next_to_write(self, source: _Source[Prepared, Outcome]) -> tuple[int, Outcome] | None:
         with self._lock:
@@ -266,16 +304,14 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 source.changed.notify_all()
             return entry
 
-    def _written(self, source: _Source[Prepared, Outcome], size_bytes: int) -> None:
+    def _count_written(self, source: _Source[Prepared, Outcome], size_bytes: int) -> None:
         source.written += 1
         if source.error is not None:
             return
-        source.held_bytes -= size_bytes
-        self._held_samples -= 1
-        self._held_bytes -= size_bytes
+        source.bytes_in_flight -= size_bytes
+        self._samples_in_flight -= 1
+        self._bytes_in_flight -= size_bytes
         self._wake_reader()
-
-    # --- the device: on threads of its own ---
 
     def _serve_device(self) -> None:
         try:
@@ -288,39 +324,39 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             with self._lock:
                 self._close(error)
 
-    def _next_batch(self) -> list[_Ticket[Prepared, Outcome]]:
+    def _next_batch(self) -> list[_InFlight[Prepared, Outcome]]:
         """Wait for a batch; empty where the stream was closed."""
-        may_want_readers = self._has_worked
+        may_want_readers = self._has_served_a_batch
         with self._lock:
             while not self._is_closed:
                 now_s = time.monotonic()
                 batch = self._waiting.take(now_s, flush=self._nothing_can_join())
                 if batch:
-                    self._has_worked = True
+                    self._has_served_a_batch = True
                     self._on_device += 1
                     return batch
                 if may_want_readers and self._waits_for_readers():
                     may_want_readers = False
                     self._wanted_readers = min(self._wanted_readers + 1, self._limits.max_readers)
                     self._room_for_shard.notify_all()
-                self._work_for_device.wait(self._waiting.patience_s(now_s))
+                self._work_for_device.wait(self._waiting.longest_wait_s(now_s))
         return []
 
     def _nothing_can_join(self) -> bool:
         if self._preparing:
             return False
-        if self._readers_held_up:
-            # they go on when something is written: soon, or only once the device has worked
+        if self._blocked_readers:
+            # they continue when something is written: soon, or only once the device has worked
             return not self._finishing and not self._on_device
         return not self._readers
 
     def _waits_for_readers(self) -> bool:
-        is_read_ahead = self._preparing or self._readers_held_up or self._on_device
+        is_read_ahead = self._preparing or self._blocked_readers or self._on_device
         return not is_read_ahead and self._readers >= self._wanted_readers
 
-    def _explain(self, batch: Sequence[_Ticket[Prepared, Outcome]]) -> None:
+    def _explain(self, batch: Sequence[_InFlight[Prepared, Outcome]]) -> None:
         try:
-            explained = list(self._stages.explain([cast(Prepared, ticket.prepared) for ticket in batch]))
+            explained = list(self._stages.explain([cast(Prepared, sample.prepared) for sample in batch]))
             if len(explained) != len(batch):
                 raise ValueError(f"expected {len(batch)} explained samples, received {len(explained)}")
         except BaseException as error:
@@ -328,19 +364,18 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             return
         with self._lock:
             self._finishing += len(batch)
-        for ticket, result in zip(batch, explained, strict=True):
-            self._pool.submit(FINISH, partial(self._finish, ticket, result))
+        for sample, result in zip(batch, explained, strict=True):
+            sample.prepared = None  # its pixels; until here a batch that failed could be tried again
+            self._pool.submit(FINISH, partial(self._finish, sample, result))
 
-    def _explain_apart(self, batch: Sequence[_Ticket[Prepared, Outcome]], error: BaseException) -> None:
-        """Find the shard at fault: the others of the batch go on."""
-        sources = list(dict.fromkeys(ticket.source for ticket in batch))
+    def _explain_apart(self, batch: Sequence[_InFlight[Prepared, Outcome]], error: BaseException) -> None:
+        """Try the batch again shard by shard, so that only the shard at fault fails."""
+        sources = list(dict.fromkeys(sample.source for sample in batch))
         if len(sources) == 1:
             self._fail(sources[0], error)
             return
         for source in sources:
-            self._explain([ticket for ticket in batch if ticket.source is source])
-
-    # --- the end of a shard before its time ---
+            self._explain([sample for sample in batch if sample.source is source])
 
     def _fail(self, source: _Source[Prepared, Outcome], error: BaseException) -> None:
         with self._lock:
@@ -350,11 +385,11 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         if source.error is not None:
             return
         source.error = error
-        self._held_samples -= source.read - source.written
-        self._held_bytes -= source.held_bytes
+        self._samples_in_flight -= source.read - source.written
+        self._bytes_in_flight -= source.bytes_in_flight
         source.prepared.clear()
         source.outcomes.clear()
-        self._waiting.discard(lambda ticket: ticket.source is source)
+        self._waiting.discard(lambda sample: sample.source is source)
         source.changed.notify_all()
         self._wake_reader()
         self._work_for_device.notify()

@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import ANNOTATIONS, DAMAGED, ERRORS, LAYOUT, OutputFolder, new_run_id
 from pipeline.output.footers import counts_as_metadata
-from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY
+from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY, AnnotationRow
 from pipeline.shards.sample_error import SampleError
 from pipeline.storage import ShardSource
 from pipeline.text import printable
@@ -102,13 +102,13 @@ class ShardWriter:
         self._errors.close()
 
     def add_sample(
-        self, rows: Sequence[dict[str, Any]], errors: Sequence[SampleError], dropped_prompts: int = 0
+        self, rows: Sequence[AnnotationRow], errors: Sequence[SampleError], dropped_prompts: int = 0
     ) -> None:
         """Record one sample's outcome: rows make it annotated, else errors failed, else it is empty."""
         self._tally["annotated" if rows else "failed" if errors else "empty"] += 1
         self._tally["dropped_prompts"] += dropped_prompts
         self._tally["rows"] += len(rows)
-        self._annotations.add([row | {"shard": self._shard.canonical_url} for row in rows])
+        self._annotations.add([{**row, "shard": self._shard.canonical_url} for row in rows])
         for error in errors:
             self.add_error(error)
 

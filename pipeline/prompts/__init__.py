@@ -1,4 +1,1 @@
-"""Which texts are explained for a sample.
-
-class_list (a file), mentions (classes that a text names) -> sample_prompts -> batch_texts (embedded, chosen)
-"""
+"""Choose the texts that are explained for a sample: its captions, or the classes that apply to it."""

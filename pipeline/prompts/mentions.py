@@ -1,4 +1,4 @@
-"""Which classes a text mentions: word by word, in singular or plural, the longest name first."""
+"""Find the classes that a text mentions, word by word, in singular or plural, the longest name first."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import regex
 
 from pipeline.config.classes import ClassEntry
 
-# words, and what else stands between them; a hyphen joins words as a space does
+# words, and any other characters between them; a hyphen separates words as a space does
 _TOKENS = regex.compile(r"[\p{L}\p{M}\p{N}]+|[^\p{L}\p{M}\p{N}\s\-\u2010_]")
 
 
 class MentionFinder:
     """Finds the classes that a text mentions by name, synonym or plural.
 
-    Matching takes whole words, in any case; hyphens and underscores separate words as spaces do. A mention
-    within a longer one does not count: where "hot dog" is a class, its text mentions no dog. Scripts that
-    write no spaces have no word boundaries to match at.
+    Whole words are matched, in any case; hyphens and underscores separate words as spaces do. A mention
+    within a longer one does not count: where "hot dog" is a class, the text "hot dog" does not mention a dog.
+    Scripts without spaces have no word boundaries to match at.
 
     Args:
         entries: the classes; a synonym may belong to several.
@@ -37,7 +37,7 @@ class MentionFinder:
         self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
 
     def mentioned(self, text: str) -> set[int]:
-        """Ordinals of the classes that a text mentions."""
+        """Return the ordinals of the classes that a text mentions."""
         words = _words(text)
         found: set[int] = set()
         covered_to = 0
@@ -53,7 +53,7 @@ class MentionFinder:
         return found
 
     def names_a_class(self, text: str) -> bool:
-        """Whether a text as a whole is a class's name, synonym or plural."""
+        """Return whether a text as a whole is the name, a synonym or a plural of a class."""
         return tuple(_words(text)) in self._ordinals
 
 
@@ -68,8 +68,8 @@ def _words(text: str) -> list[str]:
 
 
 def _forms_of(entries: Sequence[ClassEntry]) -> Iterator[tuple[int, str]]:
-    """Ordinal of each class, with every text that names it."""
-    # imported here: it takes a second, and most jobs need none
+    """Yield the ordinal of each class with every text that names it."""
+    # imported here: importing it takes a second, and most jobs do not need it
     import inflect
 
     modern, classical = inflect.engine(), inflect.engine()

@@ -1,4 +1,4 @@
-"""Which prompts a sample gets: its caption, its captions, or classes; and the texts that stand for each."""
+"""Find the prompts of a sample: its caption, its captions, or classes; and the texts embedded for each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.shards.captions import read_captions
 Element = TypeVar("Element")
 Ensemble = tuple[str, ...]
 
-# of a sample whose list of prompts is not known before it is read
+# assumed for a sample whose prompts are not known before it is read
 USUAL_PROMPTS = 4
 
 
@@ -25,10 +25,10 @@ class Prompt:
     """One thing to explain.
 
     Attributes:
-        index: ordinal in the sample; of a class: in the classes file.
-        text: what its rows are named by.
-        class_id: of a class, from 1.
-        texts: what is embedded, averaged to one unit row; none: `text` itself.
+        index: ordinal in the sample; for a class: in the classes file.
+        text: the prompt as its rows name it.
+        class_id: id of the class, from 1; None for a caption.
+        texts: texts that are embedded and averaged to one unit row; empty: `text` itself.
     """
 
     index: int
@@ -38,19 +38,20 @@ class Prompt:
 
     @property
     def ensemble(self) -> Ensemble:
-        """What is embedded: at least one text."""
+        """Texts that are embedded, at least one."""
         return self.texts or (self.text,)
 
 
 @dataclass(frozen=True)
 class Companions:
-    """Texts that are explained beside every sample's own prompts.
+    """Texts that are explained for every sample beside its own prompts.
 
     Attributes:
-        background: what competes with the prompts for pixels, each as the texts that are averaged.
-        max_background: of those, the most similar to an image get a map.
-        neutral: a text that names nothing; None: no such correction.
-        neutral_threshold: where its min-maxed grid exceeds this, in [0, 1], grids are zeroed.
+        background: background texts that compete with the prompts for pixels, each as the texts averaged.
+        max_background: number of background texts that get a map: those most similar to the image.
+        neutral: a text that names nothing; None: grids are not corrected.
+        neutral_threshold: grids are zeroed where the min-maxed grid of the neutral text exceeds this, in
+            [0, 1].
     """
 
     background: tuple[Ensemble, ...] = ()
@@ -60,17 +61,17 @@ class Companions:
 
     @property
     def most_maps(self) -> int:
-        """Maps of an image beside those of its prompts, at most."""
+        """Most maps that an image has beside those of its prompts."""
         return min(len(self.background), self.max_background) + (self.neutral is not None)
 
 
 @dataclass(frozen=True)
 class FoundPrompts:
-    """A sample's prompts, perhaps none.
+    """The prompts of a sample, perhaps none.
 
     Attributes:
-        prompts: in order; one and the same tuple for all samples that get all classes.
-        failures: elements of a list that could not be read, each with its prompt index where it has one.
+        prompts: in order; the same tuple for all samples that get all classes.
+        failures: elements of a list that could not be read, each with its prompt index if it has one.
     """
 
     prompts: tuple[Prompt, ...]
@@ -78,17 +79,17 @@ class FoundPrompts:
 
 
 class SamplePrompts:
-    """Finds the prompts of samples, as a configuration says.
+    """Finds the prompts of samples as configured.
 
     Args:
-        config: the job's configuration; a classes file that it names is read here.
+        config: configuration of the job; a classes file that it names is read here.
 
     Attributes:
-        field: of a sample, where its prompts are found; None: they need none.
-        usual_number: prompts of a sample that get maps, as far as that can be told beforehand.
+        field: field of a sample that holds its prompts; None: no field is needed.
+        usual_number: estimated number of prompts of a sample that get maps.
 
     Raises:
-        UserError: the classes file cannot be read, or is wrong.
+        UserError: the classes file cannot be read, or is invalid.
     """
 
     def __init__(self, config: JobConfig) -> None:
@@ -104,13 +105,13 @@ class SamplePrompts:
         self._finder = MentionFinder(_listed(self._settings.classes)) if mentions else None
 
     def of(self, fields: Mapping[str, bytes]) -> FoundPrompts:
-        """Find a sample's prompts.
+        """Find the prompts of a sample.
 
         Args:
-            fields: the sample's, by lower-cased extension.
+            fields: fields of the sample by lower-cased extension.
 
         Raises:
-            SampleFailure: stage `caption`: the field of its prompts is missing or cannot be read.
+            SampleFailure: stage `caption`: the field with its prompts is missing or cannot be read.
         """
         if self.field is None:
             return FoundPrompts(self._every_class)
@@ -143,12 +144,12 @@ class SamplePrompts:
 
 
 def with_files_read(prompts: PromptsConfig) -> PromptsConfig:
-    """Put the content of files and of named lists in the place of their names.
+    """Replace the names of files and of built-in lists by their content.
 
-    What a job writes down, hashes and sends to its workers is the content.
+    The content is what a job records, hashes and sends to its workers.
 
     Raises:
-        UserError: the classes file cannot be read, or is wrong.
+        UserError: the classes file cannot be read, or is invalid.
     """
     changes: dict[str, object] = {}
     if isinstance(prompts.classes, str):
@@ -161,16 +162,16 @@ def with_files_read(prompts: PromptsConfig) -> PromptsConfig:
 
 
 def default_background() -> tuple[str, ...]:
-    """The shipped list of what pictures commonly have behind their subjects."""
+    """Return the built-in list of things that are common in the background of pictures."""
     listed = resources.files("pipeline.prompts").joinpath("background.txt").read_text("utf-8")
     return tuple(listed.splitlines())
 
 
 def companions_of(prompts: PromptsConfig) -> Companions:
-    """The texts explained beside every sample's own: backgrounds that name no class, and the neutral text.
+    """Return the texts explained for every sample: backgrounds that name no class, and the neutral text.
 
     Raises:
-        UserError: the classes file cannot be read, or is wrong.
+        UserError: the classes file cannot be read, or is invalid.
     """
     settings = with_files_read(prompts)
     texts = list(dict.fromkeys(_listed(settings.background)))
@@ -186,7 +187,7 @@ def companions_of(prompts: PromptsConfig) -> Companions:
 
 
 def in_templates(names: Iterable[str], templates: Iterable[str]) -> tuple[str, ...]:
-    """Each name in the place of {} of each template."""
+    """Return each template with each name in the place of {}."""
     return tuple(template.replace("{}", name) for name in names for template in templates)
 
 
@@ -207,7 +208,7 @@ def _class_prompts(settings: PromptsConfig) -> tuple[Prompt, ...]:
 
 
 def _open_clip_templates(name: Literal["openai-imagenet", "simple-imagenet"]) -> tuple[str, ...]:
-    # imported here: it brings torch, and few jobs need it
+    # imported here: it imports torch, and few jobs need it
     from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
     templates = OPENAI_IMAGENET_TEMPLATES if name == "openai-imagenet" else SIMPLE_IMAGENET_TEMPLATES
@@ -215,5 +216,5 @@ def _open_clip_templates(name: Literal["openai-imagenet", "simple-imagenet"]) ->
 
 
 def _listed(value: str | tuple[Element, ...] | None) -> tuple[Element, ...]:
-    """What a setting lists, once files are read."""
+    """Return the elements of a setting whose file has been read; none for other values."""
     return value if isinstance(value, tuple) else ()

@@ -1,1 +1,1 @@
-"""From a tar to samples: members, fields, captions, images and ground truth, all of them untrusted."""
+"""Read tar shards: members, samples, fields, captions, images and ground truth, all of them untrusted."""

@@ -1,4 +1,4 @@
-"""From a sample's untrusted bytes to captions, within bounds that keep tokenizers fast."""
+"""Read captions from the untrusted bytes of a sample, within limits that keep tokenizers fast."""
 
 from __future__ import annotations
 
@@ -14,26 +14,15 @@ from pipeline.shards.fields import find_field, listed_names
 from pipeline.text import printable
 
 MAX_JSON_BYTES = 4 * 2**20
-
-
 MAX_CAPTION_CHARACTERS = 2**14
-
-
 # byte-pair encoding takes quadratic time on a run of letters, and no language has such words
 MAX_LETTERS_IN_A_ROW = 400
-
-
-# bringing marks into their order takes quadratic time too; one letter has a few
+# sorting combining marks takes quadratic time too; one letter has a few
 MAX_MARKS_IN_A_ROW = 400
-
-
 # all of a sample's captions are embedded, if only to find the most similar ones
 MAX_CAPTIONS = 1024
 
-
 _LETTERS = re.compile(r"[^\W\d_]+")
-
-
 _MARKS = regex.compile(rf"\p{{M}}{{{MAX_MARKS_IN_A_ROW + 1}}}")
 
 
@@ -45,15 +34,15 @@ def read_captions(
     Args:
         fields: the sample's, by lower-cased extension.
         spec: `txt`, or `json:NAME` for a key of a JSON object.
-        several: whether the value is a list of captions (JSON only) or one text; None: whichever it is.
+        several: whether the value must be a list of captions (JSON only) or one text; None: either.
 
     Returns:
-        One caption without surrounding white space; of a list, for each element in order its caption, or the
+        The caption without surrounding white space; for a list, the caption of each element in order, or the
         failure of that element alone, so that positions are prompt indices. An empty list stays empty.
 
     Raises:
         SampleFailure: stage `caption`; kind `missing_field`, `missing_key`, `empty`, `not_utf8`, `not_json`,
-            `wrong_type`, `too_long` or `too_many`: the sample as a whole has no caption that can be used.
+            `wrong_type`, `too_long` or `too_many`: the sample has no usable caption at all.
     """
     field_spec, _, name = spec.partition(":")
     content = find_field(fields, field_spec, stage="caption")
@@ -68,7 +57,7 @@ def read_captions(
         message = f"expected a list of captions in {spec}, received {_type_name(value)}{remedy}"
         raise _failure("wrong_type", message)
     if len(value) > MAX_CAPTIONS:
-        raise _failure("too_many", f"the sample has {len(value)} captions, allowed are {MAX_CAPTIONS}")
+        raise _failure("too_many", f"the sample has {len(value)} captions; the limit is {MAX_CAPTIONS}")
     return [_caption_or_failure(element) for element in value]
 
 
@@ -86,21 +75,27 @@ def check_caption(value: object) -> str:
         SampleFailure: stage `caption`; kind `wrong_type`, `empty`, `too_long` or `not_utf8`.
     """
     if not isinstance(value, str):
-        raise _failure("wrong_type", f"expected a text as caption, received {_type_name(value)}")
+        raise _failure("wrong_type", f"expected a string as caption, received {_type_name(value)}")
     caption = value.strip()
     if not caption:
         raise _failure("empty", "the caption is empty")
     if len(caption) > MAX_CAPTION_CHARACTERS:
         raise _failure(
-            "too_long", f"the caption has {len(caption)} characters, allowed are {MAX_CAPTION_CHARACTERS}"
+            "too_long", f"the caption has {len(caption)} characters; the limit is {MAX_CAPTION_CHARACTERS}"
         )
     if any(len(letters) > MAX_LETTERS_IN_A_ROW for letters in _LETTERS.findall(caption)):
-        raise _failure("too_long", f"the caption has more than {MAX_LETTERS_IN_A_ROW} letters in a row")
+        raise _failure(
+            "too_long",
+            f"the caption has a run of letters longer than the limit of {MAX_LETTERS_IN_A_ROW}",
+        )
     if _MARKS.search(caption):
-        raise _failure("too_long", f"the caption has more than {MAX_MARKS_IN_A_ROW} combining marks in a row")
+        raise _failure(
+            "too_long",
+            f"the caption has a run of combining marks longer than the limit of {MAX_MARKS_IN_A_ROW}",
+        )
     # JSON can spell half a surrogate pair, which no file could hold
     if any("\ud800" <= character <= "\udfff" for character in caption):
-        raise _failure("not_utf8", "the caption holds half of a surrogate pair")
+        raise _failure("not_utf8", "the caption contains half of a surrogate pair, which UTF-8 cannot encode")
     return caption
 
 
@@ -120,7 +115,7 @@ def _json_value(content: bytes, name: str) -> object:
 
 def _text(content: bytes, max_bytes: int) -> str:
     if len(content) > max_bytes:
-        raise _failure("too_long", f"the field has {len(content)} bytes, allowed are {max_bytes}")
+        raise _failure("too_long", f"the field has {len(content)} bytes; the limit is {max_bytes}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Fields of a sample: found by extension, or named where they are missing."""
+"""Find a field of a sample by its extension, and describe the fields present where it is missing."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from pipeline.errors import SampleFailure
 from pipeline.shards.samples import SampleFields
 from pipeline.text import printable
 
-# of fields and JSON keys that a message names
-MAX_NAMES_TOLD = 12
-
-
-MAX_NAME_CHARACTERS_TOLD = 30
+# field names and JSON keys shown in a message
+MAX_NAMES_SHOWN = 12
+MAX_NAME_CHARACTERS_SHOWN = 30
 
 
 def find_field(fields: Mapping[str, bytes], spec: str, *, stage: str = "decode") -> bytes:
-    """Find the first of several fields that a sample has.
+    """Return the content of the first of several fields that a sample has.
 
     Args:
-        fields: the sample's, by lower-cased extension; those that were skipped are named where none is found.
+        fields: the sample's, by lower-cased extension; the error names those that were skipped too.
         spec: extensions by preference, separated by semicolons, such as `jpg;png;webp`.
-        stage: what a missing field is reported under.
+        stage: stage under which a missing field is reported.
 
     Raises:
         SampleFailure: kind `missing_field`: the sample has none of them.
@@ -32,18 +30,18 @@ def find_field(fields: Mapping[str, bytes], spec: str, *, stage: str = "decode")
         if name in fields:
             return fields[name]
     raise SampleFailure(
-        stage, "missing_field", f"sample has no field {_quoted(names)}{told_fields(fields, names)}"
+        stage, "missing_field", f"sample has no field {_quoted(names)}{describe_fields(fields, names)}"
     )
 
 
-def told_fields(fields: Mapping[str, bytes], missed: Sequence[str] = ()) -> str:
-    """The end of a message: which fields there are, and why none has a missed name where that can be told."""
+def describe_fields(fields: Mapping[str, bytes], missed: Sequence[str] = ()) -> str:
+    """Return the end of a message: the fields present, and why a missing one may have another name."""
     present = sorted({*fields, *(fields.skipped if isinstance(fields, SampleFields) else ())})
-    told = f"; fields present: {listed_names(present)}"
+    description = f"; fields present: {listed_names(present)}"
     dotted = next((field for field in present if field.endswith(tuple(f".{name}" for name in missed))), None)
     if dotted is None:
-        return told
-    return f"{told} (a key ends at the first dot of the base name, and all that follows is the field)"
+        return description
+    return f"{description} (a key ends at the first dot of the base name, and all that follows is the field)"
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -51,7 +49,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def listed_names(names: Collection[str]) -> str:
-    """Some of the names, fit to be shown: at most MAX_NAMES_TOLD, each cut to MAX_NAME_CHARACTERS_TOLD."""
-    told = [printable(name[:MAX_NAME_CHARACTERS_TOLD]) for name in islice(names, MAX_NAMES_TOLD)]
-    left = len(names) - len(told)
-    return ", ".join(told) + (f" and {left} more" if left else "") if told else "none"
+    """Return printable names: at most MAX_NAMES_SHOWN, each cut to MAX_NAME_CHARACTERS_SHOWN."""
+    shown = [printable(name[:MAX_NAME_CHARACTERS_SHOWN]) for name in islice(names, MAX_NAMES_SHOWN)]
+    omitted = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {omitted} more" if omitted else "") if shown else "none"

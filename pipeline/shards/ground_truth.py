@@ -1,4 +1,4 @@
-"""Scenes with ground truth, read from the same tars that are annotated.
+"""Read scenes with ground truth from the tars that are annotated.
 
 A sample of such a tar holds an image, ``json`` with ``captions`` and, aligned with them, ``class_ids``, and
 one or both of two forms of truth:
@@ -7,8 +7,8 @@ one or both of two forms of truth:
   255 in a map of 8 bits, 65535 in one of 16.
 - ``points`` in the ``json``: a list of ``{"x": 0.25, "y": 0.5, "class_id": 7, "label": "yes"}``, each the
   answer to whether the pixel there belongs to the class, ``yes`` or ``no``. x and y are shares of the
-  image's width and height, from 0 to 1. Open Images V7 has such labels; its third answer, "unsure", is left
-  out.
+  image's width and height, from 0 to 1. Open Images V7 has such labels; its third answer, "unsure", is
+  omitted.
 
 Class ids are from 1 on.
 """
@@ -29,7 +29,7 @@ from PIL import Image
 from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure
 from pipeline.shards.captions import MAX_CAPTIONS, check_caption
-from pipeline.shards.fields import find_field, told_fields
+from pipeline.shards.fields import describe_fields, find_field
 from pipeline.shards.image_files.png import check_png, png_without_texts
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
@@ -52,8 +52,8 @@ class PointLabel:
     Attributes:
         x: from the left, as a share of the image's width, 0 to 1.
         y: from the top, as a share of its height.
-        class_id: the class that was asked for.
-        is_object: the answer.
+        class_id: the class in question.
+        is_object: whether the pixel belongs to it.
     """
 
     x: float
@@ -62,7 +62,7 @@ class PointLabel:
     is_object: bool
 
     def value_in(self, pixels: np.ndarray) -> Any:
-        """What stands at this place in an array of any size, [height, width]."""
+        """Return the value of an array of any size, [height, width], at this place."""
         height, width = pixels.shape
         return pixels[min(int(self.y * height), height - 1), min(int(self.x * width), width - 1)]
 
@@ -92,14 +92,14 @@ class Scene:
 
     @property
     def labels(self) -> LabelMap:
-        """The label map; raises ValueError where there is none."""
+        """Label map; raises ValueError where there is none."""
         if self.label_map is None:
-            raise ValueError(f"{self.key}: expected a label map, found point labels alone")
+            raise ValueError(f"{self.key}: expected a label map, found only point labels")
         return self.label_map
 
     @property
     def ignored_label(self) -> int:
-        """The value of pixels that do not count."""
+        """Value of pixels that do not count."""
         return IGNORED_LABEL if self.labels.dtype == np.uint8 else IGNORED_LABEL_16_BIT
 
     @property
@@ -109,43 +109,43 @@ class Scene:
         return counted
 
     def class_mask(self, class_id: int) -> Bool[np.ndarray, "height width"]:
-        """Pixels of one class."""
+        """Return the pixels of one class."""
         mask: np.ndarray = self.labels == class_id
         return mask
 
     def object_mask(self, object_index: int) -> Bool[np.ndarray, "height width"]:
-        """Pixels of one object."""
+        """Return the pixels of one object."""
         return self.class_mask(self.class_ids[object_index])
 
     def foreground(self) -> Bool[np.ndarray, "height width"]:
-        """Pixels of any object that a caption names."""
+        """Return the pixels of all objects that a caption names."""
         return np.isin(self.labels, self.class_ids)
 
     def visible_classes(self) -> Int[np.ndarray, " classes"]:
-        """Ids of the classes that have a pixel, ascending."""
+        """Return the ids of the classes that have a pixel, ascending."""
         found = np.flatnonzero(np.bincount(self.labels.ravel()))
         classes: np.ndarray = found[(found != 0) & (found != self.ignored_label)]
         return classes
 
     def visible_objects(self) -> list[int]:
-        """Ordinals of the objects that have at least one pixel; the others have no mask in the truth."""
+        """Return the ordinals of the objects that have a pixel; the others have no mask in the truth."""
         visible = set() if self.label_map is None else set(self.visible_classes().tolist())
         return [index for index, class_id in enumerate(self.class_ids) if class_id in visible]
 
     def pointed_objects(self) -> list[int]:
-        """Ordinals of the objects that at least one point says yes to."""
-        said = {point.class_id for point in self.points if point.is_object}
-        return [index for index, class_id in enumerate(self.class_ids) if class_id in said]
+        """Return the ordinals of the objects that at least one point label affirms."""
+        affirmed = {point.class_id for point in self.points if point.is_object}
+        return [index for index, class_id in enumerate(self.class_ids) if class_id in affirmed]
 
 
 def list_truth_shards(patterns: str | Path | Sequence[str | Path]) -> list[ShardSource]:
-    """The tars that one or several patterns name; raises UserError where one names nothing."""
+    """Return the tars that one or several patterns match; raises UserError where a pattern matches none."""
     several = [patterns] if isinstance(patterns, str | Path) else patterns
     return list_shards([str(pattern) for pattern in several])
 
 
 def read_scenes(shard: ShardSource, settings: InputConfig) -> Iterator[Scene | SampleError]:
-    """Every sample of a tar, as a scene or as the reason why it cannot serve as ground truth.
+    """Yield each sample of a tar, as a scene or as the reason why it cannot serve as ground truth.
 
     Args:
         shard: the tar.
@@ -162,18 +162,18 @@ def read_scenes(shard: ShardSource, settings: InputConfig) -> Iterator[Scene | S
 
 
 def scene_of(sample: RawSample, image_fields: str) -> Scene | SampleError:
-    """The scene that a sample holds, or the reason why it holds none.
+    """Return the scene that a sample contains, or the reason why it contains none.
 
     Args:
         sample: as read from the tar.
-        image_fields: fields of the image, the first one present counts, such as ``jpg;png``.
+        image_fields: fields of the image, such as ``jpg;png``; the first one present counts.
     """
     try:
         document = _document(sample.fields)
         points = _points(document.get("points", []))
         if LABEL_MAP_FIELD not in sample.fields and not points:
             message = f"sample has no field `{LABEL_MAP_FIELD}`, and its JSON field has no points"
-            raise SampleFailure("read", "no_ground_truth", f"{message}{told_fields(sample.fields)}")
+            raise SampleFailure("read", "no_ground_truth", f"{message}{describe_fields(sample.fields)}")
         captions, class_ids = _objects(document)
         label_map = sample.fields.get(LABEL_MAP_FIELD)
         return Scene(
@@ -190,18 +190,20 @@ def scene_of(sample: RawSample, image_fields: str) -> Scene | SampleError:
 
 
 def _document(fields: Mapping[str, bytes]) -> dict[str, Any]:
-    """The sample's JSON field; none at all counts as an empty one."""
+    """Return the JSON field of a sample; a missing one counts as empty."""
     try:
         document = json.loads(fields.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
-        raise _bad_truth(f"expected a JSON field, received none: {type(error).__name__} {error}") from error
+        raise _bad_truth(
+            f"expected a JSON document in the field `json`: {type(error).__name__} {error}"
+        ) from error
     if not isinstance(document, dict):
         raise _bad_truth(f"expected a JSON object, received {type(document).__name__}")
     return document
 
 
 def _objects(document: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Captions and class ids of the objects, checked to be of one length."""
+    """Return the captions and class ids of the objects, checked to be of one length."""
     captions, class_ids = (_list_of(document, name) for name in ("captions", "class_ids"))
     # a fraction, a truth value or a text would become another class
     if not all(type(class_id) is int for class_id in class_ids):
@@ -252,7 +254,7 @@ def _is_share(value: Any) -> bool:
 
 
 def read_label_map(data: bytes) -> LabelMap:
-    """Decode a label map; raises SampleFailure, kind `bad_ground_truth`, where the bytes are none."""
+    """Decode a label map; raises SampleFailure, kind `bad_ground_truth`, for other bytes."""
     try:
         check_png(data)
         with Image.open(io.BytesIO(png_without_texts(data)), formats=("PNG",)) as image:

@@ -1,14 +1,15 @@
-"""From untrusted bytes to pixels at model size.
+"""Decode untrusted bytes to pixels at the model's input size.
 
-Content is told by its first bytes and by nothing else: a field's name is only where to look. The formats
-opened are JPEG, PNG, WebP, BMP and GIF, with a single frame; TIFF is left out for the size of its decoders.
+The format of an image is recognised by its first bytes alone; the name of its field does not matter. Formats
+that are opened are JPEG, PNG, WebP, BMP and GIF, with a single frame; TIFF is not, since its decoders are
+large.
 """
 
 from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,7 +36,6 @@ MAX_IMAGE_SIDE = 2**16 - 1
 # Pillow joins the segments one by one, in quadratic time; a picture has one, and so has each further picture
 MAX_EXIF_SEGMENTS = 64
 
-
 _EXIF_ORIENTATION_TAG = 0x0112
 _EXIF_SHORT = 3
 _TRANSPOSE_BY_EXIF_ORIENTATION = {
@@ -47,7 +47,7 @@ _TRANSPOSE_BY_EXIF_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_MODES_WITH_A_WAY_TO_RGB = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
+_MODES_CONVERTIBLE_TO_RGB = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,20 @@ class DecodedImage:
     """An image as the model takes it, and the size it came in.
 
     Attributes:
-        pixels: RGB, uint8 [height, width, 3] at the model's input size.
         image_height: rows of the original, after EXIF orientation.
         image_width: columns of the original, after EXIF orientation.
-        further_pixels: the same for each further canvas of `legrad.views`.
+        canvases: the image resized for each canvas of `legrad.views`, RGB, uint8 [height, width, 3] each, the
+            first one at the model's input size.
     """
 
-    pixels: np.ndarray
     image_height: int
     image_width: int
-    further_pixels: tuple[np.ndarray, ...] = ()
+    canvases: tuple[np.ndarray, ...]
 
     @property
-    def canvases(self) -> tuple[np.ndarray, ...]:
-        """All pixels, those of the first canvas first."""
-        return (self.pixels, *self.further_pixels)
-
-    @property
-    def shapes(self) -> Hashable:
-        """What images have in common that may share a batch."""
-        return tuple(pixels.shape for pixels in self.canvases)
+    def pixels(self) -> np.ndarray:
+        """Pixels at the model's input size."""
+        return self.canvases[0]
 
 
 WHOLE_IMAGE = Views()
@@ -89,22 +83,21 @@ def decode_image(
         data: a file's content.
         transform: the model's own.
         max_image_pixels: larger images are refused before any pixel is decoded.
-        views: which views are wanted of it.
+        views: views of the image, which decide its canvases.
 
     Raises:
         SampleFailure: as `open_image`.
     """
     image = open_image(data, max_image_pixels=max_image_pixels)
     with _faults_as_failures():
-        pixels, *further_pixels = canvas_pixels(views, transform, image)
-        return DecodedImage(pixels, image.height, image.width, tuple(further_pixels))
+        return DecodedImage(image.height, image.width, canvas_pixels(views, transform, image))
 
 
 def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
     """Decode an image completely, upright, in a mode that Pillow converts to RGB.
 
-    Palette, alpha and CMYK images stay what they are, since open_clip resamples before it converts. Grey of
-    16 bits becomes grey of 8 by its high byte, which is also how Pillow reads colour of 16 bits.
+    Palette, alpha and CMYK images keep their mode, since open_clip resamples before it converts. 16-bit grey
+    becomes 8-bit grey by its high byte, which is also how Pillow reads 16-bit colour.
 
     Args:
         data: a file's content.
@@ -112,14 +105,16 @@ def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
 
     Raises:
         SampleFailure: stage `decode`; kind `empty`, `format_not_allowed`, `too_many_pixels`, `side_too_long`,
-            `too_many_parts`, `animated`, `unsupported_mode`, `truncated`, `corrupt` (the file shows that it
-            is damaged) or `unreadable` (its decoder gives up).
+            `too_many_parts`, `animated`, `unsupported_mode`, `truncated`, `corrupt` (checks find the file
+            damaged) or `unreadable` (its decoder raises).
     """
     with _faults_as_failures():
         header = _read_header(data)
         _check_size(header, max_image_pixels)
         if getattr(header, "is_animated", False):
-            raise SampleFailure("decode", "animated", "the image has several frames, expected is one")
+            raise SampleFailure(
+                "decode", "animated", "the image has several frames; only images of one frame are read"
+            )
         _check_soundness(header, data)
         orientation = _exif_orientation(header.info.get("exif", b""))
         # Not simplejpeg: into a PIL image, which resizing needs, it is no faster and for large images slower.
@@ -130,7 +125,7 @@ def open_image(data: bytes, *, max_image_pixels: int) -> Image.Image:
 
 
 def upright_transpose(data: bytes) -> Image.Transpose | None:
-    """How an image as stored turns upright, told from its EXIF data; None where it stands so already.
+    """Return the operation that turns an image as stored upright, by its EXIF data; None where it is upright.
 
     Raises:
         SampleFailure: as `open_image`.
@@ -141,33 +136,37 @@ def upright_transpose(data: bytes) -> Image.Transpose | None:
 
 
 class _BoundedReader(io.BytesIO):
-    """A file of an untrusted number of parts, each of which costs its decoder at least one call."""
+    """A file in memory that may be read a limited number of times, since each of its parts costs a read."""
 
     _reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self._reads += 1
         if self._reads > MAX_READS:
-            raise SampleFailure("decode", "too_many_parts", f"the image is in more than {MAX_READS} parts")
+            raise SampleFailure(
+                "decode", "too_many_parts", f"the image has more parts than the limit of {MAX_READS}"
+            )
         return super().read(size)
 
 
 def _check_size(header: ImageFile, max_image_pixels: int) -> None:
     size = f"the image has {header.width} x {header.height} pixels"
     if header.width * header.height > max_image_pixels:
-        raise SampleFailure("decode", "too_many_pixels", f"{size}, allowed are {max_image_pixels}")
+        raise SampleFailure("decode", "too_many_pixels", f"{size}; the limit is {max_image_pixels} pixels")
     if max(header.size) > MAX_IMAGE_SIDE:
-        raise SampleFailure("decode", "side_too_long", f"{size}, a side may have {MAX_IMAGE_SIDE}")
+        raise SampleFailure(
+            "decode", "side_too_long", f"{size}; the limit of a side is {MAX_IMAGE_SIDE} pixels"
+        )
 
 
 def _check_exif_segments(data: bytes) -> None:
     if data.count(b"Exif\0\0") > MAX_EXIF_SEGMENTS:
-        message = f"the JPEG has more than {MAX_EXIF_SEGMENTS} segments of EXIF data"
+        message = f"the JPEG has more segments of EXIF data than the limit of {MAX_EXIF_SEGMENTS}"
         raise SampleFailure("decode", "too_many_parts", message)
 
 
 def _check_soundness(header: ImageFile, data: bytes) -> None:
-    """Refuse a file that shows damage; a JPEG does so itself, as it is decoded."""
+    """Refuse a damaged file; `CheckedJpeg` does so itself while it decodes."""
     if isinstance(header, PngImageFile):
         check_png(data)
         check_png_pixels(data)
@@ -178,7 +177,7 @@ def _check_soundness(header: ImageFile, data: bytes) -> None:
 
 
 def _read_header(data: bytes) -> ImageFile:
-    # The formats' own classes rather than Image.open, whose limit on pixels is global and speaks in warnings.
+    # The classes of the formats rather than Image.open, whose limit on pixels is global and only warns.
     if not data:
         raise SampleFailure("decode", "empty", "the image has no bytes")
     reader = _reader_of(data)
@@ -209,12 +208,14 @@ def _reader_of(data: bytes) -> Callable[[io.BytesIO], ImageFile] | None:
 def _as_convertible(image: Image.Image) -> Image.Image:
     # Transparency never reaches RGB, but Pillow would warn of it there.
     image.info.pop("transparency", None)
-    if image.mode in _MODES_WITH_A_WAY_TO_RGB:
+    if image.mode in _MODES_CONVERTIBLE_TO_RGB:
         return image
     # of the formats opened, only PNG has grey of more than 8 bits, and never more than 16
     if image.mode == "I" or image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    raise SampleFailure("decode", "unsupported_mode", f"no defined way from mode {image.mode} to RGB")
+    raise SampleFailure(
+        "decode", "unsupported_mode", f"the image mode {image.mode} has no defined conversion to RGB"
+    )
 
 
 def _exif_orientation(exif: bytes) -> int:
@@ -249,7 +250,7 @@ def _faults_as_failures() -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise SampleFailure("decode", "too_many_pixels", str(error)) from error
-    # Decoders raise about any type on crafted bytes, and none of it may end more than the sample.
+    # Decoders raise almost any type of exception on crafted bytes, and none may fail more than the sample.
     except Exception as error:
         is_cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
         message = f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""One thing that went wrong with a sample or its shard."""
+"""An error of a sample or its shard, as a row of the errors file."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ MAX_MESSAGE_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class SampleError:
-    """One thing that went wrong, as a row of the errors file.
+    """An error of a sample, of one of its prompts, or of its shard.
 
     Attributes:
         stage: open, read, decode, caption, model or mask.
         kind: short machine-readable name.
-        message: one sentence for a person.
-        key: sample key; None where no sample can be named.
-        sample_index: ordinal of the sample in its shard; None where no sample can be named.
-        prompt_index: ordinal of the prompt in its sample; None where the whole sample is meant.
-        damages_shard: the archive was not read to a sound end, so samples that nothing names may be missing.
+        message: one sentence that says what was found.
+        key: sample key; None where the sample is unknown.
+        sample_index: ordinal of the sample in its shard; None where the sample is unknown.
+        prompt_index: ordinal of the prompt in its sample; None for an error of the whole sample.
+        damages_shard: whether the archive could not be read to its end, so that samples may be missing.
     """
 
     stage: str
@@ -33,7 +33,7 @@ class SampleError:
     damages_shard: bool = False
 
     def as_row(self, shard: str) -> dict[str, Any]:
-        """The row of the errors file; texts printable, message bounded to MAX_MESSAGE_CHARACTERS."""
+        """Return the row of the errors file; texts are made printable, the message is cut."""
         return {
             "key": None if self.key is None else printable(self.key),
             "sample_index": self.sample_index,

@@ -1,4 +1,4 @@
-"""From a tar's members to samples, in bounded memory: every bad case told apart, never a wrong pairing."""
+"""Group the members of a tar into samples, in bounded memory; each kind of fault is a distinct error."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MAX_NAME_CHARACTERS = 4096
 # the digests of their keys take about 700 MB
 MAX_SAMPLES = 2**22
 
-# what is kept of fields that nobody wants, to name them where one is missed
+# names kept of fields that are not wanted, for the message about a missing one
 MAX_SKIPPED_NAMES = 16
-# which fields keys came with: shards have a few combinations, and a hostile one cannot fill memory
+# combinations of field names that are remembered: shards have a few, and a hostile one cannot fill memory
 MAX_COMBINATIONS = 2**10
 MAX_FIELD_CHARACTERS = 64
 
-# webdataset's own rule for members that describe the archive, such as what lies in a folder __index__
+# webdataset's own rule for members that describe the archive, such as those in a folder __index__
 _ABOUT_THE_ARCHIVE = re.compile(r"__[^/]*__($|/)")
 
 
@@ -46,7 +46,7 @@ class SampleFields(dict[str, bytes]):
 
 @dataclass(frozen=True)
 class RawSample:
-    """The bytes of one sample; nothing in them has been looked at.
+    """The bytes of one sample, unchecked.
 
     Attributes:
         index: ordinal of the sample in its shard, failed samples counted.
@@ -107,7 +107,7 @@ def read_samples(
             else:
                 group.skip(field)
     except DamageError as error:
-        # a source that failed says so at its end, and then the data is not to blame
+        # a source that failed raises at its end, and then the data is not to blame
         archive.read_to_end()
         damage = error
     yield from keys.outcome(group)
@@ -120,10 +120,10 @@ def read_samples(
 
 
 class _Keys:
-    """Remembers the keys of a shard, and what to do with members whose key comes back.
+    """Remembers the keys of a shard, and decides about members whose key was seen before.
 
-    A part that brings other fields than its key came with is the rest of a sample that was handed out without
-    it: it has no ordinal, so the sample counts once. A part that brings a field again is another sample.
+    Such members with other fields than before are the rest of a sample that was yielded without them: they
+    have no ordinal of their own, so the sample counts once. With a field seen before they are another sample.
     """
 
     def __init__(self, max_samples: int) -> None:
@@ -136,17 +136,19 @@ class _Keys:
         self._first_apart = ""
 
     def group(self, key: str) -> _Group:
-        """A group for the members of a key; raises DamageError where there are too many keys."""
+        """Start a group for the members of a key; raises DamageError where there are too many keys."""
         if _digest(key) in self._fields:
             return _Group(key, None, None)
         if len(self._fields) == self._max_samples:
-            message = f"the shard has more than {self._max_samples} samples; what follows is not read"
+            message = (
+                f"the shard has more samples than the limit of {self._max_samples}; the rest is not read"
+            )
             raise DamageError("too_many_samples", message)
         self._next_index += 1
         return _Group(key, self._next_index - 1, _problem_of_key(key))
 
     def outcome(self, group: _Group | None) -> Iterator[RawSample | SampleError]:
-        """The sample of a complete group, or what makes it unusable; nothing where it is the rest of one."""
+        """Yield the sample of a complete group, or its error; nothing for the rest of a sample."""
         if group is None:
             return
         digest, names = _digest(group.key), self._combination(group.names)
@@ -169,7 +171,7 @@ class _Keys:
             self._parts_apart += 1
 
     def apart(self) -> Iterator[SampleError]:
-        """One error for all members that came too late for their samples."""
+        """Yield one error for all members that came too late for their samples."""
         if self._parts_apart:
             message = (
                 f"members came after those of other samples {self._parts_apart} time(s) in this shard, and "
@@ -178,7 +180,7 @@ class _Keys:
             yield SampleError("read", "members_apart", message, printable(self._first_apart))
 
     def _combination(self, names: frozenset[str]) -> frozenset[str] | None:
-        """One object for equal sets; None where they are too many or too long to be remembered."""
+        """Return one object for equal sets; None where they are too many or too long to be remembered."""
         known = self._combinations.get(names)
         if known is not None:
             return known
@@ -193,9 +195,9 @@ class _Group:
     """The consecutive members of one key.
 
     Attributes:
-        key: what they have in common.
-        index: ordinal of the sample; None where the key came before, and nothing is read.
-        has_wanted: whether a field among them is wanted.
+        key: key of the members.
+        index: ordinal of the sample; None where the key was seen before, and nothing is read.
+        has_wanted: whether any of their fields is wanted.
     """
 
     def __init__(self, key: str, index: int | None, failure: tuple[str, str] | None) -> None:
@@ -211,7 +213,7 @@ class _Group:
         return frozenset(self._names)
 
     def skip(self, field: str) -> None:
-        """Pass over a member that nobody wants."""
+        """Record a member whose field is not wanted."""
         self._add_name(field)
         self._fields.skip(field)
 
@@ -230,7 +232,7 @@ class _Group:
                 raise
 
     def outcome(self, index: int) -> RawSample | SampleError:
-        """The sample, or what makes it unusable."""
+        """Return the sample, or the error that makes it unusable."""
         if self._failure is None:
             return RawSample(index, self.key, self._fields)
         kind, message = self._failure
@@ -247,12 +249,15 @@ class _Group:
             kind, what = member.oddity
             return kind, f"{name} is {what}, and only regular files are read"
         if field in self._fields:
-            return "duplicate_field", f"{name}: the sample has a field {field!r} already"
+            return "duplicate_field", f"{name}: the sample already has a field {field!r}"
         if member.size_bytes > max_member_bytes:
-            sizes = f"{member.size_bytes} bytes, allowed are {max_member_bytes}"
+            sizes = f"{member.size_bytes} bytes; the limit is {max_member_bytes}"
             return "member_too_large", f"{name} has {sizes}"
         if len(self._fields) >= MAX_FIELDS_PER_SAMPLE:
-            return "too_many_members", f"the sample has more than {MAX_FIELDS_PER_SAMPLE} members"
+            return (
+                "too_many_members",
+                f"the sample has more members than the limit of {MAX_FIELDS_PER_SAMPLE}",
+            )
         return None
 
 
@@ -261,7 +266,7 @@ def _digest(key: str) -> bytes:
 
 
 def _key_and_extension(name: str) -> tuple[str | None, str]:
-    """Split a name at the first dot of its base name; None as key where there is nothing to split or to name.
+    """Split a name at the first dot of its base name; the key is None where it belongs to no sample.
 
     Source: webdataset's rule, without its pattern, which takes quadratic time on a name of many folders; and
         a hidden file in a folder (x/._a.jpg) has no key here, where it would be one of the folder's name.
@@ -276,7 +281,7 @@ def _key_and_extension(name: str) -> tuple[str | None, str]:
 def _stray(member: Member) -> SampleError:
     name = printable(member.name[:MAX_NAME_CHARACTERS])
     if len(member.name) > MAX_NAME_CHARACTERS:
-        message = f"a member's name has {len(member.name)} characters, allowed are {MAX_NAME_CHARACTERS}"
+        message = f"a member's name has {len(member.name)} characters; the limit is {MAX_NAME_CHARACTERS}"
         return SampleError("read", "name_too_long", message, name)
     if member.oddity is not None:
         kind, what = member.oddity
@@ -288,9 +293,9 @@ def _stray(member: Member) -> SampleError:
 
 def _problem_of_key(key: str) -> tuple[str, str] | None:
     if key.startswith("/") or ".." in key.split("/"):
-        return "unsafe_name", "the name is absolute or leaves its folder"
+        return "unsafe_name", "the name is an absolute path or leads out of its folder"
     if any("\ud800" <= character <= "\udfff" for character in key):
-        return "name_not_utf8", "the name is not UTF-8, so no row could name the sample"
+        return "name_not_utf8", "the name is not UTF-8, so no row could contain it"
     if key != printable(key):
-        return "unsafe_name", "the name holds control characters"
+        return "unsafe_name", "the name contains control characters"
     return None

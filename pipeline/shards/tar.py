@@ -1,8 +1,8 @@
-"""From a tar stream to its members, read forwards once, with every way an archive can be damaged told apart.
+"""Read the members of a tar stream, forwards and once; each kind of damage is a distinct error.
 
-Headers are parsed by the standard library, block by block. Its stream mode is not used because it ends in
-silence both where an archive was cut at a member boundary and at a corrupt header, and takes extended headers
-of any claimed size into memory.
+Headers are parsed by the standard library, block by block. Its stream mode is not used because it ends
+silently both where an archive was cut at a member boundary and at a corrupt header, and reads extended
+headers of any claimed size into memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 BLOCK_BYTES = tarfile.BLOCKSIZE
 PIECE_BYTES = 2**20
 MAX_EXTENSION_BYTES = 2**20
-# writers fill up to a record, which is 10 KiB unless they are told otherwise
+# writers fill up to a record, which is 10 KiB by default
 MAX_PADDING_BYTES = 2**16
 
 _COMPRESSIONS = {
@@ -33,19 +33,19 @@ _TYPES_WITHOUT_BODY = {
     tarfile.BLKTYPE: ("special_file", "a block device"),
     tarfile.FIFOTYPE: ("special_file", "a named pipe"),
 }
-# where GNU tar's older sparse headers, and the blocks that follow them, say whether another block follows
-_SPARSE_HEADER_GOES_ON, _SPARSE_BLOCK_GOES_ON = 482, 504
+# offsets of the flag in GNU tar's older sparse headers, and in the blocks after them: another block follows
+_SPARSE_HEADER_CONTINUES, _SPARSE_BLOCK_CONTINUES = 482, 504
 
 
 class ByteSource(Protocol):
-    """What an archive is read from, forwards."""
+    """A stream of bytes that is read forwards."""
 
     def read(self, size_bytes: int = -1, /) -> bytes:
-        """The next bytes, at most so many; none at the end."""
+        """Return the next bytes, at most so many; none at the end."""
 
 
 class DamageError(Exception):
-    """From here on nothing in the archive can be trusted."""
+    """The archive is damaged; nothing after this point can be trusted."""
 
     def __init__(self, kind: str, message: str, *, stage: str = "read") -> None:
         super().__init__(message)
@@ -54,12 +54,12 @@ class DamageError(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """What an archive says of one member.
+    """The header of one member.
 
     Attributes:
-        name: as it stands there; bytes that are not UTF-8 are lone surrogates.
-        size_bytes: of the body in the archive.
-        type: the header's type flag.
+        name: as stored; bytes that are not UTF-8 become lone surrogates.
+        size_bytes: bytes of the body in the archive.
+        type: type flag.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Member:
 
     @property
     def oddity(self) -> tuple[str, str] | None:
-        """Kind and description of what is no regular file; None for a regular file."""
+        """Kind and description of a member that is not a regular file; None for a regular file."""
         if self.type in _FILE_TYPES:
             return None
         if self.type == tarfile.GNUTYPE_SPARSE:
@@ -78,30 +78,30 @@ class Member:
 
 @dataclass(frozen=True)
 class _Extensions:
-    """What extended headers say of the member after them."""
+    """What the extended headers state about the member after them."""
 
     name: str | None = None
     size_bytes: int | None = None
     is_sparse: bool = False
-    # what `path` gives is made up then
+    # `path` then holds an invented name
     sparse_name: str | None = None
 
 
 class Archive:
-    """Reads a tar forwards: header by header, and the body of the current member on demand."""
+    """Reads a tar forwards, header by header, and the body of the current member on demand."""
 
     def __init__(self, stream: ByteSource) -> None:
         self._stream = stream
         self._offset_bytes = 0
         self._body_bytes = 0
         self._padding_bytes = 0
-        self._sparse_map_goes_on = False
+        self._sparse_map_continues = False
 
     def members(self) -> Iterator[Member]:
-        """Yield every member that is no folder, then check how the archive ends.
+        """Yield every member that is not a folder, then check how the archive ends.
 
         Raises:
-            DamageError: the archive is cut, corrupt, compressed or no tar at all.
+            DamageError: the archive is truncated, corrupt, compressed or not a tar.
         """
         while (header := self._next_header()) is not None:
             member = self._resolved(header)
@@ -113,12 +113,12 @@ class Archive:
         self._check_end()
 
     def read_body(self) -> bytes:
-        """Read the rest of the current member's bytes.
+        """Read the rest of the bytes of the current member.
 
         Raises:
             DamageError: the archive ends before.
         """
-        # in pieces, so that a header that claims too much costs no more memory than there is data
+        # in pieces, so that a header with too large a size costs no more memory than there is data
         pieces = []
         while self._body_bytes:
             piece = self._read(min(self._body_bytes, PIECE_BYTES))
@@ -131,7 +131,7 @@ class Archive:
         return b"".join(pieces)
 
     def read_to_end(self) -> None:
-        """Pass over whatever still comes."""
+        """Skip the rest of the stream."""
         while self._read(PIECE_BYTES):
             pass
 
@@ -145,12 +145,12 @@ class Archive:
             self._body_bytes -= len(piece)
 
     def _resolved(self, header: tarfile.TarInfo) -> Member:
-        """Apply the extended headers (PAX, GNU long names) that stand before a member's own."""
+        """Apply the extended headers (PAX, GNU long names) that precede the header of a member."""
         extensions = _Extensions()
         seen: set[bytes] = set()
         while True:
             if header.type in seen and header.type != tarfile.XGLTYPE:
-                # what stood between them is lost, and which of them the member has nobody knows
+                # the header between them is lost, and it is unknown which of them belongs to the member
                 message = f"two extended headers of one member, before byte {self._offset_bytes}"
                 raise DamageError("corrupt_header", message)
             seen.add(header.type)
@@ -182,15 +182,15 @@ class Archive:
         return content
 
     def _skip_sparse_map(self) -> None:
-        while self._sparse_map_goes_on:
+        while self._sparse_map_continues:
             start_bytes = self._offset_bytes
             block = self._read_block()
             if len(block) < BLOCK_BYTES:
                 raise _missing_block(block, start_bytes)
-            self._sparse_map_goes_on = bool(block[_SPARSE_BLOCK_GOES_ON])
+            self._sparse_map_continues = bool(block[_SPARSE_BLOCK_CONTINUES])
 
     def _next_header(self) -> tarfile.TarInfo | None:
-        """The next header as it stands, or None at the first block of the end of the archive."""
+        """Read the next header, unresolved; None at the first block of the end of the archive."""
         start_bytes = self._offset_bytes
         block = self._read_block()
         if len(block) < BLOCK_BYTES:
@@ -203,7 +203,7 @@ class Archive:
             raise _corrupt_block(block, start_bytes) from error
         if header.size < 0:
             raise _corrupt_block(block, start_bytes)
-        self._sparse_map_goes_on = bool(block[_SPARSE_HEADER_GOES_ON])
+        self._sparse_map_continues = bool(block[_SPARSE_HEADER_CONTINUES])
         return header
 
     def _check_end(self) -> None:
@@ -240,7 +240,7 @@ class Archive:
 
 def _missing_block(block: bytes, start_bytes: int) -> DamageError:
     if not start_bytes and not block:
-        return DamageError("zero_bytes", "the shard has no bytes at all", stage="open")
+        return DamageError("zero_bytes", "the shard has 0 bytes", stage="open")
     if not start_bytes:
         return _corrupt_block(block, start_bytes)
     where = "in a header" if block else "without the blocks that mark its end"
@@ -249,9 +249,7 @@ def _missing_block(block: bytes, start_bytes: int) -> DamageError:
 
 def _corrupt_block(block: bytes, start_bytes: int) -> DamageError:
     if start_bytes:
-        return DamageError(
-            "corrupt_header", f"no valid header at byte {start_bytes}; what follows is not read"
-        )
+        return DamageError("corrupt_header", f"no valid header at byte {start_bytes}; the rest is not read")
     for magic, name in _COMPRESSIONS.items():
         if block.startswith(magic):
             message = f"the shard is compressed with {name}; shards are read uncompressed"
@@ -283,7 +281,7 @@ def _with_pax_records(extensions: _Extensions, content: bytes) -> _Extensions:
         record = content[start + len(length_digits) + 1 : end]
         keyword, equals, value = record.partition(b"=")
         if end > len(content) or not equals or not value.endswith(b"\n"):
-            raise DamageError("corrupt_header", "a PAX header has a record that does not fit its length")
+            raise DamageError("corrupt_header", "a PAX header has a record of another length than it states")
         extensions = _with_pax_record(extensions, keyword, value[:-1])
         start = end
     return extensions
@@ -301,7 +299,7 @@ def _with_pax_record(extensions: _Extensions, keyword: bytes, value: bytes) -> _
 
 def _pax_size_bytes(value: bytes) -> int:
     if not value.isdigit() or len(value) > 19:
-        raise DamageError("corrupt_header", "a PAX header gives a size that is no number")
+        raise DamageError("corrupt_header", "a PAX header has a size that is not a number")
     return int(value)
 
 

@@ -22,10 +22,12 @@ from hands import work_through
 
 import legrad
 from pipeline import storage
-from pipeline.annotate.engine import Engine, PreparedSample, Prompt
+from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer
+from pipeline.annotate.samples import PreparedSample
 from pipeline.cli.demo import demo_config
 from pipeline.config.schema import JobConfig
+from pipeline.prompts.sample_prompts import Prompt
 from pipeline.run.worker import build_annotator
 from pipeline.shards.captions import read_captions
 from pipeline.shards.fields import find_field
@@ -46,7 +48,8 @@ def samples_in_memory(config: JobConfig, explainer: legrad.LeGrad) -> list[Prepa
                     max_image_pixels=config.input.max_image_pixels,
                 )
                 prompts = tuple(Prompt(i, text) for i, text in enumerate(captions) if isinstance(text, str))
-                samples.append(PreparedSample(item.index, item.key, image, prompts))
+                size = (image.image_height, image.image_width)
+                samples.append(PreparedSample(item.index, item.key, *size, image.canvases, prompts))
     return samples
 
 

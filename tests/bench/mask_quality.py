@@ -25,12 +25,13 @@ import legrad
 from legrad.masks.rle import decode_rle
 from legrad.masks.thresholds import relevance_contrast
 from legrad.quality.metrics import bootstrap_mean, bootstrap_statistic
-from pipeline.annotate.engine import ExplainedPrompt, ExplainedSample, PreparedSample, Prompt
 from pipeline.annotate.rows import annotation_rows
+from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
 from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig
 from pipeline.demo import assets
 from pipeline.output.label_map import label_map
+from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.shards.images import decode_image
 
@@ -105,10 +106,10 @@ def explain(
         ExplainedPrompt(Prompt(ordinal, classes[class_], class_ + 1), False, float(similarities[ordinal]))
         for ordinal, class_ in enumerate(shown)
     )
-    prepared = PreparedSample(index, scene.key, image, tuple(each.prompt for each in prompts))
+    maps = SampleMaps(text_maps(grids[: len(shown)]), text_maps(grids[-1:]), "upsampled")
     return Explained(
         scene,
-        ExplainedSample(prepared, prompts, grids[: len(shown)], 0, grids[-1:]),
+        ExplainedSample(index, scene.key, image.image_height, image.image_width, prompts, maps),
         {
             "similarity": similarities[:-1].numpy(),
             "peak": grids[:-1].amax((1, 2)).numpy(),
@@ -116,6 +117,11 @@ def explain(
         },
         np.arange(len(rows) - 1) < len(shown),
     )
+
+
+def text_maps(grids: torch.Tensor) -> TextMaps:
+    """Maps without refinement and without a neutral text."""
+    return TextMaps(grids, grids.amax((1, 2)), grids)
 
 
 def mask_figures(
@@ -127,10 +133,10 @@ def mask_figures(
     figures: list[tuple[int, float, float, float, float]] = []
     confusion = np.zeros((256, 256), dtype=np.int64)
     for index, each in enumerate(scenes):
-        sample = (
-            each.sample if with_background else replace(each.sample, background_grids=torch.zeros(0, 1, 1))
-        )
-        rows = annotation_rows(sample, config, "upsampled")
+        maps = each.sample.maps
+        if not with_background:
+            maps = replace(maps, backgrounds=text_maps(maps.backgrounds.relevance_grids[:0]))
+        rows = annotation_rows(replace(each.sample, maps=maps), config)
         truth, valid = each.scene.label_map, each.scene.valid
         labels = label_map(rows, *truth.shape)
         counted = valid & (labels != 255)

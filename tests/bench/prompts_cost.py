@@ -22,8 +22,9 @@ from open_clip import IMAGENET_CLASSNAMES
 
 import legrad
 from pipeline import storage
-from pipeline.annotate.engine import Engine, PreparedSample
+from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer
+from pipeline.annotate.samples import PreparedSample
 from pipeline.cli.demo import demo_config
 from pipeline.config.classes import class_entries
 from pipeline.config.schema import JobConfig, PromptsConfig
@@ -60,19 +61,15 @@ def raw_samples(config: JobConfig, number: int) -> list[RawSample]:
 
 def prepared(config: JobConfig, explainer: legrad.LeGrad, samples: list[RawSample]) -> list[PreparedSample]:
     sample_prompts = SamplePrompts(config)
-    return [
-        PreparedSample(
-            sample.index,
-            sample.key,
-            decode_image(
-                find_field(sample.fields, config.input.image),
-                explainer.transform,
-                max_image_pixels=config.input.max_image_pixels,
-            ),
-            sample_prompts.of(sample.fields).prompts,
-        )
-        for sample in samples
-    ]
+    found = []
+    for sample in samples:
+        content = find_field(sample.fields, config.input.image)
+        limit = config.input.max_image_pixels
+        image = decode_image(content, explainer.transform, max_image_pixels=limit)
+        size = (image.image_height, image.image_width)
+        prompts = sample_prompts.of(sample.fields).prompts
+        found.append(PreparedSample(sample.index, sample.key, *size, image.canvases, prompts))
+    return found
 
 
 def step_s(engine: Engine, samples: list[PreparedSample], batch_size: int) -> tuple[float, float, int]:

@@ -24,8 +24,7 @@ from environment import environment
 from hands import work_through
 
 from pipeline.annotate.annotator import LOOKAHEAD_BATCHES
-from pipeline.annotate.stages import Stages, StreamLimits
-from pipeline.annotate.stream import BatchStream
+from pipeline.annotate.stream import BatchStream, Stages, StreamLimits
 
 PREPARE_S = 0.002
 FINISH_S = 0.001
@@ -92,7 +91,7 @@ def prepare(sample: int) -> int:
     return sample
 
 
-def finish(sample: int, _explained: int | None) -> int:
+def finish(sample: int) -> int:
     time.sleep(FINISH_S)
     return sample
 

@@ -356,11 +356,11 @@ def test_memory_in_flight_is_bounded_by_batches_not_by_the_shard(explainer, tmp_
             most = max(most, in_flight)
         return prepare(self, item)
 
-    def counted_finish(self, item, explained):
+    def counted_finish(self, explained):
         nonlocal in_flight
         with lock:
             in_flight -= 1
-        return finish(self, item, explained)
+        return finish(self, explained)
 
     monkeypatch.setattr(ShardAnnotator, "_prepare", counted_prepare)
     monkeypatch.setattr(ShardAnnotator, "_finish", counted_finish)

@@ -8,8 +8,14 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from legrad.text_cache import EmbeddedTexts
-from pipeline.annotate.equal_texts import equal_rows, equal_within, first_of_equal
-from pipeline.annotate.texts import BatchTextEmbedder, BatchTexts, choose_maps
+from pipeline.annotate.texts import (
+    BatchTextEmbedder,
+    BatchTexts,
+    choose_maps,
+    equal_rows,
+    equal_within,
+    first_of_equal,
+)
 from pipeline.prompts.sample_prompts import Companions, Prompt
 
 TEXTS = 9

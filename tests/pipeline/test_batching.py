@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.annotate.batching import WaitingSamples
+from pipeline.annotate.queues import WaitingSamples
 
 
 def waiting(entries, limit=3, max_wait_s=10.0):
@@ -41,13 +41,13 @@ def test_a_rare_shape_that_waited_too_long_goes_before_full_batches():
     assert samples.take(10.0, flush=False) == ["r"]
 
 
-def test_patience_ends_when_the_oldest_sample_has_waited_too_long():
+def test_the_longest_wait_ends_when_the_oldest_sample_has_waited_too_long():
     samples = waiting([("wide", 1, 0.0), ("tall", 2, 4.0)])
-    assert samples.patience_s(3.0) == 7.0
-    assert samples.patience_s(30.0) == 0.0
+    assert samples.longest_wait_s(3.0) == 7.0
+    assert samples.longest_wait_s(30.0) == 0.0
     assert samples.take(10.0, flush=False) == [1]
-    assert samples.patience_s(10.0) == 4.0
-    assert waiting([]).patience_s(0.0) is None
+    assert samples.longest_wait_s(10.0) == 4.0
+    assert waiting([]).longest_wait_s(0.0) is None
 
 
 def test_a_limit_that_is_lowered_holds_for_the_next_batch():

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,15 +12,21 @@ from PIL import Image
 
 from legrad.heatmaps import heatmaps_of
 from legrad.views import Views, canvas_pixels, view_relevance
-from pipeline.annotate.engine import Engine, PreparedSample, Prompt
+from pipeline.annotate.engine import Engine
+from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.model import load_explainer
-from pipeline.config.schema import ModelConfig
+from pipeline.annotate.samples import PreparedSample
+from pipeline.config.schema import MasksConfig, ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
-from pipeline.prompts.sample_prompts import Companions
-from pipeline.shards.images import DecodedImage
+from pipeline.prompts.sample_prompts import Companions, Prompt
+from tests.helpers.device_trips import DeviceTrips
 
 TILES = Views(tile=True, scales=(1.0, 0.75), tile_zoom=1.25, max_tiles=4)
 SOON_S = 120.0
+
+# for the demo's text tower, grass and sky are one, as are any two texts of one word that it does not know
+BACKGROUNDS = ["sky", "a wall", "grass", "a very old wall", "a dog"]
+COMPANIONS = Companions(tuple((text,) for text in BACKGROUNDS), 2, "a photo of a", 0.6)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,9 @@ def samples(count, first=0):
         PreparedSample(
             index,
             f"k{index}",
-            DecodedImage(generator.integers(0, 256, (96, 96, 3), dtype=np.uint8), 96, 96),
+            96,
+            96,
+            (generator.integers(0, 256, (96, 96, 3), dtype=np.uint8),),
             (Prompt(0, f"text {index}"), Prompt(1, "a dog")),
         )
         for index in range(first, first + count)
@@ -46,11 +55,13 @@ def large_samples(explainer, count, views):
     images = [
         Image.fromarray(generator.integers(0, 256, (200, 260, 3), dtype=np.uint8)) for _ in range(count)
     ]
-    prepared = []
-    for index, image in enumerate(images):
-        pixels, *further = canvas_pixels(views, explainer.transform, image)
-        decoded = DecodedImage(pixels, 200, 260, tuple(further))
-        prepared.append(PreparedSample(index, f"k{index}", decoded, (Prompt(0, "a dog"), Prompt(1, "a cat"))))
+    prompts = (Prompt(0, "a dog"), Prompt(1, "a cat"))
+    prepared = [
+        PreparedSample(
+            index, f"k{index}", 200, 260, canvas_pixels(views, explainer.transform, image), prompts
+        )
+        for index, image in enumerate(images)
+    ]
     return prepared, images
 
 
@@ -83,15 +94,51 @@ class Device:
                 self._inside -= len(images)
 
 
-def said(caplog):
+def warnings_of_memory(caplog):
     return sum("out of device memory" in record.message for record in caplog.records)
 
 
+def prompt_grids(explained):
+    return explained.maps.prompts.relevance_grids
+
+
 def same(results, expected):
-    assert [result.sample.key for result in results] == [result.sample.key for result in expected]
+    assert [result.key for result in results] == [result.key for result in expected]
     for result, wanted in zip(results, expected, strict=True):
-        assert torch.allclose(result.relevance_grids, wanted.relevance_grids, rtol=1e-3, atol=1e-9)
+        assert torch.allclose(prompt_grids(result), prompt_grids(wanted), rtol=1e-3, atol=1e-9)
         assert [prompt.prompt for prompt in result.prompts] == [prompt.prompt for prompt in wanted.prompts]
+
+
+def test_an_explained_sample_keeps_no_pixels(explainer):
+    batch, _ = large_samples(explainer, 2, TILES)
+    canvases = [weakref.ref(canvas) for sample in batch for canvas in sample.canvases]
+    assert len(canvases) == 6
+    results = Engine(explainer, 32, 8, views=TILES).explain(batch)
+    batch.clear()
+    assert len(results) == 2
+    assert [canvas() for canvas in canvases] == [None] * 6
+
+
+@pytest.mark.parametrize("is_refined", [False, True])
+@pytest.mark.parametrize("companions", [False, True])
+def test_values_come_to_the_cpu_a_few_times_a_batch_and_maps_once(explainer, companions, is_refined):
+    engine = Engine(
+        explainer,
+        32,
+        8,
+        companions=COMPANIONS if companions else Companions(),
+        refinement=refinement_of(MasksConfig(refine="par"), 8) if is_refined else None,
+    )
+    by_batch = []
+    for count in (1, 8):
+        with DeviceTrips(explainer.model) as device:
+            engine.explain(samples(count, first=10 * count))
+        by_batch.append(device.trips)
+    alone, together = by_batch
+    # the similarities, from which prompts are chosen, and all maps
+    assert alone["cpu"] == together["cpu"] == 2
+    # the others are checks of the texts, and which of them are equal
+    assert alone.total() == together.total() <= 8
 
 
 def test_two_batches_are_on_the_device_at_once_where_that_is_wanted(explainer):
@@ -118,11 +165,11 @@ def test_where_memory_is_short_for_two_batches_they_take_turns_and_none_is_halve
     engine = Engine(device.explainer, 32, 3, batches_at_once=2)
     with ThreadPoolExecutor(2) as hands:
         results = list(hands.map(engine.explain, [samples(3, first=3 * number) for number in range(4)]))
-    assert [result.sample.index for batch in results for result in batch] == list(range(12))
+    assert [result.index for batch in results for result in batch] == list(range(12))
     assert device.refused >= 1
     assert set(device.done) == {3}
     assert engine.batch_limit(((96, 96, 3),)) == 3
-    assert said(caplog) == 1
+    assert warnings_of_memory(caplog) == 1
 
 
 def test_a_batch_too_large_is_halved_until_it_fits_and_gives_the_same(explainer, caplog):
@@ -134,7 +181,7 @@ def test_a_batch_too_large_is_halved_until_it_fits_and_gives_the_same(explainer,
     assert engine.batch_limit(((96, 96, 3),)) == 2
     # what is too much for one shape says nothing of another
     assert engine.batch_limit(((32, 32, 3),)) == 8
-    assert said(caplog) == 1
+    assert warnings_of_memory(caplog) == 1
 
 
 def test_an_image_that_does_not_fit_alone_is_an_error(explainer):
@@ -151,7 +198,7 @@ def test_views_of_a_batch_are_those_of_each_image_and_the_similarity_is_the_whol
     for limit in (2, 32):
         results = Engine(explainer, 32, limit, views=TILES).explain(batch)
         for result, grids, cosines in zip(results, wanted, whole, strict=True):
-            assert torch.allclose(result.relevance_grids, grids, rtol=1e-3, atol=1e-9)
+            assert torch.allclose(prompt_grids(result), grids, rtol=1e-3, atol=1e-9)
             received = [prompt.similarity for prompt in result.prompts]
             assert received == pytest.approx(cosines.tolist(), abs=1e-5)
 
@@ -162,9 +209,9 @@ def test_each_view_is_encoded_once_and_prompts_are_chosen_before(explainer):
     results = Engine(device.explainer, 1, 32, views=TILES).explain(batch)
     # the whole image on two scales and four windows, of two images
     assert sum(device.done) == 2 * (2 + 4)
-    assert [(len(result.relevance_grids), result.dropped_prompts) for result in results] == [(1, 1)] * 2
-    for result in results:
-        both = Engine(explainer, 2, 32).explain([result.sample])[0].prompts
+    assert [(len(prompt_grids(result)), result.dropped_prompts) for result in results] == [(1, 1)] * 2
+    for sample, result in zip(batch, results, strict=True):
+        both = Engine(explainer, 2, 32).explain([sample])[0].prompts
         assert result.prompts[0].prompt == max(both, key=lambda prompt: prompt.similarity).prompt
 
 
@@ -174,19 +221,14 @@ def test_where_memory_is_short_views_share_no_forward_pass_that_does_not_fit(exp
     engine = Engine(device.explainer, 32, 8, views=TILES)
     same(engine.explain(batch), Engine(explainer, 32, 8, views=TILES).explain(batch))
     assert max(device.done) == 2
-    assert engine.batch_limit(batch[0].image.shapes) == 2
-    assert said(caplog) == 1
+    assert engine.batch_limit(batch[0].shape) == 2
+    assert warnings_of_memory(caplog) == 1
 
 
 def test_a_view_that_does_not_fit_alone_is_an_error(explainer):
     batch, _ = large_samples(explainer, 2, TILES)
     with pytest.raises(torch.OutOfMemoryError):
         Engine(Device(explainer, fits=0).explainer, 32, 4, views=TILES).explain(batch)
-
-
-# for the demo's text tower, grass and sky are one, as are any two texts of one word that it does not know
-BACKGROUNDS = ["sky", "a wall", "grass", "a very old wall", "a dog"]
-COMPANIONS = Companions(tuple((text,) for text in BACKGROUNDS), 2, "a photo of a", 0.6)
 
 
 def test_backgrounds_and_the_neutral_text_are_those_of_the_library(explainer):
@@ -196,29 +238,32 @@ def test_backgrounds_and_the_neutral_text_are_those_of_the_library(explainer):
     # "a dog" is a prompt of each of these images, so no background
     backgrounds = explainer.embed_text(["sky", "a wall", "a very old wall"])
     for sample, result in zip(batch, results, strict=True):
-        pixels = torch.from_numpy(sample.image.pixels)[None]
+        pixels = torch.from_numpy(sample.canvases[0])[None]
         trace = explainer.encode(explainer.transform.normalise(pixels, explainer.dtype))
         cosines = explainer.similarity(trace, backgrounds)[0]
         assert cosines.sort().values.diff().min() > 1e-5
         best = cosines.topk(2).indices.sort().values
         expected = explainer.relevance(trace, backgrounds[best])[0]
-        torch.testing.assert_close(result.background_grids, expected, rtol=1e-3, atol=1e-9)
+        backgrounds_found = result.maps.backgrounds.relevance_grids
+        torch.testing.assert_close(backgrounds_found, expected, rtol=1e-3, atol=1e-9)
 
         (kept,) = result.prompts
-        assert (result.dropped_prompts, result.relevance_grids.shape) == (1, (1, 12, 12))
+        assert (result.dropped_prompts, prompt_grids(result).shape) == (1, (1, 12, 12))
         text = explainer.embed_text([kept.prompt.text])
-        grids = result.relevance_grids.masked_fill(result.neutral_patches, 0)
         corrected = explainer.heatmaps(trace, text, neutral_embedding=neutral_row, neutral_threshold=0.6)[0]
         plain = explainer.heatmaps(trace, text)[0]
         assert not torch.equal(corrected, plain)
-        heatmaps = heatmaps_of(grids, 96, 96, explainer.tower.normalisation)
+        zeroed = result.maps.prompts.mask_maps
+        assert result.maps.normalisation == explainer.tower.normalisation
+        heatmaps = heatmaps_of(zeroed, 96, 96, result.maps.normalisation)
+        torch.testing.assert_close(result.maps.prompts.peaks, zeroed.amax((1, 2)), rtol=0, atol=0)
         torch.testing.assert_close(heatmaps, corrected, rtol=1e-3, atol=1e-4)
 
 
 def test_without_companions_there_is_no_background_and_no_correction(explainer):
     for result in Engine(explainer, 32, 3).explain(samples(2)):
-        assert result.background_grids.shape == (0, 12, 12)
-        assert result.neutral_patches is None
+        assert result.maps.backgrounds.relevance_grids.shape == (0, 12, 12)
+        assert torch.equal(result.maps.prompts.mask_maps, prompt_grids(result))
 
 
 def test_a_batch_with_companions_that_is_too_large_is_halved_and_gives_the_same(explainer):
@@ -229,5 +274,7 @@ def test_a_batch_with_companions_that_is_too_large_is_halved_and_gives_the_same(
     assert device.done == [2, 2, 1]
     same(received, expected)
     for result, wanted in zip(received, expected, strict=True):
-        torch.testing.assert_close(result.background_grids, wanted.background_grids, rtol=1e-3, atol=1e-9)
-        assert (result.neutral_patches == wanted.neutral_patches).float().mean() > 0.98
+        found, expected_maps = result.maps.backgrounds, wanted.maps.backgrounds
+        torch.testing.assert_close(found.relevance_grids, expected_maps.relevance_grids, rtol=1e-3, atol=1e-9)
+        is_zeroed, was_zeroed = (maps.mask_maps != maps.relevance_grids for maps in (found, expected_maps))
+        assert (is_zeroed == was_zeroed).float().mean() > 0.98

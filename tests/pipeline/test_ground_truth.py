@@ -63,7 +63,7 @@ def test_points_alone_are_a_ground_truth_without_pixels():
     assert scene.label_map is None
     assert scene.points[0] == PointLabel(0.5, 0.25, 7, True)
     assert (scene.pointed_objects(), scene.visible_objects()) == ([0], [])
-    with pytest.raises(ValueError, match="point labels alone"):
+    with pytest.raises(ValueError, match="only point labels"):
         _ = scene.labels
 
 

@@ -16,14 +16,14 @@ from legrad.masks.rle import decode_rle
 from legrad.masks.thresholds import otsu_threshold
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
-from pipeline.annotate.engine import ExplainedPrompt, ExplainedSample, PreparedSample, Prompt
 from pipeline.annotate.rows import annotation_rows
+from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
 from pipeline.config.load import load_config
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.output.label_map import label_map
 from pipeline.output.schema import ANNOTATION_SCHEMA
-from pipeline.shards.images import DecodedImage
+from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.samples import RawSample, read_samples
 from tests.helpers.corpus import demo_job, sample, write_shard
 
@@ -36,22 +36,34 @@ GRIDS = {
 }
 
 
-def explained(*names, similarities=None, grids=None, **fields):
+def explained(*names, similarities=None, grids=None, backgrounds=None, claimed=None, refined=None):
     similarities = similarities or [0.3] * len(names)
     prompts = tuple(
         ExplainedPrompt(Prompt(index, name, index + 1), False, similarity)
         for index, (name, similarity) in enumerate(zip(names, similarities, strict=True))
     )
-    image = DecodedImage(np.zeros((12, 20, 3), dtype=np.uint8), HEIGHT, WIDTH)
-    prepared = PreparedSample(0, "a", image, tuple(each.prompt for each in prompts))
     if grids is None:
         grids = torch.stack([GRIDS[name] for name in names])
-    return ExplainedSample(prepared, prompts, grids, 0, **fields)
+    if backgrounds is None:
+        backgrounds = grids.new_zeros(0, *grids.shape[1:])
+    refined = None if refined is None else refined.split([len(grids), len(backgrounds)])
+    kinds = [
+        text_maps(own, claimed, None if refined is None else refined[kind])
+        for kind, own in enumerate((grids, backgrounds))
+    ]
+    maps = SampleMaps(*kinds, "upsampled" if refined is None else None)
+    return ExplainedSample(0, "a", HEIGHT, WIDTH, prompts, maps)
+
+
+def text_maps(grids, claimed, refined):
+    """Maps as the device step makes them, of grids, patches that a neutral text claims, and refined maps."""
+    zeroed = grids if claimed is None else grids.masked_fill(claimed, 0)
+    return TextMaps(grids, zeroed.amax((1, 2)), zeroed if refined is None else refined)
 
 
 def rows_of(explained_sample, rows="all", heatmap=False, **masks):
     config = demo_job(["a.tar"], "out", masks=masks, output={"rows": rows, "heatmap": heatmap})
-    return annotation_rows(explained_sample, config, "upsampled")
+    return annotation_rows(explained_sample, config)
 
 
 def mask_of(row, column="mask"):
@@ -218,11 +230,11 @@ def test_a_background_text_takes_pixels_under_argmax_alone():
     backgrounds = torch.stack([GRIDS[LEFT] * 1.5, torch.full((3, 5), torch.nan)])
     competing = {"combine": "argmax", "rule": "fixed", "value": 0.3}
     without = rows_of(explained(LEFT, RIGHT), **competing)
-    with_them = rows_of(explained(LEFT, RIGHT, background_grids=backgrounds), **competing)
+    with_them = rows_of(explained(LEFT, RIGHT, backgrounds=backgrounds), **competing)
     assert len(with_them) == 2
     assert with_them[0]["area"] == 0 < without[0]["area"]
     plain = rows_of(explained(LEFT, RIGHT))
-    assert rows_of(explained(LEFT, RIGHT, background_grids=backgrounds)) == plain
+    assert rows_of(explained(LEFT, RIGHT, backgrounds=backgrounds)) == plain
 
 
 # ---------------------------------------------------------------- bands, neutral patches, refined maps
@@ -244,7 +256,7 @@ def test_neutral_patches_are_zeroed_in_the_mask_and_kept_in_peak_and_heat_map():
     neutral = torch.zeros(3, 5, dtype=torch.bool)
     neutral[:, 0] = True
     plain = explained(LEFT)
-    corrected = explained(LEFT, neutral_patches=neutral)
+    corrected = explained(LEFT, claimed=neutral)
     (before,), (after,) = rows_of(plain, heatmap=True), rows_of(corrected, heatmap=True)
     assert (after["peak"], after["heatmap"]) == (before["peak"], before["heatmap"])
     heatmap = heatmaps_of(GRIDS[LEFT].masked_fill(neutral, 0), HEIGHT, WIDTH, "upsampled")
@@ -257,7 +269,7 @@ def test_refined_maps_take_the_place_of_grids_and_the_backgrounds_come_after_the
     refined[0, :, 10:] = 0.9
     refined[1, :6] = 0.8
     refined[2, :, 15:] = 1.0
-    fields = {"refined_maps": refined, "background_grids": GRIDS[LEFT][None]}
+    fields = {"refined": refined, "backgrounds": GRIDS[LEFT][None]}
     right, top = rows_of(explained(LEFT, RIGHT, **fields), rule="fixed")
     assert mask_of(right)[:, 16:].all()
     assert not mask_of(right)[:, :14].any()
@@ -272,7 +284,7 @@ def test_smoothing_acts_alike_on_grids_and_on_refined_maps():
     grid[0, 2:4, 3:6] = 1.0
     fine = heatmaps_of(grid, 12, 20, "upsampled")
     by_grid = mask_of(rows_of(explained(LEFT, grids=grid), smooth=1.0, rule="otsu")[0])
-    by_map = mask_of(rows_of(explained(LEFT, grids=grid, refined_maps=fine), smooth=1.0, rule="otsu")[0])
+    by_map = mask_of(rows_of(explained(LEFT, grids=grid, refined=fine), smooth=1.0, rule="otsu")[0])
     assert (by_grid & by_map).sum() / (by_grid | by_map).sum() > 0.85
 
 

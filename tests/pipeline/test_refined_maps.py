@@ -16,13 +16,13 @@ from legrad.heatmaps import heatmaps_of, minmax_normalise
 from legrad.masks.rle import decode_rle
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
-from pipeline.annotate.engine import Engine, PreparedSample, Prompt
-from pipeline.annotate.refinement import refined_maps, refinement_of
+from pipeline.annotate.engine import Engine
+from pipeline.annotate.maps import refined_maps, refinement_of
+from pipeline.annotate.samples import PreparedSample
 from pipeline.config.masks import MasksConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
-from pipeline.prompts.sample_prompts import Companions
-from pipeline.shards.images import DecodedImage
+from pipeline.prompts.sample_prompts import Companions, Prompt
 from tests.helpers.corpus import demo_job, write_shard
 
 PAR = refinement_of(MasksConfig(refine="par"), 8)
@@ -74,7 +74,7 @@ def scene_samples(scenes):
         image = Image.open(io.BytesIO(fields["jpg"])).convert("RGB").resize((96, 96))
         texts = [*json.loads(fields["json"])["captions"], "a dog"][: 1 + index % 3]
         prompts = tuple(Prompt(position, text) for position, text in enumerate(texts))
-        samples.append(PreparedSample(index, f"{index}", DecodedImage(np.array(image), 256, 256), prompts))
+        samples.append(PreparedSample(index, f"{index}", 256, 256, (np.array(image),), prompts))
     return samples
 
 
@@ -107,68 +107,72 @@ def test_a_batch_is_refined_as_its_samples_alone(explainer, demo_scenes):
     samples = scene_samples(demo_scenes)
     engine = Engine(explainer, 32, 8, refinement=PAR)
     for sample, result in zip(samples, engine.explain(samples), strict=True):
-        alone = engine.explain([sample])[0]
-        assert result.refined_maps.shape == (len(sample.prompts), 96, 96)
-        torch.testing.assert_close(result.refined_maps, alone.refined_maps, rtol=0, atol=1e-3)
-        assert result.refined_maps.amin() == 0
-        assert result.refined_maps.amax((1, 2)).tolist() == [1] * len(sample.prompts)
+        alone = engine.explain([sample])[0].maps.prompts.mask_maps
+        refined = result.maps.prompts.mask_maps
+        assert refined.shape == (len(sample.prompts), 96, 96)
+        torch.testing.assert_close(refined, alone, rtol=0, atol=1e-3)
+        assert refined.amin() == 0
+        assert refined.amax((1, 2)).tolist() == [1] * len(sample.prompts)
 
 
 def test_the_maps_are_what_the_library_makes_of_grid_and_pixels(explainer, demo_scenes):
     (sample,) = scene_samples(demo_scenes[:1])
-    result = Engine(explainer, 32, 8, refinement=PAR).explain([sample])[0]
-    heatmaps = heatmaps_of(result.relevance_grids, 96, 96, explainer.tower.normalisation)
-    image = torch.from_numpy(sample.image.pixels).permute(2, 0, 1)[None]
+    maps = Engine(explainer, 32, 8, refinement=PAR).explain([sample])[0].maps
+    heatmaps = heatmaps_of(maps.prompts.relevance_grids, 96, 96, explainer.tower.normalisation)
+    image = torch.from_numpy(sample.canvases[0]).permute(2, 0, 1)[None]
     expected = minmax_normalise(legrad.refine_heatmaps(image, heatmaps[None], refinement=PAR)[0])
-    torch.testing.assert_close(result.refined_maps, expected)
+    torch.testing.assert_close(maps.prompts.mask_maps, expected)
+    assert maps.normalisation is None
 
 
-def test_backgrounds_follow_the_prompts_and_a_neutral_text_takes_its_patches_first(explainer, demo_scenes):
+def refined_alone(explainer, sample, grids):
+    """The refined maps of one sample's grids."""
+    owners = torch.zeros(len(grids), dtype=torch.int64)
+    pixels = torch.from_numpy(sample.canvases[0])[None]
+    return refined_maps(pixels, grids, owners, PAR, explainer.tower.normalisation)
+
+
+def test_backgrounds_are_refined_too_and_a_neutral_text_zeroes_its_patches_first(explainer, demo_scenes):
     (sample,) = scene_samples(demo_scenes[:1])
     companions = Companions((("sky",), ("a wall",), ("a very old wall",)), 2, "a photo of a", 0.3)
-    result = Engine(explainer, 32, 8, companions=companions, refinement=PAR).explain([sample])[0]
-    assert result.neutral_patches.any()
-    grids = torch.cat([result.relevance_grids, result.background_grids])
-    assert len(grids) == len(sample.prompts) + 2
-    zeroed = torch.where(result.neutral_patches, 0, grids)
-    (expected,) = refined_maps(
-        [sample.image.pixels], [zeroed], PAR, explainer.tower.normalisation, torch.device("cpu")
-    )
-    torch.testing.assert_close(result.refined_maps, expected)
-    (uncorrected,) = refined_maps(
-        [sample.image.pixels], [grids], PAR, explainer.tower.normalisation, torch.device("cpu")
-    )
-    assert (uncorrected - expected).abs().max() > 0.05
+    unrefined = Engine(explainer, 32, 8, companions=companions).explain([sample])[0].maps
+    refined = Engine(explainer, 32, 8, companions=companions, refinement=PAR).explain([sample])[0].maps
+    kinds = [(unrefined.prompts, refined.prompts), (unrefined.backgrounds, refined.backgrounds)]
+    assert [len(before.mask_maps) for before, _ in kinds] == [len(sample.prompts), 2]
+    for before, after in kinds:
+        zeroed = before.mask_maps
+        assert not torch.equal(zeroed, before.relevance_grids)
+        assert torch.equal(after.relevance_grids, before.relevance_grids)
+        assert torch.equal(after.peaks, zeroed.amax((1, 2)))
+        torch.testing.assert_close(after.mask_maps, refined_alone(explainer, sample, zeroed))
+    uncorrected = refined_alone(explainer, sample, unrefined.prompts.relevance_grids)
+    assert (uncorrected - refined.prompts.mask_maps).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("normalisation", ["upsampled", "grid"])
 def test_a_map_that_is_not_finite_and_a_constant_one_spoil_no_other(normalisation):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 16, 24, 3), dtype=np.uint8))
     grids = torch.rand(4, 2, 3)
     grids[1], grids[2, 0, 0] = 0.5, torch.nan
     refinement = replace(PAR, dilations=(1, 4))
-    (maps,) = refined_maps([pixels], [grids], refinement, normalisation, torch.device("cpu"))
-    (good,) = refined_maps([pixels], [grids[[0, 3]]], refinement, normalisation, torch.device("cpu"))
+    owners = torch.zeros(4, dtype=torch.int64)
+    maps = refined_maps(pixels, grids, owners, refinement, normalisation)
+    good = refined_maps(pixels, grids[[0, 3]], owners[:2], refinement, normalisation)
     assert (maps[1] == 0).all()
     torch.testing.assert_close(maps[[0, 3]], good)
 
 
-@pytest.mark.parametrize("side", [16, 21])
-def test_equal_grids_have_equal_maps_to_the_last_bit(side):
-    pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
-    grids = torch.rand(3, 2, 3)
-    repeated = [grids[[0, 1, 0, 2, 0, 1]], grids[[2, 2]]]
-    refinement = replace(PAR, dilations=(1, 4))
-    maps = refined_maps(list(pixels), repeated, refinement, "upsampled", torch.device("cpu"))
-    assert [len(own) for own in maps] == [6, 2]
-    assert torch.equal(maps[0][[0, 0, 1]], maps[0][[2, 4, 5]])
-    assert torch.equal(maps[1][0], maps[1][1])
-    for own, own_pixels, own_grids in zip(maps, pixels, (grids, grids[[2]]), strict=True):
-        (alone,) = refined_maps([own_pixels], [own_grids], refinement, "upsampled", torch.device("cpu"))
-        torch.testing.assert_close(own[[0, 1, 3]] if len(own) > 2 else own[[0]], alone)
+def test_prompts_of_equal_texts_have_equal_maps_to_the_last_bit(explainer, demo_scenes):
+    (first, second) = scene_samples(demo_scenes[:2])
+    texts = ("a dog", "a red cactus", "a dog", "sky", "a dog", "a red cactus")
+    repeated = replace(first, prompts=tuple(Prompt(index, text) for index, text in enumerate(texts)))
+    prompts = Engine(explainer, 32, 8, refinement=PAR).explain([second, repeated])[1].maps.prompts
+    for maps in (prompts.relevance_grids, prompts.mask_maps):
+        assert torch.equal(maps[[0, 0, 1]], maps[[2, 4, 5]])
+        assert not torch.equal(maps[0], maps[1])
 
 
-def test_steps_are_told_in_patches_unless_they_are_given():
+def test_steps_follow_the_patch_unless_they_are_given():
     assert refinement_of(MasksConfig(refine="none"), 16) is None
     assert refinement_of(MasksConfig(refine="pamr"), 16).dilations == (4, 8, 16, 32)
     given = MasksConfig(refine="pamr", refine_dilations=[1, 5], refine_contrast=0.7, refine_iterations=3)

@@ -10,18 +10,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from legrad.images import ImageTransform
-from legrad.inputs import neutral_patches
 from legrad.text_cache import EmbeddedTexts
 from legrad.views import Views, canvas_grids, views_of
-from pipeline.annotate.engine import ExplainedPrompt, ExplainedSample, PreparedSample
-from pipeline.annotate.refinement import refined_maps, refinement_of
+from pipeline.annotate.maps import MapSettings, refinement_of, sample_maps
 from pipeline.annotate.rows import annotation_rows
+from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample
 from pipeline.annotate.texts import BatchTextEmbedder, choose_maps
 from pipeline.config.load import config_hash, known_keys, parse_config
 from pipeline.config.row_keys import describe_differences, row_keys
 from pipeline.errors import SampleFailure, UserError
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of, with_files_read
-from pipeline.shards.images import DecodedImage
 
 GRID = (3, 4)
 PATCH = 4
@@ -150,33 +148,22 @@ def rows_of(config):
             for row in chosen.text_rows
         ]
     ).float()
-    own, background, neutral = grids.split(
-        [chosen.prompt_maps, chosen.backgrounds, len(grids) - chosen.prompt_maps - chosen.backgrounds]
-    )
-    own = own[chosen.map_of_prompt]
-    image = DecodedImage(noise("image").integers(0, 256, (12, 16, 3), dtype=np.uint8), 20, 30)
+    pixels = torch.from_numpy(noise("image").integers(0, 256, (1, 12, 16, 3), dtype=np.uint8))
+    neutral_threshold = None if companions.neutral is None else companions.neutral_threshold
+    settings = MapSettings("upsampled", neutral_threshold, refinement_of(config.masks, PATCH))
     sample = ExplainedSample(
-        PreparedSample(0, "a", image, prompts),
-        tuple(
+        index=0,
+        key="a",
+        image_height=20,
+        image_width=30,
+        prompts=tuple(
             ExplainedPrompt(prompts[position], False, float(cosines[texts.map_rows[0][position]]))
             for position in chosen.prompts.tolist()
         ),
-        own,
-        len(prompts) - len(chosen.prompts),
-        background,
-        neutral_patches(neutral[None], companions.neutral_threshold)[0] if len(neutral) else None,
-        None,
+        maps=sample_maps(grids, pixels, [chosen], settings)[0],
+        dropped_prompts=len(prompts) - len(chosen.prompts),
     )
-    refinement = refinement_of(config.masks, PATCH)
-    if refinement is not None:
-        competing = torch.cat([own, background])
-        if sample.neutral_patches is not None:
-            competing = competing.masked_fill(sample.neutral_patches, 0)
-        (refined,) = refined_maps([image.pixels], [competing], refinement, "upsampled", torch.device("cpu"))
-        sample = ExplainedSample(
-            *(getattr(sample, name) for name in list(ExplainedSample.__dataclass_fields__)[:-1]), refined
-        )
-    return [seen, sample.dropped_prompts, annotation_rows(sample, config, "upsampled")]
+    return [seen, sample.dropped_prompts, annotation_rows(sample, config)]
 
 
 def written(config, digest="w"):

@@ -2,14 +2,14 @@
 
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.annotate.stages import Stages, StreamLimits
-from pipeline.annotate.stream import BatchStream
+from pipeline.annotate.stream import BatchStream, Stages, StreamLimits
 
 PATIENT_S = 3600.0
 SOON_S = 120.0
@@ -23,20 +23,25 @@ class Bench:
         self.hooks = hooks
         limits = {"threads": 3, "max_samples": 32, "max_wait_s": PATIENT_S}
         limits |= {name: hooks.pop(name) for name in (*limits, "max_bytes", "max_readers") if name in hooks}
-        stages = Stages(size, self.prepare, shape, self.explain, self.finish)
+        self.shape_of = shape
+        stages = Stages(size, self.prepare, self.shape, self.explain, self.finish)
         self.stream = BatchStream(stages, StreamLimits(**limits), lambda shape: batch_size)
 
     def prepare(self, sample):
-        return self.hooks.get("prepare", lambda sample: sample)(sample)
+        prepared = self.hooks.get("prepare", lambda sample: sample)(sample)
+        return ("unexplained", *sample) if self.shape_of(sample) is None else prepared
+
+    def shape(self, prepared):
+        return None if prepared[0] == "unexplained" else self.shape_of(prepared)
 
     def explain(self, batch):
         self.hooks.get("explain", lambda batch: None)(batch)
         self.batches.append(list(batch))
         return [("explained", *sample) for sample in batch]
 
-    def finish(self, sample, explained):
-        self.hooks.get("finish", lambda sample: None)(sample)
-        return explained or ("unexplained", *sample)
+    def finish(self, explained):
+        self.hooks.get("finish", lambda sample: None)(explained[1:])
+        return explained
 
     def run(self, shard, samples):
         """Run one shard; its outcomes are in `written[shard]`."""
@@ -128,7 +133,7 @@ def test_reading_runs_ahead_of_the_device_by_no_more_than_the_samples_allowed(be
     here = bench(max_samples=10, explain=lambda batch: go_on.wait(SOON_S))
     with ThreadPoolExecutor(2) as hands:
         runs = [hands.submit(here.run, shard, samples(shard)) for shard in "ab"]
-        # ten are held, and each reader has one more in its hands
+        # ten are in flight, and each reader has read one more
         wait_until(lambda: len(read) == 12)
         time.sleep(0.05)
         assert len(read) == 12
@@ -208,11 +213,34 @@ def test_the_shard_of_a_sample_that_fails_on_the_device_is_found_though_others_s
 
 
 def test_a_device_step_that_loses_a_sample_is_an_error():
-    stages = Stages(lambda _: 1, lambda s: s, lambda s: 1, lambda batch: batch[1:], lambda s, e: s)
+    stages = Stages(lambda _: 1, lambda s: s, lambda s: 1, lambda batch: batch[1:], lambda s: s)
     stream = BatchStream(stages, StreamLimits(threads=1, max_samples=8), lambda shape: 4)
     with pytest.raises(ValueError, match="expected 3 explained samples, received 2"):
         stream.run(range(3), print)
     stream.close()
+
+
+def test_what_was_prepared_is_let_go_once_it_is_explained():
+    class Pixels:
+        pass
+
+    prepared, alive = [], []
+
+    def prepare(sample):
+        pixels = Pixels()
+        prepared.append(weakref.ref(pixels))
+        return pixels
+
+    def finish(number):
+        alive.append((number, sum(pixels() is not None for pixels in prepared[: number + 1])))
+        return number
+
+    numbers = iter(range(12))
+    stages = Stages(lambda _: 1, prepare, lambda _: 1, lambda batch: [next(numbers) for _ in batch], finish)
+    stream = BatchStream(stages, StreamLimits(threads=1, max_samples=32), lambda shape: 4)
+    stream.run(range(12), print)
+    stream.close()
+    assert alive == [(number, 0) for number in range(12)]
 
 
 def test_nothing_is_written_once_a_shard_has_failed(bench):
@@ -353,7 +381,7 @@ def test_there_is_no_room_for_another_shard_while_reading_is_far_enough_ahead(be
         assert room.exception(SOON_S) is None
 
 
-def test_closing_ends_shards_in_hand_with_an_error_and_waits_for_nobody(bench):
+def test_closing_fails_the_shards_in_flight_and_waits_for_nobody(bench):
     reading = threading.Event()
 
     def samples():
