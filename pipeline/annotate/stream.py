@@ -114,12 +114,10 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
     ) -> None:
         self._stages = stages
         self._limits = limits
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._work_for_device = threading.Condition(self._lock)
         self._room_for_shard = threading.Condition(self._lock)
-        self._waiting: WaitingSamples[_InFlight[Prepared, Outcome]] = WaitingSamples(
-            batch_limit, limits.max_wait_s
-        )
+        self._waiting = WaitingSamples[_InFlight[Prepared, Outcome]](batch_limit, limits.max_wait_s)
         self._sources: set[_Source[Prepared, Outcome]] = set()
         self._readers = 0
         self._wanted_readers = min(2, limits.max_readers)
@@ -166,8 +164,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
 
     def close(self) -> None:
         """Stop the threads; shards that are still in flight fail."""
-        with self._lock:
-            self._close(RuntimeError(CLOSED))
+        self._close(RuntimeError(CLOSED))
         for thread in self._device_threads:
             thread.join()
         self._pool.close()
@@ -321,8 +318,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                     self._on_device -= 1
                     self._work_for_device.notify_all()
         except BaseException as error:
-            with self._lock:
-                self._close(error)
+            self._close(error)
 
     def _next_batch(self) -> list[_InFlight[Prepared, Outcome]]:
         """Wait for a batch; empty where the stream was closed."""
@@ -379,27 +375,25 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
 
     def _fail(self, source: _Source[Prepared, Outcome], error: BaseException) -> None:
         with self._lock:
-            self._stop(source, error)
-
-    def _stop(self, source: _Source[Prepared, Outcome], error: BaseException) -> None:
-        if source.error is not None:
-            return
-        source.error = error
-        self._samples_in_flight -= source.read - source.written
-        self._bytes_in_flight -= source.bytes_in_flight
-        source.prepared.clear()
-        source.outcomes.clear()
-        self._waiting.discard(lambda sample: sample.source is source)
-        source.changed.notify_all()
-        self._wake_reader()
-        self._work_for_device.notify()
+            if source.error is not None:
+                return
+            source.error = error
+            self._samples_in_flight -= source.read - source.written
+            self._bytes_in_flight -= source.bytes_in_flight
+            source.prepared.clear()
+            source.outcomes.clear()
+            self._waiting.discard(lambda sample: sample.source is source)
+            source.changed.notify_all()
+            self._wake_reader()
+            self._work_for_device.notify()
 
     def _close(self, error: BaseException) -> None:
-        self._is_closed = True
-        for source in self._sources:
-            self._stop(source, error)
-        self._work_for_device.notify_all()
-        self._room_for_shard.notify_all()
+        with self._lock:
+            self._is_closed = True
+            for source in self._sources:
+                self._fail(source, error)
+            self._work_for_device.notify_all()
+            self._room_for_shard.notify_all()
 
 
 def _as_generator(samples: Iterable[Raw]) -> Generator[Raw, None, None]:
