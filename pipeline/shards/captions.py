@@ -50,7 +50,7 @@ def read_captions(
     if not (isinstance(value, list) if several is None else several):
         if isinstance(value, list):
             remedy = "prompts.source=captions takes each text of a list"
-            raise _failure("wrong_type", f"expected a text as caption in {spec}, received list; {remedy}")
+            raise _failure("wrong_type", f"expected a string as caption in {spec}, received list; {remedy}")
         return [check_caption(value)]
     if not isinstance(value, list):
         remedy = "; prompts.source=caption takes one text" if isinstance(value, str) else ""
