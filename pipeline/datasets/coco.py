@@ -1,12 +1,12 @@
-"""COCO, objects and captions, as the archives of 2014 and 2017 unpack.
+"""Read COCO, objects and captions, as the archives of 2014 and 2017 unpack.
 
     annotations/instances_val2017.json      images, annotations (polygons; run lengths for crowds), categories
-    annotations/captions_val2017.json       five sentences an image; may be missing
+    annotations/captions_val2017.json       five sentences an image; optional
     val2017/000000000139.jpg
 
-The owners number 80 categories from 1 to 90 with gaps: here a class id is a category's rank by its id, from
-1 to 80. Where objects overlap, the smaller one is in front, for what lies on a table is annotated within the
-table. Crowds are ignored where no single object lies.
+The owners number 80 categories from 1 to 90 with gaps; a class id is the rank of a category's id, from 1 to
+80. Where objects overlap, the smaller one is in front, because the annotation of a table includes what is on
+it. Crowds are ignored where there is no single object.
 
 Source: https://cocodataset.org/#format-data, "Object Detection" and "Image Captioning".
 """
@@ -28,7 +28,7 @@ from legrad.masks.rle import Rle, decode_rle, decode_runs, encode_rle, mask_area
 from pipeline.datasets.coco_records import CocoRecords, read_records, whole_number
 from pipeline.datasets.dataset import (
     IGNORED,
-    LeftOut,
+    SkippedRecords,
     TruthDataset,
     TruthSample,
     labelled_sample,
@@ -52,7 +52,7 @@ def open_coco(root: str | Path, split: str = "val2017") -> TruthDataset:
         split: val2017, train2017, val2014 or train2014.
 
     Raises:
-        UserError: a file or folder is missing, or the annotations are not COCO's.
+        UserError: a file or folder is missing, or the annotations do not have COCO's layout.
     """
     folder = Path(root)
     try:
@@ -62,18 +62,18 @@ def open_coco(root: str | Path, split: str = "val2017") -> TruthDataset:
     instances = _read_json(folder / "annotations" / f"instances_{split}.json")
     captions_file = folder / "annotations" / f"captions_{split}.json"
     captions = _read_json(captions_file) if captions_file.is_file() else {"annotations": []}
-    left_out = LeftOut()
+    skipped = SkippedRecords()
     try:
-        records = read_records(instances, captions, left_out)
+        records = read_records(instances, captions, skipped)
     except (ValueError, OverflowError, RecursionError) as error:
         where = f"{folder / 'annotations'}: instances_{split}.json or captions_{split}.json"
-        raise UserError(f"{where} is not laid out as COCO's: {error}") from error
+        raise UserError(f"{where} does not have the layout of COCO: {error}") from error
     return TruthDataset(
         f"coco-{split}",
         records.class_names,
         list(records.images),
         lambda name: _read(images, name, records),
-        left_out,
+        skipped,
     )
 
 
@@ -91,8 +91,8 @@ def _read(images: Path, name: str, records: CocoRecords) -> TruthSample:
     height, width = image.height, image.width
     stored = read_image(*_place(images, name))
     if sorted((height, width)) != sorted((stored.height, stored.width)):
-        sizes = f"{width} x {height} pixels, the image has {stored.width} x {stored.height}"
-        raise SampleFailure("read", "size_mismatch", f"the annotations say {sizes}")
+        sizes = f"{width} x {height} pixels; the image has {stored.width} x {stored.height}"
+        raise SampleFailure("read", "size_mismatch", f"according to the annotations, the image has {sizes}")
     label_map = _label_map(records.objects.get(image.image_id, []), records.class_ids, height, width)
     sentences = records.sentences.get(image.image_id, [])
     extra: dict[str, Any] = {"caption": sentences[0], "all_captions": sentences} if sentences else {}
@@ -100,7 +100,7 @@ def _read(images: Path, name: str, records: CocoRecords) -> TruthSample:
 
 
 def _place(images: Path, name: str) -> tuple[Path, str]:
-    """Folder and base name of an image, whose name may hold folders, that of all images among them."""
+    """Return folder and base name of an image; its name may include folders, even that of all images."""
     *folders, base_name = name.split("/")
     plain = [plain_name(folder) for folder in folders]
     if plain[:1] == [images.name] and not images.joinpath(*plain).is_dir():
@@ -122,7 +122,7 @@ def _label_map(
 def _mask(
     annotation: Mapping[str, Any], class_ids: Mapping[int, int], height: int, width: int
 ) -> tuple[int, int, Rle]:
-    """The value that an annotation's pixels get, how many they are, and which."""
+    """Return the label of an annotation, its number of pixels, and its mask."""
     try:
         label = IGNORED if annotation.get("iscrowd") else _class_id(annotation, class_ids)
         rle = _rle(annotation.get("segmentation"), height, width)
@@ -137,16 +137,16 @@ def _mask(
 def _class_id(annotation: Mapping[str, Any], class_ids: Mapping[int, int]) -> int:
     category_id = whole_number(annotation, "category_id")
     if category_id not in class_ids:
-        raise ValueError(f"category {category_id} is none of the {len(class_ids)} categories")
+        raise ValueError(f"category {category_id} is not one of the {len(class_ids)} categories")
     return class_ids[category_id]
 
 
 def _rle(outline: Any, height: int, width: int) -> Rle:
-    """Polygons or run lengths, as text or as a list of numbers, as a mask in the image's frame."""
+    """Return the mask of polygons or run lengths (a text or a list of numbers) in the image's frame."""
     if isinstance(outline, list):
         polygons = [_polygon(corners, height, width) for corners in outline]
         if not polygons:
-            raise ValueError("a segmentation without polygons")
+            raise ValueError("its segmentation has no polygon")
         _require_drawable(polygons, height, width)
         merged = run_lengths.merge(run_lengths.frPyObjects(polygons, height, width))
         return {"size": [height, width], "counts": merged["counts"].decode("ascii")}
@@ -154,7 +154,9 @@ def _rle(outline: Any, height: int, width: int) -> Rle:
         found = "none" if outline is None else f"{outline!r:.40}"
         raise ValueError(f"expected polygons or run lengths as segmentation, found {found}")
     if outline["size"] != [height, width]:
-        raise ValueError(f"run lengths of {outline['size']!r:.60}, expected [{height}, {width}]")
+        raise ValueError(
+            f"its run lengths have the size {outline['size']!r:.60}, expected [{height}, {width}]"
+        )
     if isinstance(outline["counts"], str):
         return {"size": [height, width], "counts": outline["counts"]}
     mask = decode_runs(outline["counts"], height, width, max_pixels=height * width)
@@ -162,26 +164,26 @@ def _rle(outline: Any, height: int, width: int) -> Rle:
 
 
 def _require_drawable(polygons: Sequence[Sequence[float]], height: int, width: int) -> None:
-    """Refuse outlines that are longer than any object's: each of their pixels takes 160 bytes to trace."""
+    """Refuse outlines longer than that of any object: tracing takes 160 bytes for each of their pixels."""
     limit = max(MIN_OUTLINE_PIXELS, 4 * height * width)
     outline = sum(
         float(np.abs(np.diff(np.reshape(corners, (-1, 2)), axis=0, append=[corners[:2]])).max(axis=1).sum())
         for corners in polygons
     )
     if outline > limit:
-        raise ValueError(f"an outline of {outline:.0f} pixels; the limit is {limit}")
+        raise ValueError(f"its outline has {outline:.0f} pixels; the limit is {limit}")
 
 
 def _polygon(corners: Any, height: int, width: int) -> list[float]:
-    """A polygon's x and y in turn."""
+    """Return a polygon as x and y in turn."""
     if not isinstance(corners, list):
         raise ValueError(f"expected a list of numbers as polygon, found {corners!r:.40}")
     numbers = [float(corner) for corner in corners]
     if len(numbers) < 6 or len(numbers) % 2:
-        raise ValueError(f"a polygon of {len(numbers)} numbers")
+        raise ValueError(f"a polygon has {len(numbers)} numbers; expected an even number, at least 6")
     largest = 2 * max(height, width)
     if not all(math.isfinite(number) and abs(number) <= largest for number in numbers):
-        raise ValueError("a polygon that lies far outside of the image")
+        raise ValueError("a polygon is far outside of the image")
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""COCO's records, taken one by one: what is malformed, dangling or told twice is counted and named."""
+"""Read COCO's records one by one; count and name those that are malformed, dangling or repeated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.datasets.dataset import LeftOut, unique_names
+from pipeline.datasets.dataset import SkippedRecords, unique_names
 
 Record = Mapping[str, Any]
 Read = TypeVar("Read")
@@ -15,12 +15,12 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What the annotations say of an image file.
+    """The record of an image file.
 
     Attributes:
-        image_id: the smallest, where several records name the file.
+        image_id: the smallest id, if several records name the file.
         height, width: in pixels.
-        doubt: why nobody can tell which objects are its own; empty where that is plain.
+        doubt: why it is not clear which objects belong to the image; empty if it is.
     """
 
     image_id: int
@@ -31,14 +31,14 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class CocoRecords:
-    """What the two files say of the images.
+    """The records of the two files.
 
     Attributes:
         images: by file name, in the order of their ids.
         objects: annotations by image id.
         sentences: captions by image id, oldest first.
         class_ids: by category id.
-        class_names: of class ids 1, 2 and so on.
+        class_names: names of class ids 1, 2 and so on.
     """
 
     images: dict[str, ImageRecord]
@@ -48,31 +48,31 @@ class CocoRecords:
     class_names: tuple[str, ...]
 
 
-def read_records(instances: Any, captions: Any, left_out: LeftOut) -> CocoRecords:
-    """Sort the records of the two files by image.
+def read_records(instances: Any, captions: Any, skipped: SkippedRecords) -> CocoRecords:
+    """Group the records of the two files by image.
 
     Args:
         instances: content of instances_*.json.
         captions: content of captions_*.json.
-        left_out: takes what no image can have.
+        skipped: collects the records that belong to no image.
 
     Raises:
-        ValueError: they are not laid out as COCO's; says what was expected and what was found.
+        ValueError: they do not have COCO's layout; the error names what was expected and what was found.
     """
     class_ids, class_names = _categories(_listed(instances, "categories"))
-    images = _images(_listed(instances, "images"), left_out)
+    images = _images(_listed(instances, "images"), skipped)
     known = {image.image_id for image in images.values() if not image.doubt}
     objects: dict[int, list[Record]] = defaultdict(list)
-    for image_id, annotation in _annotations(_listed(instances, "annotations"), known, left_out):
+    for image_id, annotation in _annotations(_listed(instances, "annotations"), known, skipped):
         objects[image_id].append(annotation)
     sentences: dict[int, list[str]] = defaultdict(list)
-    for image_id, sentence in _captions(_listed(captions, "annotations"), known, left_out):
+    for image_id, sentence in _captions(_listed(captions, "annotations"), known, skipped):
         sentences[image_id].append(sentence)
     return CocoRecords(images, objects, sentences, class_ids, class_names)
 
 
 def whole_number(record: Record, name: str) -> int:
-    """A field that holds a whole number; raises ValueError, which says what it holds instead."""
+    """Return a field that holds a whole number; raise ValueError, naming what it holds, otherwise."""
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise ValueError(f"expected a whole number as {name}, found {_shown(record, name)}")
@@ -89,19 +89,19 @@ def _listed(document: Any, name: str) -> list[Any]:
 
 
 def _categories(records: list[Any]) -> tuple[dict[int, int], tuple[str, ...]]:
-    # class ids are ranks among all categories, so none may be left out
+    # class ids are ranks among all categories, so none may be skipped
     named = [(whole_number(_object(record), "id"), _text(record, "name")) for record in records]
     named.sort()
     ids = [identity for identity, _ in named]
     if repeated := sorted(identity for identity, count in Counter(ids).items() if count > 1):
-        raise ValueError(f"expected categories of different ids, found {repeated[0]} several times")
+        raise ValueError(f"expected categories of different ids, found {repeated[0]} more than once")
     if not named:
         raise ValueError("expected categories, found none")
     names = unique_names([name for _, name in named], [str(identity) for identity in ids])
     return {identity: rank for rank, identity in enumerate(ids, 1)}, names
 
 
-def _images(records: list[Any], left_out: LeftOut) -> dict[str, ImageRecord]:
+def _images(records: list[Any], skipped: SkippedRecords) -> dict[str, ImageRecord]:
     def read(record: Record) -> tuple[int, str, int, int]:
         height, width = whole_number(record, "height"), whole_number(record, "width")
         if height < 1 or width < 1:
@@ -111,9 +111,9 @@ def _images(records: list[Any], left_out: LeftOut) -> dict[str, ImageRecord]:
     names_of_id: dict[int, set[str]] = defaultdict(set)
     ids_of_name: dict[str, set[int]] = defaultdict(set)
     sides: dict[str, tuple[int, int]] = {}
-    for image_id, name, height, width in _each(records, read, "images_malformed", left_out):
+    for image_id, name, height, width in _each(records, read, "images_malformed", skipped):
         if image_id in ids_of_name[name] and sides[name] == (height, width):
-            left_out.add("images_listed_twice", f"image {image_id}, {name}")
+            skipped.add("images_listed_twice", f"image {image_id}, {name}")
         names_of_id[image_id].add(name)
         ids_of_name[name].add(image_id)
         sides[name] = (height, width)
@@ -133,54 +133,56 @@ def _doubt(ids: set[int], names_of_id: Mapping[int, set[str]]) -> str:
     )
 
 
-def _annotations(records: list[Any], known: set[int], left_out: LeftOut) -> Iterator[tuple[int, Record]]:
+def _annotations(
+    records: list[Any], known: set[int], skipped: SkippedRecords
+) -> Iterator[tuple[int, Record]]:
     def read(record: Record) -> tuple[int, Record]:
         return whole_number(record, "image_id"), record
 
     first_of_id: dict[int, Record] = {}
-    for image_id, record in _each(records, read, "annotations_malformed", left_out):
+    for image_id, record in _each(records, read, "annotations_malformed", skipped):
         identity = record.get("id")
         first = first_of_id.setdefault(identity, record) if isinstance(identity, int) else record
         if image_id not in known:
-            told = f"annotation {identity!r:.40} of image {image_id}"
-            left_out.add("annotations_of_unknown_or_ambiguous_image", told)
+            name = f"annotation {identity!r:.40} of image {image_id}"
+            skipped.add("annotations_of_unknown_or_ambiguous_image", name)
         elif first is not record and first == record:
-            left_out.add("annotations_listed_twice", f"annotation {identity!r:.40} of image {image_id}")
+            skipped.add("annotations_listed_twice", f"annotation {identity!r:.40} of image {image_id}")
         else:
             yield image_id, record
 
 
-def _captions(records: list[Any], known: set[int], left_out: LeftOut) -> list[tuple[int, str]]:
+def _captions(records: list[Any], known: set[int], skipped: SkippedRecords) -> list[tuple[int, str]]:
     def read(record: Record) -> tuple[int, int, str]:
         sentence = _text(record, "caption").strip()
         if not sentence:
-            raise ValueError("expected a caption, found white space alone")
+            raise ValueError("expected a caption, found only white space")
         return whole_number(record, "id"), whole_number(record, "image_id"), sentence
 
     kept: dict[tuple[int, int, str], None] = {}
-    for found in _each(records, read, "captions_malformed", left_out):
-        told = f"caption {found[0]} of image {found[1]}"
+    for found in _each(records, read, "captions_malformed", skipped):
+        name = f"caption {found[0]} of image {found[1]}"
         if found[1] not in known:
-            left_out.add("captions_of_unknown_or_ambiguous_image", told)
+            skipped.add("captions_of_unknown_or_ambiguous_image", name)
         elif found in kept:
-            left_out.add("captions_listed_twice", told)
+            skipped.add("captions_listed_twice", name)
         else:
             kept[found] = None
     return [(image_id, sentence) for _, image_id, sentence in sorted(kept, key=lambda found: found[0])]
 
 
 def _each(
-    records: Iterable[Any], read: Callable[[Record], Read], kind: str, left_out: LeftOut
+    records: Iterable[Any], read: Callable[[Record], Read], kind: str, skipped: SkippedRecords
 ) -> Iterator[Read]:
-    """What each record holds; those that hold something else are left out, with their place in the list."""
+    """Yield what is read from each record; count those that cannot be read, with their place in the list."""
     for place, record in enumerate(records):
         try:
             found = read(_object(record))
         except RecursionError:
-            left_out.add(kind, f"record {place}: is nested too deeply")
+            skipped.add(kind, f"record {place}: is nested too deeply")
         except (ValueError, OverflowError) as error:
             identity = record.get("id") if isinstance(record, dict) else None
-            left_out.add(kind, f"record {place} (id {identity!r:.40}): {error}")
+            skipped.add(kind, f"record {place} (id {identity!r:.40}): {error}")
         else:
             yield found
 

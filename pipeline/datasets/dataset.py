@@ -1,4 +1,4 @@
-"""What every reader yields: images in a fixed order, each with its ground truth or why it has none."""
+"""What all readers have in common: the dataset that they return, and how its files are read."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pipeline.shards.images import open_image, upright_transpose
 from pipeline.text import printable
 
 BACKGROUND = 0
-# in label maps as readers make them; written as 255 where the class ids leave room
+# in label maps in memory; written as 255 if the class ids are below it
 IGNORED = 2**16 - 1
 MAX_FILE_BYTES = 64 << 20
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_LIST_BYTES = 256 << 20
-MAX_NAMES_LEFT_OUT, MAX_NAME_CHARACTERS = 100, 200
+MAX_NAMES_OF_A_KIND, MAX_NAME_CHARACTERS = 100, 200
 
 _SWAPS_SIDES = (
     Image.Transpose.TRANSPOSE,
@@ -41,9 +41,10 @@ class TruthSample:
     """One image with its ground truth.
 
     Attributes:
-        image: the file's bytes, as its owner ships them.
-        document: what the sample's JSON field holds.
-        label_map: 0 background, class ids, `IGNORED`; in the frame of the upright image. None: no such truth.
+        image: the unchanged bytes of the image file.
+        document: content of the sample's JSON field.
+        label_map: 0 for background, class ids, `IGNORED`; in the frame of the upright image. None: there is
+            none.
     """
 
     image: bytes
@@ -52,53 +53,53 @@ class TruthSample:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Records of a dataset that no sample holds.
+class SkippedRecords:
+    """Records of a dataset that are in no sample.
 
     Attributes:
-        counts: how many of each kind.
-        names: of each kind the first ones, with what is wrong, where that was told.
+        counts: number of records of each kind.
+        names: the first records of each kind, with what is wrong with them.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, name: str) -> None:
-        """Count one record, and name it while its kind has few names."""
+        """Count a record, and keep its name if it is among the first of its kind."""
         self.counts[kind] += 1
         names = self.names.setdefault(kind, [])
-        if len(names) < MAX_NAMES_LEFT_OUT:
+        if len(names) < MAX_NAMES_OF_A_KIND:
             names.append(printable(name[:MAX_NAME_CHARACTERS]))
 
 
 @dataclass(frozen=True)
 class TruthDataset:
-    """A split of a dataset, opened.
+    """An open split of a dataset.
 
     Attributes:
-        name: stem of its shards.
-        class_names: of class ids 1, 2 and so on, as prompts need them.
-        image_names: what the owner calls each image, in the order in which they are written.
-        read: the sample of a name; raises SampleFailure, whose kind is the reason to leave the image out.
-        left_out: records that no sample holds, by kind.
+        name: stem of the names of its shards.
+        class_names: names of class ids 1, 2 and so on, as prompts need them.
+        image_names: the owner's names of the images, in the order in which they are written.
+        read: returns the sample of a name; raises SampleFailure, whose kind is the reason to skip the image.
+        skipped: records that are in no sample.
     """
 
     name: str
     class_names: tuple[str, ...]
     image_names: Sequence[str]
     read: Callable[[str], TruthSample]
-    left_out: LeftOut = field(default_factory=LeftOut)
+    skipped: SkippedRecords = field(default_factory=SkippedRecords)
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image file that decodes.
+    """An image file that can be decoded.
 
     Attributes:
-        data: the file's bytes.
-        height: rows as stored.
-        width: columns as stored.
-        transpose: what turns the stored frame upright.
+        data: bytes of the file.
+        height: number of rows as stored.
+        width: number of columns as stored.
+        transpose: turns the stored image upright; None: it is upright.
     """
 
     data: bytes
@@ -107,10 +108,9 @@ class StoredImage:
     transpose: Image.Transpose | None
 
     def upright(self, label_map: UInt16[np.ndarray, "h w"]) -> UInt16[np.ndarray, "h2 w2"]:
-        """A label map, annotated on the image as stored or as displayed, in the frame of the upright image.
+        """Return a label map of the image as stored or as displayed in the frame of the upright image.
 
-        Owners' own tools read images without regard to EXIF, so a size that fits both frames is taken to be
-        of the stored one.
+        The owners' tools ignore EXIF, so a size that fits both frames is taken for that of the stored image.
 
         Raises:
             SampleFailure: kind `size_mismatch`.
@@ -126,10 +126,10 @@ class StoredImage:
 
 
 def read_image(folder: Path, file_name: str) -> StoredImage:
-    """Read an image of the dataset and decode it once, so that no broken one is written.
+    """Read an image of the dataset and decode it, so that no broken image is written.
 
     Raises:
-        SampleFailure: kind `missing_image`, `unsafe_name`, `file_too_large`, or as `decode.open_image`.
+        SampleFailure: of a kind of `read_file`, with `missing_image`, or of `open_image`.
     """
     data = read_file(folder, file_name, missing="missing_image")
     transpose = upright_transpose(data)
@@ -140,15 +140,15 @@ def read_image(folder: Path, file_name: str) -> StoredImage:
 
 
 def read_file(folder: Path, file_name: str, *, missing: str) -> bytes:
-    """The bytes of a file directly in a folder.
+    """Return the bytes of a file in a folder.
 
     Args:
-        folder: of the dataset.
-        file_name: from the dataset's lists; never trusted.
-        missing: the failure's kind where there is no such file.
+        folder: a folder of the dataset.
+        file_name: a name from the lists of the dataset, which is not trusted.
+        missing: kind of the failure if there is no such file.
 
     Raises:
-        SampleFailure: kind as `missing` says, `unsafe_name` or `file_too_large`.
+        SampleFailure: of kind `missing`, `unsafe_name`, `file_too_large` or `unreadable_file`.
     """
     path = folder / plain_name(file_name)
     try:
@@ -156,7 +156,7 @@ def read_file(folder: Path, file_name: str, *, missing: str) -> bytes:
             raise SampleFailure("open", missing, f"no file {path}")
         size_bytes = path.stat().st_size
         if size_bytes > MAX_FILE_BYTES:
-            message = f"{path} has {size_bytes} bytes, allowed are {MAX_FILE_BYTES}"
+            message = f"{path} has {size_bytes} bytes; the limit is {MAX_FILE_BYTES}"
             raise SampleFailure("open", "file_too_large", message)
         return path.read_bytes()
     except OSError as error:
@@ -164,19 +164,19 @@ def read_file(folder: Path, file_name: str, *, missing: str) -> bytes:
 
 
 def plain_name(name: str) -> str:
-    """The name, if it is one of a file in a folder; raises SampleFailure, kind `unsafe_name`, otherwise."""
+    """Return the name of a file in a folder; raise SampleFailure, kind `unsafe_name`, for any other name."""
     if name in ("", ".", "..") or any(character in "/\\:" or character < " " for character in name):
-        raise SampleFailure("open", "unsafe_name", f"{name!r} is no name of a file")
+        raise SampleFailure("open", "unsafe_name", f"{name!r} is not the name of a file")
     return name
 
 
 def read_png(data: bytes, stored: StoredImage, modes: Collection[str]) -> np.ndarray:
-    """The values of a PNG of the image's size: indices of a palette PNG, never its colours.
+    """Return the values of a PNG of the image's size: the indices of a palette PNG, not its colours.
 
     Args:
-        data: the PNG.
-        stored: the image that it annotates; a PNG of another size is never decoded.
-        modes: Pillow's names of what the dataset ships.
+        data: bytes of the PNG.
+        stored: the image that it annotates; a PNG of another size is not decoded.
+        modes: Pillow's names of the modes that the dataset uses.
 
     Raises:
         SampleFailure: kind `bad_label_map` or `size_mismatch`.
@@ -195,7 +195,7 @@ def read_png(data: bytes, stored: StoredImage, modes: Collection[str]) -> np.nda
         if failure.stage == "read":
             raise
         raise SampleFailure("read", "bad_label_map", failure.message) from failure
-    # decoders raise about any type on crafted bytes
+    # decoders may raise any type on crafted bytes
     except Exception as error:
         raise SampleFailure("read", "bad_label_map", f"{type(error).__name__}: {error}") from error
 
@@ -206,7 +206,7 @@ def labelled_sample(
     class_names: Sequence[str],
     extra: dict[str, Any] | None = None,
 ) -> TruthSample:
-    """The sample of an image with a label map; its classes are those that have at least one pixel.
+    """Return the sample of an image with a label map; its classes are those with at least one pixel.
 
     Raises:
         SampleFailure: kind `unknown_class` or `size_mismatch`.
@@ -215,7 +215,7 @@ def labelled_sample(
     present = [int(value) for value in np.unique(upright) if value not in (BACKGROUND, IGNORED)]
     unknown = [class_id for class_id in present if class_id > len(class_names)]
     if unknown:
-        message = f"the label map holds {unknown[:5]}, class ids go from 1 to {len(class_names)}"
+        message = f"the label map has class {unknown[0]}; class ids go from 1 to {len(class_names)}"
         raise SampleFailure("read", "unknown_class", message)
     return TruthSample(stored.data, {**(extra or {}), **class_fields(present, class_names)}, upright)
 
@@ -223,12 +223,12 @@ def labelled_sample(
 def class_fields(
     class_ids: Sequence[int], class_names: Sequence[str], prompts: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """What a sample's JSON says of its classes, each field aligned with ``class_ids``.
+    """Return the fields of a sample's JSON on its classes, each aligned with ``class_ids``.
 
     Args:
-        class_ids: of the classes in the image.
-        class_names: of class ids 1, 2 and so on.
-        prompts: what to prompt each class with, where that is not its name.
+        class_ids: the classes in the image.
+        class_names: names of class ids 1, 2 and so on.
+        prompts: prompts of class ids 1, 2 and so on; None: the names.
     """
     names = [class_names[class_id - 1] for class_id in class_ids]
     captions = names if prompts is None else [prompts[class_id - 1] for class_id in class_ids]
@@ -236,11 +236,11 @@ def class_fields(
 
 
 def unique_names(names: Sequence[str], identities: Sequence[str]) -> tuple[str, ...]:
-    """Names in one line each, where a name that came before, in any case, gets its identity in brackets.
+    """Return names of one line each; a repeated name, in any case, gets its identity in brackets.
 
     Args:
-        names: of classes, in the order of their ids; an empty one is replaced by its identity.
-        identities: the owner's own, which differ.
+        names: names of classes, in the order of their ids; an empty one is replaced by its identity.
+        identities: the owner's identities of the classes, all different.
     """
     taken: set[str] = set()
     unique = []
@@ -257,7 +257,7 @@ def unique_names(names: Sequence[str], identities: Sequence[str]) -> tuple[str, 
 def as_label_map(
     values: np.ndarray, ignored: Bool[np.ndarray, "h w"] | None = None
 ) -> UInt16[np.ndarray, "h w"]:
-    """Class ids as readers pass them on; `IGNORED` where ``ignored``."""
+    """Return a label map of class ids, with `IGNORED` where ``ignored`` is true."""
     label_map = values.astype(np.uint16)
     if ignored is not None:
         label_map[ignored] = IGNORED
@@ -265,27 +265,27 @@ def as_label_map(
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a text file of the dataset, without surrounding white space and empty ones.
+    """Return the lines of a text file of the dataset, stripped, without the empty ones.
 
     Raises:
-        UserError: no such file, unreadable, too large or not UTF-8.
+        UserError: the file does not exist, cannot be read, is too large, or is not UTF-8.
     """
     text = read_text(path)
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_LIST_BYTES) -> str:
-    """The text of a file of the dataset; raises UserError as `read_list`."""
+    """Return the text of a file of the dataset; raise UserError as `read_list`."""
     try:
         found = path.stat()
         # a pipe blocks, and a device never ends
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: is no regular file")
+            raise UserError(f"{path}: is not a regular file")
         if found.st_size > max_bytes:
-            raise UserError(f"{path}: has {found.st_size} bytes, allowed are {max_bytes}")
+            raise UserError(f"{path}: has {found.st_size} bytes; the limit is {max_bytes}")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is the dataset laid out as its owners ship it?") from None
+        raise UserError(f"{path}: no such file; the dataset must be laid out as its owners ship it") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
     except OSError as error:
@@ -293,7 +293,7 @@ def read_text(path: Path, *, max_bytes: int = MAX_LIST_BYTES) -> str:
 
 
 def require_folder(path: Path, what: str) -> Path:
-    """The path, if it is a folder; raises UserError, naming ``what`` was expected there, otherwise."""
+    """Return the path of a folder; raise UserError, naming ``what`` is expected in it, if there is none."""
     if not path.is_dir():
-        raise UserError(f"{path}: expected a folder of {what}, found none")
+        raise UserError(f"{path}: no such folder; expected a folder of {what}")
     return path

@@ -1,11 +1,11 @@
-"""ImageNet-S: ``ImageNetS50``, ``ImageNetS300`` or ``ImageNetS919`` as its authors' scripts prepare them.
+"""Read ImageNet-S: ``ImageNetS50``, ``ImageNetS300`` or ``ImageNetS919``, made by its authors' scripts.
 
     ImageNetS919/validation/n01440764/ILSVRC2012_val_00000293.JPEG
     ImageNetS919/validation-segmentation/n01440764/ILSVRC2012_val_00000293.png
     (train-semi and train-semi-segmentation: the same layout)
 
 A label map is RGB: class id = R + 256 G; 0 is any other category, 1000 is ignored. Class id i is the i-th of
-the variant's WordNet ids, sorted: the names of its class folders.
+the sorted WordNet ids of the variant, which are the names of its class folders.
 
 Source: https://github.com/LUSSeg/ImageNet-S, README, "Structure" and "Q&A".
 """
@@ -47,12 +47,12 @@ def open_imagenet_s(
     Args:
         root: ``ImageNetS<variant>``, or the folder that holds it.
         split: validation or train-semi.
-        variant: how many classes: 50, 300 or 919.
-        categories_file: the authors' ``ImageNetS_categories_im<variant>.txt``; needed where class folders are
-            missing, since their order makes the ids.
+        variant: number of classes: 50, 300 or 919.
+        categories_file: the authors' ``ImageNetS_categories_im<variant>.txt``; needed if class folders are
+            missing, because their order determines the ids.
 
     Raises:
-        UserError: a folder is missing, or the classes cannot be told.
+        UserError: a folder is missing, or the number of classes is not that of the variant.
     """
     folder = Path(root)
     if (folder / f"ImageNetS{variant}").is_dir():
@@ -89,13 +89,13 @@ def _wordnet_ids(
     if len(found) != variant:
         raise UserError(
             f"{where}: expected {variant} classes, found {len(found)}; class ids are ranks among all of "
-            "them. Choose the --variant, or name the authors' ImageNetS_categories file with --categories"
+            "them. Choose another --variant, or give the authors' ImageNetS_categories file by --categories"
         )
     return tuple(sorted(found))
 
 
 def _class_names(wordnet_ids: tuple[str, ...]) -> tuple[str, ...]:
-    """Names as open_clip's zero-shot classification spells them."""
+    """Return the names that open_clip's zero-shot classifier uses."""
     from open_clip import IMAGENET_CLASSNAMES
     from timm.data.imagenet_info import ImageNetInfo
 
@@ -103,13 +103,13 @@ def _class_names(wordnet_ids: tuple[str, ...]) -> tuple[str, ...]:
     rank = {wordnet_id: index for index, wordnet_id in enumerate(in_order)}
     unknown = [wordnet_id for wordnet_id in wordnet_ids if wordnet_id not in rank]
     if unknown:
-        raise UserError(f"expected classes of ImageNet-1k, received {', '.join(unknown[:5])}")
+        raise UserError(f"expected classes of ImageNet-1k, got {', '.join(unknown[:5])}")
     names = [str(IMAGENET_CLASSNAMES[rank[wordnet_id]]) for wordnet_id in wordnet_ids]
     return unique_names(names, wordnet_ids)
 
 
 def _files(folder: Path, wordnet_ids: tuple[str, ...]) -> dict[str, list[str]]:
-    """Files by name, where a name is the class folder and the file's stem."""
+    """Return files by name, where a name is the class folder and the stem of the file."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in (path for wordnet_id in wordnet_ids for path in sorted((folder / wordnet_id).glob("*.*"))):
         found[f"{path.parent.name}/{path.stem}"].append(f"{path.parent.name}/{path.name}")

@@ -1,10 +1,10 @@
-"""PASCAL VOC 2012, segmentation: ``VOCdevkit/VOC2012`` as the development kit unpacks.
+"""Read PASCAL VOC 2012, segmentation: ``VOCdevkit/VOC2012`` as the development kit unpacks.
 
     VOC2012/ImageSets/Segmentation/{train,val,trainval}.txt    one name a line
     VOC2012/JPEGImages/NAME.jpg
     VOC2012/SegmentationClass/NAME.png                         palette: index 0 background, 1 to 20, 255 void
 
-Class ids are the development kit's, which go by the alphabet.
+Class ids are those of the development kit, in alphabetical order.
 
 Source: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/index.html, the sections on the segmentation
     image sets and on segmentation ground truth.
@@ -28,7 +28,7 @@ from pipeline.datasets.dataset import (
 )
 from pipeline.errors import SampleFailure, UserError
 
-# Spelled as text: the devkit writes diningtable, pottedplant and tvmonitor.
+# spelled as prompts: the development kit writes diningtable, pottedplant and tvmonitor
 CLASS_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
     "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",

@@ -1,4 +1,4 @@
-"""From a dataset's samples to shards: published one by one, in a fixed order, and resumable after each."""
+"""Write the samples of a dataset as shards, in a fixed order; resume a conversion that was interrupted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.text import printable
 
 CLASSES_FILE = "classes.txt"
 CONVERSION_FILE = "conversion.json"
-# the file stays readable, however many images a dataset lacks
+# limits the size of conversion.json, however many images are skipped
 NAMES_PER_REASON = 1000
 MAX_KEY_CHARACTERS = 80
 TAR_BLOCK_BYTES, TAR_RECORD_BYTES = 512, 10240
@@ -38,8 +38,8 @@ class ShardLimits:
     """When a shard is full.
 
     Attributes:
-        max_samples: of one shard.
-        max_bytes: of one tar; a sample that is larger by itself gets its own.
+        max_samples: largest number of samples in a shard.
+        max_bytes: largest size of a tar; a larger sample gets a shard of its own.
     """
 
     max_samples: int = 1000
@@ -48,19 +48,19 @@ class ShardLimits:
 
 @dataclass
 class Conversion:
-    """How far a conversion has come; stands in the folder as JSON, renewed after each shard.
+    """The progress of a conversion; kept in the folder as JSON, which is renewed after each shard.
 
     Attributes:
-        dataset: stem of the shards.
-        fingerprint: of the images' names, the classes and the limits; what resumes must have the same.
-        images: how many the dataset lists.
-        images_read: how many of them are done, from the first on.
-        written: how many samples the shards hold.
+        dataset: stem of the names of the shards.
+        fingerprint: digest of the images' names, the classes and the limits; must be the same to resume.
+        images: number of images that the dataset lists.
+        images_read: number of images that are done, from the first on.
+        written: number of samples in the shards.
         shards: names of the tars, in order.
-        skipped: how many images were left out, by reason.
-        skipped_names: the first of them, with what was wrong.
-        left_out: how many records were left out of samples, by kind.
-        left_out_names: the first of them, with what was wrong, where that is known.
+        skipped: number of skipped images by reason.
+        skipped_names: the first skipped images by reason, with what is wrong with them.
+        left_out: number of records that are in no sample, by kind.
+        left_out_names: the first of these records by kind, with what is wrong with them if it is known.
     """
 
     dataset: str
@@ -75,7 +75,7 @@ class Conversion:
     left_out_names: dict[str, list[str]] = field(default_factory=dict)
 
     def skip(self, name: str, failure: SampleFailure) -> None:
-        """Count an image that is left out."""
+        """Count a skipped image."""
         self.skipped[failure.kind] = self.skipped.get(failure.kind, 0) + 1
         names = self.skipped_names.setdefault(failure.kind, [])
         if len(names) < NAMES_PER_REASON:
@@ -94,20 +94,20 @@ def write_shards(
     """Write a dataset's samples as tars, and ``classes.txt``, whose line i names class id i.
 
     Args:
-        dataset: what is read.
-        dest: a folder of its own: local path, s3:// or gs://.
+        dataset: the samples.
+        dest: folder for the shards, which holds nothing else: local path, s3:// or gs://.
         limits: when a shard is full.
-        resume: go on after the last shard that a conversion of the same dataset published there.
-        overwrite: remove what an earlier conversion of the same dataset wrote there.
-        on_shard: called with name, samples and bytes of each shard once it stands.
+        resume: continue after the last shard that a conversion of the same dataset published there.
+        overwrite: first remove what a conversion of the same dataset wrote there.
+        on_shard: called with name, samples and bytes of each shard when it is published.
 
     Returns:
-        The counts; every image of the dataset is either written or counted under a reason.
+        The counts; every image of the dataset is either written or counted as skipped, by reason.
 
     Raises:
-        UserError: the folder holds something else, a class's name is not one line of text, or not one image
-            could be written.
-        OutputError: it cannot be written.
+        UserError: the folder holds other files, the name of a class is not one line, or no image could be
+            written.
+        OutputError: the folder cannot be written.
     """
     class_file = _class_file(dataset)
     conversion = _start(dataset, dest, limits, resume=resume, overwrite=overwrite)
@@ -115,8 +115,8 @@ def write_shards(
     while conversion.images_read < conversion.images:
         with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
             samples = _fill_shard(dataset, conversion, keys, spool, limits)
-            conversion.left_out = dict(+dataset.left_out.counts)
-            conversion.left_out_names = dict(dataset.left_out.names)
+            conversion.left_out = dict(+dataset.skipped.counts)
+            conversion.left_out_names = dict(dataset.skipped.names)
             if samples:
                 name = _shard_name(dataset, len(conversion.shards))
                 size_bytes = spool.seek(0, io.SEEK_END)
@@ -127,7 +127,7 @@ def write_shards(
                 conversion.written += samples
                 on_shard(name, samples, size_bytes)
         if not conversion.written:
-            raise UserError(f"{dataset.name}: not one sample could be written; {_told(conversion)}")
+            raise UserError(f"{dataset.name}: no sample could be written; {_reasons(conversion)}")
         storage.publish(dest, CONVERSION_FILE, json.dumps(asdict(conversion), indent=1).encode())
     return conversion
 
@@ -140,12 +140,12 @@ def _class_file(dataset: TruthDataset) -> bytes:
 
 
 def sample_key(name: str) -> str:
-    """A key made of an image's name: letters, digits, hyphens and underscores, without folder or extension.
+    """Return a key for an image's name: letters, digits, hyphens and underscores, without extension.
 
-    Names that hold anything else, or are long, get a digest, so that they stay apart.
+    Names with other characters, and long ones, get a digest, so that their keys differ.
 
     Args:
-        name: what the owner calls the image; one folder before it becomes part of the key.
+        name: the owner's name of the image; one folder before it becomes part of the key.
     """
     stem = re.sub(r"\.(jpe?g|png|webp|bmp|gif)$", "", name, flags=re.IGNORECASE)
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", stem)
@@ -159,14 +159,14 @@ def _start(
     dataset: TruthDataset, dest: str, limits: ShardLimits, *, resume: bool, overwrite: bool
 ) -> Conversion:
     if not dataset.image_names:
-        raise UserError(f"{dataset.name}: lists no image")
+        raise UserError(f"{dataset.name}: the dataset lists no image")
     fresh = Conversion(dataset.name, _fingerprint(dataset, limits), len(dataset.image_names))
     present = storage.list_names(dest)
     if not present:
         return fresh
     if resume and CONVERSION_FILE in present:
         return _earlier(dest, fresh, present)
-    # stopped before the first record
+    # interrupted before the first record was written
     if resume and present <= {CLASSES_FILE, _shard_name(dataset, 0)}:
         return fresh
     shard = re.compile(re.escape(dataset.name) + r"-\d{6,}\.tar")
@@ -178,8 +178,8 @@ def _start(
     if strange or not overwrite:
         raise UserError(
             f"{storage.shown_url(dest)}: expected an empty folder, found {len(present)} file(s) such as "
-            f"{min(strange or present)}; choose another folder, or go on with --resume, or write anew with "
-            f"--overwrite (which removes shards of {dataset.name}, but nothing else)"
+            f"{min(strange or present)}; choose another folder, continue with --resume, or start again with "
+            f"--overwrite (which removes shards of {dataset.name} and nothing else)"
         )
     for name in sorted(present):
         storage.remove(dest, name)
@@ -195,19 +195,20 @@ def _earlier(dest: str, fresh: Conversion, present: set[str]) -> Conversion:
     try:
         earlier = TypeAdapter(Conversion).validate_json(storage.read_text(where))
     except ValidationError as error:
-        told = printable(error.errors(include_url=False, include_input=False)[0]["msg"])
-        raise UserError(f"{storage.shown_url(where)}: is no record of a conversion: {told}") from None
+        problem = printable(error.errors(include_url=False, include_input=False)[0]["msg"])
+        raise UserError(f"{storage.shown_url(where)}: is not the record of a conversion: {problem}") from None
     if earlier.fingerprint != fresh.fingerprint:
-        message = "the images, the classes or the limits of shards are others than before"
-        raise UserError(f"{storage.shown_url(where)}: cannot resume: {message}; write anew with --overwrite")
+        message = "the images, the classes or the limits of shards have changed"
+        raise UserError(f"{storage.shown_url(where)}: cannot resume: {message}; start again with --overwrite")
     if not 0 <= earlier.images_read <= fresh.images:
         raise UserError(
-            f"{storage.shown_url(where)}: is no record of a conversion: says that {earlier.images_read} of "
-            f"{fresh.images} images were read"
+            f"{storage.shown_url(where)}: is not the record of a conversion: it has {earlier.images_read} of "
+            f"{fresh.images} images as read"
         )
     if missing := sorted(set(earlier.shards) - present):
         raise UserError(
-            f"{storage.shown_url(where)}: cannot resume: {missing[0]} is gone; write anew with --overwrite"
+            f"{storage.shown_url(where)}: cannot resume: {missing[0]} is missing; "
+            "start again with --overwrite"
         )
     return earlier
 
@@ -220,9 +221,9 @@ def _fingerprint(dataset: TruthDataset, limits: ShardLimits) -> str:
 def _fill_shard(
     dataset: TruthDataset, conversion: Conversion, keys: set[str], spool: IO[bytes], limits: ShardLimits
 ) -> int:
-    """Read images into a tar until it is full or none is left; returns how many samples it holds."""
+    """Read images into a tar until it is full or none is left; return its number of samples."""
     samples, size_bytes = 0, TAR_RECORD_BYTES
-    # nothing of the machine or the hour, so that a second conversion writes the same bytes
+    # no trace of the machine or the time, so that a second conversion writes the same bytes
     with webdataset.TarWriter(spool, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
         while conversion.images_read < conversion.images and samples < limits.max_samples:
             name = dataset.image_names[conversion.images_read]
@@ -232,7 +233,7 @@ def _fill_shard(
                 conversion.skip(name, failure)
             else:
                 size_bytes += _tar_bytes(members)
-                # what does not fit is read again for the next shard
+                # a sample that does not fit is read again for the next shard
                 if samples and size_bytes > limits.max_bytes:
                     break
                 tar.write({"__key__": sample_key(name), **members})
@@ -256,7 +257,7 @@ def _members(sample: TruthSample, class_count: int) -> dict[str, bytes]:
 
 
 def _png(label_map: UInt16[np.ndarray, "h w"], class_count: int) -> bytes:
-    """A label map of 8 bits where all class ids of the dataset stay below 255, else of 16."""
+    """Return a PNG of 8 bits if all class ids of the dataset are below 255, else of 16."""
     ignored = label_map == IGNORED
     if class_count < IGNORED_LABEL:
         values: Any = np.where(ignored, IGNORED_LABEL, label_map).astype(np.uint8)
@@ -268,11 +269,11 @@ def _png(label_map: UInt16[np.ndarray, "h w"], class_count: int) -> bytes:
 
 
 def _tar_bytes(members: dict[str, bytes]) -> int:
-    """What the members add to a tar: for each a block of headers, and its content in whole blocks."""
+    """Return the bytes that members add to a tar: a header block each, and the content in whole blocks."""
     return TAR_BLOCK_BYTES * sum(1 + -(-len(content) // TAR_BLOCK_BYTES) for content in members.values())
 
 
-def _told(conversion: Conversion) -> str:
+def _reasons(conversion: Conversion) -> str:
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(conversion.skipped).most_common())
     first = next(iter(conversion.skipped_names.values()))[0]
     return f"{conversion.images} image(s): {counts}; the first, {first[0]}: {first[1]}"

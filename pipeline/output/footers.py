@@ -11,7 +11,7 @@ from pipeline.errors import DamagedFileError, MismatchError
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import ANNOTATIONS, ERRORS
 from pipeline.output.reading import FooterRecord, read_footer_record
-from pipeline.storage.versions import InputVersion
+from pipeline.storage import InputVersion
 
 FOOTER_READERS = 16
 COUNTS = ("annotated", "empty", "failed", "rows", "error_rows", "dropped_prompts")

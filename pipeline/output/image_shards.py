@@ -16,6 +16,7 @@ from pipeline.output.reading import FooterRecord
 from pipeline.storage import (
     READAHEAD_BYTES,
     DigestingStream,
+    InputVersion,
     ShardSource,
     absolute,
     join_url,
@@ -27,7 +28,6 @@ from pipeline.storage import (
 )
 from pipeline.storage.pipes import is_command
 from pipeline.storage.urls import ID_DIGITS, LONG_ID_DIGITS, file_url, id_of_name, is_local, local_path
-from pipeline.storage.versions import InputVersion, version_of
 
 DIGEST = re.compile(rf"-[0-9a-f]{{{ID_DIGITS}}}(?:[0-9a-f]{{{LONG_ID_DIGITS - ID_DIGITS}}})?$")
 
@@ -88,7 +88,7 @@ def require_annotated_version(shard: ShardSource, footer: FooterRecord) -> None:
         return
     annotated, now = footer.version, version_now(shard)
     # of web servers the listing asks; what this machine sees of a file is newer than what a list says
-    now = version_of(shard) if now == InputVersion() else now
+    now = shard.version if now == InputVersion() else now
     if not now.differs_from(annotated):
         return
     if now.differs_in_size_from(annotated) or content_digest(shard) != footer.content_digest:

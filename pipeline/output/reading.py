@@ -24,8 +24,8 @@ from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import DAMAGED, FAILED, JOB_FILE, LAYOUT, SHARDS_FILE, SUCCESS_FILE
 from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY
 from pipeline.output.shard_list import SHARDS_SCHEMA
+from pipeline.storage import InputVersion
 from pipeline.storage.urls import local_path, split_url, without_secrets
-from pipeline.storage.versions import InputVersion
 from pipeline.text import printable
 
 MAX_JSON_BYTES = 64 << 20

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from pipeline.output.footers import version_in
 from pipeline.output.image_shards import stem_of
 from pipeline.storage import ShardSource
-from pipeline.storage.versions import version_of
 
 CONFIRMED_MOVES = 3
 
@@ -125,7 +124,7 @@ def _told_moves(fresh: Sequence[ShardSource], told: Mapping[str, Row], gone: Seq
         for shard in fresh
         if (row := told.get(shard.canonical_url)) is not None
         and row["shard_id"] in gone_ids
-        and not version_in(row).differs_in_size_from(version_of(shard))
+        and not version_in(row).differs_in_size_from(shard.version)
     }
 
 
@@ -183,7 +182,7 @@ def _free_id(shard_id: str, taken: set[str]) -> str:
 
 def _has_changed(shard: ShardSource, row: Row | None, ids: FolderIds) -> bool:
     has_files = shard.shard_id in ids.annotations or shard.shard_id in ids.failed
-    return row is not None and has_files and version_in(row).differs_from(version_of(shard))
+    return row is not None and has_files and version_in(row).differs_from(shard.version)
 
 
 def spread_evenly(shards: Sequence[Shard], limit: int | None) -> Sequence[Shard]:

@@ -21,7 +21,6 @@ from pipeline.output.footers import counts_as_metadata
 from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY
 from pipeline.shards.sample_error import SampleError
 from pipeline.storage import ShardSource
-from pipeline.storage.versions import version_of
 from pipeline.text import printable
 
 ROWS_PER_GROUP = 1000
@@ -152,7 +151,7 @@ class ShardWriter:
             "layout": LAYOUT,
             "shard": self._shard.canonical_url,
             "state": "damaged" if self._damage else "done",
-            "input": version_of(self._shard).as_metadata(),
+            "input": self._shard.version.as_metadata(),
             "content_digest": content_digest,
             **counts_as_metadata(counts),
         }

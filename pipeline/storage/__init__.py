@@ -1,10 +1,10 @@
-"""Files wherever they live: naming, listing, reading to the last byte, and publishing in one step.
+"""Local and remote files: name them, list them, read them to the last byte, and publish them in one step.
 
-Local paths, ``s3://`` and ``gs://`` for everything; ``http://`` and ``https://`` for what is only read.
+Local paths, ``s3://`` and ``gs://`` can be read and written; ``http://`` and ``https://`` only read.
 """
 
 from pipeline.storage.filesystems import check_folder, resolve
-from pipeline.storage.listing import ShardListing, find_shards, list_shards
+from pipeline.storage.listing import find_shards, list_shards
 from pipeline.storage.publishing import (
     IN_MEMORY_BYTES,
     TEMPORARY_SUFFIX,
@@ -26,14 +26,15 @@ from pipeline.storage.reading import (
     require_unchanged,
     version_now,
 )
-from pipeline.storage.urls import ShardSource, absolute, join_url, shard_id, shard_name, shown_text, shown_url
+from pipeline.storage.sources import InputVersion, ShardSource
+from pipeline.storage.urls import absolute, join_url, shard_id, shard_name, shown_text, shown_url
 
 __all__ = [
     "IN_MEMORY_BYTES",
     "READAHEAD_BYTES",
     "TEMPORARY_SUFFIX",
     "DigestingStream",
-    "ShardListing",
+    "InputVersion",
     "ShardSource",
     "absolute",
     "check_folder",

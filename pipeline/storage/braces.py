@@ -1,4 +1,4 @@
-"""Braces in patterns, counted before they are spelled out: three characters can ask for a billion names."""
+"""Expand braces in patterns, counting the names first: a few characters can stand for a billion names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _UNBALANCED = "braces are not balanced; write \\{ and \\} for braces that are pa
 
 
 class BraceError(ValueError):
-    """Braces that are not balanced, nested too deeply, or stand for too many names."""
+    """The braces are not balanced, are nested too deeply, or stand for too many names."""
 
 
 @dataclass
 class _Group:
-    """A pair of braces, or the whole pattern: names of the alternatives so far, and of the current one."""
+    """Number of names of the earlier alternatives and of the current one, in braces or the whole pattern."""
 
     start: int
     earlier: int = 0
@@ -39,11 +39,11 @@ class _Group:
 
 
 def count_names(pattern: str, *, escape: bool = True) -> int:
-    """Count the names that a pattern stands for, without spelling them out.
+    """Count the names that a pattern stands for, without making them.
 
     Args:
         pattern: text with braces as in bash: ``{a,b}``, ``{0..9}``, nested.
-        escape: whether a backslash takes the meaning from the character after it.
+        escape: whether a backslash makes the character after it literal.
 
     Raises:
         BraceError: the braces are not balanced, or nested deeper than MAX_DEPTH.
@@ -83,8 +83,8 @@ def _names_of(group: _Group, inside: str) -> int:
     return group.names
 
 
-def spelled_out(pattern: str, *, escape: bool = True, most: int = MAX_NAMES) -> Iterator[str]:
-    """The names that a pattern stands for, in order.
+def expand_braces(pattern: str, *, escape: bool = True, most: int = MAX_NAMES) -> Iterator[str]:
+    """Return the names that a pattern stands for, in order.
 
     Raises:
         BraceError: as `count_names`, or there are more than `most` names.

@@ -1,4 +1,4 @@
-"""Filesystems of paths and object URLs, with timeouts and retries that a long job can rely on."""
+"""Filesystems for paths and object URLs, with timeouts and retries that suit long jobs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pipeline.storage.urls import (
     host_of,
     is_local,
     local_path,
+    raised_as,
+    short_url,
     shown_url,
     split_url,
-    told_as,
-    told_url,
 )
 
 CONNECT_TIMEOUT_S = 10
-# pyarrow's own default is none: a read whose server falls silent would never end
+# pyarrow's own default is none: a read would wait for ever for a server that falls silent
 SILENCE_TIMEOUT_S = 60
 # the wait before the n-th retry is random, below 2^(n-1) s and 20 s: about half a minute in all
 S3_ATTEMPTS = 8
@@ -34,22 +34,22 @@ ANONYMOUS = "anonymous"
 
 
 def resolve(url: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem that serves a path or object URL, and the path within it.
+    """Return the filesystem of a path or object URL, and the path in it.
 
     Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
     GOOGLE_APPLICATION_CREDENTIALS, ...). Requests that an object store throttles, or whose connection breaks,
-    are repeated after a growing random wait; AWS_MAX_ATTEMPTS says how often.
+    are repeated after a growing random wait, up to AWS_MAX_ATTEMPTS times.
 
     Raises:
         UserError: the scheme is not one of local, s3 and gs, the URL's options are wrong, or its bucket's
             region cannot be found.
     """
-    with told_as(UserError, url, "cannot be used"):
+    with raised_as(UserError, url, "cannot be used"):
         return resolved(url)
 
 
 def resolved(url: str) -> tuple[pafs.FileSystem, str]:
-    """Like `resolve`, but a store that does not answer is an OSError."""
+    """Do what `resolve` does, but raise an OSError if a store does not answer."""
     check_folder(url)
     if is_local(url):
         return pafs.LocalFileSystem(), str(local_path(url))
@@ -59,7 +59,7 @@ def resolved(url: str) -> tuple[pafs.FileSystem, str]:
 
 
 def check_folder(url: str) -> None:
-    """Refuse what can be no folder of ours; nothing is looked up.
+    """Check that a URL can be that of a folder for reading and writing, without a request.
 
     Raises:
         UserError: it is neither a local path nor on an object store.
@@ -70,16 +70,16 @@ def check_folder(url: str) -> None:
     parts = split_url(url)
     if parts.scheme not in OBJECT_SCHEMES:
         expected = "a local path, s3:// or gs:// (http:// only for input)"
-        raise UserError(f"{told_url(url)}: expected {expected}, got scheme {parts.scheme or 'pipe'!r}")
+        raise UserError(f"{short_url(url)}: expected {expected}, got the scheme {parts.scheme or 'pipe'!r}")
     if not host_of(parts):
-        raise UserError(f"{told_url(url)}: expected a bucket after ://, got none")
+        raise UserError(f"{short_url(url)}: expected a bucket after ://, got none")
 
 
 def _check_utf8(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{told_url(path)}: expected a path in UTF-8; rename the folder") from None
+        raise UserError(f"{short_url(path)}: expected a path in UTF-8; rename the folder") from None
 
 
 @lru_cache(maxsize=64)
@@ -88,11 +88,11 @@ def _object_filesystem(root: SplitResult) -> pafs.FileSystem:
 
 
 def forget_filesystems() -> None:
-    """Let go of the filesystems kept for object stores, and with them of their connections."""
+    """Release the cached filesystems of object stores, and their connections."""
     _object_filesystem.cache_clear()
 
 
-# registered after pyarrow's own handler, so called before it: no filesystem outlives the AWS SDK
+# registered after pyarrow's own handler and so called before it: no filesystem outlives the AWS SDK
 atexit.register(forget_filesystems)
 
 
@@ -116,14 +116,16 @@ def _s3(root: SplitResult) -> pafs.S3FileSystem:
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=int(attempts)),
         # one request for a small file, instead of the three of an upload in parts
         allow_delayed_open=True,
-        # without it, closing a stream after a failed write completes the upload, of the parts that went well
+        # without it, closing a stream after a failed write completes the upload with the parts that succeeded
         background_writes=True,
     )
 
 
 def _gcs(root: SplitResult) -> pafs.GcsFileSystem:
     if root.username not in (None, ANONYMOUS):
-        raise UserError(f"{told_url(root.geturl())}: credentials come from the environment")
+        raise UserError(
+            f"{short_url(root.geturl())}: credentials come from the environment, never from a URL"
+        )
     return pafs.GcsFileSystem(
         **_options(root, GCS_OPTIONS),
         anonymous=root.username == ANONYMOUS,

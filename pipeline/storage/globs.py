@@ -1,4 +1,8 @@
-"""Globs: ``*``, ``?`` and ``[...]`` within a part of a path, ``**`` for any number of folders."""
+"""Match globs: ``*``, ``?`` and ``[...]`` in a part of a path, ``**`` for any number of folders.
+
+Links to folders are followed, but each folder is searched once, and a name that exists as it is written is
+taken literally: glob of the standard library, fsspec and wcmatch give up one or the other.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,12 @@ ANY_FOLDERS = "**"
 
 
 def has_glob(path: str) -> bool:
-    """Whether a path holds a character of globs."""
+    """Return whether a path has a special character of globs."""
     return any(character in path for character in GLOB_CHARACTERS)
 
 
 def fits(path: str, glob: str) -> bool:
-    """Whether a path is one that the glob means, from its first part to its last."""
+    """Return whether the whole path matches the glob."""
     parts = glob.split("/")
     positions = frozenset({0})
     for name in path.split("/"):
@@ -27,12 +31,12 @@ def fits(path: str, glob: str) -> bool:
 
 
 def _after(positions: frozenset[int], name: str, parts: Sequence[str]) -> frozenset[int]:
-    """Where in the glob one can be after one more part of a path, from where one could be before it."""
+    """Return the positions in the glob after one more part of a path, given those before it."""
     reached = set()
     for position in positions:
         while position < len(parts) - 1 and parts[position] == ANY_FOLDERS:
             reached.add(position)
-            position += 1  # noqa: PLW2901 (folders may also be none)
+            position += 1  # noqa: PLW2901 (** also matches no folder)
         if position < len(parts) and fnmatchcase(name, parts[position]):
             reached.add(position + 1)
     return frozenset(reached)
@@ -40,20 +44,20 @@ def _after(positions: frozenset[int], name: str, parts: Sequence[str]) -> frozen
 
 @dataclass
 class LocalGlob:
-    """The local files that a glob means. Each folder is looked through once, however many links lead to it.
+    """Finds the local files that match a glob. Each folder is searched once, however many links lead to it.
 
     Args:
-        glob: an absolute path; folders at its beginning that are there literally are taken literally.
+        glob: an absolute path; folders at its beginning that exist under the very name are taken literally.
 
     Attributes:
-        aliases: real path of each folder that was met under several names, with a name that was not followed.
+        aliases: for the real path of each folder that was found under several names, one name not followed.
     """
 
     glob: str
     aliases: dict[str, str] = field(default_factory=dict)
 
     def files(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
-        """The real path of the folder and the entry of each file; links that lead nowhere are files too.
+        """Yield the real path of the folder and the entry of each file, broken links included.
 
         Raises:
             OSError: a folder cannot be listed.
@@ -102,5 +106,5 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_file() or (entry.is_symlink() and not entry.stat())
     except OSError:
-        # a link to nothing, to itself, or to what may not be looked at
+        # a link to nothing, to itself, or to a file without permission
         return True

@@ -1,4 +1,4 @@
-"""Shard patterns to shards: what each name means, how large it is, and which version of it is there."""
+"""List the shards that patterns stand for, with the size and version of each."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from pipeline.errors import UserError
 from pipeline.storage import web
 from pipeline.storage.filesystems import resolve
 from pipeline.storage.globs import LocalGlob, fits, has_glob
-from pipeline.storage.lists import SpelledPatterns
+from pipeline.storage.patterns import PatternExpansion
 from pipeline.storage.pipes import is_command
+from pipeline.storage.sources import ShardSource
 from pipeline.storage.urls import (
     LONG_ID_DIGITS,
     OBJECT_SCHEMES,
     WEB_SCHEMES,
-    ShardSource,
     file_url,
     host_of,
     id_of_name,
     is_local,
     local_path,
+    raised_as,
     shard_name,
+    short_url,
     shown_url,
     split_url,
-    told_as,
-    told_url,
 )
 
 REQUESTS_AT_ONCE = 32
@@ -43,11 +43,11 @@ REQUESTS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ShardListing:
-    """What shard patterns name.
+    """The shards that patterns stand for.
 
     Attributes:
         shards: the shards, sorted by name.
-        warnings: what the user should know of the patterns, a line each: names that were the same file.
+        warnings: a line each, such as on several names of the same file.
     """
 
     shards: list[ShardSource]
@@ -57,39 +57,39 @@ class ShardListing:
 def list_shards(
     patterns: str | Sequence[str], *, allow_commands: bool = False, check_inputs: bool = True
 ) -> list[ShardSource]:
-    """The shards of `find_shards`, for callers that show no warnings."""
+    """Return the shards of `find_shards` without its warnings."""
     return find_shards(patterns, allow_commands=allow_commands, check_inputs=check_inputs).shards
 
 
 def find_shards(
     patterns: str | Sequence[str], *, allow_commands: bool = False, check_inputs: bool = True
 ) -> ShardListing:
-    """Expand shard patterns to a sorted list in which each file stands once.
+    """Expand shard patterns to a sorted list that has each file once.
 
     Args:
         patterns: paths or URLs with braces and globs; ``@FILE`` reads patterns from a text file, one a line.
-            A path that is there as it is written is that file, whatever characters it holds.
-        allow_commands: whether ``pipe:COMMAND`` may stand among them; it is run when the shard is opened.
-        check_inputs: whether web servers are asked for size and version of each object.
+            A path that exists as it is written is that file, whatever characters it has.
+        allow_commands: whether ``pipe:COMMAND`` is accepted; it is run when the shard is opened.
+        check_inputs: whether web servers are asked for the size and version of each object.
 
     Raises:
-        UserError: the patterns name no shard, nothing matches one of them, one would run a command, or an
-            object store refuses.
+        UserError: the patterns name no shard, nothing matches one of them, one is a command and commands are
+            not allowed, or an object store refuses a request.
     """
     given = [patterns] if isinstance(patterns, str) else list(patterns)
     if not given:
-        raise UserError("input.shards: names no shard: the list of patterns is empty")
-    spelled, found = SpelledPatterns(allow_commands), _Found()
+        raise UserError("input.shards: the list of patterns is empty")
+    spelled, found = PatternExpansion(allow_commands), _Found()
     for pattern in spelled.of(given):
         found.take(pattern)
     if not found.sources:
-        raise UserError(f"input.shards: names no shard: {', '.join(map(told_url, given[:4]))}")
+        raise UserError(f"input.shards: names no shard: {', '.join(map(short_url, given[:4]))}")
     shards = _with_unique_ids(_asked_for(found, check_inputs))
     return ShardListing(shards, found.warnings(spelled.repeated))
 
 
 def _with_unique_ids(shards: Iterable[ShardSource]) -> list[ShardSource]:
-    """Sorted shards; where several would share an id, and so their results, they get longer ones."""
+    """Sort shards; give longer ids to those that would share an id, and so their results."""
     ordered = sorted(shards, key=lambda shard: shard.canonical_url)
     uses = Counter(shard.shard_id for shard in ordered)
     return [
@@ -106,10 +106,10 @@ def _source(name: str, url: str, size_bytes: int | None = None, mtime_ns: int | 
 
 @dataclass
 class _Found:
-    """The shards by name, as one pattern after the other is looked up.
+    """The shards found so far, by name.
 
     Attributes:
-        sources: the shards; those on servers that are named one by one have no size yet.
+        sources: the shards; remote ones that are named one by one have no size yet.
         unasked: names of the latter.
     """
 
@@ -122,7 +122,7 @@ class _Found:
     _real_folders: dict[str, str] = field(default_factory=dict)
 
     def take(self, pattern: str) -> None:
-        """Look up what a name or a glob means."""
+        """Add the shards that a name or a glob stands for."""
         scheme = split_url(pattern).scheme
         if is_command(pattern):
             self._note(pattern, _source(shard_name(pattern), pattern))
@@ -141,7 +141,7 @@ class _Found:
         if name in self.sources:
             self._repetition = self._repetition if self._repeated else (given, first)
             self._repeated += 1
-        # of URLs that were signed twice, the later one is valid for longer
+        # of a URL that was signed twice, the later signature is valid for longer
         self.sources[name] = source
 
     def _take_local(self, pattern: str) -> None:
@@ -150,13 +150,13 @@ class _Found:
             self._note(path, self._local_source(path))
             return
         glob = LocalGlob(path)
-        with told_as(UserError, pattern, "cannot be listed"):
+        with raised_as(UserError, pattern, "cannot be listed"):
             matches = 0
             for real_folder, entry in glob.files():
                 self._note(entry.path, _entry_source(real_folder, entry))
                 matches += 1
         if not matches:
-            raise UserError(f"input.shards: nothing matches {told_url(pattern)}")
+            raise UserError(f"input.shards: nothing matches {short_url(pattern)}")
         self._aliases |= glob.aliases
 
     def _local_source(self, path: str) -> ShardSource:
@@ -177,16 +177,16 @@ class _Found:
         for url, info in matches:
             self._note(url, _source(shard_name(url), url, info.size, info.mtime_ns))
         if not matches:
-            raise UserError(f"input.shards: nothing matches {told_url(pattern)}")
+            raise UserError(f"input.shards: nothing matches {short_url(pattern)}")
 
     def warnings(self, repeated_lists: int) -> tuple[str, ...]:
-        """What the user should know of names that turned out to be the same file or folder."""
+        """Return a line for each kind of names that turned out to be the same file or folder."""
         lines = []
         if self._repeated:
             given, first = map(shown_url, self._repetition)
             other = f"{given} is {first}" if given != first else f"{given} is listed twice"
             lines.append(
-                f"input.shards: {self._repeated:,} name(s) are of files that are listed already ({other}); "
+                f"input.shards: {self._repeated:,} name(s) refer to files that are listed already ({other}); "
                 "each file is annotated once"
             )
         if known := self._aliases_with_shards():
@@ -196,7 +196,9 @@ class _Found:
                 f"({alias} is {real}); each file is annotated once"
             )
         if repeated_lists:
-            lines.append(f"input.shards: lists are named again {repeated_lists:,} time(s); each is read once")
+            lines.append(
+                f"input.shards: {repeated_lists:,} list(s) are named more than once; each is read once"
+            )
         return tuple(lines)
 
     def _aliases_with_shards(self) -> list[tuple[str, str]]:
@@ -236,13 +238,13 @@ def _key(url: str) -> str:
 
 
 def _matching_objects(pattern: str) -> list[tuple[str, pafs.FileInfo]]:
-    """URLs of the objects that match a glob, by one listing of the folder above it."""
+    """Return the objects that match a glob with their URLs, from one listing of the folder above it."""
     filesystem, path = resolve(pattern)
     folder, slash, below = _cut_before_glob(path)
     if not slash:
-        raise UserError(f"input.shards: {told_url(pattern)}: expected the bucket's name, got a glob")
+        raise UserError(f"input.shards: {short_url(pattern)}: expected the name of a bucket, got a glob")
     selector = pafs.FileSelector(folder or "/", recursive="/" in below, allow_not_found=True)
-    with told_as(UserError, pattern, "cannot be listed"):
+    with raised_as(UserError, pattern, "cannot be listed"):
         infos = [info for info in filesystem.get_file_info(selector) if info.is_file]
     literal = [info for info in infos if info.path == path]
     matching = literal or [info for info in infos if fits(info.path, path)]
@@ -256,14 +258,14 @@ def _cut_before_glob(path: str) -> tuple[str, str, str]:
 
 
 def _url_like(pattern: str, path: str) -> str:
-    """The URL of a path found by a pattern, with the pattern's user info and options."""
+    """Return the URL of a path that a pattern found, with the pattern's user info and options."""
     parts = split_url(pattern)
     key = path.partition("/")[2]
     return f"{parts.scheme}://{parts.netloc}/{key}" + (f"?{parts.query}" if parts.query else "")
 
 
 def _asked_for(found: _Found, check_inputs: bool) -> Iterator[ShardSource]:
-    """The shards, with size and version of those on servers that were named one by one."""
+    """Return the shards; ask servers for the size and version of those that were named one by one."""
     unasked = [found.sources[name] for name in found.unasked]
     if not check_inputs:
         unasked = [shard for shard in unasked if split_url(shard.url).scheme not in WEB_SCHEMES]
@@ -275,20 +277,20 @@ def _asked_for(found: _Found, check_inputs: bool) -> Iterator[ShardSource]:
 
 def _asked(shard: ShardSource) -> ShardSource:
     if split_url(shard.url).scheme in WEB_SCHEMES:
-        told = web.ask(shard.url)
-        return replace(shard, size_bytes=told.size_bytes, mtime_ns=told.mtime_ns, etag=told.etag)
+        found = web.ask(shard.url)
+        return replace(shard, size_bytes=found.size_bytes, mtime_ns=found.mtime_ns, etag=found.etag)
     filesystem, path = resolve(shard.url)
-    with told_as(UserError, shard.url, "cannot be looked up"):
+    with raised_as(UserError, shard.url, "cannot be looked up"):
         info = filesystem.get_file_info(path)
     return replace(shard, size_bytes=info.size, mtime_ns=info.mtime_ns)
 
 
 def _check_buckets(urls: Iterable[str]) -> None:
-    """Tell a missing bucket, of which no object can be read, from a missing object."""
+    """Raise a UserError for a bucket that does not exist; a missing object is an error of its shard."""
     objects = [url for url in urls if split_url(url).scheme in OBJECT_SCHEMES]
     for url in {split_url(url).netloc: url for url in objects}.values():
         filesystem, path = resolve(url)
         bucket = path.partition("/")[0]
-        with told_as(UserError, url, "its bucket cannot be looked up"):
+        with raised_as(UserError, url, "its bucket cannot be looked up"):
             if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
-                raise UserError(f"{told_url(url)}: there is no bucket {bucket!r}")
+                raise UserError(f"{short_url(url)}: the bucket {bucket!r} does not exist")

@@ -1,8 +1,8 @@
-"""Shards that a command writes to its standard output: ``pipe:COMMAND`` among the shard patterns.
+"""Read shards from the standard output of a command: ``pipe:COMMAND`` among the shard patterns.
 
-For what has no URL of ours, such as ``pipe:zstd -dc /data/{0000..0009}.tar.zst``. The command is split into
-words as a shell would, and run without one: redirections, variables and globs mean nothing. It runs on the
-worker, in the worker's environment, which is also where its credentials should come from.
+For shards that no supported URL reaches, such as ``pipe:zstd -dc /data/{0000..0009}.tar.zst``. The command is
+split into words as by a shell, but run without one: redirections, variables and globs have no effect. It runs
+on the worker, in the worker's environment, which should also provide its credentials.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from pipeline.text import printable
 
 COMMAND_PREFIX = "pipe:"
 SILENCE_TIMEOUT_S = 300.0
-COMPLAINT_BYTES = 2000
+SHOWN_STDERR_BYTES = 2000
 _TAR_NAME = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst)\b", re.IGNORECASE)
 
 
 def is_command(url: str) -> bool:
-    """Whether opening it would run a command."""
+    """Return whether opening the URL runs a command."""
     return url.lstrip().lower().startswith(COMMAND_PREFIX)
 
 
 def named_shard(url: str) -> str:
-    """The one argument of a command that names the tar; it is written down in the command's place.
+    """Return the one argument of a command that names the tar; it is stored instead of the command.
 
     Raises:
-        UserError: the command cannot be split, or names no tar, or several.
+        UserError: the command cannot be split, or names no tar, or more than one.
     """
     program, *arguments = _words(url)
     named = [word for word in arguments or [program] if _TAR_NAME.search(basename(urlsplit(word).path))]
     if len(named) != 1:
         raise UserError(
             f"input.shards: {COMMAND_PREFIX}{_plain(program)}: expected one argument that names the shard "
-            f"(*.tar, *.tar.gz, ...), by which its results are known; found {len(named)}"
+            f"(*.tar, *.tar.gz, ...) and identifies its results; found {len(named)}"
         )
     return named[0]
 
 
 def _plain(program: str) -> str:
-    """A program's name; whatever else stands in its place may hold a secret."""
+    """Return a program's name; anything else in its place may be a secret."""
     name = basename(program)
     return name if re.fullmatch(r"[\w.+-]+", name) and "://" not in program else "..."
 
@@ -59,19 +59,21 @@ def _words(url: str) -> list[str]:
     try:
         words = shlex.split(url.lstrip()[len(COMMAND_PREFIX) :])
     except ValueError as error:
-        raise UserError(f"input.shards: a command of {COMMAND_PREFIX} cannot be split: {error}") from None
+        raise UserError(
+            f"input.shards: the command after {COMMAND_PREFIX} cannot be split into words: {error}"
+        ) from None
     if not words:
         raise UserError(f"input.shards: expected a command after {COMMAND_PREFIX}, got none")
     return words
 
 
 class CommandOutput:
-    """What a command writes, read as it comes; an exit code other than 0 is an error of the shard.
+    """Reads what a command writes; an exit code other than 0 is an error of the shard.
 
     Args:
-        url: with the command.
-        canonical_url: how errors name it.
-        silence_timeout_s: how long the command may write nothing.
+        url: the command, with its prefix.
+        canonical_url: the shard's name in errors.
+        silence_timeout_s: seconds after which a command that writes nothing is an error.
 
     Raises:
         OSError: the command cannot be started.
@@ -81,18 +83,18 @@ class CommandOutput:
         self._words = _words(url)
         self._canonical_url = canonical_url
         self._silence_timeout_s = silence_timeout_s
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the command)
+        self._stderr_file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the command)
         try:
             self._process = subprocess.Popen(  # noqa: S603 (the user's own command, allowed by the configuration)
                 self._words,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=self._complaints,
+                stderr=self._stderr_file,
                 bufsize=0,
                 start_new_session=True,
             )
         except OSError:
-            self._complaints.close()
+            self._stderr_file.close()
             raise
         assert self._process.stdout is not None  # noqa: S101 (for the type checker: it is a pipe)
         self._output = self._process.stdout
@@ -100,10 +102,10 @@ class CommandOutput:
         self._readable.register(self._output, select.POLLIN)
 
     def read(self, size_bytes: int) -> bytes:
-        """Up to so many bytes; none at the end, once the command has ended well.
+        """Return up to so many bytes; none at the end, if the command has succeeded.
 
         Raises:
-            ShardError: it ended with another exit code than 0, or has been silent for too long.
+            ShardError: the exit code is not 0, or the command has written nothing for too long.
         """
         if not self._readable.poll(1000 * self._silence_timeout_s):
             raise self._failure(f"the command wrote nothing for {self._silence_timeout_s:g} s")
@@ -121,14 +123,14 @@ class CommandOutput:
             raise self._failure(f"the command ended with exit code {code}")
 
     def _failure(self, what: str) -> ShardError:
-        end = self._complaints.seek(0, os.SEEK_END)
-        self._complaints.seek(max(0, end - COMPLAINT_BYTES))
-        complaint = printable(" ".join(self._complaints.read().decode("utf-8", "replace").split()))
-        told = f": {self._without_arguments(complaint)}" if complaint else ""
-        return ShardError(f"{self._canonical_url}: {what}{told}")
+        end = self._stderr_file.seek(0, os.SEEK_END)
+        self._stderr_file.seek(max(0, end - SHOWN_STDERR_BYTES))
+        stderr = printable(" ".join(self._stderr_file.read().decode("utf-8", "replace").split()))
+        shown = f": {self._without_arguments(stderr)}" if stderr else ""
+        return ShardError(f"{self._canonical_url}: {what}{shown}")
 
     def _without_arguments(self, text: str) -> str:
-        """Arguments may hold credentials and signatures, which programs like to repeat in their errors."""
+        """Remove the arguments from an error: they may hold credentials, which programs tend to repeat."""
         arguments = self._words[1:]
         pieces = {piece for word in arguments for piece in (word, *re.split(r"[^\w.~+-]+", word))}
         for piece in sorted(pieces, key=len, reverse=True):
@@ -137,12 +139,12 @@ class CommandOutput:
         return text
 
     def close(self) -> None:
-        """End the command, with whatever it started, if it still runs."""
+        """End the command and the processes that it started, if they still run."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._output.close()
-        self._complaints.close()
+        self._stderr_file.close()
 
     def __enter__(self) -> CommandOutput:
         return self

@@ -1,4 +1,4 @@
-"""Folders that are written: listing, publishing in one step, moving, removing."""
+"""Write into folders: list, publish in one step, move and remove files."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import OutputError
 from pipeline.storage.filesystems import resolve, resolved
-from pipeline.storage.urls import join_url, told_as
+from pipeline.storage.urls import join_url, raised_as
 
 TEMPORARY_SUFFIX = ".part"
 BLOCK_BYTES = 4 << 20
 IN_MEMORY_BYTES = 64 << 20
-# four parts of pyarrow's, which keeps a copy of what it has not sent
+# four of pyarrow's parts; it keeps a copy of what has not been sent
 UPLOAD_BYTES_AT_ONCE = 40 << 20
 
 
 def list_names(folder_url: str) -> set[str]:
-    """Names of the files directly in a folder, temporary ones left out; a missing folder has none.
+    """Return the names of the files in a folder, except temporary ones; none if there is no such folder.
 
     Raises:
         OutputError: the folder cannot be listed.
     """
-    with told_as(OutputError, folder_url, "cannot be listed"):
+    with raised_as(OutputError, folder_url, "cannot be listed"):
         filesystem, path = resolved(folder_url)
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return {
@@ -44,12 +44,12 @@ def list_names(folder_url: str) -> set[str]:
 
 
 def list_paths(folder_url: str) -> set[str]:
-    """Paths of the files in a folder and below, relative to it, as `list_names`; a missing folder has none.
+    """Return the paths of all files below a folder, relative to it, except temporary ones.
 
     Raises:
         OutputError: the folder cannot be listed.
     """
-    with told_as(OutputError, folder_url, "cannot be listed"):
+    with raised_as(OutputError, folder_url, "cannot be listed"):
         filesystem, path = resolved(folder_url)
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
     start = len(path.rstrip("/")) + 1
@@ -61,23 +61,23 @@ def list_paths(folder_url: str) -> set[str]:
 def publish(
     folder_url: str, name: str, content: IO[bytes] | bytes, *, staging_url: str | None = None
 ) -> None:
-    """Make a file appear under its final name whole, or not at all; replaces an earlier one.
+    """Make a file appear under its final name, whole or not at all; replace an earlier one.
 
     Local: a temporary file, fsync, rename. Object stores: one completed upload.
 
     Args:
-        folder_url: where the file goes.
+        folder_url: folder of the file.
         name: its final name.
-        content: its bytes, from the first one on.
-        staging_url: local folder for the temporary file, which no reader of `folder_url` looks into; None:
-            the temporary file lies beside the final one, hidden, under a name that ends in ``.part``.
+        content: its bytes; a stream is read from its beginning.
+        staging_url: local folder for the temporary file, outside of what readers of `folder_url` search;
+            None: the temporary file is beside the final one, hidden, and its name ends in ``.part``.
 
     Raises:
-        OutputError: it cannot be written; the path and the cause are in the message.
+        OutputError: the file cannot be written; the message has the path and the cause.
     """
     stream = io.BytesIO(content) if isinstance(content, bytes) else content
     stream.seek(0)
-    with told_as(OutputError, join_url(folder_url, name), "cannot be written"):
+    with raised_as(OutputError, join_url(folder_url, name), "cannot be written"):
         filesystem, folder = resolved(folder_url)
         if isinstance(filesystem, pafs.LocalFileSystem):
             staging = None if staging_url is None else Path(resolved(staging_url)[1])
@@ -87,7 +87,7 @@ def publish(
 
 
 def _in_one_piece(stream: IO[bytes]) -> bytes | mmap.mmap:
-    """The whole content; a large file on disk is mapped, so that it does not fill the memory."""
+    """Return the whole content; map a large file on disk, so that it does not fill the memory."""
     size_bytes = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     if size_bytes > IN_MEMORY_BYTES:
@@ -97,10 +97,10 @@ def _in_one_piece(stream: IO[bytes]) -> bytes | mmap.mmap:
 
 
 def _publish_object(filesystem: pafs.FileSystem, path: str, content: bytes | mmap.mmap) -> None:
-    """Upload whole, or not at all.
+    """Upload an object, whole or not at all.
 
-    Closing or dropping pyarrow's stream publishes whatever was written, even after an exception. So the
-    content is complete before the stream is opened, and is written by a thread, where no Ctrl-C arrives.
+    Closing or deleting pyarrow's stream publishes what was written, even after an exception. So the content
+    is complete before the stream is opened, and a thread writes it, which Ctrl-C does not interrupt.
     """
 
     def upload() -> None:
@@ -145,7 +145,7 @@ def _removed_on_failure(temporary: Path) -> Iterator[None]:
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Rename, also where both lie on different file systems: the target still appears in one step."""
+    """Rename a file, also to another file system, where the target still appears in one step."""
     try:
         source.replace(target)
     except OSError as error:
@@ -161,15 +161,15 @@ def _rename(source: Path, target: Path) -> None:
 
 
 def move(folder_url: str, name: str, to_folder_url: str, to_name: str) -> bool:
-    """Give a file another place within one store.
+    """Move a file within one store.
 
     Returns:
-        Whether it was there.
+        Whether the file existed.
 
     Raises:
-        OutputError: it cannot be moved.
+        OutputError: the file cannot be moved.
     """
-    with told_as(OutputError, join_url(folder_url, name), "cannot be moved"):
+    with raised_as(OutputError, join_url(folder_url, name), "cannot be moved"):
         filesystem, folder = resolved(folder_url)
         _, to_folder = resolved(to_folder_url)
         source, target = posixpath.join(folder, name), posixpath.join(to_folder, to_name)
@@ -186,15 +186,15 @@ def move(folder_url: str, name: str, to_folder_url: str, to_name: str) -> bool:
 
 
 def exists(folder_url: str, name: str) -> bool:
-    """Whether a file of that name is there; raises OutputError where that cannot be told."""
-    with told_as(OutputError, join_url(folder_url, name), "cannot be looked up"):
+    """Return whether a file exists; raise OutputError if the store cannot be asked."""
+    with raised_as(OutputError, join_url(folder_url, name), "cannot be looked up"):
         filesystem, folder = resolved(folder_url)
         return bool(filesystem.get_file_info(posixpath.join(folder, name)).is_file)
 
 
 def remove(folder_url: str, name: str) -> None:
-    """Delete a file if it is there; raises OutputError where that is not allowed."""
-    with told_as(OutputError, join_url(folder_url, name), "cannot be removed"):
+    """Delete a file if it exists; raise OutputError if that is not allowed."""
+    with raised_as(OutputError, join_url(folder_url, name), "cannot be removed"):
         filesystem, folder = resolved(folder_url)
         path = posixpath.join(folder, name)
         # another job may remove it in between
@@ -204,14 +204,15 @@ def remove(folder_url: str, name: str) -> None:
 
 
 def sweep_staging(folder_url: str, *, idle_for_s: float) -> int:
-    """Delete what killed runs left in a local staging folder, which has a folder for each run.
+    """Delete the temporary files of killed runs in a local staging folder, which has a folder for each run.
 
     Args:
         folder_url: the folder above those of the runs; object stores have none.
-        idle_for_s: a run's folder in which something was written since then may belong to a living run.
+        idle_for_s: seconds without a write after which a run's folder is deleted; until then the run may be
+            alive.
 
     Returns:
-        How many runs were swept away.
+        The number of runs whose folders were deleted.
     """
     filesystem, path = resolve(folder_url)
     if not isinstance(filesystem, pafs.LocalFileSystem) or not Path(path).is_dir():
@@ -222,7 +223,7 @@ def sweep_staging(folder_url: str, *, idle_for_s: float) -> int:
 
 
 def remove_staging(folder_url: str) -> None:
-    """Delete the local staging folder of one run, with the temporary files in it."""
+    """Delete the local staging folder of a run and the temporary files in it."""
     filesystem, path = resolve(folder_url)
     if isinstance(filesystem, pafs.LocalFileSystem):
         _removed_with_its_files(Path(path))
@@ -238,7 +239,7 @@ def _last_touched_s(run: Path) -> float:
 
 
 def _removed_with_its_files(run: Path) -> bool:
-    """Remove a run's folder, unless it holds anything but temporary files."""
+    """Remove a run's folder, unless it holds other files than temporary ones."""
     with suppress(OSError):
         for file in run.glob(f"*{TEMPORARY_SUFFIX}"):
             file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Shards and small files, read to their last byte."""
+"""Read shards and small files to their last byte."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from pipeline.errors import ShardError, ShortReadError, UserError
 from pipeline.storage import web
 from pipeline.storage.filesystems import resolve, resolved
 from pipeline.storage.pipes import CommandOutput, is_command
+from pipeline.storage.sources import InputVersion, ShardSource
 from pipeline.storage.urls import (
     WEB_SCHEMES,
-    ShardSource,
     is_local,
     local_path,
+    raised_as,
+    short_url,
     split_url,
-    told_as,
-    told_url,
     without_secrets,
 )
-from pipeline.storage.versions import InputVersion, version_of
 
 READAHEAD_BYTES = 4 << 20
 MAX_TEXT_BYTES = 256 << 20
 
 
 class _CountedStream(io.RawIOBase):
-    """Passes bytes on and tells a connection that ended early from the end of the object."""
+    """Passes bytes on, and raises an error if a connection ends before the end of the object."""
 
     def __init__(self, stream: Any, shard: ShardSource, announced_bytes: int) -> None:
         self._stream = stream
@@ -42,32 +41,32 @@ class _CountedStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with told_as(ShardError, self._shard.url, f"cannot be read on from byte {self._read_bytes}"):
+        with raised_as(ShardError, self._shard.url, f"cannot be read after byte {self._read_bytes}"):
             data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         self._read_bytes += len(data)
         if not data and self._read_bytes < self._announced_bytes:
             raise ShortReadError(
-                f"{self._shard.canonical_url}: only {self._read_bytes} of {self._announced_bytes} bytes came"
+                f"{self._shard.canonical_url}: received {self._read_bytes} of {self._announced_bytes} bytes"
             )
         return len(data)
 
 
 class DigestingStream:
-    """Passes the bytes of a stream on, and knows the digest of those that were read."""
+    """Passes the bytes of a stream on, and computes the digest of those that were read."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._digest = hashlib.blake2b(digest_size=16)
 
     def read(self, size_bytes: int = -1, /) -> bytes:
-        """The next bytes, at most so many; none at the end."""
+        """Return the next bytes, at most so many; none at the end."""
         data = self._stream.read(size_bytes)
         self._digest.update(data)
         return data
 
     def digest(self) -> str:
-        """BLAKE2b of the bytes so far, as 32 hexadecimal digits."""
+        """Return the BLAKE2b digest of the bytes so far, as 32 hexadecimal digits."""
         return f"blake2b:{self._digest.hexdigest()}"
 
 
@@ -76,25 +75,27 @@ def open_shard(shard: ShardSource) -> Iterator[BinaryIO]:
     """Stream a shard from its first byte.
 
     Raises:
-        ShardError: it cannot be opened or read.
-        ShortReadError: fewer bytes come than the object holds.
+        ShardError: the shard cannot be opened or read.
+        ShortReadError: fewer bytes are received than the object has.
     """
-    with told_as(ShardError, shard.url, "cannot be opened"):
+    with raised_as(ShardError, shard.url, "cannot be opened"):
         stream, announced_bytes = _opened(shard)
     with stream:
         yield io.BufferedReader(_CountedStream(stream, shard, announced_bytes), READAHEAD_BYTES)
 
 
 def _opened(shard: ShardSource) -> tuple[Any, int]:
-    """A stream, and how many bytes are known to come at least."""
+    """Return a stream, and the number of bytes that it must have at least."""
     listed_bytes = shard.size_bytes or 0
     if is_command(shard.url):
         return CommandOutput(shard.url, shard.canonical_url), listed_bytes
     if split_url(shard.url).scheme in WEB_SCHEMES:
         found = web.WebObject(shard.url)
-        if not (found.tells_its_end or listed_bytes):
+        if not (found.has_known_end or listed_bytes):
             found.close()
-            raise OSError("the server does not tell how long it is, so a cut could not be told from its end")
+            raise OSError(
+                "the server does not announce the size, so a cut would look like the end of the file"
+            )
         return found, max(listed_bytes, found.announced_bytes or 0)
     if is_local(shard.url):
         # pyarrow takes no path that is not UTF-8
@@ -104,16 +105,16 @@ def _opened(shard: ShardSource) -> tuple[Any, int]:
 
 
 def version_now(shard: ShardSource) -> InputVersion:
-    """The version of a local file or of an object of a store, as this machine sees it.
+    """Return the present version of a local file or an object of a store.
 
-    Web servers are not asked, and commands have none; what is gone tells nothing.
+    It is empty for commands, for web servers, which are not asked, and for what no longer exists.
 
     Raises:
-        ShardError: it cannot be looked up.
+        ShardError: the store cannot be asked.
     """
     if is_command(shard.url) or split_url(shard.url).scheme in WEB_SCHEMES:
         return InputVersion()
-    with told_as(ShardError, shard.url, "cannot be looked up"), suppress(FileNotFoundError):
+    with raised_as(ShardError, shard.url, "cannot be looked up"), suppress(FileNotFoundError):
         if is_local(shard.url):
             found = local_path(shard.url).stat()
             return InputVersion(found.st_size, found.st_mtime_ns)
@@ -124,25 +125,25 @@ def version_now(shard: ShardSource) -> InputVersion:
 
 
 def require_unchanged(shard: ShardSource, before: InputVersion) -> None:
-    """Make sure that a shard that was read is what it was before, and of the size that was listed.
+    """Check that a shard that was read is the same version as before, and has the size that was listed.
 
-    Times are not compared with the listing, for machines may have copies of their own.
+    Times are not compared with the listing, because machines may have their own copies.
 
     Raises:
-        ShardError: it is another version, so what was read may be parts of both.
+        ShardError: the shard has changed, so what was read may be parts of two versions.
     """
     now = version_now(shard)
-    if now.differs_from(before) or (now.size_bytes and now.differs_in_size_from(version_of(shard))):
+    if now.differs_from(before) or (now.size_bytes and now.differs_in_size_from(shard.version)):
         raise ShardError(
-            f"{shard.canonical_url}: changed since it was listed: run the same command again once it is whole"
+            f"{shard.canonical_url}: changed since it was listed; run the same command again once it is whole"
         )
 
 
 def read_bytes(url: str, *, max_bytes: int | None = None) -> bytes:
-    """The whole content of a small file.
+    """Return the whole content of a small file.
 
     Raises:
-        OSError: it cannot be read (FileNotFoundError: there is none), or has more than `max_bytes` bytes.
+        OSError: the file cannot be read (FileNotFoundError: does not exist) or has more than `max_bytes`.
     """
     pieces: list[bytes] = []
     left = float("inf") if max_bytes is None else max_bytes
@@ -179,10 +180,10 @@ def _opened_file(url: str) -> Iterator[Any]:
 
 
 def read_text(url: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The whole content of a text file that the user names, without a byte order mark.
+    """Return the content of a text file that the user named, without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, is larger than `max_bytes`, or is not UTF-8.
+        UserError: the file cannot be read, is larger than `max_bytes`, or is not UTF-8.
     """
     try:
         return read_bytes(url, max_bytes=max_bytes).decode("utf-8-sig")
@@ -191,4 +192,4 @@ def read_text(url: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         cause = error.strerror or without_secrets(error, url)
     except UnicodeDecodeError as error:
         cause = str(error)
-    raise UserError(f"{told_url(url)}: cannot be read: {cause}")
+    raise UserError(f"{short_url(url)}: cannot be read: {cause}")

@@ -1,4 +1,4 @@
-"""Queries of URLs without what signs them: which parameters are secrets, and what stands for other values."""
+"""Remove signatures and other secrets from the queries of URLs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import re
 from urllib.parse import unquote
 
-# of the services that sign URLs: the parameters that change each time a URL is signed again
+# prefixes of the parameters that change each time a service signs a URL again
 SIGNATURE_PREFIXES = (
     "x-amz-",  # S3
     "x-goog-",  # Google Cloud Storage
@@ -24,7 +24,7 @@ SIGNATURE_KEYS = frozenset(
         "q-url-param-list",
         # Azure, OpenStack Swift, Akamai, Fastly
         *("sig", "temp_url_sig", "temp_url_expires", "__token__", "hdnts", "hdnea", "hmac"),
-        # tokens, keys and passwords, however they are called
+        # tokens, keys and passwords under their various names
         *("token", "access_token", "access-token", "accesstoken", "auth_token", "authtoken", "id_token"),
         *("refresh_token", "session_token", "sas_token", "private_token", "job_token", "oauth_token"),
         *("api_key", "api-key", "apikey", "x-api-key", "access_key", "accesskey", "secret_key", "secretkey"),
@@ -32,7 +32,7 @@ SIGNATURE_KEYS = frozenset(
         *("credential", "credentials", "session", "sessionid"),
     }
 )
-# Azure's are short, and names of other things elsewhere: they count where the signature is there too
+# Azure's parameters are short, and mean other things elsewhere: they count if there is a signature too
 AZURE_KEYS = frozenset(
     {
         *("sv", "ss", "srt", "sr", "sp", "se", "st", "spr", "sip", "si", "sdd", "ses"),
@@ -45,10 +45,10 @@ _DIGEST = re.compile(r"~[0-9a-f]{16}")
 
 
 def without_signature(query: str) -> str:
-    """The query of a URL as it may be stored: signatures gone, a digest in place of each other value.
+    """Return the query of a URL as it may be stored: without signatures, other values replaced by digests.
 
-    Parameters are sorted by name, so that a URL that was signed again gives the same text. What this returns
-    passes unchanged through it.
+    Parameters are sorted by name, so that a URL that was signed again gives the same text. The function is
+    idempotent.
     """
     pieces = [piece for piece in query.split("&") if piece]
     names = {_name(piece) for piece in pieces}

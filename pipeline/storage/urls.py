@@ -1,4 +1,4 @@
-"""Names of files: shards and their ids, URLs as they may be shown or stored, errors without secrets."""
+"""Names of files: paths and URLs, ids of shards, and texts without secrets for logs and storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -17,7 +16,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import pyarrow as pa
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.storage.braces import BraceError, spelled_out
+from pipeline.storage.braces import BraceError, expand_braces
 from pipeline.storage.pipes import COMMAND_PREFIX, is_command, named_shard
 from pipeline.storage.signatures import without_signature
 from pipeline.text import printable
@@ -26,7 +25,7 @@ OBJECT_SCHEMES = ("s3", "gs", "gcs")
 WEB_SCHEMES = ("http", "https")
 FILE_SCHEME = "file"
 ID_DIGITS = 8
-# where two shards of a list would have one id
+# for shards of a list that would have the same id
 LONG_ID_DIGITS = 16
 SHOWN_ALTERNATIVES = 8
 MAX_ALTERNATIVES = 100
@@ -35,42 +34,21 @@ _KNOWN_SCHEMES = "|".join((*OBJECT_SCHEMES, *WEB_SCHEMES, FILE_SCHEME))
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SLASHES_MISSING = re.compile(rf"({_KNOWN_SCHEMES}):(?!//)/?", re.IGNORECASE)
 _RANGE = re.compile(r"\{-?\d+\.\.-?\d+(?:\.\.-?\d+)?\}")
-# what ends a clause is not part of a URL in it
+# punctuation at the end of a clause is not part of the URL
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>.,:;!?)\]}]")
 _OPTIONS = re.compile(r"\?(?=[A-Za-z][\w-]*=)")
 _CONTROLS_AND_SPACE = "".join(map(chr, range(0x21)))
-_FIRST_MARK = 0xE000  # of the characters that stand for nothing
+_FIRST_MARK = 0xE000  # the first character of Unicode's private use area
 _QUERY_IN_TEXT = re.compile(r"\?[^\s'\"<>]*=[^\s'\"<>]*")
 
 
-@dataclass(frozen=True)
-class ShardSource:
-    """One input tar.
-
-    Attributes:
-        shard_id: names the output files: the stem, reduced to [A-Za-z0-9._-], and a digest of the URL.
-        url: what is opened; may carry a signature, so it is never written down, nor shown in a log.
-        canonical_url: the shard's identity as `shard_name` tells it, as which it is shown and stored.
-        size_bytes: size of the object; None where the server does not tell.
-        mtime_ns: when it was last changed, in nanoseconds since the epoch; None where that is not told.
-        etag: what the store calls this version of the object; None where it does not tell.
-    """
-
-    shard_id: str
-    url: str = field(repr=False)
-    canonical_url: str
-    size_bytes: int | None
-    mtime_ns: int | None = None
-    etag: str | None = None
-
-
 def split_url(url: str) -> SplitResult:
-    """Split a URL; what has no ``scheme://`` is a path and stays whole, whatever characters it holds.
+    """Split a URL; a text without ``scheme://`` is a path and is kept whole, whatever characters it has.
 
-    In paths and object keys, ``#`` is a character like others, and so is a ``?`` that no ``option=`` follows.
+    In paths and object keys, ``#`` is an ordinary character, and so is ``?`` unless ``option=`` follows.
 
     Raises:
-        UserError: a web address that is none.
+        UserError: the web address is invalid.
     """
     url = _cleaned(url)
     found = _SCHEME.match(url)
@@ -81,15 +59,15 @@ def split_url(url: str) -> SplitResult:
         try:
             return urlsplit(url)
         except ValueError:
-            # which repeats the address
-            raise UserError(f"{told_url(url)}: is no valid web address") from None
+            # the error would repeat the address
+            raise UserError(f"{short_url(url)}: is not a valid web address") from None
     location, *query = _OPTIONS.split(url[found.end() :], maxsplit=1)
     authority, slash, key = location.partition("/")
     return SplitResult(scheme, authority, slash + key, "".join(query), "")
 
 
 def _cleaned(url: str) -> str:
-    """Without what urlsplit, and so whoever opens the URL, takes out of it; paths stay as they are."""
+    """Remove from a URL what urlsplit, and so every client, removes; keep paths as they are."""
     if ":" not in url:
         return url
     cleaned = re.sub("[\t\r\n]", "", url).lstrip(_CONTROLS_AND_SPACE)
@@ -97,53 +75,57 @@ def _cleaned(url: str) -> str:
 
 
 def host_of(parts: SplitResult) -> str:
-    """The host or bucket, without user info."""
+    """Return the host or bucket, without user info."""
     return parts.netloc.rpartition("@")[2]
 
 
 def is_local(url: str) -> bool:
-    """Whether it is a path or a ``file://`` URL."""
+    """Return whether it is a path or a ``file://`` URL."""
     return not is_command(url) and split_url(url).scheme in ("", FILE_SCHEME)
 
 
 def local_path(url: str) -> Path:
-    """The absolute path that a path or a ``file://`` URL names; ``~`` is the home folder.
+    """Return the absolute path of a path or a ``file://`` URL; ``~`` is the home folder.
 
     Raises:
-        UserError: it names none: a URL that lacks a slash, an empty text, a home folder that nobody knows.
+        UserError: it is empty, a URL that lacks a slash, or in a home folder that is not known.
     """
     parts = split_url(url)
     if parts.scheme == FILE_SCHEME:
         if host_of(parts) not in ("", "localhost"):
-            told = shown_url(url)
-            raise UserError(f"{told}: expected no host; did you mean {told.replace('://', ':///', 1)}?")
+            shown = shown_url(url)
+            raise UserError(f"{shown}: expected no host; did you mean {shown.replace('://', ':///', 1)}?")
         return _absolute(unquote(parts.path, errors="surrogateescape"), url)
     if found := _SLASHES_MISSING.match(url):
         slashes = ":///" if found[1].lower() == FILE_SCHEME else "://"
-        meant = told_url(f"{found[1]}{slashes}{url[found.end() :]}")
+        meant = short_url(f"{found[1]}{slashes}{url[found.end() :]}")
         raise UserError(
-            f"{told_url(url)}: expected a URL with two slashes, or a path; did you mean {meant}? "
-            f"(a local file of this name: ./{found[0]}...)"
+            f"{short_url(url)}: expected a URL with two slashes, or a path; did you mean {meant}? "
+            f"(For a local file of this name, write ./{found[0]}...)"
         )
     return _absolute(_at_home(url), url)
 
 
 def _absolute(path: str, url: str) -> Path:
     if not path or "\0" in path:
-        raise UserError(f"{told_url(url)!r}: expected a path, got {'a NUL byte in it' if path else 'none'}")
+        raise UserError(
+            f"{short_url(url)!r}: expected a path, got {'one with a NUL byte' if path else 'an empty text'}"
+        )
     try:
         os.fsencode(path)
         return Path(path).absolute()
     except UnicodeEncodeError:
         raise UserError(
-            f"{told_url(url)}: this locale cannot write such a path; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            f"{short_url(url)}: this locale cannot encode the path; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
         ) from None
     except FileNotFoundError:
-        raise UserError(f"{told_url(url)}: relative to a working folder that no longer exists") from None
+        raise UserError(
+            f"{short_url(url)}: the path is relative to a working folder that no longer exists"
+        ) from None
 
 
 def _at_home(path: str) -> str:
-    """``~/x`` and ``~user/x`` as a shell reads them, unless there is a file of that very name."""
+    """Expand ``~/x`` and ``~user/x`` as a shell does, unless there is a file of that very name."""
     if not path.startswith("~") or os.path.lexists(path):
         return path
     expanded = posixpath.expanduser(path)
@@ -153,25 +135,25 @@ def _at_home(path: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """A path that means the same file whatever the working directory; URLs stay as they are."""
+    """Return an absolute path; URLs are returned as they are."""
     return str(local_path(url)) if is_local(url) else url
 
 
 def shown_url(text: str) -> str:
-    """A path, URL or pattern as it may be shown and stored: without user info, signatures and values.
+    """Return a path, URL or pattern as it may be logged and stored, without secrets.
 
-    User info goes, and so do the parameters of signatures (`pipeline.storage.signatures`); each other value
-    of a query becomes a short digest, so that two objects told apart by their query stay two. Of a command
-    only the tar that it names is left. Paths stay as they are; a pattern whose braces hide a URL is spelled
-    out. What this returns passes unchanged through it. It never raises.
+    User info and the parameters of signatures (`pipeline.storage.signatures`) are removed; each other value
+    of a query is replaced by a short digest, so that objects that differ in their query stay different. Of a
+    command, only the tar that it names is kept. Paths are kept; a pattern whose braces hide a URL is
+    expanded. The function is idempotent and never raises.
     """
     if "{" not in text or ":" not in text or is_command(text):
         return _shown(text)
     return _shown_pattern(text)
 
 
-def told_url(text: str, most: int = 400) -> str:
-    """The same within a message: cut where it is too long to be read."""
+def short_url(text: str, most: int = 400) -> str:
+    """Return `shown_url`, cut to a length that suits a message."""
     return _cut(shown_url(text), most)
 
 
@@ -211,20 +193,20 @@ def _shown_remote(url: str, scheme: re.Match[str]) -> str:
 
 
 def _shown_pattern(pattern: str) -> str:
-    """Braces can hide the scheme, and with it what must not be shown: ``{https,http}://user:key@host/``."""
+    """Return a pattern without secrets; braces can hide a scheme: ``{https,http}://user:key@host/``."""
     ranges = _RANGE.findall(pattern)
     marked = pattern
     for number, numbers in enumerate(ranges):
         marked = marked.replace(numbers, chr(_FIRST_MARK + number), 1)
     try:
-        alternatives = list(spelled_out(marked, most=MAX_ALTERNATIVES))
+        alternatives = list(expand_braces(marked, most=MAX_ALTERNATIVES))
     except BraceError:
         beginning = re.match(r"@*[A-Za-z][A-Za-z0-9+.-]*://[^/{]*/[^{]*", pattern)
         return f"{_shown(beginning[0]) if beginning else ''}{{...}}"
     for number, numbers in enumerate(ranges):
         alternatives = [text.replace(chr(_FIRST_MARK + number), numbers) for text in alternatives]
     if any(map(is_command, alternatives)):
-        # the others are pieces of the command
+        # the other alternatives are pieces of the command
         alternatives = [text for text in alternatives if is_command(text)]
     shown = [_shown(text) for text in alternatives]
     if shown == alternatives:
@@ -234,10 +216,10 @@ def _shown_pattern(pattern: str) -> str:
 
 
 def shard_name(url: str) -> str:
-    """The identity of a shard, by which its results are known: how it is shown and stored.
+    """Return the identity of a shard, which is logged, stored and identifies its results.
 
-    Of a local file it is the ``file://`` URL of the real path, links resolved; of others `shown_url`, which
-    takes a URL that was signed again for the same; of a command that of the tar which it names.
+    It is the ``file://`` URL of a local file's real path, with links resolved; `shown_url` of other URLs,
+    which is the same after a URL was signed again; and for a command that of the tar which it names.
     """
     if is_command(url):
         return COMMAND_PREFIX + shlex.quote(shard_name(named_shard(url)))
@@ -245,17 +227,17 @@ def shard_name(url: str) -> str:
 
 
 def file_url(path: str) -> str:
-    """The ``file://`` URL of an absolute path."""
+    """Return the ``file://`` URL of an absolute path."""
     return Path(path).as_uri()
 
 
 def shard_id(url: str, *, digits: int = ID_DIGITS) -> str:
-    """The name of a shard's output files: reduced stem, dash, hexadecimal digits of its name's digest."""
+    """Return the name of a shard's output files: reduced stem, dash, hexadecimal digits of a digest."""
     return id_of_name(shard_name(url), digits=digits)
 
 
 def id_of_name(name: str, *, digits: int = ID_DIGITS) -> str:
-    """The shard id that belongs to what `shard_name` returned."""
+    """Return the shard id for what `shard_name` returned."""
     url = named_shard(name) if is_command(name) else name
     stem = posixpath.splitext(posixpath.basename(unquote(split_url(url).path)))[0]
     reduced = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[:80] or "shard"
@@ -263,21 +245,21 @@ def id_of_name(name: str, *, digits: int = ID_DIGITS) -> str:
 
 
 def join_url(folder_url: str, *names: str) -> str:
-    """The URL of something in a folder; options of an object store's URL stay at their end."""
+    """Return the URL of something in a folder; options of an object store's URL stay at its end."""
     parts = split_url(folder_url)
     options = f"?{parts.query}" if parts.scheme in OBJECT_SCHEMES and parts.query else ""
     return posixpath.join(folder_url.removesuffix(options), *names) + options
 
 
 def shown_text(text: str) -> str:
-    """Free text, such as an error's or a traceback's, with every URL in it as it may be shown."""
+    """Return a text, such as an error or a traceback, in which every URL is as it may be shown."""
     return _URL_IN_TEXT.sub(lambda found: _shown(found[0]), text)
 
 
 def without_secrets(error: Exception, url: str) -> str:
-    """What an error says, in one line, with whatever of the URL must not be written down taken out.
+    """Return an error's message in one line, without the secrets of the URL.
 
-    Other URLs in it, such as where a redirect leads, lose their secrets too.
+    Secrets of other URLs in it, such as the target of a redirect, are removed too.
     """
     text = printable(" ".join(str(error).split()))
     scheme = _SCHEME.match(_cleaned(url))
@@ -297,7 +279,7 @@ def _shown_query(found: re.Match[str]) -> str:
 
 
 def _secrets_of(url: str) -> list[str]:
-    """Texts of a URL that an error may repeat alone: user info, the query, longer values."""
+    """Return parts of a URL that an error may repeat: user info, the query, longer values."""
     rest = _cleaned(url).partition("://")[2]
     location, _, query = rest.partition("?")
     user_info = location.rpartition("@")[0]
@@ -308,10 +290,10 @@ def _secrets_of(url: str) -> list[str]:
 
 
 @contextmanager
-def told_as(kind: type[PipelineError], url: str, what: str) -> Iterator[None]:
-    """Turn errors of files and connections into one of ours that names the file and shows no secret."""
+def raised_as(kind: type[PipelineError], url: str, what: str) -> Iterator[None]:
+    """Replace errors of files and connections by one that names the file and shows no secret."""
     try:
         yield
     except (OSError, HTTPException, pa.ArrowException) as error:
-        # the cause itself would show its secrets in a traceback
-        raise kind(f"{told_url(url)}: {what}: {_cut(without_secrets(error, url), 400)}") from None
+        # a traceback of the cause would show its secrets
+        raise kind(f"{short_url(url)}: {what}: {_cut(without_secrets(error, url), 400)}") from None

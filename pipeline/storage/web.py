@@ -1,4 +1,4 @@
-"""Objects on web servers: read as they come, and read on where a connection was cut."""
+"""Read objects from web servers, and resume where a connection was cut."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from pipeline.storage.versions import InputVersion
+from pipeline.storage.sources import InputVersion
 from pipeline.text import printable
 
 SILENCE_TIMEOUT_S = 60.0
@@ -32,18 +32,18 @@ _DIGITS = re.compile("[0-9]{1,18}")
 
 
 class WebObject:
-    """The bytes of an object, in order; requests that fail for the moment are repeated.
+    """Reads the bytes of an object in order; requests that fail temporarily are repeated.
 
-    A cut connection is taken up again from the byte it was cut at, where the server tells that the object is
-    still the same (an ETag or a date). Waits between attempts grow, are random, and are no shorter than what
-    the server asks for.
+    After a cut connection, reading resumes at the byte of the cut, if the server confirms by an ETag or a
+    date that the object is the same. Waits between attempts grow, are random, and are at least as long as the
+    server asks for.
 
     Args:
         url: http or https; user info becomes basic authentication.
 
     Attributes:
-        announced_bytes: the object's size as the server announces it; None where it does not.
-        tells_its_end: whether the end can be told from a cut connection: by the size, or by the last chunk.
+        announced_bytes: size of the object as the server announces it; None if it does not.
+        has_known_end: whether the end differs from a cut connection: by the size, or by the last chunk.
 
     Raises:
         OSError, http.client.HTTPException: the server refuses, or cannot be reached for long.
@@ -53,10 +53,10 @@ class WebObject:
         self._url = url
         self._read_bytes = 0
         self._response: HTTPResponse | None = _retrying()(_answer, url, "GET", SILENCE_TIMEOUT_S)
-        # http.client takes what int() takes
+        # http.client accepts all that int() accepts
         sent_whole = self._response.length is not None
         self.announced_bytes = _whole_number(self._response.headers["Content-Length"]) if sent_whole else None
-        self.tells_its_end = self.announced_bytes is not None or self._response.chunked
+        self.has_known_end = self.announced_bytes is not None or self._response.chunked
         self._validator = _validator(self._response)
 
     def __enter__(self) -> WebObject:
@@ -68,10 +68,10 @@ class WebObject:
         self.close()
 
     def read(self, size: int) -> bytes:
-        """The next bytes, at most `size`; none at the end of the object.
+        """Return the next bytes, at most `size`; none at the end of the object.
 
         Raises:
-            OSError, http.client.HTTPException: the connection was cut, and could not be taken up again.
+            OSError, http.client.HTTPException: the connection was cut, and reading could not be resumed.
         """
         if self._validator is None:
             return self._read_once(size)
@@ -79,7 +79,7 @@ class WebObject:
 
     def _read_once(self, size: int) -> bytes:
         if self._response is None:
-            self._response = self._taken_up_again(self._validator or "")
+            self._response = self._resumed(self._validator or "")
         try:
             data = self._response.read(size)
             missing_bytes = (self.announced_bytes or 0) - self._read_bytes
@@ -91,36 +91,40 @@ class WebObject:
         self._read_bytes += len(data)
         return data
 
-    def _taken_up_again(self, validator: str) -> HTTPResponse:
+    def _resumed(self, validator: str) -> HTTPResponse:
         wanted = {"Range": f"bytes={self._read_bytes}-", "If-Range": validator}
         response = _answer(self._url, "GET", SILENCE_TIMEOUT_S, wanted)
         sent = response.headers.get("Content-Range", "")
         if response.status == 206 and sent.startswith(f"bytes {self._read_bytes}-"):
             return response
         response.close()
-        raise OSError(f"cut at byte {self._read_bytes}, and the server does not send what follows")
+        raise OSError(
+            f"the connection was cut at byte {self._read_bytes}, and the server does not resume there"
+        )
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         if self._response is not None:
             self._response.close()
             self._response = None
 
 
 def ask(url: str) -> InputVersion:
-    """Ask for an object's size and version by one request; a server that refuses tells neither."""
+    """Ask for an object's size and version by one request; return an empty version if the server refuses."""
     try:
         with _answer(url, "HEAD", SIZE_TIMEOUT_S) as response:
-            told = response.headers
+            headers = response.headers
     except (OSError, HTTPException):
         return InputVersion()
     return InputVersion(
-        _whole_number(told.get("Content-Length")), _time_ns(told.get("Last-Modified")), _tag(told.get("ETag"))
+        _whole_number(headers.get("Content-Length")),
+        _time_ns(headers.get("Last-Modified")),
+        _tag(headers.get("ETag")),
     )
 
 
 def _whole_number(text: str | None) -> int | None:
-    """Digits alone, not more than fit 64 bits; int() takes signs, underscores and digits of any script."""
+    """Parse ASCII digits of at most 64 bits; int() also accepts signs, underscores and other digits."""
     return int(text) if text is not None and _DIGITS.fullmatch(text.strip(" \t")) else None
 
 
@@ -134,7 +138,7 @@ def _time_ns(text: str | None) -> int | None:
 
 
 def _tag(text: str | None) -> str | None:
-    """The ETag as it may be stored: a server may send anything."""
+    """Return the ETag as it may be stored: a server may send anything."""
     if not text:
         return None
     tag = printable(text)
@@ -142,7 +146,7 @@ def _tag(text: str | None) -> str | None:
 
 
 def _validator(response: HTTPResponse) -> str | None:
-    """What tells one version of the object from the next; a weak ETag does not do it byte for byte."""
+    """Return what identifies a version byte for byte, which a weak ETag does not."""
     tag = response.headers.get("ETag")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
 
@@ -156,7 +160,7 @@ def _answer(
     request = urllib.request.Request(bare_url, headers=dict(headers or {}), method=method)  # noqa: S310 (http or https)
     if user_info:
         token = base64.b64encode(unquote(user_info).encode()).decode()
-        # not sent on to where a redirect leads
+        # not sent to the target of a redirect
         request.add_unredirected_header("Authorization", f"Basic {token}")
     try:
         return cast(HTTPResponse, _opener().open(request, timeout=timeout_s))
@@ -164,13 +168,13 @@ def _answer(
         error.close()  # it holds the connection
         raise
     except (ValueError, OverflowError) as error:
-        # a host or a port that is none, perhaps where a redirect leads
-        raise InvalidURL(f"no valid web address: {error}") from None
+        # an invalid host or port, perhaps in the target of a redirect
+        raise InvalidURL(f"not a valid web address: {error}") from None
 
 
 @lru_cache(maxsize=1)
 def _opener() -> urllib.request.OpenerDirector:
-    """Opens http and https alone: what urllib opens by default, redirects may lead to files and FTP."""
+    """Return an opener for http and https only: by default urllib follows redirects to FTP as well."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,

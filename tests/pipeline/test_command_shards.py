@@ -50,7 +50,7 @@ def test_a_command_is_refused_and_not_run_unless_the_configuration_allows_it(spe
     trace = tmp_path / "trace"
     command = f"touch {trace} x.tar"
     (tmp_path / "list.txt").write_text(f"pipe:{command}\n")
-    with pytest.raises(UserError, match="would run a command"):
+    with pytest.raises(UserError, match="runs a command, which is not allowed"):
         listed(spelling.format(command, tmp_path / "list.txt"), allow_commands=False)
     assert not trace.exists()
 

@@ -154,7 +154,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_named(explainer, tmp_path
         ("s3://", "expected a bucket"),
         ("s3:///out", "expected a bucket"),
         ("https://host/out?token=hunter2", "expected a local path, s3:// or gs://"),
-        ("https://[::1/out?token=hunter2", "no valid web address"),
+        ("https://[::1/out?token=hunter2", "not a valid web address"),
         ("", "expected a path"),
         (os.fsdecode(b"/tmp/caf\xe9"), "UTF-8"),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.storage import braces, lists, urls
+from pipeline.storage import braces, patterns, urls
 from pipeline.storage.globs import fits
 from tests.helpers.object_servers import FolderHandler, Handler, serving
 
@@ -58,7 +58,7 @@ def test_a_link_and_the_file_it_leads_to_are_one_shard_and_that_is_said(tmp_path
     listing = find(tmp_path / "data" / "*.tar", tmp_path / "also" / "0.tar")
     assert [shard.url for shard in listing.shards] == [str((tmp_path / "data" / "0.tar").resolve())]
     (warning,) = listing.warnings
-    assert "2 name(s) are of files that are listed already" in warning
+    assert "2 name(s) refer to files that are listed already" in warning
 
 
 def test_a_name_given_twice_is_said_to_be_listed_twice(tmp_path):
@@ -200,7 +200,7 @@ def test_a_tilde_is_the_home_folder_unless_there_is_such_a_file(tmp_path, monkey
         ("file://data/0.tar", r"did you mean file:///data/0.tar?"),
         ("s3:///0.tar", "expected a bucket or a host"),
         ("http:///0.tar", "expected a bucket or a host"),
-        ("https://[::1/0.tar?token=hunter2", "no valid web address"),
+        ("https://[::1/0.tar?token=hunter2", "not a valid web address"),
         ("", "expected a path"),
         ("a\0b.tar", "NUL"),
         ("{0..9.tar", "not balanced"),
@@ -223,7 +223,7 @@ def test_a_pattern_that_cannot_be_meant_is_refused_in_one_line(pattern, what):
 
 
 def test_many_patterns_may_not_stand_for_too_many_names_together(monkeypatch):
-    monkeypatch.setattr(lists, "MAX_NAMES", 10_000)
+    monkeypatch.setattr(patterns, "MAX_NAMES", 10_000)
     assert "more than 10,000 names in all" in refusal(*(f"{n}{{1..3000}}.tar" for n in range(4)))
 
 
@@ -231,7 +231,7 @@ def test_many_patterns_may_not_stand_for_too_many_names_together(monkeypatch):
 def test_a_list_that_names_nothing_is_the_users_mistake(tmp_path, content):
     (tmp_path / "list.txt").write_text(content, encoding="utf-8")
     assert "list.txt names no shard" in refusal(f"@{tmp_path}/list.txt")
-    assert "names no shard" in refusal()
+    assert "the list of patterns is empty" in refusal()
 
 
 def test_a_list_may_have_a_byte_order_mark_and_any_line_ends(tmp_path):
@@ -244,7 +244,7 @@ def test_a_list_may_have_a_byte_order_mark_and_any_line_ends(tmp_path):
 def test_lists_that_name_themselves_or_nest_without_end_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text(f"@{tmp_path}/b.txt\n")
     (tmp_path / "b.txt").write_text(f"@{tmp_path}/./a.txt\n")
-    assert "names itself" in refusal(f"@{tmp_path}/a.txt")
+    assert "includes itself" in refusal(f"@{tmp_path}/a.txt")
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"@{tmp_path}/{number + 1}.txt\n")
     assert "lists within lists" in refusal(f"@{tmp_path}/0.txt")
@@ -261,7 +261,7 @@ def test_a_list_named_again_is_read_once_and_that_is_said(tmp_path):
 def test_a_list_that_is_no_text_or_never_ends_is_told(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe0\0.\0t\0")
     assert "list.txt: cannot be read" in refusal(f"@{tmp_path}/list.txt")
-    monkeypatch.setattr(lists, "read_text", functools.partial(lists.read_text, max_bytes=1 << 20))
+    monkeypatch.setattr(patterns, "read_text", functools.partial(patterns.read_text, max_bytes=1 << 20))
     assert "more than 1048576 bytes" in refusal("@/dev/zero")
 
 
@@ -390,8 +390,8 @@ def test_a_glob_means_whole_paths(path, glob, meant):
         r"\{a,b\}{c,d}",
     ],
 )
-def test_the_count_is_at_least_what_is_spelled_out(pattern):
-    names = list(braces.spelled_out(pattern))
+def test_the_count_is_at_least_what_is_expanded_to(pattern):
+    names = list(braces.expand_braces(pattern))
     assert len(names) <= braces.count_names(pattern) <= max(52, len(names))
 
 

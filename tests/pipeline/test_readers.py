@@ -279,7 +279,7 @@ A_CAPTION = {"id": 1, "image_id": 139, "caption": "A room."}
         ({"id": 2, "image_id": 139, "caption": None}, "captions_malformed", "a text as caption, found null"),
         ({"id": 2, "image_id": 139, "caption": 7}, "captions_malformed", "a text as caption, found 7"),
         ({"id": 2, "image_id": 139}, "captions_malformed", "a text as caption, found none"),
-        ({"id": 2, "image_id": 139, "caption": " \n"}, "captions_malformed", "white space alone"),
+        ({"id": 2, "image_id": 139, "caption": " \n"}, "captions_malformed", "only white space"),
         ({"id": 2, "caption": "A dog."}, "captions_malformed", "a whole number as image_id, found none"),
         (
             {"id": "x", "image_id": 139, "caption": "A."},
@@ -394,7 +394,7 @@ def test_a_coco_file_name_that_leaves_the_folder_is_unsafe(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"category_id": 99}, "annotation 1: category 99 is none of the 5 categories"),
+        ({"category_id": 99}, "annotation 1: category 99 is not one of the 5 categories"),
         ({"category_id": None}, "annotation 1: expected a whole number as category_id, found null"),
         (
             {"segmentation": None},
@@ -414,7 +414,7 @@ def test_a_coco_object_that_cannot_be_drawn_skips_its_image_with_a_readable_reas
     [
         (lambda document: document.pop("images"), "expected a list 'images', found none"),
         (lambda document: document.update(annotations=None), "expected a list 'annotations', found null"),
-        (append("categories", {"id": 1, "name": "x"}), "categories of different ids, found 1 several times"),
+        (append("categories", {"id": 1, "name": "x"}), "categories of different ids, found 1 more than once"),
         (append("categories", {"id": 5}), "expected a text as name, found none"),
         (append("categories", None), "expected a JSON object, found None"),
     ],
@@ -527,7 +527,7 @@ def test_a_class_of_open_images_that_is_described_twice_is_the_users_mistake(tmp
     write_openimages(tmp_path, POINTS, classes=CLASSES, images=["b2", "a1"])
     table = tmp_path / "oidv7-class-descriptions.csv"
     table.write_text(table.read_text() + "/m/0bt9lr,Hound\n")
-    with pytest.raises(UserError, match="/m/0bt9lr several times"):
+    with pytest.raises(UserError, match="/m/0bt9lr more than once"):
         open_openimages(tmp_path)
 
 
@@ -640,7 +640,7 @@ def test_a_table_of_classes_that_csv_refuses_is_told(tmp_path):
     write_openimages(
         tmp_path, [("a", 0.5, 0.5, "/m/1", "yes")], classes={"/m/1": "x" * 200_000}, images=["a"]
     )
-    with pytest.raises(UserError, match=r"class-descriptions\.csv: is no table of classes"):
+    with pytest.raises(UserError, match=r"class-descriptions\.csv: is not a table of classes"):
         open_openimages(tmp_path)
 
 
@@ -650,7 +650,7 @@ def test_a_list_that_is_no_regular_file_is_refused_not_read(tmp_path, make):
     path = tmp_path / "annotations" / "instances_val2017.json"
     path.unlink()
     make(path)
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         open_coco(tmp_path)
 
 
@@ -702,6 +702,6 @@ def test_a_damaged_record_of_a_conversion_is_told_not_resumed(tmp_path, changes)
     write_shards(open_voc(tmp_path / "voc"), str(out))
     record = out / "conversion.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | changes))
-    with pytest.raises(UserError, match=r"conversion\.json: is no record of a conversion") as refusal:
+    with pytest.raises(UserError, match=r"conversion\.json: is not the record of a conversion") as refusal:
         write_shards(open_voc(tmp_path / "voc"), str(out), resume=True)
     assert str(refusal.value).isprintable()

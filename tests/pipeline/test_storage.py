@@ -124,7 +124,7 @@ def test_fewer_bytes_than_the_object_holds_are_no_end_of_the_object(tmp_path):
     path = tmp_path / "0.tar"
     path.write_bytes(b"x" * 1000)
     with (
-        pytest.raises(ShortReadError, match="only 1000 of 5000"),
+        pytest.raises(ShortReadError, match="received 1000 of 5000 bytes"),
         storage.open_shard(source(path, 5000)) as stream,
     ):
         stream.read()
