@@ -640,7 +640,7 @@ def test_a_table_of_classes_that_csv_refuses_is_told(tmp_path):
     write_openimages(
         tmp_path, [("a", 0.5, 0.5, "/m/1", "yes")], classes={"/m/1": "x" * 200_000}, images=["a"]
     )
-    with pytest.raises(UserError, match=r"class-descriptions\.csv: is no table of classes"):
+    with pytest.raises(UserError, match=r"class-descriptions\.csv: is not a table of classes"):
         open_openimages(tmp_path)
 
 
@@ -650,7 +650,7 @@ def test_a_list_that_is_no_regular_file_is_refused_not_read(tmp_path, make):
     path = tmp_path / "annotations" / "instances_val2017.json"
     path.unlink()
     make(path)
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         open_coco(tmp_path)
 
 
@@ -702,6 +702,6 @@ def test_a_damaged_record_of_a_conversion_is_told_not_resumed(tmp_path, changes)
     write_shards(open_voc(tmp_path / "voc"), str(out))
     record = out / "conversion.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | changes))
-    with pytest.raises(UserError, match=r"conversion\.json: is no record of a conversion") as refusal:
+    with pytest.raises(UserError, match=r"conversion\.json: is not the record of a conversion") as refusal:
         write_shards(open_voc(tmp_path / "voc"), str(out), resume=True)
     assert str(refusal.value).isprintable()
