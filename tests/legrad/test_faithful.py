@@ -158,15 +158,20 @@ REFUSED = {
         "merge_and_unload",
     ),
     "norm": (_become(f"{BLOCK}.ln_2", OtherNorm), "OtherNorm", f"{BLOCK}.ln_2", "nn.modules.normalization"),
-    "norm before attention": (_become(f"{BLOCK}.ln_1", OtherNorm), "OtherNorm", f"{BLOCK}.ln_1", "put a"),
-    "last norm": (_become("visual.ln_post", OtherNorm), "OtherNorm", "visual.ln_post", "put a"),
+    "norm before attention": (
+        _become(f"{BLOCK}.ln_1", OtherNorm),
+        "OtherNorm",
+        f"{BLOCK}.ln_1",
+        "replace it",
+    ),
+    "last norm": (_become("visual.ln_post", OtherNorm), "OtherNorm", "visual.ln_post", "replace it"),
     "norm of another kind": (
         _put(f"{BLOCK}.ln_2", lambda _: nn.RMSNorm(32).double()),
         "torch.nn.modules.normalization.RMSNorm",
         f"{BLOCK}.ln_2",
         "own module back",
     ),
-    "attention": (_become(f"{BLOCK}.attn", OtherAttention), "OtherAttention", f"{BLOCK}.attn", "put a"),
+    "attention": (_become(f"{BLOCK}.attn", OtherAttention), "OtherAttention", f"{BLOCK}.attn", "replace it"),
     "block": (_become(BLOCK, OtherBlock), "OtherBlock", BLOCK, "ResidualAttentionBlock"),
     "tower": (_become("visual", OtherTransformer), "OtherTransformer", "visual", "transformer.VisionTransf"),
     "projection": (
