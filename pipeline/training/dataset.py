@@ -16,20 +16,16 @@ from torchvision import tv_tensors
 
 from legrad.errors import LeGradError, RleError
 from pipeline import storage
-from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure, UserError
-from pipeline.output.folder import JOB_FILE
-from pipeline.output.joining import JoinedSample, Source
-from pipeline.output.joining_counts import JoinCounts, SharedCounts, WorkerCounts
-from pipeline.output.pairs import pair_shards
-from pipeline.output.reading import read_job_record
+from pipeline.output.folder import OutputFolder
+from pipeline.output.joining import JoinCounts, JoinedSample, Source, pair_shards, shares_of
 from pipeline.output.schema import has_pixels
-from pipeline.output.shares import shares_of
 from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import LABEL_MAP_FIELD, read_label_map
 from pipeline.shards.images import open_image
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
+from pipeline.training.shared_counts import SharedCounts, WorkerCounts
 from pipeline.training.targets import SimilarityRange, label_map_target, prompt_target, with_classes
 
 Target = Literal["label_map", "masks", "ground_truth"]
@@ -103,7 +99,7 @@ class MaskDataset(IterableDataset[Sample]):
         _check(target, similarity_range, rank, world_size)
         out = storage.absolute(os.fspath(out_dir))
         pairing = pair_shards(out, [shards] if isinstance(shards, str) else shards)
-        self._settings = _input_settings(out)
+        self._settings = OutputFolder(out).config().input
         self._pairs = pairing.pairs
         self.left_out = pairing.left_out
         self._source = Source(
@@ -170,7 +166,7 @@ class MaskDataset(IterableDataset[Sample]):
     def _joined(self, reader: int, readers: int, counts: WorkerCounts) -> Iterator[JoinedSample]:
         epoch = int(self._epoch)
         shares = shares_of(self._pairs, reader, readers, epoch=epoch, seed=self._seed, shuffle=self._shuffle)
-        samples = (sample for share in shares for sample in self._source.read(share, counts))
+        samples = (sample for share in shares for sample in self._source.read(share, counts.add))
         if not self._shuffle or self._shuffle_buffer < 2:
             return samples
         seed = np.random.SeedSequence((self._seed, epoch, reader)).generate_state(1)[0]
@@ -238,11 +234,6 @@ def _check(
         raise UserError(f"expected rank and world_size together, got rank {rank} and world_size {world_size}")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
         raise UserError(f"rank: expected 0 to {world_size - 1}, got {rank}")
-
-
-def _input_settings(out_dir: str) -> InputConfig:
-    where = storage.join_url(out_dir, JOB_FILE)
-    return parse_config(read_job_record(out_dir).config, where=where).input
 
 
 def _fields(settings: InputConfig, target: Target) -> frozenset[str]:

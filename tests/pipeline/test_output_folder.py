@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.output.folder import new_run_id
-from pipeline.output.reading import read_job_record
+from pipeline.output.folder import OutputFolder, new_run_id
 from pipeline.output.status import read_status
 from pipeline.output.writer import ShardWriter
 from pipeline.report.totals import read_totals
@@ -427,13 +426,14 @@ def test_a_file_of_no_listed_shard_is_told_by_status_and_report(tars, out, stray
     path.parent.mkdir(exist_ok=True)
     shutil.copy(next((out / "annotations").glob("b-*")), path)
     assert ds.dataset(out / "annotations").count_rows() > 4 * ROWS
-    status, totals = read_status(str(out)), read_totals(str(out), read_job_record(str(out)))
+    folder = OutputFolder(str(out))
+    status, totals = read_status(str(out)), read_totals(folder, folder.job())
     for complete, shortfall in (
         (status.complete, status.shortfall),
         (totals.complete, totals.shortfall),
     ):
         assert not complete
-        assert f"1 file(s) in annotations/ are of no listed shard, such as {stray}" in shortfall
+        assert f"1 file(s) in annotations/ belong to no listed shard, such as {stray}" in shortfall
 
 
 @pytest.mark.parametrize("stray", ["before/mine.parquet", "MINE.PARQUET", "mine.parquet.bak"])

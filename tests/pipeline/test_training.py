@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from pipeline import storage
 from pipeline.errors import DamagedFileError, ShardError, UserError
 from pipeline.output import joining
-from pipeline.output.shares import shares_of
+from pipeline.output.joining import shares_of
 from pipeline.training import MaskDataset, collate, pixel_weights, similarity_weight
 from tests.helpers.training_corpus import (
     HEIGHT,
