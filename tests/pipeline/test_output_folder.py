@@ -480,7 +480,7 @@ def test_what_another_job_adds_meanwhile_to_a_shorter_list_is_no_success(tars, o
     annotate(whole, whole.todo[2:3])
     result = annotate(shorter)
     assert not result.complete
-    assert "1 shard(s) that are not listed" in result.stopped
+    assert "1 file(s) of no listed shard" in result.stopped
     again = prepare_job(demo_job(tars[:1], out))
     assert_all_readers_find(out, ROWS)
     assert annotate(again).complete

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torchvision.transforms import v2
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError, ShardError, UserError
-from pipeline.output import joining
+from pipeline.output import folder, joining
 from pipeline.output.joining import shares_of
 from pipeline.training import MaskDataset, collate, pixel_weights, similarity_weight
 from tests.helpers.training_corpus import (
@@ -500,7 +501,7 @@ def test_the_first_sample_comes_before_either_file_has_been_read(tmp_path, monke
             yield Stream()
 
     monkeypatch.setattr(joining.storage, "open_shard", counted_shard)
-    monkeypatch.setattr(joining, "open_table", counted_annotations(joining.open_table, tar_bytes))
+    monkeypatch.setattr(folder, "open_table", counted_annotations(folder.open_table, tar_bytes))
     samples_read = iter(MaskDataset(str(tmp_path / "out"), shuffle=False))
     next(samples_read)
     assert 0 < tar_bytes["read"] < path.stat().st_size / 2
@@ -512,13 +513,13 @@ def counted_annotations(opened, counts):
     @contextmanager
     def opening(url, table):
         with opened(url, table) as annotations:
-            yield Counted(annotations, counts)
+            yield replace(annotations, file=Counted(annotations.file, counts))
 
     return opening
 
 
 class Counted:
-    """A Parquet file that tells how many rows were taken from it."""
+    """A Parquet file that counts the rows taken from it."""
 
     def __init__(self, file, counts):
         self._file, self._counts = file, counts
