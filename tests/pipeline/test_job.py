@@ -199,7 +199,7 @@ def test_status_of_a_folder_without_a_job_is_an_input_error(tmp_path):
 def test_the_listed_shards_are_the_shards_annotated(corpus, tmp_path):
     config = demo_job([str(corpus[0].parent / "*.tar")], tmp_path / "out")
     job = jobs.prepare_job(config)
-    frozen = [(row["shard_id"], row["shard"]) for row in read_shard_rows(config.output.dir)]
+    frozen = [(row["shard_id"], row["shard"]) for row in OutputFolder(config.output.dir).shard_rows()]
     assert frozen == [(shard.shard_id, shard.canonical_url) for shard in job.shards]
 
 
