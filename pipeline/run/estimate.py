@@ -102,9 +102,7 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
     out = storage.absolute(config.output.dir)
     folder = OutputFolder(out)
     ids, listed = _kept_results(folder, config)
-    found = jobs.look_into(
-        folder, ids, [*listed, *rows_of_unlisted_files(folder, ids, listed)], listing, moves
-    )
+    found = jobs.look_into(folder, ids, listed, listing, moves)
     shards, done = found.shards, found.done if config.run.retry_damaged else found.done | found.damaged
     # the size is unknown if the shard is missing, or comes from a command, which is not run here
     sized = [shard for shard in shards if shard.size_bytes is not None]
@@ -120,7 +118,8 @@ def _kept_results(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, l
         config = jobs.as_run(config)
         if is_to_be_deleted(folder, former, config, jobs.stamp_of(config)):
             return FolderIds(), []
-    return ids, jobs.listed_earlier(folder)
+    listed = jobs.listed_earlier(folder)
+    return ids, [*listed, *rows_of_unlisted_files(folder, ids, listed)]
 
 
 def _probe_shards(config: JobConfig, shards: Sequence[ShardSource]) -> Probe:
