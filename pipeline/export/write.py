@@ -50,7 +50,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What was written of one shard; stands in DEST/export/SHARD.json and marks it as done.
+    """What was written of one shard; DEST/export/SHARD.json holds it and marks the shard as done.
 
     Attributes:
         attempt: of the annotations; a shard that was annotated again is exported again.
@@ -106,11 +106,11 @@ def export_job(
     """Write a job's masks in another format.
 
     Samples without a mask, because they failed, no prompt applied or every prompt was rejected or won no
-    pixel, are left out and counted: nothing is known of their pixels.
+    pixel, are skipped and counted: nothing is known of their pixels.
 
     Args:
         out_dir: output folder of the job: local path, s3:// or gs://.
-        dest: a folder of its own; what stands there of the same export is not written again.
+        dest: a folder that holds nothing else; shards that an earlier run of the same export wrote are kept.
         options: what is written.
         shards: where the images are, as `pipeline.output.image_shards.locate_shards` takes it.
         on_shard: called with shard id and number written, after each shard.
@@ -211,7 +211,7 @@ def _noting_classes(samples: Iterable[ExportSample], class_names: dict[int, str]
 
 
 def _claim(export: _Export, shard_ids: Sequence[str]) -> None:
-    """Say in DEST what stands there; refuse a folder that holds something else."""
+    """Record in DEST what it holds; refuse a folder that holds something else."""
     what = [asdict(export.options), export.out, sorted(shard_ids)]
     own = {
         "format": export.options.format,

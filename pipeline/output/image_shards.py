@@ -134,7 +134,7 @@ def _is_no_regular_file(url: str) -> bool:
         path = local_path(url)
     except UserError:
         return True
-    # unlike those of Path, these raise for no path whatever
+    # unlike the methods of Path, these functions never raise
     return os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113
 
 

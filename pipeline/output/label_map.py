@@ -20,11 +20,11 @@ Row = Mapping[str, Any]
 
 
 def label_map(rows: Sequence[Row], height: int, width: int) -> UInt8[np.ndarray, "height width"]:
-    """Merge the rows of one sample: the class id where a mask lies, 0 elsewhere, 255 where pixels are ignored.
+    """Merge the rows of one sample: class ids in masks, 0 elsewhere, 255 for ignored pixels.
 
-    Where masks overlap, the prompt with the higher similarity wins; at equal similarity, the lower class id. A
-    pixel that one row ignores and another row's mask covers gets the class of the other row. Under argmax, the
-    rows of a sample share one ignore mask. Rejected rows have no mask and do not count.
+    Where masks overlap, the prompt with the higher similarity wins; at equal similarity, the lower class id.
+    A pixel that one row ignores and another row's mask covers gets the class of the other row. Under argmax,
+    the rows of a sample share one ignore mask. Rejected rows have no mask and do not count.
 
     Args:
         rows: annotation rows with ``class_id``, ``similarity``, ``mask`` and ``ignore``, in any order.

@@ -16,7 +16,7 @@ METADATA_KEY = b"legrad"
 class AnnotationRow(TypedDict):
     """A row of OUT/annotations/SHARD.parquet: one prompt of one sample.
 
-    The writer of a shard adds `shard`; every other column is given by whatever makes the row.
+    The writer of a shard adds `shard`; the annotator sets all other columns.
     """
 
     key: Annotated[str, pa.string()]

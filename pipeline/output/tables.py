@@ -115,7 +115,7 @@ class TableFile:
 
 @contextmanager
 def damage(url: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a file of an output folder into an error that names it.
+    """Turn every fault of a file of an output folder into an error that names the file.
 
     Raises:
         DamagedFileError: also for exhausted recursion or memory.
@@ -141,12 +141,12 @@ def _first_problem(error: ValidationError) -> str:
 def _one_line(error: BaseException, url: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    told = without_secrets(error, url) if isinstance(error, Exception) else ""
-    return (told or type(error).__name__)[:MAX_REASON_CHARACTERS]
+    text = without_secrets(error, url) if isinstance(error, Exception) else ""
+    return (text or type(error).__name__)[:MAX_REASON_CHARACTERS]
 
 
 def require_regular(url: str) -> None:
-    """Refuse what would block or never end: pipes, devices, folders; a link counts as what it leads to."""
+    """Refuse pipes, devices and folders, which would block or never end; links are followed."""
     if split_url(url).scheme in ("", "file"):
         mode = local_path(url).stat().st_mode
         if not stat.S_ISREG(mode):
@@ -169,7 +169,7 @@ def read_record(url: str, kind: type[Model]) -> Model:
     """Read and check a JSON record.
 
     Raises:
-        DamagedFileError: it cannot be read, or is no such record.
+        DamagedFileError: the file cannot be read, or is no such record.
     """
     with damage(url):
         return kind.model_validate_json(_read_bounded(url, MAX_JSON_BYTES))
@@ -179,11 +179,11 @@ def read_record(url: str, kind: type[Model]) -> Model:
 def open_table(url: str, table: Table) -> Iterator[TableFile]:
     """Open a Parquet file of the output; its columns are checked against the schema of its table.
 
-    Columns that the schema does not know are tolerated; missing ones and other types are damage, and so are
-    row groups larger than any that is written.
+    Columns that the schema does not know are ignored. Missing columns, other types, and row groups larger than
+    any that is written count as damage.
 
     Raises:
-        DamagedFileError: it cannot be read, or is no such table.
+        DamagedFileError: the file cannot be read, or is no such table.
     """
     with damage(url):
         require_regular(url)
@@ -213,7 +213,7 @@ def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:
 
 
 def _is_same_type(found: pa.DataType, expected: pa.DataType) -> bool:
-    """Equal, whatever the name of a list's elements, which other writers choose otherwise."""
+    """Return whether two types are equal; the name of a list's elements, which differs by writer, is ignored."""
     if pa.types.is_struct(expected):
         return pa.types.is_struct(found) and all(
             found.get_field_index(field.name) >= 0 and _is_same_type(found.field(field.name).type, field.type)

@@ -40,7 +40,7 @@ class MaskDataset(IterableDataset[Sample]):
     Over all ranks and their workers every sample comes once an epoch: whole shards are dealt out, and those
     left over are read by several, each taking its part. Ranks may differ by some samples, so a training
     with DistributedDataParallel needs `torch.distributed.algorithms.join.Join`, or a fixed number of steps.
-    Samples that cannot be used are left out and counted, see `counts`.
+    Samples that cannot be used are skipped and counted, see `counts`.
 
     A sample is a dictionary: `image` (tv_tensors.Image, uint8 [3, height, width], upright), `key`,
     `sample_index`, `shard`, and with target
@@ -53,7 +53,7 @@ class MaskDataset(IterableDataset[Sample]):
       16 bits, int32 with 65535 ignored.
 
     Transforms of torchvision.transforms.v2 take the whole dictionary. One that uncovers new pixels, such as a
-    rotation, must be told to fill masks with 255: `fill={tv_tensors.Image: 0, tv_tensors.Mask: 255}`.
+    rotation, must fill masks with 255: `fill={tv_tensors.Image: 0, tv_tensors.Mask: 255}`.
 
     Args:
         out_dir: output folder of a job: local path, s3:// or gs://.
@@ -62,7 +62,7 @@ class MaskDataset(IterableDataset[Sample]):
             URLs hold.
         target: what is learnt.
         class_ids: the class of a prompt's text, where annotations have none of their own, as with captions;
-            then rows with other prompts are left out of label maps.
+            then rows with other prompts are omitted from label maps.
         similarity_range: makes weights of similarities, see `similarity_weight`; None: all weigh 1.
         transform: called with each sample, in the worker.
         seed: of the order.
@@ -179,7 +179,7 @@ class MaskDataset(IterableDataset[Sample]):
         return shuffled
 
     def _sample(self, joined: JoinedSample, counts: WorkerCounts) -> Sample | None:
-        """The sample as it is handed out, before transforms; None, and counted, where it cannot be used."""
+        """Return the sample before transforms; None, and counted, if it cannot be used."""
         rows = with_classes(joined.rows, self._class_ids) if self._target == "label_map" else joined.rows
         if not any(has_pixels(row) for row in rows) and self._target != "ground_truth":
             counts.add("without_mask")
@@ -194,7 +194,7 @@ class MaskDataset(IterableDataset[Sample]):
             target = self._target_of(joined, rows, height, width)
         except (SampleFailure, LeGradError) as error:
             if isinstance(error, RleError):
-                _log.warning("%s: sample %s left out: %s", joined.shard, joined.raw.key, error)
+                _log.warning("%s: sample %s skipped: %s", joined.shard, joined.raw.key, error)
             counts.add("undecodable")
             return None
         named = {"key": joined.raw.key, "sample_index": joined.raw.index, "shard": joined.shard}
