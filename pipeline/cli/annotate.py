@@ -113,7 +113,7 @@ def _ending(result: JobResult) -> str:
 
 
 def _result_lines(job: Job, result: JobResult, max_shards: int | None) -> Iterator[str]:
-    from pipeline.output.counts import told_kinds
+    from pipeline.output.counts import error_kinds_text
     from pipeline.storage import shown_url
 
     output_dir, state = shown_url(job.config.output.dir), result.state
@@ -129,7 +129,7 @@ def _result_lines(job: Job, result: JobResult, max_shards: int | None) -> Iterat
     else:
         yield from _summary_lines(result, output_dir)
     if counts.error_rows:
-        yield f"errors: {counts.error_rows:,} in {output_dir}/errors: {told_kinds(counts)}"
+        yield f"errors: {counts.error_rows:,} in {output_dir}/errors: {error_kinds_text(counts)}"
     if not result.complete and not result.stopped:
         yield from _lines_on_shards_left(job, result, max_shards)
 
@@ -164,9 +164,8 @@ def _shard_lines(what: str, shards: Sequence[tuple[str, str]], records: str) -> 
 
 def _lines_on_shards_left(job: Job, result: JobResult, max_shards: int | None) -> Iterator[str]:
     from pipeline.run.estimate import extrapolation_lines
-    from pipeline.run.job import ids_of
 
-    ids = ids_of(job.folder)
+    ids = job.folder.all_ids()
     settled = ids.annotations | ids.failed
     left = [shard.canonical_url for shard in job.shards if shard.shard_id not in settled]
     if left:

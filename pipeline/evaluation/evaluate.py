@@ -19,7 +19,6 @@ from legrad.quality import metrics
 from pipeline import storage
 from pipeline.annotate.model import describe_model, is_built_in, load_explainer
 from pipeline.config.classes import read_class_list
-from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig, ModelConfig
 from pipeline.errors import SampleFailure, ShardError, UserError
 from pipeline.evaluation.map_figures import ExaminedBatch, Examiner, legrad_name
@@ -29,8 +28,7 @@ from pipeline.evaluation.plot import plot_evaluation
 from pipeline.evaluation.result import EvaluationResult, RecognitionScores
 from pipeline.evaluation.table import render_evaluation
 from pipeline.evaluation.written_masks import collect_written_masks, score_written_masks
-from pipeline.output.folder import JOB_FILE
-from pipeline.output.reading import read_job_record
+from pipeline.output.folder import JOB_FILE, OutputFolder
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.shards.images import decode_image
 from pipeline.shards.sample_error import SampleError
@@ -102,8 +100,9 @@ def evaluate_output(
             must be repeated, or whose files are not those that annotated.
         OutputError: the result cannot be written.
     """
-    job = read_job_record(out_dir)
-    config = parse_config(job.config, where=storage.join_url(out_dir, JOB_FILE))
+    folder = OutputFolder(out_dir)
+    job = folder.job()
+    config = folder.config(job)
     class_names = None if classes_file is None else _class_names(classes_file)
     shards = list_truth_shards(shard_patterns)
     model = _trusted_model(config.model, model_name, pretrained)
@@ -119,7 +118,7 @@ def evaluate_output(
     )
     try:
         collected = collect_written_masks(
-            out_dir, shards, config.input, config.prompts.source, job.config_hash
+            folder, shards, config.input, config.prompts.source, job.config_hash
         )
         written = score_written_masks(collected, seed=options.seed)
         scenes = _read_all(shards, config.input)

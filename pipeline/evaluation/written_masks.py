@@ -26,16 +26,12 @@ from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError
 from pipeline.evaluation.result import WrittenMaskScores
 from pipeline.evaluation.scene_scores import SceneScores, score_scene
-from pipeline.output.footers import own_footer
+from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import match_annotations, require_annotated_version
-from pipeline.output.reading import open_table, read_footer_record, read_rows
 from pipeline.shards.ground_truth import Scene, read_scenes
 from pipeline.storage import ShardSource
 
-COLUMNS = [
-    *("key", "sample_index", "prompt_index", "prompt", "class_id", "status"),
-    *("image_height", "image_width", "similarity", "mask", "ignore"),
-]
+COLUMNS = ["key", "sample_index", "prompt_index", "class_id", "status", "similarity", "mask", "ignore"]
 
 Row = Mapping[str, Any]
 
@@ -60,7 +56,7 @@ class WrittenMasks:
 
 
 def collect_written_masks(
-    out_dir: str,
+    folder: OutputFolder,
     shards: Sequence[ShardSource],
     settings: InputConfig,
     prompt_source: str,
@@ -73,40 +69,39 @@ def collect_written_masks(
     to the label map's, nearest pixel.
 
     Args:
-        out_dir: the job's output folder.
+        folder: the job's output folder.
         shards: the tars with ground truth.
         settings: the job's input section.
         prompt_source: the job's ``prompts.source``.
-        config_hash: the job's; files of another job, or of two attempts, count as damaged. None: any will do.
 
     Raises:
         ShardError: a tar cannot be read.
     """
-    folder = storage.join_url(out_dir, "annotations")
-    names = {name for name in storage.list_names(folder) if name.endswith(".parquet")}
-    matched = match_annotations(shards, names)
+    annotated = folder.ids(ANNOTATIONS)
+    matched = match_annotations(shards, annotated)
     scenes: list[SceneScores] = []
     damaged: list[str] = []
     rows_without_scene = rows_of_other_shards = 0
     for shard in shards:
-        if (name := matched.get(shard.canonical_url)) is not None:
-            url = storage.join_url(folder, name)
+        if (shard_id := matched.get(shard.canonical_url)) is not None:
             try:
                 if config_hash is not None:
-                    own_footer(out_dir, name.removesuffix(".parquet"), config_hash)
-                require_annotated_version(shard, read_footer_record(url, "annotations"))
-                rows = read_rows(url, "annotations", COLUMNS)
+                    folder.own_footer(shard_id, config_hash)
+                with folder.open(ANNOTATIONS, shard_id) as table:
+                    require_annotated_version(shard, table.footer())
+                    rows = list(table.rows(COLUMNS))
                 own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
             except DamagedFileError as error:
                 damaged.append(str(error))
             except RleError as error:
-                damaged.append(f"{storage.shown_url(url)}: {error}")
+                damaged.append(f"{storage.shown_url(folder.file_url(ANNOTATIONS, shard_id))}: {error}")
             else:
                 scenes += own_scenes
                 rows_without_scene += left_over
-    for name in sorted(names - set(matched.values())):
+    for shard_id in sorted(annotated - set(matched.values())):
         try:
-            rows_of_other_shards += _row_count(storage.join_url(folder, name))
+            with folder.open(ANNOTATIONS, shard_id) as table:
+                rows_of_other_shards += table.row_count
         except DamagedFileError as error:
             damaged.append(str(error))
     return WrittenMasks(
@@ -215,11 +210,6 @@ def _presence_auroc(scenes: Sequence[SceneScores], seed: int) -> Estimate | None
     if everything.all() or not everything.any():
         return None
     return bootstrap_statistic(auroc, len(scenes), seed=seed)
-
-
-def _row_count(url: str) -> int:
-    with open_table(url, "annotations") as file:
-        return int(file.metadata.num_rows)
 
 
 def _score_shard(

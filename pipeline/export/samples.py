@@ -94,7 +94,7 @@ def export_samples(
         try:
             _check_masks(rows, height, width)
         except RleError as error:
-            _log.warning("%s: sample %s left out: %s", sample.shard, sample.raw.key, error)
+            _log.warning("%s: sample %s skipped: %s", sample.shard, sample.raw.key, error)
             counts["damaged_mask"] += 1
             continue
         counts["exported"] += 1

@@ -13,19 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.config.classes import ClassEntry, check_class, class_lines, read_class_list
-from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.export.coco import CocoExport, Kind, merge_parts
 from pipeline.export.samples import ExportSample, export_samples
 from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
-from pipeline.output.folder import JOB_FILE
-from pipeline.output.joining import Source
-from pipeline.output.joining_counts import SharedCounts
-from pipeline.output.pairs import ShardPair, pair_shards
-from pipeline.output.reading import read_footer_record, read_job_record
-from pipeline.output.shares import Share
+from pipeline.output.folder import OutputFolder
+from pipeline.output.joining import ShardPair, Share, Source, pair_shards
 
 Format = Literal["coco", "voc", "webdataset"]
 EXPORT_FILE, RECORDS_FOLDER, CLASSES_FILE = "export.json", "export", "classes.txt"
@@ -55,7 +50,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What was written of one shard; stands in DEST/export/SHARD.json and marks it as done.
+    """What was written of one shard; DEST/export/SHARD.json holds it and marks the shard as done.
 
     Attributes:
         attempt: of the annotations; a shard that was annotated again is exported again.
@@ -111,11 +106,11 @@ def export_job(
     """Write a job's masks in another format.
 
     Samples without a mask, because they failed, no prompt applied or every prompt was rejected or won no
-    pixel, are left out and counted: nothing is known of their pixels.
+    pixel, are skipped and counted: nothing is known of their pixels.
 
     Args:
         out_dir: output folder of the job: local path, s3:// or gs://.
-        dest: a folder of its own; what stands there of the same export is not written again.
+        dest: a folder that holds nothing else; shards that an earlier run of the same export wrote are kept.
         options: what is written.
         shards: where the images are, as `pipeline.output.image_shards.locate_shards` takes it.
         on_shard: called with shard id and number written, after each shard.
@@ -161,7 +156,7 @@ class _Export:
 
 
 def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
-    config = parse_config(read_job_record(out).config, where=storage.join_url(out, JOB_FILE))
+    config = OutputFolder(out).config()
     listed = config.prompts.classes
     if options.classes_file is not None:
         classes = read_class_list(options.classes_file)
@@ -180,18 +175,15 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     settings, shard_id = export.settings, pair.annotations_id
     fields = frozenset(settings.image.lower().split(";"))
     source = Source(export.out, fields, settings.max_member_bytes, refuse_mismatches=True)
-    joins, counts, class_names = SharedCounts(), Counter[str](), dict[int, str]()
+    joins, counts, class_names = Counter[str](), Counter[str](), dict[int, str]()
     class_ids = {entry.name.lower(): entry.class_id for entry in export.classes} or None
-    joined = source.read(Share(pair), joins.of_worker(0))
+    joined = source.read(Share(pair), lambda outcome, count: joins.update({outcome: count}))
     samples = _noting_classes(export_samples(joined, settings, class_ids, counts), class_names)
     try:
         written = _exporter(export.dest, export.options).export_shard(number, shard_id, samples)
     except UserError as error:
         raise UserError(f"{pair.shard.canonical_url}: {error}") from error
-    met = asdict(joins.read())
-    # every sample that was joined is counted by what became of it here
-    del met["joined"], met["shards_left_out"]
-    record = ShardRecord(_attempt(export.out, shard_id), written, dict(+(counts + Counter(met))), class_names)
+    record = ShardRecord(_attempt(export.out, shard_id), written, dict(counts + joins), class_names)
     folder = storage.join_url(export.dest, RECORDS_FOLDER)
     storage.publish(folder, f"{shard_id}.json", json.dumps(asdict(record)).encode())
     return record
@@ -219,7 +211,7 @@ def _noting_classes(samples: Iterable[ExportSample], class_names: dict[int, str]
 
 
 def _claim(export: _Export, shard_ids: Sequence[str]) -> None:
-    """Say in DEST what stands there; refuse a folder that holds something else."""
+    """Record in DEST what it holds; refuse a folder that holds something else."""
     what = [asdict(export.options), export.out, sorted(shard_ids)]
     own = {
         "format": export.options.format,
@@ -256,8 +248,7 @@ def _earlier(export: _Export, shard_id: str) -> ShardRecord | None:
 
 
 def _attempt(out: str, shard_id: str) -> str:
-    url = storage.join_url(out, "annotations", f"{shard_id}.parquet")
-    return read_footer_record(url, "annotations").attempt
+    return OutputFolder(out).footer(shard_id).attempt
 
 
 def _totals(

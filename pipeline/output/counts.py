@@ -1,4 +1,4 @@
-"""How samples ended: counts of a shard, of several, and their errors in words."""
+"""Outcomes of samples: counts of a shard or of several, and their errors in words."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """How a shard's samples ended; ``samples_in == annotated + empty + failed`` always holds.
+    """Outcomes of a shard's samples; ``samples_in == annotated + empty + failed`` always holds.
 
     Attributes:
         annotated: samples with at least one annotation row.
         empty: readable samples to which no prompt applies.
-        failed: samples with error rows alone.
+        failed: samples with only error rows.
         rows: annotation rows.
         error_rows: rows of the errors file.
-        dropped_prompts: prompts left out by ``prompts.max_per_sample``.
+        dropped_prompts: prompts dropped by ``prompts.max_per_sample``.
         errors_by_kind: error rows by ``stage/kind``.
-        error_examples: for each of these kinds the key of one sample, or where no sample can be named, the
-            shard.
+        error_examples: for each of these kinds the key of one sample, or the shard if the
+            error names no sample.
     """
 
     annotated: int = 0
@@ -33,7 +33,7 @@ class ShardCounts:
 
     @property
     def samples_in(self) -> int:
-        """Samples that the shard held."""
+        """Samples of the shard."""
         return self.annotated + self.empty + self.failed
 
     def __add__(self, other: ShardCounts) -> ShardCounts:
@@ -53,15 +53,15 @@ class ShardCounts:
 
 
 def total_counts(counts: Iterable[ShardCounts]) -> ShardCounts:
-    """The sum over shards."""
+    """Return the sum over shards."""
     return sum(counts, start=ShardCounts())
 
 
 SHOWN_KINDS = 3
 
 
-def told_kinds(counts: ShardCounts, most: int = SHOWN_KINDS) -> str:
-    """The most frequent kinds of errors, one key of each: ``decode/truncated 60, for example 000123``."""
+def error_kinds_text(counts: ShardCounts, most: int = SHOWN_KINDS) -> str:
+    """Return the most frequent kinds of errors: ``decode/truncated 60, for example 000123``."""
     largest = sorted(counts.errors_by_kind.items(), key=lambda item: (-item[1], item[0]))
     kinds = [f"{kind} {rows:,}{_example(counts, kind)}" for kind, rows in largest[:most]]
     kinds += [f"{len(largest) - most} more kinds"] if len(largest) > most else []

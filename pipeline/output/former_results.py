@@ -1,4 +1,4 @@
-"""What earlier runs left in an output folder: whether it may stay, and how it is deleted on request."""
+"""Results of earlier runs in an output folder: decide whether they may stay, and delete them on request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.fs as pafs
 
@@ -17,19 +16,17 @@ from pipeline.errors import DamagedFileError, UserError
 from pipeline.output.folder import (
     ANNOTATIONS,
     DAMAGED,
-    ERRORS,
     FAILED,
+    FOOTER_READERS,
     JOB_FILE,
-    LAYOUT,
     SUCCESS_FILE,
     SUFFIXES,
+    FolderIds,
     OutputFolder,
-    stray_annotations,
+    Subfolder,
 )
-from pipeline.output.footers import FOOTER_READERS
-from pipeline.output.job_record import JobStamp
-from pipeline.output.reading import JobRecord, read_damage, read_failure, read_footer_record, read_job_record
-from pipeline.output.survey import FolderIds, Row
+from pipeline.output.records import LAYOUT, JobRecord, JobStamp
+from pipeline.output.schema import ShardRow
 from pipeline.text import first_few
 
 NAMED_FILES = 5
@@ -37,26 +34,26 @@ NAMED_FILES = 5
 
 @dataclass(frozen=True)
 class Former:
-    """What became of earlier results: what the user should know of it, and whether they were deleted."""
+    """What was decided about earlier results: warnings for the user, and whether they were deleted."""
 
     warnings: tuple[str, ...] = ()
     deleted: bool = False
 
 
 def agreed_with_former(
-    folder: OutputFolder, ids: FolderIds, config: JobConfig, stamp: JobStamp, listed: Sequence[Row]
+    folder: OutputFolder, ids: FolderIds, config: JobConfig, stamp: JobStamp, listed: Sequence[ShardRow]
 ) -> Former:
-    """Make sure that what is in a folder belongs to this configuration, or delete it where that is asked for.
+    """Check that the results in a folder belong to this configuration, or delete them on request.
 
     Args:
         folder: the output folder.
-        ids: the shards that have files in it.
+        ids: ids of the shards that have files in it.
         config: the configuration.
         stamp: identifies its results.
         listed: rows of the folder's list of shards.
 
     Raises:
-        UserError: the folder holds results of another configuration, or it is not known of which.
+        UserError: the folder holds results of another configuration, or the configuration is unknown.
         OutputError: files cannot be deleted.
     """
     former = former_job(folder, ids)
@@ -70,24 +67,22 @@ def agreed_with_former(
 
 
 def former_job(folder: OutputFolder, ids: FolderIds) -> JobRecord | None:
-    """The job that a folder holds results of; None where it holds none.
+    """Return the record of the job whose results a folder holds; None if it holds none.
 
     Raises:
-        UserError: it is not known of which job they are.
+        UserError: it is unknown which job made them.
     """
     if JOB_FILE not in storage.list_names(folder.url):
         _refuse_results_without_job(folder, ids)
         return None
-    if not (ids.annotations or ids.errors or ids.failed or ids.damaged):
-        return None
-    return read_job_record(folder.url)
+    return folder.job() if ids.all else None
 
 
 def is_to_be_deleted(folder: OutputFolder, former: JobRecord, config: JobConfig, stamp: JobStamp) -> bool:
-    """Whether the results of a former job are of another configuration, and may go.
+    """Return whether results are of another configuration and may be deleted.
 
     Raises:
-        UserError: they are, and `output.on_mismatch` says no.
+        UserError: they are of another configuration, and `output.on_mismatch` is refuse.
     """
     if former.config_hash == stamp.config_hash:
         return False
@@ -105,18 +100,18 @@ def _refuse_results_without_job(folder: OutputFolder, ids: FolderIds) -> None:
     names = sorted(f"{shard_id}.parquet" for shard_id in ids.annotations)
     if not names:
         return
-    hashes = {_config_hash(storage.join_url(folder.url, ANNOTATIONS, name)) for name in names[:NAMED_FILES]}
+    hashes = {_config_hash(folder, shard_id) for shard_id in sorted(ids.annotations)[:NAMED_FILES]}
     known = ", ".join(sorted(filter(None, hashes)))
     origin = f"made with the configuration {known}" if known else "not written by this program"
     raise UserError(
         f"{storage.shown_url(folder.url)}: holds annotations ({first_few(names)}; {origin}) but no "
-        f"{JOB_FILE}, so it is not known what they are: restore {JOB_FILE}, or choose another output.dir"
+        f"{JOB_FILE}, so it is unknown which job made them: restore {JOB_FILE}, or choose another output.dir"
     )
 
 
-def _config_hash(url: str) -> str | None:
+def _config_hash(folder: OutputFolder, shard_id: str) -> str | None:
     try:
-        return read_footer_record(url, "annotations").config_hash
+        return folder.footer(shard_id).config_hash
     except DamagedFileError:
         return None
 
@@ -127,11 +122,11 @@ def _changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> tupl
         for package, installed in now.items()
         if before.get(package) != installed
     ]
-    return (f"other versions than in the earlier run: {', '.join(changed)}",) if changed else ()
+    return (f"package versions changed since the earlier run: {', '.join(changed)}",) if changed else ()
 
 
 def _delete_results(folder: OutputFolder, listed_ids: Iterable[str]) -> int:
-    """Delete the files of listed shards that this program wrote, and nothing else."""
+    """Delete the files of listed shards that this program wrote, and no other files."""
     ours = [
         (name, f"{shard_id}{suffix}")
         for name, suffix in SUFFIXES.items()
@@ -139,7 +134,7 @@ def _delete_results(folder: OutputFolder, listed_ids: Iterable[str]) -> int:
     ]
     _refuse_links(folder.url, ours)
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        is_ours = list(pool.map(lambda file: _was_written_here(folder.url, *file), ours))
+        is_ours = list(pool.map(lambda file: _was_written_here(folder, *file), ours))
     deleted = [file for file, known in zip(ours, is_ours, strict=True) if known]
     for name, file_name in deleted:
         folder.remove(file_name, name)
@@ -167,46 +162,46 @@ def _refuse_links(url: str, files: Iterable[tuple[str, str]]) -> None:
         )
 
 
-def _was_written_here(url: str, folder: str, name: str) -> bool:
-    where, shard_id = storage.join_url(url, folder, name), name.removesuffix(SUFFIXES[folder])
+def _was_written_here(folder: OutputFolder, subfolder: Subfolder, name: str) -> bool:
+    shard_id = name.removesuffix(SUFFIXES[subfolder])
     try:
-        if folder == FAILED:
-            return read_failure(url, shard_id).shard_id == shard_id
-        if folder == DAMAGED:
-            return read_damage(url, shard_id).shard_id == shard_id
-        return bool(read_footer_record(where, "errors" if folder == ERRORS else "annotations").attempt)
+        if subfolder == FAILED:
+            return folder.failure(shard_id).shard_id == shard_id
+        if subfolder == DAMAGED:
+            return folder.damage(shard_id).shard_id == shard_id
+        return bool(folder.footer(shard_id, subfolder).attempt)
     except DamagedFileError:
         return False
 
 
 def rows_of_unlisted_files(
-    folder: OutputFolder, ids: FolderIds, listed: Sequence[Row]
-) -> list[dict[str, Any]]:
-    """Rows, as in the list of shards, of files in `annotations/` that are missing in that list.
+    folder: OutputFolder, ids: FolderIds, listed: Sequence[ShardRow]
+) -> list[ShardRow]:
+    """Return rows for the list of shards, for files in `annotations/` that are missing in that list.
 
-    Such files are left by another job on the same folder, or where the list was lost. Their footers say which
-    shard they belong to, and which version of it.
+    Such files come from another job on the same folder, or from a lost list. Their footers name the shard and
+    its version.
 
     Raises:
         UserError: one of them was not written by this program.
     """
     unlisted = sorted(ids.annotations - {row["shard_id"] for row in listed})
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        rows = list(pool.map(lambda shard_id: _row_of(folder.url, shard_id), unlisted))
+        rows = list(pool.map(lambda shard_id: _row_of(folder, shard_id), unlisted))
     foreign = [f"{shard_id}.parquet" for shard_id, row in zip(unlisted, rows, strict=True) if row is None]
-    foreign += stray_annotations(folder.url, ids.annotations)
+    foreign += folder.stray_annotations(ids.annotations)
     if foreign:
         where = storage.shown_url(storage.join_url(folder.url, ANNOTATIONS))
         raise UserError(
-            f"{where}: holds files that this program did not write, which every reader of the folder would "
-            f"take for annotations ({first_few(foreign)}): move them away, or choose another output.dir"
+            f"{where}: holds files that this program did not write, which readers would take for "
+            f"annotations ({first_few(foreign)}): move them away, or choose another output.dir"
         )
     return [row for row in rows if row is not None]
 
 
-def _row_of(url: str, shard_id: str) -> dict[str, Any] | None:
+def _row_of(folder: OutputFolder, shard_id: str) -> ShardRow | None:
     try:
-        footer = read_footer_record(storage.join_url(url, ANNOTATIONS, f"{shard_id}.parquet"), "annotations")
+        footer = folder.footer(shard_id)
     except DamagedFileError:
         return None
     if footer.layout != LAYOUT:

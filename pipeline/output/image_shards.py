@@ -1,4 +1,4 @@
-"""Where the images of a job are: in its own list of shards, in what the user names, or where they moved."""
+"""Find the image shards of a job: by its list of shards, by what the user names, or at their new place."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 from pipeline.errors import MismatchError, UserError
-from pipeline.output.reading import FooterRecord
+from pipeline.output.records import FooterRecord
+from pipeline.output.schema import ShardRow
 from pipeline.storage import (
     READAHEAD_BYTES,
     DigestingStream,
@@ -34,25 +34,24 @@ DIGEST = re.compile(rf"-[0-9a-f]{{{ID_DIGITS}}}(?:[0-9a-f]{{{LONG_ID_DIGITS - ID
 
 @dataclass(frozen=True)
 class LocatedShards:
-    """Where to read the images of annotated shards.
+    """Where the images of annotated shards can be read.
 
     Attributes:
-        sources: what to open, by the shard id of the job.
-        missing: ids of the shards of which that is not known, and why.
+        sources: the shard to open, by the job's shard id.
+        missing: by shard id, why it is unknown where the images are.
     """
 
     sources: Mapping[str, ShardSource]
     missing: Mapping[str, str]
 
 
-def locate_shards(listed: Sequence[Mapping[str, Any]], given: Sequence[str] = ()) -> LocatedShards:
+def locate_shards(listed: Sequence[ShardRow], given: Sequence[str] = ()) -> LocatedShards:
     """Find the tars of a job's shards.
 
     Args:
         listed: the rows of OUT/shards.parquet: shard_id, shard (its name), size_bytes.
-        given: what the user names: paths, URLs and patterns of tars, joined by name, else by stem
-            where that leaves no doubt; or OLD=NEW, which says that what lay in OLD, a folder or a file, lies
-            in NEW. Without any, the job's own URLs hold.
+        given: paths, URLs and patterns of tars, matched by name, else by stem if that is unique; or OLD=NEW
+            for a folder or file that moved from OLD to NEW. If empty, the job's own URLs are used.
 
     Raises:
         UserError: a pattern matches nothing, no shard lies in an OLD, or both kinds are given.
@@ -63,31 +62,31 @@ def locate_shards(listed: Sequence[Mapping[str, Any]], given: Sequence[str] = ()
     if not patterns:
         return _own(listed, mappings)
     if mappings:
-        told = ", ".join(map(shown_url, given))
-        raise UserError(f"expected either shards or OLD=NEW, received both: {told}")
+        shown = ", ".join(map(shown_url, given))
+        raise UserError(f"expected either shards or OLD=NEW, received both: {shown}")
     found = _matched(list_shards(patterns), {row["shard_id"]: row["shard"] for row in listed})
     absent = [row["shard_id"] for row in listed if row["shard_id"] not in found]
     return LocatedShards(found, dict.fromkeys(absent, "is not among the shards given"))
 
 
 def require_annotated_version(shard: ShardSource, footer: FooterRecord) -> None:
-    """Make sure that a shard which lies where it was annotated is still what was annotated.
+    """Check that a shard at the place where it was annotated has not changed since.
 
-    Images that were put in its place may have the same keys and sizes, and masks of others. Where only time
-    or ETag differ, the content decides. Copies in other places may be packed anew, and are joined by key.
+    Other images in its place may have the same keys and sizes, but other masks. If only time or ETag differ,
+    the content decides. Copies in other places may be repacked, and are joined by key.
 
     Args:
-        shard: what is going to be read.
+        shard: the shard that is going to be read.
         footer: of its annotations.
 
     Raises:
-        MismatchError: it is another version.
+        MismatchError: it has changed.
         ShardError: it cannot be looked up or read.
     """
     if shard.canonical_url != footer.shard:
         return
     annotated, now = footer.version, version_now(shard)
-    # of web servers the listing asks; what this machine sees of a file is newer than what a list says
+    # web servers were asked when the shards were listed; for local files, this is newer than the list
     now = shard.version if now == InputVersion() else now
     if not now.differs_from(annotated):
         return
@@ -99,7 +98,7 @@ def require_annotated_version(shard: ShardSource, footer: FooterRecord) -> None:
 
 
 def content_digest(shard: ShardSource) -> str:
-    """The digest of all bytes of a shard, as footers hold it; raises ShardError where it cannot be read."""
+    """Return the digest of all bytes of a shard, as footers hold it; raises ShardError."""
     with open_shard(shard) as stream:
         digested = DigestingStream(stream)
         while digested.read(READAHEAD_BYTES):
@@ -107,8 +106,8 @@ def content_digest(shard: ShardSource) -> str:
     return digested.digest()
 
 
-def parse_move(text: str, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
-    """Split OLD=NEW: OLD as names of shards begin, and NEW; None for a path or a URL, which may hold a =."""
+def parse_move(text: str, listed: Sequence[ShardRow]) -> tuple[str, str] | None:
+    """Split OLD=NEW: OLD as the start of shard names, and NEW; None for a path or URL, which may hold a =."""
     old, _, new = text.partition("=")
     if not (old and new) or "?" in old or Path(text).exists():
         return None
@@ -122,34 +121,34 @@ def parse_move(text: str, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str
 
 
 def _beginnings(old: str) -> list[str]:
-    """How names of shards in OLD begin: by its real path, or as written where its links are gone."""
+    """Return possible starts of the names of shards in OLD: its real path, and the path as written."""
     real = shard_name(old).rstrip("/")
     return [real, file_url(str(local_path(old))).rstrip("/")] if is_local(old) else [real]
 
 
 def _is_no_regular_file(url: str) -> bool:
-    """Whether a local URL leads to what may block or never end, or nowhere; what is missing is told later."""
+    """Return whether a local URL names a pipe, device or folder; missing files are reported later."""
     if not is_local(url):
         return False
     try:
         path = local_path(url)
     except UserError:
         return True
-    # unlike those of Path, these raise for no path whatever
+    # unlike the methods of Path, these functions never raise
     return os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113
 
 
-def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]]) -> LocatedShards:
+def _own(listed: Sequence[ShardRow], mappings: Sequence[tuple[str, str]]) -> LocatedShards:
     sources, missing = {}, {}
     for row in listed:
         shard_id, name = row["shard_id"], row["shard"]
         mapping = next(((old, new) for old, new in mappings if lies_in(name, old)), None)
         if is_command(name) and mapping is None:
-            missing[shard_id] = "was written by a command, which is not kept"
+            missing[shard_id] = "came from a command, which is not recorded"
         elif "?" in name and (mapping is None or mapping[0] != name):
-            missing[shard_id] = "has a query in its URL, which is not kept: name the shards as the job does"
+            missing[shard_id] = "has a query in its URL, which is not recorded: name the shards as in the job"
         elif mapping is None and not is_local(name):
-            missing[shard_id] = "is not on this machine, and is read only where you name it: give the shards"
+            missing[shard_id] = "is not on this machine, and is read only if you name it: name the shards"
         elif mapping is None and _is_no_regular_file(name):
             missing[shard_id] = "is no regular file"
         elif mapping is None:
@@ -162,32 +161,32 @@ def _own(listed: Sequence[Mapping[str, Any]], mappings: Sequence[tuple[str, str]
 
 
 def lies_in(url: str, start: str) -> bool:
-    """Whether a shard's name is that of a folder or file, or of something in it."""
+    """Return whether a shard's name is that of a folder or file, or of something in it."""
     return url == start or url.startswith(f"{start}/")
 
 
 def moved_url(url: str, old: str, new: str) -> str:
-    """Where a shard lies now that what lay in OLD lies in NEW."""
+    """Return the URL of a shard after its folder or file moved from OLD to NEW."""
     rest = url[len(old) + 1 :]
     return join_url(new, *filter(None, [unquote(rest) if url.startswith("file://") else rest]))
 
 
-def match_annotations(shards: Sequence[ShardSource], names: Collection[str]) -> dict[str, str]:
-    """Find each shard's annotations file: by its URL, else by its stem where that leaves no doubt.
+def match_annotations(shards: Sequence[ShardSource], shard_ids: Collection[str]) -> dict[str, str]:
+    """Find each shard's annotations: by its URL, else by its stem if that is unique.
 
     Args:
         shards: the tars.
-        names: names of the annotations files.
+        shard_ids: ids of the shards that have annotations.
 
     Returns:
-        Name of a shard, its `canonical_url`, to the name of its file; shards without one are left out.
+        `canonical_url` of a shard to the id of its annotations; shards without annotations are omitted.
     """
-    ids = dict.fromkeys(name.removesuffix(".parquet") for name in names)
-    return {shard.canonical_url: f"{known}.parquet" for known, shard in _matched(shards, ids).items()}
+    matched = _matched(shards, dict.fromkeys(shard_ids))
+    return {shard.canonical_url: shard_id for shard_id, shard in matched.items()}
 
 
 def _matched(shards: Sequence[ShardSource], known: Mapping[str, str | None]) -> dict[str, ShardSource]:
-    """Shards by the id under which a job knows them; `known` has those ids, and the shard's name if it is."""
+    """Return shards by the job's id for them; `known` has those ids with the shard's name, if known."""
     by_name = {name: shard_id for shard_id, name in known.items() if name is not None}
     exact = {}
     for shard in shards:
@@ -211,5 +210,5 @@ def _matched(shards: Sequence[ShardSource], known: Mapping[str, str | None]) -> 
 
 
 def stem_of(shard_id: str) -> str:
-    """The part of a shard's id that does not depend on where the shard is."""
+    """Return the part of a shard's id that does not depend on its place."""
     return DIGEST.sub("", shard_id)

@@ -1,24 +1,23 @@
-"""A tar and its annotations file, read in step: neither is ever held whole."""
+"""Join a job's image shards with its annotations, sample by sample; neither file is ever held whole."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import numpy as np
 
 from pipeline import storage
-from pipeline.errors import DamagedFileError, MismatchError, ShardError
-from pipeline.output.folder import ANNOTATIONS
-from pipeline.output.footers import checked_footer
-from pipeline.output.image_shards import require_annotated_version
-from pipeline.output.joining_counts import WorkerCounts
-from pipeline.output.pairs import ShardPair
-from pipeline.output.reading import iter_rows, open_table
-from pipeline.output.shares import Share
+from pipeline.errors import DamagedFileError, MismatchError, ShardError, UserError
+from pipeline.output.folder import ANNOTATIONS, OutputFolder
+from pipeline.output.image_shards import locate_shards, require_annotated_version
+from pipeline.output.schema import ShardRow
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
+from pipeline.storage import ShardSource
 
 ROW_COLUMNS = (
     *("key", "sample_index", "prompt_index", "prompt", "class_id", "status"),
@@ -26,7 +25,140 @@ ROW_COLUMNS = (
 )
 
 Row = Mapping[str, Any]
+RowGroup = tuple[int, Sequence[Row]]
+Shard = TypeVar("Shard")
+# takes a name of JoinCounts' fields, and how many to add
+Count = Callable[[str, int], None]
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JoinCounts:
+    """Outcomes of the samples of an epoch on one rank; the last two fields count no samples.
+
+    Attributes:
+        joined: samples returned.
+        without_rows: samples without annotation rows: failed, or no prompt applied.
+        without_mask: samples whose prompts were all rejected or won no pixel, or have no class where classes
+            are needed.
+        damaged: samples that cannot be read from the shard.
+        mispaired: samples whose rows have another key, or were made of an image of another size.
+        undecodable: samples whose image, mask or label map cannot be decoded.
+        rows_without_sample: rows whose ordinal the shard does not have.
+        shards_left_out: shards skipped because their two files are of different attempts, or unreadable.
+    """
+
+    joined: int = 0
+    without_rows: int = 0
+    without_mask: int = 0
+    damaged: int = 0
+    mispaired: int = 0
+    undecodable: int = 0
+    rows_without_sample: int = 0
+    shards_left_out: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Samples that were read."""
+        outcomes = (self.joined, self.without_rows, self.without_mask, self.damaged)
+        return sum(outcomes) + self.mispaired + self.undecodable
+
+
+@dataclass(frozen=True)
+class ShardPair:
+    """An image shard, and what its files in the job's output folder must be.
+
+    Attributes:
+        shard: the images.
+        annotations_id: names its files.
+        listed: its row in the job's list of shards.
+        config_hash: of the job.
+    """
+
+    shard: ShardSource
+    annotations_id: str
+    listed: ShardRow
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Shards that can be trained on, and the job's other shards with the reason.
+
+    Attributes:
+        pairs: in the order of their ids.
+        left_out: by shard id, why a shard is skipped: no annotations, or unknown place of its images.
+    """
+
+    pairs: tuple[ShardPair, ...]
+    left_out: Mapping[str, str]
+
+
+def pair_shards(out_dir: str, given: Sequence[str] = ()) -> Pairing:
+    """Find annotations and images of a job's shards.
+
+    Args:
+        out_dir: output folder of the job.
+        given: see `pipeline.output.image_shards.locate_shards`.
+
+    Raises:
+        UserError: as `locate_shards` raises; the folder has no list of shards; no shard can be used.
+    """
+    folder = OutputFolder(out_dir)
+    listed = {row["shard_id"]: row for row in folder.shard_rows()}
+    located = locate_shards(list(listed.values()), given)
+    unannotated = set(listed) - folder.ids(ANNOTATIONS)
+    left_out = dict.fromkeys(unannotated, "has no annotations") | dict(located.missing)
+    usable = sorted(set(located.sources) - set(left_out))
+    if not usable:
+        reasons = "; ".join(sorted(set(left_out.values())))
+        raise UserError(
+            f"{storage.shown_url(out_dir)}: none of the {len(listed)} shards can be used: {reasons}"
+        )
+    config_hash = folder.job().config_hash
+    pairs = tuple(ShardPair(located.sources[name], name, listed[name], config_hash) for name in usable)
+    return Pairing(pairs, left_out)
+
+
+@dataclass(frozen=True)
+class Share(Generic[Shard]):
+    """A shard of which every `parts`-th sample, from ordinal `part` on, is read."""
+
+    shard: Shard
+    part: int = 0
+    parts: int = 1
+
+    def has(self, sample_index: int) -> bool:
+        """Return whether the sample belongs to this share."""
+        return sample_index % self.parts == self.part
+
+
+def shares_of(
+    shards: Sequence[Shard], reader: int, readers: int, *, epoch: int, seed: int, shuffle: bool
+) -> list[Share[Shard]]:
+    """Return what one of several readers reads in an epoch; together they read every sample once.
+
+    Whole shards are dealt out, as many to every reader; the readers divide the samples of the rest. So all
+    readers have work if there are fewer shards than readers, and none has much more than another.
+
+    Args:
+        shards: all shards, in the same order for every reader.
+        reader: number of this reader, from 0.
+        readers: workers of all ranks together.
+        epoch: with the seed decides the order of the shards.
+        seed: the same for every reader.
+        shuffle: whether the shards are shuffled.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(len(shards)) if shuffle else range(len(shards))
+    dealt = len(shards) - len(shards) % readers
+    whole = [Share(shards[index]) for index in order[reader:dealt:readers]]
+    rest = order[dealt:]
+    if len(rest) == 0:
+        return whole
+    # readers 0, n, 2n, ... divide the first of the n remaining shards
+    mine, part = reader % len(rest), reader // len(rest)
+    parts = len(range(mine, readers, len(rest)))
+    return [*whole, Share(shards[rest[mine]], part, parts)]
 
 
 @dataclass(frozen=True)
@@ -46,14 +178,14 @@ class JoinedSample:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pairs of a job are read from, and how.
+    """Reads the joined samples of a job.
 
     Attributes:
         out_dir: output folder of the job.
         fields: the fields of a sample that are kept.
         max_member_bytes: samples with a larger field count as damaged.
-        skip_unreadable: whether a shard that cannot be read is left out, instead of an error.
-        refuse_mismatches: whether one whose files do not belong together is an error, instead of left out.
+        skip_unreadable: whether a shard that cannot be read is skipped, instead of an error.
+        refuse_mismatches: whether a shard whose files do not belong together is an error, instead of skipped.
     """
 
     out_dir: str
@@ -62,57 +194,52 @@ class Source:
     skip_unreadable: bool = False
     refuse_mismatches: bool = False
 
-    def read(self, share: Share[ShardPair], counts: WorkerCounts) -> Iterator[JoinedSample]:
-        """The samples of a shard that have annotation rows, joined by ordinal and key.
+    def read(self, share: Share[ShardPair], count: Count) -> Iterator[JoinedSample]:
+        """Iterate over the samples of a shard that have annotation rows, joined by ordinal and key.
 
         Args:
             share: the shard, and which of its samples.
-            counts: takes what else becomes of a sample.
+            count: called for every other outcome.
 
         Raises:
-            ShardError: the tar cannot be opened or read, unless such shards are left out.
-            DamagedFileError: the same of the annotations.
+            ShardError: the tar cannot be opened or read, unless such shards are skipped.
+            DamagedFileError: the annotations cannot be opened or read, unless such shards are skipped.
         """
         try:
-            yield from self._read(share, counts)
+            yield from self._read(share, count)
         except (ShardError, DamagedFileError) as error:
             if not self.skip_unreadable:
                 raise
-            counts.add("shards_left_out")
-            _log.warning("left out, or what is left of it: %s", error)
+            count("shards_left_out", 1)
+            _log.warning("skipping the unreadable rest of a shard: %s", error)
 
-    def _read(self, share: Share[ShardPair], counts: WorkerCounts) -> Iterator[JoinedSample]:
-        pair = share.shard
+    def _read(self, share: Share[ShardPair], count: Count) -> Iterator[JoinedSample]:
+        pair, folder = share.shard, OutputFolder(self.out_dir)
         try:
-            footer = checked_footer(self.out_dir, pair.annotations_id, pair.listed, pair.config_hash)
+            footer = folder.checked_footer(pair.listed, pair.config_hash)
             require_annotated_version(pair.shard, footer)
         except MismatchError as error:
             if self.refuse_mismatches:
                 raise
-            counts.add("shards_left_out")
-            _log.warning("left out, to be annotated again: %s", error)
+            count("shards_left_out", 1)
+            _log.warning("skipping a shard that must be annotated again: %s", error)
             return
-        url = storage.join_url(self.out_dir, ANNOTATIONS, f"{pair.annotations_id}.parquet")
-        with open_table(url, "annotations") as annotations, storage.open_shard(pair.shard) as stream:
-            yield from join(
-                pair.shard.canonical_url,
-                self._samples(stream),
-                _row_groups(iter_rows(annotations, url, "annotations", ROW_COLUMNS)),
-                share,
-                counts,
-            )
+        with folder.open(ANNOTATIONS, pair.annotations_id) as table, storage.open_shard(pair.shard) as stream:
+            rows = groupby(table.rows(ROW_COLUMNS), lambda row: int(row["sample_index"]))
+            groups = ((index, tuple(group)) for index, group in rows)
+            yield from join(pair.shard.canonical_url, self._samples(stream), groups, share, count)
 
     def _samples(self, stream: BinaryIO) -> Iterator[RawSample | SampleError]:
-        # not webdataset's reader: it leaves damaged samples out in silence, and the ordinals behind shift
+        # not webdataset's reader: it skips damaged samples silently, and the ordinals after them shift
         return read_samples(stream, max_member_bytes=self.max_member_bytes, wanted_fields=self.fields)
 
 
 def join(
     shard_url: str,
     samples: Iterator[RawSample | SampleError],
-    row_groups: Iterator[tuple[int, Sequence[Row]]],
+    row_groups: Iterator[RowGroup],
     share: Share[ShardPair],
-    counts: WorkerCounts,
+    count: Count,
 ) -> Iterator[JoinedSample]:
     """Merge samples and rows, both in the order of their ordinals; a pair must agree in ordinal and key.
 
@@ -120,35 +247,41 @@ def join(
         shard_url: canonical URL of the shard.
         samples: as read from the tar.
         row_groups: ordinal of a sample, and its rows.
-        share: which samples are wanted; others are neither handed out nor counted.
-        counts: takes what else becomes of a sample.
+        share: which samples are wanted; others are neither returned nor counted.
+        count: called for every sample or row that is not returned.
     """
     waiting = next(row_groups, None)
     for sample in samples:
         index = sample.sample_index if isinstance(sample, SampleError) else sample.index
         if index is None:
             continue
-        while waiting is not None and waiting[0] < index:
-            counts.add("rows_without_sample", len(waiting[1]) if share.has(waiting[0]) else 0)
-            waiting = next(row_groups, None)
+        waiting = _without_earlier(waiting, row_groups, index, share, count)
         rows: Sequence[Row] = ()
         if waiting is not None and waiting[0] == index:
             rows, waiting = waiting[1], next(row_groups, None)
         if not share.has(index):
             continue
         if isinstance(sample, SampleError):
-            counts.add("damaged")
+            count("damaged", 1)
         elif not rows:
-            counts.add("without_rows")
+            count("without_rows", 1)
         elif any(row["key"] != sample.key for row in rows):
-            counts.add("mispaired")
+            count("mispaired", 1)
         else:
             yield JoinedSample(shard_url, sample, tuple(rows))
-    while waiting is not None:
-        counts.add("rows_without_sample", len(waiting[1]) if share.has(waiting[0]) else 0)
+    _without_earlier(waiting, row_groups, None, share, count)
+
+
+def _without_earlier(
+    waiting: RowGroup | None,
+    row_groups: Iterator[RowGroup],
+    index: int | None,
+    share: Share[ShardPair],
+    count: Count,
+) -> RowGroup | None:
+    """Skip and count row groups before an ordinal, or all if it is None; return the next one."""
+    while waiting is not None and (index is None or waiting[0] < index):
+        if share.has(waiting[0]):
+            count("rows_without_sample", len(waiting[1]))
         waiting = next(row_groups, None)
-
-
-def _row_groups(rows: Iterator[Row]) -> Iterator[tuple[int, list[Row]]]:
-    for index, group in groupby(rows, lambda row: int(row["sample_index"])):
-        yield index, list(group)
+    return waiting

@@ -1,4 +1,4 @@
-"""One label a pixel, from the annotation rows of a sample: what trainers, exporters and scorers read."""
+"""Label maps: one class id for each pixel, from the annotation rows of a sample."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Row = Mapping[str, Any]
 
 
 def label_map(rows: Sequence[Row], height: int, width: int) -> UInt8[np.ndarray, "height width"]:
-    """Merge the rows of one sample: the class id where a mask lies, 0 elsewhere, 255 where nothing is known.
+    """Merge the rows of one sample: class ids in masks, 0 elsewhere, 255 for ignored pixels.
 
-    Where masks overlap, the prompt of the higher similarity wins, of equal ones the lower class id. A pixel
-    that one row ignores and another's mask covers is the other's. Under argmax the rows of a sample share one
-    ignore mask. Rejected rows have no mask and no say.
+    Where masks overlap, the prompt with the higher similarity wins; at equal similarity, the lower class id.
+    A pixel that one row ignores and another row's mask covers gets the class of the other row. Under argmax,
+    the rows of a sample share one ignore mask. Rejected rows have no mask and do not count.
 
     Args:
         rows: annotation rows with ``class_id``, ``similarity``, ``mask`` and ``ignore``, in any order.
-        height: of the image; masks that were scaled down to a longest side are enlarged, nearest pixel.
+        height: of the image; masks that were scaled down are enlarged, nearest pixel.
         width: of the image.
 
     Raises:
         UserError: a mask's class id is not from 1 to 254.
-        RleError: a mask that is no run-length encoding of its size, or not of this image.
+        RleError: a mask is no run-length encoding of its size, or of another image size.
     """
     labels = np.zeros((height, width), dtype=np.uint8)
     ignores = {(str(rle["size"]), rle["counts"]): rle for row in rows if (rle := row["ignore"]) is not None}
@@ -57,7 +57,7 @@ def mask_of_image(rle: Rle, height: int, width: int) -> Bool[np.ndarray, "mask_h
         width: of the image.
 
     Raises:
-        RleError: it is no run-length encoding of its size, or its size is none of this image.
+        RleError: it is no run-length encoding of its size, or its size does not fit this image.
     """
     mask = decode_rle(rle, max_pixels=height * width)
     _require_frame(mask.shape, height, width)
@@ -65,7 +65,7 @@ def mask_of_image(rle: Rle, height: int, width: int) -> Bool[np.ndarray, "mask_h
 
 
 def check_masks_of_image(rles: Sequence[Rle], height: int, width: int) -> None:
-    """Refuse what `mask_of_image` would refuse; no pixels are allocated."""
+    """Raise the errors that `mask_of_image` would raise, without allocating pixels."""
     check_rles(rles, max_pixels=height * width)
     for rle in rles:
         _require_frame(tuple(rle["size"]), height, width)
@@ -82,7 +82,7 @@ def mask_at_size(rle: Rle, height: int, width: int) -> Bool[np.ndarray, "height 
 
 
 def mask_frame(image_height: int, image_width: int, max_side: int | None) -> tuple[int, int]:
-    """Height and width of the masks: the image's own, or scaled down to a longest side of `max_side`."""
+    """Return height and width of masks: the image's own, or scaled down to a longest side of `max_side`."""
     longest = max(image_height, image_width)
     if max_side is None or longest <= max_side:
         return image_height, image_width
@@ -92,7 +92,7 @@ def mask_frame(image_height: int, image_width: int, max_side: int | None) -> tup
 def in_frame(
     mask: Bool[np.ndarray, "height width"], shape: tuple[int, ...]
 ) -> Bool[np.ndarray, "rows columns"]:
-    """A mask at another size (height, width), nearest pixel."""
+    """Return a mask at another size (height, width), nearest pixel."""
     if mask.shape == shape:
         return mask
     height, width = shape

@@ -1,22 +1,23 @@
-"""OUT/runs/: a small JSON file for each run, renewed while it goes on, to be looked at meanwhile or later."""
+"""The state of a run, and its record in OUT/runs/, which is updated every minute."""
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError
+from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import RUNS, OutputFolder
-from pipeline.output.measures import Measures
-from pipeline.output.reading import RunFile, read_record
-from pipeline.output.run_state import RunState
+from pipeline.output.records import Count, Record, Seconds, as_json, utc_now
+from pipeline.output.tables import read_record
 
 INTERVAL_S = 60.0
 MAX_POINTS = 256
@@ -28,41 +29,122 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """What a run left behind about itself.
+class Measures:
+    """Images and times of one worker, or of several together, since their models were loaded.
 
     Attributes:
-        started: when, in UTC.
-        updated: when the record was last renewed; a run that is killed goes silent.
+        images_decoded: images decoded and resized, whatever the outcome of their samples.
+        device_busy_s: seconds in which the device step ran.
+        ready_s: seconds since the model was loaded; of several workers, their sum.
+    """
+
+    images_decoded: Count = 0
+    device_busy_s: Seconds = 0.0
+    ready_s: Seconds = 0.0
+
+    @property
+    def device_busy_share(self) -> float | None:
+        """Share of the ready time in which the device step ran, in [0, 1]; None without ready time."""
+        return min(1.0, self.device_busy_s / self.ready_s) if self.ready_s > 0 else None
+
+    def __add__(self, other: Measures) -> Measures:
+        return Measures(
+            self.images_decoded + other.images_decoded,
+            self.device_busy_s + other.device_busy_s,
+            self.ready_s + other.ready_s,
+        )
+
+    def __sub__(self, earlier: Measures) -> Measures:
+        return Measures(
+            self.images_decoded - earlier.images_decoded,
+            self.device_busy_s - earlier.device_busy_s,
+            self.ready_s - earlier.ready_s,
+        )
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run, as its driver knows it.
+
+    Attributes:
+        shards_total: shards of the job.
+        shards_skipped: done in earlier runs.
+        shards_done: done in this run.
+        shards_failed: given up.
+        shards_damaged: published shards whose archive could not be read to its end, including those of
+            earlier runs.
+        counts: outcomes of the samples of shards done in this run.
+        live_counts: outcomes in shards in flight.
+        measures: of all workers of this run, since each loaded its model.
+        workers_ready: workers that have loaded their model.
+        elapsed_s: seconds since the workers were requested.
+        loading_s: seconds until the first worker was ready; all elapsed seconds while none is.
+    """
+
+    shards_total: int
+    shards_skipped: int
+    shards_done: int = 0
+    shards_failed: int = 0
+    shards_damaged: int = 0
+    counts: ShardCounts = field(default_factory=ShardCounts)
+    live_counts: ShardCounts = field(default_factory=ShardCounts)
+    measures: Measures = field(default_factory=Measures)
+    workers_ready: int = 0
+    elapsed_s: float = 0.0
+    loading_s: float = 0.0
+
+    @property
+    def shards_left(self) -> int:
+        """Shards that are neither published nor given up."""
+        settled = self.shards_skipped + self.shards_done + self.shards_damaged + self.shards_failed
+        return self.shards_total - settled
+
+    @property
+    def working_s(self) -> float:
+        """Seconds since the first worker was ready."""
+        return self.elapsed_s - self.loading_s
+
+    @property
+    def counts_so_far(self) -> ShardCounts:
+        """Outcomes of samples in this run, shards in flight included."""
+        return self.counts + self.live_counts
+
+    @property
+    def samples_per_s(self) -> float:
+        """Mean over the time in which workers were ready."""
+        return self.counts_so_far.samples_in / self.working_s if self.working_s > 0 else 0.0
+
+
+class RunRecord(Record):
+    """OUT/runs/RUN-ID.json: the progress of a run, updated while it goes on.
+
+    Attributes:
+        started: start of the run, in UTC.
+        updated: when the record was last updated; a run that is killed stops updating it.
         ended: running, or how the run ended.
-        elapsed_s: duration up to then.
-        shards_done: in this run.
-        samples: that reached an outcome in this run.
+        elapsed_s: seconds from the start to the last update.
+        shards_done: shards annotated in this run.
+        samples: samples that reached an outcome in this run.
         samples_per_s: mean over the time in which workers were ready.
-        measures: of all its workers.
-        workers: that were ready when the record was renewed.
-        history: how it went: seconds since its start and samples until then, at most MAX_POINTS of them.
+        measures: of all workers.
+        workers: workers that were ready at the last update.
+        history: seconds since the start and samples until then; at most MAX_POINTS pairs are written.
     """
 
     started: str
     updated: str
     ended: str
-    elapsed_s: float
-    shards_done: int
-    samples: int
-    samples_per_s: float
+    elapsed_s: Seconds
+    shards_done: Count
+    samples: Count
+    samples_per_s: Seconds
     measures: Measures
-    workers: int
-    history: tuple[tuple[float, int], ...] = ()
-
-    def as_json(self) -> bytes:
-        """The record as it is written."""
-        document = {**vars(self), "measures": vars(self.measures)}
-        return (json.dumps(document, indent=2) + "\n").encode()
+    workers: Count
+    history: Annotated[tuple[tuple[Seconds, Count], ...], Field(max_length=100_000)] = ()
 
 
 class _History:
-    """Points of a run, evenly spaced and bounded: where they become too many, every other one is dropped."""
+    """Points of a run, evenly spaced; when there are too many, every other one is dropped."""
 
     def __init__(self) -> None:
         self._points: list[tuple[float, int]] = [(0.0, 0)]
@@ -77,7 +159,7 @@ class _History:
             self._spacing_s *= 2
 
     def until(self, state: RunState) -> tuple[tuple[float, int], ...]:
-        """The points, and the state as the last one."""
+        """Return the points, with the state as the last one."""
         end = _point(state)
         return (*self._points, end) if end[0] > self._points[-1][0] else tuple(self._points)
 
@@ -87,14 +169,14 @@ def _point(state: RunState) -> tuple[float, int]:
 
 
 class RunRecorder:
-    """Publishes the state of a run every minute, and once more at its end.
+    """Publish the state of a run every minute, and once more at its end.
 
-    A record that cannot be written is left out and told once: no reason to end a run, or to hold it up.
+    A record that cannot be written neither ends nor delays the run; a warning is logged once.
     """
 
     def __init__(self, folder: OutputFolder) -> None:
         self._folder = folder
-        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._started = utc_now()
         self._state = RunState(shards_total=0, shards_skipped=0)
         self._history = _History()
         self._next_s = 0.0
@@ -102,7 +184,7 @@ class RunRecorder:
         self._failed = False
 
     def update(self, state: RunState) -> None:
-        """Take the newest state in, and publish it where the last time is a minute ago."""
+        """Keep the newest state, and publish it if the last record is a minute old."""
         self._state = state
         self._history.update(state)
         if time.monotonic() >= self._next_s:
@@ -110,10 +192,10 @@ class RunRecorder:
             self._publish(RUNNING)
 
     def say(self, message: str) -> None:
-        """Messages are not recorded."""
+        """Ignore a message; messages are not recorded."""
 
     def close(self, ended: str) -> None:
-        """Record how the run ended, if it had begun."""
+        """Record how the run ended, if it had started."""
         if self._next_s:
             self._wait()
             self._publish(ended)
@@ -125,9 +207,10 @@ class RunRecorder:
 
     def _publish(self, ended: str) -> None:
         state = self._state
-        record = RunRecord(
+        # an unlikely value must not end the run
+        record = RunRecord.model_construct(
             started=self._started,
-            updated=datetime.now(UTC).isoformat(timespec="seconds"),
+            updated=utc_now(),
             ended=ended,
             elapsed_s=round(state.elapsed_s, 1),
             shards_done=state.shards_done,
@@ -137,10 +220,10 @@ class RunRecorder:
             workers=state.workers_ready,
             history=self._history.until(state),
         )
-        self._write(record.as_json())
+        self._write(as_json(record.model_dump()))
 
     def _write(self, content: bytes) -> None:
-        """Write in the background: a store that dawdles holds up neither the run nor its end."""
+        """Write in the background, so that a slow store delays neither the run nor its end."""
         if self._writing is not None and self._writing.is_alive():
             return
         self._writing = threading.Thread(target=self._written, args=(content,), daemon=True)
@@ -152,12 +235,12 @@ class RunRecorder:
         except Exception as error:
             if not self._failed:
                 self._failed = True
-                logger.warning("the record of this run cannot be written: %s; the run goes on", error)
+                logger.warning("cannot write the record of this run: %s; the run continues", error)
 
 
 @contextmanager
 def recorded_run(folder: OutputFolder) -> Iterator[RunRecorder]:
-    """A recorder that also knows of exceptions and signals; without them, whoever opened it closes it."""
+    """Return a recorder that also records exceptions and signals; without them, the caller closes it."""
     recorder = RunRecorder(folder)
     try:
         yield recorder
@@ -171,31 +254,21 @@ def _named(error: BaseException) -> str:
     return names.get(type(error), f"failed: {type(error).__name__}")
 
 
-def latest_run(output_dir: str) -> RunRecord | None:
-    """The record of the newest run; None where there is none that can be read."""
-    records, _ = latest_runs(output_dir, 1)
+def latest_run(folder: OutputFolder) -> RunRecord | None:
+    """Return the record of the newest run; None if there is none that can be read."""
+    records, _ = latest_runs(folder, 1)
     return records[0] if records else None
 
 
-def latest_runs(output_dir: str, most: int) -> tuple[list[RunRecord], list[str]]:
-    """The records of the newest runs, oldest first; and a line for each that cannot be read."""
+def latest_runs(folder: OutputFolder, most: int) -> tuple[list[RunRecord], list[str]]:
+    """Return the records of the newest runs, oldest first, and a line for each that cannot be read."""
+    url = storage.join_url(folder.url, RUNS)
+    names = sorted(name for name in storage.list_names(url) if name.endswith(".json"))
     records: list[RunRecord] = []
     damaged: list[str] = []
-    for name in _record_names(output_dir)[-most:]:
+    for name in names[-most:]:
         try:
-            records.append(_read_record(output_dir, name))
+            records.append(read_record(storage.join_url(url, name), RunRecord))
         except DamagedFileError as error:
             damaged.append(str(error))
     return records, damaged
-
-
-def _record_names(output_dir: str) -> list[str]:
-    folder = storage.join_url(output_dir, RUNS)
-    return sorted(name for name in storage.list_names(folder) if name.endswith(".json"))
-
-
-def _read_record(output_dir: str, name: str) -> RunRecord:
-    file = read_record(storage.join_url(output_dir, RUNS, name), RunFile)
-    fields = {name: getattr(file, name) for name in RunFile.model_fields}
-    measures = Measures(**file.measures.model_dump())
-    return RunRecord(**{**fields, "measures": measures, "history": tuple(file.history)})

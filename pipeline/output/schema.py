@@ -1,22 +1,22 @@
-"""What is written: the Parquet schemas as constants, and the rows that fill them."""
+"""Rows of the Parquet files in an output folder: each column with its types in Python and Parquet."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
+from typing import Annotated, Any, NotRequired, TypedDict, get_args, get_type_hints
 
 import pyarrow as pa
 
 RLE_TYPE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 
-# of this package's part of a Parquet file's footer
+# key of this package's part of a Parquet file's footer
 METADATA_KEY = b"legrad"
 
 
 class AnnotationRow(TypedDict):
-    """One row of an annotations file: each column's type in Python, and in Parquet.
+    """A row of OUT/annotations/SHARD.parquet: one prompt of one sample.
 
-    The writer of a shard adds `shard`; every other column is given by whoever makes the row.
+    The writer of a shard adds `shard`; the annotator sets all other columns.
     """
 
     key: Annotated[str, pa.string()]
@@ -42,32 +42,55 @@ class AnnotationRow(TypedDict):
     heatmap_width: Annotated[int | None, pa.int16()]
 
 
-ANNOTATION_SCHEMA = pa.schema(
-    [
-        (name, column.__metadata__[0])
-        for name, column in get_type_hints(AnnotationRow, include_extras=True).items()
-    ]
+class ErrorRow(TypedDict):
+    """A row of OUT/errors/SHARD.parquet: an error of a shard, of a sample or of one prompt."""
+
+    key: Annotated[str | None, pa.string()]
+    sample_index: Annotated[int | None, pa.int32()]
+    shard: Annotated[str, pa.string()]
+    stage: Annotated[str, pa.string()]
+    kind: Annotated[str, pa.string()]
+    message: Annotated[str, pa.string()]
+    prompt_index: Annotated[int | None, pa.int16()]
+
+
+class ShardRow(TypedDict):
+    """A row of OUT/shards.parquet: a shard, and the version of it from which its files are made.
+
+    `moved_from` is the URL that the shard had when its files were made, if it has moved since.
+    """
+
+    shard_id: Annotated[str, pa.string()]
+    shard: Annotated[str, pa.string()]
+    size_bytes: Annotated[int | None, pa.int64()]
+    mtime_ns: Annotated[int | None, pa.int64()]
+    etag: Annotated[str | None, pa.string()]
+    moved_from: Annotated[str | None, pa.string()]
+
+
+def _schema_of(row_type: type) -> pa.Schema:
+    columns = get_type_hints(row_type, include_extras=True).items()
+    return pa.schema([pa.field(name, column.__metadata__[0]) for name, column in columns])
+
+
+def _required_columns(row_type: type) -> frozenset[str]:
+    return frozenset(
+        name for name, kind in get_type_hints(row_type).items() if type(None) not in get_args(kind)
+    )
+
+
+ANNOTATION_SCHEMA, ERROR_SCHEMA, SHARDS_SCHEMA = map(_schema_of, (AnnotationRow, ErrorRow, ShardRow))
+# columns in which every row has a value
+ANNOTATION_REQUIRED, ERROR_REQUIRED, SHARDS_REQUIRED = map(
+    _required_columns, (AnnotationRow, ErrorRow, ShardRow)
 )
 
-ERROR_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("sample_index", pa.int32()),
-        ("shard", pa.string()),
-        ("stage", pa.string()),
-        ("kind", pa.string()),
-        ("message", pa.string()),
-        ("prompt_index", pa.int16()),
-    ]
-)
-
-
-# statuses of rows; all others say by what a prompt was rejected
+# statuses of annotation rows; every other status is the name of the filter that rejected the prompt
 OK = "ok"
 EMPTY_MASK = "empty_mask"
 ACCEPTED = (OK, EMPTY_MASK)
 
 
 def has_pixels(row: Mapping[str, Any]) -> bool:
-    """Whether there is something to learn from an annotation row: accepted, with at least one pixel."""
+    """Return whether an annotation row has a mask with at least one pixel."""
     return row["mask"] is not None and row["status"] != EMPTY_MASK

@@ -1,49 +1,104 @@
-"""What an output folder holds: shards done, failed and left, samples, errors by kind."""
+"""The state of an output folder: shards by outcome, samples, and why a job is not complete."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from pipeline import storage
-from pipeline.config.load import parse_config
 from pipeline.config.schema import RunConfig
 from pipeline.errors import DamagedFileError
-from pipeline.output.budget import reason_at_end
-from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.folder import ANNOTATIONS, FAILED, JOB_FILE, SUCCESS_FILE, ids_in, stray_annotations
-from pipeline.output.footers import checked_footers
-from pipeline.output.reading import (
-    FooterRecord,
-    JobRecord,
-    damage_of,
-    read_failure,
-    read_job_record,
-    read_shard_rows,
-)
-from pipeline.output.runs import RUNNING, RunRecord, latest_run
-from pipeline.text import as_duration, as_share, printable
+from pipeline.output.counts import ShardCounts, error_kinds_text, total_counts
+from pipeline.output.folder import ANNOTATIONS, OutputFolder
+from pipeline.output.records import FooterRecord, JobRecord
+from pipeline.output.runs import RunRecord, RunState, latest_run
+from pipeline.output.schema import ShardRow
+from pipeline.text import printable
+
+BUDGET_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class FolderState:
+    """The shards of a job by their state in its output folder; each shard has one state.
+
+    Attributes:
+        listed: rows of OUT/shards.parquet, by shard id.
+        done: ids of shards whose two files belong together and to the job.
+        damaged: ids of published shards whose archive could not be read to its end.
+        failed: ids of shards that were given up.
+        left: ids of shards still to be annotated, including those with mismatched files.
+        mismatched: by shard id, why its two files are not what the job wrote.
+        strays: files in `annotations/` that belong to no listed shard.
+        counts: outcomes of the samples by id of done and damaged shards; None if footers were not read.
+    """
+
+    listed: Mapping[str, ShardRow]
+    done: tuple[str, ...]
+    damaged: tuple[str, ...]
+    failed: tuple[str, ...]
+    left: tuple[str, ...]
+    mismatched: Mapping[str, str]
+    strays: tuple[str, ...]
+    counts: Mapping[str, ShardCounts] | None
+
+
+def read_state(folder: OutputFolder, job: JobRecord, *, max_footers: int | None = None) -> FolderState:
+    """Read the state of every shard of a job; nothing is changed.
+
+    Args:
+        folder: the output folder.
+        job: its OUT/job.json.
+        max_footers: if more shards are published, their footers are not read, so that mismatched files count
+            as done and samples are not counted. None: no limit.
+
+    Raises:
+        UserError: the folder has no list of shards.
+        DamagedFileError: its list of shards is damaged or foreign.
+        OutputError: the folder cannot be listed.
+    """
+    listed = {row["shard_id"]: row for row in folder.shard_rows()}
+    ids = folder.all_ids()
+    published = [shard_id for shard_id in listed if shard_id in ids.annotations]
+    counts: dict[str, ShardCounts] | None = None
+    mismatched: dict[str, str] = {}
+    damaged = ids.damaged
+    if max_footers is None or len(published) <= max_footers:
+        found = folder.checked_footers([listed[shard_id] for shard_id in published], job.config_hash)
+        footers = {name: footer for name, footer in found.items() if isinstance(footer, FooterRecord)}
+        mismatched = {
+            name: str(error) for name, error in found.items() if isinstance(error, DamagedFileError)
+        }
+        counts = {name: footer.counts() for name, footer in footers.items()}
+        damaged = frozenset(name for name, footer in footers.items() if footer.state == "damaged")
+    valid = [shard_id for shard_id in published if shard_id not in mismatched]
+    failed = sorted((ids.failed & set(listed)) - set(valid))
+    return FolderState(
+        listed=listed,
+        done=tuple(shard_id for shard_id in valid if shard_id not in damaged),
+        damaged=tuple(shard_id for shard_id in valid if shard_id in damaged),
+        failed=tuple(failed),
+        left=tuple(sorted(set(listed) - set(valid) - set(failed))),
+        mismatched=mismatched,
+        strays=folder.stray_annotations(listed),
+        counts=counts,
+    )
 
 
 @dataclass(frozen=True)
 class OutputStatus:
-    """Where an output folder stands.
+    """What `legrad status` shows of an output folder.
 
     Attributes:
         shards_total: shards of the job.
-        done: ids of shards whose two files are there and belong together.
-        damaged: URL and reason of published shards whose archive was not read to a sound end.
+        done: ids of shards whose two files belong together and to the job.
+        damaged: URL and reason of published shards whose archive could not be read to its end.
         failed: URL and last error of shards given up.
-        left: ids of shards still to do.
-        mismatched: ids of shards whose two files do not hold, with the file and why: to be redone.
+        left: ids of shards still to be annotated.
+        mismatched: ids of shards whose two files do not belong together or to the job, and why.
         counts: outcomes of the samples of done and damaged shards.
-        shortfall: why the job is not complete though no shard is left or failed; empty otherwise.
-        succeeded: whether OUT/_SUCCESS is there.
-        run: what the newest run recorded of itself; None where none did.
+        shortfall: why the job is not complete although no shard is left or failed; empty otherwise.
+        succeeded: whether OUT/_SUCCESS exists.
+        run: the record of the newest run; None if there is none.
     """
 
     shards_total: int
@@ -64,147 +119,60 @@ class OutputStatus:
 
 
 def read_status(output_dir: str) -> OutputStatus:
-    """Look at an output folder; footers are read concurrently, nothing is changed.
+    """Read the status of an output folder; nothing is changed.
 
     Raises:
         UserError: the folder is not the output of a job.
     """
-    job = read_job_record(output_dir)
-    listed = {row["shard_id"]: row for row in read_shard_rows(output_dir)}
-    published = ids_in(output_dir, ANNOTATIONS)
-    footers = checked_footers(
-        output_dir,
-        {shard_id: row for shard_id, row in listed.items() if shard_id in published},
-        job.config_hash,
-    )
-    valid = {shard_id: footer for shard_id, footer in footers.items() if isinstance(footer, FooterRecord)}
-    damaged = [shard_id for shard_id, footer in valid.items() if footer.state == "damaged"]
-    failed = sorted((ids_in(output_dir, FAILED) & set(listed)) - set(valid))
-    counts = total_counts(footer.counts() for footer in valid.values())
-    strays = stray_annotations(output_dir, listed)
+    folder = OutputFolder(output_dir)
+    job = folder.job()
+    state = read_state(folder, job)
+    counts = total_counts((state.counts or {}).values())
     return OutputStatus(
-        shards_total=len(listed),
-        done=tuple(shard_id for shard_id in valid if shard_id not in set(damaged)),
-        damaged=tuple((listed[shard_id]["shard"], damage_of(output_dir, shard_id)) for shard_id in damaged),
-        failed=tuple((listed[shard_id]["shard"], last_error(output_dir, shard_id)) for shard_id in failed),
-        left=tuple(sorted(set(listed) - set(valid) - set(failed))),
-        mismatched=tuple(
-            (shard_id, str(found))
-            for shard_id, found in footers.items()
-            if isinstance(found, DamagedFileError)
-        ),
+        shards_total=len(state.listed),
+        done=state.done,
+        damaged=tuple((state.listed[name]["shard"], folder.damage_reason(name)) for name in state.damaged),
+        failed=tuple((state.listed[name]["shard"], folder.failure_reason(name)) for name in state.failed),
+        left=state.left,
+        mismatched=tuple(state.mismatched.items()),
         counts=counts,
-        shortfall=shortfall(run_settings(output_dir, job), counts, len(damaged), strays),
-        succeeded=storage.exists(output_dir, SUCCESS_FILE),
-        run=latest_run(output_dir),
+        shortfall=shortfall(folder.config(job).run, counts, len(state.damaged), state.strays),
+        succeeded=folder.has_success(),
+        run=latest_run(folder),
     )
-
-
-def run_settings(output_dir: str, job: JobRecord) -> RunConfig:
-    """The section `run` of a job's record; raises UserError where its configuration is none."""
-    return parse_config(job.config, where=storage.join_url(output_dir, JOB_FILE)).run
 
 
 def shortfall(run: RunConfig, counts: ShardCounts, damaged: int, strays: Sequence[str]) -> str:
-    """Why a job is not complete though no shard of it is left or failed; empty where it is.
+    """Return why a job is not complete although no shard is left or failed; empty if it is complete.
 
     Args:
-        run: its settings.
+        run: section `run` of its configuration.
         counts: outcomes of its samples.
-        damaged: how many of its shards are damaged.
-        strays: files among the annotations that are of no shard of the job.
+        damaged: number of damaged shards.
+        strays: files in `annotations/` that belong to no shard of the job.
     """
     if strays:
         return (
-            f"{len(strays):,} file(s) in {ANNOTATIONS}/ are of no listed shard, such as "
-            f"{printable(strays[0])}; whoever reads the folder counts their rows"
+            f"{len(strays):,} file(s) in {ANNOTATIONS}/ belong to no listed shard, such as "
+            f"{printable(strays[0])}; readers of the folder count their rows too"
         )
     if damaged and not run.accept_damaged:
         return f"{damaged:,} shard(s) are damaged; run.accept_damaged is false"
     return reason_at_end(run, counts)
 
 
-def last_error(output_dir: str, shard_id: str) -> str:
-    """Why a shard was given up, as OUT/failed/<shard-id>.json says."""
-    try:
-        return read_failure(output_dir, shard_id).last_error
-    except DamagedFileError as error:
-        return f"its record cannot be read: {error}"
+def reason_to_stop(run: RunConfig, state: RunState) -> str:
+    """Return why a run should stop early; empty if it should go on. Only finished shards count."""
+    if run.max_failed_shards is not None and state.shards_failed > run.max_failed_shards:
+        return f"{state.shards_failed} shards given up; run.max_failed_shards is {run.max_failed_shards}"
+    return reason_at_end(run, state.counts) if state.counts.samples_in >= BUDGET_SAMPLES else ""
 
 
-def render_status(status: OutputStatus) -> RenderableType:
-    """The status as a person reads it, also in 80 columns."""
-    parts: list[RenderableType] = [Text("complete" if status.complete else "incomplete", style="bold")]
-    if status.shortfall:
-        parts.append(Text(f"  {status.shortfall}", overflow="fold"))
-    parts.append(_pairs(_totals(status)))
-    if status.counts.errors_by_kind:
-        parts += [_heading("errors by kind"), _pairs(_kinds(status.counts))]
-    if status.damaged:
-        parts.append(_heading("damaged shards: the rows of their intact samples are here"))
-        parts += [Text(f"  {url}\n    {reason}", overflow="fold") for url, reason in status.damaged]
-    if status.failed:
-        parts.append(_heading("shards given up"))
-        parts += [Text(f"  {url}\n    {message}", overflow="fold") for url, message in status.failed]
-    if status.mismatched:
-        parts.append(_heading("files that do not belong together; rerun the job to redo them"))
-        parts += [
-            Text(f"  {shard_id}\n    {problem}", overflow="fold") for shard_id, problem in status.mismatched
-        ]
-    return Group(*parts)
-
-
-def _kinds(counts: ShardCounts) -> list[tuple[str, str]]:
-    kinds = sorted(counts.errors_by_kind.items(), key=lambda item: (-item[1], item[0]))
-    return [
-        (
-            kind,
-            f"{rows:,}"
-            + (f", for example {counts.error_examples[kind]}" if kind in counts.error_examples else ""),
-        )
-        for kind, rows in kinds
-    ]
-
-
-def _totals(status: OutputStatus) -> list[tuple[str, str]]:
-    counts = status.counts
-    totals = [
-        (
-            "shards",
-            f"{status.shards_total:,}: {len(status.done):,} done, {len(status.damaged):,} damaged, "
-            f"{len(status.failed):,} failed, {len(status.left):,} left",
-        ),
-        (
-            "samples",
-            f"{counts.samples_in:,}: {counts.annotated:,} annotated, {counts.empty:,} empty, "
-            f"{counts.failed:,} failed",
-        ),
-        ("rows", f"{counts.rows:,}; {counts.dropped_prompts:,} prompts dropped"),
-    ]
-    return totals if status.run is None else [*totals, *_run_lines(status.run)]
-
-
-def _run_lines(run: RunRecord) -> list[tuple[str, str]]:
-    heard = f", last heard of at {run.updated}" if run.ended == RUNNING else ""
-    return [
-        ("last run", f"{run.started}: {run.ended}{heard}; {as_duration(run.elapsed_s)}"),
-        ("", f"{run.shards_done:,} shards, {run.samples:,} samples ({run.samples_per_s:,.1f}/s)"),
-        (
-            "",
-            f"{run.measures.images_decoded:,} images decoded; "
-            f"device busy {as_share(run.measures.device_busy_share)} on {run.workers} worker(s)",
-        ),
-    ]
-
-
-def _heading(text: str) -> Text:
-    return Text(text, style="bold")
-
-
-def _pairs(pairs: Iterable[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2), pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in pairs:
-        table.add_row(Text(f"  {name}"), Text(value))
-    return table
+def reason_at_end(run: RunConfig, counts: ShardCounts) -> str:
+    """Return why a job with these counts is not complete; empty if it is. Independent of the job's size."""
+    if not counts.samples_in and counts.error_rows:
+        return f"no sample could be read ({error_kinds_text(counts)})"
+    if counts.failed <= run.error_budget * counts.samples_in:
+        return ""
+    share = f"{counts.failed} of {counts.samples_in} samples failed"
+    return f"{share}; run.error_budget is {run.error_budget:g} ({error_kinds_text(counts)})"

@@ -1,4 +1,4 @@
-"""What an output folder still holds true of the shards that are listed now. Plain comparison, no files."""
+"""Compare the shards that are listed now with those in an output folder; no file is read here."""
 
 from __future__ import annotations
 
@@ -6,40 +6,30 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pipeline.output.footers import version_in
+from pipeline.output.folder import FolderIds, version_in
 from pipeline.output.image_shards import stem_of
+from pipeline.output.schema import ShardRow
 from pipeline.storage import ShardSource
 
 CONFIRMED_MOVES = 3
 
-Row = Mapping[str, Any]
 Shard = TypeVar("Shard")
 
 
 @dataclass(frozen=True)
-class FolderIds:
-    """Ids of the shards that have a file in each folder of an output."""
-
-    annotations: frozenset[str]
-    errors: frozenset[str]
-    failed: frozenset[str]
-    damaged: frozenset[str]
-
-
-@dataclass(frozen=True)
 class Survey:
-    """Where an output folder is, seen from the shards that are listed now.
+    """The shards that are listed now, by what an output folder holds of them.
 
     Attributes:
         shards: as listed now, each with the id by which the folder knows it.
-        done: ids of shards whose files hold.
-        damaged: ids of shards whose files hold, of an archive that was not read to a sound end.
+        done: ids of shards with valid files.
+        damaged: ids of shards with valid files whose archive could not be read to its end.
         failed: ids of shards that an earlier run gave up on.
-        changed: shards that are not the version any more that was annotated, or given up.
-        unlisted: ids of shards that have files and are not listed any more.
-        moved: shards that were listed under another URL, which is given first.
+        changed: shards that have changed since they were annotated or given up.
+        unlisted: ids of shards that have files and are no longer listed.
+        moved: shards that were listed under another URL; each with the earlier URL first.
     """
 
     shards: tuple[ShardSource, ...]
@@ -50,11 +40,11 @@ class Survey:
     unlisted: frozenset[str]
     moved: tuple[tuple[str, ShardSource], ...]
 
-    def list_rows(self, earlier: Iterable[Row]) -> list[dict[str, Any]]:
-        """The rows of OUT/shards.parquet, in order."""
+    def list_rows(self, earlier: Iterable[ShardRow]) -> list[ShardRow]:
+        """Return the rows of OUT/shards.parquet, in order."""
         held = self.done | self.damaged
         moved_from = {shard.shard_id: old for old, shard in self.moved}
-        # one that moved twice: its files still name the first place
+        # files of a shard that moved twice still name its first place
         moved_from |= {row["shard_id"]: row["moved_from"] for row in earlier if row["moved_from"] is not None}
         return [
             {
@@ -71,58 +61,59 @@ class Survey:
 
 def survey(
     ids: FolderIds,
-    earlier: Sequence[Row],
+    earlier: Sequence[ShardRow],
     listing: Sequence[ShardSource],
-    told: Mapping[str, Row],
+    named_moves: Mapping[str, ShardRow],
     is_same_content: Callable[[ShardSource, str], bool],
 ) -> Survey:
-    """Compare what is listed now with what an output folder holds.
+    """Compare the shards that are listed now with those in an output folder.
 
     Args:
-        ids: what is in the folder.
+        ids: ids of the shards that have files in the folder.
         earlier: rows of its list of shards: the versions that its files were made from.
-        listing: what is listed now.
-        told: rows whose shards the user says have moved, by the URL that they have now.
-        is_same_content: whether a shard's bytes are those that the files of an id were made from.
+        listing: the shards that are listed now.
+        named_moves: rows of shards that moved according to the user, by their URL now.
+        is_same_content: returns whether the files of an id were made from a shard's bytes.
 
     Returns:
-        The survey. A shard that moved keeps its files where the user says so and its size is the same, or
-        where stem and size leave no doubt and some of them, read whole, have the same content. Where most
-        files took their time with them, each of the others is read.
+        The survey. A moved shard keeps its files if the user named the move and its size is the same, or if
+        stem and size are unique and the content of some of them, read whole, is the same. If most files kept
+        their modification time, each of the others is read.
     """
     known = {row["shard"]: row for row in earlier}
     fresh = [shard for shard in listing if shard.canonical_url not in known]
     listed_now = {shard.canonical_url for shard in listing}
     gone = [row for row in earlier if row["shard"] not in listed_now and row["shard_id"] in ids.annotations]
-    moved = _told_moves(fresh, told, gone)
-    told_ids = {row["shard_id"] for row in moved.values()}
+    moved = _named_moves(fresh, named_moves, gone)
+    named_ids = {row["shard_id"] for row in moved.values()}
     moved |= _evident_moves(
         [shard for shard in fresh if shard.canonical_url not in moved],
-        [row for row in gone if row["shard_id"] not in told_ids],
+        [row for row in gone if row["shard_id"] not in named_ids],
         is_same_content,
     )
     shards = _with_ids(listing, known, moved)
     by_id = {shard.shard_id: shard for shard in shards}
     changed = [shard for shard in shards if _has_changed(shard, known.get(shard.canonical_url), ids)]
     holds = (ids.annotations & set(by_id)) - {shard.shard_id for shard in changed}
-    everything = ids.annotations | ids.errors | ids.failed | ids.damaged
     return Survey(
         shards=tuple(shards),
         done=frozenset(holds - ids.damaged),
         damaged=frozenset(holds & ids.damaged),
         failed=frozenset((ids.failed & set(by_id)) - ids.annotations - {shard.shard_id for shard in changed}),
         changed=tuple(changed),
-        unlisted=frozenset(everything - set(by_id)),
+        unlisted=frozenset(ids.all - set(by_id)),
         moved=tuple((row["shard"], by_id[row["shard_id"]]) for row in moved.values()),
     )
 
 
-def _told_moves(fresh: Sequence[ShardSource], told: Mapping[str, Row], gone: Sequence[Row]) -> dict[str, Row]:
+def _named_moves(
+    fresh: Sequence[ShardSource], named_moves: Mapping[str, ShardRow], gone: Sequence[ShardRow]
+) -> dict[str, ShardRow]:
     gone_ids = {row["shard_id"] for row in gone}
     return {
         shard.canonical_url: row
         for shard in fresh
-        if (row := told.get(shard.canonical_url)) is not None
+        if (row := named_moves.get(shard.canonical_url)) is not None
         and row["shard_id"] in gone_ids
         and not version_in(row).differs_in_size_from(shard.version)
     }
@@ -130,9 +121,9 @@ def _told_moves(fresh: Sequence[ShardSource], told: Mapping[str, Row], gone: Seq
 
 def _evident_moves(
     fresh: Sequence[ShardSource],
-    gone: Sequence[Row],
+    gone: Sequence[ShardRow],
     is_same_content: Callable[[ShardSource, str], bool],
-) -> dict[str, Row]:
+) -> dict[str, ShardRow]:
     by_stem = {(stem_of(row["shard_id"]), row["size_bytes"]): row for row in gone}
     stems_gone = Counter(stem_of(row["shard_id"]) for row in gone)
     stems_fresh = Counter(stem_of(shard.shard_id) for shard in fresh)
@@ -158,9 +149,9 @@ def _evident_moves(
 
 
 def _with_ids(
-    listing: Sequence[ShardSource], known: Mapping[str, Row], moved: Mapping[str, Row]
+    listing: Sequence[ShardSource], known: Mapping[str, ShardRow], moved: Mapping[str, ShardRow]
 ) -> list[ShardSource]:
-    """Each shard with the id that its files have: of its own URL, or of the one that it moved from."""
+    """Return each shard with the id of its files: of its own URL, or of the one that it moved from."""
     rows = {**known, **moved}
     kept = {url: row["shard_id"] for url, row in rows.items()}
     taken = {kept[shard.canonical_url] for shard in listing if shard.canonical_url in kept}
@@ -173,20 +164,20 @@ def _with_ids(
 
 
 def _free_id(shard_id: str, taken: set[str]) -> str:
-    """An id that no other shard has: a shard that moved keeps that of a URL which may be in use again."""
+    """Return an unused id: a moved shard keeps the id of its earlier URL, which may be in use again."""
     free = shard_id
     while free in taken:
         free = f"{stem_of(shard_id)}-{hashlib.sha256(free.encode()).hexdigest()[:8]}"
     return free
 
 
-def _has_changed(shard: ShardSource, row: Row | None, ids: FolderIds) -> bool:
+def _has_changed(shard: ShardSource, row: ShardRow | None, ids: FolderIds) -> bool:
     has_files = shard.shard_id in ids.annotations or shard.shard_id in ids.failed
     return row is not None and has_files and version_in(row).differs_from(shard.version)
 
 
 def spread_evenly(shards: Sequence[Shard], limit: int | None) -> Sequence[Shard]:
-    """At most `limit` shards, spread over the list: a sorted corpus begins unlike the rest of it."""
+    """Return at most `limit` shards, spread over the list, since a sorted corpus is not uniform."""
     if limit is None or limit >= len(shards):
         return shards
     return [shards[(2 * place + 1) * len(shards) // (2 * limit)] for place in range(limit)]

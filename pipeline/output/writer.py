@@ -1,4 +1,4 @@
-"""The two Parquet files of a shard: built privately, published errors first."""
+"""Write the two Parquet files of a shard: first to temporary files, then published, errors first."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.output.counts import ShardCounts
-from pipeline.output.folder import ANNOTATIONS, DAMAGED, ERRORS, LAYOUT, OutputFolder, new_run_id
-from pipeline.output.footers import counts_as_metadata
+from pipeline.output.folder import ANNOTATIONS, DAMAGED, ERRORS, OutputFolder, new_run_id
+from pipeline.output.records import LAYOUT, counts_as_metadata
 from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY, AnnotationRow
 from pipeline.shards.sample_error import SampleError
 from pipeline.storage import ShardSource
@@ -31,14 +31,14 @@ class _TableSpool:
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Mapping[str, Any]] = []
         self.file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=storage.IN_MEMORY_BYTES))  # noqa: SIM115 (the writer closes it)
         dictionary_columns = [name for name in ("shard", "prompt") if name in schema.names]
         self._writer = pq.ParquetWriter(
             self.file, schema, compression="zstd", compression_level=3, use_dictionary=dictionary_columns
         )
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._rows.extend(rows)
         while len(self._rows) >= ROWS_PER_GROUP:
             self._flush(ROWS_PER_GROUP)
@@ -63,11 +63,11 @@ class _TableSpool:
 
 @dataclass(frozen=True)
 class Published:
-    """What was committed for a shard.
+    """The committed outcome of a shard.
 
     Attributes:
         counts: outcomes of its samples.
-        damage: why its archive was not read to a sound end; empty where it was.
+        damage: why its archive could not be read to its end; empty if it was.
     """
 
     counts: ShardCounts
@@ -75,11 +75,11 @@ class Published:
 
 
 class ShardWriter:
-    """Collects a shard's rows and errors, counts outcomes, and commits both files.
+    """Collect a shard's rows and errors, count outcomes, and commit both files.
 
     Args:
-        shard: whose URL is written into every row, and whose version into both footers.
-        metadata: written into both files beside the counts: config hash, versions, ids of run and attempt.
+        shard: its URL is written into every row, and its version into both footers.
+        metadata: written into both footers with the counts: config hash, versions, ids of run and attempt.
     """
 
     def __init__(self, shard: ShardSource, metadata: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ class ShardWriter:
     def add_sample(
         self, rows: Sequence[AnnotationRow], errors: Sequence[SampleError], dropped_prompts: int = 0
     ) -> None:
-        """Record one sample's outcome: rows make it annotated, else errors failed, else it is empty."""
+        """Add a sample: annotated if it has rows, failed if it has only errors, empty if it has neither."""
         self._tally["annotated" if rows else "failed" if errors else "empty"] += 1
         self._tally["dropped_prompts"] += dropped_prompts
         self._tally["rows"] += len(rows)
@@ -113,7 +113,7 @@ class ShardWriter:
             self.add_error(error)
 
     def add_error(self, error: SampleError) -> None:
-        """Record an error row, also one that belongs to no sample."""
+        """Add an error, which need not belong to a sample."""
         self._tally["error_rows"] += 1
         kind = f"{error.stage}/{error.kind}"
         self._errors_by_kind[kind] += 1
@@ -125,7 +125,7 @@ class ShardWriter:
             self._damage = f"{kind}: {printable(error.message)}"
 
     def counts(self) -> ShardCounts:
-        """The outcomes recorded so far."""
+        """Return the outcomes so far."""
         return ShardCounts(
             **self._tally,
             errors_by_kind=dict(self._errors_by_kind),
@@ -133,16 +133,16 @@ class ShardWriter:
         )
 
     def publish(self, output_dir: str, content_digest: str = "") -> Published:
-        """Commit: the errors file first, then the annotations, whose presence says that the shard is there.
+        """Commit the errors file, then the annotations file, whose presence marks the shard as published.
 
-        A damaged shard is known by its record in `damaged/`, which is there before its annotations are.
+        The record of a damaged shard in `damaged/` is written before its annotations.
 
         Args:
             output_dir: the job's output folder.
-            content_digest: of all bytes of the shard, by which it is known again where it moved.
+            content_digest: digest of all bytes of the shard, which identifies it if it moves.
 
         Raises:
-            OutputError: one of them cannot be written.
+            OutputError: a file cannot be written.
         """
         folder = OutputFolder(output_dir, str(self._metadata.get("run") or new_run_id()))
         counts, shard_id = self.counts(), self._shard.shard_id

@@ -11,14 +11,12 @@ import numpy as np
 
 from legrad.errors import RleError
 from pipeline import storage
-from pipeline.config.load import parse_config
 from pipeline.config.schema import JobConfig
 from pipeline.errors import ShardError, UserError
 from pipeline.evaluation.scene_scores import row_target
-from pipeline.output.folder import JOB_FILE
+from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import match_annotations
 from pipeline.output.label_map import mask_of_image
-from pipeline.output.reading import read_job_record, read_rows
 from pipeline.report.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.report.sheet_drawing import CARDS_PER_LINE, Card, draw_sheet
 from pipeline.shards.fields import find_field
@@ -72,9 +70,10 @@ def write_contact_sheet(
         ShardError: a tar cannot be read, or a mask is damaged.
         DamagedFileError: an annotations file or job.json is none.
     """
-    config = parse_config(read_job_record(out_dir).config, where=storage.join_url(out_dir, JOB_FILE))
+    folder = OutputFolder(out_dir)
+    config = folder.config()
     shards = list_truth_shards(shard_patterns)
-    candidates = _candidates(out_dir, shards, 2 * rows, np.random.default_rng(seed))
+    candidates = _candidates(folder, shards, 2 * rows, np.random.default_rng(seed))
     cards = _cards(_fill_lines(candidates, rows), config)
     if not cards:
         raise UserError(
@@ -88,20 +87,19 @@ def write_contact_sheet(
 
 
 def _candidates(
-    out_dir: str, shards: Sequence[ShardSource], max_shards: int, generator: np.random.Generator
+    folder: OutputFolder, shards: Sequence[ShardSource], max_shards: int, generator: np.random.Generator
 ) -> list[tuple[ShardSource, SampleRows]]:
     """Samples with accepted masks, shuffled, from as many shards as are needed at most."""
-    folder = storage.join_url(out_dir, "annotations")
-    matched = match_annotations(shards, storage.list_names(folder))
+    matched = match_annotations(shards, folder.ids(ANNOTATIONS))
     known = [shard for shard in shards if shard.canonical_url in matched]
     candidates: list[tuple[ShardSource, SampleRows]] = []
     for position in generator.permutation(len(known))[:max_shards]:
         shard = known[position]
         by_sample: dict[int, list[Row]] = defaultdict(list)
-        url = storage.join_url(folder, matched[shard.canonical_url])
-        for row in read_rows(url, "annotations", COLUMNS):
-            if row["mask"] is not None:
-                by_sample[row["sample_index"]].append(row)
+        with folder.open(ANNOTATIONS, matched[shard.canonical_url]) as table:
+            for row in table.rows(COLUMNS):
+                if row["mask"] is not None:
+                    by_sample[row["sample_index"]].append(row)
         candidates += [(shard, tuple(rows)) for rows in by_sample.values()]
     return [candidates[position] for position in generator.permutation(len(candidates))]
 

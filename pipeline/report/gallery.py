@@ -12,13 +12,13 @@ from jaxtyping import Bool
 
 from legrad.errors import LeGradError
 from legrad.masks.rle import Rle
-from pipeline import storage
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure
 from pipeline.evaluation.scene_scores import row_class, row_target
+from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import LocatedShards, require_annotated_version
 from pipeline.output.label_map import mask_of_image
-from pipeline.output.reading import checked_rows, damage, open_table, read_footer_record
+from pipeline.output.tables import damage
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
 from pipeline.report.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.report.scores import ScoredRows
@@ -26,6 +26,7 @@ from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import Scene, scene_of
 from pipeline.shards.images import open_image
 from pipeline.shards.samples import RawSample
+from pipeline.storage import ShardSource
 from pipeline.text import printable
 
 CARD_COLUMNS = (
@@ -90,7 +91,7 @@ class Gallery:
 
 
 def read_cards(
-    out_dir: str, scores: ScoredRows, chosen: Sequence[int], at_random: set[int]
+    folder: OutputFolder, scores: ScoredRows, chosen: Sequence[int], at_random: set[int]
 ) -> tuple[tuple[CardRow, ...], tuple[str, ...]]:
     """Read the chosen rows whole.
 
@@ -104,7 +105,7 @@ def read_cards(
     damaged: list[str] = []
     for group, rows in by_group.items():
         try:
-            read |= _whole_rows(out_dir, scores, group, rows)
+            read |= _whole_rows(folder, scores, group, rows)
         except DamagedFileError as error:
             damaged.append(str(error))
     cards = (_card(read[row], scores, row, at_random=row in at_random) for row in chosen if row in read)
@@ -112,14 +113,13 @@ def read_cards(
 
 
 def _whole_rows(
-    out_dir: str, scores: ScoredRows, group: int, rows: Sequence[int]
+    folder: OutputFolder, scores: ScoredRows, group: int, rows: Sequence[int]
 ) -> dict[int, dict[str, Any]]:
     shard_id, number = scores.groups[group]
-    url = storage.join_url(out_dir, "annotations", f"{shard_id}.parquet")
-    with open_table(url, "annotations") as file, damage(url):
-        table = file.read_row_group(number, columns=list(CARD_COLUMNS))
-        offsets = [int(scores.offset[row]) for row in rows]
-        return dict(zip(rows, checked_rows(table.take(offsets), "annotations"), strict=True))
+    offsets = [int(scores.offset[row]) for row in rows]
+    with folder.open(ANNOTATIONS, shard_id) as table, damage(table.url):
+        found = table.read_group(number, CARD_COLUMNS, offsets)
+        return dict(zip(rows, found.to_pylist(), strict=True))
 
 
 def _card(row: dict[str, Any], scores: ScoredRows, number: int, *, at_random: bool) -> CardRow:
@@ -141,12 +141,12 @@ def shortened(text: str | None, most: int = MAX_TEXT) -> str:
 
 
 def with_pictures(
-    out_dir: str, cards: Sequence[CardRow], located: LocatedShards, config: JobConfig, max_bytes: int
+    folder: OutputFolder, cards: Sequence[CardRow], located: LocatedShards, config: JobConfig, max_bytes: int
 ) -> Gallery:
     """Read the cards' images from their shards and draw them.
 
     Args:
-        out_dir: the job's output folder.
+        folder: the job's output folder.
         cards: the rows.
         located: where the shards are.
         config: of the job.
@@ -164,8 +164,7 @@ def with_pictures(
         if source is not None:
             reason = ""
             try:
-                annotations = storage.join_url(out_dir, "annotations", f"{shard_id}.parquet")
-                require_annotated_version(source, read_footer_record(annotations, "annotations"))
+                require_annotated_version(source, folder.footer(shard_id))
                 for position, card in _drawn(source, own, config, max_bytes):
                     drawn[position] = card
             except PipelineError as error:
@@ -180,7 +179,7 @@ def with_pictures(
 
 
 def _drawn(
-    source: storage.ShardSource, cards: Mapping[int, CardRow], config: JobConfig, max_bytes: int
+    source: ShardSource, cards: Mapping[int, CardRow], config: JobConfig, max_bytes: int
 ) -> Iterator[tuple[int, CardRow]]:
     wanted: dict[int, list[int]] = defaultdict(list)
     for position, card in cards.items():

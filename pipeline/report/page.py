@@ -17,7 +17,7 @@ import yaml
 from markupsafe import Markup
 
 from pipeline.config.schema import JobConfig
-from pipeline.output.counts import told_kinds
+from pipeline.output.counts import error_kinds_text
 from pipeline.output.runs import RUNNING, RunRecord
 from pipeline.output.schema import EMPTY_MASK, OK
 from pipeline.report.charts import Histogram, class_bars, histogram, pace_chart
@@ -174,7 +174,7 @@ def _notes(content: PageContent) -> list[str]:
     elif (counts := content.totals.counts).failed:
         notes.append(
             f"{counts.failed:,} of {counts.samples_in:,} samples failed and have no rows. Errors: "
-            f"{shortened(told_kinds(counts))}."
+            f"{shortened(error_kinds_text(counts))}."
         )
     if content.totals.damaged:
         url, reason = content.totals.damaged[0]

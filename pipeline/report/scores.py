@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
 from legrad.masks.rle import Rle, mask_area
-from pipeline import storage
 from pipeline.errors import DamagedFileError
-from pipeline.output.reading import checked_batch, damage, open_table
+from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.schema import ACCEPTED
+from pipeline.output.tables import damage
 
 SCORE_COLUMNS = ("sample_index", "status", "class_id", "similarity", "peak", "threshold", "area")
 FRAME_COLUMN = "mask.size"
@@ -81,7 +81,7 @@ class ScoredRows:
 
 
 def read_scores(
-    out_dir: str,
+    folder: OutputFolder,
     shard_ids: Sequence[str],
     generator: np.random.Generator,
     *,
@@ -91,13 +91,12 @@ def read_scores(
     """Read the scores of a random sample of row groups, from a random sample of files.
 
     Args:
-        out_dir: the job's output folder.
+        folder: the job's output folder.
         shard_ids: whose annotation files are there.
         generator: decides what is read.
         max_files: how many files are opened at most.
         max_rows: how many rows are read at most, but for the rest of a row group.
     """
-    folder = storage.join_url(out_dir, "annotations")
     chosen = [shard_ids[position] for position in generator.permutation(len(shard_ids))[:max_files]]
     with ThreadPoolExecutor(READERS) as pool:
         listed = list(pool.map(lambda shard_id: _group_rows(folder, shard_id), chosen))
@@ -122,12 +121,11 @@ def read_scores(
     return _scored(read, len(chosen) - len(damaged), len(shard_ids), damaged)
 
 
-def _group_rows(folder: str, shard_id: str) -> list[int] | DamagedFileError:
+def _group_rows(folder: OutputFolder, shard_id: str) -> list[int] | DamagedFileError:
     """Rows of each row group, or what is wrong with the file."""
     try:
-        with open_table(storage.join_url(folder, f"{shard_id}.parquet"), "annotations") as file:
-            counts = range(file.metadata.num_row_groups)
-            return [file.metadata.row_group(number).num_rows for number in counts]
+        with folder.open(ANNOTATIONS, shard_id) as table:
+            return table.group_row_counts
     except DamagedFileError as error:
         return error
 
@@ -143,13 +141,11 @@ def _within(groups: Sequence[tuple[str, int, int]], max_rows: int) -> list[Group
     return chosen
 
 
-def _read_group(folder: str, group: Group) -> pa.Table | DamagedFileError:
+def _read_group(folder: OutputFolder, group: Group) -> pa.Table | DamagedFileError:
     shard_id, number = group
-    url = storage.join_url(folder, f"{shard_id}.parquet")
     try:
-        with open_table(url, "annotations") as file, damage(url):
-            table = file.read_row_group(number, columns=[*SCORE_COLUMNS, FRAME_COLUMN, IGNORE_COLUMN])
-            return _with_shares(checked_batch(table, "annotations"))
+        with folder.open(ANNOTATIONS, shard_id) as table, damage(table.url):
+            return _with_shares(table.read_group(number, [*SCORE_COLUMNS, FRAME_COLUMN, IGNORE_COLUMN]))
     except DamagedFileError as error:
         return error
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
-from pipeline import storage
 from pipeline.errors import DamagedFileError
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.folder import ANNOTATIONS, DAMAGED, FAILED, SUCCESS_FILE, ids_in, stray_annotations
-from pipeline.output.footers import checked_footers
-from pipeline.output.reading import (
-    FooterRecord,
-    JobRecord,
-    iter_rows,
-    open_table,
-    read_damage,
-    read_failure,
-    read_shard_rows,
-    read_success,
-)
+from pipeline.output.folder import ERRORS, OutputFolder
+from pipeline.output.records import JobRecord
 from pipeline.output.runs import RunRecord, latest_runs
-from pipeline.output.status import run_settings, shortfall
+from pipeline.output.schema import ShardRow
+from pipeline.output.status import read_state, shortfall
 
 MAX_FOOTERS = 2000
 MAX_FAILED_SHOWN = 20
@@ -33,6 +22,7 @@ MAX_ERROR_ROWS = 1000
 EXAMPLES_PER_KIND = 3
 MAX_KINDS = 40
 RUNS_SHOWN = 6
+UNREADABLE_RECORD = "(its record cannot be read)"
 EXAMPLE_COLUMNS = ("key", "shard", "stage", "kind", "message")
 
 
@@ -64,7 +54,7 @@ class Totals:
         broken_files: a line for each file that is none of this package's.
     """
 
-    listed: tuple[Mapping[str, Any], ...]
+    listed: tuple[ShardRow, ...]
     done: tuple[str, ...]
     damaged: tuple[tuple[str, str], ...]
     damaged_count: int
@@ -83,92 +73,80 @@ class Totals:
         return len(self.done) == len(self.listed) and not self.shortfall
 
 
-def read_totals(out_dir: str, job: JobRecord) -> Totals:
-    """Look at an output folder; what is read is bounded whatever its size.
+def read_totals(folder: OutputFolder, job: JobRecord) -> Totals:
+    """Read the totals of an output folder; the amount that is read is bounded, whatever its size.
 
     Args:
-        out_dir: the folder.
-        job: the content of its job.json.
+        folder: the output folder.
+        job: its OUT/job.json.
 
     Raises:
         UserError: the folder has no list of shards.
-        DamagedFileError: its list of shards is none.
-        OutputError: it cannot be listed.
+        DamagedFileError: its list of shards is damaged or foreign.
+        OutputError: the folder cannot be listed.
     """
-    listed = {row["shard_id"]: row for row in read_shard_rows(out_dir)}
-    present = ids_in(out_dir, ANNOTATIONS)
-    published = sorted(present & set(listed))
-    damaged = sorted(ids_in(out_dir, DAMAGED) & set(published))
-    failed = sorted((ids_in(out_dir, FAILED) & set(listed)) - set(published))
-    broken: list[str] = []
-    mismatched: set[str] = set()
+    state = read_state(folder, job, max_footers=MAX_FOOTERS)
+    broken = list(state.mismatched.values())
     counts: ShardCounts | None
-    if len(published) <= MAX_FOOTERS:
-        by_shard = checked_footers(
-            out_dir, {shard_id: listed[shard_id] for shard_id in published}, job.config_hash
-        )
-        sound = {name: found.counts() for name, found in by_shard.items() if isinstance(found, FooterRecord)}
-        broken += [str(found) for found in by_shard.values() if isinstance(found, DamagedFileError)]
-        mismatched = set(by_shard) - set(sound)
-        counts = total_counts(sound.values())
-        with_errors = [shard_id for shard_id, found in sound.items() if found.error_rows]
+    if state.counts is None:
+        counts, with_errors = _success_counts(folder, broken), sorted([*state.done, *state.damaged])
     else:
-        counts, with_errors = _success_counts(out_dir, broken), published
-    strays = stray_annotations(out_dir, listed)
-    runs, unread_runs = latest_runs(out_dir, RUNS_SHOWN)
-    failures = tuple(
-        (listed[shard_id]["shard"], _told(partial(_last_error, out_dir, shard_id), broken))
-        for shard_id in failed[:MAX_FAILED_SHOWN]
-    )
-    damages = tuple(
-        (listed[shard_id]["shard"], _told(partial(_damage, out_dir, shard_id), broken))
-        for shard_id in damaged[:MAX_FAILED_SHOWN]
-    )
-    errors = _error_kinds(out_dir, counts, with_errors, broken)
+        counts = total_counts(state.counts.values())
+        with_errors = sorted(name for name, found in state.counts.items() if found.error_rows)
+    runs, unread_runs = latest_runs(folder, RUNS_SHOWN)
+    failed = [
+        (state.listed[name]["shard"], _last_error(folder, name, broken)) for name in _shown(state.failed)
+    ]
+    damaged = [(state.listed[name]["shard"], _damage(folder, name, broken)) for name in _shown(state.damaged)]
+    run_settings = folder.config(job).run
     return Totals(
-        listed=tuple(listed.values()),
-        done=tuple(shard_id for shard_id in published if shard_id not in mismatched),
-        damaged=damages,
-        damaged_count=len(damaged),
-        failed=failures,
-        failed_count=len(failed),
-        mismatched=len(mismatched),
-        shortfall=shortfall(run_settings(out_dir, job), counts or ShardCounts(), len(damaged), strays),
+        listed=tuple(state.listed.values()),
+        done=tuple(sorted([*state.done, *state.damaged])),
+        damaged=tuple(damaged),
+        damaged_count=len(state.damaged),
+        failed=tuple(failed),
+        failed_count=len(state.failed),
+        mismatched=len(state.mismatched),
+        shortfall=shortfall(run_settings, counts or ShardCounts(), len(state.damaged), state.strays),
         counts=counts,
-        errors=errors,
+        errors=_error_kinds(folder, counts, with_errors, broken),
         runs=tuple(runs),
         broken_files=tuple(dict.fromkeys([*broken, *unread_runs])),
     )
 
 
-def _success_counts(out_dir: str, damaged: list[str]) -> ShardCounts | None:
-    if not storage.exists(out_dir, SUCCESS_FILE):
+def _shown(shard_ids: Sequence[str]) -> Sequence[str]:
+    return sorted(shard_ids)[:MAX_FAILED_SHOWN]
+
+
+def _success_counts(folder: OutputFolder, broken: list[str]) -> ShardCounts | None:
+    if not folder.has_success():
         return None
     try:
-        return read_success(out_dir).counts()
-    except DamagedFileError as error:
-        damaged.append(str(error))
-        return None
-
-
-def _last_error(out_dir: str, shard_id: str) -> str:
-    return read_failure(out_dir, shard_id).last_error
-
-
-def _damage(out_dir: str, shard_id: str) -> str:
-    return read_damage(out_dir, shard_id).reason
-
-
-def _told(read: Callable[[], str], broken: list[str]) -> str:
-    try:
-        return read()
+        return folder.success().counts()
     except DamagedFileError as error:
         broken.append(str(error))
-        return "(its record cannot be read)"
+        return None
+
+
+def _last_error(folder: OutputFolder, shard_id: str, broken: list[str]) -> str:
+    try:
+        return folder.failure(shard_id).last_error
+    except DamagedFileError as error:
+        broken.append(str(error))
+        return UNREADABLE_RECORD
+
+
+def _damage(folder: OutputFolder, shard_id: str, broken: list[str]) -> str:
+    try:
+        return folder.damage(shard_id).reason
+    except DamagedFileError as error:
+        broken.append(str(error))
+        return UNREADABLE_RECORD
 
 
 def _error_kinds(
-    out_dir: str, counts: ShardCounts | None, shard_ids: Sequence[str], damaged: list[str]
+    folder: OutputFolder, counts: ShardCounts | None, shard_ids: Sequence[str], damaged: list[str]
 ) -> tuple[ErrorKind, ...]:
     """Kinds with their counts, where they were counted, and examples from the first files that have some."""
     counted = dict(counts.errors_by_kind) if counts is not None else {}
@@ -177,7 +155,7 @@ def _error_kinds(
         for shard_id in shard_ids[:MAX_ERROR_FILES]:
             if counted and all(len(found) >= EXAMPLES_PER_KIND for found in examples.values()):
                 break
-            for row in _some_errors(out_dir, shard_id, damaged):
+            for row in _some_errors(folder, shard_id, damaged):
                 found = examples.setdefault(f"{row['stage']}/{row['kind']}", [])
                 if len(found) < EXAMPLES_PER_KIND:
                     found.append(row)
@@ -185,11 +163,10 @@ def _error_kinds(
     return tuple(ErrorKind(kind, counted.get(kind, 0), tuple(examples[kind])) for kind in kinds)
 
 
-def _some_errors(out_dir: str, shard_id: str, damaged: list[str]) -> list[dict[str, Any]]:
-    url = storage.join_url(out_dir, "errors", f"{shard_id}.parquet")
+def _some_errors(folder: OutputFolder, shard_id: str, damaged: list[str]) -> list[dict[str, Any]]:
     try:
-        with open_table(url, "errors") as file:
-            return list(islice(iter_rows(file, url, "errors", EXAMPLE_COLUMNS), MAX_ERROR_ROWS))
+        with folder.open(ERRORS, shard_id) as table:
+            return list(islice(table.rows(EXAMPLE_COLUMNS), MAX_ERROR_ROWS))
     except DamagedFileError as error:
         damaged.append(str(error))
         return []

@@ -12,11 +12,9 @@ from jaxtyping import Bool
 
 from pipeline import storage
 from pipeline.config.classes import ClassEntry, read_class_list
-from pipeline.config.load import parse_config
 from pipeline.errors import UserError
-from pipeline.output.folder import JOB_FILE
+from pipeline.output.folder import OutputFolder
 from pipeline.output.image_shards import LocatedShards, locate_shards
-from pipeline.output.reading import read_job_record
 from pipeline.report.gallery import Gallery, read_cards, with_pictures
 from pipeline.report.page import PageContent, render_page
 from pipeline.report.scores import ScoredRows, read_scores
@@ -82,17 +80,18 @@ def write_report(
     """
     if not 0 <= samples <= MAX_SAMPLES:
         raise UserError(f"samples: expected a number from 0 to {MAX_SAMPLES}, got {samples}")
-    job = read_job_record(out_dir)
-    config = parse_config(job.config, where=storage.join_url(out_dir, JOB_FILE))
+    folder = OutputFolder(out_dir)
+    job = folder.job()
+    config = folder.config(job)
     class_names = _class_names(classes_file, config.prompts.classes)
-    totals = read_totals(out_dir, job)
+    totals = read_totals(folder, job)
     located = locate_shards(totals.listed, shards)
     generator = np.random.default_rng(seed)
-    scores = read_scores(out_dir, totals.done, generator)
+    scores = read_scores(folder, totals.done, generator)
     shown_shards = _shown_shards(scores, totals.listed, located)
     chosen, at_random = choose_rows(scores, _rows_of(scores, shown_shards), samples, generator)
-    cards, unread = read_cards(out_dir, scores, chosen, at_random)
-    gallery = with_pictures(out_dir, cards, located, config, PICTURE_BYTES // max(1, len(cards)))
+    cards, unread = read_cards(folder, scores, chosen, at_random)
+    gallery = with_pictures(folder, cards, located, config, PICTURE_BYTES // max(1, len(cards)))
     page = render_page(
         PageContent(
             out=storage.shown_url(out_dir),

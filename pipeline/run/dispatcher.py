@@ -18,10 +18,9 @@ from ray.util import metrics as ray_metrics
 
 from pipeline import storage
 from pipeline.errors import OutputError, PipelineError, UserError
-from pipeline.output.budget import reason_to_stop
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.measures import Measures
-from pipeline.output.run_state import RunState
+from pipeline.output.runs import Measures, RunState
+from pipeline.output.status import reason_to_stop
 from pipeline.output.survey import spread_evenly
 from pipeline.run import cluster
 from pipeline.run import job as jobs

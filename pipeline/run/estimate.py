@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -16,10 +16,11 @@ from pipeline import storage
 from pipeline.annotate.annotator import wanted_fields
 from pipeline.config.schema import JobConfig
 from pipeline.errors import OutputError, PipelineError, SampleFailure
-from pipeline.output.folder import OutputFolder, new_run_id
+from pipeline.output.folder import FolderIds, OutputFolder
 from pipeline.output.former_results import former_job, is_to_be_deleted, rows_of_unlisted_files
-from pipeline.output.run_state import RunState
-from pipeline.output.survey import FolderIds, spread_evenly
+from pipeline.output.runs import RunState
+from pipeline.output.schema import ShardRow
+from pipeline.output.survey import spread_evenly
 from pipeline.prompts.sample_prompts import SamplePrompts
 from pipeline.run import job as jobs
 from pipeline.run.job import Job
@@ -99,11 +100,9 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
     """
     listing = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
     out = storage.absolute(config.output.dir)
-    folder = OutputFolder(out, new_run_id())
+    folder = OutputFolder(out)
     ids, listed = _kept_results(folder, config)
-    found = jobs.look_into(
-        folder, ids, [*listed, *rows_of_unlisted_files(folder, ids, listed)], listing, moves
-    )
+    found = jobs.look_into(folder, ids, listed, listing, moves)
     shards, done = found.shards, found.done if config.run.retry_damaged else found.done | found.damaged
     # the size is unknown if the shard is missing, or comes from a command, which is not run here
     sized = [shard for shard in shards if shard.size_bytes is not None]
@@ -111,15 +110,16 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
     return DryRun(shards, done, found.damaged, probe, published_bytes(out, sorted(done)))
 
 
-def _kept_results(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, list[dict[str, Any]]]:
+def _kept_results(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, list[ShardRow]]:
     """Return the ids and listed shards that the job would keep; none if it would overwrite the folder."""
-    ids = jobs.ids_of(folder)
+    ids = folder.all_ids()
     former = former_job(folder, ids)
     if former is not None:
         config = jobs.as_run(config)
         if is_to_be_deleted(folder, former, config, jobs.stamp_of(config)):
-            return FolderIds(*[frozenset[str]()] * 4), []
-    return ids, jobs.listed_earlier(folder)
+            return FolderIds(), []
+    listed = jobs.listed_earlier(folder)
+    return ids, [*listed, *rows_of_unlisted_files(folder, ids, listed)]
 
 
 def _probe_shards(config: JobConfig, shards: Sequence[ShardSource]) -> Probe:

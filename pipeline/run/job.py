@@ -16,21 +16,26 @@ from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import (
     ANNOTATIONS,
     DAMAGED,
-    ERRORS,
     FAILED,
     JOB_FILE,
     SHARDS_FILE,
     SUCCESS_FILE,
+    FolderIds,
     OutputFolder,
-    new_run_id,
 )
-from pipeline.output.footers import counts_as_metadata
 from pipeline.output.former_results import agreed_with_former, rows_of_unlisted_files
 from pipeline.output.image_shards import content_digest, lies_in, moved_url, parse_move
-from pipeline.output.job_record import JobStamp, as_json, installed_versions, job_document, utc_now
-from pipeline.output.reading import read_footer_record, read_shard_rows, read_success
-from pipeline.output.shard_list import shard_list_bytes
-from pipeline.output.survey import FolderIds, Row, Survey, survey
+from pipeline.output.records import (
+    JobStamp,
+    as_json,
+    counts_as_metadata,
+    installed_versions,
+    job_document,
+    utc_now,
+)
+from pipeline.output.schema import ShardRow
+from pipeline.output.survey import Survey, survey
+from pipeline.output.tables import shard_list_bytes
 from pipeline.prompts.sample_prompts import with_files_read
 from pipeline.storage import ShardSource
 from pipeline.text import first_few
@@ -57,7 +62,7 @@ class Job:
     stamp: JobStamp
     folder: OutputFolder
     shards: tuple[ShardSource, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ShardRow, ...]
     done: frozenset[str]
     damaged: frozenset[str]
     given_up: frozenset[str]
@@ -76,7 +81,7 @@ class Job:
         return {**self.stamp.as_metadata(), "run": self.folder.run_id}
 
     @property
-    def listed(self) -> dict[str, Row]:
+    def listed(self) -> dict[str, ShardRow]:
         """Rows of OUT/shards.parquet by shard id."""
         return {row["shard_id"]: row for row in self.rows}
 
@@ -101,10 +106,10 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
     )
     check_model(config.model, config.views.scales)
     stamp = stamp_of(config)
-    folder = OutputFolder(config.output.dir, new_run_id())
-    listed, ids = listed_earlier(folder), ids_of(folder)
+    folder = OutputFolder(config.output.dir)
+    listed, ids = listed_earlier(folder), folder.all_ids()
     former = agreed_with_former(folder, ids, config, stamp, listed)
-    ids = ids_of(folder) if former.deleted else ids
+    ids = folder.all_ids() if former.deleted else ids
     listed += rows_of_unlisted_files(folder, ids, listed)
     folder.sweep()
     found = look_into(folder, ids, listed, listing.shards, moves)
@@ -125,20 +130,15 @@ def stamp_of(config: JobConfig) -> JobStamp:
     return JobStamp(config_hash(config, digest), digest, installed_versions())
 
 
-def listed_earlier(folder: OutputFolder) -> list[dict[str, Any]]:
+def listed_earlier(folder: OutputFolder) -> list[ShardRow]:
     """Return the rows of OUT/shards.parquet from earlier runs; empty if there is no such file."""
-    return read_shard_rows(folder.url) if storage.exists(folder.url, SHARDS_FILE) else []
-
-
-def ids_of(folder: OutputFolder) -> FolderIds:
-    """Return the ids of shards with files in a folder; raises OutputError if it cannot be listed."""
-    return FolderIds(folder.ids(ANNOTATIONS), folder.ids(ERRORS), folder.ids(FAILED), folder.ids(DAMAGED))
+    return folder.shard_rows() if storage.exists(folder.url, SHARDS_FILE) else []
 
 
 def look_into(
     folder: OutputFolder,
     ids: FolderIds,
-    listed: Sequence[Row],
+    listed: Sequence[ShardRow],
     listing: Sequence[ShardSource],
     moves: Sequence[str] = (),
 ) -> Survey:
@@ -157,8 +157,8 @@ def look_into(
     return survey(ids, listed, listing, _moved_rows(moves, listed), partial(_is_same_content, folder))
 
 
-def _moved_rows(moves: Sequence[str], listed: Sequence[Row]) -> dict[str, Row]:
-    rows: dict[str, Row] = {}
+def _moved_rows(moves: Sequence[str], listed: Sequence[ShardRow]) -> dict[str, ShardRow]:
+    rows: dict[str, ShardRow] = {}
     for text in moves:
         move = parse_move(text, listed)
         if move is None:
@@ -175,15 +175,13 @@ def _moved_rows(moves: Sequence[str], listed: Sequence[Row]) -> dict[str, Row]:
 
 def _is_same_content(folder: OutputFolder, shard: ShardSource, shard_id: str) -> bool:
     try:
-        url = storage.join_url(folder.url, ANNOTATIONS, f"{shard_id}.parquet")
-        recorded = read_footer_record(url, "annotations").content_digest
-        return bool(recorded == content_digest(shard))
+        return folder.footer(shard_id).content_digest == content_digest(shard)
     except PipelineError:
         return False
 
 
 def _job_from(
-    config: JobConfig, stamp: JobStamp, folder: OutputFolder, found: Survey, rows: tuple[Row, ...]
+    config: JobConfig, stamp: JobStamp, folder: OutputFolder, found: Survey, rows: tuple[ShardRow, ...]
 ) -> Job:
     return Job(
         config=config,
@@ -267,7 +265,7 @@ def record_success(folder: OutputFolder, shards: int, damaged: int, counts: Shar
 
 def _success_of(folder: OutputFolder) -> tuple[int, int, ShardCounts] | None:
     try:
-        found = read_success(folder.url)
+        found = folder.success()
     except DamagedFileError:
         return None
     return found.shards, found.damaged, found.counts()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pipeline.errors import DamagedFileError, UserError
-from pipeline.output.budget import reason_at_end
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.folder import ANNOTATIONS, SUCCESS_FILE, stray_annotations
-from pipeline.output.footers import checked_footer, checked_footers
-from pipeline.output.reading import FooterRecord, damage_of, read_job_record, read_shard_rows
-from pipeline.output.run_state import RunState
+from pipeline.output.folder import ANNOTATIONS, SUCCESS_FILE
+from pipeline.output.records import FooterRecord
+from pipeline.output.runs import RunState
+from pipeline.output.status import reason_at_end
 from pipeline.run import job as jobs
 from pipeline.run.job import Job
 from pipeline.run.progress import Progress
@@ -101,12 +100,12 @@ class RunTally:
         Returns:
             Whether the shard was published.
         """
-        out, shard_id = self._job.folder.url, shard.shard_id
+        folder, shard_id = self._job.folder, shard.shard_id
         try:
-            footer = checked_footer(out, shard_id, self._listed[shard_id], self._job.stamp.config_hash)
+            footer = folder.checked_footer(self._listed[shard_id], self._job.stamp.config_hash)
         except DamagedFileError:
             return False
-        damage = damage_of(out, shard_id) if footer.state == "damaged" else ""
+        damage = folder.damage_reason(shard_id) if footer.state == "damaged" else ""
         self.add_published(shard, footer.counts(), damage)
         return True
 
@@ -136,7 +135,7 @@ def concluded(job: Job, result: JobResult) -> JobResult:
         if shard.shard_id in job.given_up
     ]
     damaged = [
-        (shard.canonical_url, damage_of(job.folder.url, shard.shard_id))
+        (shard.canonical_url, job.folder.damage_reason(shard.shard_id))
         for shard in job.shards
         if shard.shard_id in job.damaged
     ]
@@ -158,7 +157,7 @@ def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
     """Check every footer against the list of shards, apply the error budget, and write OUT/_SUCCESS."""
     if others := _work_of_others(job):
         return replace(result, stopped=others)
-    footers = checked_footers(job.folder.url, job.listed, job.stamp.config_hash)
+    footers = job.folder.checked_footers(job.rows, job.stamp.config_hash)
     torn = [shard for shard in job.shards if _is_torn(footers[shard.shard_id], shard.shard_id in job.done)]
     if torn:
         job.folder.remove(SUCCESS_FILE)
@@ -181,7 +180,7 @@ def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
 def _work_of_others(job: Job) -> str:
     """Return what another job changed in the folder since this one began; empty if nothing."""
     try:
-        record, rows = read_job_record(job.folder.url), read_shard_rows(job.folder.url)
+        record, rows = job.folder.job(), job.folder.shard_rows()
     except (UserError, DamagedFileError) as error:
         return f"the output folder changed during the run: {error}; run the same command again"
     if record.config_hash != job.stamp.config_hash or rows != list(job.rows):
@@ -190,7 +189,7 @@ def _work_of_others(job: Job) -> str:
             f"another job with another {what} wrote to this folder during the run; wait until it ends and "
             "run the command whose results you want again, or choose another output.dir"
         )
-    if foreign := stray_annotations(job.folder.url, job.listed):
+    if foreign := job.folder.stray_annotations(job.listed):
         return (
             f"{ANNOTATIONS}/ received {len(foreign):,} file(s) that belong to no shard of this job, such as "
             f"{printable(foreign[0])}; wait until other jobs on this folder end, then run this command again"

@@ -18,8 +18,7 @@ from rich.text import Text
 
 from pipeline.console import PrintableConsole
 from pipeline.output.counts import SHOWN_KINDS, ShardCounts
-from pipeline.output.measures import Measures
-from pipeline.output.run_state import RunState
+from pipeline.output.runs import Measures, RunState
 from pipeline.text import as_duration, as_share, printable
 
 logger = logging.getLogger(__name__)

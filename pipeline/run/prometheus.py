@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from pipeline.output.run_state import RunState
+from pipeline.output.runs import RunState
 
 INTERVAL_S = 1.0
 _ASCII = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")

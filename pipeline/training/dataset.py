@@ -16,20 +16,16 @@ from torchvision import tv_tensors
 
 from legrad.errors import LeGradError, RleError
 from pipeline import storage
-from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure, UserError
-from pipeline.output.folder import JOB_FILE
-from pipeline.output.joining import JoinedSample, Source
-from pipeline.output.joining_counts import JoinCounts, SharedCounts, WorkerCounts
-from pipeline.output.pairs import pair_shards
-from pipeline.output.reading import read_job_record
+from pipeline.output.folder import OutputFolder
+from pipeline.output.joining import JoinCounts, JoinedSample, Source, pair_shards, shares_of
 from pipeline.output.schema import has_pixels
-from pipeline.output.shares import shares_of
 from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import LABEL_MAP_FIELD, read_label_map
 from pipeline.shards.images import open_image
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
+from pipeline.training.shared_counts import SharedCounts, WorkerCounts
 from pipeline.training.targets import SimilarityRange, label_map_target, prompt_target, with_classes
 
 Target = Literal["label_map", "masks", "ground_truth"]
@@ -44,7 +40,7 @@ class MaskDataset(IterableDataset[Sample]):
     Over all ranks and their workers every sample comes once an epoch: whole shards are dealt out, and those
     left over are read by several, each taking its part. Ranks may differ by some samples, so a training
     with DistributedDataParallel needs `torch.distributed.algorithms.join.Join`, or a fixed number of steps.
-    Samples that cannot be used are left out and counted, see `counts`.
+    Samples that cannot be used are skipped and counted, see `counts`.
 
     A sample is a dictionary: `image` (tv_tensors.Image, uint8 [3, height, width], upright), `key`,
     `sample_index`, `shard`, and with target
@@ -57,7 +53,7 @@ class MaskDataset(IterableDataset[Sample]):
       16 bits, int32 with 65535 ignored.
 
     Transforms of torchvision.transforms.v2 take the whole dictionary. One that uncovers new pixels, such as a
-    rotation, must be told to fill masks with 255: `fill={tv_tensors.Image: 0, tv_tensors.Mask: 255}`.
+    rotation, must fill masks with 255: `fill={tv_tensors.Image: 0, tv_tensors.Mask: 255}`.
 
     Args:
         out_dir: output folder of a job: local path, s3:// or gs://.
@@ -66,7 +62,7 @@ class MaskDataset(IterableDataset[Sample]):
             URLs hold.
         target: what is learnt.
         class_ids: the class of a prompt's text, where annotations have none of their own, as with captions;
-            then rows with other prompts are left out of label maps.
+            then rows with other prompts are omitted from label maps.
         similarity_range: makes weights of similarities, see `similarity_weight`; None: all weigh 1.
         transform: called with each sample, in the worker.
         seed: of the order.
@@ -103,7 +99,7 @@ class MaskDataset(IterableDataset[Sample]):
         _check(target, similarity_range, rank, world_size)
         out = storage.absolute(os.fspath(out_dir))
         pairing = pair_shards(out, [shards] if isinstance(shards, str) else shards)
-        self._settings = _input_settings(out)
+        self._settings = OutputFolder(out).config().input
         self._pairs = pairing.pairs
         self.left_out = pairing.left_out
         self._source = Source(
@@ -170,7 +166,7 @@ class MaskDataset(IterableDataset[Sample]):
     def _joined(self, reader: int, readers: int, counts: WorkerCounts) -> Iterator[JoinedSample]:
         epoch = int(self._epoch)
         shares = shares_of(self._pairs, reader, readers, epoch=epoch, seed=self._seed, shuffle=self._shuffle)
-        samples = (sample for share in shares for sample in self._source.read(share, counts))
+        samples = (sample for share in shares for sample in self._source.read(share, counts.add))
         if not self._shuffle or self._shuffle_buffer < 2:
             return samples
         seed = np.random.SeedSequence((self._seed, epoch, reader)).generate_state(1)[0]
@@ -183,7 +179,7 @@ class MaskDataset(IterableDataset[Sample]):
         return shuffled
 
     def _sample(self, joined: JoinedSample, counts: WorkerCounts) -> Sample | None:
-        """The sample as it is handed out, before transforms; None, and counted, where it cannot be used."""
+        """Return the sample before transforms; None, and counted, if it cannot be used."""
         rows = with_classes(joined.rows, self._class_ids) if self._target == "label_map" else joined.rows
         if not any(has_pixels(row) for row in rows) and self._target != "ground_truth":
             counts.add("without_mask")
@@ -198,7 +194,7 @@ class MaskDataset(IterableDataset[Sample]):
             target = self._target_of(joined, rows, height, width)
         except (SampleFailure, LeGradError) as error:
             if isinstance(error, RleError):
-                _log.warning("%s: sample %s left out: %s", joined.shard, joined.raw.key, error)
+                _log.warning("%s: sample %s skipped: %s", joined.shard, joined.raw.key, error)
             counts.add("undecodable")
             return None
         named = {"key": joined.raw.key, "sample_index": joined.raw.index, "shard": joined.shard}
@@ -238,11 +234,6 @@ def _check(
         raise UserError(f"expected rank and world_size together, got rank {rank} and world_size {world_size}")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
         raise UserError(f"rank: expected 0 to {world_size - 1}, got {rank}")
-
-
-def _input_settings(out_dir: str) -> InputConfig:
-    where = storage.join_url(out_dir, JOB_FILE)
-    return parse_config(read_job_record(out_dir).config, where=where).input
 
 
 def _fields(settings: InputConfig, target: Target) -> frozenset[str]:

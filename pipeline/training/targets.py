@@ -38,7 +38,7 @@ def similarity_weight(similarity: float, similarity_range: SimilarityRange | Non
 
 
 def with_classes(rows: Sequence[Row], class_ids: Mapping[str, int] | None) -> list[Row]:
-    """The rows with the class of their prompt, the mask left out where it has none; None: as they are."""
+    """Return the rows with the class of their prompt, without mask if it has none; None: unchanged."""
     if class_ids is None:
         return list(rows)
     return [
@@ -80,7 +80,7 @@ def prompt_target(
     """A sample's accepted prompts, each with its mask.
 
     Args:
-        rows: of one sample; those without pixels are left out.
+        rows: of one sample; those without pixels are omitted.
         height: of the image, in pixels.
         width: of the image, in pixels.
         similarity_range: see `similarity_weight`.

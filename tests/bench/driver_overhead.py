@@ -25,7 +25,7 @@ from noop_annotator import noop
 from pipeline.config.load import parse_config
 from pipeline.config.schema import JobConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
-from pipeline.output.run_state import RunState
+from pipeline.output.runs import RunState
 from pipeline.run.dispatcher import run_job
 from pipeline.run.job import prepare_job
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from pipeline.output.job_record import installed_versions
+from pipeline.output.records import installed_versions
 
 
 def environment() -> dict[str, Any]:

@@ -29,7 +29,7 @@ from legrad.text_cache import TextEmbedder
 from pipeline.annotate.model import DEMO, load_explainer
 from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
-from pipeline.output.job_record import installed_versions
+from pipeline.output.records import installed_versions
 
 LAYERS = 2
 

@@ -36,8 +36,10 @@ from pipeline.config.classes import ClassEntry, read_class_list
 from pipeline.config.load import load_config
 from pipeline.datasets.coco import open_coco
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure, UserError
-from pipeline.output import reading as records
+from pipeline.output.folder import OutputFolder
+from pipeline.output.runs import RunRecord
 from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
+from pipeline.output.tables import open_table, read_record
 from pipeline.prompts.mentions import MentionFinder
 from pipeline.shards.captions import read_captions
 from pipeline.shards.images import open_image
@@ -344,21 +346,22 @@ def read_output(spoiled: tuple[str, bytes], folder: Path) -> bool:
     shutil.copytree(output(), out)
     path = hostile_outputs.target_of(out, place)
     path.write_bytes(data)
-    url = str(path)
+    url, folder = str(path), OutputFolder(str(out))
     match place:
         case "job.json":
-            return isinstance(records.read_job_record(str(out)).config_hash, str)
+            return isinstance(folder.job().config_hash, str)
         case "shards.parquet":
-            rows = records.read_shard_rows(str(out))
+            rows = folder.shard_rows()
             return len({row["shard_id"] for row in rows}) == len(rows)
         case "failed":
-            return records.read_failure(str(out), path.stem) is not None
+            return folder.failure(path.stem) is not None
         case "runs":
-            return records.read_record(url, records.RunFile) is not None
+            return read_record(url, RunRecord) is not None
     schema = ANNOTATION_SCHEMA if place == "annotations" else ERROR_SCHEMA
-    with contextlib.suppress(DamagedFileError):
-        records.read_footer_record(url, place)
-    rows = records.read_rows(url, place, schema.names)
+    with open_table(url, place) as table:
+        with contextlib.suppress(DamagedFileError):
+            table.footer()
+        rows = list(table.rows(schema.names))
     return all(row["key"] is not None or place == "errors" for row in rows)
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from legrad.loading import model_digest
-from pipeline.output.folder import LAYOUT
+from pipeline.output.records import LAYOUT
 
 IMAGE_SIZE, PATCH_SIZE, LAYERS = 32, 8, 3
 MODEL_NAME = "evaluation-test-clip"

@@ -263,7 +263,7 @@ PARQUET_FAULTS = {
 
 # what is no file is not there: its shard counts as not annotated, its run or failure as not recorded
 NOT_THERE = ("a folder in its place", "a pipe in its place", "a link to a device", "a link to nowhere")
-A_MASK = "0.tar: sample key000 left out: mask: "
+A_MASK = "0.tar: sample key000 skipped: mask: "
 REPORT, DRAWN, UNTOLD = frozenset({"report"}), ALL - {"report"}, frozenset()
 
 

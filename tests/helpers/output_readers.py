@@ -6,7 +6,7 @@ import duckdb
 import polars as pl
 import pyarrow.dataset as ds
 
-from pipeline.output.reading import read_job_record
+from pipeline.output.folder import OutputFolder
 from pipeline.output.status import read_status
 from pipeline.report.totals import read_totals
 
@@ -14,13 +14,14 @@ from pipeline.report.totals import read_totals
 def rows_by_reader(out):
     """How many rows each reader finds, by the patterns that people write."""
     pattern = str(out / "annotations" / "*.parquet")
+    folder = OutputFolder(str(out))
     return {
         "duckdb": duckdb.sql(f"SELECT count(*) FROM '{pattern}'").fetchall()[0][0],
         "polars": pl.scan_parquet(pattern).select(pl.len()).collect().item(),
         "polars, the folder": pl.scan_parquet(out / "annotations").select(pl.len()).collect().item(),
         "pyarrow": ds.dataset(out / "annotations", format="parquet").count_rows(),
         "status": read_status(str(out)).counts.rows,
-        "report": read_totals(str(out), read_job_record(str(out))).counts.rows,
+        "report": read_totals(folder, folder.job()).counts.rows,
     }
 
 

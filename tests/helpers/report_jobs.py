@@ -6,8 +6,7 @@ import torch
 from legrad.masks.rle import encode_rle
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import OutputFolder, new_run_id
-from pipeline.output.run_state import RunState
-from pipeline.output.runs import recorded_run
+from pipeline.output.runs import RunState, recorded_run
 from pipeline.output.writer import ShardWriter
 from pipeline.run.job import prepare_job
 from pipeline.shards.sample_error import SampleError

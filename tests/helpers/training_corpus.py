@@ -11,10 +11,11 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from pipeline import storage
-from pipeline.output.folder import JOB_FILE, LAYOUT, SHARDS_FILE
+from pipeline.output.folder import JOB_FILE, SHARDS_FILE
 from pipeline.output.image_shards import content_digest
+from pipeline.output.records import LAYOUT
 from pipeline.output.schema import ANNOTATION_SCHEMA
-from pipeline.output.shard_list import shard_list_bytes
+from pipeline.output.tables import shard_list_bytes
 from pipeline.output.writer import ShardWriter
 from pipeline.shards.sample_error import SampleError
 from tests.helpers.corpus import demo_job

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import yaml
 
+from pipeline.output.folder import OutputFolder
 from pipeline.output.runs import latest_run
 from pipeline.output.status import read_status
 from tests.helpers.accounts import audit
@@ -141,7 +142,7 @@ def test_a_stopped_job_goes_on_where_it_was_when_it_is_submitted_again(
     assert f"Job '{name}' was stopped" in ray_job("status", name).stdout
     before = audit(out, shards)
     assert 0 < before.shards_done < SHARDS_TO_STOP
-    assert latest_run(str(out)).ended == ended
+    assert latest_run(OutputFolder(str(out))).ended == ended
     (tmp_path / "go").touch()
     again = submit(ray_job, folder, f"{name}-again")
     assert again.returncode == 0, again.stdout + again.stderr

@@ -20,8 +20,8 @@ from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.model import load_explainer
 from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError
+from pipeline.output.folder import OutputFolder
 from pipeline.output.label_map import mask_frame
-from pipeline.output.reading import read_footer_record
 from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
 from tests.helpers.corpus import captions_json, demo_job, image_bytes, sample, write_corpus, write_shard
 
@@ -47,7 +47,9 @@ def annotate(explainer, tmp_path):
         annotations, errors = (pq.read_table(out / folder / name) for folder in ("annotations", "errors"))
         assert annotations.schema.equals(ANNOTATION_SCHEMA)
         assert errors.schema.equals(ERROR_SCHEMA)
-        footers = [read_footer_record(str(out / table / name), table) for table in ("annotations", "errors")]
+        footers = [
+            OutputFolder(str(out)).footer(shard.shard_id, table) for table in ("annotations", "errors")
+        ]
         assert footers[0] == footers[1]
         assert (report.counts.rows, report.counts.error_rows) == (annotations.num_rows, errors.num_rows)
         return annotations.to_pylist(), errors.to_pylist(), report.counts
@@ -376,7 +378,7 @@ def test_the_footer_holds_counts_and_provenance(annotate, tmp_path):
     path = write_corpus(tmp_path, 1, 2)[0]
     annotate(path)
     name = next((tmp_path / "out" / "annotations").iterdir())
-    footer = read_footer_record(str(name), "annotations")
+    footer = OutputFolder(str(tmp_path / "out")).footer(name.stem)
     assert (footer.counts().samples_in, footer.annotated, footer.rows) == (2, 2, 2)
     assert (footer.config_hash, footer.shard, footer.state) == ("h", path.as_uri(), "done")
     assert len(footer.attempt) == 32

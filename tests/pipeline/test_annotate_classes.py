@@ -14,7 +14,7 @@ import legrad
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.demo import assets
-from pipeline.output.reading import read_job_record
+from pipeline.output.folder import OutputFolder
 from pipeline.run import job as jobs
 from pipeline.run.estimate import dry_run
 from pipeline.shards.samples import RawSample, read_samples
@@ -210,7 +210,7 @@ def test_the_hash_of_a_job_follows_the_classes_and_workers_need_no_file(tmp_path
         return jobs.prepare_job(demo_job([shard], tmp_path / "out", prompts=settings))
 
     job = prepared("dog\ncat\n")
-    written = read_job_record(str(tmp_path / "out")).config["prompts"]
+    written = OutputFolder(str(tmp_path / "out")).job().config["prompts"]
     assert [entry["name"] for entry in written["classes"]] == ["dog", "cat"]
     assert "sky" in written["background"]
     assert prepared("dog\ncat\n\n").stamp.config_hash == job.stamp.config_hash

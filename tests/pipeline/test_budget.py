@@ -3,9 +3,9 @@
 import pytest
 
 from pipeline.config.schema import RunConfig
-from pipeline.output.budget import reason_at_end, reason_to_stop
 from pipeline.output.counts import ShardCounts
-from pipeline.output.run_state import RunState
+from pipeline.output.runs import RunState
+from pipeline.output.status import reason_at_end, reason_to_stop
 
 
 def counts(annotated=0, failed=0, **kinds):

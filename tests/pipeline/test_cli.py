@@ -9,7 +9,7 @@ import yaml
 from pipeline.cli import main as cli
 from pipeline.cli.demo import demo_config
 from pipeline.output.counts import ShardCounts
-from pipeline.output.run_state import RunState
+from pipeline.output.runs import RunState
 from pipeline.run.dispatcher import JobResult
 from pipeline.run.job import prepare_job
 from tests.helpers.corpus import demo_job, write_corpus

@@ -28,7 +28,7 @@ def test_what_a_folder_names_on_a_server_is_read_only_where_it_is_named_again(ur
     rows = listed(url)
     located = locate_shards(rows)
     assert not located.sources
-    assert "read only where you name it" in located.missing[rows[0]["shard_id"]]
+    assert "read only if you name it" in located.missing[rows[0]["shard_id"]]
     there = url.rpartition("/")[0]
     assert [source.url for source in locate_shards(rows, [f"{there}={there}"]).sources.values()] == [url]
 

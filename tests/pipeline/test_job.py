@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.output.job_record import job_document
-from pipeline.output.reading import read_job_record, read_shard_rows
+from pipeline.output.folder import OutputFolder
+from pipeline.output.records import job_document
 from pipeline.output.status import read_status
 from pipeline.output.writer import ShardWriter
 from pipeline.run import job as jobs
@@ -37,7 +37,7 @@ def commit(job, shard, rows=2, failures=0):
 def test_a_new_folder_gets_its_job_file_and_the_frozen_list_of_shards(corpus, tmp_path):
     job = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
     assert [shard.canonical_url for shard in job.todo] == [path.as_uri() for path in corpus]
-    document = read_job_record(str(tmp_path / "out")).model_dump()
+    document = OutputFolder(str(tmp_path / "out")).job().model_dump()
     assert document["config_hash"] == job.stamp.config_hash
     assert document["weights_digest"].startswith("sha256:")
     assert document["versions"]["torch"]
@@ -106,7 +106,7 @@ def test_a_key_without_effect_on_rows_keeps_finished_shards(corpus, tmp_path):
 def test_a_folder_without_results_accepts_a_corrected_configuration(corpus, tmp_path):
     jobs.prepare_job(demo_job(corpus, tmp_path / "out", model={"layers": 1}))
     corrected = jobs.prepare_job(demo_job(corpus, tmp_path / "out"))
-    assert read_job_record(str(tmp_path / "out")).config_hash == corrected.stamp.config_hash
+    assert OutputFolder(str(tmp_path / "out")).job().config_hash == corrected.stamp.config_hash
 
 
 def test_another_configuration_overwrites_if_output_on_mismatch_says_so(corpus, tmp_path):
@@ -199,7 +199,7 @@ def test_status_of_a_folder_without_a_job_is_an_input_error(tmp_path):
 def test_the_listed_shards_are_the_shards_annotated(corpus, tmp_path):
     config = demo_job([str(corpus[0].parent / "*.tar")], tmp_path / "out")
     job = jobs.prepare_job(config)
-    frozen = [(row["shard_id"], row["shard"]) for row in read_shard_rows(config.output.dir)]
+    frozen = [(row["shard_id"], row["shard"]) for row in OutputFolder(config.output.dir).shard_rows()]
     assert frozen == [(shard.shard_id, shard.canonical_url) for shard in job.shards]
 
 

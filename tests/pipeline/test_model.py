@@ -15,7 +15,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.errors import UserError
-from pipeline.output.reading import read_job_record
+from pipeline.output.folder import OutputFolder
 from pipeline.run.job import prepare_job
 from pipeline.run.worker import Worker, build_annotator
 from tests.helpers.corpus import demo_job, write_word_shards
@@ -99,14 +99,14 @@ def test_a_job_records_the_digest_of_the_weights_that_a_folder_brings(tmp_path):
     shards = write_word_shards(tmp_path / "in", ["a"], 1)
     section = {"name": f"local-dir:{folder}", "pretrained": None}
     job = prepare_job(demo_job(shards, tmp_path / "out", model=section))
-    before = read_job_record(str(tmp_path / "out")).weights_digest
+    before = OutputFolder(str(tmp_path / "out")).job().weights_digest
     assert before == job.stamp.weights_digest == weights_digest(ModelConfig(**section))
     (tmp_path / "out" / "annotations").mkdir()
     (tmp_path / "out" / "annotations" / "a.parquet").write_bytes(b"rows")
     replace_weights(folder, 0.5)
     with pytest.raises(UserError, match="results of another configuration"):
         prepare_job(demo_job(shards, tmp_path / "out", model=section))
-    assert read_job_record(str(tmp_path / "out")).weights_digest == before
+    assert OutputFolder(str(tmp_path / "out")).job().weights_digest == before
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "other"])

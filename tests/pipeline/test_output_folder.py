@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.output.folder import new_run_id
-from pipeline.output.reading import read_job_record
+from pipeline.output.folder import OutputFolder, new_run_id
 from pipeline.output.status import read_status
 from pipeline.output.writer import ShardWriter
 from pipeline.report.totals import read_totals
@@ -100,7 +99,7 @@ def test_shards_taken_out_of_the_list_take_their_rows_with_them_and_nothing_is_d
     annotate(prepare_job(demo_job(tars, out)))
     fewer = prepare_job(demo_job(tars[:3], out))
     assert_all_readers_find(out, 3 * ROWS)
-    assert any("1 shard(s) that are not listed any more" in warning for warning in fewer.warnings)
+    assert any("1 shard(s) are no longer listed" in warning for warning in fewer.warnings)
     assert annotate(fewer).complete
     assert json.loads((out / "_SUCCESS").read_text())["shards"] == 3
     assert_all_readers_find(out, 3 * ROWS)
@@ -427,13 +426,14 @@ def test_a_file_of_no_listed_shard_is_told_by_status_and_report(tars, out, stray
     path.parent.mkdir(exist_ok=True)
     shutil.copy(next((out / "annotations").glob("b-*")), path)
     assert ds.dataset(out / "annotations").count_rows() > 4 * ROWS
-    status, totals = read_status(str(out)), read_totals(str(out), read_job_record(str(out)))
+    folder = OutputFolder(str(out))
+    status, totals = read_status(str(out)), read_totals(folder, folder.job())
     for complete, shortfall in (
         (status.complete, status.shortfall),
         (totals.complete, totals.shortfall),
     ):
         assert not complete
-        assert f"1 file(s) in annotations/ are of no listed shard, such as {stray}" in shortfall
+        assert f"1 file(s) in annotations/ belong to no listed shard, such as {stray}" in shortfall
 
 
 @pytest.mark.parametrize("stray", ["before/mine.parquet", "MINE.PARQUET", "mine.parquet.bak"])
@@ -480,7 +480,7 @@ def test_what_another_job_adds_meanwhile_to_a_shorter_list_is_no_success(tars, o
     annotate(whole, whole.todo[2:3])
     result = annotate(shorter)
     assert not result.complete
-    assert "1 shard(s) that are not listed" in result.stopped
+    assert "1 file(s) that belong to no shard of this job" in result.stopped
     again = prepare_job(demo_job(tars[:1], out))
     assert_all_readers_find(out, ROWS)
     assert annotate(again).complete

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from pipeline.annotate.meter import Meter
 from pipeline.console import PatientConsole, PrintableConsole
 from pipeline.output.counts import ShardCounts
-from pipeline.output.measures import Measures
-from pipeline.output.run_state import RunState
+from pipeline.output.runs import Measures, RunState
 from pipeline.run.progress import RecentPace, SharedProgress, as_line, open_progress
 from pipeline.text import as_duration
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.cli import main as cli
 from pipeline.errors import UserError
+from pipeline.output.folder import OutputFolder
 from pipeline.report import write_report
 from pipeline.report.charts import class_bars, histogram, pace_chart
 from pipeline.report.pictures import RowParts, draw_pictures
@@ -312,7 +313,7 @@ def test_the_command_tells_where_the_page_is(job, monkeypatch, capsys):
 
 
 def test_scores_are_those_in_the_files(job):
-    scores = read_scores(str(job), listed_shards(job), np.random.default_rng(0))
+    scores = read_scores(OutputFolder(str(job)), listed_shards(job), np.random.default_rng(0))
     expected = {
         (path.stem, entry["sample_index"]): entry
         for path in (job / "annotations").iterdir()
@@ -338,7 +339,7 @@ def test_what_prompts_that_competed_ignore_together_counts_once(tmp_path):
         *(row(2, prompt, ignore=box_rle(0, 0, 12, 64)) for prompt in (0, 1)),
     ]
     out = write_job(tmp_path, [rows])
-    scores = read_scores(str(out), listed_shards(out), np.random.default_rng(0))
+    scores = read_scores(OutputFolder(str(out)), listed_shards(out), np.random.default_rng(0))
     np.testing.assert_allclose(scores.ignored_share, [np.nan, 0.5, np.nan, 0.5, 0.25, 0.25])
     _, page = page_of(out)
     assert "4 rows: median 0.375" in page.text
@@ -348,7 +349,7 @@ def test_an_accepted_row_without_a_pixel_counts_as_accepted_and_is_told(tmp_path
     empty = {"area": 0, "mask": box_rle(0, 0, 0, 0), "bbox_xywh": [0.0] * 4, "threshold": 0.5}
     rows = [row(0), row(1, status="empty_mask", **empty), row(2, status="rejected_peak")]
     out = write_job(tmp_path, [rows])
-    scores = read_scores(str(out), listed_shards(out), np.random.default_rng(0))
+    scores = read_scores(OutputFolder(str(out)), listed_shards(out), np.random.default_rng(0))
     assert scores.accepted.tolist() == [True, True, False]
     np.testing.assert_allclose(scores.area_share[1], 0)
     _, page = page_of(out)
@@ -363,7 +364,7 @@ def test_ignored_pixels_are_counted_where_rows_tell_of_some(tmp_path):
         row(2, ignore=box_rle(0, 0, 12, 32)),
     ]
     out = write_job(tmp_path, [rows])
-    scores = read_scores(str(out), listed_shards(out), np.random.default_rng(0))
+    scores = read_scores(OutputFolder(str(out)), listed_shards(out), np.random.default_rng(0))
     np.testing.assert_allclose(scores.ignored_share, [np.nan, 0.5, 0.125])
     _, page = page_of(out)
     assert "2 rows: median 0.312" in page.text
@@ -375,9 +376,9 @@ def test_ignored_pixels_are_counted_where_rows_tell_of_some(tmp_path):
 def test_reading_is_bounded_by_files_and_by_rows(tmp_path):
     out = write_job(tmp_path, [varied_rows(10)] * 6)
     shards = listed_shards(out)
-    few_files = read_scores(str(out), shards, np.random.default_rng(1), max_files=2)
+    few_files = read_scores(OutputFolder(str(out)), shards, np.random.default_rng(1), max_files=2)
     assert (few_files.files_read, few_files.files_total, len(few_files)) == (2, 6, 20)
-    few_rows = read_scores(str(out), shards, np.random.default_rng(1), max_rows=25)
+    few_rows = read_scores(OutputFolder(str(out)), shards, np.random.default_rng(1), max_rows=25)
     assert len(few_rows) == 30, "whole row groups"
 
 

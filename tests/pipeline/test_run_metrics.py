@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.output.counts import ShardCounts
-from pipeline.output.measures import Measures
-from pipeline.output.run_state import RunState
+from pipeline.output.runs import Measures, RunState
 from pipeline.run.progress import SharedProgress
 from pipeline.run.prometheus import COUNTERS, GAUGES, RunMetrics
 

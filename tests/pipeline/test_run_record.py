@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import OutputFolder, new_run_id
-from pipeline.output.measures import Measures
-from pipeline.output.run_state import RunState
-from pipeline.output.runs import MAX_POINTS, latest_run, latest_runs, recorded_run
+from pipeline.output.records import as_json
+from pipeline.output.runs import MAX_POINTS, Measures, RunState, latest_run, latest_runs, recorded_run
 
 STATE = RunState(
     shards_total=4,
@@ -34,13 +33,13 @@ def records(out):
 def test_a_run_tells_where_it_stands_while_it_goes_on_and_how_it_ended(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
-        while (meanwhile := latest_run(str(tmp_path))) is None:
+        while (meanwhile := latest_run(OutputFolder(str(tmp_path)))) is None:
             time.sleep(0.01)
         recorder.close("complete")
     assert meanwhile.ended == "running"
     assert (meanwhile.samples, meanwhile.samples_per_s, meanwhile.shards_done) == (100, 10.0, 2)
     assert meanwhile.measures == Measures(95, 9.0, 10.0)
-    assert latest_run(str(tmp_path)).ended == "complete"
+    assert latest_run(OutputFolder(str(tmp_path))).ended == "complete"
     assert len(records(tmp_path)) == 1
 
 
@@ -56,7 +55,7 @@ def test_what_ended_a_run_early_is_recorded_and_passed_on(tmp_path, error, ended
     with pytest.raises(type(error)), recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
         raise error
-    assert latest_run(str(tmp_path)).ended == ended
+    assert latest_run(OutputFolder(str(tmp_path))).ended == ended
 
 
 def test_a_record_that_cannot_be_written_ends_no_run(tmp_path):
@@ -80,7 +79,7 @@ def test_whatever_fails_in_a_record_is_told_once_and_ends_no_run(tmp_path, monke
         for _ in range(5):
             recorder.update(STATE)
         recorder.close("complete")
-    assert caplog.text.count("the record of this run cannot be written") == 1
+    assert caplog.text.count("cannot write the record of this run") == 1
 
 
 def test_a_store_that_hangs_does_not_hold_a_run_up(tmp_path, monkeypatch):
@@ -104,23 +103,23 @@ def test_a_store_that_hangs_does_not_hold_a_run_up(tmp_path, monkeypatch):
 def test_a_run_that_never_began_leaves_no_record(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.close("complete")
-    assert latest_run(str(tmp_path)) is None
+    assert latest_run(OutputFolder(str(tmp_path))) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"measures": 3}'])
 def test_a_record_that_cannot_be_read_is_none(tmp_path, content):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "20260101T000000Z-1.json").write_text(content)
-    assert latest_run(str(tmp_path)) is None
+    assert latest_run(OutputFolder(str(tmp_path))) is None
 
 
 def test_a_record_survives_its_way_through_json(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
         recorder.close("complete")
-        record = latest_run(str(tmp_path))
+        record = latest_run(OutputFolder(str(tmp_path)))
     (path,) = (tmp_path / "runs").iterdir()
-    assert record.as_json() == path.read_bytes()
+    assert as_json(record.model_dump()) == path.read_bytes()
     assert all(isinstance(point, tuple) for point in record.history)
 
 
@@ -134,7 +133,7 @@ def test_the_history_is_bounded_rises_in_time_and_ends_with_the_newest_state(tmp
             state = replace(STATE, elapsed_s=elapsed_s, counts=ShardCounts(annotated=samples))
             recorder.update(state)
         recorder.close("complete")
-    history = latest_run(str(out)).history
+    history = latest_run(OutputFolder(str(out))).history
     times_s = [point[0] for point in history]
     assert history[0] == (0.0, 0)
     assert times_s == sorted(set(times_s))
@@ -151,7 +150,7 @@ def test_the_newest_runs_come_oldest_first_and_unreadable_ones_are_left_out(tmp_
         document = json.loads(record.read_text()) | {"samples": samples}
         (tmp_path / "runs" / name).write_text(json.dumps(document))
     (tmp_path / "runs" / "20250103T000000Z-1.json").write_text("[1]")
-    assert [run.samples for run in latest_runs(str(tmp_path), 9)[0]] == [5, 6, 100]
-    assert [run.samples for run in latest_runs(str(tmp_path), 3)[0]] == [6, 100]
-    (damaged,) = latest_runs(str(tmp_path), 9)[1]
+    assert [run.samples for run in latest_runs(OutputFolder(str(tmp_path)), 9)[0]] == [5, 6, 100]
+    assert [run.samples for run in latest_runs(OutputFolder(str(tmp_path)), 3)[0]] == [6, 100]
+    (damaged,) = latest_runs(OutputFolder(str(tmp_path)), 9)[1]
     assert "runs/20250103T000000Z-1.json: " in damaged

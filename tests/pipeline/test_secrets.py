@@ -14,8 +14,7 @@ from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.cli import main as cli
 from pipeline.config.load import load_config
 from pipeline.demo import assets
-from pipeline.output.run_state import RunState
-from pipeline.output.runs import recorded_run
+from pipeline.output.runs import RunState, recorded_run
 from pipeline.run import job as jobs
 from pipeline.run.prometheus import RunMetrics
 from pipeline.storage import shown_url

@@ -4,13 +4,12 @@ import io
 
 import pytest
 
+from pipeline.cli.status import render_status
 from pipeline.console import PrintableConsole
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import OutputFolder, new_run_id
-from pipeline.output.measures import Measures
-from pipeline.output.run_state import RunState
-from pipeline.output.runs import RunRecord, recorded_run
-from pipeline.output.status import OutputStatus, read_status, render_status
+from pipeline.output.runs import Measures, RunRecord, RunState, recorded_run
+from pipeline.output.status import OutputStatus, read_status
 from pipeline.run.job import prepare_job
 from tests.helpers.corpus import demo_job, write_corpus
 
@@ -80,18 +79,18 @@ def test_nothing_of_a_long_name_or_message_is_cut_off():
     assert STATUS.mismatched[0][0] in unbroken
 
 
-def test_a_run_that_still_says_running_tells_when_it_was_last_heard_of():
-    assert "running, last heard of at 2026-01-01T12:00:00" in " ".join(shown(STATUS).split())
+def test_a_run_that_still_says_running_shows_its_last_update():
+    assert "running, last update at 2026-01-01T12:00:00" in " ".join(shown(STATUS).split())
 
 
-def test_a_status_without_any_run_says_nothing_of_one(tmp_path):
+def test_a_status_without_a_run_shows_none(tmp_path):
     prepare_job(demo_job(write_corpus(tmp_path / "in", 2, 1), tmp_path / "out"))
     status = read_status(str(tmp_path / "out"))
     assert status.run is None
     assert "last run" not in shown(status)
 
 
-def test_the_newest_run_is_the_one_that_is_told(tmp_path):
+def test_the_newest_run_is_shown(tmp_path):
     prepare_job(demo_job(write_corpus(tmp_path / "in", 2, 1), tmp_path / "out"))
     with recorded_run(OutputFolder(str(tmp_path / "out"), new_run_id())) as recorder:
         recorder.update(RunState(shards_total=2, shards_skipped=0, shards_done=1))

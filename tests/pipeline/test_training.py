@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from torchvision.transforms import v2
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError, ShardError, UserError
+from pipeline.output import folder as output_folder
 from pipeline.output import joining
-from pipeline.output.shares import shares_of
+from pipeline.output.joining import shares_of
 from pipeline.training import MaskDataset, collate, pixel_weights, similarity_weight
 from tests.helpers.training_corpus import (
     HEIGHT,
@@ -411,9 +413,11 @@ def test_a_transform_moves_image_and_mask_alike(tmp_path_factory, chosen, mask, 
     folder = tmp_path_factory.mktemp("moved")
     out = two_sample_job(folder, [row("s000001", 0, mask=mask, class_id=1)])
     white_where_masked = np.where(mask[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)
-    write_tar(folder / "a.tar", [("s000001.png", png(white_where_masked))])
+    # elsewhere: a shard that changed in its place is refused
+    (folder / "white").mkdir()
+    images = write_tar(folder / "white" / "a.tar", [("s000001.png", png(white_where_masked))])
     transform = v2.Compose([TRANSFORMS[index] for index in chosen])
-    (sample,) = MaskDataset(out, str(folder / "a.tar"), target=target, transform=transform)
+    (sample,) = MaskDataset(out, str(images), target=target, transform=transform)
     found = sample["label_map"] if target == "label_map" else sample["masks"][0]
     assert torch.equal(sample["image"][0] == 255, found == 1)
 
@@ -500,7 +504,7 @@ def test_the_first_sample_comes_before_either_file_has_been_read(tmp_path, monke
             yield Stream()
 
     monkeypatch.setattr(joining.storage, "open_shard", counted_shard)
-    monkeypatch.setattr(joining, "open_table", counted_annotations(joining.open_table, tar_bytes))
+    monkeypatch.setattr(output_folder, "open_table", counted_annotations(output_folder.open_table, tar_bytes))
     samples_read = iter(MaskDataset(str(tmp_path / "out"), shuffle=False))
     next(samples_read)
     assert 0 < tar_bytes["read"] < path.stat().st_size / 2
@@ -512,13 +516,13 @@ def counted_annotations(opened, counts):
     @contextmanager
     def opening(url, table):
         with opened(url, table) as annotations:
-            yield Counted(annotations, counts)
+            yield replace(annotations, file=Counted(annotations.file, counts))
 
     return opening
 
 
 class Counted:
-    """A Parquet file that tells how many rows were taken from it."""
+    """A Parquet file that counts the rows taken from it."""
 
     def __init__(self, file, counts):
         self._file, self._counts = file, counts
@@ -563,7 +567,7 @@ def test_an_object_store_serves_images_and_masks_but_not_to_forked_workers(
     url = "s3://training/data/a.tar"
     (shard,) = begin_job([url], "s3://training/out")
     annotate("s3://training/out", shard, [rows_of(item, index) for index, item in enumerate(items)])
-    with pytest.raises(UserError, match="read only where you name it"):
+    with pytest.raises(UserError, match="read only if you name it"):
         MaskDataset("s3://training/out")
     dataset = MaskDataset("s3://training/out", [url])
     assert sorted(numbers(dataset)) == [0, 1, 2]

@@ -1,0 +1,204 @@
+"""JSON records of an output folder, each declared once: for writing, and for checks when it is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, Literal
+
+import braceexpand
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline import storage
+from pipeline.config.schema import JobConfig
+from pipeline.output.counts import ShardCounts
+from pipeline.storage import InputVersion
+
+# version of the files of an output folder; a folder with another layout is refused
+LAYOUT = 2
+VERSIONED_PACKAGES = ("legrad-pipeline", "torch", "open_clip_torch", "ray", "pyarrow", "pillow", "webdataset")
+COUNTS = ("annotated", "empty", "failed", "rows", "error_rows", "dropped_prompts")
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class Record(BaseModel):
+    """A JSON object; unknown keys, which a later version may add, are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class JobRecord(Record):
+    """OUT/job.json.
+
+    Attributes:
+        config_hash: hash of the settings that change the rows.
+        config: the configuration, to be parsed by `pipeline.config.load.parse_config`.
+        weights_digest: digest of the model's weights.
+        versions: versions of the installed packages.
+        started: start of the newest run.
+        layout: version of the files of the folder.
+    """
+
+    layout: int = 1
+    config_hash: str
+    config: dict[str, Any]
+    weights_digest: str = "unknown"
+    versions: dict[str, str] = {}
+    started: str = "unknown"
+
+
+class CountsRecord(Record):
+    """Outcomes of samples, as footers and OUT/_SUCCESS hold them."""
+
+    annotated: Count
+    empty: Count
+    failed: Count
+    rows: Count
+    error_rows: Count
+    dropped_prompts: Count
+    errors_by_kind: dict[str, Count]
+    error_examples: dict[str, str] = {}
+
+    def counts(self) -> ShardCounts:
+        """Return the counts."""
+        return ShardCounts(**{name: getattr(self, name) for name in CountsRecord.model_fields})
+
+
+class _VersionRecord(Record):
+    size: Count | None
+    mtime_ns: int | None
+    etag: str | None
+
+
+class FooterRecord(CountsRecord):
+    """The footer of a shard's annotations or errors file.
+
+    Attributes:
+        layout: version of the files of the folder.
+        attempt: the attempt that wrote the file; both files of a shard must have the same.
+        config_hash: of the job.
+        shard: URL of the shard when it was read.
+        state: done, or damaged if the archive could not be read to its end.
+        input: the version of the shard that was read.
+        content_digest: digest of all bytes of the shard.
+    """
+
+    layout: int
+    attempt: str
+    config_hash: str
+    shard: str
+    state: Literal["done", "damaged"]
+    input: _VersionRecord
+    content_digest: str
+
+    @property
+    def version(self) -> InputVersion:
+        """The version of the shard that was read."""
+        return InputVersion(self.input.size, self.input.mtime_ns, self.input.etag)
+
+
+class SuccessRecord(CountsRecord):
+    """OUT/_SUCCESS."""
+
+    shards: Count
+    damaged: Count
+
+
+class FailureRecord(Record):
+    """OUT/failed/SHARD.json."""
+
+    shard_id: str
+    shard: str
+    attempts: Count
+    last_error: str
+    when: str = "unknown"
+
+
+class DamageRecord(Record):
+    """OUT/damaged/SHARD.json."""
+
+    shard_id: str
+    shard: str
+    reason: str
+    when: str = "unknown"
+
+
+@dataclass(frozen=True)
+class JobStamp:
+    """Identifies the results of a configuration.
+
+    Attributes:
+        config_hash: hash of the settings that change the rows.
+        weights_digest: digest of the model's weights.
+        versions: installed versions; recorded, but not part of the hash.
+    """
+
+    config_hash: str
+    weights_digest: str
+    versions: Mapping[str, str]
+
+    def as_metadata(self) -> dict[str, Any]:
+        """Return the stamp as it is written in Parquet footers."""
+        return asdict(self)
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that can change results."""
+    found = {}
+    for package in VERSIONED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def job_document(config: JobConfig, stamp: JobStamp) -> bytes:
+    """Return the content of OUT/job.json, without the secrets of URLs."""
+    document = config.model_dump(mode="json")
+    listed = config.input.shards
+    patterns = [listed] if isinstance(listed, str) else listed
+    document["input"]["shards"] = [
+        storage.shown_url(url) for pattern in patterns for url in _with_scheme_first(pattern)
+    ]
+    document["output"]["dir"] = storage.shown_url(config.output.dir)
+    return as_json(
+        {
+            **stamp.as_metadata(),
+            "layout": LAYOUT,
+            "config": document,
+            "started": utc_now(),
+            "pid": os.getpid(),
+        }
+    )
+
+
+def _with_scheme_first(pattern: str) -> list[str]:
+    """Expand braces that hide the scheme, and with it the secrets that must not be written."""
+    return list(braceexpand.braceexpand(pattern)) if pattern.startswith("{") else [pattern]
+
+
+def counts_as_metadata(counts: ShardCounts) -> dict[str, Any]:
+    """Return counts as they are written in Parquet footers and in OUT/_SUCCESS."""
+    return {
+        "samples_in": counts.samples_in,
+        **{name: getattr(counts, name) for name in COUNTS},
+        "errors_by_kind": dict(counts.errors_by_kind),
+        "error_examples": dict(counts.error_examples),
+    }
+
+
+def as_json(document: Mapping[str, Any]) -> bytes:
+    """Return a JSON document as it is written: indented, in UTF-8."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def utc_now() -> str:
+    """Return the current time as it is written: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
