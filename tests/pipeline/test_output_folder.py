@@ -100,7 +100,7 @@ def test_shards_taken_out_of_the_list_take_their_rows_with_them_and_nothing_is_d
     annotate(prepare_job(demo_job(tars, out)))
     fewer = prepare_job(demo_job(tars[:3], out))
     assert_all_readers_find(out, 3 * ROWS)
-    assert any("1 shard(s) that are not listed any more" in warning for warning in fewer.warnings)
+    assert any("1 shard(s) are no longer listed" in warning for warning in fewer.warnings)
     assert annotate(fewer).complete
     assert json.loads((out / "_SUCCESS").read_text())["shards"] == 3
     assert_all_readers_find(out, 3 * ROWS)
@@ -480,7 +480,7 @@ def test_what_another_job_adds_meanwhile_to_a_shorter_list_is_no_success(tars, o
     annotate(whole, whole.todo[2:3])
     result = annotate(shorter)
     assert not result.complete
-    assert "1 shard(s) that are not listed" in result.stopped
+    assert "1 file(s) that belong to no shard of this job" in result.stopped
     again = prepare_job(demo_job(tars[:1], out))
     assert_all_readers_find(out, ROWS)
     assert annotate(again).complete
