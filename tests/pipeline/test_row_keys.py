@@ -135,7 +135,8 @@ def rows_of(config):
     try:
         prompts = SamplePrompts(config).of(FIELDS).prompts
     except SampleFailure as failure:
-        return [seen, str(failure)]
+        # the message repeats the field as the configuration spells it, JSON: or json:
+        return [seen, str(failure).lower()]
     if not prompts:
         return seen
     companions = companions_of(config.prompts)
