@@ -235,8 +235,8 @@ class RunConfig(Section):
     )
     batch_size: Count | Literal["auto"] = Field(
         32,
-        description="Images in a forward pass. auto: on a GPU a size that keeps it busy, found by trial when a "
-        "worker starts; on a CPU 8. A batch that does not fit the device's memory is halved in any case.",
+        description="Images in a forward pass. auto: on a GPU a size that keeps it busy, found by trial when "
+        "a worker starts; on a CPU 8. A batch that does not fit the device's memory is halved in any case.",
     )
     lookahead_bytes: PositiveInt = Field(
         512 * MEBIBYTE,
