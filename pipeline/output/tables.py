@@ -179,8 +179,8 @@ def read_record(url: str, kind: type[Model]) -> Model:
 def open_table(url: str, table: Table) -> Iterator[TableFile]:
     """Open a Parquet file of the output; its columns are checked against the schema of its table.
 
-    Columns that the schema does not know are ignored. Missing columns, other types, and row groups larger than
-    any that is written count as damage.
+    Columns that the schema does not know are ignored. Missing columns, other types, and row groups larger
+    than any that is written count as damage.
 
     Raises:
         DamagedFileError: the file cannot be read, or is no such table.
@@ -213,7 +213,7 @@ def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:
 
 
 def _is_same_type(found: pa.DataType, expected: pa.DataType) -> bool:
-    """Return whether two types are equal; the name of a list's elements, which differs by writer, is ignored."""
+    """Return whether two types are equal, apart from the name of list elements, which differs by writer."""
     if pa.types.is_struct(expected):
         return pa.types.is_struct(found) and all(
             found.get_field_index(field.name) >= 0 and _is_same_type(found.field(field.name).type, field.type)
