@@ -76,7 +76,7 @@ def collect_written_masks(
         shards: the tars with ground truth.
         settings: the job's input section.
         prompt_source: the job's ``prompts.source``.
-        config_hash: of the job; files of another job, or of two attempts, count as damaged. None: not checked.
+        config_hash: of the job; files of another job or of two attempts count as damaged. None: no check.
 
     Raises:
         ShardError: a tar cannot be read.
