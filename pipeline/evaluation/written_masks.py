@@ -31,7 +31,10 @@ from pipeline.output.image_shards import match_annotations, require_annotated_ve
 from pipeline.shards.ground_truth import Scene, read_scenes
 from pipeline.storage import ShardSource
 
-COLUMNS = ["key", "sample_index", "prompt_index", "class_id", "status", "similarity", "mask", "ignore"]
+COLUMNS = [
+    *("key", "sample_index", "prompt_index", "prompt", "class_id", "status"),
+    *("image_height", "image_width", "similarity", "mask", "ignore"),
+]
 
 Row = Mapping[str, Any]
 
@@ -73,6 +76,7 @@ def collect_written_masks(
         shards: the tars with ground truth.
         settings: the job's input section.
         prompt_source: the job's ``prompts.source``.
+        config_hash: of the job; files of another job or of two attempts count as damaged. None: no check.
 
     Raises:
         ShardError: a tar cannot be read.
