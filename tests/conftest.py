@@ -21,6 +21,48 @@ import torch  # noqa: E402
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+# Files and tests that get the mark `medium`, by the beginning of their names: they start servers, browsers or
+# processes, or one test takes more than half a second of CPU time.
+MEDIUM = (
+    "tests/fuzz/",
+    "tests/legrad/test_eva.py::test_all_of_open_clips_models",
+    "tests/legrad/test_golden.py",
+    "tests/legrad/test_kernels.py::test_the_kernel_equals_the_whole_product_in_tritons_interpreter",
+    "tests/legrad/test_explainer.py::test_what_does_not_fit",
+    "tests/legrad/test_package.py",
+    "tests/legrad/test_towers.py::test_every_model_that_open_clip_knows",
+    "tests/pipeline/test_annotate.py",
+    "tests/pipeline/test_annotate_views.py",
+    "tests/pipeline/test_contact_sheet.py",
+    "tests/pipeline/test_demo_assets.py",
+    "tests/pipeline/test_engine.py",
+    "tests/pipeline/test_evaluate.py",
+    "tests/pipeline/test_google_storage.py",
+    "tests/pipeline/test_hostile_outputs.py",
+    "tests/pipeline/test_light_start.py",
+    "tests/pipeline/test_listing.py::test_a_name_of_any_length",
+    "tests/pipeline/test_object_stores.py",
+    "tests/pipeline/test_queries.py",
+    "tests/pipeline/test_refined_maps.py",
+    "tests/pipeline/test_report",
+    "tests/pipeline/test_row_keys.py",
+    "tests/pipeline/test_same_rows.py",
+    "tests/pipeline/test_secrets.py",
+    "tests/pipeline/test_segmenter.py",
+    "tests/pipeline/test_store_faults.py",
+    "tests/pipeline/test_training.py",
+    "tests/pipeline/test_untrusted_data.py",
+    "tests/test_imports.py::test_a_breach",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Add the mark `medium` before tests are chosen by their marks."""
+    for item in items:
+        if item.nodeid.startswith(MEDIUM):
+            item.add_marker(pytest.mark.medium)
+
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
