@@ -71,7 +71,9 @@ def export(
     )
     for line in export_lines(totals, options, dest):
         console.print(line, soft_wrap=True)
-    raise typer.Exit(INCOMPLETE if totals.damaged else 0)
+    # with --shards, shards are skipped on purpose
+    is_whole = not totals.damaged and (bool(shards) or not totals.left_out)
+    raise typer.Exit(0 if is_whole else INCOMPLETE)
 
 
 def export_lines(totals: ExportTotals, options: ExportOptions, dest: str) -> list[str]:

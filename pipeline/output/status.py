@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
@@ -136,28 +136,29 @@ def read_status(output_dir: str) -> OutputStatus:
         left=state.left,
         mismatched=tuple(state.mismatched.items()),
         counts=counts,
-        shortfall=shortfall(folder.config(job).run, counts, len(state.damaged), state.strays),
+        shortfall=shortfall(folder.config(job).run, counts, state),
         succeeded=folder.has_success(),
         run=latest_run(folder),
     )
 
 
-def shortfall(run: RunConfig, counts: ShardCounts, damaged: int, strays: Sequence[str]) -> str:
+def shortfall(run: RunConfig, counts: ShardCounts | None, state: FolderState) -> str:
     """Return why a job is not complete although no shard is left or failed; empty if it is complete.
 
     Args:
         run: section `run` of its configuration.
-        counts: outcomes of its samples.
-        damaged: number of damaged shards.
-        strays: files in `annotations/` that belong to no shard of the job.
+        counts: outcomes of its samples; None if they were not counted.
+        state: of its output folder.
     """
-    if strays:
+    if state.strays:
         return (
-            f"{len(strays):,} file(s) in {ANNOTATIONS}/ belong to no listed shard, such as "
-            f"{printable(strays[0])}; readers of the folder count their rows too"
+            f"{len(state.strays):,} file(s) in {ANNOTATIONS}/ belong to no listed shard, such as "
+            f"{printable(state.strays[0])}; readers of the folder count their rows too"
         )
-    if damaged and not run.accept_damaged:
-        return f"{damaged:,} shard(s) are damaged; run.accept_damaged is false"
+    if state.damaged and not run.accept_damaged:
+        return f"{len(state.damaged):,} shard(s) are damaged; run.accept_damaged is false"
+    if counts is None or (state.left and not counts.samples_in):
+        return ""
     return reason_at_end(run, counts)
 
 
@@ -170,8 +171,8 @@ def reason_to_stop(run: RunConfig, state: RunState) -> str:
 
 def reason_at_end(run: RunConfig, counts: ShardCounts) -> str:
     """Return why a job with these counts is not complete; empty if it is. Independent of the job's size."""
-    if not counts.samples_in and counts.error_rows:
-        return f"no sample could be read ({error_kinds_text(counts)})"
+    if not counts.samples_in:
+        return f"no sample could be read ({error_kinds_text(counts) or 'the shards are empty'})"
     if counts.failed <= run.error_budget * counts.samples_in:
         return ""
     share = f"{counts.failed} of {counts.samples_in} samples failed"

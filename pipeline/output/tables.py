@@ -196,6 +196,7 @@ def open_table(url: str, table: Table) -> Iterator[TableFile]:
                 buffer_size=READ_BUFFER_BYTES,
                 pre_buffer=False,
                 thrift_string_size_limit=MAX_FOOTER_BYTES,
+                page_checksum_verification=True,
             )
             _require_columns(file.schema_arrow, SCHEMAS[table])
             _require_bounded_groups(file.metadata)

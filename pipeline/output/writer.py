@@ -35,7 +35,12 @@ class _TableSpool:
         self.file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=storage.IN_MEMORY_BYTES))  # noqa: SIM115 (the writer closes it)
         dictionary_columns = [name for name in ("shard", "prompt") if name in schema.names]
         self._writer = pq.ParquetWriter(
-            self.file, schema, compression="zstd", compression_level=3, use_dictionary=dictionary_columns
+            self.file,
+            schema,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=dictionary_columns,
+            write_page_checksum=True,
         )
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -107,7 +107,7 @@ def read_totals(folder: OutputFolder, job: JobRecord) -> Totals:
         failed=tuple(failed),
         failed_count=len(state.failed),
         mismatched=len(state.mismatched),
-        shortfall=shortfall(run_settings, counts or ShardCounts(), len(state.damaged), state.strays),
+        shortfall=shortfall(run_settings, counts, state),
         counts=counts,
         errors=_error_kinds(folder, counts, with_errors, broken),
         runs=tuple(runs),

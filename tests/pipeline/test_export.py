@@ -244,6 +244,14 @@ def test_masks_of_a_shard_that_changed_since_are_never_exported(job, tmp_path, f
     assert f"{shard.name}: changed since it was annotated" in ran.output
 
 
+def test_an_export_without_all_shards_of_a_job_is_not_reported_as_success(job, tmp_path):
+    missing = next((job / "annotations").glob("0-*.parquet"))
+    missing.unlink()
+    ran = CliRunner().invoke(app, ["export", str(job), str(tmp_path / "dest"), "--format", "coco"])
+    assert f"shard skipped: {missing.stem}: has no annotations" in ran.output
+    assert ran.exit_code == 3
+
+
 def test_a_job_is_exported_to_a_store(store, only_loopback, monkeypatch, job):
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
     store.ask("PUT", "exports")

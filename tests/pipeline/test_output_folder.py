@@ -4,15 +4,17 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.errors import DamagedFileError, UserError
 from pipeline.output.folder import OutputFolder, new_run_id
 from pipeline.output.status import read_status
+from pipeline.output.tables import open_table
 from pipeline.output.writer import ShardWriter
 from pipeline.report.totals import read_totals
 from pipeline.run.job import prepare_job
@@ -417,6 +419,33 @@ def test_a_file_is_not_done_that_holds(tars, out, spoil):
     assert todo(again) == ["b.tar"]
     assert annotate(again).complete
     assert_all_readers_find(out, 4 * ROWS)
+
+
+def test_bytes_that_change_in_a_published_file_are_damage_to_whoever_reads_its_rows(tars, out):
+    annotate(prepare_job(demo_job(tars, out)))
+    path = next((out / "annotations").glob("b-*"))
+    content = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(0).column(0)
+    end = column.data_page_offset + column.total_compressed_size
+    content[end - 4 : end] = bytes(byte ^ 1 for byte in content[end - 4 : end])
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=path.name), open_table(str(path), "annotations") as table:
+        list(table.rows(["key"]))
+
+
+def test_a_job_whose_shards_hold_no_sample_is_not_complete(tmp_path, out):
+    empty = tmp_path / "empty.tar"
+    empty.write_bytes(bytes(10240))
+    job = prepare_job(demo_job([empty], out))
+    (shard,) = job.todo
+    with ShardWriter(shard, {**job.metadata, "attempt": new_run_id()}) as writer:
+        writer.publish(job.config.output.dir, digest_of(shard))
+    result = concluded(job, JobResult(replace(first_state(job), shards_done=1)))
+    assert not result.complete
+    assert result.stopped == "no sample could be read (the shards are empty)"
+    status = read_status(str(out))
+    assert (status.complete, status.shortfall) == (False, result.stopped)
+    assert not (out / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize("stray", ["mine.parquet", "before/mine.parquet", "MINE.PARQUET", "mine.parquet.bak"])
