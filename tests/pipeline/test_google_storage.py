@@ -122,7 +122,7 @@ def test_an_upload_that_never_ends_leaves_the_earlier_object(objects, url, monke
 
 def test_a_missing_bucket_is_named(url):
     gone = url("{0,1}.tar").replace("@bucket", "@gone")
-    with pytest.raises(UserError, match="there is no bucket 'gone'"):
+    with pytest.raises(UserError, match="the bucket 'gone' does not exist"):
         storage.list_shards(gone)
 
 

@@ -143,7 +143,7 @@ def test_options_of_a_url_hold_for_what_its_glob_finds(store, bucket, monkeypatc
 
 
 def test_a_missing_bucket_is_the_users_mistake(bucket):
-    with pytest.raises(UserError, match="no bucket 'no-such-bucket'") as error:
+    with pytest.raises(UserError, match="the bucket 'no-such-bucket' does not exist") as error:
         storage.list_shards("s3://no-such-bucket/{0..3}.tar")
     one_line(error)
     with pytest.raises(UserError, match="nothing matches s3://no-such-bucket/"):

@@ -175,7 +175,7 @@ def test_a_configuration_and_the_list_of_shards_it_names_are_read_from_s3(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code in (0, None)
-    assert "shards: 1," in capsys.readouterr().out
+    assert "shards: 1 in total," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["gone.yaml", "odd.yaml"])
