@@ -20,7 +20,7 @@ from pipeline.config.schema import JobConfig
 from pipeline.output.counts import error_kinds_text
 from pipeline.output.runs import RUNNING, RunRecord
 from pipeline.output.schema import EMPTY_MASK, OK
-from pipeline.report.charts import Histogram, class_bars, histogram, pace_chart
+from pipeline.report.charts import Chart, class_bars, histogram, throughput_chart
 from pipeline.report.gallery import CardRow, Gallery, shortened
 from pipeline.report.scores import ScoredRows
 from pipeline.report.totals import Totals
@@ -222,7 +222,7 @@ def _gallery_note(content: PageContent) -> str:
     )
 
 
-def _charts(scores: ScoredRows) -> list[Histogram]:
+def _charts(scores: ScoredRows) -> list[Chart]:
     accepted = scores.accepted
     drawn = [
         histogram("Similarity", "cosine of image and prompt", scores.similarity, accepted),
@@ -342,7 +342,7 @@ def _run(run: RunRecord) -> dict[str, Any]:
         "rate": f"{run.samples_per_s:,.1f}",
         "workers": run.workers,
         "busy": as_share(run.measures.device_busy_share),
-        "chart": pace_chart(run.history),
+        "chart": throughput_chart(_moment(run.started), run.history),
     }
 
 

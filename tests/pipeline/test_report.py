@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from pipeline.cli import main as cli
 from pipeline.errors import UserError
 from pipeline.output.folder import OutputFolder
 from pipeline.report import write_report
-from pipeline.report.charts import class_bars, histogram, pace_chart
+from pipeline.report.charts import class_bars, histogram, throughput_chart
 from pipeline.report.pictures import RowParts, draw_pictures
 from pipeline.report.scores import read_scores
 from pipeline.report.selection import choose_rows
@@ -103,7 +104,21 @@ def test_a_page_tells_of_rows_pictures_errors_runs_and_provenance(job):
         "torch",
     ):
         assert told in page.text, told
-    assert len(page.having("src")) == 30 * 2 + 24, "a photo and a heat map each, and a mask where one is"
+    pictures = [image for image in page.having("src") if image.get("class") != "chart"]
+    assert len(pictures) == 30 * 2 + 24, "a photo and a heat map each, and a mask where one is"
+
+
+def test_every_chart_has_its_figures_in_words(job):
+    _, page = page_of(job)
+    charts = [image for image in page.having("src") if image.get("class") == "chart"]
+    assert len(charts) == 5, "similarity, peak, area, threshold, and the run"
+    for chart in charts:
+        svg = base64.b64decode(chart["src"].removeprefix("data:image/svg+xml;base64,"))
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert len(chart["src"]) < 20_000
+    assert "30 rows by cosine of image and prompt: 24 accepted, 6 rejected" in charts[0]["alt"]
+    assert all(figure in charts[0]["alt"] for figure in ("median", "middle half"))
+    assert "mean 20.0" in charts[-1]["alt"]
 
 
 def test_a_page_asks_nobody_for_anything(job):
@@ -267,7 +282,8 @@ def test_noise_in_every_picture_keeps_the_page_within_its_bound(tmp_path):
     rows = [row(index, **frame, **grid) for index in range(30)]
     report, page = page_of(write_job(tmp_path, [rows], images=path.read_bytes()), samples=30)
     assert report.pictures == 30
-    assert sum(len(attributes["src"]) for attributes in page.having("src")) <= PICTURE_BYTES
+    pictures = [image for image in page.having("src") if image.get("class") != "chart"]
+    assert sum(len(image["src"]) for image in pictures) <= PICTURE_BYTES
 
 
 def test_as_many_and_as_long_texts_as_there_can_be_fit_beside_the_pictures(tmp_path):
@@ -439,54 +455,78 @@ def fake_scores(similarity, generator):
 # --- charts and pictures
 
 
+@settings(max_examples=20, deadline=None)
 @given(
     values=st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")), max_size=60),
     accepted=st.integers(0, 2**60),
 )
-def test_a_histogram_counts_every_finite_value_once_within_its_frame(values, accepted):
+def test_a_histogram_reports_every_finite_value(values, accepted):
     good = np.array([bool(accepted >> place & 1) for place in range(len(values))], dtype=bool)
     chart = histogram("Score", "unit", np.array(values, dtype=np.float64), good)
     finite = np.isfinite(np.array(values, dtype=np.float64))
     if not finite.any():
         assert chart is None
         return
-    counts = [re.findall(r"([\d,]+) (?:accepted|rejected)", bar.label) for bar in chart.bars]
-    assert sum(int(pair[0]) for pair in counts) == (finite & good).sum()
-    assert sum(int(pair[1]) for pair in counts) == (finite & ~good).sum()
-    assert chart.has_rejected == bool((finite & ~good).any())
-    for bar in chart.bars:
-        assert 52 <= bar.x <= bar.x + bar.width <= 347
-        assert min(bar.rejected_y, bar.accepted_y) >= 9.9
-        assert bar.accepted_y + bar.accepted_height == pytest.approx(160, abs=0.02)
-    assert 52 <= chart.median_x <= 346
+    accepted_rows, rejected_rows = (finite & good).sum(), (finite & ~good).sum()
+    assert (
+        f"{finite.sum()} rows by unit: {accepted_rows} accepted, {rejected_rows} rejected"
+        in chart.description
+    )
+    assert chart.has_rejected == bool(rejected_rows)
+    assert ElementTree.fromstring(svg_of(chart)).get("viewBox") == "0 0 360 200"
 
 
-def test_a_long_tail_is_gathered_in_the_last_bar_and_said_so():
+def svg_of(chart):
+    return base64.b64decode(chart.uri.partition(",")[2])
+
+
+def levels(chart, colour):
+    """The heights of the steps that are drawn in a colour, in pixels above the axis."""
+    paths = re.findall(rf'd="([^"]*)"[^>]*style="fill: {colour}', svg_of(chart).decode())
+    points = [tuple(map(float, point)) for point in re.findall(r"[ML] (\S+) (\S+)", paths[0])]
+    floor = max(y for _, y in points)
+    return [floor - y for _, y in points]
+
+
+def test_a_histogram_draws_bars_in_proportion_to_their_rows():
+    values = np.repeat([0.05, 0.95], [10, 40])
+    chart = histogram("Score", "unit", values, np.ones(50, dtype=bool), (0.0, 1.0))
+    heights = sorted({round(height, 2) for height in levels(chart, "#2f6fb7")} - {0.0})
+    assert len(heights) == 2
+    assert heights[1] == pytest.approx(4 * heights[0], abs=0.05)
+
+
+def test_the_same_chart_has_the_same_bytes():
+    values, accepted = np.linspace(0, 1, 50), np.ones(50, dtype=bool)
+    assert histogram("Score", "unit", values, accepted) == histogram("Score", "unit", values, accepted)
+
+
+def test_a_long_tail_is_gathered_in_the_last_bar_and_the_summary_says_so():
     values = np.concatenate([np.linspace(0, 1, 1000), [50.0]])
     chart = histogram("Peak", "unit", values, np.ones(1001, dtype=bool))
     assert re.search(r"last bar also holds \d rows beyond", chart.summary)
-    assert len(chart.bars) > 20
+    assert len([height for height in levels(chart, "#2f6fb7") if height > 0]) > 20
 
 
-def test_the_pace_between_two_points_is_a_step():
-    chart = pace_chart([(0.0, 0), (10.0, 0), (20.0, 100)])
+def test_the_throughput_between_two_points_is_a_step():
+    chart = throughput_chart("today", [(0.0, 0), (10.0, 0), (20.0, 100)])
     assert "mean 5.0, highest 10.0" in chart.summary
-    corners = [tuple(map(float, pair.split(","))) for pair in chart.points.split()]
-    assert [y for _, y in corners] == [160.0, 160.0, 10.0, 10.0]
-    assert (corners[0][0], corners[-1][0]) == (52.0, 346.0)
+    heights = levels(chart, "#2f6fb7")
+    assert heights.count(max(heights)) == 2
+    assert heights.count(0.0) > 2
 
 
 def test_a_long_history_is_drawn_in_few_steps_and_keeps_its_end():
-    chart = pace_chart([(float(second), 10 * second) for second in range(200)])
-    corners = [tuple(map(float, pair.split(","))) for pair in chart.points.split()]
-    assert 30 < len(corners) <= 44
-    assert (corners[0][0], corners[-1][0]) == (52.0, 346.0)
-    assert len({y for _, y in corners}) == 1, "an even pace is a level line"
+    chart = throughput_chart("today", [(float(second), 10 * second) for second in range(200)])
+    heights = levels(chart, "#2f6fb7")
+    assert 30 < len(heights) <= 46
+    assert chart.description == "Samples per second over 3.32 minutes."
+    assert len({round(height, 3) for height in heights}) == 2, "a steady throughput is a level line"
 
 
 @pytest.mark.parametrize("history", [[], [(0.0, 0)], [(0.0, 0), (0.0, 5)], [(0.0, 0), (float("nan"), 5)]])
-def test_a_history_that_tells_no_pace_gives_no_chart(history):
-    assert pace_chart(history) is None
+def test_a_history_without_throughput_gives_no_chart(history):
+    assert throughput_chart("today", history) is None
 
 
 def test_the_most_frequent_classes_come_first_and_the_others_are_counted():
