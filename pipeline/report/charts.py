@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -26,7 +27,7 @@ TAIL_PERCENTILE, LONG_TAIL = 99.5, 1.5
 ACCEPTED_COLOUR, REJECTED_COLOUR = "#2f6fb7", "#b9562a"
 INK, FAINT, LINE = "#151a23", "#586273", "#c3cad4"
 TICK_STEPS = [1, 2, 2.5, 5, 10]
-STYLE = {
+STYLE: dict[Any, Any] = {
     # text stays text, which is smaller than outlines of letters
     "svg.fonttype": "none",
     # the same chart has the same bytes

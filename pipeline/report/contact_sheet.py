@@ -22,7 +22,7 @@ from legrad.pictures import fitted, overlay
 from pipeline import storage
 from pipeline.config.schema import JobConfig
 from pipeline.errors import ShardError, UserError
-from pipeline.evaluation.scene_scores import row_target
+from pipeline.evaluation.scene_masks import row_target
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import match_annotations
 from pipeline.output.label_map import mask_of_image

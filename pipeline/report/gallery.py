@@ -14,7 +14,7 @@ from legrad.errors import LeGradError
 from legrad.masks.rle import Rle
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure
-from pipeline.evaluation.scene_scores import row_class, row_target
+from pipeline.evaluation.scene_masks import row_class, row_target
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import LocatedShards, require_annotated_version
 from pipeline.output.label_map import mask_of_image
