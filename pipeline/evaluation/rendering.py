@@ -69,7 +69,7 @@ def _map_tables(result: EvaluationResult) -> list[Table]:
 def _perturbation_tables(result: EvaluationResult) -> list[Table]:
     """Return the areas under accuracy, where there is a class list, and under the cosine."""
     columns = ("map", "deletion +", "deletion -", "insertion +", "insertion -")
-    scenes = f"area over 0 to 90 % of the patches, {result.perturbed_scenes} scenes"
+    scenes = f"area over 0 to 90 % of the patches, {result.perturbed_scenes} scene(s)"
     tables = [
         _table(f"{name}: {scenes}", columns)
         for name in ("Accuracy under perturbation", "Cosine under perturbation")
@@ -124,7 +124,7 @@ def _written_parts(written: WrittenMaskScores) -> list[RenderableType]:
 def _written_scores(written: WrittenMaskScores) -> list[tuple[str, Estimate | None, str]]:
     rows = [
         ("IoU per prompt", written.iou, "mean over rows"),
-        ("boundary F", written.boundary_f, "mean over rows, within .75 % of diagonal"),
+        ("boundary F", written.boundary_f, "mean over rows, .75 % tolerance"),
         ("mIoU", written.mean_iou, "mean over classes"),
         ("mIoU with background", written.mean_iou_with_background, "background as a class"),
         ("point-wise mIoU", written.point_mean_iou, "mean over classes, labelled points"),

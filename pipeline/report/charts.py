@@ -219,7 +219,7 @@ def class_bars(
     """Count rows by class, most frequent first.
 
     Returns:
-        The bars of the most frequent classes, and the number of classes that are omitted.
+        The bars of the most frequent classes, and how many classes are omitted.
     """
     counts = Counter(class_ids[class_ids >= 0].tolist()).most_common()
     longest = max((rows for _, rows in counts), default=1)

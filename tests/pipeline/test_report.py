@@ -1,4 +1,4 @@
-"""The report: one page of what an output folder holds, whatever it holds."""
+"""The report: one page about an output folder, whatever the folder contains."""
 
 import base64
 import hashlib
@@ -85,10 +85,10 @@ def job(tmp_path_factory):
     )
 
 
-def test_a_page_tells_of_rows_pictures_errors_runs_and_provenance(job):
+def test_a_page_shows_rows_pictures_errors_runs_and_provenance(job):
     report, page = page_of(job)
     assert (report.rows_shown, report.pictures, report.unread_shards) == (30, 30, {})
-    for told in (
+    for text in (
         "complete",
         "2 / 2",
         "30 annotated, 0 empty, 7 failed",
@@ -103,7 +103,7 @@ def test_a_page_tells_of_rows_pictures_errors_runs_and_provenance(job):
         "sha256:",
         "torch",
     ):
-        assert told in page.text, told
+        assert text in page.text, text
     pictures = [image for image in page.having("src") if image.get("class") != "chart"]
     assert len(pictures) == 30 * 2 + 24, "a photo and a heat map each, and a mask where one is"
 
@@ -121,7 +121,7 @@ def test_every_chart_has_its_figures_in_words(job):
     assert "mean 20.0" in charts[-1]["alt"]
 
 
-def test_a_page_asks_nobody_for_anything(job):
+def test_a_page_loads_nothing_from_elsewhere(job):
     _, page = page_of(job)
     addresses = [
         value
@@ -189,7 +189,7 @@ def test_a_job_without_rows_gives_a_page(tmp_path):
     report, page = page_of(out)
     assert report.rows_shown == 0
     assert "There are no rows" in page.text
-    assert "No run left a record" in page.text
+    assert "There is no record of a run" in page.text
 
 
 def test_a_job_of_errors_alone_gives_a_page(tmp_path):
@@ -200,7 +200,7 @@ def test_a_job_of_errors_alone_gives_a_page(tmp_path):
     assert "decode/empty" in page.text
 
 
-def test_an_unfinished_job_tells_what_is_left_and_what_was_given_up(tmp_path):
+def test_the_page_of_an_unfinished_job_names_failed_and_remaining_shards(tmp_path):
     rows = [row(0)]
     out = write_job(tmp_path, [rows] * 4, done=1)
     given_up = listed_shards(out)[1]
@@ -213,8 +213,8 @@ def test_an_unfinished_job_tells_what_is_left_and_what_was_given_up(tmp_path):
     }
     (out / "failed" / f"{given_up}.json").write_text(json.dumps(record))
     _, page = page_of(out)
-    for told in ("incomplete", "1 / 4", "1 given up, 2 left", "it <b>kills</b> its worker"):
-        assert told in page.text, told
+    for text in ("incomplete", "1 / 4", "1 failed, 2 left", "it <b>kills</b> its worker"):
+        assert text in page.text, text
 
 
 def test_a_job_that_has_only_begun_gives_a_page(tmp_path):
@@ -222,7 +222,7 @@ def test_a_job_that_has_only_begun_gives_a_page(tmp_path):
     assert "0 / 1" in page.text
 
 
-def test_without_its_shards_a_page_has_no_pictures_and_says_so(tmp_path):
+def test_without_its_shards_a_page_has_no_pictures_and_says_why(tmp_path):
     out = write_job(tmp_path, [[row(0), row(1)], [row(0)]])
     (tmp_path / "0.tar").unlink()
     report, page = page_of(out)
@@ -250,7 +250,7 @@ def test_a_shard_of_other_samples_under_the_same_name_gives_no_wrong_picture(tmp
     write_job(tmp_path / "other", [[row(0, key="someone else"), row(1)]])
     report, page = page_of(out, f"{tmp_path}/other/*.tar")
     assert report.pictures == 1
-    assert "holds no such sample" in page.text
+    assert "has no such sample" in page.text
     shutil.copy(tmp_path / "other" / "0.tar", tmp_path / "0.tar")
     report, page = page_of(out)
     assert report.pictures == 0
@@ -263,13 +263,13 @@ def test_an_image_that_cannot_be_read_leaves_its_card_without_a_picture(tmp_path
     assert "expected a JPEG" in page.text
 
 
-def test_annotation_files_that_cannot_be_read_are_named_and_left_out(tmp_path):
+def test_annotation_files_that_cannot_be_read_are_named_and_skipped(tmp_path):
     out = write_job(tmp_path, [[row(0)], [row(1)]])
     torn = listed_shards(out)[0]
     (out / "annotations" / f"{torn}.parquet").write_bytes(b"PAR1 torn")
     report, page = page_of(out)
     assert report.rows_shown == 1
-    assert "1 to be redone" in page.text
+    assert "1 to be annotated again" in page.text
 
 
 @pytest.mark.slow
@@ -308,19 +308,19 @@ def test_more_rows_than_a_page_holds_are_refused(job, samples):
         write_report(str(job), samples=samples)
 
 
-def test_a_folder_without_a_job_is_the_users_mistake(tmp_path):
+def test_a_folder_without_a_job_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"job\.json"):
         write_report(str(tmp_path))
 
 
-def test_the_command_tells_where_the_page_is(job, monkeypatch, capsys):
+def test_the_command_prints_where_the_page_is(job, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["legrad", "report", str(job), "--samples", "3"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert (ended.value.code or 0) == 0
-    told = capsys.readouterr().out
-    assert str(job / "report.html") in told
-    assert "3 rows, 3 with pictures" in told
+    printed = capsys.readouterr().out
+    assert str(job / "report.html") in printed
+    assert "3 rows, 3 with pictures" in printed
     assert (job / "report.html").exists()
     (job / "report.html").unlink()
 
@@ -361,7 +361,7 @@ def test_what_prompts_that_competed_ignore_together_counts_once(tmp_path):
     assert "4 rows: median 0.375" in page.text
 
 
-def test_an_accepted_row_without_a_pixel_counts_as_accepted_and_is_told(tmp_path):
+def test_a_row_with_an_empty_mask_counts_as_accepted_and_is_mentioned(tmp_path):
     empty = {"area": 0, "mask": box_rle(0, 0, 0, 0), "bbox_xywh": [0.0] * 4, "threshold": 0.5}
     rows = [row(0), row(1, status="empty_mask", **empty), row(2, status="rejected_peak")]
     out = write_job(tmp_path, [rows])
@@ -369,11 +369,11 @@ def test_an_accepted_row_without_a_pixel_counts_as_accepted_and_is_told(tmp_path
     assert scores.accepted.tolist() == [True, True, False]
     np.testing.assert_allclose(scores.area_share[1], 0)
     _, page = page_of(out)
-    assert "1 rejected: peak, 1 without a pixel" in page.texts
-    assert "accepted: no pixel left" in page.texts
+    assert "1 rejected: peak, 1 with an empty mask" in page.texts
+    assert "accepted: empty mask" in page.texts
 
 
-def test_ignored_pixels_are_counted_where_rows_tell_of_some(tmp_path):
+def test_ignored_pixels_are_counted_where_rows_have_an_ignore_mask(tmp_path):
     rows = [
         row(0),
         row(1, ignore=box_rle(0, 0, 24, 64)),
@@ -532,8 +532,8 @@ def test_a_history_without_throughput_gives_no_chart(history):
 def test_the_most_frequent_classes_come_first_and_the_others_are_counted():
     class_ids = np.repeat(np.arange(40), np.arange(1, 41))
     accepted = np.arange(len(class_ids)) % 2 == 0
-    bars, left_out = class_bars({39: "last"}, class_ids, accepted, np.ones(len(class_ids)))
-    assert (len(bars), left_out) == (30, 10)
+    bars, omitted = class_bars({39: "last"}, class_ids, accepted, np.ones(len(class_ids)))
+    assert (len(bars), omitted) == (30, 10)
     assert (bars[0].name, bars[1].name) == ("last", "class 38")
     assert [bar.accepted + bar.rejected for bar in bars] == list(range(40, 10, -1))
 
