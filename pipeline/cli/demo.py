@@ -53,7 +53,8 @@ def run_demo(out: Path, console: PrintableConsole) -> int:
         PipelineError: as the annotation, the evaluation and the report do.
     """
     from pipeline.demo import assets
-    from pipeline.evaluation.evaluate import evaluate_output, render_evaluation
+    from pipeline.evaluation.evaluate import evaluate_output
+    from pipeline.evaluation.rendering import render_evaluation
     from pipeline.report import write_report
     from pipeline.report.contact_sheet import write_contact_sheet
 

@@ -51,7 +51,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score masks and heat maps against ground truth in the shards, beside baselines on the same model."""
-    from pipeline.evaluation.evaluate import evaluate_output, render_evaluation
+    from pipeline.evaluation.evaluate import evaluate_output
+    from pipeline.evaluation.rendering import render_evaluation
 
     found = evaluate_output(
         out,

@@ -1,4 +1,4 @@
-"""Where the demo model and the demo shards are, and how open_clip learns of the model."""
+"""Paths of the demo model and the demo shards; registration of the model with open_clip."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _FOLDER = Path(__file__).parent
 
 
 def demo_model_config_path() -> Path:
-    """The open_clip JSON configuration of the demo model."""
+    """Return the path of the open_clip JSON configuration of the demo model."""
     return _FOLDER / f"{DEMO_MODEL_NAME}.json"
 
 
 def demo_weights_path() -> Path:
-    """The weights of the demo model, safetensors in fp16."""
+    """Return the path of the weights of the demo model, safetensors in fp16."""
     return _FOLDER / f"{DEMO_MODEL_NAME}.safetensors"
 
 
 def demo_shard_folder() -> Path:
-    """The folder of the sample shards."""
+    """Return the folder of the sample shards."""
     return _FOLDER / "shards"
 
 
 def demo_shard_paths(set_name: str) -> list[Path]:
-    """The sample shards of a set, in order.
+    """Return the paths of the sample shards of a set, in order.
 
     Args:
         set_name: "heldout" (artists of the training, new backgrounds) or "newartist" (an artist never
@@ -43,27 +43,27 @@ def demo_shard_paths(set_name: str) -> list[Path]:
 
 
 def demo_config_path() -> Path:
-    """The job's configuration for `legrad demo`."""
+    """Return the path of the configuration of `legrad demo`."""
     return _FOLDER / "demo.yaml"
 
 
 def demo_classes_path() -> Path:
-    """The names of the classes, one a line; line 1 is class id 1."""
+    """Return the path of the class names, one a line; line 1 is class id 1."""
     return _FOLDER / "classes.txt"
 
 
 def demo_classes() -> list[str]:
-    """The names of the classes; class id 1 is the first."""
+    """Return the class names; class id 1 is the first."""
     return demo_classes_path().read_text(encoding="utf-8").splitlines()
 
 
 def demo_checksums_path() -> Path:
-    """SHA-256 of the weights and the shards, by path relative to this folder."""
+    """Return the path of the recorded SHA-256 digests of weights and shards."""
     return _FOLDER / "checksums.json"
 
 
 def actual_checksums() -> dict[str, str]:
-    """SHA-256 of the weights and the shards as they lie on disk, by path relative to this folder."""
+    """Compute the SHA-256 digests of weights and shards on disk, by path relative to this folder."""
     files = [demo_weights_path(), *(path for name in SHARD_SETS for path in demo_shard_paths(name))]
     return {
         path.relative_to(_FOLDER).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -73,12 +73,12 @@ def actual_checksums() -> dict[str, str]:
 
 
 def write_checksums() -> None:
-    """Record the checksums of what has been made."""
+    """Write the SHA-256 digests of the files on disk to the file of checksums."""
     demo_checksums_path().write_text(json.dumps(actual_checksums(), indent=2) + "\n", encoding="utf-8")
 
 
 def register_demo_model() -> str:
-    """Tell open_clip of the demo model, once.
+    """Register the demo model with open_clip; later calls do nothing.
 
     Returns:
         The name to give to `open_clip.create_model`, along with `pretrained=str(demo_weights_path())`.

@@ -1,5 +1,5 @@
-"""Masks and maps against ground truth.
+"""Masks and heat maps against ground truth.
 
-written_masks (rows of a job), map_figures (maps of its model) -> scene_scores, map_scores -> result
--> table, plot
+evaluate: mask_scores (the masks that a job wrote; scene by scene in scene_masks) and map_methods (LeGrad and
+baselines on the job's model; scored by map_scores and perturbation) -> result -> rendering
 """

@@ -1,4 +1,4 @@
-"""Evaluation against ground truth: masks as written, the model's maps beside baselines, recognition."""
+"""Evaluate a job or a model against ground truth: written masks, heat maps beside baselines, recognition."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from pydantic import ValidationError
 
 import legrad
@@ -21,13 +22,12 @@ from pipeline.annotate.model import describe_model, is_built_in, load_explainer
 from pipeline.config.classes import read_class_list
 from pipeline.config.schema import InputConfig, ModelConfig
 from pipeline.errors import SampleFailure, ShardError, UserError
-from pipeline.evaluation.map_figures import ExaminedBatch, Examiner, legrad_name
-from pipeline.evaluation.map_measures import DecodedScene
-from pipeline.evaluation.map_scores import all_map_scores, all_perturbation_scores
-from pipeline.evaluation.plot import plot_evaluation
+from pipeline.evaluation.map_methods import MapEvaluator, MeasuredScenes, joined, legrad_name
+from pipeline.evaluation.map_scores import DecodedScene, score_maps
+from pipeline.evaluation.mask_scores import collect_written_masks, score_written_masks
+from pipeline.evaluation.perturbation import score_perturbation
+from pipeline.evaluation.rendering import plot_evaluation
 from pipeline.evaluation.result import EvaluationResult, RecognitionScores
-from pipeline.evaluation.table import render_evaluation
-from pipeline.evaluation.written_masks import collect_written_masks, score_written_masks
 from pipeline.output.folder import JOB_FILE, OutputFolder
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.shards.images import decode_image
@@ -35,31 +35,22 @@ from pipeline.shards.sample_error import SampleError
 from pipeline.storage import ShardSource
 from pipeline.text import printable
 
-__all__ = [
-    "EvaluationOptions",
-    "EvaluationResult",
-    "evaluate_output",
-    "evaluate_scenes",
-    "evaluate_shards",
-    "render_evaluation",
-]
-
 EVALUATION_FILE = "evaluation.json"
 SCENES_PER_BATCH = 32
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How maps are evaluated.
+    """Options of an evaluation of heat maps.
 
     Attributes:
-        layers: numbers of last blocks for which LeGrad is scored; all of them is scored in any case.
-        configured_layers: the number that a job used: scored as well, and marked.
-        class_template: text that class names are put into.
-        label: what to call the model.
-        seed: of the random maps and the bootstrap.
-        perturbed_scenes: in how many scenes, the first ones, patches are hidden by every method's map. Each
-            costs 36 forward passes a method and prompt.
+        layers: LeGrad is scored for each of these numbers of last blocks, and for all blocks.
+        configured_layers: the number of blocks that a job used; it is scored as well, and marked.
+        class_template: prompt for a class; {} is replaced by its name.
+        label: name of the model in tables and plots.
+        seed: of the random maps and of the bootstrap.
+        perturbed_scenes: number of scenes, the first ones, for which the perturbation tests run. Each scene
+            takes 36 forward passes per method and prompt.
     """
 
     layers: tuple[int, ...] = (1, 2, 4)
@@ -80,24 +71,24 @@ def evaluate_output(
     model_name: str | None = None,
     pretrained: str | None = None,
 ) -> EvaluationResult:
-    """Evaluate a job: its masks as written, and the maps of its model; written there as JSON and plot.
+    """Evaluate a job: the masks that it wrote, and the maps of its model; write the result as JSON and plot.
 
-    An output folder may be anybody's. So the model that it names is loaded only where it is one of
-    open_clip's own with one of its tags, or the demo's, unless the caller names it as well; and only where
-    its files are those that annotated.
+    An output folder is untrusted. The model that it names is loaded only if it is one of open_clip's own with
+    one of its tags, or the demo model, unless the caller names it as well; and only if its weights are those
+    that annotated the shards.
 
     Args:
         out_dir: the job's output folder.
-        shard_patterns: the tars that the job annotated, with ground truth in them.
-        classes_file: see `prompts.class_list.read_class_list`; given, recognition is measured as well.
-        result_name: of the JSON file in the output folder; the plot beside it has its stem.
+        shard_patterns: the tars that the job annotated; they contain ground truth.
+        classes_file: class names, as `read_class_list` reads them; with it, recognition is measured too.
+        result_name: name of the JSON file in the output folder; the plot has the same stem.
         perturbed_scenes: see `EvaluationOptions`.
-        model_name: the job's `model.name`, repeated; or where that model is now.
-        pretrained: the job's `model.pretrained`, repeated; or where those weights are now.
+        model_name: the job's `model.name`, repeated; or the place where that model is now.
+        pretrained: the job's `model.pretrained`, repeated; or the place where those weights are now.
 
     Raises:
         UserError: no job in the folder, nothing to evaluate, unreadable shards or class list; a model that
-            must be repeated, or whose files are not those that annotated.
+            must be repeated, or whose weights differ from those of the job.
         OutputError: the result cannot be written.
     """
     folder = OutputFolder(out_dir)
@@ -132,7 +123,7 @@ def evaluate_output(
 
 
 def _trusted_model(named_by_job: ModelConfig, name: str | None, pretrained: str | None) -> ModelConfig:
-    """Return the model to load: the job's where anybody may name it, else the caller's."""
+    """Return the model to load: the job's if it is safe to load, else the one that the caller names."""
     if name is None and pretrained is None:
         if is_built_in(named_by_job):
             return named_by_job
@@ -142,8 +133,8 @@ def _trusted_model(named_by_job: ModelConfig, name: str | None, pretrained: str 
             if value is not None
         )
         raise UserError(
-            f"{JOB_FILE} names a model by a path or a hub's address, which is loaded only where you repeat "
-            f"it. If you trust it: {repeated}"
+            f"{JOB_FILE} names a model by a path or an address of a model hub. Such a model is loaded only "
+            f"if you name it too. If you trust it: {repeated}"
         )
     section = named_by_job.model_dump() | {"name": name or named_by_job.name, "pretrained": pretrained}
     try:
@@ -158,7 +149,7 @@ def evaluate_shards(
     class_names: Sequence[str] | None = None,
     options: EvaluationOptions = EvaluationOptions(),
 ) -> EvaluationResult:
-    """Evaluate a model's maps on tars with ground truth, without any job; see `evaluate_scenes`."""
+    """Evaluate the maps of a model on tars with ground truth, without a job; see `evaluate_scenes`."""
     settings = InputConfig(shards=[str(path) for path in shard_paths])
     scenes = _read_all(list_truth_shards(shard_paths), settings)
     return evaluate_scenes(explainer, scenes, class_names, settings=settings, options=options)
@@ -175,14 +166,14 @@ def evaluate_scenes(
     """Score LeGrad's maps and every baseline's, one map for each visible object's caption.
 
     Args:
-        explainer: the model; the number of layers that it was made with plays no part.
-        scenes: ground truth, as `read_scenes` gives it; what cannot be used is counted, never hidden.
-        class_names: name of class id 1, 2, ...; given, recognition is measured as well.
+        explainer: the model; its own number of layers is not used.
+        scenes: ground truth, as `read_scenes` yields it; what cannot be used is counted.
+        class_names: names of class ids 1, 2, ...; with them, recognition is measured too.
         settings: size limits of images.
-        options: what is scored.
+        options: which maps are scored, and how.
 
     Raises:
-        UserError: no scene could be scored, or a class id that the class list does not have.
+        UserError: no scene could be scored, or a class id is not in the class list.
     """
     left_out: Counter[str] = Counter()
     depth = len(explainer.tower.blocks)
@@ -192,25 +183,35 @@ def evaluate_scenes(
     configured_name = None if options.configured_layers is None else legrad_name(configured, depth)
     layer_counts = {count for count in (*options.layers, configured, depth) if count <= depth}
     class_texts = [options.class_template.format(name) for name in class_names or ()]
-    examiner = Examiner(explainer, class_texts, sorted(layer_counts), options.seed)
+    evaluator = MapEvaluator(explainer, class_texts, sorted(layer_counts), options.seed)
     decoded = _decoded(scenes, explainer, settings, left_out)
-    batches: list[ExaminedBatch] = []
+    batches: list[MeasuredScenes] = []
     perturbed_left = options.perturbed_scenes
     for batch in _batched(decoded, SCENES_PER_BATCH):
-        batches.append(examiner.examine(batch, min(perturbed_left, len(batch))))
+        batches.append(evaluator.measure(batch, min(perturbed_left, len(batch))))
         perturbed_left -= min(perturbed_left, len(batch))
     if not batches:
-        raise UserError(
-            f"no scene with ground truth could be scored; left out: {dict(left_out) or 'nothing'}"
-        )
+        raise UserError(f"no scene with ground truth could be scored; skipped: {dict(left_out) or 'nothing'}")
+    found = joined(batches)
     return EvaluationResult(
         model=options.label,
-        scenes=sum(len(batch.present) for batch in batches),
-        pairs=sum(len(batch.scene_of_pair) for batch in batches),
+        scenes=len(found.present),
+        pairs=len(found.scene_of_pair),
         left_out=dict(left_out),
-        maps=all_map_scores(batches, configured_name, options.seed),
-        recognition=_recognition(batches, class_names, options),
-        perturbation=all_perturbation_scores(batches, configured_name, options.seed),
+        maps=score_maps(
+            found.methods,
+            found.metrics,
+            found.class_of_pair,
+            found.scene_of_pair,
+            configured_name=configured_name,
+            seed=options.seed,
+        ),
+        recognition=_recognition(found.class_scores, found.present, class_names, options),
+        perturbation=()
+        if found.perturbed is None
+        else score_perturbation(
+            found.methods, found.perturbed, configured_name=configured_name, seed=options.seed
+        ),
         perturbed_scenes=options.perturbed_scenes - perturbed_left,
     )
 
@@ -220,12 +221,12 @@ def _read_all(shards: Iterable[ShardSource], settings: InputConfig) -> Iterator[
 
 
 def _class_names(classes_file: str | Path) -> list[str]:
-    """Names of class id 1, 2, ..."""
+    """Return the names of class ids 1, 2, ..."""
     entries = sorted(read_class_list(str(classes_file)), key=lambda entry: entry.class_id)
     class_ids = [entry.class_id for entry in entries]
     if class_ids != list(range(1, len(entries) + 1)):
         raise UserError(
-            f"{classes_file}: expected class ids from 1 without gaps, received {class_ids!r:.200}"
+            f"{classes_file}: expected class ids 1, 2, 3, ... without gaps, found {class_ids!r:.200}"
         )
     return [entry.name for entry in entries]
 
@@ -236,7 +237,7 @@ def _decoded(
     settings: InputConfig,
     left_out: Counter[str],
 ) -> Iterator[DecodedScene]:
-    """Scenes that can be scored; the others are counted by reason."""
+    """Yield the scenes that can be scored; count the others by reason."""
     for scene in scenes:
         if isinstance(scene, SampleError):
             left_out[f"samples: {scene.stage}/{scene.kind}"] += 1
@@ -257,7 +258,7 @@ def _decoded(
 
 
 def _batched(scenes: Iterable[DecodedScene], size: int) -> Iterator[list[DecodedScene]]:
-    """Batches of scenes of one input size."""
+    """Yield batches of scenes of one input size."""
     waiting: defaultdict[tuple[int, ...], list[DecodedScene]] = defaultdict(list)
     for scene in scenes:
         batch = waiting[scene.pixels.shape]
@@ -268,12 +269,13 @@ def _batched(scenes: Iterable[DecodedScene], size: int) -> Iterator[list[Decoded
 
 
 def _recognition(
-    batches: Sequence[ExaminedBatch], class_names: Sequence[str] | None, options: EvaluationOptions
+    scores: Float[np.ndarray, "scenes classes"],
+    present: Bool[np.ndarray, "scenes classes"],
+    class_names: Sequence[str] | None,
+    options: EvaluationOptions,
 ) -> RecognitionScores | None:
     if not class_names:
         return None
-    scores = np.concatenate([batch.class_scores for batch in batches])
-    present = np.concatenate([batch.present for batch in batches])
     scene, seed = np.arange(len(scores)), options.seed
     top1 = metrics.top1_hits(scores, present).astype(np.float64)
     return RecognitionScores(

@@ -1,4 +1,4 @@
-"""What an evaluation found, as values and as JSON."""
+"""The result of an evaluation, as values and as JSON."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from legrad.quality.metrics import Estimate
 
 @dataclass(frozen=True)
 class MapScores:
-    """How well one kind of map finds the objects; means over (scene, prompt) with 95 % intervals over scenes.
+    """Scores of one kind of map: means over (scene, prompt) with 95 % intervals over scenes.
 
     Attributes:
         method: name of the map.
-        configured: whether these are the maps that the job under evaluation wrote its masks from.
-        pointing: share of maps whose hottest pixel lies on the object. None, like the other figures, where no
-            scene has the truth that it takes.
+        configured: whether the evaluated job used these maps for its masks.
+        pointing: share of maps whose hottest pixel lies on the object. None, like the other scores, where no
+            scene has the ground truth that it needs.
         iou_at_half: foreground IoU of the normalised map cut at 0.5.
-        iou_otsu: the same, each map cut where Otsu's rule says.
-        iou_best: the same, all maps cut at ``best_threshold``, which was chosen on these very scenes.
+        iou_otsu: the same, each map cut by Otsu's rule.
+        iou_best: the same, all maps cut at ``best_threshold``, which was chosen on the same scenes.
         best_threshold: the one threshold of the 0.05 grid with the highest mean IoU.
         average_precision: of the map as a ranking of the pixels.
         mean_iou: IoU of a class over the whole set, each map cut by Otsu's rule and the hottest of a scene's
             maps taking a pixel; mean over classes, without background.
         point_mean_iou_at_half: IoU of a class over labelled points, each map cut at 0.5; mean over classes.
-        point_mean_iou_otsu: the same, each map cut where Otsu's rule says.
+        point_mean_iou_otsu: the same, each map cut by Otsu's rule.
         own_object: in scenes with two objects, how often a prompt's map is hotter on its own object than on
             the other; 0.5 for maps that ignore the prompt. None where no scene has two objects.
         iou_curve: mean foreground IoU at every threshold of the 0.05 grid; empty without label maps.
@@ -49,12 +49,12 @@ class MapScores:
 
 @dataclass(frozen=True)
 class PerturbationCurve:
-    """What the model says as patches are hidden, or shown, from 0 to 90 % in steps of 10.
+    """The output of the model as patches are hidden, or shown, from 0 to 90 % in steps of 10.
 
     Attributes:
         test: deletion: patches are taken away; insertion: patches are shown in a blurred image.
         order: positive: the most relevant first; negative: the least relevant first.
-        accuracy: share of prompts whose class scores above every class that the scene does not show; empty
+        accuracy: share of prompts whose class scores above every class that is absent from the scene; empty
             without a class list.
         cosine: mean similarity of image and prompt.
         accuracy_area: area under ``accuracy``, over its range; None without a class list.
@@ -75,8 +75,8 @@ class PerturbationScores:
 
     Attributes:
         method: name of the map.
-        configured: whether these are the maps that the job under evaluation wrote its masks from.
-        curves: one entry a test and order.
+        configured: whether the evaluated job used these maps for its masks.
+        curves: one entry for each test and order.
     """
 
     method: str
@@ -86,11 +86,11 @@ class PerturbationScores:
 
 @dataclass(frozen=True)
 class RecognitionScores:
-    """Whether the model knows what is in the scenes, whatever its maps show.
+    """Scores of the model as a classifier of scenes, without its maps.
 
     Attributes:
-        classes: how many classes were told apart.
-        template: the text that each class name was put into.
+        classes: number of classes.
+        template: prompt for a class; {} is replaced by its name.
         top1: share of scenes whose highest-scoring class is present.
         recall_at_n: share of a scene's n classes among its n highest-scoring ones.
         mean_average_precision: of ranking the scenes by class score, averaged over the classes that occur.
@@ -107,16 +107,16 @@ class RecognitionScores:
 
 @dataclass(frozen=True)
 class WrittenMaskScores:
-    """The masks as they stand in the Parquet files, and what became of every row and every object.
+    """Scores of the masks that a job wrote, and counts of all rows and objects.
 
-    Pixels are judged by the label map of each scene's rows (`pipeline.output.label_map`). Where rows ignore
-    pixels (rule ``band``, ``argmax``) these count as background, unless a figure is of the kept pixels.
-    Figures are None where nothing decides them.
+    The rows of a scene are merged into a label map (`pipeline.output.label_map`). Pixels that they ignore
+    (rule ``band``, ``argmax``) count as background, except in the scores of kept pixels. Undefined scores are
+    None.
 
     Attributes:
         iou: foreground IoU of a row's mask, mean over the scored rows.
         boundary_f: F-measure of its boundary, mean over the same rows.
-        mean_iou: IoU of a class over the whole set, mean over classes, background left out.
+        mean_iou: IoU of a class over the whole set, mean over classes, without background.
         mean_iou_with_background: the same, background as one of the classes.
         mean_iou_kept: the mean over classes without background, over the kept pixels alone.
         point_mean_iou: IoU of a class over labelled points, mean over classes.
@@ -125,19 +125,19 @@ class WrittenMaskScores:
         recall: share of the objects' pixels with the right label.
         coverage: share of all pixels that are kept.
         kept_accuracy: share of the kept pixels with the right label.
-        presence_auroc: of telling by the cosine whether what a prompt names is in its scene.
+        presence_auroc: of the cosine as a test of whether the object of a prompt is in the scene.
         class_iou: IoU by class id; 0 is background.
-        scenes: scenes with ground truth, also such without rows.
-        rows_scored: accepted rows whose object is there.
+        scenes: scenes with ground truth, also those without rows.
+        rows_scored: accepted rows whose object is present.
         rows_without_object: accepted rows whose prompt names no visible object: false alarms.
         rows_rejected: rows of prompts that the job rejected, which have no mask.
-        rows_rejected_rightly: those of them whose object is not there.
-        rows_unjudged: rows of which the point labels do not say whether their object is there.
+        rows_rejected_rightly: rejected rows whose object is absent.
+        rows_unjudged: rows for which the point labels do not say whether their object is present.
         rows_without_scene: rows whose sample has no readable ground truth in the shard, or another key there.
-        rows_of_other_shards: rows of shards that were not given, or could not be told apart by name.
+        rows_of_other_shards: rows of shards that were not given, or that share their name with another.
         objects_without_row: objects in the given shards for which the job wrote no row.
-        shards_without_annotations: given shards that the output folder knows nothing of.
-        damaged_files: annotations files that are left out, and why.
+        shards_without_annotations: given shards without an annotations file in the output folder.
+        damaged_files: annotations files that are skipped, and why.
     """
 
     iou: Estimate | None
@@ -168,18 +168,18 @@ class WrittenMaskScores:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Everything that one evaluation found.
+    """The result of one evaluation.
 
     Attributes:
-        model: what was evaluated, for a person to read.
+        model: name of the evaluated model.
         scenes: scenes whose maps were scored.
         pairs: (scene, prompt) pairs whose maps were scored.
-        left_out: why samples or objects took no part, and how many.
-        maps: one entry a method, LeGrad first.
-        recognition: None where no class list was given.
-        written: None where no output folder was evaluated.
-        perturbation: one entry a method; empty where it was not asked for.
-        perturbed_scenes: how many scenes it rests on.
+        left_out: number of skipped samples and objects by reason.
+        maps: one entry for each method, LeGrad first.
+        recognition: None without a class list.
+        written: scores of written masks; None where no output folder was evaluated.
+        perturbation: one entry for each method; empty where no scene was perturbed.
+        perturbed_scenes: number of scenes of the perturbation tests.
     """
 
     model: str
@@ -193,5 +193,5 @@ class EvaluationResult:
     perturbed_scenes: int = 0
 
     def to_json(self) -> str:
-        """The whole result as indented JSON."""
+        """Return the result as indented JSON."""
         return json.dumps(asdict(self), indent=1) + "\n"

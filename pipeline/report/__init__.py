@@ -1,7 +1,7 @@
-"""The report: one self-contained HTML page of an output folder.
+"""The report: one self-contained HTML page about an output folder.
 
-totals (what the folder holds) -> scores (columns of a bounded sample of rows) -> selection (which rows are
-shown) -> pictures -> charts -> page (templates/).
+totals (shards, samples, errors, runs) -> scores (a bounded random sample of rows) -> selection (rows for the
+gallery) -> gallery and pictures -> charts -> page (templates/). contact_sheet draws a PNG of random samples.
 """
 
 from pipeline.report.write import REPORT_FILE, Report, render_report, write_report

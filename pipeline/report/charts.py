@@ -1,85 +1,78 @@
-"""Charts as geometry: what the page's templates draw as SVG, with the same figures in words."""
+"""Charts of a report: SVG images drawn by matplotlib, each with its figures in words."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-WIDTH, HEIGHT = 360, 200
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 40
+# in pixels: at this resolution a point of a font is one
+WIDTH, HEIGHT, DOTS_PER_INCH = 360, 200, 72
 BINS = 30
 MAX_BARS = 30
 PACE_STEPS = 20
-# a tail longer than this many times the rest is cut off, and said so
+# a tail longer than this many times the rest is gathered in the last bin, and the summary says so
 TAIL_PERCENTILE, LONG_TAIL = 99.5, 1.5
+# as in report.css for a light page; a dark one inverts the lightness of the image
+ACCEPTED_COLOUR, REJECTED_COLOUR = "#2f6fb7", "#b9562a"
+INK, FAINT, LINE = "#151a23", "#586273", "#c3cad4"
+TICK_STEPS = [1, 2, 2.5, 5, 10]
+STYLE: dict[Any, Any] = {
+    # text stays text, which is smaller than outlines of letters
+    "svg.fonttype": "none",
+    # the same chart has the same bytes
+    "svg.hashsalt": "legrad",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 13,
+    "text.parse_math": False,
+    "text.color": FAINT,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": FAINT,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "axes.xmargin": 0,
+    "grid.color": LINE,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "ytick.major.size": 0,
+}
 
 
 @dataclass(frozen=True)
-class Tick:
-    """A label at a place on an axis, in the chart's units."""
-
-    position: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One bin: its place, the heights of both parts from the bottom up, and its figures in words."""
-
-    x: float
-    width: float
-    accepted_y: float
-    accepted_height: float
-    rejected_y: float
-    rejected_height: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How a score is spread over rows.
+class Chart:
+    """A drawn chart.
 
     Attributes:
-        name: of the score.
-        unit: what the axis says.
-        bars: bins, left to right.
-        x_ticks: labels below.
-        y_ticks: labels to the left: rows.
-        median_x: where the median stands.
+        name: the heading.
+        uri: the SVG as a data URI.
+        description: what the axes are, in words.
         summary: the figures in words.
-        has_rejected: whether any bin holds rejected rows.
+        has_rejected: whether rejected rows are among the values.
     """
 
     name: str
-    unit: str
-    bars: tuple[Bar, ...]
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    median_x: float
+    uri: str
+    description: str
     summary: str
-    has_rejected: bool
-
-
-@dataclass(frozen=True)
-class LineChart:
-    """Samples a second over the time of a run: `points` is the attribute of an SVG polyline."""
-
-    points: str
-    area: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    x_label: str
-    summary: str
+    has_rejected: bool = False
 
 
 @dataclass(frozen=True)
 class ClassBar:
-    """Rows of one class: shares of the longest bar, 0 to 100, and the figures."""
+    """Rows of one class: counts, and shares of the longest bar from 0 to 100."""
 
     name: str
     accepted: int
@@ -95,15 +88,15 @@ def histogram(
     values: Float[np.ndarray, " rows"],
     accepted: Bool[np.ndarray, " rows"],
     limits: tuple[float, float] | None = None,
-) -> Histogram | None:
-    """Count values into bins of equal width, accepted rows below and rejected ones above.
+) -> Chart | None:
+    """Draw how many rows have which score, accepted rows below and rejected ones above.
 
     Args:
         name: of the score.
-        unit: what the axis says.
-        values: one a row; those that are not finite are left out.
+        unit: label of the axis.
+        values: one a row; those that are not finite are omitted.
         accepted: which rows have a mask.
-        limits: of the axis; None: those of the values, but for a long tail.
+        limits: of the axis; None: those of the values, without a long tail.
 
     Returns:
         The chart; None where there is no value.
@@ -113,42 +106,34 @@ def histogram(
     if not len(values):
         return None
     low, high = limits or _limits(values)
+    counts, edges = _stacked_counts(values, accepted, low, high)
+
+    def draw(axes: Axes) -> None:
+        axes.stairs(counts[0], edges, fill=True, color=ACCEPTED_COLOUR)
+        axes.stairs(counts.sum(axis=0), edges, baseline=counts[0], fill=True, color=REJECTED_COLOUR)
+        axes.axvline(np.clip(np.median(values), low, high), color=INK, linestyle="--", linewidth=1.5)
+        axes.set(xlabel=unit, xlim=(low, high))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=TICK_STEPS, integer=True))
+
+    rejected = int((~accepted).sum())
+    return Chart(
+        name=name,
+        uri=_svg_uri(draw),
+        description=f"Histogram of {len(values):,} rows by {unit}: {len(values) - rejected:,} accepted, "
+        f"{rejected:,} rejected.",
+        summary=_summary(values, high),
+        has_rejected=rejected > 0,
+    )
+
+
+def _stacked_counts(
+    values: Float[np.ndarray, " rows"], accepted: Bool[np.ndarray, " rows"], low: float, high: float
+) -> tuple[Float[np.ndarray, "2 bins"], Float[np.ndarray, " edges"]]:
+    """Return the accepted and the rejected rows of each bin, and the edges of the bins."""
     edges = np.linspace(low, high, BINS + 1)
     clipped = values.clip(low, high)
-    good, bad = (np.histogram(clipped[part], edges)[0] for part in (accepted, ~accepted))
-    y_ticks = _ticks(0, max(1, int((good + bad).max())), 4, whole=True)
-    top = max(tick for tick in y_ticks)
-
-    def place(value: float) -> float:
-        return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 2)
-
-    def rows_high(count: float) -> float:
-        return round(count / top * (HEIGHT - TOP - BOTTOM), 2)
-
-    bottom, bin_width = HEIGHT - BOTTOM, place(edges[1]) - place(edges[0])
-    bars = tuple(
-        Bar(
-            x=place(edges[number]),
-            width=round(max(0.5, bin_width - 1), 2),
-            accepted_y=round(bottom - rows_high(ok), 2),
-            accepted_height=rows_high(ok),
-            rejected_y=round(bottom - rows_high(ok + no), 2),
-            rejected_height=rows_high(no),
-            label=f"{edges[number]:.3g} to {edges[number + 1]:.3g}: {ok:,} accepted, {no:,} rejected",
-        )
-        for number, (ok, no) in enumerate(zip(good.tolist(), bad.tolist(), strict=True))
-        if ok or no
-    )
-    return Histogram(
-        name=name,
-        unit=unit,
-        bars=bars,
-        x_ticks=tuple(Tick(place(tick), f"{tick:g}") for tick in _ticks(low, high, 5) if low <= tick <= high),
-        y_ticks=tuple(Tick(round(bottom - rows_high(tick), 2), f"{tick:,.0f}") for tick in y_ticks),
-        median_x=place(float(np.clip(np.median(values), low, high))),
-        summary=_summary(values, high),
-        has_rejected=bool(bad.any()),
-    )
+    counts = [np.histogram(clipped[part], edges)[0] for part in (accepted, ~accepted)]
+    return np.stack(counts).astype(np.float64), edges
 
 
 def _limits(values: Float[np.ndarray, " rows"]) -> tuple[float, float]:
@@ -171,59 +156,58 @@ def _summary(values: Float[np.ndarray, " rows"], high: float) -> str:
     return f"{text} The last bar also holds {beyond:,} rows beyond {high:.3g}." if beyond else text
 
 
-def _ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
-    return [float(tick) for tick in MaxNLocator(nbins=most, integer=whole).tick_values(low, high)]
-
-
-def pace_chart(history: Sequence[tuple[float, int]]) -> LineChart | None:
-    """Draw samples a second between the points of a run's history.
+def throughput_chart(started: str, history: Sequence[tuple[float, int]]) -> Chart | None:
+    """Draw the throughput of a run in samples per second.
 
     Args:
-        history: seconds since the run's start, and samples until then.
+        started: when the run started.
+        history: seconds since the start of the run, and samples until then.
 
     Returns:
-        The chart; None where fewer than two points leave nothing to draw.
+        The chart; None for fewer than two points, or times that do not increase.
     """
-    # workers tell of whole batches, so short steps would jump between none and many
+    # workers report whole batches, so short steps would jump between none and many
     spacing = -(-len(history) // PACE_STEPS) or 1
     points = np.array([*history[:-1:spacing], *history[-1:]], dtype=np.float64).reshape(-1, 2)
     seconds = points[:, 0]
     if len(points) < 2 or not np.isfinite(points).all() or (np.diff(seconds) <= 0).any():
         return None
-    # a worker that dies takes samples with it
-    paces = np.diff(points[:, 1]).clip(min=0) / np.diff(seconds)
+    # the samples in flight of a lost worker are subtracted again
+    rates = np.diff(points[:, 1]).clip(min=0) / np.diff(seconds)
     unit_s, unit = (
         (3600, "hours") if seconds[-1] > 7200 else (60, "minutes") if seconds[-1] > 120 else (1, "seconds")
     )
-    y_ticks = _ticks(0, max(float(paces.max()), 1e-3), 4)
-    top, bottom = y_ticks[-1], HEIGHT - BOTTOM
 
-    def x_at(second: float) -> float:
-        return round(float(LEFT + second / seconds[-1] * (WIDTH - LEFT - RIGHT)), 2)
+    def draw(axes: Axes) -> None:
+        axes.stairs(rates, seconds / unit_s, fill=True, color=ACCEPTED_COLOUR, alpha=0.16)
+        axes.stairs(rates, seconds / unit_s, baseline=None, color=ACCEPTED_COLOUR, linewidth=1.8)
+        axes.set(xlabel=f"{unit} since the start", xlim=(0, seconds[-1] / unit_s))
+        axes.set_ylim(0, max(1.05 * float(rates.max()), 1e-3))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=TICK_STEPS))
 
-    def y_at(pace: float) -> float:
-        return round(bottom - pace / top * (HEIGHT - TOP - BOTTOM), 2)
-
-    # each pace holds between two points, so the line goes by steps
-    corners = [
-        (x_at(second), y_at(pace))
-        for start, end, pace in zip(seconds[:-1], seconds[1:], paces, strict=True)
-        for second in (start, end)
-    ]
-    line = " ".join(f"{x},{y}" for x, y in corners)
     mean = (points[-1, 1] - points[0, 1]) / (seconds[-1] - seconds[0])
-    return LineChart(
-        points=line,
-        area=f"{corners[0][0]},{bottom} {line} {corners[-1][0]},{bottom}",
-        x_ticks=tuple(
-            Tick(x_at(tick * unit_s), f"{tick:g}")
-            for tick in _ticks(0, seconds[-1] / unit_s, 5)
-            if tick * unit_s <= seconds[-1]
-        ),
-        y_ticks=tuple(Tick(y_at(tick), f"{tick:,g}") for tick in y_ticks),
-        x_label=f"{unit} since the start",
-        summary=f"Samples a second, loading included: mean {mean:,.1f}, highest {paces.max():,.1f}.",
+    return Chart(
+        name=f"Samples per second, run of {started}",
+        uri=_svg_uri(draw),
+        description=f"Samples per second over {seconds[-1] / unit_s:.3g} {unit}.",
+        summary=f"Samples per second, loading included: mean {mean:,.1f}, highest {rates.max():,.1f}.",
     )
+
+
+def _svg_uri(draw: Callable[[Axes], None]) -> str:
+    """Draw a chart on a clear ground."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH / DOTS_PER_INCH, HEIGHT / DOTS_PER_INCH), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=TICK_STEPS))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,g}")
+        draw(axes)
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def class_bars(
@@ -235,7 +219,7 @@ def class_bars(
     """Count rows by class, most frequent first.
 
     Returns:
-        The bars of the most frequent classes, and how many classes are left out.
+        The bars of the most frequent classes, and how many classes are omitted.
     """
     counts = Counter(class_ids[class_ids >= 0].tolist()).most_common()
     longest = max((rows for _, rows in counts), default=1)

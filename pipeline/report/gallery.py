@@ -1,4 +1,4 @@
-"""The cards of the gallery: rows read whole, with the pictures of those whose images can be read."""
+"""The cards of the gallery: complete rows, with pictures of those whose images can be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from legrad.errors import LeGradError
 from legrad.masks.rle import Rle
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure
-from pipeline.evaluation.scene_scores import row_class, row_target
+from pipeline.evaluation.scene_masks import row_class, row_target
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import LocatedShards, require_annotated_version
 from pipeline.output.label_map import mask_of_image
@@ -60,15 +60,16 @@ class CardRow:
     """One row of the gallery.
 
     Attributes:
-        row: columns of the annotations file, texts printable and cut to CARD_TEXTS; the key also whole.
-        shard_id: which file it is from.
-        area_share: of its mask in its frame; None without a mask.
-        at_random: whether it was drawn at random, rather than chosen for its scores.
+        row: columns of the annotations file; texts are printable and cut to CARD_TEXTS; ``whole_key`` is as
+            written.
+        shard_id: of the shard of the row.
+        area_share: share of the mask in its frame; None without a mask.
+        at_random: whether it was chosen at random, not for its scores.
         pictures: None where the image could not be read.
         iou: with the ground truth; None without.
         class_id: of the row, else of its ground truth; None without either.
-        ignored_share: of the pixels of which the job says that nothing is known; None where it says nothing.
-        no_picture: why there are no pictures; empty where there are.
+        ignored_share: share of ignored pixels; None where the row has no ignore mask.
+        no_picture: the reason for missing pictures; empty where there are pictures.
     """
 
     row: Mapping[str, Any]
@@ -84,7 +85,7 @@ class CardRow:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards, and why some shards gave no pictures: shard URL to the reason."""
+    """Cards, and the shards without pictures: shard URL to the reason."""
 
     cards: tuple[CardRow, ...]
     unread_shards: Mapping[str, str] = field(default_factory=dict)
@@ -93,10 +94,10 @@ class Gallery:
 def read_cards(
     folder: OutputFolder, scores: ScoredRows, chosen: Sequence[int], at_random: set[int]
 ) -> tuple[tuple[CardRow, ...], tuple[str, ...]]:
-    """Read the chosen rows whole.
+    """Read all columns of the chosen rows.
 
     Returns:
-        The cards, in the order chosen; and a line for each file that cannot be read, whose rows are left out.
+        The cards, in the order chosen; and a line for each file that cannot be read, whose rows are omitted.
     """
     by_group: dict[int, list[int]] = defaultdict(list)
     for row in chosen:
@@ -135,7 +136,7 @@ def _card(row: dict[str, Any], scores: ScoredRows, number: int, *, at_random: bo
 
 
 def shortened(text: str | None, most: int = MAX_TEXT) -> str:
-    """A text as it may stand on the page: printable, in one piece, an ellipsis for what is cut."""
+    """Return a printable text of at most so many characters; an ellipsis replaces the rest."""
     whole = printable(text or "")
     return whole if len(whole) <= most else f"{whole[: most - 1]}…"
 
@@ -148,9 +149,9 @@ def with_pictures(
     Args:
         folder: the job's output folder.
         cards: the rows.
-        located: where the shards are.
-        config: of the job.
-        max_bytes: of the pictures of one card, as text.
+        located: places of the shards.
+        config: configuration of the job.
+        max_bytes: limit for the data URIs of one card.
     """
     by_shard: dict[str, list[int]] = defaultdict(list)
     for position, card in enumerate(cards):
@@ -160,7 +161,7 @@ def with_pictures(
     for shard_id, positions in by_shard.items():
         own = {position: cards[position] for position in positions}
         source = located.sources.get(shard_id)
-        reason = located.missing.get(shard_id, "is not known")
+        reason = located.missing.get(shard_id, "its location is unknown")
         if source is not None:
             reason = ""
             try:
@@ -173,7 +174,7 @@ def with_pictures(
             unread[own[positions[0]].row["shard"]] = reason
         for position in positions:
             if drawn[position].pictures is None and not drawn[position].no_picture:
-                missing = reason or "the shard holds no such sample"
+                missing = reason or "the shard has no such sample"
                 drawn[position] = replace(drawn[position], no_picture=shortened(missing, MAX_REASON))
     return Gallery(tuple(drawn), unread)
 
@@ -199,7 +200,7 @@ def _illustrated(card: CardRow, sample: RawSample, config: JobConfig, max_bytes:
         mask, ignored = (_decoded(row[name], image.height, image.width) for name in ("mask", "ignore"))
         truth, valid, class_id = _truth(sample, row, config)
         pictures = draw_pictures(RowParts(image, stored_heatmap(row), mask, ignored, truth), max_bytes)
-    # counts and sizes of a foreign file may say anything
+    # counts and sizes of an untrusted file may be anything
     except (SampleFailure, LeGradError, ValueError) as error:
         return replace(card, no_picture=shortened(f"{type(error).__name__}: {error}", MAX_REASON))
     return replace(
@@ -208,7 +209,7 @@ def _illustrated(card: CardRow, sample: RawSample, config: JobConfig, max_bytes:
         iou=None if mask is None or truth is None or valid is None else mask_iou(mask, truth, valid),
         class_id=card.class_id if card.class_id is not None else class_id,
         ignored_share=None if ignored is None else float(ignored.mean()),
-        no_picture="" if pictures is not None else "the image does not fit the page",
+        no_picture="" if pictures is not None else "the picture exceeds the size limit of the page",
     )
 
 
@@ -219,11 +220,11 @@ def _decoded(rle: Rle | None, height: int, width: int) -> Bool[np.ndarray, "rows
 def _truth(
     sample: RawSample, row: Mapping[str, Any], config: JobConfig
 ) -> tuple[Bool[np.ndarray, "height width"] | None, Bool[np.ndarray, "height width"] | None, int | None]:
-    """Pixels of the prompt's object, pixels that count, and the object's class; None where there are none."""
+    """Return the pixels of the prompt's object, the valid pixels, the class; None without ground truth."""
     scene = scene_of(sample, config.input.image)
     if not isinstance(scene, Scene) or scene.label_map is None:
         return None, None, None
     source = config.prompts.source
-    # a whole caption is about all objects together, which is no class to name
+    # a whole caption is about all objects together, which have no class in common
     class_id = None if source == "caption" else row_class(scene, row, source)
     return row_target(scene, row, source), scene.valid, class_id

@@ -1,4 +1,4 @@
-"""From what was collected to HTML: figures in words, charts, and a policy that lets the page ask nobody."""
+"""Render the HTML page of a report, with a Content-Security-Policy that forbids every request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.config.schema import JobConfig
 from pipeline.output.counts import error_kinds_text
 from pipeline.output.runs import RUNNING, RunRecord
 from pipeline.output.schema import EMPTY_MASK, OK
-from pipeline.report.charts import Histogram, class_bars, histogram, pace_chart
+from pipeline.report.charts import Chart, class_bars, histogram, throughput_chart
 from pipeline.report.gallery import CardRow, Gallery, shortened
 from pipeline.report.scores import ScoredRows
 from pipeline.report.totals import Totals
@@ -30,7 +30,7 @@ MAX_LISTED = 20
 MAX_CONFIG_CHARACTERS = 30_000
 STATUS_WORDS = {
     OK: "accepted",
-    EMPTY_MASK: "accepted: no pixel left",
+    EMPTY_MASK: "accepted: empty mask",
     "rejected_similarity": "rejected: similarity",
     "rejected_peak": "rejected: peak",
     "rejected_area": "rejected: area",
@@ -40,19 +40,19 @@ STATUS_WORDS = {
 
 @dataclass(frozen=True)
 class PageContent:
-    """Everything that the page tells.
+    """The content of the page.
 
     Attributes:
-        out: the output folder, as it may be written down.
+        out: the output folder, without credentials.
         job: the content of OUT/job.json.
         config: the job's configuration.
         totals: of the whole folder.
-        scores: of the rows that were read.
-        gallery: the rows that are shown.
-        shards_shown: of how many shards rows may be shown.
+        scores: of the sampled rows.
+        gallery: the rows of the gallery.
+        shards_shown: number of shards from which the gallery was chosen.
         class_names: class id to name.
-        seed: of what was drawn at random.
-        made: when, in UTC.
+        seed: of the random sample of rows.
+        made: time of the report in UTC.
     """
 
     out: str
@@ -68,8 +68,9 @@ class PageContent:
 
 
 def render_page(content: PageContent) -> str:
-    """Render the page: one file, with style, script and pictures in it, and all texts escaped."""
-    style, script = (_part(name) for name in ("report.css", "report.js"))
+    """Render the page as one file that includes style, script and pictures; all texts are escaped."""
+    templates = files("pipeline.report") / "templates"
+    style, script = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report", "templates"),
         autoescape=True,
@@ -83,7 +84,7 @@ def render_page(content: PageContent) -> str:
     ).render(
         policy=f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
         "base-uri 'none'; form-action 'none'",
-        style=Markup(style),  # noqa: S704 (our own file)
+        style=Markup(style),  # noqa: S704 (a file of this package)
         script=Markup(script),  # noqa: S704
         out=content.out,
         made=_moment(content.made),
@@ -99,7 +100,10 @@ def render_page(content: PageContent) -> str:
         has_rejected=any(chart.has_rejected for chart in charts),
         has_heat=any(card.pictures and card.pictures.heat for card in content.gallery.cards),
         classes=_classes_shown(content.gallery, names),
-        statuses=_statuses_shown(content.gallery),
+        statuses=[
+            (status, _status_word(status))
+            for status in sorted({str(card.row["status"]) for card in content.gallery.cards})
+        ],
         class_chart=_class_chart(content, names),
         errors=_errors(content.totals),
         failed=[(shortened(url), shortened(error)) for url, error in content.totals.failed],
@@ -116,10 +120,6 @@ def render_page(content: PageContent) -> str:
     )
 
 
-def _part(name: str) -> str:
-    return (files("pipeline.report") / "templates" / name).read_text(encoding="utf-8")
-
-
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -134,16 +134,16 @@ def _facts(content: PageContent) -> list[dict[str, str]]:
         dropped = f"{counts.dropped_prompts:,} prompts dropped"
         facts.append(_fact("rows", f"{counts.rows:,}", dropped))
         kinds = len(counts.errors_by_kind)
-        told = f"of {kinds} kind{'s' if kinds > 1 else ''}" if kinds else "nothing went wrong"
-        facts.append(_fact("error rows", f"{counts.error_rows:,}", told))
+        detail = f"of {kinds} kind{'s' if kinds > 1 else ''}" if kinds else "no errors"
+        facts.append(_fact("error rows", f"{counts.error_rows:,}", detail))
     if len(scores):
         rejected = Counter(str(status) for status in scores.status[~scores.accepted])
         words = [f"{count:,} {_status_word(name)}" for name, count in rejected.most_common(2)]
         empty = int((scores.status == EMPTY_MASK).sum())
         detail = ", ".join(
-            [*(words or ["none rejected"]), *([f"{empty:,} without a pixel"] if empty else [])]
+            [*(words or ["none rejected"]), *([f"{empty:,} with an empty mask"] if empty else [])]
         )
-        facts.append(_fact("accepted", _percent(float(scores.accepted.mean())), detail))
+        facts.append(_fact("accepted", f"{100 * float(scores.accepted.mean()):.3g} %", detail))
     if totals.runs:
         run = totals.runs[-1]
         facts.append(_fact("last run", f"{run.samples_per_s:,.1f}/s", f"samples, {run.workers} worker(s)"))
@@ -158,19 +158,21 @@ def _shards_detail(totals: Totals) -> str:
     left = len(totals.listed) - len(totals.done) - totals.failed_count
     parts = [
         (totals.damaged_count, "damaged"),
-        (totals.failed_count, "given up"),
-        (totals.mismatched, "to be redone"),
+        (totals.failed_count, "failed"),
+        (totals.mismatched, "to be annotated again"),
         (left, "left"),
     ]
-    told = ", ".join(f"{count:,} {what}" for count, what in parts if count > 0)
-    return told or "none failed, none left"
+    found = [f"{count:,} {what}" for count, what in parts if count > 0]
+    return ", ".join(found) or "none failed, none left"
 
 
 def _notes(content: PageContent) -> list[str]:
-    """What a reader must know before believing the rest."""
+    """Return the warnings at the top of the page."""
     notes = []
     if content.totals.counts is None:
-        notes.append("Samples are not counted here: there are too many shards, and no _SUCCESS yet.")
+        notes.append(
+            "Samples are not counted: there are too many shards, and the job is not complete (no _SUCCESS)."
+        )
     elif (counts := content.totals.counts).failed:
         notes.append(
             f"{counts.failed:,} of {counts.samples_in:,} samples failed and have no rows. Errors: "
@@ -186,12 +188,12 @@ def _notes(content: PageContent) -> list[str]:
         notes.append(f"The job is not complete: {shortened(content.totals.shortfall)}.")
     if content.scores.damaged:
         names = ", ".join(list(content.scores.damaged)[:MAX_LISTED])
-        notes.append(f"Annotation files that cannot be read, and are left out: {names}")
+        notes.append(f"Annotation files that cannot be read and are skipped: {names}")
     cards = content.gallery.cards
     if cards and not any(card.pictures for card in cards):
         notes.append(
-            "No image could be read, so there are no pictures. Where the shards have moved, give their "
-            "place: legrad report OUT SHARDS..., or OLD=NEW."
+            "No image could be read, so there are no pictures. If the shards have moved, name their new "
+            "location: legrad report OUT SHARDS..., or legrad report OUT OLD=NEW."
         )
     return notes
 
@@ -206,7 +208,7 @@ def _scores_note(content: PageContent) -> str:
         return f"All {len(scores):,} rows."
     of_rows = f" of {total:,}" if total is not None else ""
     return (
-        f"{len(scores):,}{of_rows} rows, drawn at random (seed {content.seed}) as whole row groups from "
+        f"{len(scores):,}{of_rows} rows: a random sample (seed {content.seed}) of whole row groups from "
         f"{scores.files_read:,} of {scores.files_total:,} annotation files."
     )
 
@@ -216,26 +218,26 @@ def _gallery_note(content: PageContent) -> str:
     drawn = sum(card.at_random for card in cards)
     shards = f"{content.shards_shown} shard{'' if content.shards_shown == 1 else 's'}"
     return (
-        f"{len(cards)} rows: {drawn} drawn at random (seed {content.seed}), {len(cards) - drawn} chosen for "
-        f"extreme scores or a rejection, among the rows read from {shards}. "
-        "“Random” shows the drawn ones alone."
+        f"{len(cards)} rows of {shards}: {drawn} chosen at random (seed {content.seed}), "
+        f"{len(cards) - drawn} with the highest or lowest scores or rejected. "
+        "The order “random” shows only the former."
     )
 
 
-def _charts(scores: ScoredRows) -> list[Histogram]:
+def _charts(scores: ScoredRows) -> list[Chart]:
     accepted = scores.accepted
     drawn = [
         histogram("Similarity", "cosine of image and prompt", scores.similarity, accepted),
         histogram("Peak", "maximum of the raw relevance grid", scores.peak, accepted),
         histogram("Mask area", "share of the image, accepted rows", scores.area_share, accepted, (0.0, 1.0)),
-        histogram("Threshold", "foreground cut of the heat map", scores.threshold, accepted, (0.0, 1.0)),
+        histogram("Threshold", "threshold of the heat map", scores.threshold, accepted, (0.0, 1.0)),
         histogram("Ignored", "share of the image", scores.ignored_share, accepted, (0.0, 1.0)),
     ]
     return [chart for chart in drawn if chart is not None]
 
 
 def _class_names(content: PageContent) -> dict[int, str]:
-    """Names from the class file, else the prompt of a row of that class."""
+    """Return class names from the class file, else the prompt of a row of that class."""
     by_prompt = {
         card.row["class_id"]: card.row["prompt"]
         for card in content.gallery.cards
@@ -252,18 +254,13 @@ def _class_chart(content: PageContent, names: Mapping[int, str]) -> dict[str, An
     scores = content.scores
     if not len(scores) or not (scores.class_id >= 0).any():
         return None
-    bars, left_out = class_bars(names, scores.class_id, scores.accepted, scores.similarity)
-    return {"bars": bars, "left_out": left_out}
+    bars, omitted = class_bars(names, scores.class_id, scores.accepted, scores.similarity)
+    return {"bars": bars, "omitted": omitted}
 
 
 def _classes_shown(gallery: Gallery, names: Mapping[int, str]) -> list[tuple[int, str]]:
     shown = {card.class_id for card in gallery.cards if card.class_id is not None}
     return sorted(((key, _class_name(key, names)) for key in shown), key=lambda pair: pair[1].lower())
-
-
-def _statuses_shown(gallery: Gallery) -> list[tuple[str, str]]:
-    shown = sorted({str(card.row["status"]) for card in gallery.cards})
-    return [(status, _status_word(status)) for status in shown]
 
 
 def _status_word(status: str) -> str:
@@ -302,16 +299,12 @@ def _card(card: CardRow, names: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _exact(value: float | None) -> str:
-    """A score for sorting; empty where there is none."""
+    """Format a score for sorting; empty for None."""
     return "" if value is None or not np.isfinite(value) else f"{value:.9g}"
 
 
 def _shown(value: float | None, form: str) -> str:
     return "–" if value is None or not np.isfinite(value) else format(value, form).replace("%", " %")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _errors(totals: Totals) -> dict[str, Any]:
@@ -335,19 +328,19 @@ def _errors(totals: Totals) -> dict[str, Any]:
 def _run(run: RunRecord) -> dict[str, Any]:
     return {
         "started": _moment(run.started),
-        "ended": run.ended if run.ended != RUNNING else f"running, last heard of at {_moment(run.updated)}",
+        "ended": run.ended if run.ended != RUNNING else f"running, last update at {_moment(run.updated)}",
         "duration": as_duration(run.elapsed_s),
         "shards": f"{run.shards_done:,}",
         "samples": f"{run.samples:,}",
         "rate": f"{run.samples_per_s:,.1f}",
         "workers": run.workers,
         "busy": as_share(run.measures.device_busy_share),
-        "chart": pace_chart(run.history),
+        "chart": throughput_chart(_moment(run.started), run.history),
     }
 
 
 def _moment(text: str) -> str:
-    """A moment as people write it; what is none stays as it is."""
+    """Format an ISO time for people; other texts stay as they are."""
     return re.sub(r"(\d)T(\d)", r"\1 \2", shortened(text, 60)).replace("+00:00", " UTC")
 
 
@@ -369,7 +362,7 @@ def _provenance(content: PageContent) -> list[tuple[str, str]]:
 
 
 def _config_yaml(job: Mapping[str, Any]) -> str:
-    """The configuration as YAML, long lists cut."""
+    """Return the configuration as YAML, long lists cut."""
     text = yaml.safe_dump(_without_tails(job.get("config") or {}), sort_keys=False, allow_unicode=True)
     return text if len(text) <= MAX_CONFIG_CHARACTERS else f"{text[:MAX_CONFIG_CHARACTERS]}\n…"
 

@@ -1,4 +1,4 @@
-"""Small pictures of one annotation row, as data URIs of bounded size."""
+"""Small pictures of one annotation row as data URIs of limited size."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Mask = Bool[np.ndarray, "rows columns"]
 
 @dataclass(frozen=True)
 class RowParts:
-    """What the pictures of a row show.
+    """The parts of the pictures of a row.
 
     Attributes:
         image: the original.
         heatmap: from 0 to 1, on the patch grid; None where the job stored none.
         mask: None for a rejected row.
-        ignored: pixels of which the job says that nothing is known; None where it says nothing.
+        ignored: pixels that are neither object nor background; None without an ignore mask.
         truth: pixels of the object; None without ground truth.
     """
 
@@ -50,7 +50,7 @@ class Pictures:
         height: of each, in pixels.
         photo: the image.
         heat: the heat map over the greyed image.
-        layer: mask, outlines and ignored pixels on a clear ground, to lie over the others.
+        layer: mask, outlines and ignored pixels on a transparent background, laid over the others.
     """
 
     width: int
@@ -61,15 +61,18 @@ class Pictures:
 
 
 def draw_pictures(parts: RowParts, max_bytes: int) -> Pictures | None:
-    """Draw a row as large and as well as so many bytes allow.
+    """Draw a row at the best size and quality that fit a number of bytes.
 
     Returns:
-        The pictures, their texts no longer than `max_bytes` together; None where not even tiny ones fit.
+        The pictures, whose data URIs have at most `max_bytes` together; None if even the smallest exceed it.
     """
-    return next((drawn for drawn in _ever_smaller(parts) if _size_bytes(drawn) <= max_bytes), None)
+    for drawn in _candidates(parts):
+        if sum(len(uri) for uri in (drawn.photo, drawn.heat, drawn.layer) if uri is not None) <= max_bytes:
+            return drawn
+    return None
 
 
-def _ever_smaller(parts: RowParts) -> Iterator[Pictures]:
+def _candidates(parts: RowParts) -> Iterator[Pictures]:
     image = parts.image.convert("RGB")
     for side, quality in RUNGS:
         scale = min(1.0, side / max(image.size))
@@ -83,10 +86,6 @@ def _ever_smaller(parts: RowParts) -> Iterator[Pictures]:
             heat=None if heat is None else _jpeg(heat, quality),
             layer=_layer(parts, width, height),
         )
-
-
-def _size_bytes(pictures: Pictures) -> int:
-    return sum(len(uri) for uri in (pictures.photo, pictures.heat, pictures.layer) if uri is not None)
 
 
 def _jpeg(pixels: UInt8[np.ndarray, "height width 3"], quality: int) -> str:
@@ -121,7 +120,7 @@ def _scaled(mask: Mask, width: int, height: int) -> Bool[np.ndarray, "height wid
 
 
 def _outline(inside: Mask) -> Mask:
-    """The outermost pixels of a region, so that a region of the whole picture has an outline too."""
+    """Return the outermost pixels of a region; a region of the whole picture has an outline too."""
     framed = Image.fromarray(np.pad(inside, 1).astype(np.uint8) * 255)
     shrunk = np.array(framed.filter(ImageFilter.MinFilter(3)))[1:-1, 1:-1] > 0
     return inside & ~shrunk

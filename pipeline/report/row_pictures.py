@@ -1,4 +1,4 @@
-"""What pictures of annotation rows are made of: samples read back from their shard, heat maps, overlaps."""
+"""Inputs of the pictures of annotation rows: samples read from their shard, heat maps, IoU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 def read_samples_at(
     shard: ShardSource, indices: Collection[int], settings: InputConfig
 ) -> Iterator[RawSample]:
-    """Read samples of a shard by their ordinals, no further than the last; image and ground truth alone.
+    """Read the image and the ground truth of samples by their ordinals; reading stops after the last one.
 
     Raises:
         ShardError: the shard cannot be opened or read.
@@ -43,7 +43,7 @@ def read_samples_at(
 
 
 def stored_heatmap(row: Row) -> Float[np.ndarray, "grid_height grid_width"] | None:
-    """The stored relevance grid, stretched to the range from 0 to 1; None where the job stored none."""
+    """Return the stored relevance grid, normalised to the range from 0 to 1; None where none was stored."""
     if row["heatmap"] is None:
         return None
     levels = np.frombuffer(row["heatmap"], dtype=np.uint8)
@@ -57,5 +57,5 @@ def mask_iou(
     truth: Bool[np.ndarray, "height width"],
     valid: Bool[np.ndarray, "height width"],
 ) -> float:
-    """Foreground IoU of a mask, in any frame, with ground truth, over the pixels that count."""
+    """Return the foreground IoU of a mask, in any frame, with ground truth over the valid pixels."""
     return float(foreground_iou(in_frame(mask, truth.shape)[None], truth[None], valid[None])[0])

@@ -1,4 +1,4 @@
-"""Columns of a bounded, random sample of an output's rows; small columns alone, never a whole file."""
+"""Scores of a bounded random sample of the rows of an output folder; only small columns are read."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ Group = tuple[str, int]
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """Scores of rows, one entry a row in every array.
+    """Scores of rows; every array has one entry for each row.
 
     Attributes:
         groups: (shard id, row group) that were read.
-        group: which of them a row is from.
-        offset: the row's place in its group.
+        group: index into `groups`.
+        offset: index of the row in its group.
         sample_index: ordinal of the sample in its shard.
         status: ``ok``, ``empty_mask``, or why the row was rejected.
         class_id: -1 where the row has none.
         similarity: cosine.
         peak: maximum of the raw grid.
         threshold: NaN where the row has none.
-        area_share: of the mask in its frame, 0 to 1; NaN without a mask.
-        ignored_share: of the pixels of which the row says that nothing is known; NaN where it does not say.
-            Of prompts that competed, which share one ignore mask, the sample's first row alone has it.
-        files_read: annotation files that were looked into.
-        files_total: annotation files that there are.
-        damaged: by shard id of each file that could not be read, what is wrong with it.
+        area_share: share of the mask in its frame, 0 to 1; NaN without a mask.
+        ignored_share: share of ignored pixels; NaN without an ignore mask. Prompts that competed share one
+            ignore mask, which counts for the first row of the sample only.
+        files_read: number of annotation files that were read.
+        files_total: number of annotation files.
+        damaged: shard id of each file that could not be read, and the reason.
     """
 
     groups: tuple[Group, ...]
@@ -70,12 +70,12 @@ class ScoredRows:
 
     @property
     def accepted(self) -> Bool[np.ndarray, " rows"]:
-        """Rows that have a mask, be it of no pixel."""
+        """Which rows have a mask, even an empty one."""
         accepted: np.ndarray = np.isin(self.status.astype(str), ACCEPTED)
         return accepted
 
     def shard_id(self, row: int) -> str:
-        """The shard that a row is from."""
+        """Return the id of the shard of a row."""
         shard_id, _ = self.groups[int(self.group[row])]
         return shard_id
 
@@ -92,10 +92,10 @@ def read_scores(
 
     Args:
         folder: the job's output folder.
-        shard_ids: whose annotation files are there.
-        generator: decides what is read.
-        max_files: how many files are opened at most.
-        max_rows: how many rows are read at most, but for the rest of a row group.
+        shard_ids: shards with an annotations file.
+        generator: of the random choice.
+        max_files: limit of files that are opened.
+        max_rows: limit of rows; the last row group is read to its end.
     """
     chosen = [shard_ids[position] for position in generator.permutation(len(shard_ids))[:max_files]]
     with ThreadPoolExecutor(READERS) as pool:
@@ -122,7 +122,7 @@ def read_scores(
 
 
 def _group_rows(folder: OutputFolder, shard_id: str) -> list[int] | DamagedFileError:
-    """Rows of each row group, or what is wrong with the file."""
+    """Return the number of rows of each row group, or the damage of the file."""
     try:
         with folder.open(ANNOTATIONS, shard_id) as table:
             return table.group_row_counts
@@ -182,7 +182,7 @@ def _scored(
 
 
 def _with_shares(table: pa.Table) -> pa.Table:
-    """The score columns, the pixels of the mask's frame, and the share of ignored pixels."""
+    """Return the score columns, the number of pixels in the frame of the mask, and the ignored share."""
     sizes = pc.struct_field(table.column("mask").combine_chunks(), "size")
     height, width = (pc.cast(pc.list_element(sizes, side), pa.int64()) for side in (0, 1))
     ignored = _ignored_shares(table.select(["sample_index", "threshold", IGNORE_COLUMN]).to_pylist())
@@ -191,20 +191,20 @@ def _with_shares(table: pa.Table) -> pa.Table:
 
 
 def _ignored_shares(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, " rows"]:
-    """Of the pixels of each ignore mask in its frame, told from the runs; NaN without one of its own."""
-    told: list[tuple[int, Rle]] = []
+    """Return the share of each ignore mask in its frame, from run lengths; NaN for rows without their own."""
+    own_masks: list[tuple[int, Rle]] = []
     image: int | None = None
     for number, row in enumerate(rows):
         ignore, is_shared = row[IGNORE_COLUMN], row["threshold"] is None
-        told_before = is_shared and image == row["sample_index"]
-        if ignore is not None and not told_before:
-            told.append((number, ignore))
+        is_repeated = is_shared and image == row["sample_index"]
+        if ignore is not None and not is_repeated:
+            own_masks.append((number, ignore))
         if is_shared and ignore is not None:
             image = row["sample_index"]
     shares = np.full(len(rows), np.nan)
-    areas = mask_area([rle for _, rle in told])
-    pixels = np.array([max(1, rle["size"][0] * rle["size"][1]) for _, rle in told], dtype=np.int64)
-    shares[[number for number, _ in told]] = areas / pixels
+    areas = mask_area([rle for _, rle in own_masks])
+    pixels = np.array([max(1, rle["size"][0] * rle["size"][1]) for _, rle in own_masks], dtype=np.int64)
+    shares[[number for number, _ in own_masks]] = areas / pixels
     return shares
 
 

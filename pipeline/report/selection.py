@@ -1,4 +1,4 @@
-"""Which rows of those that were read are shown: a random half, the extremes, and some of each status."""
+"""Choose rows for the gallery: a random half, extreme scores, and some rows of each status."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def choose_rows(
 ) -> tuple[list[int], set[int]]:
     """Choose rows for the gallery.
 
-    Half are drawn at random, rejected ones included; the rest are by turns the highest and the lowest in
-    similarity and peak, the largest and the smallest masks, and rows of each status but `ok`.
+    Half are chosen at random, rejected ones included. The rest are, in turn, the highest and the lowest
+    similarity and peak, the largest and the smallest masks, and rows of each status except `ok`.
 
     Args:
-        scores: the rows that were read.
+        scores: the sampled rows.
         may_be_shown: rows to choose from.
-        count: how many at most.
-        generator: draws the random ones.
+        count: maximum number of rows.
+        generator: of the random half.
 
     Returns:
-        The rows, those drawn at random first and in the order drawn; and which were drawn at random.
+        The rows, random ones first; and the set of the random ones.
     """
     candidates = np.flatnonzero(may_be_shown)
     drawn = [int(row) for row in generator.permutation(candidates)]

@@ -1,4 +1,4 @@
-"""What an output folder holds as a whole: shards, samples, errors with examples, runs."""
+"""Totals of an output folder: shards, samples, errors with examples, runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_ERROR_ROWS = 1000
 EXAMPLES_PER_KIND = 3
 MAX_KINDS = 40
 RUNS_SHOWN = 6
-UNREADABLE_RECORD = "(its record cannot be read)"
+UNREADABLE_RECORD = "(the record cannot be read)"
 EXAMPLE_COLUMNS = ("key", "shard", "stage", "kind", "message")
 
 
@@ -37,21 +37,21 @@ class ErrorKind:
 
 @dataclass(frozen=True)
 class Totals:
-    """Where an output folder stands.
+    """Totals of an output folder.
 
     Attributes:
         listed: rows of OUT/shards.parquet.
         done: ids of shards with annotations, damaged ones included, in order.
-        damaged: URL and reason of shards whose archive was not read to a sound end, the first few of them.
-        damaged_count: how many are damaged.
-        failed: canonical URL and last error of shards given up, the first few of them.
-        failed_count: how many were given up.
-        mismatched: how many shards have files that do not belong together.
-        shortfall: why the job is not complete though no shard is left or failed; empty otherwise.
+        damaged: URL and reason of the first few shards with a damaged archive.
+        damaged_count: number of damaged shards.
+        failed: canonical URL and last error of the first few failed shards.
+        failed_count: number of failed shards.
+        mismatched: number of shards whose files do not belong together.
+        shortfall: why the job is not complete although no shard is left or failed; empty otherwise.
         counts: outcomes of samples; None where there are too many shards to count without OUT/_SUCCESS.
         errors: by kind, most frequent first.
-        runs: the newest records, oldest first.
-        broken_files: a line for each file that is none of this package's.
+        runs: the newest runs, oldest first.
+        broken_files: a line for each file that cannot be read.
     """
 
     listed: tuple[ShardRow, ...]
@@ -69,12 +69,12 @@ class Totals:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard is done and nothing speaks against it."""
+        """Whether every shard is done and the job is within its limits."""
         return len(self.done) == len(self.listed) and not self.shortfall
 
 
 def read_totals(folder: OutputFolder, job: JobRecord) -> Totals:
-    """Read the totals of an output folder; the amount that is read is bounded, whatever its size.
+    """Read the totals of an output folder; the number of files that are read is limited.
 
     Args:
         folder: the output folder.
@@ -148,7 +148,7 @@ def _damage(folder: OutputFolder, shard_id: str, broken: list[str]) -> str:
 def _error_kinds(
     folder: OutputFolder, counts: ShardCounts | None, shard_ids: Sequence[str], damaged: list[str]
 ) -> tuple[ErrorKind, ...]:
-    """Kinds with their counts, where they were counted, and examples from the first files that have some."""
+    """Return the kinds with counts, where known, and examples from the first files with errors."""
     counted = dict(counts.errors_by_kind) if counts is not None else {}
     examples: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in counted}
     if counts is None or counted:

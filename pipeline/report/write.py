@@ -1,9 +1,9 @@
-"""From an output folder to a page: what is read, in which order, and within which bounds."""
+"""Write the report of an output folder: read totals, scores and pictures within limits, render, publish."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,32 +15,32 @@ from pipeline.config.classes import ClassEntry, read_class_list
 from pipeline.errors import UserError
 from pipeline.output.folder import OutputFolder
 from pipeline.output.image_shards import LocatedShards, locate_shards
-from pipeline.report.gallery import Gallery, read_cards, with_pictures
+from pipeline.report.gallery import read_cards, with_pictures
 from pipeline.report.page import PageContent, render_page
 from pipeline.report.scores import ScoredRows, read_scores
 from pipeline.report.selection import choose_rows
 from pipeline.report.totals import read_totals
 
 REPORT_FILE = "report.html"
-# together they keep a page below five megabytes, whatever the texts and pictures
+# together they keep a page below five megabytes, whatever texts and pictures it contains
 SAMPLES, MAX_SAMPLES = 60, 300
 PICTURE_BYTES = 2_600_000
 MAX_SHARDS_SHOWN = 16
-MAX_TOLD = 5
+MAX_LISTED = 5
 MAX_SHARD_BYTES_SHOWN = 4 << 30
 
 
 @dataclass(frozen=True)
 class Report:
-    """A page that was written.
+    """A written report.
 
     Attributes:
-        url: where.
+        url: of the page.
         size_bytes: of the page.
-        rows_shown: cards of the gallery.
-        pictures: how many of them have pictures.
-        unread_shards: canonical URL of a shard whose images could not be read, and why.
-        damaged: a line for each file of the output folder that is none of this package's.
+        rows_shown: number of cards in the gallery.
+        pictures: number of cards with pictures.
+        unread_shards: canonical URL of each shard whose images could not be read, and the reason.
+        damaged: a line for each file of the output folder that cannot be read.
     """
 
     url: str
@@ -62,24 +62,24 @@ def write_report(
 ) -> Report:
     """Write one self-contained HTML page about an output folder.
 
-    Statistics are of a random sample of rows where there are many, and the page says of which. Images come
-    from the job's shards; where those cannot be read the page comes without them.
+    Statistics of large outputs are of a random sample of rows, and the page says so. Images are read from the
+    shards of the job; where those cannot be read, the page has no pictures.
 
     Args:
         out_dir: the job's output folder: local, s3:// or gs://.
-        shards: where the tars are, as `locate_shards` takes it; empty: where the job read them.
+        shards: locations of the tars, as `locate_shards` takes them; empty: where the job read them.
         to: path or URL of the page; None: report.html in the output folder.
-        samples: how many rows the gallery shows at most.
+        samples: maximum number of rows in the gallery.
         classes_file: names of the classes, as `read_class_list` reads them; None: the job's own.
-        seed: of all that is random.
+        seed: of the random sample of rows.
 
     Raises:
-        UserError: no job in the folder, or what is asked for cannot be.
-        DamagedFileError: its job.json or its list of shards is none.
+        UserError: no job in the folder, or an invalid argument.
+        DamagedFileError: job.json or the list of shards cannot be read.
         OutputError: the page cannot be written.
     """
     if not 0 <= samples <= MAX_SAMPLES:
-        raise UserError(f"samples: expected a number from 0 to {MAX_SAMPLES}, got {samples}")
+        raise UserError(f"samples: expected a number from 0 to {MAX_SAMPLES}, found {samples}")
     folder = OutputFolder(out_dir)
     job = folder.job()
     config = folder.config(job)
@@ -108,22 +108,18 @@ def write_report(
     ).encode()
     url = to or storage.join_url(out_dir, REPORT_FILE)
     _publish(url, page)
-    damaged = tuple(dict.fromkeys([*totals.broken_files, *scores.damaged.values(), *unread]))
-    return replace(_told(url, page, gallery), damaged=damaged)
-
-
-def _told(url: str, page: bytes, gallery: Gallery) -> Report:
     return Report(
         url=storage.shown_url(url),
         size_bytes=len(page),
         rows_shown=len(gallery.cards),
         pictures=sum(card.pictures is not None for card in gallery.cards),
         unread_shards=gallery.unread_shards,
+        damaged=tuple(dict.fromkeys([*totals.broken_files, *scores.damaged.values(), *unread])),
     )
 
 
 def _class_names(classes_file: str | None, configured: str | Sequence[ClassEntry] | None) -> dict[int, str]:
-    """Names from the file that the user gives, else from the job's own classes, which job.json spells out."""
+    """Return class names from the given file, else from the job's own classes in job.json."""
     entries: Sequence[ClassEntry] = ()
     if classes_file is not None:
         entries = read_class_list(classes_file)
@@ -135,9 +131,9 @@ def _class_names(classes_file: str | None, configured: str | Sequence[ClassEntry
 def _shown_shards(
     scores: ScoredRows, listed: Sequence[Mapping[str, Any]], located: LocatedShards
 ) -> set[str]:
-    """Shards of which rows are shown: few, and not too large together, for they are read from their start.
+    """Return the shards of the gallery: few and not too large together, because each is read from its start.
 
-    Where no shard can be read, rows of all are shown, without pictures.
+    If no shard can be read, the gallery shows rows of all shards, without pictures.
     """
     sizes = {row["shard_id"]: row["size_bytes"] or 0 for row in listed}
     read = dict.fromkeys(shard_id for shard_id, _ in scores.groups)
@@ -167,16 +163,16 @@ def _publish(url: str, page: bytes) -> None:
 
 
 def render_report(report: Report) -> str:
-    """What a person reads once the page is there."""
+    """Return the lines for the terminal after a report was written."""
     lines = [
         f"Report: {report.url}",
         f"  {report.size_bytes / 1e6:.1f} MB; {report.rows_shown} rows, {report.pictures} with pictures",
     ]
     lines += [
-        f"  no pictures from {url}: {why}" for url, why in list(report.unread_shards.items())[:MAX_TOLD]
+        f"  no pictures from {url}: {why}" for url, why in list(report.unread_shards.items())[:MAX_LISTED]
     ]
-    more = len(report.unread_shards) - MAX_TOLD
+    more = len(report.unread_shards) - MAX_LISTED
     lines += [f"  ... and from {more} more shards"] if more > 0 else []
-    lines += [f"  damaged: {line}" for line in report.damaged[:MAX_TOLD]]
-    more = len(report.damaged) - MAX_TOLD
+    lines += [f"  damaged: {line}" for line in report.damaged[:MAX_LISTED]]
+    more = len(report.damaged) - MAX_LISTED
     return "\n".join([*lines, f"  ... and {more} more damaged files"] if more > 0 else lines)

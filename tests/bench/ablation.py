@@ -26,12 +26,12 @@ from pipeline import storage
 from pipeline.config.load import load_config
 from pipeline.config.schema import JobConfig
 from pipeline.demo import assets
-from pipeline.evaluation.written_masks import (
-    SummedFigure,
+from pipeline.evaluation.mask_scores import (
+    SummedMetric,
     WrittenMasks,
     collect_written_masks,
     score_written_masks,
-    summed_figures,
+    summed_metrics,
 )
 from pipeline.run.worker import build_annotator
 from pipeline.shards.ground_truth import list_truth_shards
@@ -164,13 +164,13 @@ def _filled_in(override: str) -> str:
 
 def measured(set_name: str, pattern: str, rounds: int) -> Iterator[tuple[str, JobConfig, Trial, Mapping]]:
     """Every chosen variant, the baseline first, with its figures' differences to the baseline."""
-    baseline: dict[str, SummedFigure] = {}
+    baseline: dict[str, SummedMetric] = {}
     for name, overrides in VARIANTS.items():
         if name != BASELINE and not re.search(pattern, name):
             continue
         config = variant_config(set_name, overrides)
         trial = try_config(config, rounds)
-        figures = summed_figures(trial.written)
+        figures = summed_metrics(trial.written)
         baseline = baseline or figures
         differences = {key: figures[key].difference(baseline[key], seed=0) for key in FIGURES}
         yield name, config, trial, differences

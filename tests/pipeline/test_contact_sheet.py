@@ -1,7 +1,8 @@
-"""The contact sheet: what it shows is what the job wrote, and odd jobs give a sheet or a clear error."""
+"""The contact sheet shows what the job wrote; unusual jobs give a sheet or a clear error."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from legrad.masks.rle import encode_rle
 from pipeline.errors import UserError
 from pipeline.output.schema import ANNOTATION_SCHEMA
-from pipeline.report.contact_sheet import write_contact_sheet
-from pipeline.report.sheet_drawing import FRAME, MASK_COLOUR, PANEL_SIDE, TRUTH_COLOUR, Card, draw_sheet
+from pipeline.report.contact_sheet import (
+    FRAME,
+    MASK_COLOUR,
+    PANEL_SIDE,
+    TRUTH_COLOUR,
+    Card,
+    draw_sheet,
+    write_contact_sheet,
+)
 from pipeline.storage import list_shards
 from tests.helpers.ground_truth_shards import job_document, label_map, scene_fields, write_shard
 
@@ -69,8 +78,13 @@ def sheet(out: str, shard: Path, **options: Any) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def has_colour(pixels: np.ndarray, colour: tuple[int, int, int]) -> bool:
-    return bool((pixels == colour).all(axis=-1).any())
+def drawn(*cards: Card) -> np.ndarray:
+    with Image.open(io.BytesIO(draw_sheet(cards, note=""))) as image:
+        return np.array(image.convert("RGB"))
+
+
+def has_colour(pixels: np.ndarray, colour: str) -> bool:
+    return bool((pixels == np.rint(255 * np.array(to_rgb(colour)))).all(axis=-1).any())
 
 
 def test_a_sheet_outlines_the_mask_and_the_ground_truth(tmp_path):
@@ -82,7 +96,7 @@ def test_a_sheet_outlines_the_mask_and_the_ground_truth(tmp_path):
     assert pixels.shape[1] > 8 * PANEL_SIDE, "two prompts side by side, four panels each"
 
 
-def test_panels_that_nothing_fills_are_left_out(tmp_path):
+def test_panels_that_no_card_has_are_omitted(tmp_path):
     rows = [annotation(0, 0, LABELS == 1), annotation(0, 1, LABELS == 2)]
     full = sheet(*write_job(tmp_path / "full", rows))
     no_truth = sheet(*write_job(tmp_path / "no-truth", rows, truth=False))
@@ -135,29 +149,35 @@ def card(prompt: str = "a dog", size: tuple[int, int] = (40, 24), mask_fill: boo
     )
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.fixture(scope="module")
+def plain() -> np.ndarray:
+    return drawn(card())
+
+
+@settings(max_examples=8, deadline=None)
 @given(prompt=st.text(max_size=400), width=st.integers(1, 300), height=st.integers(1, 300))
-def test_any_prompt_and_any_shape_of_image_fit_the_sheet(prompt, width, height):
-    plain = np.array(draw_sheet([card()], note=""))
-    drawn = np.array(draw_sheet([card(prompt, (width, height))], note=""))
-    assert drawn.shape[1] == plain.shape[1]
-    assert drawn.shape[0] - plain.shape[0] in (0, 31), "one or two lines of text"
-    margin = drawn[:, -16:]
-    assert (margin == 255).all(), "nothing runs over the right margin"
+@example(prompt=r"$\frac{1}{2}$ costs $5 \unknown{", width=40, height=24)
+@example(prompt="犬と車 🐕 \ud800\x1b[31m\u202e\n\n", width=1, height=300)
+@example(prompt="W" * 300, width=300, height=1)
+def test_any_prompt_and_any_shape_of_image_fit_the_sheet(plain, prompt, width, height):
+    pixels = drawn(card(prompt, (width, height)))
+    assert pixels.shape[1] == plain.shape[1]
+    assert pixels.shape[0] - plain.shape[0] in (0, 31), "one or two lines of text"
+    assert (pixels[:, -16:] == 255).all(), "nothing runs over the right margin"
 
 
-def test_a_long_caption_ends_in_an_ellipsis_instead_of_a_third_line():
-    short, long = (np.array(draw_sheet([card(" ".join(["word"] * n))], note="")) for n in (60, 600))
+def test_a_long_caption_is_cut_after_two_lines():
+    short, long = (drawn(card(" ".join(["word"] * count))) for count in (60, 600))
     assert short.shape == long.shape
 
 
-def test_an_empty_mask_has_no_outline():
-    assert not has_colour(np.array(draw_sheet([card(mask_fill=False)], note="")), MASK_COLOUR)
+def test_an_empty_mask_has_no_outline_and_one_of_the_whole_image_has():
+    assert not has_colour(drawn(card(mask_fill=False)), MASK_COLOUR)
+    assert has_colour(drawn(card(mask_fill=True)), MASK_COLOUR)
 
 
 def test_images_that_are_not_square_keep_their_aspect():
-    pixels = np.array(draw_sheet([card(size=(100, 50))], note=""))
-    first_panel = pixels[:, 32 : 32 + PANEL_SIDE]
+    first_panel = drawn(card(size=(100, 50)))[:, 32 : 32 + PANEL_SIDE]
     photo_rows = (np.abs(first_panel.astype(int) - (200, 10, 10)).sum(axis=-1) < 10).all(axis=1)
     assert photo_rows.sum() == PANEL_SIDE // 2
     assert has_colour(first_panel, FRAME)

@@ -31,9 +31,8 @@ from pipeline.evaluation.evaluate import (
     EvaluationOptions,
     evaluate_output,
     evaluate_shards,
-    render_evaluation,
 )
-from pipeline.evaluation.plot import plot_evaluation
+from pipeline.evaluation.rendering import plot_evaluation, render_evaluation
 from pipeline.evaluation.result import EvaluationResult
 from pipeline.output.folder import LAYOUT
 from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY
@@ -594,5 +593,5 @@ def test_classes_whose_ids_have_gaps_are_a_user_error(weights, truth_shard, tmp_
     out = write_output(tmp_path / "out", weights, {})
     classes = tmp_path / "classes.yaml"
     classes.write_text("- {name: dog, id: 1}\n- {name: car, id: 3}\n")
-    with pytest.raises(UserError, match=r"classes\.yaml: .*without gaps, received \[1, 3\]"):
+    with pytest.raises(UserError, match=r"classes\.yaml: .*without gaps, found \[1, 3\]"):
         evaluated(weights, out, str(truth_shard), classes)

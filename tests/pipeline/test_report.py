@@ -1,4 +1,4 @@
-"""The report: one page of what an output folder holds, whatever it holds."""
+"""The report: one page about an output folder, whatever the folder contains."""
 
 import base64
 import hashlib
@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from pipeline.cli import main as cli
 from pipeline.errors import UserError
 from pipeline.output.folder import OutputFolder
 from pipeline.report import write_report
-from pipeline.report.charts import class_bars, histogram, pace_chart
+from pipeline.report.charts import class_bars, histogram, throughput_chart
 from pipeline.report.pictures import RowParts, draw_pictures
 from pipeline.report.scores import read_scores
 from pipeline.report.selection import choose_rows
@@ -84,10 +85,10 @@ def job(tmp_path_factory):
     )
 
 
-def test_a_page_tells_of_rows_pictures_errors_runs_and_provenance(job):
+def test_a_page_shows_rows_pictures_errors_runs_and_provenance(job):
     report, page = page_of(job)
     assert (report.rows_shown, report.pictures, report.unread_shards) == (30, 30, {})
-    for told in (
+    for text in (
         "complete",
         "2 / 2",
         "30 annotated, 0 empty, 7 failed",
@@ -102,11 +103,25 @@ def test_a_page_tells_of_rows_pictures_errors_runs_and_provenance(job):
         "sha256:",
         "torch",
     ):
-        assert told in page.text, told
-    assert len(page.having("src")) == 30 * 2 + 24, "a photo and a heat map each, and a mask where one is"
+        assert text in page.text, text
+    pictures = [image for image in page.having("src") if image.get("class") != "chart"]
+    assert len(pictures) == 30 * 2 + 24, "a photo and a heat map each, and a mask where one is"
 
 
-def test_a_page_asks_nobody_for_anything(job):
+def test_every_chart_has_its_figures_in_words(job):
+    _, page = page_of(job)
+    charts = [image for image in page.having("src") if image.get("class") == "chart"]
+    assert len(charts) == 5, "similarity, peak, area, threshold, and the run"
+    for chart in charts:
+        svg = base64.b64decode(chart["src"].removeprefix("data:image/svg+xml;base64,"))
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert len(chart["src"]) < 20_000
+    assert "30 rows by cosine of image and prompt: 24 accepted, 6 rejected" in charts[0]["alt"]
+    assert all(figure in charts[0]["alt"] for figure in ("median", "middle half"))
+    assert "mean 20.0" in charts[-1]["alt"]
+
+
+def test_a_page_loads_nothing_from_elsewhere(job):
     _, page = page_of(job)
     addresses = [
         value
@@ -174,7 +189,7 @@ def test_a_job_without_rows_gives_a_page(tmp_path):
     report, page = page_of(out)
     assert report.rows_shown == 0
     assert "There are no rows" in page.text
-    assert "No run left a record" in page.text
+    assert "There is no record of a run" in page.text
 
 
 def test_a_job_of_errors_alone_gives_a_page(tmp_path):
@@ -185,7 +200,7 @@ def test_a_job_of_errors_alone_gives_a_page(tmp_path):
     assert "decode/empty" in page.text
 
 
-def test_an_unfinished_job_tells_what_is_left_and_what_was_given_up(tmp_path):
+def test_the_page_of_an_unfinished_job_names_failed_and_remaining_shards(tmp_path):
     rows = [row(0)]
     out = write_job(tmp_path, [rows] * 4, done=1)
     given_up = listed_shards(out)[1]
@@ -198,8 +213,8 @@ def test_an_unfinished_job_tells_what_is_left_and_what_was_given_up(tmp_path):
     }
     (out / "failed" / f"{given_up}.json").write_text(json.dumps(record))
     _, page = page_of(out)
-    for told in ("incomplete", "1 / 4", "1 given up, 2 left", "it <b>kills</b> its worker"):
-        assert told in page.text, told
+    for text in ("incomplete", "1 / 4", "1 failed, 2 left", "it <b>kills</b> its worker"):
+        assert text in page.text, text
 
 
 def test_a_job_that_has_only_begun_gives_a_page(tmp_path):
@@ -207,7 +222,7 @@ def test_a_job_that_has_only_begun_gives_a_page(tmp_path):
     assert "0 / 1" in page.text
 
 
-def test_without_its_shards_a_page_has_no_pictures_and_says_so(tmp_path):
+def test_without_its_shards_a_page_has_no_pictures_and_says_why(tmp_path):
     out = write_job(tmp_path, [[row(0), row(1)], [row(0)]])
     (tmp_path / "0.tar").unlink()
     report, page = page_of(out)
@@ -235,7 +250,7 @@ def test_a_shard_of_other_samples_under_the_same_name_gives_no_wrong_picture(tmp
     write_job(tmp_path / "other", [[row(0, key="someone else"), row(1)]])
     report, page = page_of(out, f"{tmp_path}/other/*.tar")
     assert report.pictures == 1
-    assert "holds no such sample" in page.text
+    assert "has no such sample" in page.text
     shutil.copy(tmp_path / "other" / "0.tar", tmp_path / "0.tar")
     report, page = page_of(out)
     assert report.pictures == 0
@@ -248,13 +263,13 @@ def test_an_image_that_cannot_be_read_leaves_its_card_without_a_picture(tmp_path
     assert "expected a JPEG" in page.text
 
 
-def test_annotation_files_that_cannot_be_read_are_named_and_left_out(tmp_path):
+def test_annotation_files_that_cannot_be_read_are_named_and_skipped(tmp_path):
     out = write_job(tmp_path, [[row(0)], [row(1)]])
     torn = listed_shards(out)[0]
     (out / "annotations" / f"{torn}.parquet").write_bytes(b"PAR1 torn")
     report, page = page_of(out)
     assert report.rows_shown == 1
-    assert "1 to be redone" in page.text
+    assert "1 to be annotated again" in page.text
 
 
 @pytest.mark.slow
@@ -267,7 +282,8 @@ def test_noise_in_every_picture_keeps_the_page_within_its_bound(tmp_path):
     rows = [row(index, **frame, **grid) for index in range(30)]
     report, page = page_of(write_job(tmp_path, [rows], images=path.read_bytes()), samples=30)
     assert report.pictures == 30
-    assert sum(len(attributes["src"]) for attributes in page.having("src")) <= PICTURE_BYTES
+    pictures = [image for image in page.having("src") if image.get("class") != "chart"]
+    assert sum(len(image["src"]) for image in pictures) <= PICTURE_BYTES
 
 
 def test_as_many_and_as_long_texts_as_there_can_be_fit_beside_the_pictures(tmp_path):
@@ -292,19 +308,19 @@ def test_more_rows_than_a_page_holds_are_refused(job, samples):
         write_report(str(job), samples=samples)
 
 
-def test_a_folder_without_a_job_is_the_users_mistake(tmp_path):
+def test_a_folder_without_a_job_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"job\.json"):
         write_report(str(tmp_path))
 
 
-def test_the_command_tells_where_the_page_is(job, monkeypatch, capsys):
+def test_the_command_prints_where_the_page_is(job, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["legrad", "report", str(job), "--samples", "3"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert (ended.value.code or 0) == 0
-    told = capsys.readouterr().out
-    assert str(job / "report.html") in told
-    assert "3 rows, 3 with pictures" in told
+    printed = capsys.readouterr().out
+    assert str(job / "report.html") in printed
+    assert "3 rows, 3 with pictures" in printed
     assert (job / "report.html").exists()
     (job / "report.html").unlink()
 
@@ -345,7 +361,7 @@ def test_what_prompts_that_competed_ignore_together_counts_once(tmp_path):
     assert "4 rows: median 0.375" in page.text
 
 
-def test_an_accepted_row_without_a_pixel_counts_as_accepted_and_is_told(tmp_path):
+def test_a_row_with_an_empty_mask_counts_as_accepted_and_is_mentioned(tmp_path):
     empty = {"area": 0, "mask": box_rle(0, 0, 0, 0), "bbox_xywh": [0.0] * 4, "threshold": 0.5}
     rows = [row(0), row(1, status="empty_mask", **empty), row(2, status="rejected_peak")]
     out = write_job(tmp_path, [rows])
@@ -353,11 +369,11 @@ def test_an_accepted_row_without_a_pixel_counts_as_accepted_and_is_told(tmp_path
     assert scores.accepted.tolist() == [True, True, False]
     np.testing.assert_allclose(scores.area_share[1], 0)
     _, page = page_of(out)
-    assert "1 rejected: peak, 1 without a pixel" in page.texts
-    assert "accepted: no pixel left" in page.texts
+    assert "1 rejected: peak, 1 with an empty mask" in page.texts
+    assert "accepted: empty mask" in page.texts
 
 
-def test_ignored_pixels_are_counted_where_rows_tell_of_some(tmp_path):
+def test_ignored_pixels_are_counted_where_rows_have_an_ignore_mask(tmp_path):
     rows = [
         row(0),
         row(1, ignore=box_rle(0, 0, 24, 64)),
@@ -439,61 +455,85 @@ def fake_scores(similarity, generator):
 # --- charts and pictures
 
 
+@settings(max_examples=20, deadline=None)
 @given(
     values=st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")), max_size=60),
     accepted=st.integers(0, 2**60),
 )
-def test_a_histogram_counts_every_finite_value_once_within_its_frame(values, accepted):
+def test_a_histogram_reports_every_finite_value(values, accepted):
     good = np.array([bool(accepted >> place & 1) for place in range(len(values))], dtype=bool)
     chart = histogram("Score", "unit", np.array(values, dtype=np.float64), good)
     finite = np.isfinite(np.array(values, dtype=np.float64))
     if not finite.any():
         assert chart is None
         return
-    counts = [re.findall(r"([\d,]+) (?:accepted|rejected)", bar.label) for bar in chart.bars]
-    assert sum(int(pair[0]) for pair in counts) == (finite & good).sum()
-    assert sum(int(pair[1]) for pair in counts) == (finite & ~good).sum()
-    assert chart.has_rejected == bool((finite & ~good).any())
-    for bar in chart.bars:
-        assert 52 <= bar.x <= bar.x + bar.width <= 347
-        assert min(bar.rejected_y, bar.accepted_y) >= 9.9
-        assert bar.accepted_y + bar.accepted_height == pytest.approx(160, abs=0.02)
-    assert 52 <= chart.median_x <= 346
+    accepted_rows, rejected_rows = (finite & good).sum(), (finite & ~good).sum()
+    assert (
+        f"{finite.sum()} rows by unit: {accepted_rows} accepted, {rejected_rows} rejected"
+        in chart.description
+    )
+    assert chart.has_rejected == bool(rejected_rows)
+    assert ElementTree.fromstring(svg_of(chart)).get("viewBox") == "0 0 360 200"
 
 
-def test_a_long_tail_is_gathered_in_the_last_bar_and_said_so():
+def svg_of(chart):
+    return base64.b64decode(chart.uri.partition(",")[2])
+
+
+def levels(chart, colour):
+    """The heights of the steps that are drawn in a colour, in pixels above the axis."""
+    paths = re.findall(rf'd="([^"]*)"[^>]*style="fill: {colour}', svg_of(chart).decode())
+    points = [tuple(map(float, point)) for point in re.findall(r"[ML] (\S+) (\S+)", paths[0])]
+    floor = max(y for _, y in points)
+    return [floor - y for _, y in points]
+
+
+def test_a_histogram_draws_bars_in_proportion_to_their_rows():
+    values = np.repeat([0.05, 0.95], [10, 40])
+    chart = histogram("Score", "unit", values, np.ones(50, dtype=bool), (0.0, 1.0))
+    heights = sorted({round(height, 2) for height in levels(chart, "#2f6fb7")} - {0.0})
+    assert len(heights) == 2
+    assert heights[1] == pytest.approx(4 * heights[0], abs=0.05)
+
+
+def test_the_same_chart_has_the_same_bytes():
+    values, accepted = np.linspace(0, 1, 50), np.ones(50, dtype=bool)
+    assert histogram("Score", "unit", values, accepted) == histogram("Score", "unit", values, accepted)
+
+
+def test_a_long_tail_is_gathered_in_the_last_bar_and_the_summary_says_so():
     values = np.concatenate([np.linspace(0, 1, 1000), [50.0]])
     chart = histogram("Peak", "unit", values, np.ones(1001, dtype=bool))
     assert re.search(r"last bar also holds \d rows beyond", chart.summary)
-    assert len(chart.bars) > 20
+    assert len([height for height in levels(chart, "#2f6fb7") if height > 0]) > 20
 
 
-def test_the_pace_between_two_points_is_a_step():
-    chart = pace_chart([(0.0, 0), (10.0, 0), (20.0, 100)])
+def test_the_throughput_between_two_points_is_a_step():
+    chart = throughput_chart("today", [(0.0, 0), (10.0, 0), (20.0, 100)])
     assert "mean 5.0, highest 10.0" in chart.summary
-    corners = [tuple(map(float, pair.split(","))) for pair in chart.points.split()]
-    assert [y for _, y in corners] == [160.0, 160.0, 10.0, 10.0]
-    assert (corners[0][0], corners[-1][0]) == (52.0, 346.0)
+    heights = levels(chart, "#2f6fb7")
+    assert heights.count(max(heights)) == 2
+    assert heights.count(0.0) > 2
 
 
 def test_a_long_history_is_drawn_in_few_steps_and_keeps_its_end():
-    chart = pace_chart([(float(second), 10 * second) for second in range(200)])
-    corners = [tuple(map(float, pair.split(","))) for pair in chart.points.split()]
-    assert 30 < len(corners) <= 44
-    assert (corners[0][0], corners[-1][0]) == (52.0, 346.0)
-    assert len({y for _, y in corners}) == 1, "an even pace is a level line"
+    chart = throughput_chart("today", [(float(second), 10 * second) for second in range(200)])
+    heights = levels(chart, "#2f6fb7")
+    assert 30 < len(heights) <= 46
+    assert chart.description == "Samples per second over 3.32 minutes."
+    assert len({round(height, 3) for height in heights}) == 2, "a steady throughput is a level line"
 
 
 @pytest.mark.parametrize("history", [[], [(0.0, 0)], [(0.0, 0), (0.0, 5)], [(0.0, 0), (float("nan"), 5)]])
-def test_a_history_that_tells_no_pace_gives_no_chart(history):
-    assert pace_chart(history) is None
+def test_a_history_without_throughput_gives_no_chart(history):
+    assert throughput_chart("today", history) is None
 
 
 def test_the_most_frequent_classes_come_first_and_the_others_are_counted():
     class_ids = np.repeat(np.arange(40), np.arange(1, 41))
     accepted = np.arange(len(class_ids)) % 2 == 0
-    bars, left_out = class_bars({39: "last"}, class_ids, accepted, np.ones(len(class_ids)))
-    assert (len(bars), left_out) == (30, 10)
+    bars, omitted = class_bars({39: "last"}, class_ids, accepted, np.ones(len(class_ids)))
+    assert (len(bars), omitted) == (30, 10)
     assert (bars[0].name, bars[1].name) == ("last", "class 38")
     assert [bar.accepted + bar.rejected for bar in bars] == list(range(40, 10, -1))
 

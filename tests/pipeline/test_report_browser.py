@@ -186,14 +186,14 @@ def test_orders_put_the_best_or_the_worst_first_and_random_shows_the_drawn_ones(
     assert len(shown(page)) == 20
     choose(page, "order", "worst")
     assert shown(page) == sorted(shown(page))
-    choose(page, "measure", "peak")
+    choose(page, "score", "peak")
     assert shown(page, "peak") == sorted(shown(page, "peak"))
-    choose(page, "measure", "area")
+    choose(page, "score", "area")
     areas = [area for area in shown(page, "area") if area is not None]
     assert areas == sorted(areas)
     assert shown(page, "area")[: len(areas)] == areas, "rows without a mask come last"
     choose(page, "order", "random")
-    choose(page, "measure", "similarity")
+    choose(page, "score", "similarity")
     assert shown(page) == drawn
 
 

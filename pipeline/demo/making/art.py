@@ -24,7 +24,7 @@ Sprite = np.ndarray
 
 @dataclass(frozen=True)
 class Artist:
-    """A set of sprites: the npm package that has them, and where in it."""
+    """A set of sprites: the npm package, and the place of the sprites in it."""
 
     package: str
     version: str
@@ -33,7 +33,7 @@ class Artist:
 
     @property
     def archive_name(self) -> str:
-        """The file name that `npm pack` gives the package's archive."""
+        """The file name of the archive that `npm pack` writes."""
         return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -60,23 +60,23 @@ _MAX_MEMBER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ArtBox:
-    """All that scenes are made of: sprites by (artist, code point), photos by name."""
+    """The parts of scenes: sprites by (artist, code point), photos by name."""
 
     sprites: Mapping[tuple[str, str], Sprite]
     photos: Mapping[str, Photo]
 
     def artists_of(self, code: str) -> list[str]:
-        """The artists who drew a code point, in a fixed order."""
+        """Return the artists who drew a code point, in a fixed order."""
         return sorted(artist for artist, drawn in self.sprites if drawn == code)
 
 
 def wanted_codes() -> frozenset[str]:
-    """The code points of every concept and every distractor."""
+    """Return the code points of every concept and every distractor."""
     return frozenset(code for concept in CONCEPTS for code in concept.codes) | frozenset(DISTRACTOR_CODES)
 
 
 def load_art(cache_dir: Path, artists: Mapping[str, Artist], photo_names: Collection[str]) -> ArtBox:
-    """Sprites of the artists and the named photos; packages not in the cache are fetched with npm.
+    """Return sprites of the artists and the named photos; packages not in the cache are fetched with npm.
 
     Args:
         cache_dir: Folder for the packages' archives and the decoded sprites.
@@ -125,7 +125,7 @@ def _fetch(cache_dir: Path, artist: Artist) -> Path:
 
 
 def read_sprites(archive: Path, artist: Artist, codes: Collection[str]) -> Iterator[tuple[str, Sprite]]:
-    """The wanted sprites of a package, decoded from its archive; nothing is extracted to disk.
+    """Return the wanted sprites of a package, decoded from its archive; nothing is extracted to disk.
 
     Args:
         archive: A gzipped tar, as `npm pack` writes it.

@@ -13,7 +13,7 @@ Drawer = Callable[[np.random.Generator, int, int], Image.Image]
 def draw_background(
     kind: str, rng: np.random.Generator, height: int, width: int, photos: Mapping[str, np.ndarray]
 ) -> Image.Image:
-    """A background of a kind: the name of a photo, or of a pattern.
+    """Draw a background of a kind: the name of a photo, or of a pattern.
 
     Args:
         kind: A key of `photos` or of PATTERNS.

@@ -1,4 +1,4 @@
-"""Batches of the training: scenes with captions, each batch drawn from its seed, step and process alone."""
+"""Training batches: scenes with captions; a batch depends on seed, step and process only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Batch:
     concept_rows: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
+        """Return the same batch on a device."""
         return Batch(
             self.images.to(device),
             self.labels.to(device),
@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepBatches(Dataset[tuple[Batch, tuple[int, int]]]):
-    """The batches of one process, by step: where they are rendered, and in which order, changes nothing."""
+    """The batches of one process by step, independent of where and in which order they are rendered."""
 
     plan: Plan
     rank: int

@@ -1,4 +1,4 @@
-"""Captions for scenes: templates, articles, adjectives, plurals, synonyms, and words never learnt."""
+"""Captions for scenes: templates, articles, adjectives, plurals, synonyms, and unknown words."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ UNKNOWN_WORDS = tuple(
 
 
 def one_concept_caption(rng: np.random.Generator, class_id: int) -> str:
-    """A caption that names one concept and nothing else known."""
+    """Return a caption that names one concept and no other known word."""
     return _decorate(rng, _phrase(rng, class_id, is_several=rng.random() < 0.12))
 
 
 def neutral_caption(rng: np.random.Generator) -> str:
-    """A caption that names no concept: an empty phrase or unknown words."""
+    """Return a caption that names no concept: an empty phrase or unknown words."""
     if rng.random() < 0.6:
         return _pick(rng, NEUTRAL)
     words = " ".join(_pick(rng, UNKNOWN_WORDS) for _ in range(rng.integers(1, 4)))
@@ -67,7 +67,7 @@ def neutral_caption(rng: np.random.Generator) -> str:
 
 
 def scene_caption(rng: np.random.Generator, class_ids: Sequence[int], several: Sequence[bool]) -> str:
-    """A caption that names every concept of a scene, in any order.
+    """Return a caption that names every concept of a scene, in any order.
 
     Args:
         rng: Source of all choices.
@@ -85,12 +85,12 @@ def scene_caption(rng: np.random.Generator, class_ids: Sequence[int], several: S
 
 
 def canonical_caption(class_id: int) -> str:
-    """The plain phrase for a concept, such as "an apple" or "grapes"."""
+    """Return the plain phrase for a concept, such as "an apple" or "grapes"."""
     return _with_article(CONCEPTS[class_id - 1].name)
 
 
 def all_known_words() -> list[str]:
-    """Every word that captions can hold, unknown words left out, sorted."""
+    """Return every word that captions can contain, without unknown words, sorted."""
     texts = [*TEMPLATES, *NEUTRAL, *_ADJECTIVES, *_CONNECTORS, *_COUNTS, "a an the ,"]
     for concept in CONCEPTS:
         texts += [concept.name, concept.plural, *concept.synonyms]

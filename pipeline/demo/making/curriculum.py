@@ -1,4 +1,4 @@
-"""What is trained on in which order: phases, and the learning rate of every step."""
+"""The curriculum of the training: phases, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the curriculum.
+    """A phase of the curriculum.
 
     `single_share` is the extra share of scenes with one object; batches are per process.
     """
@@ -25,7 +25,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the trained weights."""
+    """All settings of the training."""
 
     phases: tuple[Phase, ...]
     seed: int = 1
@@ -38,11 +38,11 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Steps of all phases."""
+        """Number of steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     def phase_of(self, step: int) -> Phase:
-        """The phase that a step belongs to.
+        """Return the phase of a step.
 
         Raises:
             IndexError: the plan has no such step.
@@ -67,13 +67,13 @@ FULL_PLAN = Plan(
 
 
 def scaled(plan: Plan, scale: float) -> Plan:
-    """The plan with every phase's steps scaled; at least one step each."""
+    """Return the plan with the steps of every phase scaled, at least one step each."""
     phases = tuple(replace(phase, steps=max(1, round(phase.steps * scale))) for phase in plan.phases)
     return replace(plan, phases=phases, warmup_steps=max(1, min(plan.warmup_steps, phases[0].steps // 2)))
 
 
 def schedule(plan: Plan) -> Iterator[tuple[int, Phase, float]]:
-    """Step, its phase and its learning rate: warm-up, constant, then a cosine to 1 % over the last part."""
+    """Yield each step, its phase and its learning rate: warm-up, constant, then a cosine to 1 %."""
     step, cosine_from = 0, plan.cosine_start * plan.total_steps
     for phase in plan.phases:
         for _ in range(phase.steps):

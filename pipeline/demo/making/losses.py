@@ -1,4 +1,4 @@
-"""Contrastive losses over images that show several concepts at once. No mask enters here."""
+"""Contrastive losses over images that show several concepts at once; masks are not used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def concept_labels(class_sets: Sequence[Sequence[int]], class_count: int) -> Tensor:
-    """Which concepts each image shows, float [images, class_count + 1]; the last column is "none"."""
+    """Return which concepts each image shows, float [images, class_count + 1]; the last column is "none"."""
     labels = torch.zeros(len(class_sets), class_count + 1)
     for row, class_ids in enumerate(class_sets):
         columns = [class_id - 1 for class_id in class_ids] or [class_count]
@@ -19,7 +19,7 @@ def concept_labels(class_sets: Sequence[Sequence[int]], class_count: int) -> Ten
 
 
 def multi_positive_loss(logits: Tensor, positives: Tensor, ignored: Tensor | None = None) -> Tensor:
-    """Symmetric cross-entropy whose target is uniform over a row's, then a column's, positives.
+    """Return the symmetric cross-entropy, with a uniform target over the positives of a row or column.
 
     Args:
         logits: Scaled similarities [rows, columns].
@@ -39,7 +39,7 @@ def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
 
 
 def caption_relations(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Between every image and every caption of a batch, which pairs match and which are to be ignored.
+    """Return which pairs of image and caption of a batch match, and which are ignored.
 
     A caption of the same set of concepts matches. One that names only some of an image's concepts is true of
     it as well, and is ignored.
@@ -58,6 +58,6 @@ def caption_relations(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decorrelation_loss(unit_texts: Tensor) -> Tensor:
-    """Squared distance of the texts' similarities from the identity, per text."""
+    """Return the squared distance of the texts' similarities from the identity, per text."""
     count = unit_texts.shape[0]
     return (unit_texts @ unit_texts.T - torch.eye(count, device=unit_texts.device)).square().sum() / count

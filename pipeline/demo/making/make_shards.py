@@ -32,7 +32,7 @@ JPEG_QUALITY = 85
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A set of shards: whose sprites, how many scenes, and the seed that decides them."""
+    """A set of shards: artists, number of scenes, and seed."""
 
     name: str
     artists: Mapping[str, Artist]
@@ -49,7 +49,7 @@ SETS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A scene as it stands in a shard: image, ground truth of the image's size, what the captions name."""
+    """A scene of a shard: image, ground truth at the size of the image, named concepts."""
 
     pixels: np.ndarray
     seg: np.ndarray
@@ -57,7 +57,7 @@ class Sample:
 
 
 def sample_scenes(shard_set: ShardSet, art: ArtBox) -> Iterator[Sample]:
-    """The samples of a set, without end; the same for the same seed and art.
+    """Yield the samples of a set without end; the same for the same seed and art.
 
     Args:
         shard_set: Its seed decides every scene.
@@ -66,7 +66,7 @@ def sample_scenes(shard_set: ShardSet, art: ArtBox) -> Iterator[Sample]:
     rng, mips = np.random.default_rng(shard_set.seed), SpriteMips(art)
     style = SceneStyle(
         artists=tuple(shard_set.artists),
-        # Photos twice: they are the harder and the more telling ones.
+        # Photos twice: they are harder and more informative.
         backgrounds=(*art.photos, *art.photos, *HELDOUT_PATTERNS),
         aspects=(1.0, 4 / 3, 3 / 4),
     )
@@ -85,7 +85,7 @@ def _canvas_size(scene: Scene) -> tuple[int, int]:
 
 
 def sample_members(sample: Sample) -> dict[str, bytes]:
-    """The files of a sample, by extension."""
+    """Return the files of a sample by extension."""
     phrases = [canonical_caption(class_id) for class_id in sample.class_ids]
     description = {
         "caption": " and ".join([*[", ".join(phrases[:-1])] * (len(phrases) > 1), phrases[-1]]),
@@ -107,7 +107,7 @@ def _encoded(pixels: np.ndarray, file_format: str, **options: object) -> bytes:
 
 
 def write_shards(shard_set: ShardSet, art: ArtBox, folder: Path) -> list[Path]:
-    """Write a set's shards into a folder; returns their paths in order."""
+    """Write the shards of a set into a folder; return their paths in order."""
     samples, paths = sample_scenes(shard_set, art), []
     for shard in range(shard_set.shard_count):
         paths.append(folder / f"{shard_set.name}-{shard:06d}.tar")

@@ -60,7 +60,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneStyle:
-    """What scenes are drawn from. Probabilities in [0, 1]; aspects are width / height."""
+    """Distribution of scenes. Probabilities in [0, 1]; aspects are width / height."""
 
     artists: tuple[str, ...]
     backgrounds: tuple[str, ...]
@@ -81,12 +81,12 @@ class SpriteMips:
         self._artists_by_code: Mapping[str, Sequence[str]] = by_code
 
     def level(self, key: tuple[str, str], long_side_pixels: float) -> Image.Image:
-        """The smallest stored size of a sprite that is at least as long, or the largest there is."""
+        """Return the smallest stored size of a sprite that is at least as long, or the largest one."""
         levels = self._levels[key]
         return next((level for level in reversed(levels) if max(level.size) >= long_side_pixels), levels[0])
 
     def artists_of(self, code: str, among: Collection[str]) -> list[str]:
-        """Those of the given artists who drew the code point."""
+        """Return the given artists who drew the code point."""
         return [artist for artist in self._artists_by_code[code] if artist in among]
 
 
@@ -171,7 +171,7 @@ def _sample_gains(rng: np.random.Generator) -> tuple[float, float, float]:
 def _sample_place(
     rng: np.random.Generator, placed: Sequence[SceneObject], crowd: int
 ) -> tuple[float, float, float]:
-    """A centre and a long side whose disc hardly meets the placed discs; the last try is taken as it is."""
+    """Return a centre and a long side whose disc hardly overlaps placed discs; the last try is accepted."""
     largest = {1: 0.8, 2: 0.62, 3: 0.52}.get(crowd, 0.46)
     for attempt in range(14):
         long_side = rng.uniform(0.25, max(0.3, largest * (1 - 0.035 * attempt)))
@@ -216,7 +216,7 @@ def render(
 def render_seg(
     scene: Scene, mips: SpriteMips, height: int, width: int, *, min_visible_share: float
 ) -> np.ndarray:
-    """The class of the object seen in each pixel.
+    """Return the class of the visible object of each pixel.
 
     Args:
         scene: The plan.
@@ -279,7 +279,7 @@ def _warp(
     offset: float = 0.0,
     max_level_pixels: float = math.inf,
 ) -> tuple[np.ndarray, slice, slice] | None:
-    """The object's premultiplied RGBA float32 within its box on the canvas, and the box; None outside."""
+    """Return an object in premultiplied RGBA float32 and its box on the canvas; None outside."""
     target_pixels = item.long_side * math.sqrt(height * width)
     level = mips.level(item.sprite, min(target_pixels, max_level_pixels))
     matrix = _sprite_to_canvas(item, aspect, height, width) / max(level.size)
@@ -304,7 +304,7 @@ def _warp(
 
 
 def _sprite_to_canvas(item: SceneObject, aspect: float, height: int, width: int) -> np.ndarray:
-    """Maps lengths in the sprite, in shares of its long side, to canvas px: mirror, turn, scale, stretch."""
+    """Return the map from sprite lengths, in shares of its long side, to canvas px: mirror, rotate, scale."""
     cos, sin = math.cos(item.angle), math.sin(item.angle)
     turn = np.array([[cos, -sin], [sin, cos]])
     stretch = np.diag([width / math.sqrt(aspect), height * math.sqrt(aspect)])

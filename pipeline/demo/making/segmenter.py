@@ -19,7 +19,7 @@ TOWER_WIDTH = 192
 
 
 class Segmenter(nn.Module):
-    """Class scores for each pixel; what the tower knows of things meets edges that a stem has kept.
+    """Class scores for each pixel, from features of the tower and edges of a convolutional stem.
 
     Args:
         tower: open_clip's vision transformer, with a grid of 12 x 12 patches.
@@ -40,9 +40,9 @@ class Segmenter(nn.Module):
         self.narrow = Conv2dNormActivation(len(BLOCKS) * TOWER_WIDTH, 96, kernel_size=1)
         self.at_quarter = Conv2dNormActivation(96 + 32, 64)
         self.at_half = Conv2dNormActivation(64 + 16, 64)
-        # one more than a text is long: background
+        # one channel more than a text has: background
         self.embed = nn.Conv2d(64, 1 + texts.shape[1], kernel_size=1)
-        # what all texts have in common tells no class from another
+        # what all texts have in common does not separate the classes
         self.texts = nn.Parameter(F.normalize(texts - texts.mean(dim=0), dim=1))
         self.image_gain = nn.Parameter(torch.tensor(IMAGE_GAIN))
 
@@ -71,7 +71,7 @@ def _as_large_as(
 
 
 def make_segmenter(seed: int) -> Segmenter:
-    """An untrained segmenter; tower and texts are the demo CLIP's, the rest is drawn from the seed."""
+    """Return an untrained segmenter; tower and texts are those of the demo CLIP, the rest is random."""
     name = assets.register_demo_model()
     clip = open_clip.create_model(name, pretrained=str(assets.demo_weights_path()), precision="fp32")
     names = [canonical_caption(class_id) for class_id in range(1, 1 + len(assets.demo_classes()))]

@@ -1,4 +1,4 @@
-"""Scenes to train a segmenter on: drawn anew where the sprites can be had, else a part of what is shipped."""
+"""Training scenes of the segmenter: rendered if sprites are available, else a part of the shipped ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SceneSplit:
 
 
 def scene_split(scenes: int, art_folder: Path, folder: Path, seed: int) -> SceneSplit:
-    """Scenes to train on, drawn unless they are there, and the shipped held-out ones to evaluate on.
+    """Return training scenes, rendered unless they exist, and the shipped held-out scenes for the evaluation.
 
     Args:
         scenes: how many to draw.
@@ -49,7 +49,7 @@ def scene_split(scenes: int, art_folder: Path, folder: Path, seed: int) -> Scene
         art = load_art(art_folder, TRAIN_ARTISTS, TRAIN_PHOTOS)
     except (RuntimeError, ImportError) as error:
         train = (*assets.demo_shard_paths("newartist"), *heldout[:2])
-        return SceneSplit(train, tuple(heldout[2:]), f"shipped scenes, few of them, since {error}")
+        return SceneSplit(train, tuple(heldout[2:]), f"a part of the shipped scenes, because {error}")
     drawn = tuple(draw_shards(scenes, art, folder / f"scenes-{scenes}-seed-{seed}", seed))
     return SceneSplit(
         drawn, tuple(heldout), "drawn with the artists and backgrounds of the demo model's training"
@@ -57,7 +57,7 @@ def scene_split(scenes: int, art_folder: Path, folder: Path, seed: int) -> Scene
 
 
 def draw_shards(scenes: int, art: ArtBox, folder: Path, seed: int) -> Iterator[Path]:
-    """Write shards of scenes with ground truth, unless they are there; yields their paths in order."""
+    """Write shards of scenes with ground truth, unless they exist; yield their paths in order."""
     folder.mkdir(parents=True, exist_ok=True)
     mips = SpriteMips(art)
     for shard, start in enumerate(range(0, scenes, SCENES_PER_SHARD)):

@@ -41,7 +41,7 @@ class Scores:
     table: OverlapTable
 
     def better_than(self, other: Scores) -> Estimate:
-        """How much larger the mIoU over the classes is, paired by scenes."""
+        """Return the difference of the mIoU over classes, paired by scenes."""
         found = bootstrap_difference(
             self.table.counts,
             other.table.counts,
@@ -52,11 +52,11 @@ class Scores:
 
 
 def score(predicted: LabelMaps, truth: LabelMaps) -> Scores:
-    """Hold label maps against the truth; a scene without a label map counts as all background."""
+    """Compare label maps with the ground truth; a scene without a label map counts as all background."""
     overlaps = []
     for key, labels in truth.items():
         found = predicted.get(key, np.zeros_like(labels))
-        # what a mask leaves open is no claim
+        # ignored pixels count as background
         committed = np.where(found == IGNORED_LABEL, BACKGROUND_LABEL, found)
         overlaps.append(label_overlap(committed, labels, labels != IGNORED_LABEL))
     table = tabulate_overlaps(overlaps)
@@ -69,12 +69,12 @@ def score(predicted: LabelMaps, truth: LabelMaps) -> Scores:
 
 def _defined(estimate: Estimate | None) -> Estimate:
     if estimate is None:
-        raise ValueError("expected ground truth with at least one class, received none")
+        raise ValueError("expected ground truth with at least one class, found none")
     return estimate
 
 
 def read_label_maps(samples: Iterable[Mapping[str, object]]) -> dict[str, np.ndarray]:
-    """Label maps by sample key, as a MaskDataset hands them out."""
+    """Return label maps by sample key, as a MaskDataset yields them."""
     return {str(sample["key"]): np.asarray(sample["label_map"]) for sample in samples}
 
 
@@ -85,7 +85,7 @@ def predict(
     truth: LabelMaps,
     tags: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Label maps of a segmenter, at the size of the truth.
+    """Return label maps of a segmenter, at the size of the ground truth.
 
     Args:
         segmenter: trained.

@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 def build_model(vocabulary: CompactVocabulary) -> open_clip.CLIP:
-    """The demo model with a compact token table, untrained."""
+    """Return the untrained demo model with a compact token table."""
     config = json.loads(demo_model_config_path().read_text(encoding="utf-8"))
     text_config = {**config["text_cfg"], "vocab_size": vocabulary.size}
     model = open_clip.CLIP(
@@ -56,7 +56,7 @@ def build_model(vocabulary: CompactVocabulary) -> open_clip.CLIP:
 def batch_loss(
     model: open_clip.CLIP, batch: Batch, window: tuple[int, int], plan: Plan
 ) -> tuple[Tensor, float]:
-    """The loss of a batch, and how often an image's most similar concept is one that it shows."""
+    """Return the loss of a batch, and the share of images whose most similar concept is in the image."""
     # Plain products are a quarter faster here than the fused kernel, which suits longer sequences.
     with torch.autocast(batch.images.device.type, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         image_features = encode_window(model.visual, batch.images, window)
@@ -95,7 +95,7 @@ def encode_window(visual: VisionTransformer, images: Tensor, window: tuple[int, 
 
 
 def make_optimizer(model: open_clip.CLIP, plan: Plan) -> torch.optim.AdamW:
-    """AdamW with decay on matrices alone and a doubled rate for the text tower."""
+    """Return AdamW with decay on matrices alone and a doubled rate for the text tower."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_text, is_decayed = not name.startswith("visual."), parameter.ndim >= 2 and "embedding" not in name
@@ -116,7 +116,7 @@ def make_optimizer(model: open_clip.CLIP, plan: Plan) -> torch.optim.AdamW:
 
 @dataclass
 class Training:
-    """What a run carries from step to step, and what a checkpoint holds."""
+    """The state of a run between steps, which a checkpoint contains."""
 
     model: open_clip.CLIP
     average: dict[str, Tensor]
@@ -124,7 +124,7 @@ class Training:
     next_step: int = 0
 
     def save(self, path: Path, plan: Plan) -> None:
-        """Write a checkpoint; an older one is replaced in one go."""
+        """Write a checkpoint; an older one is replaced atomically."""
         state = {
             "plan": json.dumps(asdict(plan)),
             "next_step": self.next_step,
@@ -137,7 +137,7 @@ class Training:
         unfinished.replace(path)
 
     def restore(self, path: Path, plan: Plan) -> None:
-        """Go on from a checkpoint, if there is one of the same plan."""
+        """Resume from a checkpoint, if there is one of the same plan."""
         if not path.exists():
             return
         state = torch.load(path, weights_only=True, map_location=self.model.logit_scale.device)
@@ -149,7 +149,7 @@ class Training:
 
 
 def start_training(plan: Plan, vocabulary: CompactVocabulary, device: torch.device) -> Training:
-    """An untrained model and its optimizer; the same in every process."""
+    """Return an untrained model and its optimizer, equal in every process."""
     torch.manual_seed(plan.seed)
     model = build_model(vocabulary).to(device)
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -159,7 +159,7 @@ def start_training(plan: Plan, vocabulary: CompactVocabulary, device: torch.devi
 def train_step(
     training: Training, batch: Batch, window: tuple[int, int], learning_rate: float, plan: Plan
 ) -> tuple[float, float]:
-    """One optimizer step on the mean gradient of all processes; returns this process's loss and top-1."""
+    """One optimizer step on the mean gradient of all processes; return the loss and top-1 of this process."""
     parameters = list(training.model.parameters())
     loss, top1 = batch_loss(training.model, batch, window, plan)
     gradients = torch.autograd.grad(loss, parameters)
@@ -194,7 +194,7 @@ def train(
     checkpoint_every: int = 200,
     report: Callable[[str], None] = print,
 ) -> Training:
-    """Run the plan, or what is left of it, in this process.
+    """Run the remaining steps of the plan in this process.
 
     Args:
         plan: Decides the result, together with the art.
@@ -256,7 +256,7 @@ def _silent(_: str) -> None:
 
 
 def export(checkpoint: Path, weights_path: Path) -> None:
-    """Write a checkpoint's averaged weights as open_clip loads them: full token table, fp16, safetensors."""
+    """Write the averaged weights of a checkpoint for open_clip: full token table, fp16, safetensors."""
     state = torch.load(checkpoint, weights_only=True, map_location=CPU)
     config = json.loads(demo_model_config_path().read_text(encoding="utf-8"))
     vocabulary = CompactVocabulary(config["text_cfg"]["context_length"])
@@ -309,7 +309,9 @@ def main() -> None:
         "--work", type=Path, default=Path(".cache/demo-train"), help="folder for the checkpoint"
     )
     parser.add_argument("--out", type=Path, default=demo_weights_path(), help="weights to write")
-    parser.add_argument("--export-only", action="store_true", help="export the last checkpoint as it is")
+    parser.add_argument(
+        "--export-only", action="store_true", help="export the last checkpoint without training"
+    )
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     checkpoint = options.work / "checkpoint.pt"

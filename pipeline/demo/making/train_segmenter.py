@@ -1,4 +1,4 @@
-"""Train a segmenter on pseudo-masks alone, and see how far that goes: `make train-demo`.
+"""Train a segmenter on pseudo-masks only, and compare it with a supervised one: `make train-demo`.
 
 Scenes are drawn and annotated by the pipeline. A student learns from the masks; its twin, alike in everything
 else, learns from the scenes' ground truth. Both meet the shipped held-out scenes only when they are scored,
@@ -48,7 +48,7 @@ MASKS, BAND_MASKS = "pseudo-masks, classes known", "pseudo-masks with a band, cl
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the trained weights, beside the masks."""
+    """All settings of the training, except the masks."""
 
     scenes: int = 3000
     steps: int = 360
@@ -61,7 +61,7 @@ class Plan:
     seed: int = 1
 
     def scaled(self, scale: float) -> Plan:
-        """The plan with fewer scenes and steps; enough of them to see that all parts work."""
+        """Return the plan with fewer scenes and steps, for a quick trial of all parts."""
         return replace(
             self,
             scenes=max(self.batch_size, round(self.scenes * scale)),
@@ -70,7 +70,7 @@ class Plan:
 
 
 def train(plan: Plan, dataset: MaskDataset, console: PrintableConsole, what: str) -> Segmenter:
-    """Train a segmenter on a dataset's label maps; the same plan gives the same start and schedule.
+    """Train a segmenter on the label maps of a dataset; start and schedule depend on the plan only.
 
     Args:
         plan: the schedule and its seed.
@@ -127,7 +127,7 @@ def _loss(segmenter: Segmenter, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def train_transform(plan: Plan) -> v2.Transform:
-    """Crops, mirroring, colours; image and label map alike."""
+    """Augment an image and its label map by crops, mirroring and colours."""
     return v2.Compose(
         [
             v2.RandomResizedCrop((INPUT_SIDE, INPUT_SIDE), scale=(plan.smallest_crop, 1.0), antialias=True),
@@ -139,7 +139,7 @@ def train_transform(plan: Plan) -> v2.Transform:
 
 
 def heldout_transform() -> v2.Transform:
-    """The whole image, stretched to the input."""
+    """Return the whole image, stretched to the input size."""
     return v2.Compose([v2.Resize((INPUT_SIDE, INPUT_SIDE), antialias=True), *_to_input()])
 
 
@@ -151,7 +151,7 @@ def _to_input() -> list[v2.Transform]:
 
 
 def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole) -> dict[str, Any]:
-    """Draw scenes, annotate them, train twice, score; writes result.json and the students into a folder.
+    """Render scenes, annotate them, train twice, score; write result.json and the segmenters to a folder.
 
     Returns:
         What is written to result.json.
@@ -188,7 +188,7 @@ def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole
 
 
 def demo_config(split: SceneSplit, out: Path) -> JobConfig:
-    """The shipped configuration, on the scenes of a split."""
+    """Return the shipped configuration for the scenes of a split."""
     config = load_config(CONFIG)
     shards = [str(path) for path in (*split.train, *split.heldout)]
     return config.model_copy(
@@ -201,7 +201,7 @@ def demo_config(split: SceneSplit, out: Path) -> JobConfig:
 
 
 def without_band(config: JobConfig, split: SceneSplit, out: Path) -> JobConfig:
-    """The same masks of the held-out scenes with one cut: what a band leaves open would count as wrong."""
+    """Return the configuration with one threshold, because ignored pixels of a band would count as errors."""
     shards = [str(path) for path in split.heldout]
     return config.model_copy(
         update={
@@ -213,7 +213,7 @@ def without_band(config: JobConfig, split: SceneSplit, out: Path) -> JobConfig:
 
 
 def score_all(out: Path, split: SceneSplit, segmenters: Mapping[str, Segmenter]) -> dict[str, Scores]:
-    """Scores of the pseudo-masks and of the segmenters on the held-out scenes, by name.
+    """Return the scores of the pseudo-masks and of the segmenters on the held-out scenes, by name.
 
     The pseudo-masks were made with the captions at hand. So the segmenters are scored twice: by themselves,
     and with the classes known that the captions mention, which only rules classes out.
@@ -288,7 +288,7 @@ def _tell_targets(result: Mapping[str, Any], console: PrintableConsole) -> None:
     gain, share = Estimate(**result["student_minus_masks"]), result["student_share_of_supervised"]
     reached = "80 % or more" if share >= TARGET_SHARE else "less than 80 %"
     console.print(
-        f"The student, which is told no classes, against the pseudo-masks, which are: {_shown(gain)} mIoU "
+        f"The student (classes unknown) against the pseudo-masks (classes known): {_shown(gain)} mIoU "
         f"({'better' if gain.value > 0 else 'not better'}).\n"
         f"It reaches {share:.1%} of its supervised twin ({reached}).",
         highlight=False,
@@ -296,17 +296,19 @@ def _tell_targets(result: Mapping[str, Any], console: PrintableConsole) -> None:
 
 
 def main() -> None:
-    """Run the proof from the command line."""
+    """Run the training and comparison from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("out/train-demo"), help="where results go")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the scenes and steps")
-    parser.add_argument("--seed", type=int, default=1, help="of scenes, weights and order")
+    parser.add_argument("--out", type=Path, default=Path("out/train-demo"), help="folder for the results")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the scenes and steps (default 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of scenes, weights and order")
     parser.add_argument(
-        "--cache", type=Path, default=Path(".cache/train-demo"), help="takes the scenes drawn"
+        "--cache", type=Path, default=Path(".cache/train-demo"), help="folder for the rendered scenes"
     )
-    parser.add_argument("--art", type=Path, default=Path(".cache/demo-art"), help="the sprites' packages")
+    parser.add_argument(
+        "--art", type=Path, default=Path(".cache/demo-art"), help="folder for the packages of sprites"
+    )
     options = parser.parse_args()
     plan = replace(Plan(), seed=options.seed).scaled(options.scale)
     run(plan, options.out, options.cache, options.art, PrintableConsole())

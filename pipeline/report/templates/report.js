@@ -23,7 +23,7 @@
   const button = (card) => card.querySelector(".open");
   let shown = cards;
 
-  // Number("") is 0, and an empty field is no number
+  // Number("") is 0, but an empty field is not a number
   const number = (text) => (text.trim() === "" ? NaN : Number(text));
   const valueOf = (id) => byId(id)?.value ?? "";
 
@@ -31,7 +31,7 @@
     const data = card.dataset;
     const words = valueOf("text").toLowerCase().split(/\s+/).filter(Boolean);
     const text = textOf.get(card);
-    const score = number(data[valueOf("measure")]);
+    const score = number(data[valueOf("score")]);
     const least = number(valueOf("least"));
     const most = number(valueOf("most"));
     return (!random || "random" in data)
@@ -45,8 +45,8 @@
   const ordered = (found, order) => {
     if (order === "random") return found;
     const sign = order === "best" ? -1 : 1;
-    const score = (card) => number(card.dataset[valueOf("measure")]);
-    // a row without this score is neither best nor worst
+    const score = (card) => number(card.dataset[valueOf("score")]);
+    // a row without this score comes last in both orders
     return found.map((card) => [Number.isNaN(score(card)) ? Infinity : sign * score(card), card])
       .sort((one, other) => (one[0] === other[0] ? 0 : one[0] - other[0]))
       .map(([, card]) => card);

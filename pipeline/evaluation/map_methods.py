@@ -1,9 +1,9 @@
-"""Every map of every method on a batch of scenes: drawn from one forward pass, measured, perturbed."""
+"""Compute the heat maps of LeGrad and of every baseline from one forward pass, and measure them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,46 +14,46 @@ import legrad
 from legrad.method.trace import Trace, trace_images
 from legrad.quality.baselines import baseline_grids
 from pipeline.errors import UserError
-from pipeline.evaluation.map_measures import DecodedScene, MapMeasures, measure_maps
-from pipeline.evaluation.perturbation_scores import PerturbedScores, perturb
+from pipeline.evaluation.map_scores import DecodedScene, MapMetrics, measure_maps
+from pipeline.evaluation.perturbation import PerturbedOutputs, perturb
 from pipeline.shards.ground_truth import Scene
 
 
 @dataclass(frozen=True)
-class ExaminedBatch:
-    """What was measured on a batch of scenes.
+class MeasuredScenes:
+    """Everything that was measured on some scenes.
 
     Attributes:
         methods: names of the kinds of map.
-        measures: what ground truth says of the maps.
-        scene_of_pair: row of the scene that each prompt belongs to.
+        metrics: of the maps against the ground truth.
+        scene_of_pair: number of the scene of each prompt.
         class_of_pair: the class of each prompt.
         class_scores: cosine of every scene with every class; no columns without a class list.
         present: which classes the captions of a scene name.
-        perturbed: what the model says of images with patches hidden; None where that was not asked for.
+        perturbed: outputs of the model for images with patches hidden; None where no scene was perturbed.
     """
 
     methods: tuple[str, ...]
-    measures: MapMeasures
+    metrics: MapMetrics
     scene_of_pair: Int[np.ndarray, " pairs"]
     class_of_pair: Int[np.ndarray, " pairs"]
     class_scores: Float[np.ndarray, "scenes classes"]
     present: Bool[np.ndarray, "scenes classes"]
-    perturbed: PerturbedScores | None
+    perturbed: PerturbedOutputs | None
 
 
 def legrad_name(layers: int, depth: int) -> str:
-    """What LeGrad's maps over the last `layers` of `depth` blocks are called."""
+    """Return the name of LeGrad's maps over the last `layers` of `depth` blocks."""
     return f"LeGrad, all {depth}" if layers == depth else f"LeGrad, last {layers}"
 
 
-class Examiner:
-    """Runs one model on batches of scenes and measures the maps of every method.
+class MapEvaluator:
+    """Run one model on batches of scenes and measure the maps of every method.
 
     Args:
         explainer: the model.
-        class_texts: a text for class id 1, 2, ...; none: recognition is not measured.
-        layer_counts: numbers of last blocks for which LeGrad is measured.
+        class_texts: prompts of class ids 1, 2, ...; without any, recognition is not measured.
+        layer_counts: LeGrad is measured for each of these numbers of last blocks.
         seed: of the random maps.
     """
 
@@ -65,15 +65,15 @@ class Examiner:
         self._layer_counts = layer_counts
         self._generator = torch.Generator().manual_seed(seed)
 
-    def examine(self, batch: Sequence[DecodedScene], perturbed_scenes: int = 0) -> ExaminedBatch:
-        """Encode the batch once, draw every map, measure each; all scenes have one input size.
+    def measure(self, batch: Sequence[DecodedScene], perturbed_scenes: int = 0) -> MeasuredScenes:
+        """Encode the batch once, compute every map and measure each; all scenes have one input size.
 
         Args:
             batch: the scenes.
-            perturbed_scenes: for how many of them, the first ones, patches are hidden as well.
+            perturbed_scenes: number of scenes, the first ones, for which the perturbation tests run.
 
         Raises:
-            UserError: a class id that the class list does not have.
+            UserError: a class id is not in the class list.
         """
         explainer = self._explainer
         present = np.stack([_present(decoded.scene, len(self._class_embeddings)) for decoded in batch])
@@ -92,9 +92,9 @@ class Examiner:
             [decoded.scene.class_ids[index] for decoded in batch for index in decoded.objects], dtype=np.int64
         )
         chosen = np.flatnonzero(scene_of_pair < perturbed_scenes)
-        return ExaminedBatch(
+        return MeasuredScenes(
             methods=tuple(grids),
-            measures=measure_maps(batch, stacked.cpu(), scene_of_pair, explainer.tower.normalisation),
+            metrics=measure_maps(batch, stacked.cpu(), scene_of_pair, explainer.tower.normalisation),
             scene_of_pair=scene_of_pair,
             class_of_pair=class_of_pair,
             class_scores=class_scores.cpu().numpy(),
@@ -106,6 +106,7 @@ class Examiner:
                 texts[chosen],
                 class_embeddings=self._class_embeddings,
                 class_of_pair=class_of_pair[chosen],
+                scene_of_pair=scene_of_pair[chosen],
                 present=present[scene_of_pair[chosen]],
             )
             if perturbed_scenes
@@ -135,3 +136,33 @@ def _present(scene: Scene, class_count: int) -> Bool[np.ndarray, " classes"]:
             raise UserError(f"{scene.key}: class id {class_id}, but the class list has {class_count} lines")
         present[class_id - 1] = True
     return present
+
+
+def joined(batches: Sequence[MeasuredScenes]) -> MeasuredScenes:
+    """Join batches, at least one, and number their scenes consecutively."""
+    offsets = np.cumsum([0, *(len(batch.present) for batch in batches[:-1])])
+    perturbed = [
+        replace(batch.perturbed, scene_of_pair=batch.perturbed.scene_of_pair + offset)
+        for batch, offset in zip(batches, offsets, strict=True)
+        if batch.perturbed is not None
+    ]
+    return MeasuredScenes(
+        methods=batches[0].methods,
+        metrics=MapMetrics(
+            np.concatenate([batch.metrics.values for batch in batches], axis=1),
+            np.concatenate([batch.metrics.counts for batch in batches], axis=1),
+        ),
+        scene_of_pair=np.concatenate(
+            [batch.scene_of_pair + offset for batch, offset in zip(batches, offsets, strict=True)]
+        ),
+        class_of_pair=np.concatenate([batch.class_of_pair for batch in batches]),
+        class_scores=np.concatenate([batch.class_scores for batch in batches]),
+        present=np.concatenate([batch.present for batch in batches]),
+        perturbed=PerturbedOutputs(
+            np.concatenate([outputs.cosines for outputs in perturbed], axis=-1),
+            np.concatenate([outputs.hits for outputs in perturbed], axis=-1),
+            np.concatenate([outputs.scene_of_pair for outputs in perturbed]),
+        )
+        if perturbed
+        else None,
+    )

@@ -1,4 +1,4 @@
-"""The masks of a finished job against ground truth, joined by shard and sample; what became of rows."""
+"""Compare the masks that a job wrote with ground truth, joined by shard and sample; count every row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline import storage
 from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError
 from pipeline.evaluation.result import WrittenMaskScores
-from pipeline.evaluation.scene_scores import SceneScores, score_scene
+from pipeline.evaluation.scene_masks import SceneScores, score_scene
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import match_annotations, require_annotated_version
 from pipeline.shards.ground_truth import Scene, read_scenes
@@ -41,14 +41,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class WrittenMasks:
-    """Every scene's scores, and what has no scene.
+    """Scores of every scene, and counts of rows without a scene.
 
     Attributes:
-        scenes: one entry a scene with ground truth, in the order of the shards; also scenes without rows.
+        scenes: every scene with ground truth, also those without rows, in the order of the shards.
         rows_without_scene: rows whose sample has no readable ground truth in the shard.
         rows_of_other_shards: rows of shards that were not given.
-        shards_without_annotations: given shards that the output folder knows nothing of.
-        damaged_files: annotations files that are left out, and why.
+        shards_without_annotations: given shards without an annotations file in the output folder.
+        damaged_files: annotations files that are skipped, and why.
     """
 
     scenes: tuple[SceneScores, ...]
@@ -65,11 +65,11 @@ def collect_written_masks(
     prompt_source: str,
     config_hash: str | None = None,
 ) -> WrittenMasks:
-    """Hold every written mask against its object, joined by shard, sample ordinal, key and prompt.
+    """Compare every written mask with its object, joined by shard, sample ordinal, key and prompt.
 
-    Prompts of source ``captions`` belong to the object of their ordinal, those of ``classes`` to the class
-    that the row names, the one of ``caption`` to all objects together. Masks in a smaller frame are enlarged
-    to the label map's, nearest pixel.
+    Prompt i of source ``captions`` belongs to object i, a prompt of ``classes`` to the class of its row, the
+    prompt of ``caption`` to all objects together. Masks in a smaller frame are enlarged to the size of the
+    label map, nearest pixel.
 
     Args:
         folder: the job's output folder.
@@ -120,42 +120,42 @@ def collect_written_masks(
 
 
 @dataclass(frozen=True)
-class SummedFigure:
-    """A figure that follows from sums over scenes.
+class SummedMetric:
+    """A metric that follows from sums over scenes.
 
     Attributes:
-        counts: one row a scene that has the truth which the figure takes.
-        statistic: from sums over the rows to the figure.
+        counts: one row for each scene with the ground truth that the metric needs.
+        statistic: computes the metric from sums over the rows.
     """
 
     counts: np.ndarray | csr_array
     statistic: Callable[[np.ndarray], np.ndarray]
 
     def estimate(self, seed: int) -> Estimate | None:
-        """The figure with its interval; None where nothing decides it."""
+        """Return the metric with its interval; None where it is undefined."""
         return bootstrap_sums(self.counts, self.statistic, seed=seed)
 
-    def difference(self, other: SummedFigure, seed: int) -> Estimate | None:
-        """How much larger it is than for other masks of the same scenes, scenes resampled in pairs."""
+    def difference(self, other: SummedMetric, seed: int) -> Estimate | None:
+        """Return the difference to other masks of the same scenes; scenes are resampled in pairs."""
         return bootstrap_difference(self.counts, other.counts, self.statistic, other.statistic, seed=seed)
 
 
-def summed_figures(written: WrittenMasks) -> dict[str, SummedFigure]:
-    """Figures by their names in `WrittenMaskScores`, such as follow from sums over scenes."""
+def summed_metrics(written: WrittenMasks) -> dict[str, SummedMetric]:
+    """Return the metrics that follow from sums over scenes, by their names in `WrittenMaskScores`."""
     table, kept, points = (_table(written.scenes, name) for name in ("overlap", "kept_overlap", "points"))
     pixels = [scene.pixels for scene in written.scenes if scene.pixels is not None]
     tallies = np.stack(pixels) if pixels else np.zeros((0, 7))
 
-    def share(part: int, whole: int) -> SummedFigure:
-        return SummedFigure(tallies, label_metrics.share(part, whole))
+    def share(part: int, whole: int) -> SummedMetric:
+        return SummedMetric(tallies, label_metrics.share(part, whole))
 
     return {
         "iou": _mean_over_rows(scene.ious for scene in written.scenes),
         "boundary_f": _mean_over_rows(scene.boundary_fs for scene in written.scenes),
-        "mean_iou": SummedFigure(table.counts, mean_iou(table, background=False)),
-        "mean_iou_with_background": SummedFigure(table.counts, mean_iou(table, background=True)),
-        "mean_iou_kept": SummedFigure(kept.counts, mean_iou(kept, background=False)),
-        "point_mean_iou": SummedFigure(points.counts, mean_iou(points, background=False)),
+        "mean_iou": SummedMetric(table.counts, mean_iou(table, background=False)),
+        "mean_iou_with_background": SummedMetric(table.counts, mean_iou(table, background=True)),
+        "mean_iou_kept": SummedMetric(kept.counts, mean_iou(kept, background=False)),
+        "point_mean_iou": SummedMetric(points.counts, mean_iou(points, background=False)),
         "pixel_accuracy": share(label_metrics.CORRECT, label_metrics.COUNTED),
         "precision": share(label_metrics.HIT, label_metrics.MASKED),
         "recall": share(label_metrics.HIT, label_metrics.TRUE),
@@ -165,15 +165,15 @@ def summed_figures(written: WrittenMasks) -> dict[str, SummedFigure]:
 
 
 def score_written_masks(written: WrittenMasks, *, seed: int = 0) -> WrittenMaskScores:
-    """Figures of a job's masks with 95 % intervals; whole scenes are resampled.
+    """Return the metrics of the masks of a job with 95 % intervals; whole scenes are resampled.
 
     Args:
-        written: what was counted.
+        written: counts of every scene.
         seed: of the bootstrap.
     """
     counts = sum((Counter(scene.counts) for scene in written.scenes), Counter())
     return WrittenMaskScores(
-        **{name: figure.estimate(seed) for name, figure in summed_figures(written).items()},
+        **{name: metric.estimate(seed) for name, metric in summed_metrics(written).items()},
         presence_auroc=_presence_auroc(written.scenes, seed),
         class_iou=class_iou(_table(written.scenes, "overlap")),
         scenes=len(written.scenes),
@@ -190,9 +190,9 @@ def score_written_masks(written: WrittenMasks, *, seed: int = 0) -> WrittenMaskS
     )
 
 
-def _mean_over_rows(values_of_scenes: Iterable[Sequence[float]]) -> SummedFigure:
+def _mean_over_rows(values_of_scenes: Iterable[Sequence[float]]) -> SummedMetric:
     sums = [(sum(values), float(len(values))) for values in values_of_scenes]
-    return SummedFigure(np.array(sums, dtype=np.float64).reshape(-1, 2), label_metrics.share(0, 1))
+    return SummedMetric(np.array(sums, dtype=np.float64).reshape(-1, 2), label_metrics.share(0, 1))
 
 
 def _table(scenes: Sequence[SceneScores], name: str) -> OverlapTable:
@@ -200,7 +200,7 @@ def _table(scenes: Sequence[SceneScores], name: str) -> OverlapTable:
 
 
 def _presence_auroc(scenes: Sequence[SceneScores], seed: int) -> Estimate | None:
-    """AUROC of telling by the cosine whether what a prompt names is there; None where all or none is."""
+    """Return the AUROC of the cosine as a test of presence; None where all or no objects are present."""
     present = [np.array(scene.present, dtype=bool) for scene in scenes]
     similarities = [np.array(scene.similarities, dtype=np.float64) for scene in scenes]
 
@@ -219,7 +219,7 @@ def _presence_auroc(scenes: Sequence[SceneScores], seed: int) -> Estimate | None
 def _score_shard(
     shard: ShardSource, rows: Sequence[Row], settings: InputConfig, prompt_source: str
 ) -> tuple[list[SceneScores], int]:
-    """Scores of a shard's scenes, and how many rows belong to none of them."""
+    """Return the scores of the scenes of a shard, and the number of rows that belong to none of them."""
     waiting: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         waiting[row["sample_index"]].append(row)

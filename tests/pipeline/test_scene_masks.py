@@ -9,8 +9,8 @@ import pytest
 
 from legrad.masks.rle import encode_rle
 from legrad.quality import label_metrics
-from pipeline.evaluation.scene_scores import SceneScores, row_target, score_scene
-from pipeline.evaluation.written_masks import WrittenMasks, score_written_masks
+from pipeline.evaluation.mask_scores import WrittenMasks, score_written_masks
+from pipeline.evaluation.scene_masks import SceneScores, row_target, score_scene
 from pipeline.shards.ground_truth import PointLabel, Scene
 from tests.helpers.ground_truth_shards import label_map
 

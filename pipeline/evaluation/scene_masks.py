@@ -1,4 +1,4 @@
-"""The rows of one scene against its ground truth: right and wrong by pixel and by row."""
+"""Compare the rows of one scene with its ground truth: counts of pixels, points and rows."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from legrad.quality.metrics import foreground_iou
 from pipeline.output.label_map import BACKGROUND_LABEL, IGNORED_LABEL, label_map, mask_at_size
 from pipeline.shards.ground_truth import Scene
 
-FOREGROUND_CLASS = 1  # of what a whole caption is about
+FOREGROUND_CLASS = 1  # the class of all objects of a whole caption
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class SceneScores:
-    """What was counted in one scene.
+    """Counts of one scene.
 
     Attributes:
         ious: foreground IoU of every row that has a mask and an object.
         boundary_fs: boundary F of the same rows.
-        overlap: the label map as written against the truth; ignored pixels count as background. None where
-            the truth has no label map, as for the next two.
-        kept_overlap: the same, over the pixels alone that the rows do not ignore.
+        overlap: the written label map against the ground truth; ignored pixels count as background. None,
+            like the next two, where the ground truth has no label map.
+        kept_overlap: the same over the pixels that the rows do not ignore.
         pixels: the tally of `legrad.quality.label_metrics.pixel_tally`.
         points: rows against point labels; None where there are none.
-        similarities: cosine of every row whose object is known to be there or not.
-        present: whether it is there.
-        counts: what became of rows and objects.
+        similarities: cosine of every row whose object is known to be present or absent.
+        present: whether it is present.
+        counts: number of rows by outcome, and of objects without a row.
     """
 
     ious: tuple[float, ...]
@@ -50,7 +50,7 @@ class SceneScores:
 
 
 def score_scene(scene: Scene, rows: Sequence[Row], prompt_source: str) -> SceneScores:
-    """Hold the rows of one sample against its ground truth.
+    """Compare the rows of one sample with its ground truth.
 
     Args:
         scene: the ground truth.
@@ -58,7 +58,7 @@ def score_scene(scene: Scene, rows: Sequence[Row], prompt_source: str) -> SceneS
         prompt_source: the job's ``prompts.source``.
 
     Raises:
-        RleError: a mask is no run-length encoding of its size, or not of this image.
+        RleError: a mask is not a run-length encoding of its size, or does not fit this image.
     """
     ious: list[float] = []
     boundaries: list[float] = []
@@ -66,7 +66,7 @@ def score_scene(scene: Scene, rows: Sequence[Row], prompt_source: str) -> SceneS
     counts: Counter[str] = Counter(objects_without_row=_objects_without_row(scene, rows, prompt_source))
     for row in rows:
         present = _is_present(scene, row, prompt_source)
-        counts[_fate(row, present)] += 1
+        counts[_outcome(row, present)] += 1
         if present is not None:
             presence.append((row["similarity"], present))
         truth = row_target(scene, row, prompt_source)
@@ -89,10 +89,10 @@ def score_scene(scene: Scene, rows: Sequence[Row], prompt_source: str) -> SceneS
 
 
 def row_class(scene: Scene, row: Row, prompt_source: str) -> int | None:
-    """The class that a row is about, None where the scene does not tell.
+    """Return the class of a row; None where the ground truth does not name it.
 
-    Rows of prompt source ``classes`` carry it; row i of ``captions`` is about the scene's object i; a whole
-    ``caption`` is about all of the objects, which then are one class.
+    Rows of prompt source ``classes`` contain it; row i of ``captions`` belongs to object i of the scene; a
+    whole ``caption`` belongs to all objects, which then are one class.
     """
     if prompt_source == "classes":
         class_id: int | None = row["class_id"]
@@ -104,7 +104,7 @@ def row_class(scene: Scene, row: Row, prompt_source: str) -> int | None:
 
 
 def row_target(scene: Scene, row: Row, prompt_source: str) -> Bool[np.ndarray, "height width"] | None:
-    """The pixels that a row is about; None where none of them is visible, or the truth has no label map."""
+    """Return the pixels of the object of a row; None if none is visible or there is no label map."""
     if scene.label_map is None:
         return None
     class_id = row_class(scene, row, prompt_source)
@@ -115,12 +115,12 @@ def row_target(scene: Scene, row: Row, prompt_source: str) -> Bool[np.ndarray, "
 
 
 def _truth_labels(scene: Scene, prompt_source: str) -> Int[np.ndarray, "height width"]:
-    """Label map in the classes of `row_class`."""
+    """Return the label map in the classes of `row_class`."""
     return scene.foreground().astype(np.uint8) if prompt_source == "caption" else scene.labels
 
 
 def _is_present(scene: Scene, row: Row, prompt_source: str) -> bool | None:
-    """Whether what a row is about is in the scene; None where the truth does not say."""
+    """Return whether the object of a row is in the scene; None where the ground truth does not say."""
     if scene.label_map is not None:
         return row_target(scene, row, prompt_source) is not None
     if prompt_source == "caption":
@@ -130,7 +130,7 @@ def _is_present(scene: Scene, row: Row, prompt_source: str) -> bool | None:
     return any(answers) if answers else None
 
 
-def _fate(row: Row, present: bool | None) -> str:
+def _outcome(row: Row, present: bool | None) -> str:
     accepted = row["mask"] is not None
     if present is None:
         return "unjudged"
@@ -167,7 +167,7 @@ def _label_scores(
 def _written_labels(
     scene: Scene, rows: Sequence[Row], prompt_source: str, shape: tuple[int, ...]
 ) -> tuple[Int[np.ndarray, "height width"], Bool[np.ndarray, "height width"]]:
-    """Class of each pixel by the rows, 0 where they ignore it; and where they do not."""
+    """Return the class of each pixel by the rows, and which pixels they do not ignore."""
     height, width = shape
     known = [(row, row_class(scene, row, prompt_source)) for row in rows]
     classes = sorted(
@@ -190,20 +190,20 @@ def _written_labels(
 
 
 def _point_scores(scene: Scene, rows: Sequence[Row], prompt_source: str) -> Overlap | None:
-    """Each point against the masks of its own class; a class without a mask is nowhere."""
+    """Compare each point with the masks of its class; a class without a mask has no pixels."""
     if not scene.points or prompt_source == "caption":
         return None
-    said = [False] * len(scene.points)
+    predicted = [False] * len(scene.points)
     for row in rows:
         class_id = row_class(scene, row, prompt_source)
         own = [number for number, point in enumerate(scene.points) if point.class_id == class_id]
         if row["mask"] is not None and own:
-            # one mask after the other: a row may be anybody's, and its mask as large as a mask can be
+            # one mask at a time: rows are untrusted, and a mask may be as large as a mask can be
             mask = decode_rle(row["mask"])
             for number in own:
-                said[number] |= bool(scene.points[number].value_in(mask))
+                predicted[number] |= bool(scene.points[number].value_in(mask))
     return point_overlap(
         np.array([point.class_id for point in scene.points]),
         np.array([point.is_object for point in scene.points]),
-        np.array(said),
+        np.array(predicted),
     )
