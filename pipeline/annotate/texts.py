@@ -77,7 +77,7 @@ class BatchTextEmbedder:
     Args:
         embedder: of single texts.
         companions: what every sample gets besides. Of background texts that are equal but for rounding the
-            first in the list stands for all; that is decided here, once.
+            first in the list is used; that is decided here, once.
         within: distance up to which unit rows are equal.
     """
 
