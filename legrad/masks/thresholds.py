@@ -69,14 +69,17 @@ def cuts_of(
         rule: the rule to apply.
         is_stretched: see `otsu_threshold`.
     """
-    if rule.rule == "otsu":
-        cuts = otsu_threshold(heatmaps, is_stretched=is_stretched)
-    elif rule.rule == "quantile":
-        cuts = quantile_threshold(heatmaps, rule.quantile)
-    elif rule.rule == "fixed":
-        cuts = heatmaps.new_full((heatmaps.shape[0],), rule.value)
-    else:
-        return _band(heatmaps, rule, is_stretched)
+    match rule.rule:
+        case "fixed":
+            cuts = heatmaps.new_full((heatmaps.shape[0],), rule.value)
+        case "otsu":
+            cuts = otsu_threshold(heatmaps, is_stretched=is_stretched)
+        case "quantile":
+            cuts = quantile_threshold(heatmaps, rule.quantile)
+        case "band":
+            return _band(heatmaps, rule, is_stretched)
+        case _:
+            raise MaskError(f"mask rule: {rule.rule!r} has no threshold")
     return cuts, cuts
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.cli.common import INCOMPLETE, Destination, OutputDir, open_console
+from pipeline.export import Format
 
 if TYPE_CHECKING:
     from pipeline.export.write import ExportOptions, ExportTotals
@@ -31,7 +32,7 @@ def export(
     dest: Destination,
     *,
     format_: Annotated[
-        Literal["coco", "voc", "webdataset"],
+        Format,
         typer.Option(
             "--format",
             help="Format to write. coco: JSON; voc: img_dir and ann_dir; webdataset: tars with seg.png.",
@@ -57,7 +58,7 @@ def export(
     images: Annotated[bool, typer.Option(help="coco: write the images too.")] = True,
     merged: Annotated[bool, typer.Option(help="coco: also join all shards in annotations.json.")] = True,
 ) -> None:
-    """Write masks as COCO JSON, as a VOC or mmsegmentation tree, or as WebDataset shards."""
+    """Convert masks to COCO JSON, a VOC or mmsegmentation tree, or WebDataset shards."""
     from pipeline.export.write import ExportOptions, export_job
 
     console = open_console()
@@ -78,10 +79,14 @@ def export(
 
 def export_lines(totals: ExportTotals, options: ExportOptions, dest: str) -> list[str]:
     """Return the counts of samples and rows by outcome, and what was written where; a line each."""
+    from pipeline.export import LABEL_MAP_FORMATS
     from pipeline.storage import shown_url
 
-    unit = "annotation(s)" if options.format == "coco" else "label map(s)"
+    unit = "label map(s)" if options.format in LABEL_MAP_FORMATS else "annotation(s)"
     counts = [f"{totals.counts[kind]:,} {text}" for kind, text in MEANINGS.items() if totals.counts.get(kind)]
+    missing = len(totals.left_out) + len(totals.damaged)
+    total = missing + totals.shards_written + totals.shards_done_before
+    incomplete = [f"incomplete: {missing} of {total} shard(s) are not exported"] if missing else []
     skipped = [f"shard skipped: {shard_id}: {why}" for shard_id, why in sorted(totals.left_out.items())]
     damaged = [f"shard skipped, damaged: {why}" for _, why in sorted(totals.damaged.items())]
     return [
@@ -90,4 +95,5 @@ def export_lines(totals: ExportTotals, options: ExportOptions, dest: str) -> lis
         *damaged,
         f"{totals.written:,} {unit} of {len(totals.class_names)} class(es) in {shown_url(dest)}: "
         f"{totals.shards_written} shard(s) written, {totals.shards_done_before} done before",
+        *incomplete,
     ]

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -38,9 +39,19 @@ app = typer.Typer(
     # plain help and usage errors: rich's would bypass what makes text printable
     rich_markup_mode=None,
 )
-for command in (annotate, status, report, evaluate, export, explain, models, demo):
-    app.command()(command)
-app.add_typer(shards_app)
+COMMANDS: dict[Callable[..., None], str] = {
+    annotate: "Annotate shards: the main job.",
+    status: "Show progress: shards, samples and errors.",
+    report: "Write an HTML page with pictures and statistics.",
+    evaluate: "Score masks and heat maps against ground truth.",
+    export: "Convert masks to COCO, VOC or WebDataset.",
+    explain: "Draw heat maps of one image for some texts.",
+    models: "List the open_clip models that can be explained.",
+    demo: "Annotate and evaluate the bundled demo.",
+}
+for command, short_help in COMMANDS.items():
+    app.command(short_help=short_help)(command)
+app.add_typer(shards_app, short_help="Convert a dataset with ground truth to shards.")
 
 
 def _show_version(is_asked: bool) -> None:

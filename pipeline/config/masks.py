@@ -9,8 +9,8 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from pipeline.config.section import Count, Section
 
-# Which keys each rule reads. The section stays flat instead of being a union of four: job.json records all
-# keys, those of other rules included, and configurations that hold them must still be read.
+# Which keys each rule reads. The section stays flat instead of being a union of sections, one for each
+# rule: job.json records all keys, those of other rules included, and must still be read.
 RULE_KEYS: Mapping[str, tuple[str, ...]] = {
     "fixed": ("value",),
     "otsu": (),

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol, assert_never
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,6 +15,7 @@ from pipeline import storage
 from pipeline.config.classes import ClassEntry, check_class, class_lines, read_class_list
 from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError, UserError
+from pipeline.export import LABEL_MAP_FORMATS, Format
 from pipeline.export.coco import CocoExport, Kind, merge_parts
 from pipeline.export.samples import ExportSample, export_samples
 from pipeline.export.voc import VocExport
@@ -22,7 +23,6 @@ from pipeline.export.webdataset import WebDatasetExport
 from pipeline.output.folder import OutputFolder
 from pipeline.output.joining import ShardPair, Share, Source, pair_shards
 
-Format = Literal["coco", "voc", "webdataset"]
 EXPORT_FILE, RECORDS_FOLDER, CLASSES_FILE = "export.json", "export", "classes.txt"
 LARGEST_LABEL = 254
 
@@ -163,7 +163,7 @@ def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
     else:
         classes = () if listed is None or isinstance(listed, str) else listed
     largest = max((entry.class_id for entry in classes), default=0)
-    if options.format != "coco" and largest > LARGEST_LABEL:
+    if options.format in LABEL_MAP_FORMATS and largest > LARGEST_LABEL:
         raise UserError(
             f"{options.format}: expected class ids up to {LARGEST_LABEL}, which fit a byte beside 255 for "
             f"ignored pixels, got {largest}; export as coco, or give a classes file with fewer classes"
@@ -190,11 +190,15 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
 
 
 def _exporter(dest: str, options: ExportOptions) -> Exporter:
-    if options.format == "coco":
-        return CocoExport(dest, options.kind, options.images)
-    if options.format == "voc":
-        return VocExport(dest, options.split)
-    return WebDatasetExport(dest)
+    match options.format:
+        case "coco":
+            return CocoExport(dest, options.kind, options.images)
+        case "voc":
+            return VocExport(dest, options.split)
+        case "webdataset":
+            return WebDatasetExport(dest)
+        case _:
+            assert_never(options.format)
 
 
 def _noting_classes(samples: Iterable[ExportSample], class_names: dict[int, str]) -> Iterator[ExportSample]:

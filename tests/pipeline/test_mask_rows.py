@@ -1,6 +1,7 @@
 """From an explained sample to rows: which prompts are rejected, who competes, what stands on which row."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,14 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import legrad
+from legrad.errors import MaskError
 from legrad.heatmaps import heatmaps_of
+from legrad.masks import thresholds
 from legrad.masks.rle import decode_rle
-from legrad.masks.thresholds import otsu_threshold
+from legrad.masks.thresholds import RULES, MaskRule, cuts_of, otsu_threshold
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
 from pipeline.config.load import load_config
+from pipeline.config.masks import RULE_KEYS, MasksConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.output.label_map import label_map
@@ -363,3 +367,18 @@ def test_a_shard_by_classes_becomes_label_maps_with_ignored_pixels(tmp_path, sce
     assert all((row["threshold"] is None) == (combine == "argmax") for row in accepted)
     labels = label_map(rows, rows[0]["image_height"], rows[0]["image_width"])
     assert {0, 255, *(row["class_id"] for row in accepted if row["area"])} == set(np.unique(labels))
+
+
+def test_the_library_the_configuration_and_the_keys_of_rules_name_the_same_rules():
+    named = set(get_args(MasksConfig.model_fields["rule"].annotation))
+    assert named == set(RULES) == set(RULE_KEYS)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_has_thresholds_of_its_own_or_is_an_error(rule, monkeypatch):
+    maps = torch.linspace(0, 1, 12).reshape(1, 3, 4)
+    low, high = cuts_of(maps, MaskRule(rule))
+    assert low.shape == high.shape == (1,)
+    monkeypatch.setattr(thresholds, "RULES", (*RULES, "unheard of"))
+    with pytest.raises(MaskError, match="has no threshold"):
+        cuts_of(maps, MaskRule("unheard of"))
