@@ -32,7 +32,7 @@ from pipeline.output.records import (
 from pipeline.output.schema import SHARDS_SCHEMA, ShardRow
 from pipeline.output.tables import TableFile, damage, open_table, read_record
 from pipeline.storage import InputVersion
-from pipeline.storage.urls import local_path, split_url
+from pipeline.storage.urls import is_local, local_path, split_url
 from pipeline.text import printable
 
 Tables = Literal["annotations", "errors"]
@@ -101,9 +101,11 @@ class OutputFolder:
         if JOB_FILE not in storage.list_names(self.url):
             if _is_there(url):
                 raise DamagedFileError(storage.shown_url(url), "is no regular file")
+            problem = (
+                f"holds no {JOB_FILE}" if _is_there(self.url) or not is_local(self.url) else "does not exist"
+            )
             raise UserError(
-                f"{storage.shown_url(self.url)}: holds no {JOB_FILE}; is it the output folder of "
-                "`legrad annotate`?"
+                f"{storage.shown_url(self.url)}: {problem}; expected the output folder of `legrad annotate`"
             )
         record = read_record(url, JobRecord)
         if record.layout != LAYOUT:
