@@ -169,7 +169,8 @@ def _lines_on_shards_left(job: Job, result: JobResult, max_shards: int | None) -
     settled = ids.annotations | ids.failed
     left = [shard.canonical_url for shard in job.shards if shard.shard_id not in settled]
     if left:
-        yield f"left: {first_few(left, NAMED_SHARDS)}; run the same command again to resume"
+        how = "the same command again" if max_shards is None else "the command again without --limit"
+        yield f"left: {first_few(left, NAMED_SHARDS)}; run {how} to resume"
     if max_shards is not None:
         newly_done = [shard for shard in job.todo if shard.shard_id in ids.annotations]
         yield from extrapolation_lines(job, result.state, newly_done)
