@@ -38,7 +38,7 @@ def test_only_finished_shards_count_so_one_bad_shard_at_the_front_stops_nothing(
 
 @pytest.mark.parametrize(
     ("found", "complete"),
-    [(counts(0, 60), False), (counts(26, 91), False), (counts(8, 2), True), (counts(), True)],
+    [(counts(0, 60), False), (counts(26, 91), False), (counts(8, 2), True), (counts(), False)],
 )
 def test_at_the_end_the_budget_holds_whatever_the_size_of_the_job(found, complete):
     assert (reason_at_end(RunConfig(error_budget=0.2), found) == "") is complete
