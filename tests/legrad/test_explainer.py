@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 import legrad
 from legrad.inputs import as_ragged
 from tests.helpers.oracle import oracle_relevance
+from tests.helpers.processes import REPOSITORY
 from tests.helpers.tiny_models import (
     EMBED_DIM,
     GRID_HEIGHT,
@@ -295,7 +295,7 @@ print(json.dumps(said))
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parent,
+        cwd=REPOSITORY,
     )
     return json.loads(finished.stdout)
 
