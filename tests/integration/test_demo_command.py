@@ -15,6 +15,7 @@ def test_the_demo_annotates_every_scene_evaluates_and_writes_a_report(tmp_path):
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "368 annotated, 0 empty, 0 failed" in ended.stdout
     written = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert written >= {"job.json", "_SUCCESS", "runs", "evaluation.json", "report.html"}
+    evaluations = {"evaluation-heldout.json", "evaluation-newartist.json"}
+    assert written >= {"job.json", "_SUCCESS", "runs", "report.html"} | evaluations
     annotations = (tmp_path / "demo" / "annotations").iterdir()
     assert sum(pq.read_metadata(path).num_rows for path in annotations) > 368
