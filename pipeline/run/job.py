@@ -14,8 +14,6 @@ from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, UserError
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import (
-    ANNOTATIONS,
-    DAMAGED,
     FAILED,
     JOB_FILE,
     SHARDS_FILE,
@@ -228,9 +226,8 @@ def _warnings(found: Survey) -> tuple[str, ...]:
 
 def looked_at_again(job: Job) -> Job:
     """Return the job with what its folder contains now; raises OutputError if it cannot be listed."""
-    listed = frozenset(shard.shard_id for shard in job.shards)
-    published, damaged = job.folder.ids(ANNOTATIONS) & listed, job.folder.ids(DAMAGED)
-    return replace(job, done=published - damaged, damaged=published & damaged)
+    states = job.folder.all_ids().states_of([shard.shard_id for shard in job.shards])
+    return replace(job, done=states.done, damaged=states.damaged)
 
 
 def _with_absolute_paths(config: JobConfig) -> JobConfig:
