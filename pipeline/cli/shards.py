@@ -12,7 +12,7 @@ from pipeline.cli.common import Destination, open_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pipeline.datasets.dataset import TruthDataset
+    from pipeline.datasets.truth_dataset import TruthDataset
     from pipeline.datasets.writing import Conversion
 
 NAMES_SHOWN = 3

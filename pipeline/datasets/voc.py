@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.datasets.dataset import (
+from pipeline.datasets.truth_dataset import (
     TruthDataset,
     TruthSample,
     as_label_map,

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.config.classes import class_lines
-from pipeline.datasets.dataset import IGNORED, TruthDataset, TruthSample
+from pipeline.datasets.truth_dataset import IGNORED, TruthDataset, TruthSample
 from pipeline.errors import SampleFailure, UserError
 from pipeline.shards.ground_truth import IGNORED_LABEL, IGNORED_LABEL_16_BIT, LABEL_MAP_FIELD
 from pipeline.text import printable

@@ -17,7 +17,7 @@ from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.export import LABEL_MAP_FORMATS, Format
 from pipeline.export.coco import CocoExport, Kind, merge_parts
-from pipeline.export.samples import ExportSample, export_samples
+from pipeline.export.export_samples import ExportSample, export_samples
 from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
 from pipeline.output.folder import OutputFolder

@@ -26,7 +26,7 @@ from legrad.masks.rle import decode_rle
 from legrad.masks.thresholds import relevance_contrast
 from legrad.quality.metrics import bootstrap_mean, bootstrap_statistic
 from pipeline.annotate.rows import annotation_rows
-from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
 from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig
 from pipeline.demo import assets

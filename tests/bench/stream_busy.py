@@ -24,7 +24,7 @@ from environment import environment
 from hands import work_through
 
 from pipeline.annotate.annotator import LOOKAHEAD_BATCHES
-from pipeline.annotate.stream import BatchStream, Stages, StreamLimits
+from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
 
 PREPARE_S = 0.002
 FINISH_S = 0.001
@@ -43,7 +43,7 @@ class Simulation:
     def run(self) -> dict[str, float]:
         batch_size = self.arguments.batch_size
         stream = BatchStream(
-            Stages(lambda _: 150_000, prepare, lambda _: "one shape", self._step, finish),
+            SampleSteps(lambda _: 150_000, prepare, lambda _: "one shape", self._step, finish),
             StreamLimits(
                 threads=self.arguments.threads,
                 max_samples=LOOKAHEAD_BATCHES * batch_size + self.arguments.threads,

@@ -15,7 +15,7 @@ from legrad.views import Views, canvas_pixels, view_relevance
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.model import load_explainer
-from pipeline.annotate.samples import PreparedSample
+from pipeline.annotate.sample_states import PreparedSample
 from pipeline.config.schema import MasksConfig, ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.prompts.sample_prompts import Companions, Prompt

@@ -16,7 +16,7 @@ from legrad.masks.rle import decode_rle, encode_rle
 from pipeline.cli.main import app
 from pipeline.config.schema import InputConfig
 from pipeline.errors import UserError
-from pipeline.export.samples import index_png
+from pipeline.export.export_samples import index_png
 from pipeline.export.write import ExportOptions, export_job
 from pipeline.output.label_map import label_map
 from pipeline.output.writer import ShardWriter

@@ -20,7 +20,7 @@ from legrad.masks.thresholds import RULES, MaskRule, cuts_of, otsu_threshold
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.rows import annotation_rows
-from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
 from pipeline.config.load import load_config
 from pipeline.config.masks import RULE_KEYS, MasksConfig
 from pipeline.demo import assets

@@ -18,9 +18,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pipeline.config.classes import read_class_list
 from pipeline.config.schema import InputConfig
 from pipeline.datasets.coco import open_coco
-from pipeline.datasets.dataset import unique_names
 from pipeline.datasets.imagenet_s import open_imagenet_s
 from pipeline.datasets.openimages import open_openimages
+from pipeline.datasets.truth_dataset import unique_names
 from pipeline.datasets.voc import open_voc
 from pipeline.datasets.writing import write_shards
 from pipeline.errors import UserError

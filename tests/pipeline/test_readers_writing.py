@@ -17,7 +17,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pipeline import storage
 from pipeline.cli import main as cli
 from pipeline.datasets.coco import open_coco
-from pipeline.datasets.dataset import TruthDataset, TruthSample
+from pipeline.datasets.truth_dataset import TruthDataset, TruthSample
 from pipeline.datasets.voc import open_voc
 from pipeline.datasets.writing import ShardLimits, sample_key, write_shards
 from pipeline.errors import OutputError, UserError

@@ -14,7 +14,7 @@ from legrad.text_cache import EmbeddedTexts
 from legrad.views import Views, canvas_grids, views_of
 from pipeline.annotate.maps import MapSettings, refinement_of, sample_maps
 from pipeline.annotate.rows import annotation_rows
-from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample
 from pipeline.annotate.texts import BatchTextEmbedder, choose_maps
 from pipeline.config.load import config_hash, known_keys, parse_config
 from pipeline.config.row_keys import describe_differences, row_keys
