@@ -2,15 +2,14 @@
 
 import io
 import re
-import sys
 import tarfile
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.cli import main as cli
 from pipeline.cli.explain import DEFAULT_MODEL, DEFAULT_TAG, explain_file, model_named
 from pipeline.demo import assets
 from pipeline.errors import UserError
@@ -27,17 +26,9 @@ def scene(tmp_path):
 
 
 @pytest.fixture
-def explain(monkeypatch, capsys):
-    """Runs the command in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["legrad", "explain", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
+def explain(legrad):
+    """Runs `legrad explain` in this process; returns exit code, standard output and standard error."""
+    return partial(legrad, "explain")
 
 
 def test_each_text_gets_an_overlay_and_a_strip_and_all_get_one_picture(explain, scene, tmp_path):

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 import zlib
 from itertools import chain
 
@@ -15,7 +14,6 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline import storage
-from pipeline.cli import main as cli
 from pipeline.datasets.coco import open_coco
 from pipeline.datasets.truth_dataset import TruthDataset, TruthSample
 from pipeline.datasets.voc import open_voc
@@ -53,20 +51,6 @@ def keys_of(folder):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture
-def legrad(monkeypatch, capsys):
-    """Runs the command line in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["legrad", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_samples_keep_their_order_over_shards_of_the_size_asked_for(tmp_path):

@@ -3,7 +3,6 @@
 import functools
 import logging
 import re
-import sys
 import uuid
 
 import pytest
@@ -11,13 +10,13 @@ import yaml
 
 import legrad
 from pipeline.annotate.annotator import ShardAnnotator
-from pipeline.cli import main as cli
 from pipeline.config.load import load_config
 from pipeline.demo import assets
 from pipeline.output.runs import RunState, recorded_run
 from pipeline.run import job as jobs
 from pipeline.run.prometheus import RunMetrics
 from pipeline.storage import shown_url
+from tests.helpers.command_line import run_legrad
 from tests.helpers.corpus import demo_job, image_bytes, write_corpus
 from tests.helpers.object_servers import SECRET, FolderHandler, serving
 
@@ -78,15 +77,6 @@ def told(capfd, caplog):
     return text
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["legrad", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return ended.code or 0
-    return 0
-
-
 def clean(folder, *texts):
     """Check that neither texts nor files hold the secret, in whatever form."""
     for text in texts:
@@ -136,7 +126,7 @@ def test_a_job_whose_every_input_is_signed_leaves_no_secret(site, explainer, tmp
         ["evaluate", out, given],
         ["explain", url("a.jpg"), "a dog", "--model", "demo", "--out", written / "explain"],
     ]
-    codes = [run(monkeypatch, *command) for command in commands]
+    codes = [run_legrad(monkeypatch, *command) for command in commands]
     text = told()
     assert codes[:3] == [0, 3, 0] or codes[:3] == [0, 0, 0], text
     assert codes[4:6] == [0, 0], text
@@ -201,7 +191,7 @@ def test_inputs_that_cannot_be_read_are_told_without_their_secrets(fault, site, 
         ["explain", bad("a.jpg"), "dog", "--model", "demo"],
     ]
     for command in commands:
-        code = run(monkeypatch, *command)
+        code = run_legrad(monkeypatch, *command)
         text = told()
         assert "Traceback" not in text, command
         assert SECRET[:-1] not in text, command
@@ -229,7 +219,7 @@ def test_keys_in_the_urls_of_stores_are_neither_shown_nor_stored(
         ["export", url("out"), url("in"), "--format", "coco", "--no-images", "--shards", url("in/*.tar")],
         ["export", url("out"), url("dest"), "--format", "voc", "--shards", url("in/*.tar")],
     ]
-    codes = [run(monkeypatch, *command) for command in commands]
+    codes = [run_legrad(monkeypatch, *command) for command in commands]
     text = told()
     assert codes[0] in (0, 3), text
     assert codes[1:] == [0, 0, 1, 1], text
