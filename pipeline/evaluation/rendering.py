@@ -171,7 +171,7 @@ def _notes(result: EvaluationResult) -> Sequence[str]:
             "+ the most relevant patches first, - the least relevant first; a faithful map has a small area "
             "under deletion + and insertion -, and a large area under deletion - and insertion +"
         )
-    notes += [f"skipped: {count} {reason}" for reason, count in result.left_out.items()]
+    notes += [f"skipped: {count} {reason}" for reason, count in result.omitted.items()]
     return notes
 
 

@@ -157,7 +157,7 @@ def test_scenes_of_points_are_scored_by_points_alone(explainer, tmp_path):
     path = point_shard(tmp_path / "points.tar")
     result = evaluate_shards(explainer, [path])
     assert (result.scenes, result.pairs) == (2, 3)
-    assert result.left_out == {"objects without a visible pixel or point": 1}
+    assert result.omitted == {"objects without a visible pixel or point": 1}
     scores = {scores.method: scores for scores in result.maps}["LeGrad, last 2"]
     assert (scores.pointing, scores.iou_best, scores.mean_iou, scores.iou_curve) == (None, None, None, ())
     found, union = Counter(), Counter()
@@ -223,7 +223,7 @@ def test_every_method_is_scored_on_every_prompt_and_the_configured_one_is_marked
         "random",
     ]
     assert [scores.method for scores in result.maps if scores.configured] == ["LeGrad, last 2"]
-    assert (result.scenes, result.pairs, result.left_out) == (5, 8, {})
+    assert (result.scenes, result.pairs, result.omitted) == (5, 8, {})
 
 
 def test_maps_that_ignore_the_prompt_prefer_their_object_half_of_the_time(explainer, shard):
@@ -285,9 +285,9 @@ def test_what_cannot_be_scored_is_counted_by_reason(explainer, tmp_path):
     )
     result = evaluate_shards(explainer, [path])
     assert (result.scenes, result.pairs) == (2, 2)
-    decode_failures = {kind: n for kind, n in result.left_out.items() if kind.startswith("samples: decode/")}
+    decode_failures = {kind: n for kind, n in result.omitted.items() if kind.startswith("samples: decode/")}
     assert sum(decode_failures.values()) == 1
-    assert {kind: n for kind, n in result.left_out.items() if kind not in decode_failures} == {
+    assert {kind: n for kind, n in result.omitted.items() if kind not in decode_failures} == {
         "samples: read/no_ground_truth": 1,
         "samples: read/bad_ground_truth": 4,
         "scenes without a visible object": 1,

@@ -297,8 +297,8 @@ A_CAPTION = {"id": 1, "image_id": 139, "caption": "A room."}
 )
 def test_a_coco_caption_that_is_none_is_counted_and_named(tmp_path, caption, kind, told):
     conversion = edited_coco(tmp_path, lambda document: None, captions=[A_CAPTION, caption])
-    assert conversion.left_out == {kind: 1}
-    assert told in conversion.left_out_names[kind][0]
+    assert conversion.omitted == {kind: 1}
+    assert told in conversion.omitted_names[kind][0]
     assert documents_of(tmp_path / "out")["000000000139"]["all_captions"] == ["A room."]
 
 
@@ -343,8 +343,8 @@ def append(name, record):
 def test_a_coco_record_that_no_image_can_have_is_counted_and_named(tmp_path, edit, kind, told):
     conversion = edited_coco(tmp_path, edit)
     assert (conversion.written, conversion.skipped) == (2, {})
-    assert conversion.left_out == {kind: 1}
-    assert told in conversion.left_out_names[kind][0]
+    assert conversion.omitted == {kind: 1}
+    assert told in conversion.omitted_names[kind][0]
 
 
 def another_id(document):
@@ -366,7 +366,7 @@ def test_coco_images_of_one_name_or_one_id_are_skipped_with_all_their_objects_co
     conversion = edited_coco(tmp_path, edit)
     assert conversion.skipped == {"ambiguous_image": len(skipped)}
     assert sorted(name for name, _ in conversion.skipped_names["ambiguous_image"]) == skipped
-    assert conversion.left_out == {"annotations_of_unknown_or_ambiguous_image": objects}
+    assert conversion.omitted == {"annotations_of_unknown_or_ambiguous_image": objects}
     assert list(scenes_of(tmp_path / "out")) == ["000000000632"]
 
 
@@ -517,10 +517,10 @@ def test_points_that_answer_nothing_or_name_no_image_are_counted(tmp_path):
     ]
     write_openimages(tmp_path, [*POINTS, *odd], classes=CLASSES, images=["b2", "a1"])
     conversion = write_shards(open_openimages(tmp_path), str(tmp_path / "out"))
-    counts = (conversion.written, conversion.left_out["points_malformed"], conversion.skipped)
+    counts = (conversion.written, conversion.omitted["points_malformed"], conversion.skipped)
     assert counts == (2, 2, {})
     # the nameless one, and the one whose only point is of an unknown class
-    assert conversion.left_out["images_without_a_point"] == 2
+    assert conversion.omitted["images_without_a_point"] == 2
 
 
 def test_a_class_of_open_images_that_is_described_twice_is_the_users_mistake(tmp_path):
@@ -551,7 +551,7 @@ def test_open_images_points_are_those_of_the_table_that_somebody_was_sure_of(tmp
     assert scenes["a1"].captions == ('Sign, "stop"',)
     assert scenes["b2"].class_ids == (2,)
     assert classes_of(tmp_path / "out") == list(CLASSES.values())
-    assert conversion.left_out == {
+    assert conversion.omitted == {
         "points_unsure": 1,
         "points_of_unknown_class": 1,
         "points_outside": 1,

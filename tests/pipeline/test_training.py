@@ -168,7 +168,7 @@ def test_no_image_ever_comes_with_the_mask_of_another_and_all_samples_are_accoun
     counts = dataset.counts()
     assert {kind: getattr(counts, kind) for kind in expected} == expected
     assert counts.samples == len(read)
-    assert len(dataset.left_out) == len(missing)
+    assert len(dataset.omitted) == len(missing)
 
 
 def test_rows_of_samples_that_the_shard_does_not_have_are_counted(tmp_path):
@@ -204,7 +204,7 @@ def test_a_shard_that_changed_in_its_place_gives_no_sample_and_is_named(tmp_path
     dataset = MaskDataset(corpus.out)
     with caplog.at_level(logging.WARNING):
         assert sorted(numbers(dataset)) == [3, 4]
-    assert dataset.counts().shards_left_out == 1
+    assert dataset.counts().shards_omitted == 1
     assert "000.tar: changed since it was annotated" in caplog.text
 
 
@@ -221,7 +221,7 @@ def test_files_of_two_attempts_are_left_out_and_named(tmp_path, caplog):
     dataset = MaskDataset(corpus.out)
     with caplog.at_level(logging.WARNING):
         assert len(list(dataset)) == 2
-    assert dataset.counts().shards_left_out == 1
+    assert dataset.counts().shards_omitted == 1
     assert names[1].name in caplog.text
 
 
@@ -232,7 +232,7 @@ def test_files_of_another_configuration_than_the_jobs_are_left_out_and_named(tmp
     dataset = MaskDataset(corpus.out)
     with caplog.at_level(logging.WARNING):
         assert list(dataset) == []
-    assert dataset.counts().shards_left_out == 2
+    assert dataset.counts().shards_omitted == 2
     assert "is of another configuration than the job" in caplog.text
 
 
@@ -243,7 +243,7 @@ def test_a_shard_that_cannot_be_read_ends_the_epoch_or_is_left_out(tmp_path, cap
         list(MaskDataset(corpus.out))
     dataset = MaskDataset(corpus.out, skip_unreadable=True)
     assert sorted(numbers(dataset)) == [2, 3]
-    assert dataset.counts().shards_left_out == 1
+    assert dataset.counts().shards_omitted == 1
     assert "000.tar" in caplog.text
 
 
