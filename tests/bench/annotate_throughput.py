@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from environment import environment
-from hands import work_through
+from shards_in_flight import work_through
 
 import legrad
 from pipeline import storage

@@ -66,7 +66,7 @@ def large_samples(explainer, count, views):
 
 
 class Device:
-    """Stands before an explainer's encode: counts who is inside, and has memory for so many images."""
+    """Wraps an explainer's encode: counts who is inside, and has memory for so many images."""
 
     def __init__(self, explainer, fits=10**6, meet=None):
         self.explainer = copy.copy(explainer)

@@ -446,8 +446,8 @@ def test_a_damaged_annotations_file_is_named_and_the_others_are_scored(
         spoil(path)
     written = evaluated(weights, out, [str(truth_shard), str(other)]).written
     assert written.rows_scored == 1
-    (told,) = written.damaged_files
-    assert path.name in told
+    (damaged,) = written.damaged_files
+    assert path.name in damaged
 
 
 def test_the_class_list_may_be_a_url(weights, truth_shard, tmp_path, monkeypatch, capsys):
@@ -468,7 +468,7 @@ def test_two_shards_of_one_stem_never_share_a_file(weights, truth_shard, tmp_pat
     assert (written.rows_scored, written.rows_of_other_shards) == (0, 1)
 
 
-def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard, tmp_path):
+def test_the_result_is_written_as_json_and_reported_as_a_table(weights, truth_shard, tmp_path):
     out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): [annotation("first", 0, 0, DOG)]})
     classes = tmp_path / "classes.txt"
     classes.write_text("dog\ncar\n")
@@ -495,7 +495,7 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
     )
 
 
-def told(result: EvaluationResult) -> str:
+def rendered(result: EvaluationResult) -> str:
     console = PrintableConsole(width=80, record=True, file=io.StringIO())
     console.print(render_evaluation(result))
     text = console.export_text()
@@ -503,7 +503,7 @@ def told(result: EvaluationResult) -> str:
     return text
 
 
-def test_hidden_patches_are_told_and_drawn_with_a_class_list_and_without(perturbed):
+def test_hidden_patches_are_listed_and_drawn_with_a_class_list_and_without(perturbed):
     curves = [
         tuple(replace(curve, accuracy=(), accuracy_area=None) for curve in scores.curves)
         for scores in perturbed.perturbation
@@ -514,9 +514,9 @@ def test_hidden_patches_are_told_and_drawn_with_a_class_list_and_without(perturb
             replace(scores, curves=own) for scores, own in zip(perturbed.perturbation, curves, strict=True)
         ),
     )
-    assert "Accuracy under perturbation" in told(perturbed)
-    assert "Accuracy under perturbation" not in told(without_classes)
-    assert "Cosine under perturbation" in told(without_classes)
+    assert "Accuracy under perturbation" in rendered(perturbed)
+    assert "Accuracy under perturbation" not in rendered(without_classes)
+    assert "Cosine under perturbation" in rendered(without_classes)
     with_panels, bare = (
         Image.open(io.BytesIO(plot_evaluation(result))).size
         for result in (without_classes, replace(perturbed, perturbation=()))
@@ -524,9 +524,9 @@ def test_hidden_patches_are_told_and_drawn_with_a_class_list_and_without(perturb
     assert with_panels[1] > bare[1]
 
 
-def test_points_are_told_and_drawn(explainer, tmp_path):
+def test_points_are_listed_and_drawn(explainer, tmp_path):
     result = evaluate_shards(explainer, [point_shard(tmp_path / "points.tar")])
-    text = told(result)
+    text = rendered(result)
     assert "Labelled points" in text
     assert "pointing" not in text
     assert Image.open(io.BytesIO(plot_evaluation(result))).format == "PNG"
@@ -537,8 +537,8 @@ def test_a_model_that_a_folder_names_by_path_is_loaded_only_where_it_is_repeated
 ):
     out = write_output(tmp_path / "out", weights, {})
     monkeypatch.setattr("pipeline.evaluation.evaluate.load_explainer", lambda *_, **__: pytest.fail("loaded"))
-    told = rf"names a model by a path.* --model {MODEL_NAME} --pretrained {weights}"
-    with pytest.raises(UserError, match=told):
+    message = rf"names a model by a path.* --model {MODEL_NAME} --pretrained {weights}"
+    with pytest.raises(UserError, match=message):
         evaluate_output(out, str(truth_shard))
 
 

@@ -33,7 +33,7 @@ def explain(legrad):
 
 def test_each_text_gets_an_overlay_and_a_strip_and_all_get_one_picture(explain, scene, tmp_path):
     out = tmp_path / "out"
-    code, told, _ = explain(
+    code, printed, _ = explain(
         scene, "a banana", "a banana", "a panda", HOSTILE, "--model", "demo", "--layers", 3, "--out", out
     )
     assert code == 0
@@ -49,15 +49,15 @@ def test_each_text_gets_an_overlay_and_a_strip_and_all_get_one_picture(explain, 
         "03-etc-passwd-31m-img-src-x-onerror-alert.png",
         "side-by-side.png",
     ]
-    assert all(str(out / name) in told for name in names)
-    assert "\x1b" not in told
+    assert all(str(out / name) in printed for name in names)
+    assert "\x1b" not in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "scene.jpg"]
     with Image.open(scene) as image, Image.open(out / "00-a-banana.png") as overlay:
         scene_size = image.size
         assert overlay.size == scene_size
     with Image.open(out / "00-a-banana-layers.png") as strip:
         assert strip.width == 4 * (round(224 * scene_size[0] / max(scene_size)) + 8) - 8
-    similarities = [float(found) for found in re.findall(r"similarity ([+-]\d\.\d{3})", told)]
+    similarities = [float(found) for found in re.findall(r"similarity ([+-]\d\.\d{3})", printed)]
     assert len(similarities) == 4
     assert min(similarities[0], similarities[2]) > similarities[3], "the scene shows a banana and a panda"
 
@@ -70,7 +70,7 @@ def test_the_default_model_is_a_real_one_and_demo_is_the_shipped_one():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "printed"),
     [
         (["--model", "ViT-L-14"], "--pretrained"),
         (["--model", "demo", "--layers", "many"], "--layers"),
@@ -82,10 +82,10 @@ def test_the_default_model_is_a_real_one_and_demo_is_the_shipped_one():
         (["--model", "no-such-model", "--pretrained", "x"], "no-such-model"),
     ],
 )
-def test_options_that_cannot_be_are_told_on_one_screen(explain, scene, tmp_path, options, told):
+def test_options_that_cannot_be_are_reported_on_one_screen(explain, scene, tmp_path, options, printed):
     code, _, err = explain(scene, "a dog", "--out", tmp_path / "out", *options)
     assert code == 1
-    assert told in err
+    assert printed in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
@@ -123,7 +123,7 @@ def test_an_image_without_end_is_refused_before_it_fills_the_memory(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "\n", "ViT\x1b[2J"])
-def test_a_model_name_that_cannot_be_is_told_in_plain_words(name):
+def test_a_model_name_that_cannot_be_is_reported_in_plain_words(name):
     with pytest.raises(UserError, match=r"^--model: expected a text .*got '") as refusal:
         model_named(name, "openai")
     assert str(refusal.value).isprintable()

@@ -156,10 +156,10 @@ def test_an_output_that_cannot_be_meant_is_one_line(out, what, tmp_path, monkeyp
         ["export", out, str(tmp_path / "d"), "--format", "coco"],
     ):
         assert run_legrad(monkeypatch, *command) == 1
-        told = capsys.readouterr().err
-        assert what in told
-        assert told.count("\n") == 1
-        assert "hunter2" not in told
+        printed = capsys.readouterr().err
+        assert what in printed
+        assert printed.count("\n") == 1
+        assert "hunter2" not in printed
     with pytest.raises(UserError) as caught:
         jobs.prepare_job(demo_job([path], out))
     # the configuration's own check may come first
@@ -169,7 +169,7 @@ def test_an_output_that_cannot_be_meant_is_one_line(out, what, tmp_path, monkeyp
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_path_that_the_locale_cannot_write_is_told(monkeypatch):
+def test_a_path_that_the_locale_cannot_write_is_reported(monkeypatch):
     def in_ascii(path):
         return path.encode("ascii")
 

@@ -54,7 +54,7 @@ def test_what_no_path_can_hold_is_no_shard():
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "nobody/0.tar"])
-def test_a_shard_that_is_not_there_is_told_when_it_is_opened(name):
+def test_a_shard_that_is_not_there_is_reported_when_it_is_opened(name):
     row = {"shard_id": "0", "shard": f"file:///tmp/{name}", "size_bytes": 7}
     assert not locate_shards([row]).missing
 

@@ -207,7 +207,7 @@ def test_a_broken_annotation_of_coco_costs_its_image_and_no_other(tmp_path, outl
     assert conversion.written == 1
 
 
-def test_an_image_of_another_size_than_coco_says_is_left_out(tmp_path):
+def test_an_image_of_another_size_than_coco_says_is_skipped(tmp_path):
     write_coco(tmp_path, [], images={1: (24, 32), 2: (24, 32)})
     write(tmp_path / "val2017" / "000000000001.jpg", jpeg(20, 20))
     assert write_shards(open_coco(tmp_path), str(tmp_path / "out")).skipped == {"size_mismatch": 1}
@@ -282,9 +282,9 @@ def test_a_folder_that_holds_anything_is_left_alone(tmp_path):
         write_shards(open_voc(tmp_path), str(out), overwrite=True)
     (out / "notes.txt").unlink()
     (out / "precious-000000.tar").write_text("mine")
-    for told in ({"overwrite": True}, {"resume": True}, {}):
+    for options in ({"overwrite": True}, {"resume": True}, {}):
         with pytest.raises(UserError):
-            write_shards(open_voc(tmp_path), str(out), ShardLimits(max_samples=5), **told)
+            write_shards(open_voc(tmp_path), str(out), ShardLimits(max_samples=5), **options)
     assert (out / "precious-000000.tar").read_text() == "mine"
     (out / "precious-000000.tar").unlink()
     write_shards(open_voc(tmp_path), str(out), overwrite=True)
@@ -360,7 +360,7 @@ def test_each_dataset_has_a_command(legrad, tmp_path, name):
     assert f"{shard}: " in out
 
 
-def test_the_command_tells_what_it_left_out(legrad, tmp_path):
+def test_the_command_reports_what_it_skipped(legrad, tmp_path):
     write_voc(tmp_path, NAMES)
     reasons = break_voc(tmp_path)
     code, out, _ = legrad("shards", "voc", tmp_path, tmp_path / "out", "--shard-size", 1)

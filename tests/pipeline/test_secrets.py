@@ -66,7 +66,7 @@ def site(tmp_path):
 
 
 @pytest.fixture
-def told(capfd, caplog):
+def output_so_far(capfd, caplog):
     """All that was printed and logged so far."""
     caplog.set_level(logging.DEBUG)
 
@@ -98,7 +98,9 @@ def annotate(config, explainer):
     return job
 
 
-def test_a_job_whose_every_input_is_signed_leaves_no_secret(site, explainer, tmp_path, monkeypatch, told):
+def test_a_job_whose_every_input_is_signed_leaves_no_secret(
+    site, explainer, tmp_path, monkeypatch, output_so_far
+):
     folder, url = site
     write_corpus(folder, 2, 2)
     (folder / "list.txt").write_text(f"{url('moved/0000.tar')}\n{url('{0001,0001}.tar')}\n")
@@ -127,7 +129,7 @@ def test_a_job_whose_every_input_is_signed_leaves_no_secret(site, explainer, tmp
         ["explain", url("a.jpg"), "a dog", "--model", "demo", "--out", written / "explain"],
     ]
     codes = [run_legrad(monkeypatch, *command) for command in commands]
-    text = told()
+    text = output_so_far()
     assert codes[:3] == [0, 3, 0] or codes[:3] == [0, 0, 0], text
     assert codes[4:6] == [0, 0], text
     assert codes[7] == 0, text
@@ -141,7 +143,9 @@ def test_a_job_whose_every_input_is_signed_leaves_no_secret(site, explainer, tmp
         *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("away/{}", "odd/{}", "unsigned")),
     ],
 )
-def test_inputs_that_cannot_be_read_are_told_without_their_secrets(fault, site, tmp_path, monkeypatch, told):
+def test_inputs_that_cannot_be_read_are_reported_without_their_secrets(
+    fault, site, tmp_path, monkeypatch, output_so_far
+):
     folder, url = site
     written = tmp_path / "written"
     written.mkdir()
@@ -192,7 +196,7 @@ def test_inputs_that_cannot_be_read_are_told_without_their_secrets(fault, site, 
     ]
     for command in commands:
         code = run_legrad(monkeypatch, *command)
-        text = told()
+        text = output_so_far()
         assert "Traceback" not in text, command
         assert SECRET[:-1] not in text, command
         assert code in (0, 1, 2), command
@@ -200,7 +204,7 @@ def test_inputs_that_cannot_be_read_are_told_without_their_secrets(fault, site, 
 
 
 def test_keys_in_the_urls_of_stores_are_neither_shown_nor_stored(
-    store, explainer, tmp_path, monkeypatch, told
+    store, explainer, tmp_path, monkeypatch, output_so_far
 ):
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     store.put(bucket, b"")
@@ -220,7 +224,7 @@ def test_keys_in_the_urls_of_stores_are_neither_shown_nor_stored(
         ["export", url("out"), url("dest"), "--format", "voc", "--shards", url("in/*.tar")],
     ]
     codes = [run_legrad(monkeypatch, *command) for command in commands]
-    text = told()
+    text = output_so_far()
     assert codes[0] in (0, 3), text
     assert codes[1:] == [0, 0, 1, 1], text
     assert SECRET not in text
@@ -228,7 +232,7 @@ def test_keys_in_the_urls_of_stores_are_neither_shown_nor_stored(
         assert SECRET.encode() not in store.get(f"{bucket}/{key}"), key
 
 
-def test_a_commands_arguments_are_not_stored(tmp_path, explainer, told):
+def test_a_commands_arguments_are_not_stored(tmp_path, explainer, output_so_far):
     (path,) = write_corpus(tmp_path / "in", 1, 1)
     out = tmp_path / "written" / "out"
     for number, command in enumerate(
@@ -238,7 +242,7 @@ def test_a_commands_arguments_are_not_stored(tmp_path, explainer, told):
             demo_job([command], f"{out}{number}", model={"layers": 1}, input={"allow_commands": True}),
             explainer,
         )
-    clean(tmp_path / "written", told())
+    clean(tmp_path / "written", output_so_far())
 
 
 def test_no_metric_holds_a_secret():

@@ -49,7 +49,7 @@ class _Segment(NamedTuple):
         start: of the mark.
         content: of the segment.
         data_start, data_stop: from the segment's end to the next mark that is no restart mark.
-        restarts: how many restart marks stand between them.
+        restarts: how many restart marks are between them.
         in_turn: whether these are numbered in turn.
     """
 

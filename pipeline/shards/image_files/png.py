@@ -30,7 +30,7 @@ class _Chunk:
 
 
 def png_without_texts(data: bytes) -> bytes:
-    """Leave out texts, colour profiles and whatever else no pixel depends on.
+    """Skip texts, colour profiles and all else that no pixel depends on.
 
     They are never inflated then, and no limit on them fails an image. The EXIF data come first, so that they
     are known before the pixels are decoded.
