@@ -94,7 +94,7 @@ def test_a_wrong_entry_is_named_with_its_file_and_place(read, name, text, messag
         assert part in str(raised.value)
 
 
-def test_a_file_that_is_not_there_or_not_text_is_the_users_mistake(tmp_path):
+def test_a_file_that_is_not_there_or_not_text_is_an_input_error(tmp_path):
     with pytest.raises(UserError, match=r"none\.txt: cannot be read: No such file"):
         read_class_list(str(tmp_path / "none.txt"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

@@ -97,7 +97,7 @@ def eps():
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not an image", eps()])
-def test_an_image_that_cannot_be_opened_is_the_users_mistake(tmp_path, content):
+def test_an_image_that_cannot_be_opened_is_an_input_error(tmp_path, content):
     if content is not None:
         (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.jpg"):
@@ -105,7 +105,7 @@ def test_an_image_that_cannot_be_opened_is_the_users_mistake(tmp_path, content):
 
 
 @pytest.mark.parametrize("texts", [["a", " "], ["x" * 20_000], ["a"] * 101])
-def test_texts_that_cannot_be_are_the_users_mistake(scene, tmp_path, texts):
+def test_texts_that_cannot_be_are_input_errors(scene, tmp_path, texts):
     with pytest.raises(UserError, match="TEXT"):
         explain_file(str(scene), texts, model_named("demo", None), str(tmp_path / "out"))
 

@@ -228,7 +228,7 @@ def test_many_patterns_may_not_stand_for_too_many_names_together(monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "# nothing\n", "\ufeff", " \r\n"])
-def test_a_list_that_names_nothing_is_the_users_mistake(tmp_path, content):
+def test_a_list_that_names_nothing_is_an_input_error(tmp_path, content):
     (tmp_path / "list.txt").write_text(content, encoding="utf-8")
     assert "list.txt names no shard" in refusal(f"@{tmp_path}/list.txt")
     assert "the list of patterns is empty" in refusal()

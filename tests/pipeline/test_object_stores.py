@@ -142,7 +142,7 @@ def test_options_of_a_url_hold_for_what_its_glob_finds(store, bucket, monkeypatc
     assert whole(shard) == b"content"
 
 
-def test_a_missing_bucket_is_the_users_mistake(bucket):
+def test_a_missing_bucket_is_an_input_error(bucket):
     with pytest.raises(UserError, match="the bucket 'no-such-bucket' does not exist") as error:
         storage.list_shards("s3://no-such-bucket/{0..3}.tar")
     one_line(error)
@@ -159,7 +159,7 @@ def test_a_missing_object_in_a_bucket_that_is_there_is_listed_without_a_size(sto
 
 
 @pytest.mark.parametrize("pattern", ["{0..3}.tar", "*.tar"])
-def test_wrong_credentials_for_the_input_are_the_users_mistake(rude_bucket, pattern):
+def test_wrong_credentials_for_the_input_are_input_errors(rude_bucket, pattern):
     with (
         serving(refusing_handler("InvalidAccessKeyId")) as port,
         pytest.raises(UserError, match="cannot be") as error,

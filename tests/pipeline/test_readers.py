@@ -111,7 +111,7 @@ def test_voc_is_found_from_any_of_its_three_folders(tmp_path, where):
 
 
 @pytest.mark.parametrize("split", ["test", "../../../etc/passwd", ""])
-def test_an_unknown_split_of_voc_is_the_users_mistake(tmp_path, split):
+def test_an_unknown_split_of_voc_is_an_input_error(tmp_path, split):
     write_voc(tmp_path, ["2007_000033"])
     with pytest.raises(UserError):
         open_voc(tmp_path, split)
@@ -487,7 +487,7 @@ def test_two_images_of_imagenet_s_with_one_name_are_skipped_and_named(tmp_path):
     assert conversion.written == 1
 
 
-def test_a_class_that_imagenet_does_not_know_is_the_users_mistake(tmp_path):
+def test_a_class_that_imagenet_does_not_know_is_an_input_error(tmp_path):
     write_imagenet_s(tmp_path, ["n00000001"], {})
     (tmp_path / "validation-segmentation").mkdir()
     with pytest.raises(UserError, match="n00000001"):
@@ -523,7 +523,7 @@ def test_points_that_answer_nothing_or_name_no_image_are_counted(tmp_path):
     assert conversion.omitted["images_without_a_point"] == 2
 
 
-def test_a_class_of_open_images_that_is_described_twice_is_the_users_mistake(tmp_path):
+def test_a_class_of_open_images_that_is_described_twice_is_an_input_error(tmp_path):
     write_openimages(tmp_path, POINTS, classes=CLASSES, images=["b2", "a1"])
     table = tmp_path / "oidv7-class-descriptions.csv"
     table.write_text(table.read_text() + "/m/0bt9lr,Hound\n")

@@ -214,7 +214,7 @@ def test_an_image_of_another_size_than_coco_says_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"images": []}', '{"images": [{}], "annotations": [1]}'])
-def test_a_file_that_is_not_cocos_is_the_users_mistake(tmp_path, text):
+def test_a_file_that_is_not_cocos_is_an_input_error(tmp_path, text):
     path = write_coco(tmp_path, [], images={1: (24, 32)})
     path.write_text(text)
     with pytest.raises(UserError, match=r"instances_val2017\.json"):

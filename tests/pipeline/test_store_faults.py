@@ -179,7 +179,7 @@ def test_a_configuration_and_the_list_of_shards_it_names_are_read_from_s3(
 
 
 @pytest.mark.parametrize("name", ["gone.yaml", "odd.yaml"])
-def test_a_configuration_that_cannot_be_read_is_the_users_mistake_and_shows_no_secret(name, served):
+def test_a_configuration_that_cannot_be_read_is_an_input_error_and_shows_no_secret(name, served):
     handler, port = served
     handler.content = b"\xff"
     with (

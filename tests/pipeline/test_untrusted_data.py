@@ -273,7 +273,7 @@ def test_ground_truth_is_trusted_no_more_than_anything_else(document, label_map)
 
 
 @pytest.mark.parametrize("texts", [TEXT * 100, png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**22)))])
-def test_texts_beside_a_label_map_are_of_no_interest(texts):
+def test_texts_beside_a_label_map_are_ignored(texts):
     fields = {"jpg": b"", "json": OBJECTS, "seg.png": grey_png(extra=texts)}
     scene = scene_of(RawSample(0, "a", fields), "jpg")
     np.testing.assert_array_equal(scene.label_map, np.zeros((4, 4)))

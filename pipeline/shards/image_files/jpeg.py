@@ -1,4 +1,4 @@
-"""JPEG: marks where they belong, data that last exactly as long as the picture, and no long run of zeros.
+"""JPEG: markers must be in order, data must end with the picture, and must have no long run of zeros.
 
 libjpeg fills up what is missing and passes over what is left, with a warning that Pillow does not hand on.
 

@@ -1,4 +1,4 @@
-"""PNG: chunks with their sums, and without those that no pixel depends on.
+"""PNG: chunks against their checksums; chunks that no pixel depends on are removed.
 
 Source: PNG specification, third edition, section 5, "Datastream structure".
 """

@@ -1,4 +1,4 @@
-"""WebP: chunks that fill their container, and no long run of zeros where compressed data is due.
+"""WebP: chunks must fill their container, and compressed data must have no long run of zeros.
 
 Source: RFC 9649, section 2, "WebP Container Specification".
 """
