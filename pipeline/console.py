@@ -46,16 +46,15 @@ class PrintableConsole(Console):
         """Render and escape; every console method calls this."""
         # escaped before layout, so that column widths fit the escaped text
         if isinstance(renderable, Text) and (shown := on_screen(renderable.plain)) != renderable.plain:
-            renderable = _with_text(renderable, shown)
+            text = renderable
+            renderable = Text(
+                shown, text.style, justify=text.justify, overflow=text.overflow, no_wrap=text.no_wrap
+            )
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment
             else:
                 yield Segment(on_screen(segment.text), segment.style)
-
-
-def _with_text(text: Text, shown: str) -> Text:
-    return Text(shown, text.style, justify=text.justify, overflow=text.overflow, no_wrap=text.no_wrap)
 
 
 class PatientConsole(PrintableConsole):

@@ -116,14 +116,11 @@ def _provide_temporary_folder(environ: MutableMapping[str, str]) -> None:
         ) from None
     if "TMPDIR" in environ and Path(environ["TMPDIR"]) != Path(usable):
         environ["TMPDIR"] = usable
-    if "RAY_TMPDIR" not in environ and not _fits_ray(usable):
+    fits_ray = usable.isascii() and " " not in usable and len(usable) <= MAX_RAY_FOLDER_BYTES
+    if "RAY_TMPDIR" not in environ and not fits_ray:
         short = [folder for folder in ("/tmp", "/var/tmp") if os.access(folder, os.W_OK | os.X_OK)]  # noqa: S108
         if short:
             environ["RAY_TMPDIR"] = short[0]
-
-
-def _fits_ray(folder: str) -> bool:
-    return folder.isascii() and " " not in folder and len(folder) <= MAX_RAY_FOLDER_BYTES
 
 
 def _provide_user_name(environ: MutableMapping[str, str]) -> None:

@@ -69,13 +69,13 @@ def make_setup(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "told"),
+    ("version", "shown"),
     [("3.10.12", "3.10.12"), ("3.14.0", "3.14.0"), ("2.7.18", "2.7.18"), (None, "not there")],
 )
-def test_another_python_is_refused_in_one_line_with_the_way_out(make_setup, version, told):
+def test_another_python_is_refused_in_one_line_with_the_way_out(make_setup, version, shown):
     python, ended = make_setup(version, "demo")
     first, *makes_own = ended.stderr.splitlines()
-    assert first == f"legrad needs Python 3.11 to 3.13; {python} is {told}; run make PYTHON=python3.11 demo"
+    assert first == f"legrad needs Python 3.11 to 3.13; {python} is {shown}; run make PYTHON=python3.11 demo"
     assert [line.split(":")[0] for line in makes_own] == ["make"]
     assert (ended.returncode, ended.stdout) == (2, "")
 

@@ -57,7 +57,7 @@ def test_the_wheel_has_the_demos_files_and_type_marks_but_not_what_made_the_demo
     assert not any(name.startswith(("pipeline/demo/making", "tests")) for name in names)
 
 
-def test_the_installed_wheel_imports_and_tells_its_version(installed, tmp_path):
+def test_the_installed_wheel_imports_and_reports_its_version(installed, tmp_path):
     program = "import legrad, pipeline.training; print(legrad.__file__, legrad.__version__)"
     file, version = run([sys.executable, "-c", program], cwd=tmp_path, env=installed).split()
     assert file.startswith(installed["PYTHONPATH"])

@@ -98,7 +98,8 @@ def trace_images(
             tokens = layer.outputs
             if index >= first_kept:
                 pooled = layer if scoring.pooler is None else run_block(scoring.pooler, tokens, None, index)
-                kept.append(_compact(pooled, tokens))
+                # a copy, as the view would also keep queries and keys in memory
+                kept.append(replace(pooled, values=pooled.values.contiguous(), block_outputs=tokens))
         features = F.normalize(score_features(tower.own, tokens), dim=-1)
     height, width = images.shape[-2:]
     grid_height, grid_width = height // tower.patch_size, width // tower.patch_size
@@ -147,8 +148,3 @@ def score_features(
     normed, _ = run_stages(scoring.token_stages, tokens[:, scoring.pooled_tokens])
     features, _ = run_stages(scoring.head, normed.mean(dim=1, keepdim=True))
     return features[:, 0]
-
-
-def _compact(layer: LayerTrace, block_outputs: Tensor) -> LayerTrace:
-    """Copy the values, as their view would also keep queries and keys in memory."""
-    return replace(layer, values=layer.values.contiguous(), block_outputs=block_outputs)

@@ -18,8 +18,8 @@ from pipeline.annotate.maps import map_bytes, refinement_of
 from pipeline.annotate.meter import Meter
 from pipeline.annotate.model import views_wanted
 from pipeline.annotate.rows import SampleRows, sample_rows
-from pipeline.annotate.samples import ExplainedSample, PreparedSample
-from pipeline.annotate.stream import BatchStream, Stages, StreamLimits
+from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
+from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
 from pipeline.config.schema import InputConfig, JobConfig
 from pipeline.errors import SampleFailure
 from pipeline.output.counts import ShardCounts, total_counts
@@ -93,7 +93,7 @@ class ShardAnnotator:
         self._wanted_fields = wanted_fields(config.input, self._sample_prompts)
         self._in_flight: set[ShardWriter] = set()
         self._stream = BatchStream(
-            Stages(self._size_bytes, self._prepare, _shape, self._engine.explain, self._finish),
+            SampleSteps(self._size_bytes, self._prepare, _shape, self._engine.explain, self._finish),
             StreamLimits(
                 threads=decode_threads,
                 device_threads=batches_at_once,

@@ -12,7 +12,7 @@ from PIL import Image
 import legrad
 from legrad.views import Views, canvas_pixels
 from pipeline.annotate.engine import Engine
-from pipeline.annotate.samples import PreparedSample
+from pipeline.annotate.sample_states import PreparedSample
 from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.images import WHOLE_IMAGE
 

@@ -17,7 +17,7 @@ from legrad.text_cache import TextEmbedder
 from legrad.views import Views, merged_relevance, preprocessed
 from pipeline.annotate.maps import MapSettings, sample_maps
 from pipeline.annotate.meter import Meter
-from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps
 from pipeline.annotate.texts import (
     BatchTextEmbedder,
     BatchTexts,

@@ -11,7 +11,7 @@ from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise
 from legrad.images import ImageTransform
 from legrad.inputs import neutral_patches
 from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
-from pipeline.annotate.samples import SampleMaps, TextMaps
+from pipeline.annotate.sample_states import SampleMaps, TextMaps
 from pipeline.annotate.texts import ImageMaps, images_of_maps
 from pipeline.config.masks import MasksConfig
 

@@ -13,7 +13,7 @@ from legrad.masks.competition import Contestants, competing_masks
 from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks
 from legrad.masks.rle import Rle
 from legrad.masks.thresholds import MaskRule, relevance_contrast
-from pipeline.annotate.samples import ExplainedSample, TextMaps
+from pipeline.annotate.sample_states import ExplainedSample, TextMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
 from pipeline.output.label_map import mask_frame

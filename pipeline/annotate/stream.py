@@ -27,7 +27,7 @@ Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
-class Stages(Generic[Raw, Prepared, Explained, Outcome]):
+class SampleSteps(Generic[Raw, Prepared, Explained, Outcome]):
     """What is done with a sample on its way; `explain` alone runs on the device.
 
     Attributes:
@@ -54,7 +54,7 @@ class StreamLimits:
         threads: number of threads that prepare and finish samples.
         max_samples: samples in flight, from read to written.
         device_threads: batches on the device at a time.
-        max_bytes: sum of `Stages.size_bytes` of the samples in flight; a larger sample is in flight alone.
+        max_bytes: sum of `SampleSteps.size_bytes` of the samples in flight; a larger sample is alone.
         max_readers: most shards that are asked for at a time because the device has run dry.
         max_wait_s: longest time that a sample waits for others of its shape while the device is free.
     """
@@ -94,25 +94,25 @@ class _InFlight(Generic[Prepared, Outcome]):
 
 
 class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
-    """Takes samples of several shards through its stages, in batches that cross the shards' boundaries.
+    """Takes samples of several shards through its steps, in batches that cross the shards' boundaries.
 
     A batch goes to the device when it is full, when nothing could join it before the device has worked, or
     when a sample has waited too long. A batch that fails is tried again shard by shard, so that a sample at
     fault fails its own shard alone.
 
     Args:
-        stages: what is done with a sample.
+        steps: what is done with a sample.
         limits: see `StreamLimits`.
         batch_limit: most samples of a shape in one batch; asked anew for every batch.
     """
 
     def __init__(
         self,
-        stages: Stages[Raw, Prepared, Explained, Outcome],
+        steps: SampleSteps[Raw, Prepared, Explained, Outcome],
         limits: StreamLimits,
         batch_limit: Callable[[Hashable], int],
     ) -> None:
-        self._stages = stages
+        self._steps = steps
         self._limits = limits
         self._lock = threading.RLock()
         self._work_for_device = threading.Condition(self._lock)
@@ -133,7 +133,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._device_threads = started_threads("device", limits.device_threads, self._serve_device)
 
     def run(self, samples: Iterable[Raw], sink: Callable[[Outcome], None]) -> None:
-        """Take the samples of a shard through the stages; the calling thread reads them.
+        """Take the samples of a shard through the steps; the calling thread reads them.
 
         Args:
             samples: read as fast as there is room for them.
@@ -141,13 +141,13 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 this method has returned.
 
         Raises:
-            Exception: whatever reading, a stage or the sink raised for this shard.
+            Exception: whatever reading, a step or the sink raised for this shard.
         """
         source: _Source[Prepared, Outcome] = _Source(sink, threading.Condition(self._lock))
         try:
             with self._reading(source), closing(_as_generator(samples)) as items:
                 for raw in items:
-                    sample = self._admitted(source, self._stages.size_bytes(raw))
+                    sample = self._admitted(source, self._steps.size_bytes(raw))
                     self._pool.submit(PREPARE, partial(self._prepare, sample, raw))
             self._wait_until_written(source)
         except BaseException as error:
@@ -234,7 +234,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         source = sample.source
         try:
             if source.error is None:
-                sample.prepared = self._stages.prepare(raw)
+                sample.prepared = self._steps.prepare(raw)
         except BaseException as error:
             self._fail(source, error)
         with self._lock:
@@ -252,7 +252,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         done = []
         while (sample := source.prepared.pop(source.batched, None)) is not None:
             source.batched += 1
-            shape = self._stages.shape(cast("Prepared | Outcome", sample.prepared))
+            shape = self._steps.shape(cast("Prepared | Outcome", sample.prepared))
             if shape is None:
                 self._finishing += 1
                 done.append(sample)
@@ -264,7 +264,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         source = sample.source
         try:
             if source.error is None:
-                self._write(sample, self._stages.finish(explained))
+                self._write(sample, self._steps.finish(explained))
         except BaseException as error:
             self._fail(source, error)
         self._count_finished()
@@ -352,7 +352,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
 
     def _explain(self, batch: Sequence[_InFlight[Prepared, Outcome]]) -> None:
         try:
-            explained = list(self._stages.explain([cast(Prepared, sample.prepared) for sample in batch]))
+            explained = list(self._steps.explain([cast(Prepared, sample.prepared) for sample in batch]))
             if len(explained) != len(batch):
                 raise ValueError(f"expected {len(batch)} explained samples, received {len(explained)}")
         except BaseException as error:

@@ -166,8 +166,8 @@ def _lines_on_shards_left(job: Job, result: JobResult, max_shards: int | None) -
     from pipeline.run.estimate import extrapolation_lines
 
     ids = job.folder.all_ids()
-    settled = ids.annotations | ids.failed
-    left = [shard.canonical_url for shard in job.shards if shard.shard_id not in settled]
+    left_ids = ids.states_of([shard.shard_id for shard in job.shards]).left
+    left = [shard.canonical_url for shard in job.shards if shard.shard_id in left_ids]
     if left:
         how = "the same command again" if max_shards is None else "the command again without --limit"
         yield f"left: {first_few(left, NAMED_SHARDS)}; run {how} to resume"

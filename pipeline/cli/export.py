@@ -73,7 +73,7 @@ def export(
     for line in export_lines(totals, options, dest):
         console.print(line, soft_wrap=True)
     # with --shards, shards are skipped on purpose
-    is_whole = not totals.damaged and (bool(shards) or not totals.left_out)
+    is_whole = not totals.damaged and (bool(shards) or not totals.omitted)
     raise typer.Exit(0 if is_whole else INCOMPLETE)
 
 
@@ -84,10 +84,10 @@ def export_lines(totals: ExportTotals, options: ExportOptions, dest: str) -> lis
 
     unit = "label map(s)" if options.format in LABEL_MAP_FORMATS else "annotation(s)"
     counts = [f"{totals.counts[kind]:,} {text}" for kind, text in MEANINGS.items() if totals.counts.get(kind)]
-    missing = len(totals.left_out) + len(totals.damaged)
+    missing = len(totals.omitted) + len(totals.damaged)
     total = missing + totals.shards_written + totals.shards_done_before
     incomplete = [f"incomplete: {missing} of {total} shard(s) are not exported"] if missing else []
-    skipped = [f"shard skipped: {shard_id}: {why}" for shard_id, why in sorted(totals.left_out.items())]
+    skipped = [f"shard skipped: {shard_id}: {why}" for shard_id, why in sorted(totals.omitted.items())]
     damaged = [f"shard skipped, damaged: {why}" for _, why in sorted(totals.damaged.items())]
     return [
         *counts,

@@ -12,7 +12,7 @@ from pipeline.cli.common import Destination, open_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pipeline.datasets.dataset import TruthDataset
+    from pipeline.datasets.truth_dataset import TruthDataset
     from pipeline.datasets.writing import Conversion
 
 NAMES_SHOWN = 3
@@ -160,7 +160,7 @@ def _counts(conversion: Conversion) -> Table:
     for reason, count in sorted(conversion.skipped.items()):
         names = [name for name, _ in conversion.skipped_names[reason][:NAMES_SHOWN]]
         table.add_row(f"skipped: {reason}", str(count), Text(repr(names)[1:-1]))
-    for kind, count in sorted(conversion.left_out.items()):
-        names = conversion.left_out_names.get(kind, [])[:NAMES_SHOWN]
+    for kind, count in sorted(conversion.omitted.items()):
+        names = conversion.omitted_names.get(kind, [])[:NAMES_SHOWN]
         table.add_row(f"records skipped: {kind}", str(count), Text("; ".join(names)))
     return table

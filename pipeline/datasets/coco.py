@@ -26,7 +26,7 @@ from pycocotools import mask as run_lengths
 from legrad.errors import RleError
 from legrad.masks.rle import Rle, decode_rle, decode_runs, encode_rle, mask_area
 from pipeline.datasets.coco_records import CocoRecords, read_records, whole_number
-from pipeline.datasets.dataset import (
+from pipeline.datasets.truth_dataset import (
     IGNORED,
     SkippedRecords,
     TruthDataset,

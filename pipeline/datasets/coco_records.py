@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.datasets.dataset import SkippedRecords, unique_names
+from pipeline.datasets.truth_dataset import SkippedRecords, unique_names
 
 Record = Mapping[str, Any]
 Read = TypeVar("Read")

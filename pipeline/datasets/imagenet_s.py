@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.datasets.dataset import (
+from pipeline.datasets.truth_dataset import (
     TruthDataset,
     TruthSample,
     as_label_map,

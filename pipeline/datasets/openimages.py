@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.csv as arrow_csv
 from jaxtyping import Bool, Float, Int
 
-from pipeline.datasets.dataset import (
+from pipeline.datasets.truth_dataset import (
     SkippedRecords,
     TruthDataset,
     TruthSample,

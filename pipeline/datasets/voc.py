@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.datasets.dataset import (
+from pipeline.datasets.truth_dataset import (
     TruthDataset,
     TruthSample,
     as_label_map,
@@ -46,7 +46,8 @@ def open_voc(root: str | Path, split: str = "val") -> TruthDataset:
     Raises:
         UserError: a list or folder is missing.
     """
-    folder = _find_root(Path(root))
+    places = [Path(root, below) for below in ("", "VOC2012", "VOCdevkit/VOC2012")]
+    folder = next((place for place in places if (place / "ImageSets").is_dir()), places[0])
     require_folder(folder / "JPEGImages", "images")
     require_folder(folder / "SegmentationClass", "label maps")
     try:
@@ -54,11 +55,6 @@ def open_voc(root: str | Path, split: str = "val") -> TruthDataset:
     except SampleFailure as failure:
         raise UserError(f"split: {failure.message}") from None
     return TruthDataset(f"voc2012-{split}", CLASS_NAMES, names, lambda name: _read(folder, name))
-
-
-def _find_root(root: Path) -> Path:
-    candidates = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
-    return next((path for path in candidates if (path / "ImageSets").is_dir()), root)
 
 
 def _read(folder: Path, name: str) -> TruthSample:

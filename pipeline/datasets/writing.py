@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.config.classes import class_lines
-from pipeline.datasets.dataset import IGNORED, TruthDataset, TruthSample
+from pipeline.datasets.truth_dataset import IGNORED, TruthDataset, TruthSample
 from pipeline.errors import SampleFailure, UserError
 from pipeline.shards.ground_truth import IGNORED_LABEL, IGNORED_LABEL_16_BIT, LABEL_MAP_FIELD
 from pipeline.text import printable
@@ -59,8 +59,8 @@ class Conversion:
         shards: names of the tars, in order.
         skipped: number of skipped images by reason.
         skipped_names: the first skipped images by reason, with what is wrong with them.
-        left_out: number of records that are in no sample, by kind.
-        left_out_names: the first of these records by kind, with what is wrong with them if it is known.
+        omitted: number of records that are in no sample, by kind.
+        omitted_names: the first of these records by kind, with what is wrong with them if it is known.
     """
 
     dataset: str
@@ -71,8 +71,8 @@ class Conversion:
     shards: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_names: dict[str, list[list[str]]] = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)
-    left_out_names: dict[str, list[str]] = field(default_factory=dict)
+    omitted: dict[str, int] = field(default_factory=dict)
+    omitted_names: dict[str, list[str]] = field(default_factory=dict)
 
     def skip(self, name: str, failure: SampleFailure) -> None:
         """Count a skipped image."""
@@ -115,8 +115,8 @@ def write_shards(
     while conversion.images_read < conversion.images:
         with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
             samples = _fill_shard(dataset, conversion, keys, spool, limits)
-            conversion.left_out = dict(+dataset.skipped.counts)
-            conversion.left_out_names = dict(dataset.skipped.names)
+            conversion.omitted = dict(+dataset.skipped.counts)
+            conversion.omitted_names = dict(dataset.skipped.names)
             if samples:
                 name = _shard_name(dataset, len(conversion.shards))
                 size_bytes = spool.seek(0, io.SEEK_END)

@@ -175,7 +175,7 @@ def evaluate_scenes(
     Raises:
         UserError: no scene could be scored, or a class id is not in the class list.
     """
-    left_out: Counter[str] = Counter()
+    omitted: Counter[str] = Counter()
     depth = len(explainer.tower.blocks)
     configured = (
         min(options.configured_layers, depth) if isinstance(options.configured_layers, int) else depth
@@ -184,20 +184,20 @@ def evaluate_scenes(
     layer_counts = {count for count in (*options.layers, configured, depth) if count <= depth}
     class_texts = [options.class_template.format(name) for name in class_names or ()]
     evaluator = MapEvaluator(explainer, class_texts, sorted(layer_counts), options.seed)
-    decoded = _decoded(scenes, explainer, settings, left_out)
+    decoded = _decoded(scenes, explainer, settings, omitted)
     batches: list[MeasuredScenes] = []
     perturbed_left = options.perturbed_scenes
     for batch in _batched(decoded, SCENES_PER_BATCH):
         batches.append(evaluator.measure(batch, min(perturbed_left, len(batch))))
         perturbed_left -= min(perturbed_left, len(batch))
     if not batches:
-        raise UserError(f"no scene with ground truth could be scored; skipped: {dict(left_out) or 'nothing'}")
+        raise UserError(f"no scene with ground truth could be scored; skipped: {dict(omitted) or 'nothing'}")
     found = joined(batches)
     return EvaluationResult(
         model=options.label,
         scenes=len(found.present),
         pairs=len(found.scene_of_pair),
-        left_out=dict(left_out),
+        omitted=dict(omitted),
         maps=score_maps(
             found.methods,
             found.metrics,
@@ -235,24 +235,24 @@ def _decoded(
     scenes: Iterable[Scene | SampleError],
     explainer: legrad.LeGrad,
     settings: InputConfig,
-    left_out: Counter[str],
+    omitted: Counter[str],
 ) -> Iterator[DecodedScene]:
     """Yield the scenes that can be scored; count the others by reason."""
     for scene in scenes:
         if isinstance(scene, SampleError):
-            left_out[f"samples: {scene.stage}/{scene.kind}"] += 1
+            omitted[f"samples: {scene.stage}/{scene.kind}"] += 1
             continue
         objects = scene.pointed_objects() if scene.label_map is None else scene.visible_objects()
         hidden = len(scene.class_ids) - len(objects)
         if hidden:
-            left_out["objects without a visible pixel or point"] += hidden
+            omitted["objects without a visible pixel or point"] += hidden
         if not objects:
-            left_out["scenes without a visible object"] += 1
+            omitted["scenes without a visible object"] += 1
             continue
         try:
             image = decode_image(scene.image, explainer.transform, max_image_pixels=settings.max_image_pixels)
         except SampleFailure as failure:
-            left_out[f"samples: {failure.stage}/{failure.kind}"] += 1
+            omitted[f"samples: {failure.stage}/{failure.kind}"] += 1
             continue
         yield DecodedScene(scene, objects, image.pixels, image.image_height, image.image_width)
 

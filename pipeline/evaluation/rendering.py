@@ -18,7 +18,7 @@ from pipeline.evaluation.map_scores import THRESHOLDS
 from pipeline.evaluation.result import EvaluationResult, MapScores, RecognitionScores, WrittenMaskScores
 
 CURVES_PER_LINE = 3
-# Tol's muted colours, which most eyes tell apart
+# Tol's muted colours, which most eyes distinguish
 BASELINE_COLOURS = ("#117733", "#ddaa33", "#882255", "#44aa99", "#aa4499", "#999933", "#888888", "#332288")
 OWN_COLOUR, OTHER_COLOUR, CONFIGURED_COLOUR = "#4477aa", "#bbbbbb", "#cc3311"
 PANEL_WIDTH_IN, ROW_HEIGHT_IN, CURVE_HEIGHT_IN = 3.4, 0.24, 2.6
@@ -171,7 +171,7 @@ def _notes(result: EvaluationResult) -> Sequence[str]:
             "+ the most relevant patches first, - the least relevant first; a faithful map has a small area "
             "under deletion + and insertion -, and a large area under deletion - and insertion +"
         )
-    notes += [f"skipped: {count} {reason}" for reason, count in result.left_out.items()]
+    notes += [f"skipped: {count} {reason}" for reason, count in result.omitted.items()]
     return notes
 
 

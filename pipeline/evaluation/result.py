@@ -174,7 +174,7 @@ class EvaluationResult:
         model: name of the evaluated model.
         scenes: scenes whose maps were scored.
         pairs: (scene, prompt) pairs whose maps were scored.
-        left_out: number of skipped samples and objects by reason.
+        omitted: number of skipped samples and objects by reason.
         maps: one entry for each method, LeGrad first.
         recognition: None without a class list.
         written: scores of written masks; None where no output folder was evaluated.
@@ -185,7 +185,7 @@ class EvaluationResult:
     model: str
     scenes: int
     pairs: int
-    left_out: Mapping[str, int]
+    omitted: Mapping[str, int]
     maps: tuple[MapScores, ...]
     recognition: RecognitionScores | None = None
     written: WrittenMaskScores | None = None

@@ -1,6 +1,6 @@
 """Masks as other tools read them: COCO JSON, VOC and mmsegmentation trees, WebDataset.
 
-write (which shards, resuming, counts) -> samples (image and rows of each) -> coco | voc | webdataset
+write (which shards, resuming, counts) -> export_samples (image and rows of each) -> coco | voc | webdataset
 """
 
 from typing import Literal

@@ -16,7 +16,7 @@ from legrad.masks.cleaning import EIGHT_NEIGHBOURS
 from legrad.masks.rle import encode_rle, mask_area, mask_bbox_xywh
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.export.samples import ExportSample
+from pipeline.export.export_samples import ExportSample
 from pipeline.output.label_map import mask_at_size
 
 PARTS_FOLDER, MERGED_FILE = "annotations", "annotations.json"

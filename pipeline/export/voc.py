@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline import storage
-from pipeline.export.samples import ExportSample, index_png
+from pipeline.export.export_samples import ExportSample, index_png
 
 
 @dataclass(frozen=True)

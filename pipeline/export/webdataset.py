@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import webdataset
 
 from pipeline import storage
-from pipeline.export.samples import ExportSample, index_png
+from pipeline.export.export_samples import ExportSample, index_png
 from pipeline.shards.ground_truth import LABEL_MAP_FIELD
 
 

@@ -17,7 +17,7 @@ from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.export import LABEL_MAP_FORMATS, Format
 from pipeline.export.coco import CocoExport, Kind, merge_parts
-from pipeline.export.samples import ExportSample, export_samples
+from pipeline.export.export_samples import ExportSample, export_samples
 from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
 from pipeline.output.folder import OutputFolder
@@ -74,7 +74,7 @@ class ExportTotals:
         counts: what became of samples and rows, summed over shards.
         shards_written: in this run.
         shards_done_before: by an earlier run.
-        left_out: shards of the job that are not part of it, and why.
+        omitted: shards of the job that are not part of it, and why.
         class_names: of the classes that occur.
         damaged: shards of which the job's own files cannot be read, and why.
     """
@@ -83,7 +83,7 @@ class ExportTotals:
     counts: Mapping[str, int]
     shards_written: int
     shards_done_before: int
-    left_out: Mapping[str, str]
+    omitted: Mapping[str, str]
     class_names: Mapping[int, str]
     damaged: Mapping[str, str] = field(default_factory=dict)
 
@@ -141,7 +141,7 @@ def export_job(
             damaged[shard_id] = str(error)
             continue
         records[shard_id] = record
-    totals = _totals(records.values(), written_now, pairing.left_out, damaged)
+    totals = _totals(records.values(), written_now, pairing.omitted, damaged)
     _finish(export, records, {entry.class_id: entry.name for entry in export.classes} or totals.class_names)
     return totals
 
@@ -256,14 +256,14 @@ def _attempt(out: str, shard_id: str) -> str:
 
 
 def _totals(
-    records: Iterable[ShardRecord], written_now: int, left_out: Mapping[str, str], damaged: Mapping[str, str]
+    records: Iterable[ShardRecord], written_now: int, omitted: Mapping[str, str], damaged: Mapping[str, str]
 ) -> ExportTotals:
     listed = list(records)
     counts = sum((Counter(record.counts) for record in listed), start=Counter[str]())
     names = {number: name for record in listed for number, name in record.class_names.items()}
     written = sum(record.written for record in listed)
     done_before = len(listed) - written_now
-    return ExportTotals(written, counts, written_now, done_before, left_out, names, damaged)
+    return ExportTotals(written, counts, written_now, done_before, omitted, names, damaged)
 
 
 def _finish(export: _Export, shard_ids: Iterable[str], class_names: Mapping[int, str]) -> None:

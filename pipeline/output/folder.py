@@ -64,6 +64,16 @@ def new_run_id() -> str:
 
 
 @dataclass(frozen=True)
+class ShardStates:
+    """Ids of shards by their state in an output folder; each shard has one state."""
+
+    done: frozenset[str]
+    damaged: frozenset[str]
+    failed: frozenset[str]
+    left: frozenset[str]
+
+
+@dataclass(frozen=True)
 class FolderIds:
     """Ids of the shards that have a file in each subfolder of an output folder."""
 
@@ -76,6 +86,17 @@ class FolderIds:
     def all(self) -> frozenset[str]:
         """Ids of the shards that have any file."""
         return self.annotations | self.errors | self.failed | self.damaged
+
+    def states_of(self, shard_ids: Collection[str]) -> ShardStates:
+        """Return the states of shards whose files, where they exist, are valid."""
+        ids = frozenset(shard_ids)
+        published, failed = ids & self.annotations, (ids & self.failed) - self.annotations
+        return ShardStates(
+            done=published - self.damaged,
+            damaged=published & self.damaged,
+            failed=failed,
+            left=ids - published - failed,
+        )
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class JoinCounts:
         mispaired: samples whose rows have another key, or were made of an image of another size.
         undecodable: samples whose image, mask or label map cannot be decoded.
         rows_without_sample: rows whose ordinal the shard does not have.
-        shards_left_out: shards skipped because their two files are of different attempts, or unreadable.
+        shards_omitted: shards skipped because their two files are of different attempts, or unreadable.
     """
 
     joined: int = 0
@@ -55,7 +55,7 @@ class JoinCounts:
     mispaired: int = 0
     undecodable: int = 0
     rows_without_sample: int = 0
-    shards_left_out: int = 0
+    shards_omitted: int = 0
 
     @property
     def samples(self) -> int:
@@ -87,11 +87,11 @@ class Pairing:
 
     Attributes:
         pairs: in the order of their ids.
-        left_out: by shard id, why a shard is skipped: no annotations, or unknown place of its images.
+        omitted: by shard id, why a shard is skipped: no annotations, or unknown place of its images.
     """
 
     pairs: tuple[ShardPair, ...]
-    left_out: Mapping[str, str]
+    omitted: Mapping[str, str]
 
 
 def pair_shards(out_dir: str, given: Sequence[str] = ()) -> Pairing:
@@ -108,16 +108,16 @@ def pair_shards(out_dir: str, given: Sequence[str] = ()) -> Pairing:
     listed = {row["shard_id"]: row for row in folder.shard_rows()}
     located = locate_shards(list(listed.values()), given)
     unannotated = set(listed) - folder.ids(ANNOTATIONS)
-    left_out = dict.fromkeys(unannotated, "has no annotations") | dict(located.missing)
-    usable = sorted(set(located.sources) - set(left_out))
+    omitted = dict.fromkeys(unannotated, "has no annotations") | dict(located.missing)
+    usable = sorted(set(located.sources) - set(omitted))
     if not usable:
-        reasons = "; ".join(sorted(set(left_out.values())))
+        reasons = "; ".join(sorted(set(omitted.values())))
         raise UserError(
             f"{storage.shown_url(out_dir)}: none of the {len(listed)} shards can be used: {reasons}"
         )
     config_hash = folder.job().config_hash
     pairs = tuple(ShardPair(located.sources[name], name, listed[name], config_hash) for name in usable)
-    return Pairing(pairs, left_out)
+    return Pairing(pairs, omitted)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Source:
         except (ShardError, DamagedFileError) as error:
             if not self.skip_unreadable:
                 raise
-            count("shards_left_out", 1)
+            count("shards_omitted", 1)
             _log.warning("skipping the unreadable rest of a shard: %s", error)
 
     def _read(self, share: Share[ShardPair], count: Count) -> Iterator[JoinedSample]:
@@ -221,7 +221,7 @@ class Source:
         except MismatchError as error:
             if self.refuse_mismatches:
                 raise
-            count("shards_left_out", 1)
+            count("shards_omitted", 1)
             _log.warning("skipping a shard that must be annotated again: %s", error)
             return
         with folder.open(ANNOTATIONS, pair.annotations_id) as table, storage.open_shard(pair.shard) as stream:

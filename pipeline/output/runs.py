@@ -22,6 +22,7 @@ from pipeline.output.tables import read_record
 INTERVAL_S = 60.0
 MAX_POINTS = 256
 RUNNING = "running"
+ENDINGS: dict[type[BaseException], str] = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}
 # for a record at the end of a run
 LONGEST_WAIT_S = 20.0
 
@@ -245,13 +246,8 @@ def recorded_run(folder: OutputFolder) -> Iterator[RunRecorder]:
     try:
         yield recorder
     except BaseException as error:
-        recorder.close(_named(error))
+        recorder.close(ENDINGS.get(type(error), f"failed: {type(error).__name__}"))
         raise
-
-
-def _named(error: BaseException) -> str:
-    names = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}
-    return names.get(type(error), f"failed: {type(error).__name__}")
 
 
 def latest_run(folder: OutputFolder) -> RunRecord | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import DamagedFileError
 from pipeline.output.counts import ShardCounts, error_kinds_text, total_counts
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
-from pipeline.output.records import FooterRecord, JobRecord
+from pipeline.output.records import FooterRecord
 from pipeline.output.runs import RunRecord, RunState, latest_run
 from pipeline.output.schema import ShardRow
 from pipeline.text import printable
@@ -42,42 +42,42 @@ class FolderState:
     counts: Mapping[str, ShardCounts] | None
 
 
-def read_state(folder: OutputFolder, job: JobRecord, *, max_footers: int | None = None) -> FolderState:
+def read_state(
+    folder: OutputFolder, rows: Sequence[ShardRow], config_hash: str, *, max_footers: int | None = None
+) -> FolderState:
     """Read the state of every shard of a job; nothing is changed.
 
     Args:
         folder: the output folder.
-        job: its OUT/job.json.
+        rows: rows of its OUT/shards.parquet.
+        config_hash: of the job.
         max_footers: if more shards are published, their footers are not read, so that mismatched files count
             as done and samples are not counted. None: no limit.
 
     Raises:
-        UserError: the folder has no list of shards.
-        DamagedFileError: its list of shards is damaged or foreign.
         OutputError: the folder cannot be listed.
     """
-    listed = {row["shard_id"]: row for row in folder.shard_rows()}
+    listed = {row["shard_id"]: row for row in rows}
     ids = folder.all_ids()
-    published = [shard_id for shard_id in listed if shard_id in ids.annotations]
+    published = [row for row in rows if row["shard_id"] in ids.annotations]
     counts: dict[str, ShardCounts] | None = None
     mismatched: dict[str, str] = {}
-    damaged = ids.damaged
     if max_footers is None or len(published) <= max_footers:
-        found = folder.checked_footers([listed[shard_id] for shard_id in published], job.config_hash)
+        found = folder.checked_footers(published, config_hash)
         footers = {name: footer for name, footer in found.items() if isinstance(footer, FooterRecord)}
         mismatched = {
             name: str(error) for name, error in found.items() if isinstance(error, DamagedFileError)
         }
         counts = {name: footer.counts() for name, footer in footers.items()}
         damaged = frozenset(name for name, footer in footers.items() if footer.state == "damaged")
-    valid = [shard_id for shard_id in published if shard_id not in mismatched]
-    failed = sorted((ids.failed & set(listed)) - set(valid))
+        ids = replace(ids, annotations=ids.annotations - set(mismatched), damaged=damaged)
+    states = ids.states_of(listed)
     return FolderState(
         listed=listed,
-        done=tuple(shard_id for shard_id in valid if shard_id not in damaged),
-        damaged=tuple(shard_id for shard_id in valid if shard_id in damaged),
-        failed=tuple(failed),
-        left=tuple(sorted(set(listed) - set(valid) - set(failed))),
+        done=tuple(shard_id for shard_id in listed if shard_id in states.done),
+        damaged=tuple(shard_id for shard_id in listed if shard_id in states.damaged),
+        failed=tuple(sorted(states.failed)),
+        left=tuple(sorted(states.left)),
         mismatched=mismatched,
         strays=folder.stray_annotations(listed),
         counts=counts,
@@ -126,7 +126,7 @@ def read_status(output_dir: str) -> OutputStatus:
     """
     folder = OutputFolder(output_dir)
     job = folder.job()
-    state = read_state(folder, job)
+    state = read_state(folder, folder.shard_rows(), job.config_hash)
     counts = total_counts((state.counts or {}).values())
     return OutputStatus(
         shards_total=len(state.listed),

@@ -94,12 +94,12 @@ def survey(
     shards = _with_ids(listing, known, moved)
     by_id = {shard.shard_id: shard for shard in shards}
     changed = [shard for shard in shards if _has_changed(shard, known.get(shard.canonical_url), ids)]
-    holds = (ids.annotations & set(by_id)) - {shard.shard_id for shard in changed}
+    states = ids.states_of(set(by_id) - {shard.shard_id for shard in changed})
     return Survey(
         shards=tuple(shards),
-        done=frozenset(holds - ids.damaged),
-        damaged=frozenset(holds & ids.damaged),
-        failed=frozenset((ids.failed & set(by_id)) - ids.annotations - {shard.shard_id for shard in changed}),
+        done=states.done,
+        damaged=states.damaged,
+        failed=states.failed,
         changed=tuple(changed),
         unlisted=frozenset(ids.all - set(by_id)),
         moved=tuple((row["shard"], by_id[row["shard_id"]]) for row in moved.values()),

@@ -85,7 +85,7 @@ def read_totals(folder: OutputFolder, job: JobRecord) -> Totals:
         DamagedFileError: its list of shards is damaged or foreign.
         OutputError: the folder cannot be listed.
     """
-    state = read_state(folder, job, max_footers=MAX_FOOTERS)
+    state = read_state(folder, folder.shard_rows(), job.config_hash, max_footers=MAX_FOOTERS)
     broken = list(state.mismatched.values())
     counts: ShardCounts | None
     if state.counts is None:

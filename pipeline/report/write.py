@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from pipeline.config.classes import ClassEntry, read_class_list
 from pipeline.errors import UserError
 from pipeline.output.folder import OutputFolder
 from pipeline.output.image_shards import LocatedShards, locate_shards
+from pipeline.output.records import utc_now
 from pipeline.report.gallery import read_cards, with_pictures
 from pipeline.report.page import PageContent, render_page
 from pipeline.report.scores import ScoredRows, read_scores
@@ -83,14 +83,14 @@ def write_report(
     folder = OutputFolder(out_dir)
     job = folder.job()
     config = folder.config(job)
-    class_names = _class_names(classes_file, config.prompts.classes)
     totals = read_totals(folder, job)
     located = locate_shards(totals.listed, shards)
     generator = np.random.default_rng(seed)
     scores = read_scores(folder, totals.done, generator)
     shown_shards = _shown_shards(scores, totals.listed, located)
-    chosen, at_random = choose_rows(scores, _rows_of(scores, shown_shards), samples, generator)
-    cards, unread = read_cards(folder, scores, chosen, at_random)
+    cards, unread = read_cards(
+        folder, scores, *choose_rows(scores, _rows_of(scores, shown_shards), samples, generator)
+    )
     gallery = with_pictures(folder, cards, located, config, PICTURE_BYTES // max(1, len(cards)))
     page = render_page(
         PageContent(
@@ -101,15 +101,13 @@ def write_report(
             scores=scores,
             gallery=gallery,
             shards_shown=len(shown_shards),
-            class_names=class_names,
+            class_names=_class_names(classes_file, config.prompts.classes),
             seed=seed,
-            made=datetime.now(UTC).isoformat(timespec="seconds"),
+            made=utc_now(),
         )
     ).encode()
-    url = to or storage.join_url(out_dir, REPORT_FILE)
-    _publish(url, page)
     return Report(
-        url=storage.shown_url(url),
+        url=_published(page, to or storage.join_url(out_dir, REPORT_FILE)),
         size_bytes=len(page),
         rows_shown=len(gallery.cards),
         pictures=sum(card.pictures is not None for card in gallery.cards),
@@ -154,12 +152,14 @@ def _rows_of(scores: ScoredRows, shard_ids: set[str]) -> Bool[np.ndarray, " rows
     return rows
 
 
-def _publish(url: str, page: bytes) -> None:
+def _published(page: bytes, url: str) -> str:
+    """Publish the page; return its URL as it may be shown."""
     bare, options = storage.absolute(url), ""
     if "://" in bare:
         bare, _, options = bare.partition("?")
     folder, _, name = bare.rpartition("/")
     storage.publish(f"{folder}?{options}" if options else folder or "/", name, page)
+    return storage.shown_url(url)
 
 
 def render_report(report: Report) -> str:

@@ -192,7 +192,8 @@ def dry_run_lines(found: DryRun) -> list[str]:
     left = [shard for shard in found.shards if shard.shard_id not in found.done]
     size_bytes, unsized = _total_bytes(found.shards)
     lines = [f"{shard.canonical_url}  {_size_of(shard)}{_mark(shard, found)}" for shard in found.shards]
-    lines = [*lines[:LISTED_SHARDS], *_and_more(len(lines) - LISTED_SHARDS)]
+    if len(lines) > LISTED_SHARDS:
+        lines = [*lines[:LISTED_SHARDS], f"... and {len(lines) - LISTED_SHARDS:,} more"]
     lines.append(f"shards: {len(found.shards):,} in total, {len(left):,} left; {decimal(size_bytes)}")
     if unsized:
         lines.append(f"{unsized:,} shard(s) of unknown size, perhaps missing, are not in the estimates")
@@ -218,10 +219,6 @@ def _mark(shard: ShardSource, found: DryRun) -> str:
 
 def _size_of(shard: ShardSource) -> str:
     return "? bytes" if shard.size_bytes is None else decimal(shard.size_bytes)
-
-
-def _and_more(number: int) -> list[str]:
-    return [f"... and {number:,} more"] if number > 0 else []
 
 
 def _output_size_line(found: DryRun) -> str:

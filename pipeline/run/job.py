@@ -14,8 +14,6 @@ from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, UserError
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import (
-    ANNOTATIONS,
-    DAMAGED,
     FAILED,
     JOB_FILE,
     SHARDS_FILE,
@@ -120,8 +118,10 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
 
 def as_run(config: JobConfig) -> JobConfig:
     """Return the configuration with absolute paths and files read; raises UserError if one cannot be read."""
-    config = _with_absolute_paths(config)
-    return config.model_copy(update={"prompts": with_files_read(config.prompts)})
+    # workers on a cluster have another working directory than this process
+    output = config.output.model_copy(update={"dir": storage.absolute(config.output.dir)})
+    model, prompts = resolved(config.model), with_files_read(config.prompts)
+    return config.model_copy(update={"output": output, "model": model, "prompts": prompts})
 
 
 def stamp_of(config: JobConfig) -> JobStamp:
@@ -228,15 +228,8 @@ def _warnings(found: Survey) -> tuple[str, ...]:
 
 def looked_at_again(job: Job) -> Job:
     """Return the job with what its folder contains now; raises OutputError if it cannot be listed."""
-    listed = frozenset(shard.shard_id for shard in job.shards)
-    published, damaged = job.folder.ids(ANNOTATIONS) & listed, job.folder.ids(DAMAGED)
-    return replace(job, done=published - damaged, damaged=published & damaged)
-
-
-def _with_absolute_paths(config: JobConfig) -> JobConfig:
-    # workers on a cluster have another working directory than this process
-    output = config.output.model_copy(update={"dir": storage.absolute(config.output.dir)})
-    return config.model_copy(update={"output": output, "model": resolved(config.model)})
+    states = job.folder.all_ids().states_of([shard.shard_id for shard in job.shards])
+    return replace(job, done=states.done, damaged=states.damaged)
 
 
 def record_failure(folder: OutputFolder, shard: ShardSource, attempts: int, last_error: str) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.output.counts import ShardCounts, total_counts
 from pipeline.output.folder import ANNOTATIONS, SUCCESS_FILE
-from pipeline.output.records import FooterRecord
 from pipeline.output.runs import RunState
-from pipeline.output.status import reason_at_end
+from pipeline.output.status import FolderState, read_state, reason_at_end
 from pipeline.run import job as jobs
 from pipeline.run.job import Job
 from pipeline.run.progress import Progress
@@ -155,10 +154,12 @@ def concluded(job: Job, result: JobResult) -> JobResult:
 
 def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
     """Check every footer against the list of shards, apply the error budget, and write OUT/_SUCCESS."""
-    if others := _work_of_others(job):
+    state = read_state(job.folder, job.rows, job.stamp.config_hash)
+    if others := _work_of_others(job, state):
         return replace(result, stopped=others)
-    footers = job.folder.checked_footers(job.rows, job.stamp.config_hash)
-    torn = [shard for shard in job.shards if _is_torn(footers[shard.shard_id], shard.shard_id in job.done)]
+    # the archive of a shard that had no record of damage at the start may be damaged all the same
+    sound = {*state.done, *(set(state.damaged) - job.done)}
+    torn = [shard for shard in job.shards if shard.shard_id not in sound]
     if torn:
         job.folder.remove(SUCCESS_FILE)
         job.folder.set_aside(shard.shard_id for shard in torn)
@@ -170,14 +171,14 @@ def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
             f"again to redo them: {first_few(urls)}",
             torn=urls,
         )
-    total = total_counts(footer.counts() for footer in footers.values() if isinstance(footer, FooterRecord))
+    total = total_counts((state.counts or {}).values())
     result = replace(result, totals=total, stopped=reason_at_end(job.config.run, total))
     if result.complete:
         jobs.record_success(job.folder, len(job.shards), len(result.damaged), total)
     return result
 
 
-def _work_of_others(job: Job) -> str:
+def _work_of_others(job: Job, state: FolderState) -> str:
     """Return what another job changed in the folder since this one began; empty if nothing."""
     try:
         record, rows = job.folder.job(), job.folder.shard_rows()
@@ -189,14 +190,10 @@ def _work_of_others(job: Job) -> str:
             f"another job with another {what} wrote to this folder during the run; wait until it ends and "
             "run the command whose results you want again, or choose another output.dir"
         )
-    if foreign := job.folder.stray_annotations(job.listed):
+    if state.strays:
         return (
-            f"{ANNOTATIONS}/ received {len(foreign):,} file(s) that belong to no shard of this job, such as "
-            f"{printable(foreign[0])}; wait until other jobs on this folder end, then run this command again"
+            f"{ANNOTATIONS}/ received {len(state.strays):,} file(s) that belong to no shard of this job, "
+            f"such as {printable(state.strays[0])}; wait until other jobs on this folder end, then run this "
+            "command again"
         )
     return ""
-
-
-def _is_torn(footer: FooterRecord | DamagedFileError, is_listed_as_done: bool) -> bool:
-    """Return whether files do not belong together, or a damaged archive's record is missing."""
-    return isinstance(footer, DamagedFileError) or (is_listed_as_done and footer.state != "done")

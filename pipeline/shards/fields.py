@@ -29,8 +29,9 @@ def find_field(fields: Mapping[str, bytes], spec: str, *, stage: str = "decode")
     for name in names:
         if name in fields:
             return fields[name]
+    wanted = " or ".join(f"`{printable(name)}`" for name in names)
     raise SampleFailure(
-        stage, "missing_field", f"sample has no field {_quoted(names)}{describe_fields(fields, names)}"
+        stage, "missing_field", f"sample has no field {wanted}{describe_fields(fields, names)}"
     )
 
 
@@ -42,10 +43,6 @@ def describe_fields(fields: Mapping[str, bytes], missed: Sequence[str] = ()) -> 
     if dotted is None:
         return description
     return f"{description} (a key ends at the first dot of the base name, and all that follows is the field)"
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return " or ".join(f"`{printable(name)}`" for name in names)
 
 
 def listed_names(names: Collection[str]) -> str:

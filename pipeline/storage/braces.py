@@ -91,9 +91,6 @@ def expand_braces(pattern: str, *, escape: bool = True, most: int = MAX_NAMES) -
     """
     names = count_names(pattern, escape=escape)
     if names > most or names * len(pattern) > MAX_CHARACTERS:
-        raise BraceError(f"braces stand for {_rounded(names)} names; the limit is {most:,}")
+        number = f"{names:,}" if names < 10**15 else "more than 10^15"
+        raise BraceError(f"braces stand for {number} names; the limit is {most:,}")
     return iter(braceexpand.braceexpand(pattern, escape=escape))
-
-
-def _rounded(names: int) -> str:
-    return f"{names:,}" if names < 10**15 else "more than 10^15"

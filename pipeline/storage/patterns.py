@@ -110,12 +110,9 @@ def _lines(url: str) -> list[str]:
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     patterns = [line for line in lines if line and not line.startswith("#")]
     if not patterns:
-        raise UserError(f"input.shards: the list {short_url(url)} names no shard: {_emptiness(text)}")
+        problem = "it has only comments and empty lines" if text.strip() else "it is empty"
+        raise UserError(f"input.shards: the list {short_url(url)} names no shard: {problem}")
     return patterns
-
-
-def _emptiness(text: str) -> str:
-    return "it has only comments and empty lines" if text.strip() else "it is empty"
 
 
 def _same_list(url: str) -> str:

@@ -1,4 +1,4 @@
-"""Samples to batches, also where they have different numbers of prompts."""
+"""Collate samples to batches, also samples with different numbers of prompts."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class MaskDataset(IterableDataset[Sample]):
             DamagedFileError of their annotations.
 
     Attributes:
-        left_out: by shard id, why a shard of the job is not read.
+        omitted: by shard id, why a shard of the job is not read.
 
     Raises:
         UserError: as `pair_shards`; no job is in the folder; an argument is out of its range.
@@ -101,7 +101,7 @@ class MaskDataset(IterableDataset[Sample]):
         pairing = pair_shards(out, [shards] if isinstance(shards, str) else shards)
         self._settings = OutputFolder(out).config().input
         self._pairs = pairing.pairs
-        self.left_out = pairing.left_out
+        self.omitted = pairing.omitted
         self._source = Source(
             out, _fields(self._settings, target), self._settings.max_member_bytes, skip_unreadable
         )

@@ -1,4 +1,4 @@
-"""What is learnt of a sample: a label map or a mask for each prompt, and how much each of them counts."""
+"""Training targets of a sample: a label map, or a mask for each prompt, and their weights."""
 
 from __future__ import annotations
 

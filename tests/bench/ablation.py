@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from environment import environment
-from hands import work_through
+from shards_in_flight import work_through
 
 from legrad.quality.metrics import Estimate
 from pipeline import storage

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from environment import environment
-from hands import work_through
+from shards_in_flight import work_through
 
 import legrad
 from pipeline import storage
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer
-from pipeline.annotate.samples import PreparedSample
+from pipeline.annotate.sample_states import PreparedSample
 from pipeline.cli.demo import demo_config
 from pipeline.config.schema import JobConfig
 from pipeline.prompts.sample_prompts import Prompt

@@ -1,4 +1,4 @@
-"""One process that explains images in one way, told by lines of JSON what to do and answering in the same.
+"""One process that explains images in one way, which reads orders as lines of JSON and answers in the same.
 
 Runs in two environments: this package's, and the one of the packages that it is compared with, whose
 `legrad_torch` installs a module of the same name. So all it imports from the repository is the recipe of the

@@ -1,14 +1,14 @@
-"""Size of the import graph: modules, rooms, and imports between rooms.
+"""Size of the import graph: modules, top-level units, and imports between units.
 
     python tests/bench/import_graph.py [REVISION...]
 
-A room is a direct child of `pipeline` or `legrad`: a package, or a module that is in none. One JSON row for
+A unit is a direct child of `pipeline` or `legrad`: a package, or a module that is in none. One JSON row for
 each git revision (the working tree without one) and package:
 
     modules, lines   files of Python, and their lines
-    rooms            direct children of the package
-    arrows           pairs of rooms of which one imports the other
-    arrows_up        the fewest arrows without which the rooms would be in layers
+    units            direct children of the package
+    arrows           pairs of units of which one imports the other
+    arrows_up        the fewest arrows without which the units would be in layers
 """
 
 import argparse
@@ -56,19 +56,19 @@ def row(tree: Path, package: str) -> dict[str, str | int]:
     """Return the counts of one package of a source tree."""
     graph = graph_of(tree, package)
     arrows = {
-        (room(importer), room(imported))
+        (unit(importer), unit(imported))
         for importer in graph.modules
         for imported in graph.find_modules_directly_imported_by(importer)
     }
     upwards = {
-        (room(importer), room(imported)) for importer, imported in graph.nominate_cycle_breakers(package)
+        (unit(importer), unit(imported)) for importer, imported in graph.nominate_cycle_breakers(package)
     }
     sources = list((tree / package).rglob("*.py"))
     return {
         "package": package,
         "modules": len(sources),
         "lines": sum(source.read_bytes().count(b"\n") for source in sources),
-        "rooms": len(graph.find_children(package)),
+        "units": len(graph.find_children(package)),
         "arrows": sum(
             importer != imported and package not in (importer, imported) for importer, imported in arrows
         ),
@@ -86,7 +86,7 @@ def graph_of(tree: Path, package: str) -> grimp.ImportGraph:
         sys.path.remove(str(tree))
 
 
-def room(module: str) -> str:
+def unit(module: str) -> str:
     """Return the direct child of the package that a module is, or is in."""
     return ".".join(module.split(".")[:2])
 

@@ -6,7 +6,7 @@ One JSON row for each set of scenes and recipe. The prompts of a scene are "a ph
 that it shows; under argmax "a photo" competes with them. `precision` is the share of a mask's pixels that lie
 on its object, `recall` the share of the object that its mask covers, `background_precision` the share of what
 is neither mask nor ignored that is not the object, each a mean over (scene, class) with its 95 % interval;
-`miou` is over classes, background included, of label maps, ignored pixels left out. `auroc` tells classes
+`miou` is over classes, background included, of label maps, without ignored pixels. `auroc` separates classes
 that a scene shows from others, `--absent` a scene, drawn at random.
 """
 
@@ -26,7 +26,7 @@ from legrad.masks.rle import decode_rle
 from legrad.masks.thresholds import relevance_contrast
 from legrad.quality.metrics import bootstrap_mean, bootstrap_statistic
 from pipeline.annotate.rows import annotation_rows
-from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
 from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig
 from pipeline.demo import assets
@@ -59,7 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Explained:
-    """A scene with the maps of its classes, and what tells them from absent ones."""
+    """A scene with the maps of its classes, and what distinguishes them from absent ones."""
 
     scene: Scene
     sample: ExplainedSample
@@ -177,7 +177,7 @@ def _rounded(estimate: Any) -> list[float]:
 
 
 def auroc_figures(scenes: Sequence[Explained]) -> dict[str, Any]:
-    """How well each filter tells classes that a scene shows from others."""
+    """How well each filter separates classes that a scene shows from others."""
 
     def auroc(name: str, chosen: np.ndarray) -> float:
         scores = np.concatenate([scenes[index].filters[name] for index in chosen])

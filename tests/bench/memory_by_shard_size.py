@@ -3,7 +3,7 @@
     python tests/bench/memory_by_shard_size.py [--sizes 100 10000] [--rounds 3]
 
 Every run is a process of its own: it loads the demo model (small input and one layer, since only what is held
-matters), annotates one shard with heat maps and all masks stored, and tells its peak resident memory, and
+matters), annotates one shard with heat maps and all masks stored, and reports its peak resident memory, and
 what it had before the shard. Shards repeat the demo's images under new keys with captions of their own, so
 that no cache helps. Rounds alternate; medians. Prints one JSON row.
 """

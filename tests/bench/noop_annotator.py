@@ -72,5 +72,5 @@ def ready_made(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], ShardCoun
 
 
 def noop(config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> NoopAnnotator:
-    """Builds one inside a worker; how long a shard takes stands in the environment."""
+    """Builds one inside a worker; the environment says how long a shard takes."""
     return NoopAnnotator(config, metadata, float(os.environ.get(SHARD_SECONDS, "0")))

@@ -2,7 +2,7 @@
 
     python tests/bench/precision_agreement.py [--device cuda] [--scenes 64] [--models ViT-B-32 ...]
 
-Seeded weights make maps that look like noise, the hard case: nothing stands out. `relative_error` is the
+Seeded weights make maps that look like noise, the hard case: none stands out. `relative_error` is the
 Frobenius norm of the difference of raw relevance over that of single precision; `correlation` is Pearson's,
 of heat maps, averaged over prompts; `mask_iou` is between masks cut at 0.5, averaged over prompts.
 """

@@ -24,7 +24,7 @@ import legrad
 from pipeline import storage
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer
-from pipeline.annotate.samples import PreparedSample
+from pipeline.annotate.sample_states import PreparedSample
 from pipeline.cli.demo import demo_config
 from pipeline.config.classes import class_entries
 from pipeline.config.schema import JobConfig, PromptsConfig

@@ -47,11 +47,11 @@ def main() -> None:
         options.write.write_bytes(pickle.dumps(expected))
     if options.against:
         other = pickle.loads(options.against.read_bytes())
-        print(json.dumps(head | {"against": options.against.name} | _told(expected, other)), flush=True)
+        print(json.dumps(head | {"against": options.against.name} | _agreement(expected, other)), flush=True)
         return
     for batch_size, threads in WAYS:
-        told = _told(_rows(options, batch_size, threads), expected)
-        print(json.dumps(head | {"batch_size": batch_size, "threads": threads} | told), flush=True)
+        agreement = _agreement(_rows(options, batch_size, threads), expected)
+        print(json.dumps(head | {"batch_size": batch_size, "threads": threads} | agreement), flush=True)
 
 
 def _options() -> argparse.Namespace:
@@ -64,7 +64,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _told(rows: list[dict], expected: list[dict]) -> dict:
+def _agreement(rows: list[dict], expected: list[dict]) -> dict:
     return dataclasses.asdict(agreement(rows, expected))
 
 

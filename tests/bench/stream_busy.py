@@ -5,7 +5,7 @@
 The worker's own stream of batches, and around it the driver's rule: the next shard is handed over when the
 worker has room. A device step sleeps 50 ms for a batch of 25; a shard of 50 samples takes 0.25 s to open and
 0.15 s to publish. Opening, publishing and the step itself are simulated; batching, threads and limits are the
-worker's. Two shares are told apart, since many small batches would keep a device busy too:
+worker's. Two shares are kept apart, since many small batches would keep a device busy too:
 
     busy_share       share of the time in which a step ran
     useful_share     full batches' time for the samples done, over the whole time
@@ -21,10 +21,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 from environment import environment
-from hands import work_through
+from shards_in_flight import work_through
 
 from pipeline.annotate.annotator import LOOKAHEAD_BATCHES
-from pipeline.annotate.stream import BatchStream, Stages, StreamLimits
+from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
 
 PREPARE_S = 0.002
 FINISH_S = 0.001
@@ -43,7 +43,7 @@ class Simulation:
     def run(self) -> dict[str, float]:
         batch_size = self.arguments.batch_size
         stream = BatchStream(
-            Stages(lambda _: 150_000, prepare, lambda _: "one shape", self._step, finish),
+            SampleSteps(lambda _: 150_000, prepare, lambda _: "one shape", self._step, finish),
             StreamLimits(
                 threads=self.arguments.threads,
                 max_samples=LOOKAHEAD_BATCHES * batch_size + self.arguments.threads,

@@ -57,8 +57,8 @@ def main() -> None:
     page = HERE / "README.md"
     before, _, rest = page.read_text().partition(BEGIN)
     lines = "".join("| " + " | ".join(str(value) for value in each.values()) + " |\n" for each in rows)
-    told = ", ".join(f"{package} {number}" for package, number in versions.items())
-    said = f"Commit {tried}, seed {seed}, Python {record['python']}, {told}.\n"
+    packages = ", ".join(f"{package} {number}" for package, number in versions.items())
+    said = f"Commit {tried}, seed {seed}, Python {record['python']}, {packages}.\n"
     page.write_text(f"{before}{BEGIN}\n{HEAD}{lines}\n{said}{END}{rest.partition(END)[2]}")
     for name, of_target in found.items():
         for number, crash in of_target.crashes.items():

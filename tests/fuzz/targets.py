@@ -227,7 +227,7 @@ def finder() -> MentionFinder:
 
 
 def read_caption(data: bytes, _folder: Path) -> bool:
-    """As text and as JSON; each of several captions stands in its place."""
+    """As text and as JSON; each of several captions is in its place."""
     refusals, is_right = [], True
     for spec in ("txt", "json:caption"):
         try:
@@ -453,7 +453,7 @@ def read_config(made: tuple[bytes, list[str]], folder: Path) -> bool:
 
 
 def require_short(error: Exception) -> None:
-    """A refusal stands on one screen."""
+    """A refusal fits on one screen."""
     if len(str(error)) > 8000:
         raise AssertionError(f"a refusal of {len(str(error))} characters")
 

@@ -51,14 +51,14 @@ def test_a_crash_a_leak_and_a_wrong_pairing_are_found_and_the_rest_is_tried_all_
     faults = [random.Random(f"{SEED}/self-test/{number}").choice(FAULTS) for number in range(10)]
     assert set(faults) == set(FAULTS)
     found = harness.fuzz({"self-test": len(faults)}, SEED)["self-test"]
-    told = {
+    reported = {
         "error": "ZeroDivisionError",
         "segmentation fault": "Segmentation fault",
         "warning": "UserWarning: lenient",
     }
     assert found.inputs == len(faults)
-    assert sorted(found.crashes) == [number for number, fault in enumerate(faults) if fault in told]
-    assert all(told[faults[number]] in crash for number, crash in found.crashes.items())
+    assert sorted(found.crashes) == [number for number, fault in enumerate(faults) if fault in reported]
+    assert all(reported[faults[number]] in crash for number, crash in found.crashes.items())
     assert found.wrong_pairings == [number for number, fault in enumerate(faults) if fault == "wrong pairing"]
     leaks = [number for number, fault in enumerate(faults) if fault == "file"]
     assert [int(leak.split(":")[0]) for leak in found.leaks] == leaks

@@ -26,7 +26,7 @@ class Accounts:
         annotated, empty, in_error: outcomes in done shards.
         in_failed_shards, in_left_shards: samples whose shard was given up, or is still to do.
         lost: samples of done shards without any outcome.
-        duplicated: rows whose (shard, sample_index, prompt_index) stands more than once.
+        duplicated: rows whose (shard, sample_index, prompt_index) occurs more than once.
         temporary_files: what killed writers left under names that no reader looks at.
     """
 
@@ -148,7 +148,7 @@ def read_whole(path, schema):
 
 
 def check_success(out, accounts):
-    """_SUCCESS stands only over a job of which nothing failed and nothing is left, with the same totals."""
+    """_SUCCESS exists only if nothing failed and nothing is left, and has the same totals."""
     if not (out / "_SUCCESS").exists():
         return
     assert (accounts.failed, accounts.shards_left) == ((), 0), accounts

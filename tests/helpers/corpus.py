@@ -42,7 +42,7 @@ def write_shard(path, samples):
 
 
 def write_corpus(folder, shards, samples_per_shard, caption="a dog"):
-    """Shards 0000.tar, 0001.tar, ... of good samples; no image stands twice."""
+    """Shards 0000.tar, 0001.tar, ... of good samples; no image occurs twice."""
     folder.mkdir(parents=True, exist_ok=True)
     return [
         write_shard(

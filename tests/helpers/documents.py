@@ -15,7 +15,7 @@ PAGES = sorted(
 )
 PROGRAMS = {"legrad", "make", "pip", "pytest", "python"}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# what may stand before a command: variables of its environment, nohup, or another command that starts it
+# what may precede a command: variables of its environment, nohup, or another command that starts it
 _BEFORE_COMMAND = re.compile(r"^(\w+=\S+\s+|nohup\s+|.*\s--\s+)*")
 
 

@@ -46,8 +46,8 @@ def google_handler(objects):
             else:
                 content = objects[bucket, name]
                 first = int(re.sub(r"bytes=(\d+)-.*", r"\1", self.headers.get("Range", "bytes=0-")))
-                told = f"bytes {first}-{len(content) - 1}/{len(content)}"
-                self.answer(206 if first else 200, {"Content-Range": told}, content[first:])
+                content_range = f"bytes {first}-{len(content) - 1}/{len(content)}"
+                self.answer(206 if first else 200, {"Content-Range": content_range}, content[first:])
 
         def do_POST(self):
             self.whole_body()

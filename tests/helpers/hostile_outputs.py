@@ -28,14 +28,14 @@ class Hostile:
         place: the file, or the folder whose first file it is.
         spoil: changes it, given its path.
         told_by: readers that must name the file; others do not look at what was changed.
-        told: what they say instead of the file's name; None: that.
+        message: what they say instead of the file's name; None: that.
         refused_by: readers for which what was changed is no damage but reason to end.
     """
 
     place: str
     spoil: object
     told_by: frozenset = ALL
-    told: str | None = None
+    message: str | None = None
     refused_by: frozenset = frozenset()
 
     def is_refused_by(self, reader):
@@ -269,7 +269,7 @@ REPORT, DRAWN, UNTOLD = frozenset({"report"}), ALL - {"report"}, frozenset()
 
 def each(place, faults, told_by=ALL):
     """The faults that any file of a kind may have."""
-    # what makes a file none of ours is seen by whoever opens it, which a run's record is by the report alone
+    # what makes a file none of ours is seen by all that open it, which a run's record is by the report alone
     told_by = told_by if place == RUNS else told_by | {"status"}
     return {
         f"{place}: {name}": Hostile(

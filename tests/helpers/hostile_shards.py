@@ -28,7 +28,7 @@ class Fault:
         annotated: keys of the samples that have rows.
         failed: (key, kind) of the samples that have error rows alone, in order.
         lost: keys that no row names, since the archive ends before.
-        told: kinds of the errors that belong to no sample.
+        shard_errors: kinds of the errors that belong to no sample.
         samples_in: how many samples were put in.
     """
 
@@ -36,7 +36,7 @@ class Fault:
     annotated: tuple[str, ...] = tuple(KEYS)
     failed: tuple[tuple[str, str], ...] = ()
     lost: tuple[str, ...] = ()
-    told: tuple[str, ...] = ()
+    shard_errors: tuple[str, ...] = ()
     samples_in: int = len(KEYS)
 
 
@@ -57,7 +57,7 @@ def image(key: str, file_format: str = "JPEG") -> bytes:
 
 
 def header(name: str, size: int, **attributes) -> bytes:
-    """A GNU header as it stands."""
+    """A GNU header as given."""
     info = tarfile.TarInfo(name)
     info.size = size
     for attribute, value in attributes.items():
@@ -228,7 +228,7 @@ def c_fails(kind: str) -> dict[str, tuple]:
 
 def nothing_is_read(kind: str) -> dict[str, tuple]:
     """What becomes of a shard that cannot be read at all."""
-    return {"annotated": (), "lost": tuple(KEYS), "told": (kind,)}
+    return {"annotated": (), "lost": tuple(KEYS), "shard_errors": (kind,)}
 
 
 LINKS = {
@@ -260,46 +260,48 @@ NO_IMAGES = {
 TAR_FAULTS = {
     "none": Fault(lambda: good(KEYS) + END),
     "tar cut between two samples": Fault(
-        lambda: cut(after="c.txt"), tuple("abc"), lost=tuple("def"), told=("truncated",)
+        lambda: cut(after="c.txt"), tuple("abc"), lost=tuple("def"), shard_errors=("truncated",)
     ),
     "tar cut at a member boundary within a sample": Fault(
         lambda: cut(after="d.jpg"),
         tuple("abc"),
         (("d", "missing_field"),),
         lost=tuple("ef"),
-        told=("truncated",),
+        shard_errors=("truncated",),
     ),
     "tar cut inside a header": Fault(
         lambda: cut(after="d.jpg", into_next=100),
         tuple("abc"),
         (("d", "missing_field"),),
         lost=tuple("ef"),
-        told=("truncated",),
+        shard_errors=("truncated",),
     ),
     "tar cut inside a caption": Fault(
         lambda: cut(after="d.jpg", into_next=BLOCK + 5),
         tuple("abc"),
         (("d", "truncated"),),
         lost=tuple("ef"),
-        told=("truncated",),
+        shard_errors=("truncated",),
     ),
     "tar cut inside an image": Fault(
         lambda: cut(after="c.txt", into_next=BLOCK + 300),
         tuple("abc"),
         (("d", "truncated"),),
         lost=tuple("ef"),
-        told=("truncated",),
+        shard_errors=("truncated",),
     ),
-    "tar cut in the blocks that mark its end": Fault(lambda: good(KEYS) + bytes(BLOCK), told=("truncated",)),
+    "tar cut in the blocks that mark its end": Fault(
+        lambda: good(KEYS) + bytes(BLOCK), shard_errors=("truncated",)
+    ),
     "corrupt header of an image": Fault(
-        lambda: corrupt_header_of("d.jpg"), tuple("abc"), lost=tuple("def"), told=("corrupt_header",)
+        lambda: corrupt_header_of("d.jpg"), tuple("abc"), lost=tuple("def"), shard_errors=("corrupt_header",)
     ),
     "corrupt header of a caption": Fault(
         lambda: corrupt_header_of("d.txt"),
         tuple("abc"),
         (("d", "missing_field"),),
         lost=tuple("ef"),
-        told=("corrupt_header",),
+        shard_errors=("corrupt_header",),
     ),
     "zero bytes": Fault(lambda: b"", **nothing_is_read("zero_bytes")),
     "not a tar": Fault(lambda: b"\xff\xd8\xff" + bytes(range(256)) * 20, **nothing_is_read("not_a_tar")),
@@ -311,7 +313,7 @@ TAR_FAULTS = {
         lambda: good("abc") + END + good("def") + END,
         tuple("abc"),
         lost=tuple("def"),
-        told=("data_after_end",),
+        shard_errors=("data_after_end",),
     ),
     "members out of order": Fault(
         lambda: (
@@ -322,9 +324,9 @@ TAR_FAULTS = {
         ),
         tuple("cdef"),
         (("a", "missing_field"), ("b", "missing_field")),
-        told=("members_apart",),
+        shard_errors=("members_apart",),
     ),
-    "a sample whose caption stands behind all others": Fault(
+    "a sample whose caption is behind all others": Fault(
         lambda: (
             member("a.jpg", image("a"))
             + b"".join(
@@ -336,7 +338,7 @@ TAR_FAULTS = {
         ),
         tuple("bcdef"),
         (("a", "missing_field"),),
-        told=("members_apart",),
+        shard_errors=("members_apart",),
     ),
     "the same key twice, side by side": Fault(
         lambda: (
@@ -378,17 +380,17 @@ TAR_FAULTS = {
                 + good("def")
                 + END
             ),
-            **c_fails(told),
+            **c_fails(error),
         )
-        for what, (kind, told) in LINKS.items()
+        for what, (kind, error) in LINKS.items()
     },
     **{
         what: Fault(
             with_names({"c": name}),
             tuple("abdef"),
-            ((name, told),),
+            ((name, error),),
         )
-        for what, (name, told) in NAMES.items()
+        for what, (name, error) in NAMES.items()
     },
     "a name with a NUL": Fault(
         lambda: (
@@ -416,14 +418,14 @@ TAR_FAULTS = {
         lambda: good("abc") + header("pax", 2**30, type=tarfile.XHDTYPE) + good("def") + END,
         tuple("abc"),
         lost=tuple("def"),
-        told=("corrupt_header",),
+        shard_errors=("corrupt_header",),
     ),
     "a member of a terabyte": Fault(
         lambda: good("ab") + header("c.jpg", 2**40) + pair("c") + good("def") + END,
         tuple("ab"),
         (("c", "member_too_large"),),
         lost=tuple("def"),
-        told=("truncated",),
+        shard_errors=("truncated",),
     ),
     "a member over input.max_member_bytes": Fault(
         with_bad(jpg=image("c") + bytes(2**22)), **c_fails("member_too_large")
@@ -437,7 +439,7 @@ TAR_FAULTS = {
             + good("def")
             + END
         ),
-        told=("no_key",),
+        shard_errors=("no_key",),
     ),
 }
 

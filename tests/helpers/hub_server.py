@@ -89,8 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for path in files
             ]
             return self._send(200, json.dumps(listed).encode(), {}, with_body)
-        told = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": path.name} for path in files]}
-        return self._send(200, json.dumps(told).encode(), {}, with_body)
+        answer = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": path.name} for path in files]}
+        return self._send(200, json.dumps(answer).encode(), {}, with_body)
 
     def _send(self, code: int, data: bytes, headers: dict[str, str], with_body: bool) -> None:
         self.send_response(code)

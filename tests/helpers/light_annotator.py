@@ -79,7 +79,7 @@ def dies_while_loading(config, metadata, cpus, device):
 class SlowAnnotator(LightAnnotator):
     """Takes its time over each shard, and pretends to have decoded an image and used a device.
 
-    The shard `held.tar` is not done before a file `go` stands beside the output folder.
+    The shard `held.tar` is not done before a file `go` is beside the output folder.
     """
 
     def __init__(self, config, metadata):

@@ -25,7 +25,7 @@ class Agreement:
 
     Attributes:
         rows: rows compared.
-        other_rows: rows whose key, prompt or status differs, or that stand on one side alone.
+        other_rows: rows whose key, prompt or status differs, or that are on one side alone.
         similarity: absolute.
         peak: relative.
         threshold: absolute, in heat-map units.
@@ -74,7 +74,7 @@ def agreement(rows, expected):
 
 
 def by_place(rows):
-    """Rows by what is unique of them; a sample by its key, so that it may stand in another shard."""
+    """Rows by what is unique of them; a sample by its key, so that it may be in another shard."""
     found = {(row["key"], row["prompt_index"]): row for row in rows}
     assert len(found) == len(rows)
     return found

@@ -37,7 +37,7 @@ OUTCOMES = (
 
 @dataclass(frozen=True)
 class Planned:
-    """A sample: what happens to it, and a number that its image, its mask and its key tell."""
+    """A sample: what happens to it, and a number that its image, its mask and its key encode."""
 
     number: int
     outcome: str = "annotated"
@@ -64,7 +64,7 @@ def png(pixels):
 
 
 def picture(number, height=HEIGHT, width=WIDTH):
-    """All pixels tell the number."""
+    """All pixels encode the number."""
     return np.broadcast_to(np.uint8([number >> 8, number & 255, 7]), (height, width, 3)).copy()
 
 

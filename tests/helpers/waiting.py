@@ -10,18 +10,18 @@ PATIENCE_S = 600
 TEST_PATIENCE_S = 3 * PATIENCE_S
 
 
-def wait_until(condition, told, process=None):
+def wait_until(condition, describe, process=None):
     """Return once a condition holds.
 
     Args:
         condition: asked again and again.
-        told: gives what to show where it never comes to hold.
+        describe: returns what to show if it never holds.
         process: whose end would mean that it never will.
     """
     deadline_s = time.monotonic() + PATIENCE_S
     while not condition():
-        assert process is None or process.poll() is None, f"ended with {process.returncode}: {told()}"
-        assert time.monotonic() < deadline_s, told()
+        assert process is None or process.poll() is None, f"ended with {process.returncode}: {describe()}"
+        assert time.monotonic() < deadline_s, describe()
         time.sleep(0.05)
 
 

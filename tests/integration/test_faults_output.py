@@ -130,16 +130,16 @@ def test_a_process_that_may_not_write_says_path_and_cause_and_leaves_no_half_fil
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("action", "told"),
+    ("action", "message"),
     [("file_size_limit", "File too large"), ("not_root", "Permission denied|Operation not permitted")],
 )
 def test_a_worker_that_may_not_write_stops_the_job_with_path_and_cause_and_a_rerun_completes(
-    action, told, machines, struck_job, tmp_path, fault_table
+    action, message, machines, struck_job, tmp_path, fault_table
 ):
     if action == "not_root" and os.geteuid():
         pytest.skip("only root can give up its rights")
     machines()
-    with pytest.raises(OutputError, match=rf"{tmp_path}/out.*({told})"):
+    with pytest.raises(OutputError, match=rf"{tmp_path}/out.*({message})"):
         struck_job([*"abc"], Fault("b", "middle", action), workers=1)
     stopped = audit(tmp_path / "out", sorted((tmp_path / "in").iterdir()))
     result, log, accounts = struck_job([*"abc"], workers=1)
@@ -148,11 +148,11 @@ def test_a_worker_that_may_not_write_stops_the_job_with_path_and_cause_and_a_rer
     how = {"file_size_limit": "RLIMIT_FSIZE in the worker", "not_root": "seteuid(nobody) in the worker"}[
         action
     ]
-    fault_table(f"{told.split('|')[0].lower()} on the output", f"{how}; before the rerun", stopped)
-    fault_table(f"{told.split('|')[0].lower()} on the output", f"{how}; after the rerun", accounts)
+    fault_table(f"{message.split('|')[0].lower()} on the output", f"{how}; before the rerun", stopped)
+    fault_table(f"{message.split('|')[0].lower()} on the output", f"{how}; after the rerun", accounts)
 
 
-def test_an_output_folder_that_cannot_be_one_is_told_before_any_worker_starts(struck_job, tmp_path):
+def test_an_output_folder_that_cannot_be_one_is_reported_before_any_worker_starts(struck_job, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(OutputError, match=rf"{tmp_path}/out.*Not a directory"):
         struck_job(["a"])
@@ -163,7 +163,7 @@ def test_of_two_jobs_that_write_the_same_shards_at_once_no_torn_pair_passes_for_
     tars = write_word_shards(tmp_path / "in", [f"{number:03d}" for number in range(60)], 6)
     jobs = [prepare_job(demo_job(tars, tmp_path / "out")) for _ in range(2)]
     (tmp_path / "marks").mkdir()
-    # whoever comes first waits between its two files until the other one has published both of its own
+    # the first job waits between its two files until the other one has published both of its own
     factory = struck_by(Fault("030", "between", "wait_for_rival"), marks_folder=tmp_path / "marks")
     fork = multiprocessing.get_context("fork").Process
     processes = [fork(target=annotate_all, args=(job, factory)) for job in jobs]
@@ -212,10 +212,10 @@ def test_a_changed_configuration_is_refused_and_with_overwrite_replaces_everythi
     }
     process, tars = word_command([*"abc"], **changed)
     assert process.wait(timeout=PATIENCE_S) == 1
-    told = (tmp_path / "log").read_text()
-    assert "masks.rule: " in told
-    assert "before, " in told
-    assert "masks.value: " in told
+    message = (tmp_path / "log").read_text()
+    assert "masks.rule: " in message
+    assert "before, " in message
+    assert "masks.value: " in message
     assert audit(tmp_path / "out", tars) == before
     process, tars = word_command([*"abc"], output={"on_mismatch": "overwrite"}, **changed)
     assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()

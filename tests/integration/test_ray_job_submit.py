@@ -103,7 +103,7 @@ def test_a_caller_without_the_token_is_refused(ray_job, job_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "code"), [(["run.batchsize=3"], 1), (["input.shards=gone.tar"], 3)])
-def test_the_drivers_own_exit_code_stands_in_the_jobs_status(
+def test_the_drivers_own_exit_code_is_in_the_jobs_status(
     head, ray_job, job_folder, tmp_path, overrides, code
 ):
     folder, _ = job_folder(1, max_attempts=1)

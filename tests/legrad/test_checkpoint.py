@@ -61,10 +61,10 @@ SAVED = {
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("kind", SAVED)
 def test_weights_saved_in_another_layout_are_refused_with_the_way_out(tmp_path, state, kind, old_format):
-    change, told = SAVED[kind]
+    change, message = SAVED[kind]
     path = tmp_path / "weights.pt"
     torch.save(change(state), path, _use_new_zipfile_serialization=not old_format)
-    with pytest.raises(legrad.ModelLoadError, match=told) as caught:
+    with pytest.raises(legrad.ModelLoadError, match=message) as caught:
         load_model("tiny", str(path), device="cpu")
     assert "\n" not in str(caught.value)
 
@@ -124,10 +124,10 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_files_without_weights_are_refused_before_anything_is_loaded(tmp_path, state, kind):
-    name, write, told = FILES[kind]
+    name, write, message = FILES[kind]
     write(tmp_path / name, state)
     for attempt in (load_model, model_digest):
-        with pytest.raises(legrad.ModelLoadError, match=told) as caught:
+        with pytest.raises(legrad.ModelLoadError, match=message) as caught:
             attempt("tiny", str(tmp_path / name))
         assert "\n" not in str(caught.value)
 
@@ -152,9 +152,9 @@ def like_openai(state):
 def test_openais_weights_in_a_file_do_not_run_with_plain_gelu(tmp_path, state):
     path = tmp_path / "ViT-B-32.safetensors"
     save_file(like_openai(state), path)
-    told = "as in OpenAI's weights.*model tiny-quickgelu instead of tiny.*local-dir"
+    message = "as in OpenAI's weights.*model tiny-quickgelu instead of tiny.*local-dir"
     for attempt in (load_model, model_digest):
-        with pytest.raises(legrad.ModelLoadError, match=told):
+        with pytest.raises(legrad.ModelLoadError, match=message):
             attempt("tiny", str(path))
     load_model("tiny-quickgelu", str(path), device="cpu")
 

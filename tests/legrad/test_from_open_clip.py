@@ -102,8 +102,8 @@ def test_an_unknown_precision_is_refused(precision):
 
 def test_random_weights_are_logged_as_a_warning(caplog):
     legrad.LeGrad.from_open_clip("tiny", device="cpu")
-    (told,) = caplog.messages
-    assert told == "tiny gets random weights, as pretrained is None: its maps mean nothing"
+    (message,) = caplog.messages
+    assert message == "tiny gets random weights, as pretrained is None: its maps mean nothing"
 
 
 def test_an_unknown_tag_is_refused():

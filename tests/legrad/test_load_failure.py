@@ -56,10 +56,10 @@ def test_the_extra_is_named_only_where_transformers_is_missing(monkeypatch):
 
 
 def test_a_long_cause_is_one_line_cut_between_words():
-    told = load_failure("ViT-B-16", "x", ValueError("several  words\n" * 100))
-    assert told.endswith("several words ...")
-    assert "\n" not in told
-    assert len(told) < MAX_CAUSE_LENGTH + 100
+    message = load_failure("ViT-B-16", "x", ValueError("several  words\n" * 100))
+    assert message.endswith("several words ...")
+    assert "\n" not in message
+    assert len(message) < MAX_CAUSE_LENGTH + 100
 
 
 def test_an_error_without_words_is_named():

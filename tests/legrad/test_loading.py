@@ -99,10 +99,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_a_folder_without_all_that_a_model_is_made_of_gives_no_model(folder, kind):
-    damage, told = FOLDERS[kind]
+    damage, message = FOLDERS[kind]
     damage(folder)
     for attempt in (load_model, model_digest):
-        with pytest.raises(legrad.ModelLoadError, match=told) as caught:
+        with pytest.raises(legrad.ModelLoadError, match=message) as caught:
             attempt(f"local-dir:{folder}", None)
         assert "\n" not in str(caught.value)
 
@@ -138,14 +138,14 @@ def test_weights_that_the_hub_refuses_are_an_error_and_never_random(hub):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("hf-hub:org/bare", "no open_clip_config.json, so it is not a model of open_clip"),
         ("hf-hub:org/nothing", "has no such repository"),
     ],
 )
-def test_a_repository_without_a_model_is_refused_in_one_line(hub, name, told):
-    with pytest.raises(legrad.ModelLoadError, match=told) as caught:
+def test_a_repository_without_a_model_is_refused_in_one_line(hub, name, message):
+    with pytest.raises(legrad.ModelLoadError, match=message) as caught:
         load_model(name, None, device="cpu")
     assert "\n" not in str(caught.value)
 
@@ -161,8 +161,8 @@ def test_a_tokenizer_is_looked_for_before_the_weights(hub, monkeypatch):
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", with_text(hf_tokenizer_name="org/elsewhere"))
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny", {"tag": {"hf_hub": "org/tiny/"}})
     go_offline(monkeypatch)
-    told = "tokenizer, org/elsewhere, is missing; .* run `legrad models --fetch tiny tag`"
-    with pytest.raises(legrad.ModelLoadError, match=told):
+    message = "tokenizer, org/elsewhere, is missing; .* run `legrad models --fetch tiny tag`"
+    with pytest.raises(legrad.ModelLoadError, match=message):
         load_model("tiny", "tag", device="cpu")
     assert not any(WEIGHTS in line for line in hub.asked)
 

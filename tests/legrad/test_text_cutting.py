@@ -108,7 +108,7 @@ def test_rows_of_half_precision_towers_stay_close_to_those_of_float32(options, d
 
 
 @pytest.mark.parametrize("name", ["xlm-roberta-base", "google/mt5-base", "facebook/nllb-200"])
-def test_transformers_towers_get_short_batches_and_tell_their_dropout(name, tmp_path):
+def test_transformers_towers_get_short_batches_and_report_their_dropout(name, tmp_path):
     save_text_model_like(name, tmp_path / "model")
     tower = HFTextEncoder(str(tmp_path / "model"), EMBED_DIM, pooler_type="mean_pooler", proj_type="linear")
     model = fill(TextModel(tower)).eval()
@@ -153,9 +153,9 @@ def test_the_model_is_left_as_it_was():
 def test_tokens_of_another_models_tokenizer_are_refused(own_text_tower):
     vision, text = dict(VISION), dict(SIZES)
     model = (CustomTextCLIP if own_text_tower else open_clip.CLIP)(EMBED_DIM, vision, text).eval()
-    for context_length, told in ((77, "the tokenizer gives 77"), (16, "ids up to 60000")):
+    for context_length, message in ((77, "the tokenizer gives 77"), (16, "ids up to 60000")):
         token_ids = torch.full((1, context_length), 60_000 if context_length == 16 else 5)
-        with pytest.raises(legrad.InputError, match=f"takes 16 tokens with ids below 49408.*{told}"):
+        with pytest.raises(legrad.InputError, match=f"takes 16 tokens with ids below 49408.*{message}"):
             embed_tokens(model, token_ids, CPU)
 
 

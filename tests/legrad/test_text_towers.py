@@ -35,7 +35,7 @@ TEXTS = [
 
 
 def _kind(config: dict) -> str:
-    """All that tells one text tower from another but its sizes; hub names without variants of size."""
+    """All that distinguishes one text tower from another except sizes; hub names without variants of size."""
     text = {key: value for key, value in config["text_cfg"].items() if key not in SIZES}
     for key in ("hf_model_name", "hf_tokenizer_name"):
         for architecture in ("SigLIP2", "SigLIP", "mt5", "nllb", "xlm-roberta"):

@@ -332,7 +332,7 @@ def test_a_model_of_one_size_takes_windows_and_mirrors_but_no_scales(explainer):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"scales": ()}, "scales"),
         ({"scales": (1.0, 1.0)}, "scales"),
@@ -345,6 +345,6 @@ def test_a_model_of_one_size_takes_windows_and_mirrors_but_no_scales(explainer):
         ({"max_tiles": 257}, "max_tiles"),
     ],
 )
-def test_views_out_of_range_are_refused_with_what_was_expected(wrong, told):
-    with pytest.raises(InputError, match=rf"^{told}: expected .*received"):
+def test_views_out_of_range_are_refused_with_what_was_expected(wrong, message):
+    with pytest.raises(InputError, match=rf"^{message}: expected .*received"):
         Views(**wrong)

@@ -1,9 +1,22 @@
-"""Shared by tests of remote files: an object store on loopback, and an environment that leads to no other."""
+"""Fixtures: the command line in this process, an object store on loopback, an environment without others."""
 
 import pytest
 
 from pipeline.storage import filesystems, web
+from tests.helpers.command_line import run_legrad
 from tests.helpers.object_servers import SECRET, Store
+
+
+@pytest.fixture
+def legrad(monkeypatch, capsys):
+    """Runs the command line in this process; returns exit code, standard output and standard error."""
+
+    def run(*arguments):
+        code = run_legrad(monkeypatch, *arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def annotate(explainer, tmp_path):
 
 
 class Counter:
-    """Stands before an explainer and counts images, texts, products and maps."""
+    """Wraps an explainer and counts images, texts, products and maps."""
 
     def __init__(self, explainer):
         self.explainer = copy.copy(explainer)

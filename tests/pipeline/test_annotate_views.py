@@ -182,7 +182,7 @@ def test_windows_find_the_small_object_that_the_whole_image_alone_does_not(rows_
 # --- refusals, and what counts as another configuration ---
 
 
-def test_what_a_model_of_one_size_cannot_take_is_told_before_anything_starts(tmp_path):
+def test_what_a_model_of_one_size_cannot_take_is_reported_before_anything_starts(tmp_path):
     bound = "vit_relpos_medium_patch16_cls_224"
     pretrained = str(tmp_path / "weights.pt")
     (tmp_path / "weights.pt").write_bytes(b"")

@@ -124,7 +124,7 @@ def test_of_texts_equal_but_for_rounding_the_first_stands_for_all(precision):
     )
     own = [rows.tolist() for rows in texts.prompt_rows]
     puppy, cat, _, hound = own[0]
-    # the first of the sample's own list, whoever else is in the batch
+    # the first of the sample's own list, whatever else is in the batch
     assert texts.map_rows[0].tolist() == [puppy, cat, puppy, puppy]
     assert texts.map_rows[1].tolist() == [hound, hound]
     assert texts.map_rows[2].tolist() == own[2]
@@ -143,7 +143,7 @@ def test_texts_that_differ_stay_apart_at_each_precision():
         assert len(set(texts.map_rows[0].tolist())) == 2
 
 
-def test_what_the_tokenizer_cut_is_told_of_each_text_and_not_of_its_equal():
+def test_what_the_tokenizer_cut_is_reported_of_each_text_and_not_of_its_equal():
     embedder = Embedder({"dog": TABLE["dog"], "dog...": TABLE["dog"]})
     texts = embedded(embedder, prompts("dog", "dog..."))
     assert [texts.truncated[row] for row in texts.prompt_rows[0]] == [False, True]
@@ -155,7 +155,7 @@ def test_the_choice_among_equal_texts_is_the_same_in_every_company():
     background = ("wall", "sky", "clouds", "grass")
     alone = [embedded(Embedder(TABLE, 1e-6), one, background=background) for one in samples]
     together = embedded(Embedder(TABLE, 1e-6), *samples, background=background)
-    # background texts are told by their direction alone
+    # background texts are identified by their direction alone
     unlike = {text: row for text, row in TABLE.items() if text in ("sky", "grass", "wall")}
     for number, one in enumerate(alone):
         first_rows = one.prompt_rows[0].tolist(), together.prompt_rows[number].tolist()

@@ -16,8 +16,8 @@ def counts(annotated=0, failed=0, **kinds):
 NOTHING = ShardCounts()
 
 
-def state(done=NOTHING, in_hand=NOTHING, shards_failed=0):
-    return RunState(10, 0, shards_failed=shards_failed, counts=done, live_counts=in_hand)
+def state(done=NOTHING, in_flight=NOTHING, shards_failed=0):
+    return RunState(10, 0, shards_failed=shards_failed, counts=done, live_counts=in_flight)
 
 
 def test_a_share_of_failed_samples_above_the_budget_stops_the_job_and_names_the_kinds():

@@ -30,7 +30,7 @@ def test_line_i_of_a_text_file_names_class_i(read):
     assert read("marked #2?.TXT", "\ufeffdog") == entries[:1]
 
 
-def test_a_list_on_a_web_server_is_read_and_no_secret_of_its_url_is_told(tmp_path, only_loopback):
+def test_a_list_on_a_web_server_is_read_and_no_secret_of_its_url_is_reported(tmp_path, only_loopback):
     (tmp_path / "classes.yaml").write_text("- dog\n- cat")
     (tmp_path / "wrong.yaml").write_text("- dog\n- dog")
     with serving(partial(FolderHandler, directory=str(tmp_path))) as port:
@@ -62,7 +62,7 @@ def test_what_a_job_wrote_down_is_read_as_the_same_classes():
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("c.txt", "dog\n\ncat", ["line 2: name", "at least 1 character"]),
         ("c.txt", "dog\ncat\nDog", ["line 3: name 'Dog' is also that of line 1"]),
@@ -86,15 +86,15 @@ def test_what_a_job_wrote_down_is_read_as_the_same_classes():
         ("c.csv", "dog", ["expected a classes file named .txt, .yaml or .yml, got .csv"]),
     ],
 )
-def test_a_wrong_entry_is_named_with_its_file_and_place(read, name, text, told):
+def test_a_wrong_entry_is_named_with_its_file_and_place(read, name, text, message):
     with pytest.raises(UserError) as raised:
         read(name, text)
     assert name in str(raised.value)
-    for part in told:
+    for part in message:
         assert part in str(raised.value)
 
 
-def test_a_file_that_is_not_there_or_not_text_is_the_users_mistake(tmp_path):
+def test_a_file_that_is_not_there_or_not_text_is_an_input_error(tmp_path):
     with pytest.raises(UserError, match=r"none\.txt: cannot be read: No such file"):
         read_class_list(str(tmp_path / "none.txt"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

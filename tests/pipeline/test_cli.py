@@ -1,32 +1,16 @@
 """The command line: what it prints, and with which code it ends."""
 
-import sys
 from importlib.metadata import version
 
 import pytest
 import yaml
 
-from pipeline.cli import main as cli
 from pipeline.cli.demo import demo_config
 from pipeline.output.counts import ShardCounts
 from pipeline.output.runs import RunState
 from pipeline.run.dispatcher import JobResult
 from pipeline.run.job import prepare_job
 from tests.helpers.corpus import demo_job, write_corpus
-
-
-@pytest.fixture
-def legrad(monkeypatch, capsys):
-    """Runs the command line in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["legrad", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -80,7 +64,7 @@ def test_a_limited_run_annotates_that_many_shards_and_gives_an_estimate(
     monkeypatch.setattr("pipeline.run.dispatcher.run_job", done)
     code, out, _ = legrad("annotate", config_file, "--limit", "1")
     assert code == 3
-    assert "0001.tar; run the same command again to resume" in out
+    assert "0001.tar; run the command again without --limit to resume" in out
     assert "estimate from 1 of 2 shards" in out
     assert "about 2 samples, 6 rows, 4.0 kB of output" in out
 

@@ -1,4 +1,4 @@
-"""Commands as shards: refused by default, run without a shell, and told by their exit code."""
+"""Commands as shards: refused by default, run without a shell, and judged by their exit code."""
 
 import io
 import os
@@ -155,7 +155,7 @@ def test_a_program_that_is_not_there_is_an_error_of_the_shard(tar):
         keys_of(shard)
 
 
-def test_what_a_command_says_of_its_failure_is_told_without_its_arguments(tar, tmp_path):
+def test_what_a_command_says_of_its_failure_is_reported_without_its_arguments(tar, tmp_path):
     fetch = tmp_path / "fetch.py"
     fetch.write_text("import sys; sys.exit('403 Forbidden for ' + ' '.join(sys.argv) + sys.argv[2][-16:])")
     url = f"https://user:{SECRET}@host.example/{tar.name}?X-Amz-Signature={SECRET}&x=1"

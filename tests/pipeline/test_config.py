@@ -54,7 +54,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(config_file, overr
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("model.precision=fp8", "model.precision.*'fp8'"),
         ("run.error_budget=1.5", "run.error_budget.*1.5"),
@@ -65,8 +65,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(config_file, overr
         ("prompts.source=captions", "input.caption must be json:NAME, got 'txt'"),
     ],
 )
-def test_a_bad_value_is_told_with_its_key_and_what_came(config_file, override, told):
-    with pytest.raises(UserError, match=told):
+def test_a_bad_value_is_reported_with_its_key_and_what_came(config_file, override, message):
+    with pytest.raises(UserError, match=message):
         load_config(config_file, [override])
 
 
@@ -76,12 +76,12 @@ def test_a_malformed_override_is_refused(config_file, override):
         load_config(config_file, [override])
 
 
-def test_every_problem_is_told_at_once():
-    with pytest.raises(UserError) as told:
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(UserError) as message:
         parse_config({"input": {}, "model": {"name": "x"}, "output": {"dir": "o"}})
-    assert "2 problem(s)" in str(told.value)
-    assert "input.shards: required" in str(told.value)
-    assert "model.pretrained: required" in str(told.value)
+    assert "2 problem(s)" in str(message.value)
+    assert "input.shards: required" in str(message.value)
+    assert "model.pretrained: required" in str(message.value)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "just text", "a: [", "\x00"])
@@ -92,7 +92,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
         load_config(path)
 
 
-def test_a_missing_file_is_told_by_name(tmp_path):
+def test_a_missing_file_is_reported_by_name(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.yaml.*No such file"):
         load_config(tmp_path / "nothing.yaml")
 

@@ -23,7 +23,7 @@ def test_every_key_has_its_line():
             assert sum(line.startswith(f"| `{key}` |") for line in lines) == 1, key
 
 
-def test_values_defaults_and_bounds_are_told():
+def test_values_defaults_and_bounds_are_reported():
     table = keys_as_markdown()
     assert "| `input.shards` | string or list of string | required |" in table
     assert "| `run.gpus_per_worker` | number ≥ 0, ≤ 65536 | `1` |" in table
@@ -34,7 +34,7 @@ def test_values_defaults_and_bounds_are_told():
     assert "| `run.workers` | integer ≥ 1, ≤ 65536 or null | `null` |" in table
 
 
-def test_only_what_stands_between_the_marks_is_renewed():
+def test_only_the_text_between_the_marks_is_renewed():
     assert with_keys(f"before{BEGIN}old{END}after") == f"before{BEGIN}\n\n{keys_as_markdown()}\n\n{END}after"
 
 

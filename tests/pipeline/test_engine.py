@@ -15,7 +15,7 @@ from legrad.views import Views, canvas_pixels, view_relevance
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.model import load_explainer
-from pipeline.annotate.samples import PreparedSample
+from pipeline.annotate.sample_states import PreparedSample
 from pipeline.config.schema import MasksConfig, ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.prompts.sample_prompts import Companions, Prompt
@@ -66,7 +66,7 @@ def large_samples(explainer, count, views):
 
 
 class Device:
-    """Stands before an explainer's encode: counts who is inside, and has memory for so many images."""
+    """Wraps an explainer's encode: counts who is inside, and has memory for so many images."""
 
     def __init__(self, explainer, fits=10**6, meet=None):
         self.explainer = copy.copy(explainer)

@@ -157,7 +157,7 @@ def test_scenes_of_points_are_scored_by_points_alone(explainer, tmp_path):
     path = point_shard(tmp_path / "points.tar")
     result = evaluate_shards(explainer, [path])
     assert (result.scenes, result.pairs) == (2, 3)
-    assert result.left_out == {"objects without a visible pixel or point": 1}
+    assert result.omitted == {"objects without a visible pixel or point": 1}
     scores = {scores.method: scores for scores in result.maps}["LeGrad, last 2"]
     assert (scores.pointing, scores.iou_best, scores.mean_iou, scores.iou_curve) == (None, None, None, ())
     found, union = Counter(), Counter()
@@ -223,7 +223,7 @@ def test_every_method_is_scored_on_every_prompt_and_the_configured_one_is_marked
         "random",
     ]
     assert [scores.method for scores in result.maps if scores.configured] == ["LeGrad, last 2"]
-    assert (result.scenes, result.pairs, result.left_out) == (5, 8, {})
+    assert (result.scenes, result.pairs, result.omitted) == (5, 8, {})
 
 
 def test_maps_that_ignore_the_prompt_prefer_their_object_half_of_the_time(explainer, shard):
@@ -285,9 +285,9 @@ def test_what_cannot_be_scored_is_counted_by_reason(explainer, tmp_path):
     )
     result = evaluate_shards(explainer, [path])
     assert (result.scenes, result.pairs) == (2, 2)
-    decode_failures = {kind: n for kind, n in result.left_out.items() if kind.startswith("samples: decode/")}
+    decode_failures = {kind: n for kind, n in result.omitted.items() if kind.startswith("samples: decode/")}
     assert sum(decode_failures.values()) == 1
-    assert {kind: n for kind, n in result.left_out.items() if kind not in decode_failures} == {
+    assert {kind: n for kind, n in result.omitted.items() if kind not in decode_failures} == {
         "samples: read/no_ground_truth": 1,
         "samples: read/bad_ground_truth": 4,
         "scenes without a visible object": 1,
@@ -446,8 +446,8 @@ def test_a_damaged_annotations_file_is_named_and_the_others_are_scored(
         spoil(path)
     written = evaluated(weights, out, [str(truth_shard), str(other)]).written
     assert written.rows_scored == 1
-    (told,) = written.damaged_files
-    assert path.name in told
+    (damaged,) = written.damaged_files
+    assert path.name in damaged
 
 
 def test_the_class_list_may_be_a_url(weights, truth_shard, tmp_path, monkeypatch, capsys):
@@ -468,7 +468,7 @@ def test_two_shards_of_one_stem_never_share_a_file(weights, truth_shard, tmp_pat
     assert (written.rows_scored, written.rows_of_other_shards) == (0, 1)
 
 
-def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard, tmp_path):
+def test_the_result_is_written_as_json_and_reported_as_a_table(weights, truth_shard, tmp_path):
     out = write_output(tmp_path / "out", weights, {shard_id(truth_shard): [annotation("first", 0, 0, DOG)]})
     classes = tmp_path / "classes.txt"
     classes.write_text("dog\ncar\n")
@@ -495,7 +495,7 @@ def test_the_result_is_written_as_json_and_told_as_a_table(weights, truth_shard,
     )
 
 
-def told(result: EvaluationResult) -> str:
+def rendered(result: EvaluationResult) -> str:
     console = PrintableConsole(width=80, record=True, file=io.StringIO())
     console.print(render_evaluation(result))
     text = console.export_text()
@@ -503,7 +503,7 @@ def told(result: EvaluationResult) -> str:
     return text
 
 
-def test_hidden_patches_are_told_and_drawn_with_a_class_list_and_without(perturbed):
+def test_hidden_patches_are_listed_and_drawn_with_a_class_list_and_without(perturbed):
     curves = [
         tuple(replace(curve, accuracy=(), accuracy_area=None) for curve in scores.curves)
         for scores in perturbed.perturbation
@@ -514,9 +514,9 @@ def test_hidden_patches_are_told_and_drawn_with_a_class_list_and_without(perturb
             replace(scores, curves=own) for scores, own in zip(perturbed.perturbation, curves, strict=True)
         ),
     )
-    assert "Accuracy under perturbation" in told(perturbed)
-    assert "Accuracy under perturbation" not in told(without_classes)
-    assert "Cosine under perturbation" in told(without_classes)
+    assert "Accuracy under perturbation" in rendered(perturbed)
+    assert "Accuracy under perturbation" not in rendered(without_classes)
+    assert "Cosine under perturbation" in rendered(without_classes)
     with_panels, bare = (
         Image.open(io.BytesIO(plot_evaluation(result))).size
         for result in (without_classes, replace(perturbed, perturbation=()))
@@ -524,9 +524,9 @@ def test_hidden_patches_are_told_and_drawn_with_a_class_list_and_without(perturb
     assert with_panels[1] > bare[1]
 
 
-def test_points_are_told_and_drawn(explainer, tmp_path):
+def test_points_are_listed_and_drawn(explainer, tmp_path):
     result = evaluate_shards(explainer, [point_shard(tmp_path / "points.tar")])
-    text = told(result)
+    text = rendered(result)
     assert "Labelled points" in text
     assert "pointing" not in text
     assert Image.open(io.BytesIO(plot_evaluation(result))).format == "PNG"
@@ -537,8 +537,8 @@ def test_a_model_that_a_folder_names_by_path_is_loaded_only_where_it_is_repeated
 ):
     out = write_output(tmp_path / "out", weights, {})
     monkeypatch.setattr("pipeline.evaluation.evaluate.load_explainer", lambda *_, **__: pytest.fail("loaded"))
-    told = rf"names a model by a path.* --model {MODEL_NAME} --pretrained {weights}"
-    with pytest.raises(UserError, match=told):
+    message = rf"names a model by a path.* --model {MODEL_NAME} --pretrained {weights}"
+    with pytest.raises(UserError, match=message):
         evaluate_output(out, str(truth_shard))
 
 

@@ -2,15 +2,14 @@
 
 import io
 import re
-import sys
 import tarfile
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.cli import main as cli
 from pipeline.cli.explain import DEFAULT_MODEL, DEFAULT_TAG, explain_file, model_named
 from pipeline.demo import assets
 from pipeline.errors import UserError
@@ -27,22 +26,14 @@ def scene(tmp_path):
 
 
 @pytest.fixture
-def explain(monkeypatch, capsys):
-    """Runs the command in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["legrad", "explain", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
+def explain(legrad):
+    """Runs `legrad explain` in this process; returns exit code, standard output and standard error."""
+    return partial(legrad, "explain")
 
 
 def test_each_text_gets_an_overlay_and_a_strip_and_all_get_one_picture(explain, scene, tmp_path):
     out = tmp_path / "out"
-    code, told, _ = explain(
+    code, printed, _ = explain(
         scene, "a banana", "a banana", "a panda", HOSTILE, "--model", "demo", "--layers", 3, "--out", out
     )
     assert code == 0
@@ -58,15 +49,15 @@ def test_each_text_gets_an_overlay_and_a_strip_and_all_get_one_picture(explain, 
         "03-etc-passwd-31m-img-src-x-onerror-alert.png",
         "side-by-side.png",
     ]
-    assert all(str(out / name) in told for name in names)
-    assert "\x1b" not in told
+    assert all(str(out / name) in printed for name in names)
+    assert "\x1b" not in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "scene.jpg"]
     with Image.open(scene) as image, Image.open(out / "00-a-banana.png") as overlay:
         scene_size = image.size
         assert overlay.size == scene_size
     with Image.open(out / "00-a-banana-layers.png") as strip:
         assert strip.width == 4 * (round(224 * scene_size[0] / max(scene_size)) + 8) - 8
-    similarities = [float(found) for found in re.findall(r"similarity ([+-]\d\.\d{3})", told)]
+    similarities = [float(found) for found in re.findall(r"similarity ([+-]\d\.\d{3})", printed)]
     assert len(similarities) == 4
     assert min(similarities[0], similarities[2]) > similarities[3], "the scene shows a banana and a panda"
 
@@ -79,7 +70,7 @@ def test_the_default_model_is_a_real_one_and_demo_is_the_shipped_one():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "printed"),
     [
         (["--model", "ViT-L-14"], "--pretrained"),
         (["--model", "demo", "--layers", "many"], "--layers"),
@@ -91,10 +82,10 @@ def test_the_default_model_is_a_real_one_and_demo_is_the_shipped_one():
         (["--model", "no-such-model", "--pretrained", "x"], "no-such-model"),
     ],
 )
-def test_options_that_cannot_be_are_told_on_one_screen(explain, scene, tmp_path, options, told):
+def test_options_that_cannot_be_are_reported_on_one_screen(explain, scene, tmp_path, options, printed):
     code, _, err = explain(scene, "a dog", "--out", tmp_path / "out", *options)
     assert code == 1
-    assert told in err
+    assert printed in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
@@ -106,7 +97,7 @@ def eps():
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not an image", eps()])
-def test_an_image_that_cannot_be_opened_is_the_users_mistake(tmp_path, content):
+def test_an_image_that_cannot_be_opened_is_an_input_error(tmp_path, content):
     if content is not None:
         (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.jpg"):
@@ -114,7 +105,7 @@ def test_an_image_that_cannot_be_opened_is_the_users_mistake(tmp_path, content):
 
 
 @pytest.mark.parametrize("texts", [["a", " "], ["x" * 20_000], ["a"] * 101])
-def test_texts_that_cannot_be_are_the_users_mistake(scene, tmp_path, texts):
+def test_texts_that_cannot_be_are_input_errors(scene, tmp_path, texts):
     with pytest.raises(UserError, match="TEXT"):
         explain_file(str(scene), texts, model_named("demo", None), str(tmp_path / "out"))
 
@@ -132,7 +123,7 @@ def test_an_image_without_end_is_refused_before_it_fills_the_memory(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "\n", "ViT\x1b[2J"])
-def test_a_model_name_that_cannot_be_is_told_in_plain_words(name):
+def test_a_model_name_that_cannot_be_is_reported_in_plain_words(name):
     with pytest.raises(UserError, match=r"^--model: expected a text .*got '") as refusal:
         model_named(name, "openai")
     assert str(refusal.value).isprintable()

@@ -16,7 +16,7 @@ from legrad.masks.rle import decode_rle, encode_rle
 from pipeline.cli.main import app
 from pipeline.config.schema import InputConfig
 from pipeline.errors import UserError
-from pipeline.export.samples import index_png
+from pipeline.export.export_samples import index_png
 from pipeline.export.write import ExportOptions, export_job
 from pipeline.output.label_map import label_map
 from pipeline.output.writer import ShardWriter
@@ -226,7 +226,7 @@ def test_images_that_lie_on_their_side_are_written_upright(tmp_path):
         assert image.size == (WIDTH, HEIGHT)
 
 
-def test_samples_that_are_not_the_ones_annotated_are_counted_and_left_out(job, tmp_path):
+def test_samples_that_are_not_the_ones_annotated_are_counted_and_skipped(job, tmp_path):
     rows = [row(0, prompt="cat", class_id=1, image_height=99), row(1, prompt="cat", class_id=1)]
     other = write_job(tmp_path / "other", [rows], runs=False)
     totals = export_job(str(other), str(tmp_path / "voc"), ExportOptions("voc"))
@@ -275,7 +275,7 @@ def test_the_command_counts_what_it_wrote_and_what_it_skipped(job, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["coco", "voc", "webdataset"])
-def test_a_prompt_that_won_no_pixel_is_left_out_and_an_image_of_no_other_too(tmp_path, form):
+def test_a_prompt_that_won_no_pixel_is_skipped_and_an_image_of_no_other_too(tmp_path, form):
     empty = {"status": "empty_mask", "area": 0, "mask": box_rle(0, 0, 0, 0), "bbox_xywh": [0.0] * 4}
     rows = [
         row(0, 0, prompt="cat", class_id=3),

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 
 import pyarrow.dataset as ds
 import pytest
@@ -11,11 +10,11 @@ import yaml
 import legrad
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
-from pipeline.cli import main as cli
 from pipeline.config.load import load_config
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.run import job as jobs
+from tests.helpers.command_line import run_legrad
 from tests.helpers.corpus import demo_job, write_corpus
 
 NAMES = [
@@ -62,15 +61,6 @@ def explainer():
     return legrad.LeGrad.from_open_clip(name, str(assets.demo_weights_path()), layers=1)
 
 
-def legrad_command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["legrad", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return ended.code or 0
-    return 0
-
-
 def annotate(config, explainer):
     job = jobs.prepare_job(config)
     annotator = ShardAnnotator(job.config, explainer, decode_threads=1, metadata=job.metadata)
@@ -90,10 +80,10 @@ def test_a_job_runs_and_is_read_in_a_folder_of_any_name(name, explainer, tmp_pat
     job = annotate(demo_job([path], home / "out", model={"layers": 1}), explainer)
     assert job.shards[0].url == str(path)
     out = str(home / "out")
-    assert legrad_command(monkeypatch, "status", out) in (0, 3)
-    assert legrad_command(monkeypatch, "report", out, "--to", home / "page.html") == 0
+    assert run_legrad(monkeypatch, "status", out) in (0, 3)
+    assert run_legrad(monkeypatch, "report", out, "--to", home / "page.html") == 0
     assert "2 with pictures" in capsys.readouterr().out
-    assert legrad_command(monkeypatch, "export", out, home / "dest", "--format", "coco", "--no-images") == 0
+    assert run_legrad(monkeypatch, "export", out, home / "dest", "--format", "coco", "--no-images") == 0
     assert {found.name for found in home.iterdir()} == {"in", "out", "dest", "page.html"}
     assert {found.name for found in tmp_path.iterdir()} == {name}
     assert ds.dataset(sorted(map(str, (home / "out" / "annotations").iterdir()))).count_rows() == 2
@@ -135,12 +125,11 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_named(explainer, tmp_path
     (home / "job.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude={"views"})))
     job = annotate(load_config("~/job.yaml"), explainer)
     assert (job.config.output.dir, job.shards[0].url) == (str(home / "out"), str(home / "in" / "0000.tar"))
-    assert legrad_command(monkeypatch, "status", "~/out") in (0, 3)
+    assert run_legrad(monkeypatch, "status", "~/out") in (0, 3)
     assert (
-        legrad_command(monkeypatch, "report", "~/out", "--to", "~/page.html", "--classes", "~/classes.txt")
-        == 0
+        run_legrad(monkeypatch, "report", "~/out", "--to", "~/page.html", "--classes", "~/classes.txt") == 0
     )
-    assert legrad_command(monkeypatch, "export", "~/out", "~/dest", "--format", "coco", "--no-images") == 0
+    assert run_legrad(monkeypatch, "export", "~/out", "~/dest", "--format", "coco", "--no-images") == 0
     assert {path.name for path in home.iterdir()} >= {"out", "page.html", "dest"}
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -166,11 +155,11 @@ def test_an_output_that_cannot_be_meant_is_one_line(out, what, tmp_path, monkeyp
         ["report", out],
         ["export", out, str(tmp_path / "d"), "--format", "coco"],
     ):
-        assert legrad_command(monkeypatch, *command) == 1
-        told = capsys.readouterr().err
-        assert what in told
-        assert told.count("\n") == 1
-        assert "hunter2" not in told
+        assert run_legrad(monkeypatch, *command) == 1
+        printed = capsys.readouterr().err
+        assert what in printed
+        assert printed.count("\n") == 1
+        assert "hunter2" not in printed
     with pytest.raises(UserError) as caught:
         jobs.prepare_job(demo_job([path], out))
     # the configuration's own check may come first
@@ -180,7 +169,7 @@ def test_an_output_that_cannot_be_meant_is_one_line(out, what, tmp_path, monkeyp
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_path_that_the_locale_cannot_write_is_told(monkeypatch):
+def test_a_path_that_the_locale_cannot_write_is_reported(monkeypatch):
     def in_ascii(path):
         return path.encode("ascii")
 

@@ -40,10 +40,10 @@ def config_file(tmp_path):
 
 
 def refused(call, *arguments):
-    """What is told where a call is refused; always one screen of printable text."""
-    with pytest.raises(UserError) as told:
+    """Return the message of a refused call, which is always one screen of printable text."""
+    with pytest.raises(UserError) as raised:
         call(*arguments)
-    message = str(told.value)
+    message = str(raised.value)
     assert len(message.splitlines()) <= 24
     assert len(message) < 4000
     assert message.replace("\n", "").isprintable()
@@ -70,14 +70,14 @@ HOSTILE_YAML = {
 }
 
 
-@pytest.mark.parametrize(("text", "told"), HOSTILE_YAML.values(), ids=HOSTILE_YAML.keys())
-def test_yaml_that_multiplies_nests_or_overwrites_is_refused_everywhere(tmp_path, config_file, text, told):
+@pytest.mark.parametrize(("text", "pattern"), HOSTILE_YAML.values(), ids=HOSTILE_YAML.keys())
+def test_yaml_that_multiplies_nests_or_overwrites_is_refused_everywhere(tmp_path, config_file, text, pattern):
     for name, read in (("job.yaml", load_config), ("classes.yaml", read_class_list)):
         path = tmp_path / name
         path.write_text(text)
         message = refused(read, str(path))
         assert name in message
-        assert re.search(told, message)
+        assert re.search(pattern, message)
     config_file.write_text("\n".join(LINES))
     if "\n" not in text and not text.startswith("{"):
         message = refused(load_config, config_file, [f"prompts.classes={text}"])
@@ -228,7 +228,7 @@ def test_names_of_other_scripts_and_joined_emoji_are_names(tmp_path):
     assert [entry.name for entry in read_class_list(str(tmp_path / "c.txt"))] == names
 
 
-def test_a_classes_file_of_more_lines_than_there_are_ids_is_told_in_a_line(tmp_path):
+def test_a_classes_file_of_more_lines_than_there_are_ids_is_reported_in_a_line(tmp_path):
     (tmp_path / "c.txt").write_text("\n".join(map(str, range(40_000))))
     assert "40000 classes; the limit is 32767" in refused(read_class_list, str(tmp_path / "c.txt"))
 

@@ -140,11 +140,11 @@ class Tools:
 def test_a_sound_folder_is_read_without_a_word(good, tmp_path, reader, capfd, monkeypatch, caplog):
     shutil.copytree(good, tmp_path / "out")
     with caplog.at_level(logging.WARNING):
-        told, code, goes_on = READERS[reader](tmp_path / "out", Tools(capfd, monkeypatch, caplog))
+        shown, code, goes_on = READERS[reader](tmp_path / "out", Tools(capfd, monkeypatch, caplog))
     assert goes_on
     # one of its shards was given up
     assert code == (3 if reader in ("status", "export") else 0)
-    assert "damaged" not in told.replace("0 damaged", "")
+    assert "damaged" not in shown.replace("0 damaged", "")
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -158,13 +158,13 @@ def test_a_hostile_folder_costs_one_line_that_names_the_file(
     path = target_of(out, hostile.place)
     hostile.spoil(path)
     with caplog.at_level(logging.WARNING):
-        told, code, goes_on = READERS[reader](out, Tools(capfd, monkeypatch, caplog))
-    assert "Traceback" not in told
-    assert all(len(line) < 1000 for line in told.splitlines())
+        shown, code, goes_on = READERS[reader](out, Tools(capfd, monkeypatch, caplog))
+    assert "Traceback" not in shown
+    assert all(len(line) < 1000 for line in shown.splitlines())
     assert goes_on != hostile.is_refused_by(reader)
     if hostile.is_refused_by(reader):
         assert code in (1, 2)
     if hostile.is_told_by(reader):
-        # evaluation leaves out a file with such a mask as a whole
-        assert (path.name if reader == "evaluate" else hostile.told or path.name) in told
-        assert Counter(told.splitlines()).most_common(1)[0][1] == 1
+        # evaluation skips a file with such a mask as a whole
+        assert (path.name if reader == "evaluate" else hostile.message or path.name) in shown
+        assert Counter(shown.splitlines()).most_common(1)[0][1] == 1

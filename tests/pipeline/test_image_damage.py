@@ -312,7 +312,7 @@ def test_a_file_cut_anywhere_fails_or_lacks_only_its_end_mark(name, share):
     assert check_failed_or_right(name, damaged) or name.startswith("GIF")
 
 
-# that zeros are no pixels cannot be told of a BMP, which is not compressed
+# that zeros are no pixels cannot be known of a BMP, which is not compressed
 @pytest.mark.parametrize("name", named("JPEG", "PNG", "WebP", "GIF"))
 @settings(deadline=None, max_examples=40)
 @given(share=shares)
@@ -322,7 +322,7 @@ def test_zeros_in_place_of_a_files_end_fail_or_spare_nearly_all_pixels(name, sha
     check_failed_or_right(name, data[:kept] + bytes(len(data) - kept))
 
 
-# zeros in a progressive JPEG may stand for many plain blocks, which nothing contradicts
+# zeros in a progressive JPEG may encode many plain blocks, which nothing contradicts
 @pytest.mark.parametrize(
     "name", [name for name in named("JPEG", "PNG", "WebP", "GIF") if "progressive" not in name]
 )
@@ -410,7 +410,7 @@ def test_a_png_of_any_mode_and_size_is_sound(mode, height, width):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (4, 5), (9, 8), (30, 20)])
 def test_an_interlaced_png_has_the_rows_of_its_passes(height, width):
-    # the sizes of the seven passes, told pixel by pixel: the table of the specification, section 8.2
+    # the sizes of the seven passes, counted pixel by pixel: the table of the specification, section 8.2
     table = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
     raw = b""
     for number in "1234567":

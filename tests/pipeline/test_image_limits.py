@@ -52,7 +52,7 @@ def test_formats_that_are_not_on_the_list_are_never_opened(data):
     assert failure_of(data).kind == "format_not_allowed"
 
 
-def test_no_bytes_are_told_apart_from_wrong_bytes():
+def test_no_bytes_are_distinguished_from_wrong_bytes():
     assert failure_of(b"").kind == "empty"
 
 

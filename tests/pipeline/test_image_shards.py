@@ -54,7 +54,7 @@ def test_what_no_path_can_hold_is_no_shard():
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "nobody/0.tar"])
-def test_a_shard_that_is_not_there_is_told_when_it_is_opened(name):
+def test_a_shard_that_is_not_there_is_reported_when_it_is_opened(name):
     row = {"shard_id": "0", "shard": f"file:///tmp/{name}", "size_bytes": 7}
     assert not locate_shards([row]).missing
 
@@ -98,7 +98,7 @@ def test_a_mapping_moves_whole_folders_and_leaves_other_shards_where_they_are():
     assert [source.url for source in sources.values()] == ["/mnt/0.tar", "file:///data/in2/0.tar"]
 
 
-def test_an_old_in_which_no_shard_lies_is_the_users_mistake():
+def test_an_old_in_which_no_shard_lies_is_an_input_error():
     with pytest.raises(UserError, match=r"expected as OLD of OLD=NEW .*s3://bucket/in/0\.tar"):
         locate_shards(listed("s3://bucket/in/0.tar"), ["s3://elsewhere=/mnt"])
 

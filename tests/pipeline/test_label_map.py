@@ -75,7 +75,7 @@ def test_a_mask_of_more_pixels_than_its_image_is_refused_before_they_are_allocat
 
 
 @pytest.mark.parametrize("class_id", [None, 0, -1, 255, 256, 1000])
-def test_a_class_id_that_a_byte_cannot_tell_from_background_and_ignore_is_refused(class_id):
+def test_a_class_id_that_a_byte_cannot_distinguish_from_background_and_ignore_is_refused(class_id):
     with pytest.raises(UserError, match=f"from 1 to 254, received {class_id}"):
         label_map([row([[1]], class_id)], 1, 1)
 

@@ -228,7 +228,7 @@ def test_many_patterns_may_not_stand_for_too_many_names_together(monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "# nothing\n", "\ufeff", " \r\n"])
-def test_a_list_that_names_nothing_is_the_users_mistake(tmp_path, content):
+def test_a_list_that_names_nothing_is_an_input_error(tmp_path, content):
     (tmp_path / "list.txt").write_text(content, encoding="utf-8")
     assert "list.txt names no shard" in refusal(f"@{tmp_path}/list.txt")
     assert "the list of patterns is empty" in refusal()
@@ -258,14 +258,14 @@ def test_a_list_named_again_is_read_once_and_that_is_said(tmp_path):
     assert "each is read once" in listing.warnings[0]
 
 
-def test_a_list_that_is_no_text_or_never_ends_is_told(tmp_path, monkeypatch):
+def test_a_list_that_is_no_text_or_never_ends_is_reported(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe0\0.\0t\0")
     assert "list.txt: cannot be read" in refusal(f"@{tmp_path}/list.txt")
     monkeypatch.setattr(patterns, "read_text", functools.partial(patterns.read_text, max_bytes=1 << 20))
     assert "more than 1048576 bytes" in refusal("@/dev/zero")
 
 
-def test_a_home_folder_that_nobody_knows_is_told(monkeypatch):
+def test_a_home_folder_that_nobody_knows_is_reported(monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert "set HOME" in refusal("~/0.tar")
@@ -274,7 +274,7 @@ def test_a_home_folder_that_nobody_knows_is_told(monkeypatch):
 # --- sizes and versions
 
 
-def test_a_local_shard_tells_its_size_and_when_it_was_changed(tmp_path):
+def test_a_local_shard_reports_its_size_and_when_it_was_changed(tmp_path):
     touch(tmp_path, "0.tar")
     (tmp_path / "1.tar").mkdir()
     named, folder, gone = find(tmp_path / "{0,1,2}.tar").shards

@@ -1,4 +1,4 @@
-"""From an explained sample to rows: which prompts are rejected, who competes, what stands on which row."""
+"""From an explained sample to rows: which prompts are rejected, who competes, what is on which row."""
 
 import json
 from typing import get_args
@@ -20,7 +20,7 @@ from legrad.masks.thresholds import RULES, MaskRule, cuts_of, otsu_threshold
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.rows import annotation_rows
-from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
 from pipeline.config.load import load_config
 from pipeline.config.masks import RULE_KEYS, MasksConfig
 from pipeline.demo import assets
@@ -98,7 +98,7 @@ def test_a_prompt_below_a_limit_is_rejected_by_its_name(masks, statuses, combine
 
 @pytest.mark.parametrize("limit", ["min_similarity", "min_peak", "min_contrast"])
 @pytest.mark.parametrize(("rounding", "status"), [(-1e-6, "ok"), (1e-6, "ok"), (-1e-3, "rejected")])
-def test_a_score_that_stands_at_its_limit_but_for_rounding_is_within_it(limit, rounding, status):
+def test_a_score_that_is_at_its_limit_but_for_rounding_is_within_it(limit, rounding, status):
     similarity = 0.25 * (1 + rounding)
     at_limit = {"min_similarity": 0.25, "min_peak": 9.0, "min_contrast": 7.1666665}
     grids = GRIDS[LEFT][None] * (1 + rounding)
@@ -106,7 +106,7 @@ def test_a_score_that_stands_at_its_limit_but_for_rounding_is_within_it(limit, r
     assert row["status"].split("_")[0] == status
 
 
-def test_contrast_tells_noise_from_an_object_where_min_maxed_maps_do_not():
+def test_contrast_separates_noise_from_an_object_where_min_maxed_maps_do_not():
     noise = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.1
     thing = torch.full((1, 6, 6), 0.1)
     thing[0, 1:4, 1:4] = 5.0
@@ -148,7 +148,7 @@ def test_a_rejected_prompt_takes_no_pixel_from_the_others(limit):
     assert contested["area"] <= alone["area"]
 
 
-def test_the_images_ignore_mask_stands_on_every_accepted_row_and_on_no_other():
+def test_the_images_ignore_mask_is_on_every_accepted_row_and_on_no_other():
     masks = {"combine": "argmax", "rule": "band", "low": 0.2, "high": 0.6, "min_similarity": 0.25}
     sample_of_three = explained(LEFT, RIGHT, LAST, similarities=[0.1, 0.3, 0.3])
     rejected, first, second = rows_of(sample_of_three, **masks)
@@ -303,7 +303,7 @@ def test_a_prompt_that_is_not_finite_has_no_row_and_shifts_no_other():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["masks.low=0.8"], "masks.high.*above masks.low, which is 0.8"),
         (["masks.low=0.5", "masks.high=0.5"], "masks.high.*above masks.low"),
@@ -317,10 +317,10 @@ def test_a_prompt_that_is_not_finite_has_no_row_and_shifts_no_other():
         (["masks.max_hole=-1"], "masks.max_hole.*-1"),
     ],
 )
-def test_a_wrong_setting_is_told_by_its_key(tmp_path, overrides, told):
+def test_a_wrong_setting_is_reported_by_its_key(tmp_path, overrides, message):
     path = tmp_path / "job.yaml"
     path.write_text("{input: {shards: a.tar}, model: {name: ViT-B-32, pretrained: x}, output: {dir: out}}")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load_config(path, overrides)
 
 

@@ -96,7 +96,7 @@ SINGLE_WORDS = ["dog", "DOGS", "sheep", "kitties", "buses", "Cacti"]
 
 
 @given(st.text(), ends, st.sampled_from(SINGLE_WORDS), ends, st.text())
-def test_a_class_is_found_whatever_stands_around_it_beyond_a_mark(before, left, name, right, after):
+def test_a_class_is_found_whatever_is_around_it_beyond_a_mark(before, left, name, right, after):
     # the marks keep what is around from becoming part of a longer name
     text = f"{before}.{left} {name} {right}.{after}"
     assert mentioned(name) <= mentioned(text)

@@ -1,4 +1,4 @@
-"""What is wrong with a model's name, tag, files or layers is told before anything starts."""
+"""What is wrong with a model's name, tag, files or layers is reported before anything starts."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_models_with_known_tags_checkpoints_and_hub_addresses_pass(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "expected_message"),
     [
         (model("ViT-B-33"), "model.name ViT-B-33: .*nearest: ViT-B-32"),
         (model("RN50"), "model.name RN50: .*convolutional.*legrad models"),
@@ -46,8 +46,8 @@ def test_models_with_known_tags_checkpoints_and_hub_addresses_pass(tmp_path):
         (model(layers=13), "model.layers: ViT-B-32 has 12 blocks, got 13"),
     ],
 )
-def test_a_wrong_name_tag_or_number_of_layers_is_told_with_what_would_be_right(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_a_wrong_name_tag_or_number_of_layers_is_reported_with_what_would_be_right(wrong, expected_message):
+    with pytest.raises(UserError, match=expected_message):
         check_model(wrong)
 
 
@@ -77,7 +77,7 @@ def replace_weights(folder: Path, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "pretrained", "told"),
+    ("name", "pretrained", "expected_message"),
     [
         ("local-dir:model", "weights.pt", "must be null, because local-dir:model brings its own weights"),
         ("hf-hub:org/model", "openai", "must be null"),
@@ -86,11 +86,11 @@ def replace_weights(folder: Path, value: float) -> None:
         (DEMO_MODEL_NAME, None, "required"),
     ],
 )
-def test_weights_are_named_once(name, pretrained, told):
-    with pytest.raises(ValidationError, match=told):
+def test_weights_are_named_once(name, pretrained, expected_message):
+    with pytest.raises(ValidationError, match=expected_message):
         ModelConfig(name=name, pretrained=pretrained)
     if pretrained is None:
-        with pytest.raises(ValidationError, match=told):
+        with pytest.raises(ValidationError, match=expected_message):
             ModelConfig(name=name)
 
 

@@ -1,4 +1,4 @@
-"""Files of models: fetched ahead of a job, and told in one line where they are out of reach."""
+"""Files of models: fetched ahead of a job, and reported in one line where they are out of reach."""
 
 import logging
 
@@ -33,7 +33,7 @@ def test_a_model_that_brings_its_weights_is_fetched_by_its_address_alone():
 
 
 @pytest.mark.usefixtures("_offline")
-def test_files_out_of_reach_are_told_once_by_the_error_alone(caplog):
+def test_files_out_of_reach_are_reported_once_by_the_error_alone(caplog):
     filters, level = list(logging.getLogger().filters), logging.getLogger("huggingface_hub").level
     with (
         caplog.at_level(logging.WARNING),

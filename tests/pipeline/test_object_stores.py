@@ -142,7 +142,7 @@ def test_options_of_a_url_hold_for_what_its_glob_finds(store, bucket, monkeypatc
     assert whole(shard) == b"content"
 
 
-def test_a_missing_bucket_is_the_users_mistake(bucket):
+def test_a_missing_bucket_is_an_input_error(bucket):
     with pytest.raises(UserError, match="the bucket 'no-such-bucket' does not exist") as error:
         storage.list_shards("s3://no-such-bucket/{0..3}.tar")
     one_line(error)
@@ -159,7 +159,7 @@ def test_a_missing_object_in_a_bucket_that_is_there_is_listed_without_a_size(sto
 
 
 @pytest.mark.parametrize("pattern", ["{0..3}.tar", "*.tar"])
-def test_wrong_credentials_for_the_input_are_the_users_mistake(rude_bucket, pattern):
+def test_wrong_credentials_for_the_input_are_input_errors(rude_bucket, pattern):
     with (
         serving(refusing_handler("InvalidAccessKeyId")) as port,
         pytest.raises(UserError, match="cannot be") as error,
@@ -169,7 +169,7 @@ def test_wrong_credentials_for_the_input_are_the_users_mistake(rude_bucket, patt
 
 
 @pytest.mark.parametrize("url", ["s3://b/0.tar?X-Amz-Signature={}", "s3://id:{}@b/0.tar?nonsense=1"])
-def test_an_option_that_is_not_known_is_told_without_its_secrets(url):
+def test_an_option_that_is_not_known_is_reported_without_its_secrets(url):
     with pytest.raises(UserError, match=r"s3://b\S*: cannot be used: expected options region") as error:
         storage.list_shards(url.format(SECRET))
     one_line(error)
@@ -210,7 +210,7 @@ def test_an_object_that_shrank_since_it_was_listed_is_a_short_read(store, bucket
         whole(shard)
 
 
-def test_an_object_that_was_replaced_while_it_was_read_is_told(store, bucket):
+def test_an_object_that_was_replaced_while_it_was_read_is_reported(store, bucket):
     store.put(f"{bucket}/0.tar", b"x" * 9000)
     (shard,) = storage.list_shards(f"s3://{bucket}/0.tar")
     before = storage.version_now(shard)
@@ -336,7 +336,7 @@ def test_content_that_breaks_off_leaves_nothing_under_the_final_name(store, buck
     assert store.get(f"{bucket}/out/x.bin") == b"before"
 
 
-def test_a_part_that_the_store_refuses_is_told_and_the_upload_never_completed(rude_bucket):
+def test_a_part_that_the_store_refuses_is_reported_and_the_upload_never_completed(rude_bucket):
     operations = []
     with (
         serving(uploading_handler(operations, part_status=400)) as port,
@@ -492,7 +492,7 @@ def test_credentials_in_the_outputs_url_are_refused_and_not_shown(tmp_path):
     assert SECRET not in str(error.value)
 
 
-def test_a_job_whose_output_bucket_is_missing_is_told_so(bucket, tmp_path):
+def test_a_job_whose_output_bucket_is_missing_is_reported(bucket, tmp_path):
     (path,) = write_corpus(tmp_path / "in", 1, 1)
     with pytest.raises(OutputError, match="no-such-bucket") as error:
         jobs.prepare_job(demo_job([path], "s3://no-such-bucket/out"))

@@ -131,7 +131,7 @@ def test_a_shard_replaced_under_its_name_is_annotated_again_and_said(tars, out, 
         os.utime(tars[1], (1, 1))
     job = prepare_job(demo_job(tars, out))
     assert todo(job) == ["b.tar"]
-    assert any("changed since they were annotated" in told and "b.tar" in told for told in job.warnings)
+    assert any("changed since they were annotated" in line and "b.tar" in line for line in job.warnings)
     assert_all_readers_find(out, 3 * ROWS)
     assert annotate(job).complete
     assert_all_readers_find(out, 4 * ROWS)
@@ -158,7 +158,7 @@ def test_what_an_older_version_of_a_shard_left_does_not_count_for_a_worker_that_
     assert not (out / "_SUCCESS").exists()
 
 
-@pytest.mark.parametrize("how", ["renamed folder", "told"])
+@pytest.mark.parametrize("how", ["renamed folder", "named by the user"])
 def test_a_corpus_that_only_moved_is_not_annotated_again(tars, out, tmp_path, how):
     annotate(prepare_job(demo_job(tars, out)))
     (tmp_path / "elsewhere").mkdir()
@@ -166,10 +166,10 @@ def test_a_corpus_that_only_moved_is_not_annotated_again(tars, out, tmp_path, ho
     for source, target in zip(tars, moved, strict=True):
         shutil.copy(source, target)
         source.unlink()
-    moves = [f"{tmp_path / 'in'}={tmp_path / 'elsewhere'}"] if how == "told" else []
+    moves = [f"{tmp_path / 'in'}={tmp_path / 'elsewhere'}"] if how == "named by the user" else []
     job = prepare_job(demo_job(moved, out), moves)
     assert job.todo == []
-    assert any("4 shard(s) moved and are not annotated again" in told for told in job.warnings)
+    assert any("4 shard(s) moved and are not annotated again" in warning for warning in job.warnings)
     assert annotate(job).complete
     assert_all_readers_find(out, 4 * ROWS)
     again = prepare_job(demo_job(moved, out))
@@ -207,7 +207,7 @@ def test_a_new_shard_at_the_place_that_another_one_moved_from_has_files_of_its_o
     assert_all_readers_find(out, 5 * ROWS)
 
 
-def test_what_is_told_of_one_folder_does_not_hide_that_another_one_moved(out, tmp_path):
+def test_what_is_reported_of_one_folder_does_not_hide_that_another_one_moved(out, tmp_path):
     folders = [tmp_path / "x", tmp_path / "y"]
     tars = [*write_word_shards(folders[0], ["a"], 3), *write_word_shards(folders[1], ["b"], 3)]
     annotate(prepare_job(demo_job(tars, out)))
@@ -421,7 +421,7 @@ def test_a_file_is_not_done_that_holds(tars, out, spoil):
     assert_all_readers_find(out, 4 * ROWS)
 
 
-def test_bytes_that_change_in_a_published_file_are_damage_to_whoever_reads_its_rows(tars, out):
+def test_bytes_that_change_in_a_published_file_are_damage_to_all_who_read_its_rows(tars, out):
     annotate(prepare_job(demo_job(tars, out)))
     path = next((out / "annotations").glob("b-*"))
     content = bytearray(path.read_bytes())
@@ -449,7 +449,7 @@ def test_a_job_whose_shards_hold_no_sample_is_not_complete(tmp_path, out):
 
 
 @pytest.mark.parametrize("stray", ["mine.parquet", "before/mine.parquet", "MINE.PARQUET", "mine.parquet.bak"])
-def test_a_file_of_no_listed_shard_is_told_by_status_and_report(tars, out, stray):
+def test_a_file_of_no_listed_shard_is_reported_by_status_and_report(tars, out, stray):
     annotate(prepare_job(demo_job(tars, out)))
     path = out / "annotations" / stray
     path.parent.mkdir(exist_ok=True)

@@ -18,9 +18,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pipeline.config.classes import read_class_list
 from pipeline.config.schema import InputConfig
 from pipeline.datasets.coco import open_coco
-from pipeline.datasets.dataset import unique_names
 from pipeline.datasets.imagenet_s import open_imagenet_s
 from pipeline.datasets.openimages import open_openimages
+from pipeline.datasets.truth_dataset import unique_names
 from pipeline.datasets.voc import open_voc
 from pipeline.datasets.writing import write_shards
 from pipeline.errors import UserError
@@ -111,7 +111,7 @@ def test_voc_is_found_from_any_of_its_three_folders(tmp_path, where):
 
 
 @pytest.mark.parametrize("split", ["test", "../../../etc/passwd", ""])
-def test_an_unknown_split_of_voc_is_the_users_mistake(tmp_path, split):
+def test_an_unknown_split_of_voc_is_an_input_error(tmp_path, split):
     write_voc(tmp_path, ["2007_000033"])
     with pytest.raises(UserError):
         open_voc(tmp_path, split)
@@ -135,7 +135,7 @@ def test_the_captions_of_a_sample_serve_as_prompts(tmp_path):
 
 @pytest.mark.parametrize(
     ("orientation", "frame"),
-    # an upright map of the stored size could not be told from one of the stored image
+    # an upright map of the stored size could not be distinguished from one of the stored image
     [(orientation, "stored") for orientation in range(1, 9)]
     + [(orientation, "upright") for orientation in range(5, 9)],
 )
@@ -242,7 +242,7 @@ def test_any_overlap_of_coco_objects_and_crowds_is_drawn_by_the_same_rule(tmp_pa
     )
 
 
-def test_real_captions_of_coco_stand_in_the_sample(tmp_path):
+def test_real_captions_of_coco_are_in_the_sample(tmp_path):
     captions = [
         {"id": 9, "image_id": 139, "caption": "The later one."},
         {"id": 4, "image_id": 139, "caption": " A room with chairs.\n"},
@@ -274,7 +274,7 @@ A_CAPTION = {"id": 1, "image_id": 139, "caption": "A room."}
 
 
 @pytest.mark.parametrize(
-    ("caption", "kind", "told"),
+    ("caption", "kind", "message"),
     [
         ({"id": 2, "image_id": 139, "caption": None}, "captions_malformed", "a text as caption, found null"),
         ({"id": 2, "image_id": 139, "caption": 7}, "captions_malformed", "a text as caption, found 7"),
@@ -295,10 +295,10 @@ A_CAPTION = {"id": 1, "image_id": 139, "caption": "A room."}
         (A_CAPTION, "captions_listed_twice", "caption 1 of image 139"),
     ],
 )
-def test_a_coco_caption_that_is_none_is_counted_and_named(tmp_path, caption, kind, told):
+def test_a_coco_caption_that_is_none_is_counted_and_named(tmp_path, caption, kind, message):
     conversion = edited_coco(tmp_path, lambda document: None, captions=[A_CAPTION, caption])
-    assert conversion.left_out == {kind: 1}
-    assert told in conversion.left_out_names[kind][0]
+    assert conversion.omitted == {kind: 1}
+    assert message in conversion.omitted_names[kind][0]
     assert documents_of(tmp_path / "out")["000000000139"]["all_captions"] == ["A room."]
 
 
@@ -307,7 +307,7 @@ def append(name, record):
 
 
 @pytest.mark.parametrize(
-    ("edit", "kind", "told"),
+    ("edit", "kind", "message"),
     [
         (append("annotations", {"id": 9}), "annotations_malformed", "image_id, found none"),
         (append("annotations", "x"), "annotations_malformed", "a JSON object, found 'x'"),
@@ -340,11 +340,11 @@ def append(name, record):
         ),
     ],
 )
-def test_a_coco_record_that_no_image_can_have_is_counted_and_named(tmp_path, edit, kind, told):
+def test_a_coco_record_that_no_image_can_have_is_counted_and_named(tmp_path, edit, kind, message):
     conversion = edited_coco(tmp_path, edit)
     assert (conversion.written, conversion.skipped) == (2, {})
-    assert conversion.left_out == {kind: 1}
-    assert told in conversion.left_out_names[kind][0]
+    assert conversion.omitted == {kind: 1}
+    assert message in conversion.omitted_names[kind][0]
 
 
 def another_id(document):
@@ -366,7 +366,7 @@ def test_coco_images_of_one_name_or_one_id_are_skipped_with_all_their_objects_co
     conversion = edited_coco(tmp_path, edit)
     assert conversion.skipped == {"ambiguous_image": len(skipped)}
     assert sorted(name for name, _ in conversion.skipped_names["ambiguous_image"]) == skipped
-    assert conversion.left_out == {"annotations_of_unknown_or_ambiguous_image": objects}
+    assert conversion.omitted == {"annotations_of_unknown_or_ambiguous_image": objects}
     assert list(scenes_of(tmp_path / "out")) == ["000000000632"]
 
 
@@ -392,7 +392,7 @@ def test_a_coco_file_name_that_leaves_the_folder_is_unsafe(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"category_id": 99}, "annotation 1: category 99 is not one of the 5 categories"),
         ({"category_id": None}, "annotation 1: expected a whole number as category_id, found null"),
@@ -404,13 +404,13 @@ def test_a_coco_file_name_that_leaves_the_folder_is_unsafe(tmp_path, name):
         ({"segmentation": {"counts": "x"}}, "annotation 1: has no 'size' in its segmentation"),
     ],
 )
-def test_a_coco_object_that_cannot_be_drawn_skips_its_image_with_a_readable_reason(tmp_path, change, told):
+def test_a_coco_object_that_cannot_be_drawn_skips_its_image_with_a_readable_reason(tmp_path, change, message):
     conversion = edited_coco(tmp_path, lambda document: document["annotations"][0].update(change))
-    assert conversion.skipped_names == {"bad_annotation": [["000000000139.jpg", told]]}
+    assert conversion.skipped_names == {"bad_annotation": [["000000000139.jpg", message]]}
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "message"),
     [
         (lambda document: document.pop("images"), "expected a list 'images', found none"),
         (lambda document: document.update(annotations=None), "expected a list 'annotations', found null"),
@@ -419,8 +419,8 @@ def test_a_coco_object_that_cannot_be_drawn_skips_its_image_with_a_readable_reas
         (append("categories", None), "expected a JSON object, found None"),
     ],
 )
-def test_what_is_not_laid_out_as_cocos_says_what_was_expected(tmp_path, edit, told):
-    with pytest.raises(UserError, match=told):
+def test_what_is_not_laid_out_as_cocos_says_what_was_expected(tmp_path, edit, message):
+    with pytest.raises(UserError, match=message):
         edited_coco(tmp_path, edit)
 
 
@@ -462,7 +462,7 @@ def test_imagenet_s_50_fits_8_bits_and_its_classes_go_by_their_wordnet_ids(tmp_p
     np.testing.assert_array_equal(scenes["n01443537_b"].label_map, np.where(ids == 1000, 255, ids))
 
 
-def test_class_folders_that_are_missing_are_told_by_the_authors_list_in_any_order(tmp_path):
+def test_class_folders_that_are_missing_are_reported_by_the_authors_list_in_any_order(tmp_path):
     from timm.data.imagenet_info import ImageNetInfo
 
     names = ImageNetInfo("imagenet-1k").label_names()[:50]
@@ -487,7 +487,7 @@ def test_two_images_of_imagenet_s_with_one_name_are_skipped_and_named(tmp_path):
     assert conversion.written == 1
 
 
-def test_a_class_that_imagenet_does_not_know_is_the_users_mistake(tmp_path):
+def test_a_class_that_imagenet_does_not_know_is_an_input_error(tmp_path):
     write_imagenet_s(tmp_path, ["n00000001"], {})
     (tmp_path / "validation-segmentation").mkdir()
     with pytest.raises(UserError, match="n00000001"):
@@ -517,13 +517,13 @@ def test_points_that_answer_nothing_or_name_no_image_are_counted(tmp_path):
     ]
     write_openimages(tmp_path, [*POINTS, *odd], classes=CLASSES, images=["b2", "a1"])
     conversion = write_shards(open_openimages(tmp_path), str(tmp_path / "out"))
-    counts = (conversion.written, conversion.left_out["points_malformed"], conversion.skipped)
+    counts = (conversion.written, conversion.omitted["points_malformed"], conversion.skipped)
     assert counts == (2, 2, {})
     # the nameless one, and the one whose only point is of an unknown class
-    assert conversion.left_out["images_without_a_point"] == 2
+    assert conversion.omitted["images_without_a_point"] == 2
 
 
-def test_a_class_of_open_images_that_is_described_twice_is_the_users_mistake(tmp_path):
+def test_a_class_of_open_images_that_is_described_twice_is_an_input_error(tmp_path):
     write_openimages(tmp_path, POINTS, classes=CLASSES, images=["b2", "a1"])
     table = tmp_path / "oidv7-class-descriptions.csv"
     table.write_text(table.read_text() + "/m/0bt9lr,Hound\n")
@@ -551,7 +551,7 @@ def test_open_images_points_are_those_of_the_table_that_somebody_was_sure_of(tmp
     assert scenes["a1"].captions == ('Sign, "stop"',)
     assert scenes["b2"].class_ids == (2,)
     assert classes_of(tmp_path / "out") == list(CLASSES.values())
-    assert conversion.left_out == {
+    assert conversion.omitted == {
         "points_unsure": 1,
         "points_of_unknown_class": 1,
         "points_outside": 1,
@@ -636,7 +636,7 @@ def test_a_line_separator_within_a_class_name_shifts_no_class_id(tmp_path):
     assert dataset.read("a").document["class_ids"] == [2]
 
 
-def test_a_table_of_classes_that_csv_refuses_is_told(tmp_path):
+def test_a_table_of_classes_that_csv_refuses_is_reported(tmp_path):
     write_openimages(
         tmp_path, [("a", 0.5, 0.5, "/m/1", "yes")], classes={"/m/1": "x" * 200_000}, images=["a"]
     )
@@ -655,7 +655,7 @@ def test_a_list_that_is_no_regular_file_is_refused_not_read(tmp_path, make):
 
 
 @pytest.mark.parametrize("depth", range(900, 1000, 7))
-def test_records_nested_as_deeply_as_json_can_be_read_are_left_out_or_refused(tmp_path, depth):
+def test_records_nested_as_deeply_as_json_can_be_read_are_skipped_or_refused(tmp_path, depth):
     nested = "[" * depth + "]" * depth
     outlines = [coco_object(1, 1, 1, ["@"]), coco_object(1, 1, 1, ["@"])]
     write_coco(tmp_path, outlines, images={1: (30, 40)})
@@ -696,7 +696,7 @@ def test_a_hundred_thousand_categories_are_read_without_counting_each_again(tmp_
         {"fingerprint": ["\x1b[2J"]},
     ],
 )
-def test_a_damaged_record_of_a_conversion_is_told_not_resumed(tmp_path, changes):
+def test_a_damaged_record_of_a_conversion_is_reported_and_not_resumed(tmp_path, changes):
     write_voc(tmp_path / "voc", ["a"])
     out = tmp_path / "out"
     write_shards(open_voc(tmp_path / "voc"), str(out))

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 import zlib
 from itertools import chain
 
@@ -15,9 +14,8 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline import storage
-from pipeline.cli import main as cli
 from pipeline.datasets.coco import open_coco
-from pipeline.datasets.dataset import TruthDataset, TruthSample
+from pipeline.datasets.truth_dataset import TruthDataset, TruthSample
 from pipeline.datasets.voc import open_voc
 from pipeline.datasets.writing import ShardLimits, sample_key, write_shards
 from pipeline.errors import OutputError, UserError
@@ -53,20 +51,6 @@ def keys_of(folder):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture
-def legrad(monkeypatch, capsys):
-    """Runs the command line in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["legrad", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_samples_keep_their_order_over_shards_of_the_size_asked_for(tmp_path):
@@ -223,14 +207,14 @@ def test_a_broken_annotation_of_coco_costs_its_image_and_no_other(tmp_path, outl
     assert conversion.written == 1
 
 
-def test_an_image_of_another_size_than_coco_says_is_left_out(tmp_path):
+def test_an_image_of_another_size_than_coco_says_is_skipped(tmp_path):
     write_coco(tmp_path, [], images={1: (24, 32), 2: (24, 32)})
     write(tmp_path / "val2017" / "000000000001.jpg", jpeg(20, 20))
     assert write_shards(open_coco(tmp_path), str(tmp_path / "out")).skipped == {"size_mismatch": 1}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"images": []}', '{"images": [{}], "annotations": [1]}'])
-def test_a_file_that_is_not_cocos_is_the_users_mistake(tmp_path, text):
+def test_a_file_that_is_not_cocos_is_an_input_error(tmp_path, text):
     path = write_coco(tmp_path, [], images={1: (24, 32)})
     path.write_text(text)
     with pytest.raises(UserError, match=r"instances_val2017\.json"):
@@ -298,9 +282,9 @@ def test_a_folder_that_holds_anything_is_left_alone(tmp_path):
         write_shards(open_voc(tmp_path), str(out), overwrite=True)
     (out / "notes.txt").unlink()
     (out / "precious-000000.tar").write_text("mine")
-    for told in ({"overwrite": True}, {"resume": True}, {}):
+    for options in ({"overwrite": True}, {"resume": True}, {}):
         with pytest.raises(UserError):
-            write_shards(open_voc(tmp_path), str(out), ShardLimits(max_samples=5), **told)
+            write_shards(open_voc(tmp_path), str(out), ShardLimits(max_samples=5), **options)
     assert (out / "precious-000000.tar").read_text() == "mine"
     (out / "precious-000000.tar").unlink()
     write_shards(open_voc(tmp_path), str(out), overwrite=True)
@@ -376,7 +360,7 @@ def test_each_dataset_has_a_command(legrad, tmp_path, name):
     assert f"{shard}: " in out
 
 
-def test_the_command_tells_what_it_left_out(legrad, tmp_path):
+def test_the_command_reports_what_it_skipped(legrad, tmp_path):
     write_voc(tmp_path, NAMES)
     reasons = break_voc(tmp_path)
     code, out, _ = legrad("shards", "voc", tmp_path, tmp_path / "out", "--shard-size", 1)

@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import refined_maps, refinement_of
-from pipeline.annotate.samples import PreparedSample
+from pipeline.annotate.sample_states import PreparedSample
 from pipeline.config.masks import MasksConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError

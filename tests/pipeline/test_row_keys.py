@@ -14,7 +14,7 @@ from legrad.text_cache import EmbeddedTexts
 from legrad.views import Views, canvas_grids, views_of
 from pipeline.annotate.maps import MapSettings, refinement_of, sample_maps
 from pipeline.annotate.rows import annotation_rows
-from pipeline.annotate.samples import ExplainedPrompt, ExplainedSample
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample
 from pipeline.annotate.texts import BatchTextEmbedder, choose_maps
 from pipeline.config.load import config_hash, known_keys, parse_config
 from pipeline.config.row_keys import describe_differences, row_keys
@@ -172,7 +172,7 @@ def written(config, digest="w"):
     return json.loads(json.dumps({"config": config.model_dump(mode="json"), "weights_digest": digest}))
 
 
-def keys_told(before, now, digest="w"):
+def keys_named(before, now, digest="w"):
     lines = describe_differences(written(before), now, digest, most=99).split("\n")
     return [line.strip().partition(": ")[0] for line in lines]
 
@@ -194,19 +194,19 @@ def test_an_idle_key_changes_neither_hash_nor_rows_and_an_active_one_is_named(do
     else:
         # classes go with their source
         brought = {"prompts.classes", "prompts.mentioned_in"} if dotted == "prompts.source" else set()
-        assert {dotted} <= set(keys_told(before, now)) <= {dotted, *brought}
+        assert {dotted} <= set(keys_named(before, now)) <= {dotted, *brought}
 
 
 @settings(max_examples=60)
 @given(documents, documents)
-def test_what_is_told_of_two_configurations_are_keys_that_changed_and_count_in_one(first, second):
+def test_what_is_reported_of_two_configurations_are_keys_that_changed_and_count_in_one(first, second):
     before, now = of_job(first), of_job(second)
     if config_hash(before, "w") == config_hash(now, "w"):
         return
-    told = keys_told(before, now)
-    assert told
-    assert set(told) <= set(row_keys(before)) | set(row_keys(now))
-    for dotted in told:
+    named = keys_named(before, now)
+    assert named
+    assert set(named) <= set(row_keys(before)) | set(row_keys(now))
+    for dotted in named:
         section, key = dotted.split(".")
         assert getattr(getattr(before, section), key) != getattr(getattr(now, section), key)
 
@@ -222,7 +222,7 @@ def job(**sections):
     return config.model_copy(update={"prompts": with_files_read(config.prompts)})
 
 
-def told(before, now, digest_now="w"):
+def described(before, now, digest_now="w"):
     return describe_differences(written(before), now, digest_now)
 
 
@@ -253,7 +253,7 @@ CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
         ({"prompts": CLASSES_JOB}, {"prompts": CLASSES_JOB, "output": {"rows": "accepted"}}),
     ],
 )
-def test_finished_work_stands_where_only_idle_keys_changed(before, now):
+def test_finished_work_stays_valid_where_only_idle_keys_changed(before, now):
     assert config_hash(job(**before), "w") == config_hash(job(**now), "w")
 
 
@@ -273,34 +273,34 @@ def test_finished_work_stands_where_only_idle_keys_changed(before, now):
         ),
     ],
 )
-def test_a_change_is_told_with_both_values_and_nothing_else_is(before, now, message):
-    assert told(job(**before), job(**now)) == message
+def test_a_change_is_reported_with_both_values_and_nothing_else_is(before, now, message):
+    assert described(job(**before), job(**now)) == message
 
 
 def test_the_weights_are_named_where_their_digest_differs_and_only_there():
     tag = job(model={"pretrained": "laion400m_e32"})
-    assert told(job(), tag, digest_now="v") == (
+    assert described(job(), tag, digest_now="v") == (
         "the model's files (weights, configuration or tokenizer): openai (w) before, laion400m_e32 (v) now"
     )
-    assert "nothing in the configuration" in told(job(), tag)
+    assert "nothing in the configuration" in described(job(), tag)
 
 
 def test_a_secret_and_a_control_character_in_a_value_are_not_shown():
     signed = job(model={"pretrained": "https://user:key@host/w.pt?sig=key"})
-    message = told(signed, job(prompts={"neutral": "x\x1b[2J"}), digest_now="v")
+    message = described(signed, job(prompts={"neutral": "x\x1b[2J"}), digest_now="v")
     assert "key" not in message
     assert "\x1b" not in message
     assert "prompts.neutral: null before, x\\x1b[2J now" in message
 
 
-def test_at_most_ten_keys_are_told_and_the_rest_is_counted():
+def test_at_most_ten_keys_are_reported_and_the_rest_is_counted():
     limits = ("min_similarity", "min_peak", "min_area", "min_contrast", "smooth", "max_hole")
     changed = job(
         masks={**dict.fromkeys(limits, 0.1), "min_component": 0.1, "combine": "argmax", "rule": "otsu"},
         views={"flip": True},
         model={"layers": 3, "precision": "bf16"},
     )
-    lines = told(job(), changed).split("\n")
+    lines = described(job(), changed).split("\n")
     assert len(lines) == 11
     assert lines[-1].strip() == "... and 2 more"
 
@@ -315,5 +315,5 @@ def test_at_most_ten_keys_are_told_and_the_rest_is_counted():
         {"config": {"masks": {"of_another_version": 1}}, "weights_digest": "w"},
     ],
 )
-def test_a_record_that_cannot_be_read_is_told_as_that(earlier):
+def test_a_record_that_cannot_be_read_is_reported_as_that(earlier):
     assert "this version cannot read" in describe_differences(earlier, job(), "w")

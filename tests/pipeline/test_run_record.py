@@ -30,7 +30,7 @@ def records(out):
     return [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"))]
 
 
-def test_a_run_tells_where_it_stands_while_it_goes_on_and_how_it_ended(tmp_path):
+def test_a_run_reports_its_state_while_it_goes_on_and_how_it_ended(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
         while (meanwhile := latest_run(OutputFolder(str(tmp_path)))) is None:
@@ -67,7 +67,7 @@ def test_a_record_that_cannot_be_written_ends_no_run(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("no space"), ValueError("a bug"), RuntimeError("and another")])
-def test_whatever_fails_in_a_record_is_told_once_and_ends_no_run(tmp_path, monkeypatch, caplog, error):
+def test_whatever_fails_in_a_record_is_reported_once_and_ends_no_run(tmp_path, monkeypatch, caplog, error):
     monkeypatch.setattr("pipeline.output.runs.INTERVAL_S", 0.0)
     folder = OutputFolder(str(tmp_path), new_run_id())
 
@@ -141,7 +141,7 @@ def test_the_history_is_bounded_rises_in_time_and_ends_with_the_newest_state(tmp
     assert history[-1] == (pytest.approx(elapsed_s, abs=0.06), samples)
 
 
-def test_the_newest_runs_come_oldest_first_and_unreadable_ones_are_left_out(tmp_path):
+def test_the_newest_runs_come_oldest_first_and_unreadable_ones_are_skipped(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)
         recorder.close("complete")

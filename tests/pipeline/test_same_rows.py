@@ -23,7 +23,7 @@ from tests.helpers.processes import python_path
 from tests.helpers.row_agreement import agreement
 
 SAMPLES = 16
-# texts that the demo's text tower does not tell apart, before, between and after those that it does
+# texts that the demo's text tower does not distinguish, before, between and after those that it does
 ALIKE = ("text one", "text two", "Text Two", "text one")
 CLASSES = {"source": "classes", "classes": str(assets.demo_classes_path()), "background": "default"}
 CASES = {
@@ -171,7 +171,7 @@ def test_of_captions_that_are_alike_the_first_has_the_pixels_and_all_have_the_sc
             assert areas[prompt][1:] == [0] * (len(own) - 1)
 
 
-# what a processor without AVX-512 would do, as far as this one can be told to
+# what a processor without AVX-512 would do, as far as this one can be set to
 OTHER_PROCESSOR = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",

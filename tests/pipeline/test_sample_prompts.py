@@ -106,7 +106,7 @@ def test_the_shipped_background_is_a_list_of_distinct_texts():
     assert companions_of(job(background="default").prompts).background == tuple((text,) for text in texts)
 
 
-def test_a_background_that_names_a_class_is_left_out():
+def test_a_background_that_names_a_class_is_skipped():
     classes = ["wall", {"name": "Tree", "synonyms": ["wood"]}]
     prompts = job(
         source="classes",
@@ -141,7 +141,7 @@ def test_names_of_files_and_lists_give_way_to_their_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"source": "classes"}, "prompts.source classes needs prompts.classes"),
         ({"classes": "a.txt"}, "prompts.classes needs prompts.source classes, not caption"),
@@ -153,10 +153,10 @@ def test_names_of_files_and_lists_give_way_to_their_content(tmp_path):
         ({"neutral_threshold": 1.5}, "prompts.neutral_threshold: "),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused_by_name(settings, told):
+def test_settings_that_cannot_be_meant_are_refused_by_name(settings, message):
     with pytest.raises(UserError) as raised:
         job(**settings)
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_rejected_classes_have_no_rows_unless_they_are_asked_for():
@@ -167,7 +167,7 @@ def test_rejected_classes_have_no_rows_unless_they_are_asked_for():
     assert demo_job([], "out", output={"rows": "accepted"}).rows_written == "accepted"
 
 
-def test_how_many_prompts_to_expect_is_told_before_a_sample_is_read():
+def test_how_many_prompts_to_expect_is_reported_before_a_sample_is_read():
     classes = {"source": "classes", "classes": [f"class {number}" for number in range(50)]}
     expected = [
         ({}, 1),

@@ -3,7 +3,6 @@
 import functools
 import logging
 import re
-import sys
 import uuid
 
 import pytest
@@ -11,13 +10,13 @@ import yaml
 
 import legrad
 from pipeline.annotate.annotator import ShardAnnotator
-from pipeline.cli import main as cli
 from pipeline.config.load import load_config
 from pipeline.demo import assets
 from pipeline.output.runs import RunState, recorded_run
 from pipeline.run import job as jobs
 from pipeline.run.prometheus import RunMetrics
 from pipeline.storage import shown_url
+from tests.helpers.command_line import run_legrad
 from tests.helpers.corpus import demo_job, image_bytes, write_corpus
 from tests.helpers.object_servers import SECRET, FolderHandler, serving
 
@@ -67,7 +66,7 @@ def site(tmp_path):
 
 
 @pytest.fixture
-def told(capfd, caplog):
+def output_so_far(capfd, caplog):
     """All that was printed and logged so far."""
     caplog.set_level(logging.DEBUG)
 
@@ -76,15 +75,6 @@ def told(capfd, caplog):
         return printed.out + printed.err + caplog.text
 
     return text
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["legrad", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as ended:
-        return ended.code or 0
-    return 0
 
 
 def clean(folder, *texts):
@@ -108,7 +98,9 @@ def annotate(config, explainer):
     return job
 
 
-def test_a_job_whose_every_input_is_signed_leaves_no_secret(site, explainer, tmp_path, monkeypatch, told):
+def test_a_job_whose_every_input_is_signed_leaves_no_secret(
+    site, explainer, tmp_path, monkeypatch, output_so_far
+):
     folder, url = site
     write_corpus(folder, 2, 2)
     (folder / "list.txt").write_text(f"{url('moved/0000.tar')}\n{url('{0001,0001}.tar')}\n")
@@ -136,8 +128,8 @@ def test_a_job_whose_every_input_is_signed_leaves_no_secret(site, explainer, tmp
         ["evaluate", out, given],
         ["explain", url("a.jpg"), "a dog", "--model", "demo", "--out", written / "explain"],
     ]
-    codes = [run(monkeypatch, *command) for command in commands]
-    text = told()
+    codes = [run_legrad(monkeypatch, *command) for command in commands]
+    text = output_so_far()
     assert codes[:3] == [0, 3, 0] or codes[:3] == [0, 0, 0], text
     assert codes[4:6] == [0, 0], text
     assert codes[7] == 0, text
@@ -151,7 +143,9 @@ def test_a_job_whose_every_input_is_signed_leaves_no_secret(site, explainer, tmp
         *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("away/{}", "odd/{}", "unsigned")),
     ],
 )
-def test_inputs_that_cannot_be_read_are_told_without_their_secrets(fault, site, tmp_path, monkeypatch, told):
+def test_inputs_that_cannot_be_read_are_reported_without_their_secrets(
+    fault, site, tmp_path, monkeypatch, output_so_far
+):
     folder, url = site
     written = tmp_path / "written"
     written.mkdir()
@@ -201,8 +195,8 @@ def test_inputs_that_cannot_be_read_are_told_without_their_secrets(fault, site, 
         ["explain", bad("a.jpg"), "dog", "--model", "demo"],
     ]
     for command in commands:
-        code = run(monkeypatch, *command)
-        text = told()
+        code = run_legrad(monkeypatch, *command)
+        text = output_so_far()
         assert "Traceback" not in text, command
         assert SECRET[:-1] not in text, command
         assert code in (0, 1, 2), command
@@ -210,7 +204,7 @@ def test_inputs_that_cannot_be_read_are_told_without_their_secrets(fault, site, 
 
 
 def test_keys_in_the_urls_of_stores_are_neither_shown_nor_stored(
-    store, explainer, tmp_path, monkeypatch, told
+    store, explainer, tmp_path, monkeypatch, output_so_far
 ):
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     store.put(bucket, b"")
@@ -229,8 +223,8 @@ def test_keys_in_the_urls_of_stores_are_neither_shown_nor_stored(
         ["export", url("out"), url("in"), "--format", "coco", "--no-images", "--shards", url("in/*.tar")],
         ["export", url("out"), url("dest"), "--format", "voc", "--shards", url("in/*.tar")],
     ]
-    codes = [run(monkeypatch, *command) for command in commands]
-    text = told()
+    codes = [run_legrad(monkeypatch, *command) for command in commands]
+    text = output_so_far()
     assert codes[0] in (0, 3), text
     assert codes[1:] == [0, 0, 1, 1], text
     assert SECRET not in text
@@ -238,7 +232,7 @@ def test_keys_in_the_urls_of_stores_are_neither_shown_nor_stored(
         assert SECRET.encode() not in store.get(f"{bucket}/{key}"), key
 
 
-def test_a_commands_arguments_are_not_stored(tmp_path, explainer, told):
+def test_a_commands_arguments_are_not_stored(tmp_path, explainer, output_so_far):
     (path,) = write_corpus(tmp_path / "in", 1, 1)
     out = tmp_path / "written" / "out"
     for number, command in enumerate(
@@ -248,7 +242,7 @@ def test_a_commands_arguments_are_not_stored(tmp_path, explainer, told):
             demo_job([command], f"{out}{number}", model={"layers": 1}, input={"allow_commands": True}),
             explainer,
         )
-    clean(tmp_path / "written", told())
+    clean(tmp_path / "written", output_so_far())
 
 
 def test_no_metric_holds_a_secret():

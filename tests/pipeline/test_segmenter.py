@@ -1,4 +1,4 @@
-"""The proof's parts: a fair pair of trainings, scores against ground truth, scenes without sprites."""
+"""Training on pseudo-masks: two trainings that differ in labels alone, scores, scenes without sprites."""
 
 import json
 import subprocess
@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 from torchvision import tv_tensors
 
+from pipeline.config.load import load_config
 from pipeline.demo import assets
 from pipeline.demo.making import segmenter_scenes
 from pipeline.demo.making.segmenter import INPUT_SIDE, make_segmenter
 from pipeline.demo.making.segmenter_scenes import scene_split
 from pipeline.demo.making.segmenter_scores import score
-from pipeline.demo.making.train_segmenter import Plan, demo_config, train_transform
+from pipeline.demo.making.train_segmenter import CONFIG, Plan, masks_keys, train_transform
 
 
 def random_label_maps(seed, labels=(0, 1, 2, 3)):
@@ -75,10 +76,10 @@ def test_without_sprites_a_part_of_the_shipped_scenes_is_trained_on_and_the_rest
     assert "npm is needed" in split.origin
 
 
-def test_the_demo_is_told_the_classes_of_the_captions_and_annotates_both_sides(tmp_path):
+def test_masks_are_made_of_the_classes_that_captions_mention_for_training_and_comparison(tmp_path):
     train, heldout = tmp_path / "a.tar", tmp_path / "b.tar"
     split = segmenter_scenes.SceneSplit((train,), (heldout,), "here")
-    config = demo_config(split, tmp_path)
+    config = load_config(CONFIG, masks_keys(split, tmp_path))
     assert config.input.shards == [str(train), str(heldout)]
     assert (config.prompts.source, config.prompts.mentioned_in) == ("classes", "json:caption")
 
@@ -100,7 +101,7 @@ def test_training_images_come_at_the_size_of_the_input_with_labels_that_stay_lab
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_proof_runs_from_scenes_to_scores(tmp_path):
+def test_the_training_runs_from_scenes_to_scores(tmp_path):
     command = [sys.executable, "-m", "pipeline.demo.making.train_segmenter", "--scale", "0.02"]
     places = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     done = subprocess.run([*command, *places], check=False, capture_output=True, text=True, timeout=1700)

@@ -128,7 +128,7 @@ def test_an_archive_without_members_has_no_samples_and_no_errors():
     assert read(bytes(20 * BLOCK)) == []
 
 
-def test_members_about_the_archive_itself_are_no_samples_and_are_told():
+def test_members_about_the_archive_itself_are_no_samples_and_are_reported():
     items = read(members("__index__/a.json", "a.txt", "__index__/b.json", "__c__.txt") + END)
     strays = [(None, "__index__/a.json", "no_key"), (None, "__index__/b.json", "no_key")]
     assert summary(items) == [strays[0], strays[1], (0, "a", ["txt"]), (1, "__c__", ["txt"])]
@@ -157,7 +157,7 @@ def test_a_key_that_comes_back_with_a_field_again_is_an_error_of_its_own():
     ]
 
 
-def test_members_that_stand_apart_from_their_sample_are_never_joined_and_count_once():
+def test_members_that_are_apart_from_their_sample_are_never_joined_and_count_once():
     items = read(members("a.jpg", "b.jpg", "a.txt", "b.txt", "c.txt", "a.json", "c.jpg") + END)
     assert summary(items) == [
         (0, "a", ["jpg"]),
@@ -178,7 +178,7 @@ def test_members_apart_that_nobody_wants_are_no_error():
     ]
 
 
-def test_members_apart_are_told_once_before_what_damages_the_archive():
+def test_members_apart_are_reported_once_before_what_damages_the_archive():
     kinds = [item.kind for item in read(members("a.jpg", "b.jpg", "a.txt")) if isinstance(item, SampleError)]
     assert kinds == ["members_apart", "truncated"]
 
@@ -380,7 +380,7 @@ def test_empty_members_cost_a_small_number_of_bytes_each():
 WHOLE = members("a.jpg", "a.txt", "b.jpg", "b.txt")
 
 
-def test_an_archive_cut_at_a_member_boundary_is_told_from_a_whole_one():
+def test_an_archive_cut_at_a_member_boundary_is_distinguished_from_a_whole_one():
     assert summary(read(WHOLE)) == [
         (0, "a", ["jpg", "txt"]),
         (1, "b", ["jpg", "txt"]),

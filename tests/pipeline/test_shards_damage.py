@@ -1,4 +1,4 @@
-"""Generated archives with damage at random places: what is read is right, and what is not read is told."""
+"""Generated archives damaged at random places: what is read is right, and what is not read is reported."""
 
 import hashlib
 import io
@@ -155,7 +155,7 @@ def test_overwritten_bytes_anywhere_never_pair_wrongly_and_never_lose_a_sample_i
 
 @settings(deadline=None, max_examples=80)
 @given(archives, st.data())
-def test_members_in_any_order_are_paired_only_where_they_stand_together(written, data):
+def test_members_in_any_order_are_paired_only_where_they_are_together(written, data):
     shuffled = data.draw(st.permutations(written.bodies))
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=data.draw(st.sampled_from(FORMATS))) as tar:

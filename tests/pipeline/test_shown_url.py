@@ -1,4 +1,4 @@
-"""What of a URL may be shown and stored, and what tells one shard from the next."""
+"""What of a URL may be shown and stored, and what distinguishes one shard from the next."""
 
 import pytest
 from hypothesis import given, settings
@@ -53,7 +53,7 @@ SIGNED = f"X-Amz-Signature={SECRET}&X-Amz-Credential={SECRET}&token={SECRET}"
         "{{pipe:,x}}cat {0} x.tar",
     ],
 )
-def test_a_secret_is_not_shown_wherever_it_stands(text):
+def test_a_secret_is_not_shown_wherever_it_is(text):
     shown = storage.shown_url(text.format(SECRET, SIGNED))
     assert SECRET not in shown
     assert storage.shown_url(shown) == shown
@@ -132,7 +132,7 @@ def test_a_shard_without_a_query_keeps_the_id_it_always_had(url, identifier):
         "signature {0} does not match",
     ],
 )
-def test_an_error_is_told_without_the_secrets_of_any_url_in_it(error):
+def test_an_error_is_reported_without_the_secrets_of_any_url_in_it(error):
     url = f"https://u:{SECRET}@host/x.tar?X-Amz-Signature={SECRET}"
     assert SECRET not in without_secrets(OSError(error.format(SECRET)), url)
 

@@ -57,7 +57,7 @@ def shown(status, width=80):
 def test_a_status_fits_the_screen_and_keeps_its_figures_whole(width):
     text = shown(STATUS, width)
     assert max(len(line) for line in text.splitlines()) <= width
-    for told in (
+    for line in (
         "incomplete",
         "50,000: 1,234 done, 1 damaged, 1 failed, 48,765 left",
         "12,048,000: 12,000,000 annotated, 3,000 empty, 45,000 failed",
@@ -69,7 +69,7 @@ def test_a_status_fits_the_screen_and_keeps_its_figures_whole(width):
         "read/truncated: the archive ends in a member, at byte 512",
         "caption/not_utf8  5,000",
     ):
-        assert told in text
+        assert line in text
 
 
 def test_nothing_of_a_long_name_or_message_is_cut_off():

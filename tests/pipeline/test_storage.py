@@ -96,7 +96,7 @@ def test_a_shard_named_twice_is_worked_on_once(tmp_path):
     )
 
 
-def test_a_glob_that_matches_nothing_is_told(tmp_path):
+def test_a_glob_that_matches_nothing_is_reported(tmp_path):
     with pytest.raises(UserError, match="nothing matches"):
         storage.list_shards(f"{tmp_path}/*.tar")
 
@@ -169,7 +169,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_file_and_no_part_of_the_new_one
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
-def test_a_folder_that_cannot_be_made_is_told_with_its_path(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported_with_its_path(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="file/annotations"):
         storage.publish(str(tmp_path / "file" / "annotations"), "x.bin", b"1")

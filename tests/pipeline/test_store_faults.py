@@ -179,7 +179,7 @@ def test_a_configuration_and_the_list_of_shards_it_names_are_read_from_s3(
 
 
 @pytest.mark.parametrize("name", ["gone.yaml", "odd.yaml"])
-def test_a_configuration_that_cannot_be_read_is_the_users_mistake_and_shows_no_secret(name, served):
+def test_a_configuration_that_cannot_be_read_is_an_input_error_and_shows_no_secret(name, served):
     handler, port = served
     handler.content = b"\xff"
     with (
@@ -194,7 +194,7 @@ def test_a_configuration_that_cannot_be_read_is_the_users_mistake_and_shows_no_s
 
 
 class RangeHandler(FolderHandler):
-    """A file server that sends parts of files, and tells their versions apart."""
+    """A file server that sends parts of files, and distinguishes their versions."""
 
     content = b""
     etag = '"1"'
@@ -284,7 +284,7 @@ def test_a_web_server_that_stays_down_is_a_shard_error_after_the_attempts_allowe
     assert len(hurt(log)) == web.ATTEMPTS
 
 
-def test_a_server_that_lets_nobody_tell_the_end_from_a_cut_is_refused(tmp_path):
+def test_a_server_whose_answer_may_be_cut_unnoticed_is_refused(tmp_path):
     class Vague(FolderHandler):
         def do_GET(self):
             self.send_response(200)

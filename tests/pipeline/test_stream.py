@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.annotate.stream import BatchStream, Stages, StreamLimits
+from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
 
 PATIENT_S = 3600.0
 SOON_S = 120.0
@@ -24,8 +24,8 @@ class Bench:
         limits = {"threads": 3, "max_samples": 32, "max_wait_s": PATIENT_S}
         limits |= {name: hooks.pop(name) for name in (*limits, "max_bytes", "max_readers") if name in hooks}
         self.shape_of = shape
-        stages = Stages(size, self.prepare, self.shape, self.explain, self.finish)
-        self.stream = BatchStream(stages, StreamLimits(**limits), lambda shape: batch_size)
+        steps = SampleSteps(size, self.prepare, self.shape, self.explain, self.finish)
+        self.stream = BatchStream(steps, StreamLimits(**limits), lambda shape: batch_size)
 
     def prepare(self, sample):
         prepared = self.hooks.get("prepare", lambda sample: sample)(sample)
@@ -101,7 +101,7 @@ def test_a_batch_holds_samples_of_several_shards_and_each_shard_gets_its_own_bac
     assert here.written == {"a": explained("a", 3), "b": explained("b", 3)}
 
 
-def test_outcomes_are_written_in_the_shards_order_though_stages_end_in_any(bench):
+def test_outcomes_are_written_in_the_shards_order_though_steps_end_in_any(bench):
     def dawdle(sample):
         time.sleep(0.002 * (sample[1] * 7 % 5))
         return sample
@@ -213,8 +213,8 @@ def test_the_shard_of_a_sample_that_fails_on_the_device_is_found_though_others_s
 
 
 def test_a_device_step_that_loses_a_sample_is_an_error():
-    stages = Stages(lambda _: 1, lambda s: s, lambda s: 1, lambda batch: batch[1:], lambda s: s)
-    stream = BatchStream(stages, StreamLimits(threads=1, max_samples=8), lambda shape: 4)
+    steps = SampleSteps(lambda _: 1, lambda s: s, lambda s: 1, lambda batch: batch[1:], lambda s: s)
+    stream = BatchStream(steps, StreamLimits(threads=1, max_samples=8), lambda shape: 4)
     with pytest.raises(ValueError, match="expected 3 explained samples, received 2"):
         stream.run(range(3), print)
     stream.close()
@@ -236,8 +236,10 @@ def test_what_was_prepared_is_let_go_once_it_is_explained():
         return number
 
     numbers = iter(range(12))
-    stages = Stages(lambda _: 1, prepare, lambda _: 1, lambda batch: [next(numbers) for _ in batch], finish)
-    stream = BatchStream(stages, StreamLimits(threads=1, max_samples=32), lambda shape: 4)
+    steps = SampleSteps(
+        lambda _: 1, prepare, lambda _: 1, lambda batch: [next(numbers) for _ in batch], finish
+    )
+    stream = BatchStream(steps, StreamLimits(threads=1, max_samples=32), lambda shape: 4)
     stream.run(range(12), print)
     stream.close()
     assert alive == [(number, 0) for number in range(12)]

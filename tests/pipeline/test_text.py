@@ -142,7 +142,7 @@ def log_line(text):
     try:
         raise ValueError(text)
     except ValueError:
-        record = logging.LogRecord("x", logging.WARNING, "", 0, "told: %s", (text,), sys.exc_info())
+        record = logging.LogRecord("x", logging.WARNING, "", 0, "message: %s", (text,), sys.exc_info())
         handler.handle(record)
 
 

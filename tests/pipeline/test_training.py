@@ -168,7 +168,7 @@ def test_no_image_ever_comes_with_the_mask_of_another_and_all_samples_are_accoun
     counts = dataset.counts()
     assert {kind: getattr(counts, kind) for kind in expected} == expected
     assert counts.samples == len(read)
-    assert len(dataset.left_out) == len(missing)
+    assert len(dataset.omitted) == len(missing)
 
 
 def test_rows_of_samples_that_the_shard_does_not_have_are_counted(tmp_path):
@@ -204,7 +204,7 @@ def test_a_shard_that_changed_in_its_place_gives_no_sample_and_is_named(tmp_path
     dataset = MaskDataset(corpus.out)
     with caplog.at_level(logging.WARNING):
         assert sorted(numbers(dataset)) == [3, 4]
-    assert dataset.counts().shards_left_out == 1
+    assert dataset.counts().shards_omitted == 1
     assert "000.tar: changed since it was annotated" in caplog.text
 
 
@@ -214,36 +214,36 @@ def test_a_shard_that_was_only_touched_is_read_as_before(tmp_path):
     assert sorted(numbers(MaskDataset(corpus.out))) == [0, 1, 2]
 
 
-def test_files_of_two_attempts_are_left_out_and_named(tmp_path, caplog):
+def test_files_of_two_attempts_are_skipped_and_named(tmp_path, caplog):
     corpus = write_corpus(tmp_path, plain_plans([2, 2]))
     names = sorted((tmp_path / "out" / "errors").iterdir())
     shutil.copyfile(names[0], names[1])
     dataset = MaskDataset(corpus.out)
     with caplog.at_level(logging.WARNING):
         assert len(list(dataset)) == 2
-    assert dataset.counts().shards_left_out == 1
+    assert dataset.counts().shards_omitted == 1
     assert names[1].name in caplog.text
 
 
-def test_files_of_another_configuration_than_the_jobs_are_left_out_and_named(tmp_path, caplog):
+def test_files_of_another_configuration_than_the_jobs_are_skipped_and_named(tmp_path, caplog):
     corpus = write_corpus(tmp_path, plain_plans([2, 2]))
     path = tmp_path / "out" / "job.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"config_hash": "1" * 16}))
     dataset = MaskDataset(corpus.out)
     with caplog.at_level(logging.WARNING):
         assert list(dataset) == []
-    assert dataset.counts().shards_left_out == 2
+    assert dataset.counts().shards_omitted == 2
     assert "is of another configuration than the job" in caplog.text
 
 
-def test_a_shard_that_cannot_be_read_ends_the_epoch_or_is_left_out(tmp_path, caplog):
+def test_a_shard_that_cannot_be_read_ends_the_epoch_or_is_skipped(tmp_path, caplog):
     corpus = write_corpus(tmp_path, plain_plans([2, 2]))
     corpus.shards[0].unlink()
     with pytest.raises(ShardError, match=r"000\.tar"):
         list(MaskDataset(corpus.out))
     dataset = MaskDataset(corpus.out, skip_unreadable=True)
     assert sorted(numbers(dataset)) == [2, 3]
-    assert dataset.counts().shards_left_out == 1
+    assert dataset.counts().shards_omitted == 1
     assert "000.tar" in caplog.text
 
 
@@ -357,7 +357,7 @@ def test_a_prompt_that_won_no_pixel_teaches_nothing(tmp_path, target):
     assert alone.counts().without_mask == 1
 
 
-def test_classes_can_be_given_for_captions_and_other_captions_are_left_out(tmp_path):
+def test_classes_can_be_given_for_captions_and_other_captions_are_skipped(tmp_path):
     rows = [
         row("s000001", 0, 0, mask=mask_of(1), prompt="a dog"),
         row("s000001", 0, 1, mask=mask_of(9, prompt=2), prompt="a summer day", similarity=0.9),
@@ -535,7 +535,7 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"target": "boxes"}, "label_map"),
         ({"similarity_range": (0.3, 0.3)}, "similarity_range"),
@@ -543,8 +543,8 @@ class Counted:
         ({"rank": 2, "world_size": 2}, "0 to 1"),
     ],
 )
-def test_arguments_out_of_their_range_are_refused(corpus, options, told):
-    with pytest.raises(UserError, match=told):
+def test_arguments_out_of_their_range_are_refused(corpus, options, message):
+    with pytest.raises(UserError, match=message):
         MaskDataset(corpus.out, **options)
 
 
@@ -605,7 +605,7 @@ def test_workers_started_anew_read_from_an_object_store(tmp_path, only_loopback,
     assert len(set(map(tuple, orders))) > 1
 
 
-def test_pictures_tell_their_numbers():
+def test_pictures_encode_their_numbers():
     for number in (0, 5, 300, 399):
         assert number_of(torch.from_numpy(picture(number)).permute(2, 0, 1)) == number
     assert storage is joining.storage

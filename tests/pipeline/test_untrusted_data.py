@@ -53,14 +53,14 @@ class Measured:
         samples_in: samples that the shard's footer counts.
         annotated: keys with rows, in order.
         failed: (key, kind) of samples with error rows alone, in order.
-        told: kinds of the error rows that belong to no sample.
+        shard_errors: kinds of the error rows that belong to no sample.
         duplicated: rows beyond the first of a (sample_index, prompt_index).
     """
 
     samples_in: int
     annotated: tuple[str, ...]
     failed: tuple[tuple[str, str], ...]
-    told: tuple[str, ...]
+    shard_errors: tuple[str, ...]
     duplicated: int
 
 
@@ -111,7 +111,7 @@ def measured(annotator, path, out) -> Measured:
         samples_in=counts.samples_in,
         annotated=tuple(row["key"] for row in rows),
         failed=tuple((error["key"], error["kind"]) for error in of_samples),
-        told=tuple(error["kind"] for error in errors if error["sample_index"] is None),
+        shard_errors=tuple(error["kind"] for error in errors if error["sample_index"] is None),
         duplicated=len(outcomes) - len(set(outcomes)),
     )
 
@@ -128,22 +128,22 @@ def check(found: Measured, fault: Fault) -> None:
     lost = fault.samples_in - found.samples_in
     assert found.annotated == fault.annotated
     assert found.failed == tuple((printable(key), kind) for key, kind in fault.failed)
-    assert found.told == fault.told
+    assert found.shard_errors == fault.shard_errors
     assert lost == len(fault.lost)
-    assert not lost or found.told, "what no row names is told by a row of the shard"
+    assert not lost or found.shard_errors, "what no row of a sample names is in an error of the shard"
     assert found.samples_in == len(found.annotated) + len(found.failed)
     assert found.duplicated == 0
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_costs_its_own_sample_and_is_told(name, annotate_text, tmp_path):
+def test_a_fault_costs_its_own_sample_and_is_reported(name, annotate_text, tmp_path):
     path = tmp_path / "shard.tar"
     path.write_bytes(FAULTS[name].make())
     check(annotate_text(path), FAULTS[name])
 
 
 @pytest.mark.parametrize("name", JSON_FAULTS)
-def test_a_fault_in_json_costs_its_own_sample_and_is_told(name, annotate_json, tmp_path):
+def test_a_fault_in_json_costs_its_own_sample_and_is_reported(name, annotate_json, tmp_path):
     path = tmp_path / "shard.tar"
     path.write_bytes(JSON_FAULTS[name].make())
     check(annotate_json(path), JSON_FAULTS[name])
@@ -273,7 +273,7 @@ def test_ground_truth_is_trusted_no_more_than_anything_else(document, label_map)
 
 
 @pytest.mark.parametrize("texts", [TEXT * 100, png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**22)))])
-def test_texts_beside_a_label_map_are_of_no_interest(texts):
+def test_texts_beside_a_label_map_are_ignored(texts):
     fields = {"jpg": b"", "json": OBJECTS, "seg.png": grey_png(extra=texts)}
     scene = scene_of(RawSample(0, "a", fields), "jpg")
     np.testing.assert_array_equal(scene.label_map, np.zeros((4, 4)))

@@ -1,7 +1,7 @@
 """Sprites and background photos: fetched with npm, read from the packages' archives, cached as arrays.
 
 Sprites are images with alpha, so every scene composed of them has exact masks, and their code points name
-them. The packages' licences stand in README.md beside this file.
+them. The packages' licences are in pipeline/demo/README.md.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def read_sprites(archive: Path, artist: Artist, codes: Collection[str]) -> Itera
 
     Args:
         archive: A gzipped tar, as `npm pack` writes it.
-        artist: Tells the folder and the suffix of the sprites.
+        artist: Whose folder and suffix the sprites have.
         codes: Code points without fe0f.
 
     Yields:

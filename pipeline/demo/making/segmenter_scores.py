@@ -90,7 +90,7 @@ def predict(
     Args:
         segmenter: trained.
         images: what to segment; its transform brings images to the input.
-        truth: tells the sizes.
+        truth: ground truth, whose sizes the label maps get.
         tags: classes that each image is known to show; None: the segmenter has to find them out.
     """
     segmenter.eval()

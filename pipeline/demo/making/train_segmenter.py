@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count, islice
@@ -29,7 +31,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from legrad.quality.metrics import Estimate
-from pipeline.cli.annotate import annotate_with_config
 from pipeline.config.load import load_config
 from pipeline.config.schema import JobConfig
 from pipeline.console import PrintableConsole
@@ -157,19 +158,16 @@ def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole
         What is written to result.json.
 
     Raises:
-        PipelineError: as the annotation does.
+        SystemExit: a job was not complete.
     """
     times: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
     with _timed("drawing scenes", times, console):
         split = scene_split(plan.scenes, art, cache, plan.seed)
         console.print(f"scenes to train on: {split.origin}")
-    config = demo_config(split, out)
     with _timed("annotating", times, console):
-        for job in (config, without_band(config, split, out)):
-            exit_code = annotate_with_config(job, console)
-            if exit_code:
-                raise SystemExit(exit_code)
+        annotate(masks_keys(split, out))
+        annotate(masks_without_band_keys(split, out))
     segmenters = {}
     for what, target in ((STUDENT, "label_map"), (SUPERVISED, "ground_truth")):
         with _timed(f"training the {what}", times, console):
@@ -180,36 +178,38 @@ def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole
         save_file(segmenters[what].state_dict(), out / f"{what.replace(' ', '-')}.safetensors")
     with _timed("scoring", times, console):
         scores = score_all(out, split, segmenters)
-    result = _result(plan, split, config, scores, times)
+    result = _result(plan, split, load_config(CONFIG, masks_keys(split, out)), scores, times)
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(_table(scores, split))
-    _tell_targets(result, console)
+    _print_comparison(result, console)
     return result
 
 
-def demo_config(split: SceneSplit, out: Path) -> JobConfig:
-    """Return the shipped configuration for the scenes of a split."""
-    config = load_config(CONFIG)
-    shards = [str(path) for path in (*split.train, *split.heldout)]
-    return config.model_copy(
-        update={
-            "input": config.input.model_copy(update={"shards": shards}),
-            "prompts": config.prompts.model_copy(update={"classes": str(assets.demo_classes_path())}),
-            "output": config.output.model_copy(update={"dir": str(out / TRAINED_ON)}),
-        }
-    )
+def masks_keys(split: SceneSplit, out: Path) -> list[str]:
+    """Return the keys of the job that makes the masks to train on and to compare with."""
+    return [
+        f"input.shards={json.dumps([str(path) for path in (*split.train, *split.heldout)])}",
+        f"prompts.classes={assets.demo_classes_path()}",
+        f"output.dir={out / TRAINED_ON}",
+    ]
 
 
-def without_band(config: JobConfig, split: SceneSplit, out: Path) -> JobConfig:
-    """Return the configuration with one threshold, because ignored pixels of a band would count as errors."""
-    shards = [str(path) for path in split.heldout]
-    return config.model_copy(
-        update={
-            "input": config.input.model_copy(update={"shards": shards}),
-            "masks": config.masks.model_copy(update={"rule": "otsu"}),
-            "output": config.output.model_copy(update={"dir": str(out / WITHOUT_BAND)}),
-        }
-    )
+def masks_without_band_keys(split: SceneSplit, out: Path) -> list[str]:
+    """Return the keys of a job with one threshold: ignored pixels of a band would count as errors."""
+    return [
+        f"input.shards={json.dumps([str(path) for path in split.heldout])}",
+        f"prompts.classes={assets.demo_classes_path()}",
+        "masks.rule=otsu",
+        f"output.dir={out / WITHOUT_BAND}",
+    ]
+
+
+def annotate(keys: Sequence[str]) -> None:
+    """Run `legrad annotate` with the configuration of this program and other values of some keys."""
+    command = [sys.executable, "-m", "pipeline", "annotate", str(CONFIG), *keys]
+    done = subprocess.run(command, check=False)  # noqa: S603
+    if done.returncode:
+        raise SystemExit(done.returncode)
 
 
 def score_all(out: Path, split: SceneSplit, segmenters: Mapping[str, Segmenter]) -> dict[str, Scores]:
@@ -284,7 +284,7 @@ def _shown(estimate: Estimate) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def _tell_targets(result: Mapping[str, Any], console: PrintableConsole) -> None:
+def _print_comparison(result: Mapping[str, Any], console: PrintableConsole) -> None:
     gain, share = Estimate(**result["student_minus_masks"]), result["student_share_of_supervised"]
     reached = "80 % or more" if share >= TARGET_SHARE else "less than 80 %"
     console.print(

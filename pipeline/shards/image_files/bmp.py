@@ -1,4 +1,4 @@
-"""BMP: the size that the file says it has. Its pixels carry no sums, and zeros are black ones."""
+"""BMP: the size of the file against the one in its header. BMP has no checksums; zeros are black pixels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pipeline.shards.image_files.failures import truncated
 
 
 def check_bmp(data: bytes) -> None:
-    """Compare the file's size with what its header says; a zero there says nothing.
+    """Compare the file's size with the one in its header, where 0 means unknown.
 
     Raises:
         SampleFailure: kind `truncated`.
     """
     size_bytes = int.from_bytes(data[2:6], "little")
     if size_bytes > len(data):
-        raise truncated(f"the BMP says that it has {size_bytes} bytes, and has {len(data)}")
+        raise truncated(f"the BMP has {len(data)} bytes; its header says {size_bytes}")

@@ -1,4 +1,4 @@
-"""What damage is reported as."""
+"""Failures of damaged image files, one function for each kind."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pipeline.errors import SampleFailure
 
 
 def truncated(message: str) -> SampleFailure:
-    """The file ends before what it says it holds."""
+    """Return the failure of a file that ends before the data that it declares."""
     return SampleFailure("decode", "truncated", message)
 
 
 def corrupt(message: str) -> SampleFailure:
-    """The file holds what no encoder writes."""
+    """Return the failure of a file with content that no encoder writes."""
     return SampleFailure("decode", "corrupt", message)
 
 
 def too_many_parts(message: str) -> SampleFailure:
-    """Looking at all parts of the file would take too long."""
+    """Return the failure of a file whose parts are too many to check."""
     return SampleFailure("decode", "too_many_parts", message)

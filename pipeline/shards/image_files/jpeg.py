@@ -1,4 +1,4 @@
-"""JPEG: marks where they belong, data that last exactly as long as the picture, and no long run of zeros.
+"""JPEG: markers must be in order, data must end with the picture, and must have no long run of zeros.
 
 libjpeg fills up what is missing and passes over what is left, with a warning that Pillow does not hand on.
 
@@ -49,7 +49,7 @@ class _Segment(NamedTuple):
         start: of the mark.
         content: of the segment.
         data_start, data_stop: from the segment's end to the next mark that is no restart mark.
-        restarts: how many restart marks stand between them.
+        restarts: how many restart marks are between them.
         in_turn: whether these are numbered in turn.
     """
 

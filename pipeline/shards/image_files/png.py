@@ -1,4 +1,4 @@
-"""PNG: chunks with their sums, and without those that no pixel depends on.
+"""PNG: chunks against their checksums; chunks that no pixel depends on are removed.
 
 Source: PNG specification, third edition, section 5, "Datastream structure".
 """
@@ -30,7 +30,7 @@ class _Chunk:
 
 
 def png_without_texts(data: bytes) -> bytes:
-    """Leave out texts, colour profiles and whatever else no pixel depends on.
+    """Skip texts, colour profiles and all else that no pixel depends on.
 
     They are never inflated then, and no limit on them fails an image. The EXIF data come first, so that they
     are known before the pixels are decoded.

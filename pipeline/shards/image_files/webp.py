@@ -1,4 +1,4 @@
-"""WebP: chunks that fill their container, and no long run of zeros where compressed data is due.
+"""WebP: chunks must fill their container, and compressed data must have no long run of zeros.
 
 Source: RFC 9649, section 2, "WebP Container Specification".
 """
@@ -40,7 +40,7 @@ def check_webp_length(data: bytes) -> int:
     """Where the container ends; raises SampleFailure, kind `truncated`, where that is behind the data."""
     end = _HEADER_BYTES + int.from_bytes(data[4:8], "little")
     if end > len(data):
-        raise truncated(f"the WebP says that it has {end} bytes, and has {len(data)}")
+        raise truncated(f"the WebP has {len(data)} bytes; its header says {end}")
     return end
 
 

@@ -92,7 +92,8 @@ def export_samples(
             counts["mispaired"] += 1
             continue
         try:
-            _check_masks(rows, height, width)
+            masks = [row[column] for row in rows for column in ("mask", "ignore") if row[column] is not None]
+            check_masks_of_image(masks, height, width)
         except RleError as error:
             _log.warning("%s: sample %s skipped: %s", sample.shard, sample.raw.key, error)
             counts["damaged_mask"] += 1
@@ -102,12 +103,6 @@ def export_samples(
         yield ExportSample(
             safe_name(raw.index, raw.key), raw.key, raw.index, image, suffix, height, width, tuple(rows)
         )
-
-
-def _check_masks(rows: Sequence[Row], height: int, width: int) -> None:
-    """Find damage before anything is written of a sample; raises RleError."""
-    masks = [row[column] for row in rows for column in ("mask", "ignore") if row[column] is not None]
-    check_masks_of_image(masks, height, width)
 
 
 def safe_name(index: int, key: str) -> str:

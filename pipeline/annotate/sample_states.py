@@ -1,4 +1,4 @@
-"""The two shapes of a sample between its tar and its rows: prepared for the device, and explained by it."""
+"""The two states of a sample between its tar and its rows: prepared for the device, and explained by it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker's hands: shards begun as soon as the worker has room for them, as the driver does."""
+"""Annotate shards as the driver does: the next one begins as soon as the worker has room for it."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Shard = TypeVar("Shard")
-MAX_SHARDS_IN_HAND = 12
+MAX_SHARDS_IN_FLIGHT = 12
 
 
 def work_through(
@@ -16,20 +16,20 @@ def work_through(
     wait_for_room: Callable[[], None],
     handover_s: float = 0.0,
 ) -> float:
-    """Annotate shards, several in hand; raises what an annotation raised.
+    """Annotate shards, several in flight; raises what an annotation raised.
 
     Returns:
         Seconds from the first to the last.
     """
-    in_hand = threading.Semaphore(MAX_SHARDS_IN_HAND)
+    in_flight = threading.Semaphore(MAX_SHARDS_IN_FLIGHT)
     runs: list[Future[object]] = []
     started_s = time.perf_counter()
-    with ThreadPoolExecutor(MAX_SHARDS_IN_HAND) as hands:
+    with ThreadPoolExecutor(MAX_SHARDS_IN_FLIGHT) as pool:
         for shard in shards:
-            in_hand.acquire()
+            in_flight.acquire()
             time.sleep(handover_s)
-            runs.append(hands.submit(annotate, shard))
-            runs[-1].add_done_callback(lambda _: in_hand.release())
+            runs.append(pool.submit(annotate, shard))
+            runs[-1].add_done_callback(lambda _: in_flight.release())
             wait_for_room()
     elapsed_s = time.perf_counter() - started_s
     for run in runs:
