@@ -1,15 +1,17 @@
 """`LeGrad`, the class that explains an open_clip model."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
+from legrad.errors import LeGradError
 from legrad.families.faithful import Snapshot, describe_model
 from legrad.heatmaps import heatmaps_of
 from legrad.images import Fit, ImageTransform, transform_of
@@ -123,8 +125,21 @@ class LeGrad:
         self._snapshot = Snapshot.of(self.model)
 
     def _follow_changes(self) -> None:
-        if not self._snapshot.is_of(self.model):
+        visual: Any = self.model.visual if self._snapshot.is_of(self.model) else None
+        # The preprocessing is in a dict, which may have been changed in place.
+        if visual is None or transform_of(visual) != self._own_transform:
             self._describe()
+
+    @contextmanager
+    def _failures_described(self) -> Iterator[None]:
+        """Describe the model again after a failure: an error of its description says more."""
+        try:
+            yield
+        except (LeGradError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            self._describe()
+            raise
 
     def __copy__(self) -> "LeGrad":
         """Return another explainer of the same model."""
@@ -234,7 +249,9 @@ class LeGrad:
 
         Raises:
             InputError: the images get different input sizes.
+            UnsupportedModelError: the model was changed into one that cannot be explained.
         """
+        self._follow_changes()
         height, width = common_input_size(self.transform, images)
         pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8)
         for row, image in zip(pixels, images, strict=True):
@@ -270,7 +287,8 @@ class LeGrad:
         """
         self._follow_changes()
         check_images(self.tower, images)
-        trace = trace_images(self.tower, images, self._layers, self.scoring)
+        with self._failures_described():
+            trace = trace_images(self.tower, images, self._layers, self.scoring)
         return replace(trace, structure=self._snapshot.identity)
 
     def relevance(
@@ -304,14 +322,15 @@ class LeGrad:
         # Checked before the forward pass: on a GPU the check waits for all kernels launched before it.
         prompts = as_ragged(self._features_like(images), text_embeddings, image_index)
         trace = self._as_trace(images)
-        grids = self._relevance_grids(
-            self.tower,
-            trace,
-            prompts.unit_rows,
-            prompts.image_index,
-            scoring=self.scoring,
-            one_by_one=prompts.one_by_one,
-        )
+        with self._failures_described():
+            grids = self._relevance_grids(
+                self.tower,
+                trace,
+                prompts.unit_rows,
+                prompts.image_index,
+                scoring=self.scoring,
+                one_by_one=prompts.one_by_one,
+            )
         merged = grids if per_layer else grids.sum(dim=0)
         return merged.reshape(*merged.shape[:-3], *prompts.leading, *merged.shape[-2:])
 

@@ -1,5 +1,6 @@
 """Verify that the description of a model computes what the model computes, and notice later changes of it."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from legrad.errors import LeGradError, UnsupportedModelError
 from legrad.families import describe_tower
 from legrad.families.modules import ACTIVATION_NAMES, GLOBAL_HOOKS, way_out, written_out
 from legrad.families.parts import qualified_name
+from legrad.method.stages import Activation, Norm
 from legrad.method.towers import Tower
-from legrad.method.trace import trace_images
+from legrad.method.trace import Trace, trace_images
 
 # Largest distance of unit features. The structural check comes first, so remaining differences are large;
 # float32 allows for TF32, half precision for deep towers.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# Tokens are not normalised, so rounding adds up to more than in unit features.
+TOKEN_SLACK = 5
 # The original methods of open_clip's models, which apply `visual` and at most a normalisation.
 _ENCODE_IMAGE: tuple[Callable[..., Any], ...] = (
     CLIP.encode_image,
@@ -50,8 +54,9 @@ def describe_model(model: nn.Module) -> Tower:
 
     The classes of its modules are compared with those that are covered. Then one seeded image of noise, of
     the tower's own size, is encoded both by `model.encode_image` and by the closed form, which costs two
-    forward passes of one image. For a tower on the meta device, or one whose features are not finite, only
-    the classes are compared. The model is not changed.
+    forward passes of one image; features and the tokens after every block are compared. The derivatives of
+    norms and activations are compared with those of autograd. For a tower on the meta device, or one whose
+    features are not finite, only the classes are compared. The model is not changed.
 
     Raises:
         UnsupportedModelError: description and model differ; the message names the module, its class, and the
@@ -63,6 +68,7 @@ def describe_model(model: nn.Module) -> Tower:
         with _as_if_evaluated(model):
             _check_activations(model, tower)
             _check_features(model, tower)
+            _check_derivatives(model)
     return tower
 
 
@@ -81,11 +87,11 @@ def _check_features(model: Any, tower: Tower) -> None:
     parameter = tower.parameter()
     noise = torch.randn(1, 3, *tower.native_size, generator=_seeded(), device="cpu")
     images = noise.to(parameter.device, parameter.dtype)
-    own = _own_features(model, images)
-    if not bool(own.isfinite().all()):
+    own = _own_pass(model, images)
+    if not bool(own.features.isfinite().all()):
         return
     try:
-        received = _closed_form(tower, images, 1).image_features
+        received = _closed_form(tower, images)
     except (LeGradError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a module that does not match its description may raise anything
@@ -93,53 +99,110 @@ def _check_features(model: Any, tower: Tower) -> None:
             f"{qualified_name(type(model))}: the model encodes an image, its description does not "
             f"({type(error).__name__}: {error}). Way out: put the model's own modules back"
         ) from error
-    distance = float((received.to(own.dtype) - own).norm())
     tolerance = TOLERANCES.get(parameter.dtype, max(TOLERANCES.values()))
-    if not distance <= tolerance:
-        raise UnsupportedModelError(
-            f"{qualified_name(type(model))}: the model's own features of a test image differ by "
-            f"{distance:.2g} from those that would be explained; the limit is {tolerance:g}; "
-            f"{_first_difference(model, tower, images)}. A module does not compute what its class defines. "
-            "Way out: explain the model that open_clip.create_model returns"
-        )
+    distance = float((received.image_features.to(own.features.dtype) - own.features).norm())
+    block = _first_different_block(own, received, TOKEN_SLACK * tolerance)
+    if distance <= tolerance and block is None:
+        return
+    tokens_only = distance <= tolerance
+    what = "tokens differ" if tokens_only else f"features differ by {distance:.2g} (limit {tolerance:g})"
+    place = block or f"outside of its blocks, in visual, a {qualified_name(type(model.visual))}"
+    raise UnsupportedModelError(
+        f"{qualified_name(type(model))}: for a test image, the model's own {what} from those that would be "
+        f"explained. They first differ in {place}. A module does not compute what its class defines. "
+        "Way out: explain the model that open_clip.create_model returns"
+    )
 
 
-def _closed_form(tower: Tower, images: Tensor, layers: int) -> Any:
+def _closed_form(tower: Tower, images: Tensor) -> Trace:
     height, width = (cells * tower.patch_size for cells in tower.native_grid)
-    return trace_images(tower, images[..., :height, :width], layers, tower.own)
+    return trace_images(tower, images[..., :height, :width], len(tower.blocks), tower.own)
 
 
-def _own_features(model: Any, images: Tensor) -> Float[Tensor, "1 embed_dim"]:
+@dataclass(frozen=True)
+class _OwnPass:
+    """What the model itself computes for an image.
+
+    Attributes:
+        features: one unit row.
+        blocks: path, module and output tokens of each block, in the order in which they ran.
+    """
+
+    features: Float[Tensor, "1 embed_dim"]
+    blocks: list[tuple[str, nn.Module, Tensor]]
+
+
+def _own_pass(model: Any, images: Tensor) -> _OwnPass:
     dtypes = {parameter.dtype for parameter in model.visual.parameters()}
     # In half precision open_clip keeps some parameters in float32, and dtypes do not always match.
     autocast = len(dtypes) > 1 and images.dtype in (torch.float16, torch.bfloat16)
-    with torch.autocast(images.device.type, dtype=images.dtype if autocast else None, enabled=autocast):
-        features = model.encode_image(images)
-    features = features[0] if isinstance(features, tuple) else features
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-
-def _first_difference(model: Any, tower: Tower, images: Tensor) -> str:
-    """Name the first module in which the model's own pass differs from the closed form."""
-    trunk, path = (
-        (model.visual.trunk, "visual.trunk.blocks")
-        if hasattr(model.visual, "trunk")
-        else (model.visual.transformer, "visual.transformer.resblocks")
-    )
-    blocks = list(trunk.blocks if hasattr(trunk, "blocks") else trunk.resblocks)
-    outputs: list[Tensor] = []
-    handles = [block.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for block in blocks]
+    paths, outputs = _block_paths(model.visual), list[tuple[str, nn.Module, Tensor]]()
+    handles = [
+        block.register_forward_hook(lambda block, _, tokens: outputs.append((paths[block], block, tokens)))
+        for block in paths
+    ]
     try:
-        _own_features(model, images)
+        with torch.autocast(images.device.type, dtype=images.dtype if autocast else None, enabled=autocast):
+            features = model.encode_image(images)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{qualified_name(type(model))}: the model itself cannot encode an image [1, 3, "
+            f"{images.shape[2]}, {images.shape[3]}] of {images.dtype} ({type(error).__name__}: {error}). "
+            "Way out: explain the model that open_clip.create_model returns, on one device, in one precision"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    expected = [layer.block_outputs for layer in _closed_form(tower, images, len(blocks)).layers]
-    tolerance = TOLERANCES.get(images.dtype, 1.0)
-    for index, (block, own, other) in enumerate(zip(blocks, outputs, expected, strict=False)):
-        if own.shape != other.shape or float((own - other).norm() / own.norm()) > tolerance:
-            return f"they first differ in {path}.{index}, a {qualified_name(type(block))}"
-    return f"they differ outside of its blocks, in visual, a {qualified_name(type(model.visual))}"
+    features = features[0] if isinstance(features, tuple) else features
+    unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    return _OwnPass(unit, outputs)
+
+
+def _block_paths(visual: Any) -> dict[nn.Module, str]:
+    if hasattr(visual, "trunk"):
+        blocks, path = visual.trunk.blocks, "visual.trunk.blocks"
+    else:
+        blocks, path = visual.transformer.resblocks, "visual.transformer.resblocks"
+    return {block: f"{path}.{index}" for index, block in reversed(list(enumerate(blocks)))}
+
+
+def _first_different_block(own: _OwnPass, received: Trace, tolerance: float) -> str | None:
+    """Name the first block after which the tokens of the model's own pass differ from the closed form."""
+    for (path, block, tokens), layer in zip(own.blocks, received.layers, strict=False):
+        others = layer.block_outputs
+        batch_first = tokens if tokens.shape == others.shape else tokens.transpose(0, 1)
+        if batch_first.shape != others.shape or not _relative_distance(batch_first, others) <= tolerance:
+            return f"{path}, a {qualified_name(type(block))}"
+    return None
+
+
+def _relative_distance(tensor: Tensor, other: Tensor) -> float:
+    return float((tensor - other).norm() / tensor.norm().clamp(min=torch.finfo(tensor.dtype).tiny))
+
+
+def _check_derivatives(model: Any) -> None:
+    """Raise an error for a class whose derivative is not the one that its `forward` has.
+
+    One module of each class is checked: its class may have been changed since it was defined.
+    """
+    parameter = next(model.visual.parameters())
+    one_of_each = {type(module): (path, module) for path, module in written_out(model.visual)}
+    for kind, (path, module) in one_of_each.items():
+        if isinstance(module, nn.GELU | QuickGELU):
+            is_own = _has_derivative(module, Activation(module), parameter.new_empty(1, 5, 16))
+        elif isinstance(module, nn.LayerNorm):
+            is_own = _has_derivative(
+                module, Norm(module), module.weight.new_empty(1, 5, *module.normalized_shape)
+            )
+        else:
+            continue
+        if not is_own:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: visual.{path}, a {qualified_name(kind)}, has another derivative "
+                f"than its class defines: its `forward` was replaced. Way out: restore it"
+            )
 
 
 def _check_activations(model: Any, tower: Tower) -> None:
@@ -147,26 +210,52 @@ def _check_activations(model: Any, tower: Tower) -> None:
     parameter = tower.parameter()
     for path, module in written_out(model.visual):
         is_known = path.rpartition(".")[2] not in ACTIVATION_NAMES or type(module) in _ELEMENTWISE
-        if not is_known and not _is_elementwise(module, parameter):
+        if not is_known and (reason := _why_not_elementwise(module, parameter)):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: visual.{path}, a {qualified_name(type(module))}, does not act on "
-                f"each element separately, or acts differently in training. Way out: {way_out(module)}"
+                f"{type(model).__name__}: visual.{path}, a {qualified_name(type(module))}, {reason}. "
+                f"Way out: {way_out(module)}"
             )
 
 
-def _is_elementwise(activation: nn.Module, like: Tensor) -> bool:
-    """Test whether the output for an element depends on its position, on the shape, or on training mode."""
+def _has_derivative(module: nn.Module, stage: Activation | Norm, like: Tensor) -> bool:
+    """Test whether a stage's derivative of a module is the one that autograd computes."""
+    generator = _seeded()
+    inputs, gradients = (
+        torch.randn(like.shape, generator=generator, device="cpu").to(like) for _ in range(2)
+    )
+    received = stage.pullback(inputs, like.dtype)(gradients, slice(None))
+    with torch.inference_mode(False), torch.enable_grad():
+        # Parameters and inputs that were made in inference mode cannot be differentiated, copies can.
+        leaf = inputs.clone().requires_grad_()
+        parameters = {name: value.detach().clone() for name, value in module.named_parameters()}
+        outputs = torch.func.functional_call(module, parameters, (leaf,))
+        (expected,) = torch.autograd.grad(outputs, leaf, gradients.clone(), allow_unused=True)
+    return expected is not None and _relative_distance(expected, received) <= TOLERANCES[like.dtype]
+
+
+def _why_not_elementwise(activation: nn.Module, like: Tensor) -> str | None:
+    """Return why an output depends on more than its own input, or None; copies are called."""
     generator = _seeded()
     inputs = torch.randn(2, 3, 16, generator=generator, device="cpu").to(like.device, like.dtype)
     places = torch.randperm(inputs.numel(), generator=generator, device="cpu").to(like.device)[:40]
-    outputs = activation(inputs.clone())
-    _train(activation, True)
-    others = activation(inputs.flatten()[places].reshape(1, 5, 8).clone())
-    _train(activation, False)
-    if outputs.shape != inputs.shape or others.shape != (1, 5, 8):
-        return False
-    slack = 8 * torch.finfo(like.dtype).eps
-    return torch.allclose(outputs.flatten()[places], others.flatten(), rtol=slack, atol=slack, equal_nan=True)
+    evaluated, training = copy.deepcopy(activation), copy.deepcopy(activation)
+    _train(training, True)
+    try:
+        outputs = evaluated(inputs.clone())
+        others = training(inputs.flatten()[places].reshape(1, 5, 8).clone())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # as it is foreign, it may raise anything
+        return f"does not take inputs of any shape ({type(error).__name__}: {error})"
+    state, *states = (module.state_dict() for module in (activation, evaluated, training))
+    if not all(torch.equal(state[name], other[name]) for other in states for name in state):
+        return "changes its own state when it is called"
+    if outputs.shape == inputs.shape and others.shape == (1, 5, 8):
+        slack = 8 * torch.finfo(like.dtype).eps
+        received, expected = others.flatten(), outputs.flatten()[places]
+        if torch.allclose(received, expected, rtol=slack, atol=slack, equal_nan=True):
+            return None
+    return "does not act on each element separately, or acts differently in training"
 
 
 def _seeded() -> torch.Generator:

@@ -115,7 +115,7 @@ class Activation:
     """An elementwise non-linearity.
 
     Attributes:
-        module: the activation; an in-place one is applied to a copy.
+        module: the activation; one that may act in place is applied to a copy.
     """
 
     module: nn.Module
@@ -261,7 +261,11 @@ def _norm_backward(
 
 
 def _is_in_place(activation: nn.Module) -> bool:
-    return bool(getattr(activation, "inplace", False))
+    """Return whether an activation may overwrite its inputs: only torch's and timm's own say so."""
+    is_foreign = type(activation).__module__.partition(".")[0] not in ("torch", "timm", "open_clip")
+    return (
+        is_foreign or next(activation.children(), None) is not None or bool(getattr(activation, "inplace", 0))
+    )
 
 
 def _given(inputs: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import cloudpickle
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
@@ -89,6 +90,23 @@ class Squared(nn.Module):
 class RandomActivation(nn.Module):
     def forward(self, inputs):
         return F.dropout(inputs.relu(), 0.3, self.training)
+
+
+class InPlace(nn.Module):
+    """An activation that overwrites its inputs, and has no attribute that says so."""
+
+    def forward(self, inputs):
+        return inputs.relu_()
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs):
+        self.calls += 1
+        return inputs.relu()
 
 
 class Doubled(nn.Module):
@@ -287,6 +305,30 @@ REFUSED = {
         f"{BLOCK}.mlp.gelu",
         "Way out",
     ),
+    "activation with one weight for each channel": (
+        _put(f"{BLOCK}.mlp.gelu", lambda _: nn.PReLU(128).double()),
+        "torch.nn.modules.activation.PReLU",
+        f"{BLOCK}.mlp.gelu",
+        "Way out",
+    ),
+    "activation with state": (
+        _put(f"{BLOCK}.mlp.gelu", lambda _: Counting()),
+        "test_faithful.Counting",
+        f"{BLOCK}.mlp.gelu",
+        "Way out",
+    ),
+    "removed projection": (
+        _does(lambda model: setattr(model.visual, "proj", None)),
+        "projection was rem",
+        "",
+        "",
+    ),
+    "removed weight": (
+        _does(lambda model: setattr(block(model).ln_2, "weight", None)),
+        "LayerNorm",
+        f"{BLOCK}.ln_2",
+        "Way out",
+    ),
     "random activation": (
         _put(f"{BLOCK}.mlp.gelu", lambda _: RandomActivation()),
         "test_faithful.RandomActivation",
@@ -364,6 +406,40 @@ def test_a_class_whose_forward_was_replaced_is_refused_with_the_block_where_feat
     assert "visual.transformer.resblocks.0, a open_clip.transformer.ResidualAttentionBlock" in said
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_class_that_changes_only_tokens_that_the_model_does_not_pool_is_refused(moment, monkeypatch):
+    kind = open_clip.transformer.ResidualAttentionBlock
+    forward = kind.forward
+
+    def patched(self, *args, **options):
+        tokens = forward(self, *args, **options)
+        is_last = self.ln_1.bias is last_bias[0]
+        return torch.cat([tokens[:, :1], tokens[:, 1:] * 3], dim=1) if is_last else tokens
+
+    last_bias = []
+
+    def change(model):
+        last_bias.append(model.visual.transformer.resblocks[-1].ln_1.bias)
+        monkeypatch.setattr(kind, "forward", patched)
+
+    said = _refusal(_does(change), moment)
+    assert "own tokens" in said
+    assert "visual.transformer.resblocks.2" in said
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize(
+    ("kind", "forward"),
+    [
+        (nn.GELU, lambda self, inputs: inputs.relu()),
+        (open_clip.transformer.LayerNorm, lambda self, inputs: inputs * self.weight + self.bias),
+    ],
+)
+def test_a_class_with_another_derivative_than_its_own_is_refused(kind, forward, moment, monkeypatch):
+    said = _refusal(_does(lambda _: monkeypatch.setattr(kind, "forward", forward)), moment)
+    assert f"{kind.__qualname__}, has another derivative" in said
+
+
 @pytest.mark.parametrize(
     ("wrap", "named"),
     [
@@ -408,6 +484,10 @@ FOLLOWED = {
     "fewer blocks": _does(lambda model: model.visual.transformer.resblocks.pop(0)),
     "another activation": _put(f"{BLOCK}.mlp.gelu", lambda _: nn.Tanh()),
     "an activation of one's own": _put(f"{BLOCK}.mlp.gelu", lambda _: Squared()),
+    "an activation that overwrites its inputs": _put(f"{BLOCK}.mlp.gelu", lambda _: InPlace()),
+    "a chain of activations": _put(
+        f"{BLOCK}.mlp.gelu", lambda _: nn.Sequential(nn.ReLU(inplace=True), nn.Tanh())
+    ),
     "fewer heads": _does(
         lambda model: (setattr(block(model).attn, "num_heads", 2), setattr(block(model).attn, "head_dim", 16))
     ),
@@ -442,6 +522,45 @@ def test_what_can_be_explained_is_followed(way, moment, pool):
         module._compiled_call_impl = None
     plain.requires_grad_(True)
     assert relative_error(received, oracle_relevance(plain, images, texts, 2, pool)) < 1e-10
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.visual.transformer.float(),
+        lambda model: setattr(model.visual.conv1, "stride", (2, 2)),
+        lambda model: setattr(model.visual, "positional_embedding", nn.Parameter(torch.zeros(61, 32))),
+    ],
+)
+def test_a_model_that_cannot_encode_an_image_itself_is_refused(change, moment):
+    model = tiny_clip().double()
+    if moment == "after":
+        explainer = legrad.LeGrad(model)
+    change(model)
+    with pytest.raises(legrad.UnsupportedModelError, match=r"CLIP: the model itself cannot encode .*Way out"):
+        explainer.encode(tiny_images(dtype=torch.float64)) if moment == "after" else legrad.LeGrad(model)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_preprocessing_that_changes_is_followed_at_once(in_place):
+    model = tiny_clip()
+    model.visual.preprocess_cfg = {"size": [12, 20], "mean": 0.5, "std": 0.5, "interpolation": "bicubic"}
+    explainer = legrad.LeGrad(model)
+    if not in_place:
+        model.visual.preprocess_cfg = dict(model.visual.preprocess_cfg)
+    model.visual.preprocess_cfg["mean"] = 0.0
+    white = Image.new("RGB", (40, 30), "white")
+    assert torch.equal(explainer.preprocess([white]), torch.full((1, 3, 12, 20), 2.0))
+
+
+def test_looking_at_an_activation_leaves_it_as_it_was():
+    model = tiny_clip()
+    activation = block(model).mlp.gelu = nn.BatchNorm1d(3)
+    before = copy.deepcopy(activation.state_dict())
+    with pytest.raises(legrad.UnsupportedModelError, match="BatchNorm1d"):
+        legrad.LeGrad(model.train())
+    assert all(torch.equal(value, before[name]) for name, value in activation.state_dict().items())
 
 
 def test_a_hook_that_is_removed_makes_the_model_explained_again():
