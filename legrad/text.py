@@ -1,21 +1,34 @@
 """Embed texts as unit vectors: each text once, in batches of similar length, with little padding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip import CLIP, CoCa, CustomTextCLIP, transformer
 from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from legrad.errors import InputError, TokenizerError
-from legrad.families.modules import HOOKS
+from legrad.families.modules import GLOBAL_HOOKS, HOOKS
 from legrad.tokens import Tokenizer, exceeds_context, token_ids_of
 
+# The modules of open_clip's text towers, each with its own forward pass.
+FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward
+    for kind in (
+        *(CLIP, TextTransformer, transformer.Transformer, transformer.ResidualAttentionBlock),
+        *(transformer.CustomTransformer, transformer.CustomResidualAttentionBlock, transformer.Attention),
+        *(nn.MultiheadAttention, NonDynamicallyQuantizableLinear, nn.Linear, nn.Embedding, nn.Dropout),
+        *(nn.LayerNorm, transformer.LayerNorm, transformer.LayerNormFp32, transformer.LayerScale),
+        *(nn.Sequential, nn.ModuleList, nn.Identity, nn.GELU, transformer.QuickGELU),
+    )
+}
 # Few texts fit into the caches of a CPU; on a GPU, launching kernels is the cost.
 CPU_BATCH_SIZE, DEVICE_BATCH_SIZE = 16, 256
 
@@ -143,12 +156,29 @@ def _is_known(model: nn.Module, tower: nn.Module) -> bool:
     """Return whether a text tower computes what its class defines, so that its tokens may be cut."""
     if isinstance(tower, HFTextEncoder):  # always called as a whole
         return True
-    own_methods = ("encode_text", "forward")
     return (
         type(tower) in (CLIP, TextTransformer)
         and (not isinstance(model, CustomTextCLIP | CoCa) or type(model) in (CustomTextCLIP, CoCa))
-        and not any(name in vars(module) for module in (model, tower) for name in own_methods)
-        and not any(getattr(tower, hooks) for hooks in HOOKS)
+        and "encode_text" not in {*vars(model), *vars(tower)}
+        and not any(getattr(torch_module, hooks) for hooks in GLOBAL_HOOKS)
+        and all(map(_is_as_defined, _parts_of(tower)))
+    )
+
+
+def _parts_of(tower: nn.Module) -> Iterator[nn.Module]:
+    """Yield the tower and the modules that texts pass; in open_clip's plain CLIP, the tower is the model."""
+    yield tower
+    for name, child in tower.named_children():
+        if name != "visual":
+            yield from child.modules()
+
+
+def _is_as_defined(module: nn.Module) -> bool:
+    """Return whether a module has a known class and `forward`, so that tokens only see earlier tokens."""
+    return (
+        FORWARDS.get(type(module)) is type(module).forward
+        and "forward" not in vars(module)
+        and not any(getattr(module, hooks) for hooks in HOOKS)
     )
 
 
@@ -171,14 +201,20 @@ def _needed_lengths(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> In
         return everything if pad_id is None else _length_before_padding(token_ids, pad_id)
     if not isinstance(tower, CLIP | TextTransformer):
         return everything
-    if getattr(tower, "cls_emb", None) is not None:  # as in CoCa: padding is masked
+    has_class_token, is_causal = getattr(tower, "cls_emb", None) is not None, _is_causal(tower.attn_mask)
+    if not is_causal and not (has_class_token and tower.attn_mask is None):
+        return everything
+    if has_class_token:  # as in CoCa: padding is masked
         # The uncorrected mask is shifted by one, so that one padding token is not masked.
         seen_padding = int(not tower.correct_cls_mask)
         return (_length_before_padding(token_ids, tower.pad_id) + seen_padding).minimum(everything)
     pooled_position = _pooled_position(tower, token_ids)
-    if tower.attn_mask is None or pooled_position is None:  # every token attends to all, also to padding
-        return everything
-    return pooled_position + 1
+    return everything if pooled_position is None else pooled_position + 1
+
+
+def _is_causal(mask: Tensor | None) -> bool:
+    """Return whether a mask keeps every token from attending to later ones, of which some are padding."""
+    return mask is not None and bool(mask.isneginf()[torch.ones_like(mask, dtype=torch.bool).triu(1)].all())
 
 
 def _length_before_padding(token_ids: Int[Tensor, "prompts context"], pad_id: int) -> Int[Tensor, " prompts"]:

@@ -21,6 +21,7 @@ from tests.helpers.tiny_models import (
     EMBED_DIM,
     TEXT,
     VISION,
+    fill,
     relative_error,
     tiny_clip,
     tiny_images,
@@ -539,7 +540,8 @@ def test_a_model_that_cannot_encode_an_image_itself_is_refused(change, moment):
         explainer = legrad.LeGrad(model)
     change(model)
     with pytest.raises(legrad.UnsupportedModelError, match=r"CLIP: the model itself cannot encode .*Way out"):
-        explainer.encode(tiny_images(dtype=torch.float64)) if moment == "after" else legrad.LeGrad(model)
+        explainer = explainer if moment == "after" else legrad.LeGrad(model)
+        explainer.relevance(tiny_images(dtype=torch.float64), unit_texts(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -723,17 +725,59 @@ class OtherText(open_clip.transformer.TextTransformer):
         return super().forward(text) + 1
 
 
-def test_a_text_tower_that_computes_something_else_gets_its_texts_whole():
-    text = TEXT | {"vocab_size": 49408}
-    model = open_clip.CustomTextCLIP(EMBED_DIM, VISION, text).eval()
+class SeesAll(open_clip.transformer.ResidualAttentionBlock):
+    def forward(self, tokens, attn_mask=None):
+        return super().forward(tokens)
+
+
+def _mixed(_module, _inputs, tokens):
+    """Mix tokens, with the padding too."""
+    return tokens + tokens.mean(dim=1, keepdim=True)
+
+
+def _text(model):
+    return model.text if isinstance(model, open_clip.CustomTextCLIP) else model
+
+
+TEXT_CHANGES = {
+    "tower": lambda model: setattr(model.text, "__class__", OtherText),
+    "hook on the tower": lambda model: model.text.register_forward_hook(
+        lambda _m, _i, output: output * torch.arange(EMBED_DIM)
+    ),
+    "own encode_text": lambda model: setattr(
+        model, "encode_text", partial(type(model).encode_text.__get__(model))
+    ),
+    "no mask": lambda model: setattr(_text(model), "attn_mask", None),
+    "another mask": lambda model: setattr(_text(model), "attn_mask", torch.zeros(16, 16)),
+    "mask changed in place": lambda model: _text(model).attn_mask.zero_(),
+    "block": lambda model: setattr(_text(model).transformer.resblocks[0], "__class__", SeesAll),
+    "hook on a block": lambda model: _text(model).transformer.resblocks[0].register_forward_hook(_mixed),
+    "hook on the words": lambda model: _text(model).token_embedding.register_forward_hook(_mixed),
+    "hook on the norm": lambda model: _text(model).ln_final.register_forward_hook(
+        lambda _m, _i, tokens: tokens + tokens.mean(dim=-2, keepdim=True)
+    ),
+    "own forward of a block": lambda model: setattr(
+        _text(model).transformer.resblocks[0], "forward", lambda tokens, **_: _mixed(None, None, tokens)
+    ),
+    "own forward of the transformer": lambda model: setattr(
+        _text(model).transformer, "forward", lambda tokens, **_: _mixed(None, None, tokens)
+    ),
+    "another pooling": lambda model: setattr(
+        _text(model), "text_pool_type" if _text(model) is model else "pool_type", "last"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
+@pytest.mark.parametrize("way", TEXT_CHANGES)
+def test_a_text_tower_that_computes_something_else_gets_its_texts_whole(way, kind):
+    if kind is open_clip.CLIP and "tower" in way:
+        pytest.skip("has no tower of its own")
+    text = TEXT | {"vocab_size": 49408, "layers": 2}
+    model = fill(kind(EMBED_DIM, VISION, text)).eval()
     tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
     explainer = legrad.LeGrad(model, tokenizer=tokenizer)
-    for change in (
-        lambda: setattr(model.text, "__class__", OtherText),
-        lambda: model.text.register_forward_hook(lambda _m, _i, output: output * torch.arange(EMBED_DIM)),
-        lambda: setattr(model, "encode_text", partial(open_clip.CustomTextCLIP.encode_text, model)),
-    ):
-        change()
-        with torch.no_grad():
-            expected = model.encode_text(tokenizer(["a dog", "two cats on a hill"]), normalize=True)
-        torch.testing.assert_close(explainer.embed_text(["a dog", "two cats on a hill"]), expected)
+    TEXT_CHANGES[way](model)
+    with torch.no_grad():
+        expected = model.encode_text(tokenizer(["a dog", "two cats on a hill"]), normalize=True)
+    torch.testing.assert_close(explainer.embed_text(["a dog", "two cats on a hill"]), expected)

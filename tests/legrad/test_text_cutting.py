@@ -1,6 +1,7 @@
 """Padding is cut exactly if a text tower does not depend on it."""
 
 from copy import deepcopy
+from unittest import mock
 
 import open_clip
 import pytest
@@ -63,12 +64,10 @@ WHOLE_TOWERS = {
 
 
 def widths_seen(model: nn.Module, batch_size: int) -> list[int]:
-    """Tokens a text in each batch that reaches the blocks."""
-    seen = []
-    handle = model.text.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    embed_tokens(model, TOKENIZER(TEXTS), CPU, batch_size)
-    handle.remove()
-    return seen
+    """Tokens a text in each batch that is looked up; a hook on the tower would make all texts whole."""
+    with mock.patch.object(nn.functional, "embedding", wraps=nn.functional.embedding) as looked_up:
+        embed_tokens(model, TOKENIZER(TEXTS), CPU, batch_size)
+    return [call.args[0].shape[1] for call in looked_up.call_args_list]
 
 
 def rows_alone(model: nn.Module, tokenizer=TOKENIZER, texts=TEXTS) -> torch.Tensor:
