@@ -66,7 +66,15 @@ def side_by_side(first: nn.Linear, second: nn.Linear) -> Linear:
     """Describe two linear layers with the same inputs as one; outputs of the first come first."""
 
     def bias() -> Tensor | None:
-        return None if first.bias is None else torch.cat([first.bias, second.bias])
+        biases = [layer.bias for layer in (first, second)]
+        if all(bias is None for bias in biases):
+            return None
+        return torch.cat(
+            [
+                layer.weight.new_zeros(layer.out_features) if bias is None else bias
+                for layer, bias in zip((first, second), biases, strict=True)
+            ]
+        )
 
     return Linear(lambda: torch.cat([first.weight, second.weight]), bias)
 

@@ -646,6 +646,17 @@ def test_a_head_that_is_put_behind_a_trunk_of_timm_is_followed(moment):
     assert relative_error(explainer.relevance(images, texts, per_layer=True).flatten(-2), expected) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["fc1_g", "fc1_x"])
+def test_a_bias_that_is_removed_from_one_half_of_a_gated_mlp_is_followed(name):
+    model = tiny_timm_clip("EVA02-B-16").double()
+    images = tiny_images(2, dtype=torch.float64)
+    explainer = legrad.LeGrad(model)
+    model.visual.trunk.blocks[1].mlp.get_submodule(name).bias = None
+    with torch.no_grad():
+        expected = model.encode_image(images, normalize=True)
+    torch.testing.assert_close(explainer.encode(images).image_features, expected)
+
+
 MODELS = {
     "clip": tiny_clip,
     "coca": lambda: tiny_clip(attentional_pool=True, attn_pooler_heads=4),
