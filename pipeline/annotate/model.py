@@ -167,7 +167,7 @@ def _as_user_error(model: ModelConfig) -> Iterator[None]:
 
 
 def _open_clip_name(model: ModelConfig) -> str:
-    return assets.register_demo_model() if model.pretrained == DEMO else model.name
+    return assets.register_demo_model() if model.name == assets.DEMO_MODEL_NAME else model.name
 
 
 def _checkpoint(model: ModelConfig) -> str | None:

@@ -51,6 +51,12 @@ def test_a_wrong_name_tag_or_number_of_layers_is_reported_with_what_would_be_rig
         check_model(wrong)
 
 
+def test_the_demos_architecture_takes_other_weights_from_a_file(tmp_path):
+    checkpoint = shutil.copy(assets.demo_weights_path(), tmp_path / "wéights [1] 50%.safetensors")
+    check_model(model(DEMO_MODEL_NAME, str(checkpoint)))
+    assert load_explainer(model(DEMO_MODEL_NAME, str(checkpoint)), "cpu").tower.family == "clip"
+
+
 def test_a_job_with_a_wrong_model_writes_nothing(tmp_path):
     shards = write_word_shards(tmp_path / "in", ["a"], 1)
     with pytest.raises(UserError, match=r"model\.layers"):
