@@ -22,6 +22,8 @@ from legrad.weights.model_files import ModelFiles
 OPENAI_KEYS = frozenset({"input_resolution", "context_length", "vocab_size"})
 TOWER_NAMES = frozenset({"visual", "text", "transformer", "image_encoder", "text_encoder"})
 NUMPY_SUFFIXES = (".npz", ".npy")
+# How safetensors and torch begin the names of integer dtypes, quantised ones and bool too.
+INTEGERS = ("I", "U", "BOOL", "torch.int", "torch.uint", "torch.q", "torch.bool")
 LFS_POINTER, ZIP = b"version https://git-lfs", b"PK\x03\x04"
 
 
@@ -40,9 +42,15 @@ def check_checkpoint(path: Path, files: ModelFiles) -> None:
     """
     _check_first_bytes(path)
     if path.suffix in NUMPY_SUFFIXES:  # big_vision's: read by open_clip, piece by piece
+        if "timm_model_name" not in files.model_config["vision_cfg"]:
+            raise ModelLoadError(
+                f"{path.name} is in the format of big_vision, which open_clip reads for SigLIP models only; "
+                f"{files.name} takes weights saved with torch.save or safetensors"
+            )
         return
     with _opened(path) as tensors:
         _check_keys(path, tensors, files)
+        _check_dtypes(path, tensors)
         if files.weights_stand_alone:
             _check_known_tag(path, files)
             _check_rounding(path, tensors, files)
@@ -50,10 +58,11 @@ def check_checkpoint(path: Path, files: ModelFiles) -> None:
 
 @dataclass(frozen=True)
 class _Tensors:
-    """The names of a checkpoint's tensors, and a function that reads one of them."""
+    """The names of a checkpoint's tensors, and functions that read one of them, or the name of its dtype."""
 
     keys: list[str]
     read: Callable[[str], Tensor]
+    dtype_of: Callable[[str], str]
 
 
 @contextmanager
@@ -61,7 +70,9 @@ def _opened(path: Path) -> Iterator[_Tensors]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                yield _Tensors(list(file.keys()), file.get_tensor)
+                yield _Tensors(
+                    list(file.keys()), file.get_tensor, lambda key: str(file.get_slice(key).get_dtype())
+                )
         except SafetensorError as error:
             raise ModelLoadError(
                 f"{path.name} is no sound safetensors file ({error}); fetch it again"
@@ -73,7 +84,7 @@ def _opened(path: Path) -> Iterator[_Tensors]:
             "weights use the tag openai; of a file that you trust, save torch.jit.load(FILE).state_dict()"
         )
     state = _state_dict(path, _unpickled(path))
-    yield _Tensors(list(state), state.__getitem__)
+    yield _Tensors(list(state), state.__getitem__, lambda key: str(getattr(state[key], "dtype", None)))
 
 
 def _unpickled(path: Path) -> Any:
@@ -84,11 +95,11 @@ def _unpickled(path: Path) -> Any:
         if named is None:
             raise ModelLoadError(
                 f"{path.name} is damaged, or no checkpoint; code in it is never run"
-            ) from error
+            ) from None
         raise ModelLoadError(
             f"{path.name} holds {named[1]} beside its weights, and code in it is never run: if you trust "
             "it, load it with weights_only=False and save only its state_dict"
-        ) from error
+        ) from None
     except (EOFError, RuntimeError, ValueError, KeyError, RecursionError) as error:
         raise ModelLoadError(f"{path.name} is damaged or truncated: download it again") from error
 
@@ -162,6 +173,16 @@ def _check_keys(path: Path, tensors: _Tensors, files: ModelFiles) -> None:
         )
 
 
+def _check_dtypes(path: Path, tensors: _Tensors) -> None:
+    """Refuse quantised weights: open_clip would take their integers as the weights themselves."""
+    for key in tensors.keys:
+        if key.endswith(("weight", "bias")) and (kind := tensors.dtype_of(key)).startswith(INTEGERS):
+            raise ModelLoadError(
+                f"{path.name}: {key} holds integers ({kind}), not floating-point weights: the checkpoint is "
+                "quantised; save the weights of the model before it was quantised"
+            )
+
+
 def _saved_anew(expression: str) -> str:
     return f"save {expression} with torch.save, for checkpoint = torch.load(FILE, weights_only=True)"
 
@@ -170,8 +191,8 @@ def _quick_gelu_name(files: ModelFiles) -> str:
     if files.quick_gelu:
         return ""
     named = f"{files.name}-quickgelu"
-    known = named if named in open_clip.list_models() else "a -quickgelu model"
-    return f". They also need QuickGELU: model {known} instead of {files.name}"
+    known = f"the model {named}" if named in open_clip.list_models() else "a -quickgelu model"
+    return f". They also need QuickGELU: use {known} instead of {files.name}"
 
 
 def _check_known_tag(path: Path, files: ModelFiles) -> None:
@@ -218,4 +239,6 @@ def _check_rounding(path: Path, tensors: _Tensors, files: ModelFiles) -> None:
 
 
 def _is_rounded(weights: Tensor, *dtypes: torch.dtype) -> bool:
-    return any(bool((weights.float() == weights.to(dtype).float()).all()) for dtype in dtypes)
+    # NaN, which no rounding changes, is reported later by the name of its weight.
+    exact = weights.float()
+    return any(bool(((exact == exact.to(dtype).float()) | exact.isnan()).all()) for dtype in dtypes)

@@ -54,6 +54,10 @@ SAVED = {
         lambda state: {key: value for key, value in state.items() if key.startswith("visual.")},
         "Missing key",
     ),
+    "quantised": (
+        lambda state: {key: value.to(torch.int8) for key, value in state.items()},
+        r"holds integers \(torch\.int8\).*quantised",
+    ),
     "numbers": (lambda state: dict.fromkeys(state, 1.0), "could not make 'tiny'"),
 }
 
@@ -157,6 +161,27 @@ def test_openais_weights_in_a_file_do_not_run_with_plain_gelu(tmp_path, state):
         with pytest.raises(legrad.ModelLoadError, match=message):
             attempt("tiny", str(path))
     load_model("tiny-quickgelu", str(path), device="cpu")
+
+
+def test_weights_that_are_not_finite_are_not_taken_for_openais(tmp_path, state):
+    weights = {key: value.half() for key, value in state.items()}
+    weights["token_embedding.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(legrad.ModelLoadError, match=r"not finite.*token_embedding\.weight holds NaN"):
+        load_model("tiny", str(tmp_path / "w.safetensors"), device="cpu")
+
+
+def test_integers_in_a_safetensors_file_are_no_weights(tmp_path, state):
+    save_file({key: value.to(torch.int8) for key, value in state.items()}, tmp_path / "w.safetensors")
+    for attempt in (load_model, model_digest):
+        with pytest.raises(legrad.ModelLoadError, match=r"holds integers \(I8\)"):
+            attempt("tiny", str(tmp_path / "w.safetensors"))
+
+
+def test_files_of_big_vision_are_refused_for_towers_that_do_not_come_from_it(tmp_path):
+    (tmp_path / "w.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(legrad.ModelLoadError, match="big_vision, which open_clip reads for SigLIP"):
+        load_model("tiny", str(tmp_path / "w.npz"), device="cpu")
 
 
 def test_weights_that_only_look_like_openais_run_from_a_folder_with_a_configuration(tmp_path, state):
