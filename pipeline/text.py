@@ -6,7 +6,7 @@ import logging
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
@@ -40,16 +40,19 @@ class PrintableStream:
 
     Args:
         stream: receives the escaped text, and all other calls.
+        without_secrets: removes passwords and signatures from the URLs in a text.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, without_secrets: Callable[[str], str] | None = None) -> None:
         self.stream = stream
+        self._without_secrets = without_secrets
 
     def write(self, text: str) -> int:
         """Write text, escaped."""
+        shown = self._without_secrets(text) if self._without_secrets and "://" in text else text
         # progress bars of the model hub return to the start of their line
-        bar = text.startswith("\r") and self.stream.isatty()
-        self.stream.write("\r" + on_screen(text[1:]) if bar else on_screen(text))
+        bar = shown.startswith("\r") and self.stream.isatty()
+        self.stream.write("\r" + on_screen(shown[1:]) if bar else on_screen(shown))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -62,10 +65,14 @@ class PrintableStream:
 
 
 @contextmanager
-def printable_streams() -> Iterator[None]:
-    """Escape everything written to stdout and stderr inside the block."""
+def printable_streams(without_secrets: Callable[[str], str] | None = None) -> Iterator[None]:
+    """Escape everything written to stdout and stderr inside the block.
+
+    Args:
+        without_secrets: removes passwords and signatures from the URLs in a text; None: they stay.
+    """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, PrintableStream(stream)) for stream in before)
+    sys.stdout, sys.stderr = (cast(TextIO, PrintableStream(stream, without_secrets)) for stream in before)
     try:
         yield
     finally:

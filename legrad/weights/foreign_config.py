@@ -1,6 +1,7 @@
 """Read configurations of untrusted models within limits, and refuse those that name code to run."""
 
 import json
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from open_clip.hf_configs import arch_dict
 from legrad.errors import ModelLoadError
 
 MAX_CONFIG_BYTES = 16 << 20
+# several times those of the largest models; each layer is built before any weight is compared
+MAX_LAYERS = 1000
+NAMES_OF_DEPTHS = frozenset({"layers", "num_hidden_layers", "num_layers", "n_layer", "depth"})
 # Refused with any value: each makes transformers import, or download and import, code that is named there.
 NAMES_OF_CODE = frozenset(
     {
@@ -47,9 +51,12 @@ def read_config(path: Path) -> dict[str, Any]:
         ModelLoadError: the file is missing, too large, or holds something else.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise ModelLoadError(f"{path} has {size:,} bytes; the limit is {MAX_CONFIG_BYTES:,}")
+        found = path.stat()
+        # a pipe would block, and a device never end
+        if not stat.S_ISREG(found.st_mode):
+            raise ModelLoadError(f"{path} is no regular file")
+        if found.st_size > MAX_CONFIG_BYTES:
+            raise ModelLoadError(f"{path} has {found.st_size:,} bytes; the limit is {MAX_CONFIG_BYTES:,}")
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read: {error.strerror}") from error
@@ -61,17 +68,18 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def refuse_code_in_model(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a model configuration of open_clip that would run code or download files that it names.
+    """Refuse a model configuration of open_clip that runs code, downloads what it names, or is never built.
 
     Args:
         config: contents of `model_cfg`.
         where: file or name, for the error message.
 
     Raises:
-        ModelLoadError: it names code, a tokenizer option that is not in the list of safe ones, or a vision
-            tower that is not part of timm.
+        ModelLoadError: it names code, a tokenizer option that is not in the list of safe ones, a vision
+            tower that is not part of timm, or more than MAX_LAYERS layers.
     """
     _refuse_names_of_code(config, where)
+    _refuse_depth(config, where)
     for section in ("vision_cfg", "text_cfg"):
         if not isinstance(config.get(section), Mapping):
             raise ModelLoadError(f"{where} has no {section}; expected a configuration of open_clip")
@@ -96,6 +104,7 @@ def refuse_code_in_text_model(config: Mapping[str, Any], where: str) -> None:
         ModelLoadError: it names code, or open_clip does not support its `model_type`.
     """
     _refuse_names_of_code(config, where)
+    _refuse_depth(config, where)
     if config.get("model_type") not in arch_dict:
         raise ModelLoadError(
             f"{where}: model_type is {config.get('model_type')!r}; open_clip supports "
@@ -133,9 +142,10 @@ def _plain(tokenizer_class: str) -> str:
 
 def _refuse_names_of_code(config: Mapping[str, Any], where: str) -> None:
     try:
-        found = next((key for key in _keys(config) if key in NAMES_OF_CODE), None)
+        items = list(_items(config))
     except RecursionError:
         raise ModelLoadError(f"{where} is nested too deeply") from None
+    found = next((key for key, _ in items if key in NAMES_OF_CODE), None)
     if found is not None:
         raise ModelLoadError(
             f"{where} has the key {found}: code that comes with a model is never run. If the model works "
@@ -143,14 +153,23 @@ def _refuse_names_of_code(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _keys(value: Any) -> Iterator[str]:
+def _refuse_depth(config: Mapping[str, Any], where: str) -> None:
+    for key, value in _items(config):
+        depths = value if isinstance(value, list) else [value]
+        if key in NAMES_OF_DEPTHS and any(
+            isinstance(depth, int | float) and depth > MAX_LAYERS for depth in depths
+        ):
+            raise ModelLoadError(f"{where}: {key} is {value!r:.40}; the limit is {MAX_LAYERS:,}")
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, nested in value.items():
-            yield key
-            yield from _keys(nested)
+            yield key, nested
+            yield from _items(nested)
     elif isinstance(value, list):
         for nested in value:
-            yield from _keys(nested)
+            yield from _items(nested)
 
 
 def _listed(names: frozenset[str] | set[str]) -> str:

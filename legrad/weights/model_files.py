@@ -162,7 +162,7 @@ def find_model_files(name: str, pretrained: str | None) -> ModelFiles:
 
 def _in_folder(name: str, folder: Path) -> ModelFiles:
     if not folder.is_dir():
-        raise ModelLoadError(f"{folder} is no folder on this machine")
+        raise ModelLoadError(f"{name.removeprefix(FOLDER_PREFIX)} is no folder on this machine")
     if not (folder / CONFIG_FILE).is_file():
         raise ModelLoadError(f"the folder has no {CONFIG_FILE}; {_how_open_clip_writes_it()}")
     model_config, preprocess_config = _read_open_clip_config(folder / CONFIG_FILE)
@@ -277,7 +277,10 @@ def _weights_in(folder: Path) -> Path:
     if found:
         return found[0]
     others = sorted(
-        path for suffix in ("safetensors", "bin", "pth", "pt") for path in folder.glob(f"*.{suffix}")
+        path
+        for suffix in ("safetensors", "bin", "pth", "pt")
+        for path in folder.glob(f"*.{suffix}")
+        if path.is_file()
     )
     if len(others) == 1:
         return others[0]

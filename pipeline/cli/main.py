@@ -74,7 +74,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; an error of the user's input takes one screen, without a traceback."""
-    with printable_streams():
+    # usage errors and libraries repeat what was typed
+    with printable_streams(_without_secrets):
         # torch's threads share the cores with decoding; spinning while they wait costs more than it saves
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # what Ray passes on from its workers is made printable as a whole, and would show its colours as text
@@ -95,7 +96,7 @@ def _run() -> None:
         open_console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
         sys.exit(INVALID_INPUT if isinstance(error, UserError) else ENVIRONMENT_ERROR)
     except Exception:
-        sys.stderr.write(_without_secrets(traceback.format_exc()))
+        sys.stderr.write(traceback.format_exc())
         sys.exit(ENVIRONMENT_ERROR)
 
 

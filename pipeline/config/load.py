@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from pipeline.text import printable, received
 
 MAX_FILE_BYTES = 1 << 20
 REPORTED_PROBLEMS = 20
+# more than `received` shows
+SHOWN_ITEMS = 10
 URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
 
 
@@ -125,8 +128,20 @@ def _problem_line(problem: Any) -> str:
         return f"  {message}"
     # URLs may carry credentials or signatures
     value = problem["input"]
-    shown_value = type(value).__name__ if dotted in URL_KEYS else received(value)
+    shown_value = type(value).__name__ if dotted in URL_KEYS else received(_without_secrets(value))
     return f"  {dotted}: {message[0].lower()}{message[1:]}, got {shown_value}"
+
+
+def _without_secrets(value: Any) -> Any:
+    # before the value is cut: a URL that ends in its password is not recognised as one with a password
+    if isinstance(value, str):
+        return storage.shown_text(value)
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value[:SHOWN_ITEMS]]
+    if isinstance(value, dict):
+        items = islice(value.items(), SHOWN_ITEMS)
+        return {_without_secrets(key): _without_secrets(item) for key, item in items}
+    return value
 
 
 def _suggestion(location: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _PlainLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: is not valid YAML: {error}") from None
+        raise UserError(f"{where}: is not valid YAML: {_problem(error)}") from None
     # a number or date that Python cannot hold
     except (ValueError, OverflowError) as error:
         raise UserError(f"{where}: is not valid YAML: a value cannot be read: {error}") from None
@@ -64,6 +64,15 @@ class _PlainLoader(yaml.SafeLoader):
                 raise _refused(f"the key {key.value[:40]!r} is there twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """Return what is wrong and where, without the text around it, which may hold credentials."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error)
+    what = " ".join(filter(None, (error.context, error.problem)))
+    mark = error.problem_mark or error.context_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what
 
 
 def _refused(what: str, where: Any) -> ConstructorError:

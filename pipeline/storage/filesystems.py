@@ -73,6 +73,12 @@ def check_folder(url: str) -> None:
         raise UserError(f"{short_url(url)}: expected {expected}, got the scheme {parts.scheme or 'pipe'!r}")
     if not host_of(parts):
         raise UserError(f"{short_url(url)}: expected a bucket after ://, got none")
+    if ":" in host_of(parts):
+        # the bucket is the beginning of a key with a slash in it, and would be shown
+        raise UserError(
+            f"{short_url(url)}: expected a bucket after ://, got a name with a colon; write a slash in a "
+            "secret key as %2F"
+        )
 
 
 def _check_utf8(path: str) -> None:

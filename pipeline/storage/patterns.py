@@ -14,6 +14,8 @@ from pipeline.storage.reading import read_text
 from pipeline.storage.urls import host_of, is_local, local_path, short_url, split_url
 
 MAX_LISTS_DEEP = 16
+# more than a path can have and web servers accept; globs cost the square of their length
+MAX_NAME_CHARACTERS = 8192
 _SPECIAL = re.compile(r"[{}\\*?\[]")
 
 
@@ -42,7 +44,7 @@ class PatternExpansion:
 
         Raises:
             UserError: a list cannot be read, is empty or names itself, braces are not balanced or stand for
-                too many names, or a name is neither a path nor a URL.
+                too many names, a name is too long, or neither a path nor a URL.
         """
         for pattern in patterns:
             if pattern.startswith("@"):
@@ -84,6 +86,11 @@ class PatternExpansion:
         return (folder + name for name in names)
 
     def _check(self, url: str) -> None:
+        if len(url) > MAX_NAME_CHARACTERS:
+            raise UserError(
+                f"input.shards: {short_url(url, 80)}: has {len(url):,} characters; the limit is "
+                f"{MAX_NAME_CHARACTERS:,}"
+            )
         if is_command(url):
             if not self.allow_commands:
                 raise UserError(

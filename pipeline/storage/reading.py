@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -98,8 +99,13 @@ def _opened(shard: ShardSource) -> tuple[Any, int]:
             )
         return found, max(listed_bytes, found.announced_bytes or 0)
     if is_local(shard.url):
+        local = local_path(shard.url)
+        mode = local.stat().st_mode
+        # a pipe may block for ever, and a device may never end
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError("is no regular file")
         # pyarrow takes no path that is not UTF-8
-        return local_path(shard.url).open("rb", buffering=0), listed_bytes
+        return local.open("rb", buffering=0), listed_bytes
     filesystem, path = resolved(shard.url)
     return filesystem.open_input_stream(path, buffer_size=READAHEAD_BYTES), listed_bytes
 

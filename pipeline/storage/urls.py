@@ -285,6 +285,8 @@ def _secrets_of(url: str) -> list[str]:
     user_info = location.rpartition("@")[0]
     values = [piece.partition("=")[2] for piece in query.split("&")]
     secrets = {user_info, user_info.partition(":")[2], query, *(text for text in values if len(text) > 5)}
+    # of a password with a slash in it, an error repeats what precedes the slash
+    secrets |= {piece for piece in re.split("[:/@]", user_info) if len(piece) > 3}
     secrets |= {unquote(secret) for secret in secrets}
     return sorted(filter(None, secrets), key=len, reverse=True)
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import re
 import urllib.request
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from http.client import HTTPException, HTTPResponse, IncompleteRead, InvalidURL
+from http.client import (
+    HTTPConnection,
+    HTTPException,
+    HTTPResponse,
+    HTTPSConnection,
+    IncompleteRead,
+    InvalidURL,
+)
 from types import TracebackType
-from typing import cast
+from typing import IO, Any, cast
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -26,6 +34,8 @@ ATTEMPTS = 6
 LONGEST_WAIT_S = 60.0
 THROTTLED_OR_DOWN = (408, 429, 500, 502, 503, 504)
 LONGEST_TAG = 256
+# of interim responses, headers or trailers
+MAX_LINES_IN_A_ROW = 1000
 RESERVED = "%/:?#[]@!$&'()*+,;=~"
 
 _DIGITS = re.compile("[0-9]{1,18}")
@@ -53,6 +63,9 @@ class WebObject:
         self._url = url
         self._read_bytes = 0
         self._response: HTTPResponse | None = _retrying()(_answer, url, "GET", SILENCE_TIMEOUT_S)
+        if self._response.status == 206:
+            self.close()
+            raise OSError("the server sent a part of the file, although the whole was asked for")
         # http.client accepts all that int() accepts
         sent_whole = self._response.length is not None
         self.announced_bytes = _whole_number(self._response.headers["Content-Length"]) if sent_whole else None
@@ -172,6 +185,59 @@ def _answer(
         raise InvalidURL(f"not a valid web address: {error}") from None
 
 
+class _ResponseStream(io.BufferedReader):
+    """The bytes of a response, which http.client reads without limits if the server sends it to do so."""
+
+    _lines_in_a_row = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes; refuse to read to the end, which a chunk of the size -1 would cause."""
+        if size is None or size < 0:
+            raise OSError("the server sent a chunk of a negative size")
+        self._lines_in_a_row = 0
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Return the next line; refuse headers or trailers without end."""
+        self._lines_in_a_row += 1
+        if self._lines_in_a_row > MAX_LINES_IN_A_ROW:
+            raise OSError(f"the server sent more than {MAX_LINES_IN_A_ROW:,} lines of headers")
+        return super().readline(size)
+
+
+class _BoundedResponse(HTTPResponse):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fp = _ResponseStream(self.fp.detach())
+
+
+class _Connection(HTTPConnection):
+    response_class = _BoundedResponse
+
+
+class _SecureConnection(HTTPSConnection):
+    response_class = _BoundedResponse
+
+
+class _WebHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_Connection, request)
+
+
+class _SecureWebHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_SecureConnection, request)
+
+
+class _RedirectHandler(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, request: urllib.request.Request, response: IO[bytes], *details: Any
+    ) -> urllib.request.Request | None:
+        # urllib would read the body into memory, whatever its size
+        response.close()
+        return super().redirect_request(request, response, *details)
+
+
 @lru_cache(maxsize=1)
 def _opener() -> urllib.request.OpenerDirector:
     """Return an opener for http and https only: by default urllib follows redirects to FTP as well."""
@@ -179,10 +245,10 @@ def _opener() -> urllib.request.OpenerDirector:
     for handler in (
         urllib.request.ProxyHandler,
         urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
+        _WebHandler,
+        _SecureWebHandler,
         urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
+        _RedirectHandler,
         urllib.request.HTTPErrorProcessor,
     ):
         opener.add_handler(handler())

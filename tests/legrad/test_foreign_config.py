@@ -1,6 +1,7 @@
 """A configuration of an untrusted model never runs code."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,16 @@ def in_text_model(folder: Path, **values) -> None:
     set_keys(folder / "text_model" / "config.json", **values)
 
 
+def with_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def with_device(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
 TOKENIZER_MAP = {"auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}}
 MODEL_MAP = {"auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}}
 ATTEMPTS = {
@@ -102,6 +113,13 @@ ATTEMPTS = {
     "quantization": lambda folder: in_text_model(folder, quantization_config={"quant_method": "gptq"}),
     "vision tower of a hub": lambda folder: in_vision(folder, timm_model_name="hf-hub:evil/vit"),
     "vision tower of a folder": lambda folder: in_vision(folder, timm_model_name="local-dir:/evil"),
+    "layers without end": lambda folder: in_vision(folder, layers=10**7),
+    "stages without end": lambda folder: in_vision(folder, layers=[3, 10**7, 3, 3]),
+    "layers of the text without end": lambda folder: in_text_model(folder, num_hidden_layers=10**7),
+    "a pipe as tokenizer": lambda folder: with_pipe(folder / "tokenizer_config.json"),
+    "a device as tokenizer": lambda folder: with_device(folder / "tokenizer_config.json"),
+    "a pipe as text model": lambda folder: with_pipe(folder / "text_model" / "config.json"),
+    "a pipe as weights": lambda folder: with_pipe(folder / "open_clip_model.safetensors"),
 }
 
 

@@ -58,7 +58,7 @@ HOSTILE_YAML = {
     "deep lists never closed": ("[" * 20_000, "nested more than 16 levels deep"),
     "deep mappings": ("{a: " * 20_000 + "}" * 20_000, "nested more than 16 levels deep"),
     "deep block lists": ("- " * 20_000 + "a", "nested more than 16 levels deep"),
-    "a key twice": ("a: 1\nb: 2\na: 3", r"the key 'a' is there twice\s+in .*line 3"),
+    "a key twice": ("a: 1\nb: 2\na: 3", "line 3, column 1: the key 'a' is there twice"),
     "a key twice, once in quotes": ('{a: 1, "a": 2}', "is there twice"),
     "a key that is a number": ("1: a", "expected a text as key, got '1'"),
     "a key that is true": ("on: a", "expected a text as key, got 'on'"),
@@ -113,9 +113,26 @@ def test_an_override_of_another_form_is_refused_in_a_line(config_file, override)
     assert len(refused(load_config, config_file, [override]).splitlines()) <= 2
 
 
-def test_a_value_of_an_override_that_is_not_yaml_is_not_repeated_as_it_may_hold_a_secret(config_file):
-    message = refused(load_config, config_file, ["input.shards=[https://user:hunter2@host/a.tar"])
-    assert "input.shards=...: is not valid YAML" in message
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[https://user:hunter2@host/a.tar",
+        "[https://user:hunter2@host/a.tar?token=hunter2, b]",
+        "'https://user:hunter2@host/a.tar?token=hunter2",
+        "[\"pipe:curl -H 'Authorization: hunter2' x\"",
+    ],
+)
+def test_a_value_of_an_override_that_is_not_yaml_is_not_repeated_as_it_may_hold_a_secret(config_file, value):
+    message = refused(load_config, config_file, [f"input.shards={value}"])
+    assert "input.shards=...: is not valid YAML: line 1, column" in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize("key", ["model", "prompts.source", "run.batch_size", "views.scales"])
+@pytest.mark.parametrize("form", ["{}", "['{}']", "{{a: '{}'}}"])
+def test_a_url_in_the_wrong_place_is_shown_without_its_secret_also_when_it_is_cut(config_file, key, form):
+    url = f"s3://user:{'hunter2' * 10}@bucket/{'k' * 90}?token=hunter2"
+    assert "hunter2" not in refused(load_config, config_file, [f"{key}={form.format(url)}"])
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,13 @@ def test_a_name_of_any_length_is_refused_in_one_line(tmp_path, line):
 # --- one file once
 
 
+@pytest.mark.parametrize("name", ["a" * 10**5, "[" * 10**5 + "*", "http://host/" + "a" * 10**5])
+def test_a_name_longer_than_any_file_has_is_refused_before_it_is_looked_for(name):
+    with pytest.raises(UserError, match="the limit is 8,192") as told:
+        storage.list_shards([name])
+    assert len(str(told.value)) < 200
+
+
 def test_a_link_and_the_file_it_leads_to_are_one_shard_and_that_is_said(tmp_path):
     touch(tmp_path / "data", "0.tar")
     (tmp_path / "data" / "link.tar").symlink_to("0.tar")

@@ -193,6 +193,14 @@ def test_inputs_that_cannot_be_read_are_reported_without_their_secrets(
         ["export", written / "out", bad("dest"), "--format", "coco"],
         ["export", written / "out", written / "dest", "--format", "coco", "--classes", bad("classes.txt")],
         ["explain", bad("a.jpg"), "dog", "--model", "demo"],
+        # a secret key with a slash in it, and what the command line itself refuses
+        ["annotate", job_file, f"input.shards=s3://AKIA:{SECRET}/x@bucket/0.tar", "--dry-run"],
+        ["annotate", job_file, f"input.shards=http://u:{SECRET}/x@127.0.0.1:1/0.tar", "--dry-run"],
+        ["models", "--fetch", f"local-dir:{bad('model')}", "null"],
+        [bad("x")],
+        ["status", written / "out", bad("x")],
+        ["export", written / "out", written / "dest", "--format", bad("x")],
+        ["annotate", job_file, "--limit", bad("x")],
     ]
     for command in commands:
         code = run_legrad(monkeypatch, *command)

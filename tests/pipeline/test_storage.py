@@ -130,6 +130,16 @@ def test_fewer_bytes_than_the_object_holds_are_no_end_of_the_object(tmp_path):
         stream.read()
 
 
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"]
+)
+def test_a_shard_that_may_block_or_never_ends_is_not_opened(tmp_path, make):
+    make(tmp_path / "0.tar")
+    (shard,) = storage.list_shards(str(tmp_path / "0.tar"))
+    with pytest.raises(ShardError, match="cannot be opened: is no regular file"), storage.open_shard(shard):
+        pass
+
+
 def test_a_missing_shard_is_named(tmp_path):
     with (
         pytest.raises(ShardError, match=r"gone\.tar"),
