@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip import image_transform
 from PIL import Image
@@ -98,6 +98,7 @@ def keeping(height: int = 224, width: int = 224, patch_size: int = 16) -> ImageT
 
 
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000), side=st.sampled_from([64, 224, 384]))
+@example(height=97, width=55, side=224)
 def test_keep_makes_whole_patches_never_more_than_the_square_has_and_near_its_aspect_ratio(
     height, width, side
 ):
@@ -107,9 +108,10 @@ def test_keep_makes_whole_patches_never_more_than_the_square_has_and_near_its_as
     assert 1 <= patches <= (side // 16) ** 2
     assert (input_height - input_width) * (height - width) >= 0
     if max(height, width) <= 2 * min(height, width):
-        # Each side is off by half a patch at most, and the longer by what the bound takes.
+        # The shorter side is rounded by half a patch at most. At up to twice its length, the longer one then
+        # loses at most one patch to keep the bound, and one by being whole.
         ideal_rows = (side // 16) * (height / width) ** 0.5
-        assert abs(input_height / 16 - ideal_rows) <= 1.5
+        assert abs(input_height / 16 - ideal_rows) <= 2
 
 
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000))
