@@ -2,7 +2,7 @@
 
     python tests/bench/driver_overhead.py [--shards 100000] [--workers 2]
 
-A real local Ray, real workers, and an annotator that leaves two ready-made files a shard. In a row:
+A real local Ray, real workers, and an annotator that publishes one row for each shard. In a row:
 listing (`prepare_job` on a fresh folder), the run, resuming (`prepare_job` where every shard but one is done)
 and concluding (the footers of all shards, and _SUCCESS). One JSON row:
 

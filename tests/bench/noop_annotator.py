@@ -1,11 +1,10 @@
-"""An annotator that does nothing but leave two ready-made files, to measure what surrounds it."""
+"""An annotator that only publishes one row for each shard, to measure what surrounds it."""
 
 import os
-import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline.annotate.annotator import ShardReport
@@ -17,17 +16,14 @@ from pipeline.storage import ShardSource
 
 SHARDS_WITH_ROOM = 2
 SHARD_SECONDS = "LEGRAD_BENCH_SHARD_SECONDS"
-FOLDERS = ("errors", "annotations")
+ROW = {"key": "k", "sample_index": 0, "prompt_index": 0, "prompt": "p", "status": "ok"}
 
 
 class NoopAnnotator:
-    """Leaves two files a shard; sleeps for the time of its device steps, of one shard after the other."""
+    """Publishes one row per shard; sleeps for the time of its device steps, of one shard after the other."""
 
     def __init__(self, config: JobConfig, metadata: Mapping[str, Any], shard_s: float) -> None:
-        self._out, self._shard_s = Path(config.output.dir), shard_s
-        self._files, self._counts = ready_made(metadata)
-        for folder in FOLDERS:
-            (self._out / folder).mkdir(parents=True, exist_ok=True)
+        self._output_dir, self._metadata, self._shard_s = config.output.dir, metadata, shard_s
         self._in_flight, self._changed = 0, threading.Condition()
         self._device = threading.Lock()
 
@@ -37,9 +33,10 @@ class NoopAnnotator:
             if self._shard_s:
                 with self._device:
                     time.sleep(self._shard_s)
-            for folder, content in self._files.items():
-                (self._out / folder / f"{shard.shard_id}.parquet").write_bytes(content)
-            return ShardReport(self._counts, self._shard_s)
+            with ShardWriter(shard, {**self._metadata, "attempt": uuid.uuid4().hex}) as writer:
+                writer.add_sample([ROW], [])
+                published = writer.publish(self._output_dir)
+            return ShardReport(published.counts, self._shard_s)
         finally:
             self._count(-1)
 
@@ -57,18 +54,6 @@ class NoopAnnotator:
         with self._changed:
             self._in_flight += more
             self._changed.notify_all()
-
-
-def ready_made(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], ShardCounts]:
-    """Both files of a shard with one sample, and their counts."""
-    row = {"key": "k", "sample_index": 0, "prompt_index": 0, "prompt": "p", "status": "ok"}
-    with tempfile.TemporaryDirectory() as folder:
-        # of no known version, so that one pair of files fits every shard
-        shard = ShardSource("s", "bench", "bench", None)
-        with ShardWriter(shard, {**metadata, "attempt": "a"}) as writer:
-            writer.add_sample([row], [])
-            counts = writer.publish(folder).counts
-        return {name: (Path(folder) / name / "s.parquet").read_bytes() for name in FOLDERS}, counts
 
 
 def noop(config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> NoopAnnotator:
