@@ -210,7 +210,8 @@ def _update_folder(job: Job, found: Survey) -> None:
 def _warnings(found: Survey) -> tuple[str, ...]:
     warnings = []
     if found.moved:
-        moves = [f"{old} is now {shard.canonical_url}" for old, shard in found.moved]
+        # the earlier name is from the folder's records, which others may have written
+        moves = [f"{storage.shown_url(old)} is now {shard.canonical_url}" for old, shard in found.moved]
         warnings.append(f"{len(moves):,} shard(s) moved and are not annotated again: {first_few(moves)}")
     if found.changed:
         urls = [shard.canonical_url for shard in found.changed]

@@ -5,6 +5,8 @@ import logging
 import re
 import uuid
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -251,6 +253,18 @@ def test_a_commands_arguments_are_not_stored(tmp_path, explainer, output_so_far)
             explainer,
         )
     clean(tmp_path / "written", output_so_far())
+
+
+def test_a_secret_in_the_records_of_a_foreign_folder_is_not_repeated(tmp_path, explainer):
+    (path,) = write_corpus(tmp_path / "in", 1, 1)
+    config = demo_job([str(path)], tmp_path / "out", model={"layers": 1})
+    annotate(config, explainer)
+    listed = pq.read_table(tmp_path / "out" / "shards.parquet")
+    rows = [{**row, "shard": f"http://u:{SECRET}@host/0.tar?{QUERY}"} for row in listed.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=listed.schema), tmp_path / "out" / "shards.parquet")
+    (warning,) = jobs.prepare_job(config).warnings
+    assert "http://host/0.tar" in warning
+    assert SECRET not in warning
 
 
 def test_no_metric_holds_a_secret():
