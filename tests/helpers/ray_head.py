@@ -48,7 +48,7 @@ def ray_head(*, dashboard):
     Args:
         dashboard: whether jobs can be submitted.
     """
-    gcs, web, metrics, client = free_ports(4)
+    gcs, web, metrics, client, agent = free_ports(5)
     # unix sockets below it: their paths may have 107 characters
     folder = tempfile.mkdtemp(prefix="lg-", dir="/tmp")
     bin_folder = str(Path(sys.executable).parent)
@@ -64,6 +64,8 @@ def ray_head(*, dashboard):
         *(f"--metrics-export-port={metrics}", f"--temp-dir={folder}", "--num-cpus=2", "--num-gpus=0"),
         *(f"--object-store-memory={100 << 20}", f"--include-dashboard={'true' if dashboard else 'false'}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={web}", f"--ray-client-server-port={client}"),
+        # its usual port may be taken by another Ray on this machine, and then no job is ever started
+        f"--dashboard-agent-listen-port={agent}",
     ]
     log = Path(folder) / "head.log"
     with log.open("w") as sink:
