@@ -49,7 +49,9 @@ class PrintableStream:
 
     def write(self, text: str) -> int:
         """Write text, escaped."""
-        shown = self._without_secrets(text) if self._without_secrets and "://" in text else text
+        # user info, queries and fragments can hold secrets; help texts with s3:// have none of these
+        may_hold_secrets = "://" in text and any(mark in text for mark in "@?#")
+        shown = self._without_secrets(text) if self._without_secrets and may_hold_secrets else text
         # progress bars of the model hub return to the start of their line
         bar = shown.startswith("\r") and self.stream.isatty()
         self.stream.write("\r" + on_screen(shown[1:]) if bar else on_screen(shown))
