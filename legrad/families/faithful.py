@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from legrad.errors import LeGradError, UnsupportedModelError
 from legrad.families import describe_tower
-from legrad.families.modules import ACTIVATION_NAMES, GLOBAL_HOOKS, way_out, written_out
+from legrad.families.modules import ACTIVATION_NAMES, GLOBAL_HOOKS, HOOKS, way_out, written_out
 from legrad.families.parts import qualified_name
 from legrad.method.stages import Activation, Norm
 from legrad.method.towers import Tower
@@ -316,13 +316,7 @@ class _Part:
         )
 
     def has_hooks(self) -> bool:
-        now = vars(self.module)
-        return bool(
-            now["_forward_hooks"]
-            or now["_forward_pre_hooks"]
-            or now["_backward_hooks"]
-            or now["_backward_pre_hooks"]
-        )
+        return any(map(vars(self.module).__getitem__, HOOKS))
 
     def _differs_in_training_alone(self, now: dict[str, object]) -> bool:
         then = self.attributes

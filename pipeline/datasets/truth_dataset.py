@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from pipeline.errors import SampleFailure, UserError
-from pipeline.shards.image_files.png import check_png, png_without_texts
+from pipeline.shards.image_files.png import check_png, check_png_rows, png_without_texts
 from pipeline.shards.images import open_image, upright_transpose
 from pipeline.text import printable
 
@@ -190,6 +190,7 @@ def read_png(data: bytes, stored: StoredImage, modes: Collection[str]) -> np.nda
             message = f"expected a PNG of mode {' or '.join(modes)}, received {header.mode}"
             raise SampleFailure("read", "bad_label_map", message)
         check_png(data)
+        check_png_rows(data)
         return np.array(header)
     except SampleFailure as failure:
         if failure.stage == "read":

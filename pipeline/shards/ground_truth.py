@@ -30,7 +30,7 @@ from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure
 from pipeline.shards.captions import MAX_CAPTIONS, check_caption
 from pipeline.shards.fields import describe_fields, find_field
-from pipeline.shards.image_files.png import check_png, png_without_texts
+from pipeline.shards.image_files.png import check_png, check_png_rows, png_without_texts
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource, list_shards, open_shard
@@ -258,6 +258,8 @@ def read_label_map(data: bytes) -> LabelMap:
     try:
         check_png(data)
         with Image.open(io.BytesIO(png_without_texts(data)), formats=("PNG",)) as image:
+            # only now: Pillow has refused sizes that would take too long
+            check_png_rows(data)
             if image.mode in ("L", "P"):
                 return np.array(image, dtype=np.uint8)
             if image.mode in GREY_16_BIT_MODES:

@@ -26,7 +26,12 @@ from legrad.views import Views, canvas_pixels
 from pipeline.errors import SampleFailure
 from pipeline.shards.image_files.bmp import check_bmp
 from pipeline.shards.image_files.jpeg import CheckedJpeg
-from pipeline.shards.image_files.png import check_png, check_png_pixels, png_without_texts
+from pipeline.shards.image_files.png import (
+    check_png,
+    check_png_palette,
+    check_png_rows,
+    png_without_texts,
+)
 from pipeline.shards.image_files.webp import check_webp, check_webp_length
 
 # Pillow reads the parts of a file (segments, chunks, blocks) one by one in Python, metadata included
@@ -169,7 +174,8 @@ def _check_soundness(header: ImageFile, data: bytes) -> None:
     """Refuse a damaged file; `CheckedJpeg` does so itself while it decodes."""
     if isinstance(header, PngImageFile):
         check_png(data)
-        check_png_pixels(data)
+        check_png_palette(data)
+        check_png_rows(data)
     elif isinstance(header, WebPImageFile):
         check_webp(data, header.width * header.height)
     elif isinstance(header, BmpImageFile):

@@ -110,7 +110,7 @@ def as_json(document: Any) -> bytes:
 
 def with_other_chunk(rng: random.Random, png: bytes) -> bytes:
     """A PNG of which one chunk is another, with the checksum that it should have."""
-    from tests.helpers.hostile_shards import png_chunk
+    from tests.helpers.pictures import png_chunk
 
     chunks, place = [], 8
     while place + 12 <= len(png):

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.helpers.corpus import image_bytes
+from tests.helpers.pictures import png_chunk
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -161,11 +162,6 @@ class LeavesATrace:
 def harmful_pickle(trace: Path) -> bytes:
     """What would make a file if anybody unpickled it."""
     return pickle.dumps(LeavesATrace(trace))
-
-
-def png_chunk(kind: bytes, content: bytes) -> bytes:
-    """One chunk with its checksum."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def png_claiming(width: int, height: int) -> bytes:

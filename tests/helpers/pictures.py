@@ -104,3 +104,11 @@ def jpeg_segment(mark: int, content: bytes) -> bytes:
 GIF = encoded(rgb().quantize(16), "GIF")
 
 GIF_BODY = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)
+
+
+def grey_png_without_its_last_row(values: np.ndarray) -> bytes:
+    """A PNG of correct checksums, whose compressed data end a row too early."""
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 8, 0, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(np.uint8).tobytes() for row in values[:-1])
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, content) for kind, content in parts)

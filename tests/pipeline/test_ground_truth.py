@@ -14,6 +14,7 @@ from pipeline.shards.ground_truth import PointLabel, Scene, scene_of
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample
 from tests.helpers.ground_truth_shards import label_map, png, scene_fields
+from tests.helpers.pictures import grey_png_without_its_last_row
 
 LABELS = label_map({1: (2, 9, 2, 9), 2: (12, 20, 20, 30), 255: (0, 2, 0, 40)})
 FIELDS = scene_fields(LABELS, ["a dog", "a car", "a tree"], [1, 2, 3])
@@ -102,6 +103,12 @@ def test_class_ids_that_no_column_holds_are_no_ground_truth(class_ids):
     document = {"captions": ["a", "b", "c"], "class_ids": class_ids}
     found = read({**FIELDS, "json": json.dumps(document).encode()})
     assert found.kind == "bad_ground_truth"
+
+
+def test_a_map_that_lacks_rows_is_no_ground_truth_although_its_checksums_are_right():
+    labels = np.random.default_rng(0).integers(0, 3, LABELS.shape).astype(np.uint8)
+    found = read({**FIELDS, "seg.png": grey_png_without_its_last_row(labels)})
+    assert (found.kind, "before its last row" in found.message) == ("bad_ground_truth", True)
 
 
 def test_a_coloured_map_is_no_ground_truth():

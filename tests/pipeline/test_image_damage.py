@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.errors import SampleFailure
 from pipeline.shards.images import open_image
+from tests.helpers.pictures import png_chunk
 
 LIMIT = 10**7
 # a pixel is wrong where it is further off than this, of 255; a file is where more of them are wrong
@@ -58,10 +59,6 @@ def failure_of(data: bytes) -> SampleFailure:
     return caught.value
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def segment(mark: int, content: bytes) -> bytes:
     return bytes([0xFF, mark]) + struct.pack(">H", len(content) + 2) + content
 
@@ -90,8 +87,8 @@ def png_of_small_chunks() -> bytes:
     start = PNG.index(b"IDAT") - 4
     size = int.from_bytes(PNG[start : start + 4], "big")
     pixels = PNG[start + 8 : start + 8 + size]
-    pieces = [chunk(b"IDAT", pixels[at : at + 100]) for at in range(0, size, 100)]
-    return PNG[:start] + b"".join([*pieces, chunk(b"IDAT", b"")]) + PNG[start + 12 + size :]
+    pieces = [png_chunk(b"IDAT", pixels[at : at + 100]) for at in range(0, size, 100)]
+    return PNG[:start] + b"".join([*pieces, png_chunk(b"IDAT", b"")]) + PNG[start + 12 + size :]
 
 
 def interlaced_png() -> bytes:
@@ -110,7 +107,11 @@ def interlaced_png() -> bytes:
         b"\0" + row.tobytes() for top, left, down, across in passes for row in values[top::down, left::across]
     ]
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 8, 0, 0, 0, 1)
-    chunks = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"".join(rows))), chunk(b"IEND", b""))
+    chunks = (
+        png_chunk(b"IHDR", header),
+        png_chunk(b"IDAT", zlib.compress(b"".join(rows))),
+        png_chunk(b"IEND", b""),
+    )
     return PNG[:8] + b"".join(chunks)
 
 
@@ -135,22 +136,24 @@ def run_length_bmp() -> bytes:
 
 
 HEALTHY = {
-    "PNG, a workflow as plain text": lambda: png_with(chunk(b"tEXt", b"workflow\0" + WORKFLOW)),
+    "PNG, a workflow as plain text": lambda: png_with(png_chunk(b"tEXt", b"workflow\0" + WORKFLOW)),
     "PNG, a workflow as international text": lambda: png_with(
-        chunk(b"iTXt", b"workflow\0\0\0\0\0" + WORKFLOW)
+        png_chunk(b"iTXt", b"workflow\0\0\0\0\0" + WORKFLOW)
     ),
     "PNG, a workflow as compressed text": lambda: png_with(
-        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(WORKFLOW))
+        png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(WORKFLOW))
     ),
     "PNG, hundred texts of a megabyte": lambda: png_with(
-        *[chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20)))] * 100
+        *[png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20)))] * 100
     ),
     "PNG, a profile of 8 megabytes": lambda: png_with(
-        chunk(b"iCCP", b"p\0\0" + zlib.compress(np.random.default_rng(0).bytes(2**23)))
+        png_chunk(b"iCCP", b"p\0\0" + zlib.compress(np.random.default_rng(0).bytes(2**23)))
     ),
-    "PNG, a text that is no text": lambda: png_with(chunk(b"zTXt", b"\xff\xfe no zero, no zlib")),
-    "PNG, a text behind the pixels": lambda: png_with(chunk(b"tEXt", b"workflow\0" + WORKFLOW), last=True),
-    "PNG, private chunks": lambda: png_with(chunk(b"vpAg", bytes(9)), chunk(b"prVt", bytes(5000))),
+    "PNG, a text that is no text": lambda: png_with(png_chunk(b"zTXt", b"\xff\xfe no zero, no zlib")),
+    "PNG, a text behind the pixels": lambda: png_with(
+        png_chunk(b"tEXt", b"workflow\0" + WORKFLOW), last=True
+    ),
+    "PNG, private chunks": lambda: png_with(png_chunk(b"vpAg", bytes(9)), png_chunk(b"prVt", bytes(5000))),
     "PNG, bytes behind its end": lambda: PNG + b"\0" * 5000 + b"IDAT",
     "PNG, pixels in small chunks": png_of_small_chunks,
     "PNG, interlaced": interlaced_png,
@@ -158,8 +161,8 @@ HEALTHY = {
         Image.fromarray(np.arange(9000, dtype=np.uint16).reshape(90, 100)), "PNG"
     ),
     "PNG, an animation of one frame": lambda: png_with(
-        chunk(b"acTL", struct.pack(">II", 1, 0)),
-        chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, *noisy().size, 0, 0, 1, 1, 0, 0)),
+        png_chunk(b"acTL", struct.pack(">II", 1, 0)),
+        png_chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, *noisy().size, 0, 0, 1, 1, 0, 0)),
     ),
     "PNG, plain": lambda: encoded(Image.new("RGB", (2000, 1500), "white"), "PNG"),
     "JPEG, zeros behind its end": lambda: JPEG + bytes(10_000),
@@ -255,7 +258,7 @@ def test_any_jpeg_of_an_encoder_passes(size, mode, noise, options, subsampling, 
 
 def test_exif_data_behind_the_pixels_of_a_png_turn_it_upright():
     turned = EXIF[:14] + struct.pack("<HHHIHH", 1, 0x0112, 3, 1, 6, 0) + bytes(4)
-    data = png_with(chunk(b"eXIf", turned[6:]), last=True)
+    data = png_with(png_chunk(b"eXIf", turned[6:]), last=True)
     assert open_image(data, max_image_pixels=LIMIT).size == noisy().size[::-1]
 
 
@@ -390,7 +393,7 @@ def test_a_message_names_what_is_broken(name):
 def png_of(raw: bytes, kind: int = 2, interlace: int = 0) -> bytes:
     header = struct.pack(">IIBBBBB", 20, 30, 8, kind, 0, 0, interlace)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, content) for name, content in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(name, content) for name, content in parts)
 
 
 def test_a_png_of_sound_checksums_that_lacks_rows_or_its_palette_is_damaged():
@@ -399,6 +402,15 @@ def test_a_png_of_sound_checksums_that_lacks_rows_or_its_palette_is_damaged():
     assert failure_of(png_of(rows[:-1])).kind == "truncated"
     assert failure_of(png_of(rows[: len(rows) // 2])).kind == "truncated"
     assert failure_of(png_of(bytes(30 * 21), kind=3)).kind == "corrupt"
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+def test_a_png_with_a_second_header_is_damaged_and_not_inflated_to_the_size_that_it_claims(place):
+    sound = png_of(bytes(30 * 61))
+    huge = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))
+    at = sound.index(b"IDAT" if place == "before the pixels" else b"IEND") - 4
+    with pytest.raises(SampleFailure, match=r"not its only one|limit"):
+        decoded(sound[:at] + huge + sound[at:])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
@@ -418,5 +430,5 @@ def test_an_interlaced_png_has_the_rows_of_its_passes(height, width):
         raw += b"".join(bytes(1 + 3 * columns) for columns in lines if columns)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 1)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, content) for name, content in parts)
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(name, content) for name, content in parts)
     assert decoded(data).shape == (height, width, 3)

@@ -31,6 +31,7 @@ from tests.helpers.dataset_trees import (
     write_openimages,
     write_voc,
 )
+from tests.helpers.pictures import grey_png_without_its_last_row, png_chunk
 
 NAMES = [f"2007_00000{index}" for index in range(7)]
 
@@ -112,8 +113,9 @@ def test_what_cannot_be_used_is_counted_and_named_by_reason(tmp_path):
         (b"\x89PNG\r\n\x1a\nnonsense", "bad_label_map"),
         (png(np.zeros((12, 20, 3), np.uint8)), "bad_label_map"),
         (jpeg(12, 20), "bad_label_map"),
+        (grey_png_without_its_last_row(np.ones((12, 20))), "bad_label_map"),
     ],
-    ids=["empty", "cut", "colours", "JPEG"],
+    ids=["empty", "cut", "colours", "JPEG", "a row too few"],
 )
 def test_a_label_map_that_is_none_costs_one_image(tmp_path, label_map, reason):
     write_voc(tmp_path, NAMES[:2])
@@ -122,12 +124,8 @@ def test_a_label_map_that_is_none_costs_one_image(tmp_path, label_map, reason):
 
 
 def test_a_label_map_of_a_monstrous_size_is_never_decoded(tmp_path):
-    def chunk(kind, data):
-        body = kind + data
-        return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
-
     header = (200_000).to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9)))
+    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(9)))
     write_voc(tmp_path, NAMES[:2])
     write(voc_folder(tmp_path) / "SegmentationClass" / f"{NAMES[0]}.png", bomb)
     assert write_shards(open_voc(tmp_path), str(tmp_path / "out")).skipped == {"size_mismatch": 1}

@@ -59,6 +59,9 @@ def check_png(data: bytes) -> None:
     for chunk in _chunks(data):
         if not chunk.kind.isalpha():
             raise corrupt(f"the PNG has no valid chunk at byte {chunk.start}")
+        # a second header would give the pixels another size than the one that was checked
+        if (chunk.kind == b"IHDR") != (chunk.start == len(SIGNATURE)):
+            raise corrupt("the PNG's header (IHDR) is not its first chunk, or not its only one")
         if chunk.stop > len(data):
             break
         end = chunk.stop - _SUM_BYTES
@@ -70,10 +73,24 @@ def check_png(data: bytes) -> None:
     raise truncated(f"the PNG has {len(data)} bytes and no end chunk (IEND)")
 
 
-def check_png_pixels(data: bytes) -> None:
-    """Check that there is a palette where one is used, and that the compressed data hold every row.
+def check_png_palette(data: bytes) -> None:
+    """Check that there is a palette where colours need one; colours beyond its end are not looked for.
 
-    Decoders make up what is missing. Colours beyond the end of a palette are not looked for.
+    Raises:
+        SampleFailure: kind `corrupt` or `too_many_parts`.
+    """
+    needs_palette = False
+    for chunk in _chunks(data):
+        if chunk.kind == b"IHDR":
+            needs_palette = _content(data, chunk)[9] == _INDEXED
+        elif chunk.kind == b"PLTE":
+            return
+    if needs_palette:
+        raise corrupt("the PNG's pixels are of a palette, and it has none")
+
+
+def check_png_rows(data: bytes) -> None:
+    """Check that the compressed data hold every row; decoders make up those that are missing.
 
     Args:
         data: a file's content, of a size that was found small enough.
@@ -81,22 +98,20 @@ def check_png_pixels(data: bytes) -> None:
     Raises:
         SampleFailure: kind `truncated`, `corrupt` or `too_many_parts`.
     """
-    view, inflater = memoryview(data), zlib.decompressobj()
-    left_bytes, needs_palette = 0, False
+    inflater, left_bytes = zlib.decompressobj(), 0
     for chunk in _chunks(data):
-        content = view[chunk.start + _LENGTH_AND_KIND_BYTES : chunk.stop - _SUM_BYTES]
         if chunk.kind == b"IHDR":
-            left_bytes, needs_palette = _inflated_bytes(content), content[9] == _INDEXED
-        elif chunk.kind == b"PLTE":
-            needs_palette = False
+            left_bytes = _inflated_bytes(_content(data, chunk))
         elif chunk.kind == b"IDAT":
-            left_bytes -= _count_inflated(inflater, content, left_bytes)
-    if needs_palette:
-        raise corrupt("the PNG's pixels are of a palette, and it has none")
+            left_bytes -= _count_inflated(inflater, _content(data, chunk), left_bytes)
     if left_bytes > 0:
         left_bytes -= len(inflater.flush())
     if left_bytes > 0:
         raise truncated(f"the PNG's compressed data end {left_bytes} bytes before its last row does")
+
+
+def _content(data: bytes, chunk: _Chunk) -> memoryview:
+    return memoryview(data)[chunk.start + _LENGTH_AND_KIND_BYTES : chunk.stop - _SUM_BYTES]
 
 
 def _count_inflated(inflater: zlib._Decompress, content: memoryview, most_bytes: int) -> int:
