@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import legrad
-from legrad.views import canvas_bytes
+from legrad.views import Views, canvas_bytes
 from pipeline import storage
 from pipeline.annotate.batch_size import find_batch_size
+from pipeline.annotate.chunk_rows import ChunkRows, add_chunk
 from pipeline.annotate.engine import Engine
-from pipeline.annotate.maps import map_bytes, refinement_of
+from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.meter import Meter
 from pipeline.annotate.model import views_wanted
-from pipeline.annotate.rows import SampleRows, sample_rows
+from pipeline.annotate.processes import MemoryGate
+from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
+from pipeline.annotate.sample_work import SampleWork, WorkSettings
 from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
+from pipeline.annotate.work_in_processes import WorkInProcesses
 from pipeline.config.schema import InputConfig, JobConfig
-from pipeline.errors import SampleFailure
 from pipeline.output.counts import ShardCounts, total_counts
 from pipeline.output.runs import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of
-from pipeline.shards.fields import find_field
-from pipeline.shards.images import decode_image
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
 
 LOOKAHEAD_BATCHES = 8
+CHUNK_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,11 @@ class ShardAnnotator:
     Args:
         config: the job's configuration.
         explainer: the loaded model.
-        decode_threads: threads that decode images and encode masks, shared by all shards in flight.
+        decode_threads: samples that are decoded or masked at a time, by one thread each.
         metadata: written into the footer of every file beside the counts: config hash, versions and so on.
         batches_at_once: batches on the device; with two, one computes while the other is put together.
+        in_processes: whether each of these threads has a process of its own, so that Python does not make
+            them take turns, and an image that kills its decoder costs one sample.
     """
 
     def __init__(
@@ -69,36 +74,48 @@ class ShardAnnotator:
         decode_threads: int,
         metadata: Mapping[str, Any],
         batches_at_once: int = 1,
+        in_processes: bool = False,
     ) -> None:
         self._config = config
-        self._explainer = explainer
-        self._meter = Meter()
-        self._sample_prompts = SamplePrompts(config)
-        self._views = views_wanted(config, explainer)
+        self._meter = Meter(decode_threads)
+        sample_prompts = SamplePrompts(config)
+        views = views_wanted(config, explainer)
+        # before the first batch: processes start while the device is warmed up
+        settings = WorkSettings(config, explainer.transform, views)
+        self._work = _work_of(settings, decode_threads if in_processes else 0)
         companions = companions_of(config.prompts)
-        refinement = refinement_of(config.masks, explainer.patch_size)
-        usual_maps = self._sample_prompts.usual_number + companions.most_maps
-        self._refined_bytes = 0 if refinement is None else usual_maps * map_bytes(explainer.transform)
         self._engine = Engine(
             explainer,
             config.prompts.max_per_sample,
-            self._batch_size(usual_maps),
+            self._batch_size(explainer, sample_prompts.usual_number + companions.most_maps, views),
             self._meter,
             batches_at_once=batches_at_once,
             companions=companions,
-            views=self._views,
-            refinement=refinement,
+            views=views,
+            refinement=refinement_of(config.masks, explainer.patch_size),
         )
         self._metadata = metadata
-        self._wanted_fields = wanted_fields(config.input, self._sample_prompts)
+        self._wanted_fields = wanted_fields(config.input, sample_prompts)
+        self._canvas_bytes = canvas_bytes(views, explainer.transform)
         self._in_flight: set[ShardWriter] = set()
+        chunk_samples = min(CHUNK_SAMPLES, self._engine.batch_size)
         self._stream = BatchStream(
-            SampleSteps(self._size_bytes, self._prepare, _shape, self._engine.explain, self._finish),
+            SampleSteps(
+                self._size_bytes,
+                self._prepare,
+                _shape,
+                self._engine.explain,
+                self._finish,
+                prepared_bytes=_prepared_bytes,
+                explained_bytes=_explained_bytes,
+                was_reading_s=partial(self._meter.add, "reading_s"),
+            ),
             StreamLimits(
                 threads=decode_threads,
                 device_threads=batches_at_once,
-                max_samples=LOOKAHEAD_BATCHES * self._engine.batch_size + decode_threads,
+                max_samples=LOOKAHEAD_BATCHES * self._engine.batch_size + 2 * decode_threads * chunk_samples,
                 max_bytes=config.run.lookahead_bytes,
+                chunk_samples=chunk_samples,
             ),
             batch_limit=self._engine.batch_limit,
         )
@@ -121,9 +138,10 @@ class ShardAnnotator:
             storage.open_shard(shard) as stream,
         ):
             digested = storage.DigestingStream(stream)
-            self._stream.run(self._samples(digested), lambda outcome: outcome.add_to(writer))
+            self._stream.run(self._samples(digested), partial(add_chunk, writer))
             storage.require_unchanged(shard, before)
-            published = writer.publish(self._config.output.dir, digested.digest())
+            with self._meter.timed("publishing_s"):
+                published = writer.publish(self._config.output.dir, digested.digest())
         return ShardReport(published.counts, time.monotonic() - started_s, published.damage)
 
     def wait_for_room(self) -> None:
@@ -135,13 +153,18 @@ class ShardAnnotator:
         return total_counts(writer.counts() for writer in tuple(self._in_flight))
 
     def measures(self) -> Measures:
-        """Return the images decoded and the time on the device since the model was loaded."""
+        """Return the images decoded and the times of all stages since the model was loaded."""
         return self._meter.read()
 
-    def _batch_size(self, maps_per_sample: int) -> int:
+    def close(self) -> None:
+        """Stop the threads and processes."""
+        self._stream.close()
+        self._work.close()
+
+    def _batch_size(self, explainer: legrad.LeGrad, maps_per_sample: int, views: Views) -> int:
         if self._config.run.batch_size != "auto":
             return self._config.run.batch_size
-        return find_batch_size(self._explainer, maps_per_sample, self._views)
+        return find_batch_size(explainer, maps_per_sample, views)
 
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:
@@ -151,10 +174,6 @@ class ShardAnnotator:
         finally:
             self._in_flight.discard(writer)
 
-    def close(self) -> None:
-        """Stop the threads."""
-        self._stream.close()
-
     def _samples(self, stream: storage.DigestingStream) -> Iterator[RawSample | SampleError]:
         return read_samples(
             stream,
@@ -163,41 +182,20 @@ class ShardAnnotator:
         )
 
     def _size_bytes(self, item: RawSample | SampleError) -> int:
-        """Return the most bytes that a sample takes, as read, decoded and explained."""
+        """Return the most bytes that a sample takes, as read and as prepared."""
         if isinstance(item, SampleError):
             return 0
-        read_bytes = sum(map(len, item.fields.values()))
-        return read_bytes + canvas_bytes(self._views, self._explainer.transform) + self._refined_bytes
+        return sum(map(len, item.fields.values())) + self._canvas_bytes
 
-    def _prepare(self, item: RawSample | SampleError) -> PreparedSample | SampleRows:
-        if isinstance(item, SampleError):
-            return SampleRows(errors=(item,), is_sample=item.sample_index is not None)
-        try:
-            found = self._sample_prompts.of(item.fields)
-            errors = tuple(_error_of(failure, item, prompt_index) for prompt_index, failure in found.failures)
-            if not found.prompts:
-                return SampleRows(errors=errors)
-            image = decode_image(
-                find_field(item.fields, self._config.input.image),
-                self._explainer.transform,
-                max_image_pixels=self._config.input.max_image_pixels,
-                views=self._views,
-            )
-        except SampleFailure as failure:
-            return SampleRows(errors=(_error_of(failure, item),))
-        self._meter.image_decoded()
-        return PreparedSample(
-            index=item.index,
-            key=item.key,
-            image_height=image.image_height,
-            image_width=image.image_width,
-            canvases=image.canvases,
-            prompts=found.prompts,
-            errors=errors,
-        )
+    def _prepare(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
+        with self._meter.timed("decoding_s"):
+            prepared = self._work.prepare(items)
+        self._meter.images_decoded(sum(isinstance(sample, PreparedSample) for sample in prepared))
+        return prepared
 
-    def _finish(self, explained: ExplainedSample) -> SampleRows:
-        return sample_rows(explained, self._config)
+    def _finish(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
+        with self._meter.timed("masks_s"):
+            return self._work.finish(explained)
 
 
 def wanted_fields(settings: InputConfig, prompts: SamplePrompts) -> frozenset[str]:
@@ -206,9 +204,20 @@ def wanted_fields(settings: InputConfig, prompts: SamplePrompts) -> frozenset[st
     return frozenset([*settings.image.lower().split(";"), *prompt_fields])
 
 
-def _error_of(failure: SampleFailure, sample: RawSample, prompt_index: int | None = None) -> SampleError:
-    return SampleError(failure.stage, failure.kind, failure.message, sample.key, sample.index, prompt_index)
+def _work_of(settings: WorkSettings, processes: int) -> SampleWork | WorkInProcesses:
+    if not processes:
+        return SampleWork(settings, MemoryGate(settings.config.run.decode_bytes).room)
+    return WorkInProcesses(processes, settings)
 
 
 def _shape(sample: PreparedSample | SampleRows) -> Hashable | None:
     return sample.shape if isinstance(sample, PreparedSample) else None
+
+
+def _prepared_bytes(sample: PreparedSample) -> int:
+    return sum(canvas.nbytes for canvas in sample.canvases)
+
+
+def _explained_bytes(sample: ExplainedSample) -> int:
+    texts = (sample.maps.prompts, sample.maps.backgrounds)
+    return sum(maps.relevance_grids.nbytes + maps.mask_maps.nbytes for maps in texts)

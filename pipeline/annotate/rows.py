@@ -18,7 +18,6 @@ from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
 from pipeline.output.label_map import mask_frame
 from pipeline.output.schema import ACCEPTED, EMPTY_MASK, OK, AnnotationRow
-from pipeline.output.writer import ShardWriter
 from pipeline.shards.sample_error import SampleError
 
 # A sample's neighbours in its batch move a score by a rounding error; a score that misses a limit by no more
@@ -43,13 +42,10 @@ class SampleRows:
     dropped_prompts: int = 0
     is_sample: bool = True
 
-    def add_to(self, writer: ShardWriter) -> None:
-        """Record the rows and errors."""
-        if self.is_sample:
-            writer.add_sample(self.rows, self.errors, self.dropped_prompts)
-        else:
-            for error in self.errors:
-                writer.add_error(error)
+    @property
+    def outcome(self) -> str:
+        """Annotated if the sample has rows, failed if it has only errors, empty if it has neither."""
+        return "annotated" if self.rows else "failed" if self.errors else "empty"
 
 
 @dataclass(frozen=True)

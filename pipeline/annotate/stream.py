@@ -1,7 +1,8 @@
 """One stream of batches for all shards in flight.
 
-The thread of a shard reads it, and waits until the last of its samples is written. In between, the samples of
-all shards share the threads that prepare and finish them, the limits on samples in flight, and the batches.
+The thread of a shard reads it, a chunk of samples at a time, and waits until the last of them is written. In
+between, the chunks of all shards share the threads that prepare and finish them, the limits on what is in
+flight, and the batches. What threads hand over, wake and lock for is a chunk; what is counted is samples.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pipeline.annotate.queues import TaskPool, WaitingSamples, started_threads
 
 FINISH, PREPARE = 0, 1
 CLOSED = "the stream of samples was closed"
+# a slow shard's samples are passed on after so many seconds, though they are no full chunk yet
+CHUNK_S = 1.0
 
 Raw = TypeVar("Raw")
 Prepared = TypeVar("Prepared")
@@ -26,24 +29,37 @@ Explained = TypeVar("Explained")
 Outcome = TypeVar("Outcome")
 
 
+def _nothing(_item: object) -> int:
+    return 0
+
+
+def _ignored(_seconds: float) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class SampleSteps(Generic[Raw, Prepared, Explained, Outcome]):
-    """What is done with a sample on its way; `explain` alone runs on the device.
+    """What is done with samples on their way; `explain` alone runs on the device.
 
     Attributes:
-        size_bytes: bytes that a sample takes at most, from when it was read until it is written.
-        prepare: makes a sample ready for the device, or returns its outcome where nothing is to be explained;
-            called by several threads.
-        shape: of what `prepare` returned; samples of equal shape may share a batch. None: it is the outcome.
+        size_bytes: bytes that a sample takes at most, from when it was read until the device has it.
+        prepare: makes samples of one shard ready for the device; in the place of a sample of which nothing is
+            to be explained, it returns the outcome. Called by several threads.
+        shape: of what `prepare` returned; samples of equal shape may share a batch. None: it is an outcome.
         explain: returns one result for each sample of a batch, in order.
-        finish: turns a result into the outcome; called by several threads.
+        finish: turns results of one shard into one outcome; called by several threads.
+        explained_bytes: bytes that a result takes until it is finished.
+        was_reading_s: called with the seconds that the reading of a chunk took.
     """
 
     size_bytes: Callable[[Raw], int]
-    prepare: Callable[[Raw], Prepared | Outcome]
+    prepare: Callable[[Sequence[Raw]], Sequence[Prepared | Outcome]]
     shape: Callable[[Prepared | Outcome], Hashable | None]
     explain: Callable[[Sequence[Prepared]], Sequence[Explained]]
-    finish: Callable[[Explained], Outcome]
+    finish: Callable[[Sequence[Explained]], Outcome]
+    prepared_bytes: Callable[[Prepared], int] | None = None
+    explained_bytes: Callable[[Explained], int] = _nothing
+    was_reading_s: Callable[[float], None] = _ignored
 
 
 @dataclass(frozen=True)
@@ -54,9 +70,12 @@ class StreamLimits:
         threads: number of threads that prepare and finish samples.
         max_samples: samples in flight, from read to written.
         device_threads: batches on the device at a time.
-        max_bytes: sum of `SampleSteps.size_bytes` of the samples in flight; a larger sample is alone.
+        max_bytes: memory of the samples in flight: as read, prepared or explained, whichever they are. A
+            larger sample is alone. Half of it may be explained samples; the device waits for their masks.
         max_readers: most shards that are asked for at a time because the device has run dry.
         max_wait_s: longest time that a sample waits for others of its shape while the device is free.
+        chunk_samples: samples of a chunk, at most; a chunk takes a sixteenth of `max_bytes` at most.
+        part_bytes: explained samples that are finished together take no more.
     """
 
     threads: int
@@ -65,32 +84,60 @@ class StreamLimits:
     max_bytes: int = 512 << 20
     max_readers: int = 8
     max_wait_s: float = 5.0
+    chunk_samples: int = 32
+    part_bytes: int = 32 << 20
 
 
 @dataclass(eq=False)
 class _Source(Generic[Prepared, Outcome]):
-    """A shard in flight: how much of it was read, and how much of that is written."""
+    """A shard in flight: how many of its chunks were read, and how many of these are written."""
 
-    sink: Callable[[Outcome], None]
+    sink: Callable[[Sequence[Outcome]], None]
     changed: threading.Condition
     read: int = 0
     batched: int = 0
     written: int = 0
+    samples_in_flight: int = 0
     bytes_in_flight: int = 0
-    prepared: dict[int, _InFlight[Prepared, Outcome]] = field(default_factory=dict)
-    outcomes: dict[int, tuple[int, Outcome]] = field(default_factory=dict)
+    explained_bytes: int = 0
+    prepared: dict[int, _Chunk[Prepared, Outcome]] = field(default_factory=dict)
+    complete: dict[int, _Chunk[Prepared, Outcome]] = field(default_factory=dict)
     is_writing: bool = False
     error: BaseException | None = None
 
 
 @dataclass(eq=False)
-class _InFlight(Generic[Prepared, Outcome]):
-    """The place of a sample in its shard, and the sample once prepared, until the device has explained it."""
+class _Chunk(Generic[Prepared, Outcome]):
+    """Consecutive samples of a shard.
+
+    Attributes:
+        source: the shard.
+        number: ordinal of the chunk in its shard.
+        sizes_bytes: of each sample, until the device has it.
+        prepared: each sample, until it is explained; or its outcome.
+        outcomes: of its samples so far, with the position of the first one.
+        unfinished: samples without an outcome.
+    """
 
     source: _Source[Prepared, Outcome]
-    position: int
-    size_bytes: int
-    prepared: Prepared | Outcome | None = None
+    number: int
+    sizes_bytes: list[int]
+    prepared: list[Prepared | Outcome | None] = field(default_factory=list)
+    outcomes: list[tuple[int, Outcome]] = field(default_factory=list)
+    unfinished: int = 0
+
+
+@dataclass(eq=False)
+class _Reading(Generic[Raw]):
+    """A chunk that is being read: its samples, their sizes, and since when."""
+
+    raws: list[Raw] = field(default_factory=list)
+    sizes_bytes: list[int] = field(default_factory=list)
+    started_s: float = field(default_factory=time.monotonic)
+
+
+# a sample that waits for the device: its chunk, and its position there
+_Place = tuple[_Chunk[Prepared, Outcome], int]
 
 
 class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
@@ -101,7 +148,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
     fault fails its own shard alone.
 
     Args:
-        steps: what is done with a sample.
+        steps: what is done with samples.
         limits: see `StreamLimits`.
         batch_limit: most samples of a shape in one batch; asked anew for every batch.
     """
@@ -117,13 +164,14 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._lock = threading.RLock()
         self._work_for_device = threading.Condition(self._lock)
         self._room_for_shard = threading.Condition(self._lock)
-        self._waiting = WaitingSamples[_InFlight[Prepared, Outcome]](batch_limit, limits.max_wait_s)
+        self._waiting = WaitingSamples[_Place[Prepared, Outcome]](batch_limit, limits.max_wait_s)
         self._sources: set[_Source[Prepared, Outcome]] = set()
         self._readers = 0
         self._wanted_readers = min(2, limits.max_readers)
         self._blocked_readers: deque[_Source[Prepared, Outcome]] = deque()
         self._samples_in_flight = 0
         self._bytes_in_flight = 0
+        self._explained_bytes = 0
         self._preparing = 0
         self._on_device = 0
         self._finishing = 0
@@ -132,23 +180,23 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._pool = TaskPool(limits.threads)
         self._device_threads = started_threads("device", limits.device_threads, self._serve_device)
 
-    def run(self, samples: Iterable[Raw], sink: Callable[[Outcome], None]) -> None:
+    def run(self, samples: Iterable[Raw], sink: Callable[[Sequence[Outcome]], None]) -> None:
         """Take the samples of a shard through the steps; the calling thread reads them.
 
         Args:
             samples: read as fast as there is room for them.
-            sink: called with the outcome of every sample, in order, one at a time, by any thread; never after
-                this method has returned.
+            sink: called with the outcomes of every chunk, ordered by their first samples; chunk after chunk,
+                one at a time, by any thread; never after this method has returned.
 
         Raises:
             Exception: whatever reading, a step or the sink raised for this shard.
         """
         source: _Source[Prepared, Outcome] = _Source(sink, threading.Condition(self._lock))
         try:
-            with self._reading(source), closing(_as_generator(samples)) as items:
-                for raw in items:
-                    sample = self._admitted(source, self._steps.size_bytes(raw))
-                    self._pool.submit(PREPARE, partial(self._prepare, sample, raw))
+            with self._reading(source), closing(self._chunks(samples)) as chunks:
+                for raws, sizes_bytes in chunks:
+                    chunk = self._admitted(source, sizes_bytes)
+                    self._pool.submit(PREPARE, partial(self._prepare, chunk, raws))
             self._wait_until_written(source)
         except BaseException as error:
             self._fail(source, error)
@@ -184,13 +232,39 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 self._room_for_shard.notify_all()
                 self._work_for_device.notify()
 
-    def _admitted(self, source: _Source[Prepared, Outcome], size_bytes: int) -> _InFlight[Prepared, Outcome]:
+    def _chunks(self, samples: Iterable[Raw]) -> Generator[tuple[list[Raw], list[int]], None, None]:
+        """Yield consecutive samples, and the size of each; the time between two yields is reading."""
+        most_samples = min(self._limits.chunk_samples, self._limits.max_samples)
+        most_bytes = self._limits.max_bytes // 16
+        chunk = _Reading[Raw]()
+        with closing(_as_generator(samples)) as items:
+            for raw in items:
+                size_bytes = self._steps.size_bytes(raw)
+                if chunk.raws and sum(chunk.sizes_bytes) + size_bytes > most_bytes:
+                    yield self._read(chunk)
+                    chunk = _Reading()
+                chunk.raws.append(raw)
+                chunk.sizes_bytes.append(size_bytes)
+                if len(chunk.raws) == most_samples or time.monotonic() - chunk.started_s > CHUNK_S:
+                    yield self._read(chunk)
+                    chunk = _Reading()
+        if chunk.raws:
+            yield self._read(chunk)
+
+    def _read(self, chunk: _Reading[Raw]) -> tuple[list[Raw], list[int]]:
+        self._steps.was_reading_s(time.monotonic() - chunk.started_s)
+        return chunk.raws, chunk.sizes_bytes
+
+    def _admitted(
+        self, source: _Source[Prepared, Outcome], sizes_bytes: list[int]
+    ) -> _Chunk[Prepared, Outcome]:
+        samples, size_bytes = len(sizes_bytes), sum(sizes_bytes)
         with self._lock:
             self._blocked_readers.append(source)
             try:
                 # readers take turns, so that no connection is idle for long
                 while source.error is None and not (
-                    self._blocked_readers[0] is source and self._has_room(size_bytes)
+                    self._blocked_readers[0] is source and self._has_room(samples, size_bytes)
                 ):
                     self._work_for_device.notify()
                     source.changed.wait()
@@ -199,19 +273,28 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 self._wake_reader()
             if source.error is not None:
                 raise source.error
-            sample = _InFlight(source, source.read, size_bytes)
+            chunk = _Chunk(source, source.read, sizes_bytes)
             source.read += 1
-            source.bytes_in_flight += size_bytes
-            self._samples_in_flight += 1
-            self._bytes_in_flight += size_bytes
+            source.samples_in_flight += samples
+            self._samples_in_flight += samples
+            self._hold(source, size_bytes)
             self._preparing += 1
-            return sample
+            return chunk
 
-    def _has_room(self, size_bytes: int) -> bool:
-        has_bytes = self._bytes_in_flight + size_bytes <= self._limits.max_bytes
+    def _has_room(self, samples: int, size_bytes: int) -> bool:
+        held_bytes = self._bytes_in_flight + self._explained_bytes
         return not self._samples_in_flight or (
-            has_bytes and self._samples_in_flight < self._limits.max_samples
+            held_bytes + size_bytes <= self._limits.max_bytes
+            and self._samples_in_flight + samples <= self._limits.max_samples
         )
+
+    def _hold(self, source: _Source[Prepared, Outcome], size_bytes: int) -> None:
+        source.bytes_in_flight += size_bytes
+        self._bytes_in_flight += size_bytes
+
+    def _hold_explained(self, source: _Source[Prepared, Outcome], size_bytes: int) -> None:
+        source.explained_bytes += size_bytes
+        self._explained_bytes += size_bytes
 
     def _wake_reader(self) -> None:
         if self._blocked_readers:
@@ -230,84 +313,136 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             source.changed.wait_for(lambda: not source.is_writing)
             self._sources.discard(source)
 
-    def _prepare(self, sample: _InFlight[Prepared, Outcome], raw: Raw) -> None:
-        source = sample.source
+    def _prepare(self, chunk: _Chunk[Prepared, Outcome], raws: Sequence[Raw]) -> None:
+        source = chunk.source
         try:
             if source.error is None:
-                sample.prepared = self._steps.prepare(raw)
+                chunk.prepared = list(_one_each(self._steps.prepare(raws), raws, "prepared"))
         except BaseException as error:
             self._fail(source, error)
         with self._lock:
             self._preparing -= 1
             if source.error is None:
-                source.prepared[sample.position] = sample
-            done = self._pass_on(source)
+                self._measure_again(chunk)
+                source.prepared[chunk.number] = chunk
+            complete = self._pass_on(source)
             self._work_for_device.notify()
-        for outcome in done:
-            self._write(outcome, cast(Outcome, outcome.prepared))
+        for done in complete:
+            self._write(done)
             self._count_finished()
 
-    def _pass_on(self, source: _Source[Prepared, Outcome]) -> list[_InFlight[Prepared, Outcome]]:
-        """Queue prepared samples for the device in the order of their shard; return those that need none."""
-        done = []
-        while (sample := source.prepared.pop(source.batched, None)) is not None:
-            source.batched += 1
-            shape = self._steps.shape(cast("Prepared | Outcome", sample.prepared))
-            if shape is None:
-                self._finishing += 1
-                done.append(sample)
-            else:
-                self._waiting.add(shape, sample, time.monotonic())
-        return done
+    def _measure_again(self, chunk: _Chunk[Prepared, Outcome]) -> None:
+        """Hold what prepared samples really take: what was held so far was the most that they might."""
+        measure = self._steps.prepared_bytes
+        if measure is None:
+            return
+        held_bytes = sum(chunk.sizes_bytes)
+        chunk.sizes_bytes = [
+            0
+            if self._steps.shape(cast("Prepared | Outcome", item)) is None
+            else measure(cast(Prepared, item))
+            for item in chunk.prepared
+        ]
+        self._hold(chunk.source, sum(chunk.sizes_bytes) - held_bytes)
+        self._wake_reader()
 
-    def _finish(self, sample: _InFlight[Prepared, Outcome], explained: Explained) -> None:
-        source = sample.source
+    def _pass_on(self, source: _Source[Prepared, Outcome]) -> list[_Chunk[Prepared, Outcome]]:
+        """Queue prepared samples for the device in the order of their shard; return chunks that need none."""
+        complete = []
+        now_s = time.monotonic()
+        while (chunk := source.prepared.pop(source.batched, None)) is not None:
+            source.batched += 1
+            for position, item in enumerate(chunk.prepared):
+                shape = self._steps.shape(cast("Prepared | Outcome", item))
+                if shape is None:
+                    chunk.outcomes.append((position, cast(Outcome, item)))
+                    self._release(chunk, position)
+                else:
+                    chunk.unfinished += 1
+                    self._waiting.add(shape, (chunk, position), now_s)
+            if not chunk.unfinished:
+                self._finishing += 1
+                complete.append(chunk)
+        return complete
+
+    def _release(self, chunk: _Chunk[Prepared, Outcome], position: int) -> None:
+        """Let a prepared sample go, and hold its bytes no longer."""
+        chunk.prepared[position] = None
+        if chunk.source.error is None:
+            self._hold(chunk.source, -chunk.sizes_bytes[position])
+
+    def _finish(
+        self,
+        chunk: _Chunk[Prepared, Outcome],
+        first: int,
+        explained: list[Explained],
+        size_bytes: int,
+    ) -> None:
+        source, samples = chunk.source, len(explained)
         try:
             if source.error is None:
-                self._write(sample, self._steps.finish(explained))
+                outcome = self._steps.finish(explained)
+                explained.clear()
+                if self._is_complete(chunk, first, samples, outcome, size_bytes):
+                    self._write(chunk)
         except BaseException as error:
             self._fail(source, error)
         self._count_finished()
+
+    def _is_complete(
+        self,
+        chunk: _Chunk[Prepared, Outcome],
+        first: int,
+        samples: int,
+        outcome: Outcome,
+        size_bytes: int,
+    ) -> bool:
+        with self._lock:
+            if chunk.source.error is None:
+                self._hold_explained(chunk.source, -size_bytes)
+                self._wake_reader()
+            chunk.outcomes.append((first, outcome))
+            chunk.unfinished -= samples
+            return not chunk.unfinished
 
     def _count_finished(self) -> None:
         with self._lock:
             self._finishing -= 1
             self._work_for_device.notify()
 
-    def _write(self, sample: _InFlight[Prepared, Outcome], outcome: Outcome) -> None:
-        """Pass the next outcomes of a shard to its sink; a thread that does so already takes this one too."""
-        source = sample.source
+    def _write(self, chunk: _Chunk[Prepared, Outcome]) -> None:
+        """Pass the next chunks of a shard to its sink; a thread that does so already takes this one too."""
+        source = chunk.source
         with self._lock:
             if source.error is not None:
                 return
-            source.outcomes[sample.position] = (sample.size_bytes, outcome)
+            source.complete[chunk.number] = chunk
             if source.is_writing:
                 return
             source.is_writing = True
-        while (entry := self._next_to_write(source)) is not None:
-            size_bytes, next_outcome = entry
+        while (following := self._next_to_write(source)) is not None:
             try:
-                source.sink(next_outcome)
+                source.sink([outcome for _, outcome in sorted(following.outcomes, key=_first)])
             except BaseException as error:
                 self._fail(source, error)
             with self._lock:
-                self._count_written(source, size_bytes)
+                self._count_written(following)
 
-    def _next_to_write(self, source: _Source[Prepared, Outcome]) -> tuple[int, Outcome] | None:
+    def _next_to_write(self, source: _Source[Prepared, Outcome]) -> _Chunk[Prepared, Outcome] | None:
         with self._lock:
-            entry = source.outcomes.pop(source.written, None)
-            if entry is None:
+            chunk = source.complete.pop(source.written, None)
+            if chunk is None:
                 source.is_writing = False
                 source.changed.notify_all()
-            return entry
+            return chunk
 
-    def _count_written(self, source: _Source[Prepared, Outcome], size_bytes: int) -> None:
+    def _count_written(self, chunk: _Chunk[Prepared, Outcome]) -> None:
+        source, samples = chunk.source, len(chunk.sizes_bytes)
         source.written += 1
         if source.error is not None:
             return
-        source.bytes_in_flight -= size_bytes
-        self._samples_in_flight -= 1
-        self._bytes_in_flight -= size_bytes
+        source.samples_in_flight -= samples
+        self._samples_in_flight -= samples
         self._wake_reader()
 
     def _serve_device(self) -> None:
@@ -320,13 +455,13 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         except BaseException as error:
             self._close(error)
 
-    def _next_batch(self) -> list[_InFlight[Prepared, Outcome]]:
+    def _next_batch(self) -> list[_Place[Prepared, Outcome]]:
         """Wait for a batch; empty where the stream was closed."""
         may_want_readers = self._has_served_a_batch
         with self._lock:
             while not self._is_closed:
                 now_s = time.monotonic()
-                batch = self._waiting.take(now_s, flush=self._nothing_can_join())
+                batch = self._batch(now_s)
                 if batch:
                     self._has_served_a_batch = True
                     self._on_device += 1
@@ -337,6 +472,10 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                     self._room_for_shard.notify_all()
                 self._work_for_device.wait(self._waiting.longest_wait_s(now_s))
         return []
+
+    def _batch(self, now_s: float) -> list[_Place[Prepared, Outcome]]:
+        masks_are_behind = self._finishing and self._explained_bytes > self._limits.max_bytes // 2
+        return [] if masks_are_behind else self._waiting.take(now_s, flush=self._nothing_can_join())
 
     def _nothing_can_join(self) -> bool:
         if self._preparing:
@@ -350,39 +489,66 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         is_read_ahead = self._preparing or self._blocked_readers or self._on_device
         return not is_read_ahead and self._readers >= self._wanted_readers
 
-    def _explain(self, batch: Sequence[_InFlight[Prepared, Outcome]]) -> None:
+    def _explain(self, batch: Sequence[_Place[Prepared, Outcome]]) -> None:
         try:
-            explained = list(self._steps.explain([cast(Prepared, sample.prepared) for sample in batch]))
-            if len(explained) != len(batch):
-                raise ValueError(f"expected {len(batch)} explained samples, received {len(explained)}")
+            prepared = [cast(Prepared, chunk.prepared[position]) for chunk, position in batch]
+            explained = list(_one_each(self._steps.explain(prepared), prepared, "explained"))
+            del prepared
         except BaseException as error:
             self._explain_apart(batch, error)
             return
+        parts = list(self._parts(batch, explained))
+        del explained
         with self._lock:
-            self._finishing += len(batch)
-        for sample, result in zip(batch, explained, strict=True):
-            sample.prepared = None  # its pixels; until here a batch that failed could be tried again
-            self._pool.submit(FINISH, partial(self._finish, sample, result))
+            self._finishing += len(parts)
+            for chunk, position in batch:
+                self._release(chunk, position)
+            for chunk, _first_position, _part, size_bytes in parts:
+                if chunk.source.error is None:
+                    self._hold_explained(chunk.source, size_bytes)
+            self._wake_reader()
+        for chunk, first, part, size_bytes in parts:
+            self._pool.submit(FINISH, partial(self._finish, chunk, first, part, size_bytes))
 
-    def _explain_apart(self, batch: Sequence[_InFlight[Prepared, Outcome]], error: BaseException) -> None:
+    def _parts(
+        self, batch: Sequence[_Place[Prepared, Outcome]], explained: Sequence[Explained]
+    ) -> Iterator[tuple[_Chunk[Prepared, Outcome], int, list[Explained], int]]:
+        """Share a batch out to its chunks: each with the position of the first sample, and the bytes."""
+        by_chunk: dict[_Chunk[Prepared, Outcome], list[tuple[int, Explained]]] = {}
+        for (chunk, position), result in zip(batch, explained, strict=True):
+            by_chunk.setdefault(chunk, []).append((position, result))
+        for chunk, results in by_chunk.items():
+            part: list[Explained] = []
+            first, part_bytes = results[0][0], 0
+            for position, result in results:
+                size_bytes = self._steps.explained_bytes(result)
+                if part and part_bytes + size_bytes > self._limits.part_bytes:
+                    yield chunk, first, part, part_bytes
+                    part, first, part_bytes = [], position, 0
+                part.append(result)
+                part_bytes += size_bytes
+            yield chunk, first, part, part_bytes
+
+    def _explain_apart(self, batch: Sequence[_Place[Prepared, Outcome]], error: BaseException) -> None:
         """Try the batch again shard by shard, so that only the shard at fault fails."""
-        sources = list(dict.fromkeys(sample.source for sample in batch))
+        sources = list(dict.fromkeys(chunk.source for chunk, _ in batch))
         if len(sources) == 1:
             self._fail(sources[0], error)
             return
         for source in sources:
-            self._explain([sample for sample in batch if sample.source is source])
+            self._explain([place for place in batch if place[0].source is source])
 
     def _fail(self, source: _Source[Prepared, Outcome], error: BaseException) -> None:
         with self._lock:
             if source.error is not None:
                 return
             source.error = error
-            self._samples_in_flight -= source.read - source.written
+            self._samples_in_flight -= source.samples_in_flight
             self._bytes_in_flight -= source.bytes_in_flight
+            self._explained_bytes -= source.explained_bytes
             source.prepared.clear()
-            source.outcomes.clear()
-            self._waiting.discard(lambda sample: sample.source is source)
+            source.complete.clear()
+            self._waiting.discard(lambda place: place[0].source is source)
             source.changed.notify_all()
             self._wake_reader()
             self._work_for_device.notify()
@@ -394,6 +560,19 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 self._fail(source, error)
             self._work_for_device.notify_all()
             self._room_for_shard.notify_all()
+
+
+Item = TypeVar("Item")
+
+
+def _one_each(results: Sequence[Item], asked: Sequence[object], what: str) -> Sequence[Item]:
+    if len(results) != len(asked):
+        raise ValueError(f"expected {len(asked)} {what} samples, received {len(results)}")
+    return results
+
+
+def _first(outcome: tuple[int, Outcome]) -> int:
+    return outcome[0]
 
 
 def _as_generator(samples: Iterable[Raw]) -> Generator[Raw, None, None]:

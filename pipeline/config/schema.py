@@ -243,7 +243,12 @@ class RunConfig(Section):
         description="Largest amount of samples in a worker's memory, in bytes, as read and as the model "
         "takes them.",
     )
-    decode_threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+    decode_bytes: PositiveInt = Field(
+        1024 * MEBIBYTE,
+        description="Largest amount of memory in bytes that large images take at a time while they are "
+        "decoded and masked, over all sample processes of a worker; a larger image is alone.",
+    )
+    decode_threads: Annotated[int, Field(ge=0, le=1024)] | None = Field(
         None, description="Decode threads of a worker; null: one for each of its CPU cores."
     )
     max_attempts: Count = Field(

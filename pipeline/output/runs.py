@@ -42,6 +42,11 @@ class Measures:
     images_decoded: Count = 0
     device_busy_s: Seconds = 0.0
     ready_s: Seconds = 0.0
+    reading_s: Seconds = 0.0
+    decoding_s: Seconds = 0.0
+    masks_s: Seconds = 0.0
+    publishing_s: Seconds = 0.0
+    sample_process_s: Seconds = 0.0
 
     @property
     def device_busy_share(self) -> float | None:

@@ -24,6 +24,9 @@ from pipeline.storage import ShardSource
 from pipeline.text import printable
 
 ROWS_PER_GROUP = 1000
+_SHARD_COLUMN = ANNOTATION_SCHEMA.get_field_index("shard")
+# what the annotator makes of samples, without knowing their shard
+ROWS_SCHEMA = ANNOTATION_SCHEMA.remove(_SHARD_COLUMN)
 
 
 class _TableSpool:
@@ -31,7 +34,8 @@ class _TableSpool:
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
-        self._rows: list[Mapping[str, Any]] = []
+        self._waiting: list[pa.Table] = []
+        self._waiting_rows = 0
         self.file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=storage.IN_MEMORY_BYTES))  # noqa: SIM115 (the writer closes it)
         dictionary_columns = [name for name in ("shard", "prompt") if name in schema.names]
         self._writer = pq.ParquetWriter(
@@ -43,18 +47,21 @@ class _TableSpool:
             write_page_checksum=True,
         )
 
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._rows.extend(rows)
-        while len(self._rows) >= ROWS_PER_GROUP:
-            self._flush(ROWS_PER_GROUP)
+    def add(self, rows: pa.Table) -> None:
+        self._waiting.append(rows)
+        self._waiting_rows += rows.num_rows
+        if self._waiting_rows >= ROWS_PER_GROUP:
+            self._flush(self._waiting_rows // ROWS_PER_GROUP * ROWS_PER_GROUP)
 
     def _flush(self, rows: int) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows[:rows], schema=self._schema))
-        del self._rows[:rows]
+        waiting = pa.concat_tables(self._waiting)
+        self._writer.write_table(waiting.slice(0, rows), row_group_size=ROWS_PER_GROUP)
+        self._waiting = [waiting.slice(rows)]
+        self._waiting_rows -= rows
 
     def finish(self, metadata: Mapping[str, Any]) -> IO[bytes]:
-        if self._rows:
-            self._flush(len(self._rows))
+        if self._waiting_rows:
+            self._flush(self._waiting_rows)
         self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(metadata)})
         self._writer.close()
         return self.file
@@ -106,16 +113,29 @@ class ShardWriter:
         self._annotations.close()
         self._errors.close()
 
+    def add(self, rows: pa.Table, errors: Sequence[SampleError], outcomes: Mapping[str, int]) -> None:
+        """Add some samples.
+
+        Args:
+            rows: their annotation rows, of ROWS_SCHEMA.
+            errors: their error rows, and perhaps errors that belong to no sample.
+            outcomes: how many of them are `annotated`, `empty` and `failed`, and how many `dropped_prompts`.
+        """
+        self._tally.update(outcomes)
+        self._tally["rows"] += rows.num_rows
+        if rows.num_rows:
+            shard = pa.repeat(self._shard.canonical_url, rows.num_rows)
+            self._annotations.add(rows.add_column(_SHARD_COLUMN, "shard", shard))
+        for error in errors:
+            self.add_error(error)
+
     def add_sample(
         self, rows: Sequence[AnnotationRow], errors: Sequence[SampleError], dropped_prompts: int = 0
     ) -> None:
         """Add a sample: annotated if it has rows, failed if it has only errors, empty if it has neither."""
-        self._tally["annotated" if rows else "failed" if errors else "empty"] += 1
-        self._tally["dropped_prompts"] += dropped_prompts
-        self._tally["rows"] += len(rows)
-        self._annotations.add([{**row, "shard": self._shard.canonical_url} for row in rows])
-        for error in errors:
-            self.add_error(error)
+        outcome = "annotated" if rows else "failed" if errors else "empty"
+        table = pa.Table.from_pylist(list(rows), schema=ROWS_SCHEMA)
+        self.add(table, errors, {outcome: 1, "dropped_prompts": dropped_prompts})
 
     def add_error(self, error: SampleError) -> None:
         """Add an error, which need not belong to a sample."""
@@ -125,7 +145,8 @@ class ShardWriter:
         self._error_examples.setdefault(
             kind, self._shard.canonical_url if error.key is None else printable(error.key)
         )
-        self._errors.add([error.as_row(self._shard.canonical_url)])
+        row = error.as_row(self._shard.canonical_url)
+        self._errors.add(pa.Table.from_pylist([row], schema=ERROR_SCHEMA))
         if error.damages_shard:
             self._damage = f"{kind}: {printable(error.message)}"
 

@@ -105,6 +105,7 @@ def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, d
         decode_threads=config.run.decode_threads or cpus,
         metadata=metadata,
         batches_at_once=batches_at_once,
+        in_processes=config.run.decode_threads != 0,
     )
 
 

@@ -19,17 +19,20 @@ class Bench:
     """A stream of plain numbers; a sample is (shard, number), and remembers which batches were formed."""
 
     def __init__(self, *, batch_size=4, shape=lambda sample: "square", size=lambda sample: 1, **hooks):
-        self.batches, self.written = [], {}
+        self.batches, self.chunks, self.written = [], [], {}
         self.hooks = hooks
-        limits = {"threads": 3, "max_samples": 32, "max_wait_s": PATIENT_S}
-        limits |= {name: hooks.pop(name) for name in (*limits, "max_bytes", "max_readers") if name in hooks}
+        limits = {"threads": 3, "max_samples": 32, "max_wait_s": PATIENT_S, "chunk_samples": 1}
+        names = (*limits, "max_bytes", "max_readers", "part_bytes")
+        limits |= {name: hooks.pop(name) for name in names if name in hooks}
         self.shape_of = shape
-        steps = SampleSteps(size, self.prepare, self.shape, self.explain, self.finish)
+        measures = {name: hooks.pop(name) for name in ("prepared_bytes", "explained_bytes") if name in hooks}
+        steps = SampleSteps(size, self.prepare, self.shape, self.explain, self.finish, **measures)
         self.stream = BatchStream(steps, StreamLimits(**limits), lambda shape: batch_size)
 
-    def prepare(self, sample):
-        prepared = self.hooks.get("prepare", lambda sample: sample)(sample)
-        return ("unexplained", *sample) if self.shape_of(sample) is None else prepared
+    def prepare(self, samples):
+        self.chunks.append(list(samples))
+        prepared = map(self.hooks.get("prepare", lambda sample: sample), samples)
+        return [("unexplained", *each) if self.shape_of(each) is None else each for each in prepared]
 
     def shape(self, prepared):
         return None if prepared[0] == "unexplained" else self.shape_of(prepared)
@@ -40,16 +43,19 @@ class Bench:
         return [("explained", *sample) for sample in batch]
 
     def finish(self, explained):
-        self.hooks.get("finish", lambda sample: None)(explained[1:])
-        return explained
+        for sample in explained:
+            self.hooks.get("finish", lambda sample: None)(sample[1:])
+        return tuple(explained)
 
     def run(self, shard, samples):
         """Run one shard; its outcomes are in `written[shard]`."""
         outcomes = self.written.setdefault(shard, [])
 
-        def sink(outcome):
-            self.hooks.get("sink", lambda outcome: None)(outcome)
-            outcomes.append(outcome)
+        def sink(parts):
+            together = [each for part in parts for each in (part if isinstance(part[0], tuple) else [part])]
+            for outcome in sorted(together, key=lambda outcome: outcome[2]):
+                self.hooks.get("sink", lambda outcome: None)(outcome)
+                outcomes.append(outcome)
 
         self.stream.run(samples, sink)
 
@@ -213,7 +219,7 @@ def test_the_shard_of_a_sample_that_fails_on_the_device_is_found_though_others_s
 
 
 def test_a_device_step_that_loses_a_sample_is_an_error():
-    steps = SampleSteps(lambda _: 1, lambda s: s, lambda s: 1, lambda batch: batch[1:], lambda s: s)
+    steps = SampleSteps(lambda _: 1, list, lambda s: 1, lambda batch: batch[1:], tuple)
     stream = BatchStream(steps, StreamLimits(threads=1, max_samples=8), lambda shape: 4)
     with pytest.raises(ValueError, match="expected 3 explained samples, received 2"):
         stream.run(range(3), print)
@@ -226,20 +232,21 @@ def test_what_was_prepared_is_let_go_once_it_is_explained():
 
     prepared, alive = [], []
 
-    def prepare(sample):
-        pixels = Pixels()
-        prepared.append(weakref.ref(pixels))
+    def prepare(samples):
+        pixels = [Pixels() for _ in samples]
+        prepared.extend(map(weakref.ref, pixels))
         return pixels
 
-    def finish(number):
-        alive.append((number, sum(pixels() is not None for pixels in prepared[: number + 1])))
-        return number
+    def finish(numbers):
+        for number in numbers:
+            alive.append((number, sum(pixels() is not None for pixels in prepared[: number + 1])))
+        return numbers
 
     numbers = iter(range(12))
     steps = SampleSteps(
         lambda _: 1, prepare, lambda _: 1, lambda batch: [next(numbers) for _ in batch], finish
     )
-    stream = BatchStream(steps, StreamLimits(threads=1, max_samples=32), lambda shape: 4)
+    stream = BatchStream(steps, StreamLimits(threads=1, max_samples=32, chunk_samples=2), lambda shape: 4)
     stream.run(range(12), print)
     stream.close()
     assert alive == [(number, 0) for number in range(12)]
@@ -409,14 +416,21 @@ def test_closing_fails_the_shards_in_flight_and_waits_for_nobody(bench):
     max_samples=st.integers(1, 20),
     shapes=st.integers(1, 4),
     threads=st.integers(1, 3),
+    chunk_samples=st.integers(1, 7),
 )
 def test_whatever_the_sizes_each_sample_is_explained_once_and_written_in_order(
-    sizes, batch_size, max_samples, shapes, threads
+    sizes, batch_size, max_samples, shapes, threads, chunk_samples
 ):
     def shape(sample):
         return (sample[1] * 5 + sample[0]) % (shapes + 1) or None
 
-    here = Bench(batch_size=batch_size, max_samples=max_samples, threads=threads, shape=shape)
+    here = Bench(
+        batch_size=batch_size,
+        max_samples=max_samples,
+        threads=threads,
+        shape=shape,
+        chunk_samples=chunk_samples,
+    )
     errors = here.run_all({shard: numbered(shard, count) for shard, count in enumerate(sizes)})
     here.stream.close()
     assert errors == [None] * len(sizes)
@@ -426,3 +440,78 @@ def test_whatever_the_sizes_each_sample_is_explained_once_and_written_in_order(
     everything = [sample for shard, count in enumerate(sizes) for sample in numbered(shard, count)]
     assert sorted(on_device) == [sample for sample in everything if shape(sample) is not None]
     assert all(len(batch) <= batch_size and len(set(map(shape, batch))) == 1 for batch in here.batches)
+    assert all(len(chunk) <= chunk_samples for chunk in here.chunks)
+
+
+def test_samples_are_handed_over_in_chunks(bench):
+    here = bench(chunk_samples=8, batch_size=4)
+    here.run("a", numbered("a", 20))
+    assert sorted(here.chunks) == [numbered("a", 20)[start : start + 8] for start in (0, 8, 16)]
+    assert here.batches == [numbered("a", 20)[start : start + 4] for start in range(0, 20, 4)]
+    assert here.written["a"] == explained("a", 20)
+
+
+def test_a_chunk_takes_a_sixteenth_of_the_memory_at_most(bench):
+    here = bench(chunk_samples=8, size=lambda sample: 10, max_bytes=16 * 35)
+    here.run("a", numbered("a", 9))
+    assert sorted(map(len, here.chunks)) == [3, 3, 3]
+
+
+def test_the_samples_of_a_slow_shard_do_not_wait_for_a_full_chunk(bench):
+    read_on = threading.Event()
+
+    def samples():
+        yield ("a", 0)
+        time.sleep(1.1)
+        yield ("a", 1)
+        assert read_on.wait(SOON_S)
+        yield ("a", 2)
+
+    here = bench(chunk_samples=8, batch_size=1)
+    with ThreadPoolExecutor(1) as hands:
+        run = hands.submit(here.run, "a", samples())
+        wait_until(lambda: here.written.get("a"))
+        read_on.set()
+        assert run.exception(SOON_S) is None
+    assert here.written["a"] == explained("a", 3)
+
+
+def test_samples_count_as_what_they_take_once_they_are_prepared(bench):
+    go_on, read = threading.Event(), []
+
+    def samples():
+        for sample in numbered("a", 30):
+            read.append(sample)
+            yield sample
+
+    here = bench(
+        size=lambda sample: 16,
+        max_bytes=160,
+        prepared_bytes=lambda prepared: 8,
+        explain=lambda batch: go_on.wait(SOON_S),
+    )
+    with ThreadPoolExecutor(1) as hands:
+        run = hands.submit(here.run, "a", samples())
+        # ten would fit as they are read; prepared ones take half of that, and the reader holds one more
+        wait_until(lambda: len(read) >= 19)
+        go_on.set()
+        assert run.exception(SOON_S) is None
+    assert here.written["a"] == explained("a", 30)
+
+
+def test_the_device_waits_while_explained_samples_fill_half_of_the_memory(bench):
+    masks_may_be_made = threading.Event()
+    here = bench(
+        batch_size=2,
+        max_bytes=80,
+        explained_bytes=lambda explained: 11,
+        finish=lambda sample: masks_may_be_made.wait(SOON_S),
+    )
+    with ThreadPoolExecutor(1) as hands:
+        run = hands.submit(here.run, "a", numbered("a", 20))
+        wait_until(lambda: len(here.batches) == 2)
+        time.sleep(0.05)
+        assert len(here.batches) == 2
+        masks_may_be_made.set()
+        assert run.exception(SOON_S) is None
+    assert here.written["a"] == explained("a", 20)

@@ -1,0 +1,277 @@
+"""Start sample processes, hand them work and survive their deaths; without Ray."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pipeline.annotate.parcels import Parcels
+
+# kinds of messages; `sample_process` is the other end, and is imported there alone: it brings torch
+READY, DONE, FAILED, ROOM, ROOM_LEFT = "ready", "done", "failed", "room", "room left"
+FORK, EXIT_CODE = "fork", "exit code"
+_COMMAND = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from pipeline.annotate.sample_process import serve_launcher; serve_launcher({descriptor})"
+)
+# A process uses one thread, and no GPU. It keeps freed memory up to a few images: by default the C library gives
+# it back to the kernel after every image, and fresh pages cost more than decoding.
+_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+_EXIT_TIMEOUT_S = 10.0
+
+
+class ProcessDied(Exception):
+    """A sample process ended before it answered; the message says how."""
+
+
+class MemoryGate:
+    """Lets large images pass as long as their memory stays below a limit; a larger one passes alone.
+
+    Args:
+        max_bytes: sum over all that have passed and not left.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self._held_bytes = 0
+
+    def enter(self, size_bytes: int) -> None:
+        """Wait until there is room; those that wait enter in the order of their arrival."""
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            self._changed.wait_for(lambda: self._waiting[0] is ticket and self._has_room(size_bytes))
+            self._waiting.popleft()
+            self._held_bytes += size_bytes
+            self._changed.notify_all()
+
+    def leave(self, size_bytes: int) -> None:
+        """Give back what was taken."""
+        with self._changed:
+            self._held_bytes -= size_bytes
+            self._changed.notify_all()
+
+    @contextmanager
+    def room(self, size_bytes: int) -> Iterator[None]:
+        """Hold so much memory in the block."""
+        self.enter(size_bytes)
+        try:
+            yield
+        finally:
+            self.leave(size_bytes)
+
+    def _has_room(self, size_bytes: int) -> bool:
+        return not self._held_bytes or self._held_bytes + size_bytes <= self._max_bytes
+
+
+class SampleProcesses:
+    """Processes that work on samples; each runs one task at a time, and one that dies is replaced.
+
+    Args:
+        count: number of processes.
+        settings: argument of each process's `SampleWork`.
+        max_room_bytes: memory that large images take at a time, over all processes.
+
+    Raises:
+        RuntimeError: the processes do not start.
+    """
+
+    def __init__(self, count: int, settings: Any, max_room_bytes: int) -> None:
+        self._settings = settings
+        self._gate = MemoryGate(max_room_bytes)
+        self._launcher = _Launcher()
+        self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        for _ in range(count):
+            self._idle.put(None)
+
+    def run(self, task: str, content: Any) -> Any:
+        """Run a task of `SampleWork` in the next idle process, and return its result.
+
+        Raises:
+            ProcessDied: the process ended before it answered.
+            Exception: whatever the task raised.
+        """
+        process = self._idle.get()
+        try:
+            process = process or self._started()
+            return process.ask(task, content, self._gate)
+        except ProcessDied as death:
+            dead, process = process, None
+            code = None if dead is None else dead.ended(self._launcher)
+            raise ProcessDied(_how_it_ended(code)) from death
+        finally:
+            self._idle.put(process)
+
+    def close(self) -> None:
+        """End all processes."""
+        self._launcher.close()
+
+    def _started(self) -> _Process:
+        pid, parcels = self._launcher.fork()
+        process = _Process(pid, parcels)
+        try:
+            process.welcome(self._settings)
+        except ProcessDied as death:
+            code = process.ended(self._launcher)
+            raise RuntimeError(f"a sample process did not start: it {_how_it_ended(code)}") from death
+        return process
+
+
+class _Process:
+    def __init__(self, pid: int, parcels: Parcels) -> None:
+        self._pid = pid
+        self._parcels = parcels
+
+    def welcome(self, settings: Any) -> None:
+        """Send the settings, and wait until the process is ready."""
+        self._exchange(settings)
+
+    def ask(self, task: str, content: Any, gate: MemoryGate) -> Any:
+        """Run a task; memory that the process asks for on the way comes from the gate."""
+        held_bytes = 0
+        message: Any = (task, content)
+        try:
+            while True:
+                kind, value = self._exchange(message)
+                while kind == ROOM_LEFT:
+                    gate.leave(value)
+                    held_bytes -= value
+                    kind, value = self._next()
+                if kind == DONE:
+                    return value
+                if kind == FAILED:
+                    raise value
+                gate.enter(value)
+                held_bytes += value
+                message = READY
+        finally:
+            if held_bytes:
+                gate.leave(held_bytes)
+
+    def ended(self, launcher: _Launcher) -> int | None:
+        """Return the exit code of a process that has died; None where it is not known."""
+        self._parcels.close()
+        return launcher.exit_code(self._pid)
+
+    def _exchange(self, message: Any) -> Any:
+        try:
+            self._parcels.send(message)
+        except OSError as error:
+            raise ProcessDied from error
+        return self._next()
+
+    def _next(self) -> Any:
+        try:
+            return self._parcels.receive()
+        except (EOFError, OSError) as error:
+            raise ProcessDied from error
+
+
+class _Launcher:
+    """The process that forks sample processes; one that was killed is started again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_new = True
+        self._start()
+
+    def fork(self) -> tuple[int, Parcels]:
+        """Return the id of a new process, and the connection to it."""
+        with self._lock:
+            if self._popen.poll() is not None:
+                self._finalizer()
+                self._start()
+            try:
+                return self._forked()
+            except (EOFError, OSError) as error:
+                raise RuntimeError(f"the launcher of sample processes has ended: {error!r}") from error
+
+    def exit_code(self, pid: int) -> int | None:
+        """Return the exit code of a process that has died; None where the launcher has gone as well."""
+        with self._lock:
+            try:
+                self._requests.send((EXIT_CODE, pid))
+                code: int | None = self._requests.receive()
+            except (EOFError, OSError):
+                return None
+            return code
+
+    def close(self) -> None:
+        """End the launcher, which kills its processes."""
+        self._finalizer()
+
+    def _forked(self) -> tuple[int, Parcels]:
+        if self._is_new:
+            self._requests.receive()
+            self._is_new = False
+        here, there = _connected_pair()
+        with there:
+            self._requests.send((FORK, 0))
+            reduction.send_handle(self._connection, there.fileno(), self._popen.pid)
+        pid: int = self._requests.receive()
+        return pid, Parcels(here, keeps=True)
+
+    def _start(self) -> None:
+        here, there = _connected_pair()
+        with there:
+            descriptor = there.fileno()
+            command = _COMMAND.format(path=sys.path, descriptor=descriptor)
+            self._popen = subprocess.Popen(
+                [sys.executable, "-c", command],
+                pass_fds=[descriptor],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **_ENVIRONMENT},
+            )
+        self._connection = here
+        self._requests = Parcels(here)
+        self._is_new = True
+        # it ends where this process ends, however that happens: its connection is closed then
+        self._finalizer = weakref.finalize(self, _end, self._popen, here)
+
+
+def _end(popen: subprocess.Popen[bytes], connection: Connection) -> None:
+    connection.close()
+    try:
+        popen.wait(_EXIT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        popen.kill()
+        popen.wait()
+
+
+def _connected_pair() -> tuple[Connection, Connection]:
+    here, there = socket.socketpair()
+    return Connection(here.detach()), Connection(there.detach())
+
+
+def _how_it_ended(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "ended"
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    reason = ", as the kernel does where memory runs out" if name == "SIGKILL" else ""
+    return f"was killed by {name}{reason}"

@@ -1,0 +1,110 @@
+"""The processes beside the one that holds the device: they decode images and make masks, one thread each.
+
+A launcher imports what they need once, and forks one whenever it is asked to: that takes 20 ms and shares the
+imported code, where a process that starts anew takes seconds and 200 MB.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context, reduction
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from pipeline.annotate.parcels import Parcels
+from pipeline.annotate.processes import DONE, FAILED, FORK, READY, ROOM, ROOM_LEFT
+from pipeline.annotate.sample_work import SampleWork
+
+# 1000 is killed first: the process with the device is worth more than one of several that only decode
+_OOM_SCORE = "700"
+_JOIN_TIMEOUT_S = 10.0
+
+
+def serve_launcher(descriptor: int) -> None:
+    """Fork a process for each connection that arrives, until the process that started this one has gone.
+
+    Args:
+        descriptor: of a socket on which requests arrive.
+    """
+    # Ctrl-C reaches every process of a terminal, and is for the one that started this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(descriptor)
+    requests = Parcels(connection)
+    # objects that are there already are then never copied only because they were looked at
+    gc.freeze()
+    children: dict[int, BaseProcess] = {}
+    requests.send(READY)
+    try:
+        while True:
+            task, pid = requests.receive()
+            if task == FORK:
+                child = _forked(Connection(reduction.recv_handle(connection)), connection)
+                children[child.pid or 0] = child
+                requests.send(child.pid)
+            else:
+                requests.send(_exit_code(children.pop(pid, None)))
+    except (EOFError, OSError):
+        for child in children.values():
+            child.kill()
+
+
+def _forked(connection: Connection, requests: Connection) -> BaseProcess:
+    with connection:
+        child = get_context("fork").Process(target=_serve, args=(connection, requests))
+        child.start()
+    return child
+
+
+def _exit_code(child: BaseProcess | None) -> int | None:
+    if child is None:
+        return None
+    child.join(_JOIN_TIMEOUT_S)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+    return child.exitcode
+
+
+def _serve(connection: Connection, requests: Connection) -> None:
+    """Receive the settings, then work on samples until the other end is closed."""
+    requests.close()
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+    with suppress(EOFError, OSError):
+        parcels = Parcels(connection)
+        work = SampleWork(parcels.receive(), _Rooms(parcels).room)
+        parcels.send((READY, None))
+        while True:
+            task, content = parcels.receive()
+            parcels.send(_answer(work, task, content))
+
+
+def _answer(work: SampleWork, task: str, content: Any) -> tuple[str, Any]:
+    try:
+        return DONE, work.do(task, content)
+    except Exception as error:
+        error.add_note(f"in a sample process:\n{traceback.format_exc()}")
+        return FAILED, error
+
+
+class _Rooms:
+    """Asks the process with the device for memory that large images take."""
+
+    def __init__(self, parcels: Parcels) -> None:
+        self._parcels = parcels
+
+    @contextmanager
+    def room(self, size_bytes: int) -> Iterator[None]:
+        """Wait until so much memory may be taken, and give it back after the block."""
+        self._parcels.send((ROOM, size_bytes))
+        self._parcels.receive()
+        try:
+            yield
+        finally:
+            self._parcels.send((ROOM_LEFT, size_bytes))

@@ -1,0 +1,105 @@
+"""Work on samples that needs no device: raw ones are prepared for it, explained ones become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from legrad.images import ImageTransform
+from legrad.views import Views
+from pipeline.annotate.chunk_rows import ChunkRows, rows_of_chunk
+from pipeline.annotate.rows import SampleRows, sample_rows
+from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
+from pipeline.config.schema import JobConfig
+from pipeline.errors import SampleFailure
+from pipeline.prompts.sample_prompts import SamplePrompts
+from pipeline.shards.fields import find_field
+from pipeline.shards.images import decode_image
+from pipeline.shards.sample_error import SampleError
+from pipeline.shards.samples import RawSample
+
+PREPARE, FINISH = "prepare", "finish"
+Room = Callable[[int], AbstractContextManager[None]]
+
+
+def no_limit(_size_bytes: int) -> AbstractContextManager[None]:
+    """Let any image take its memory."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class WorkSettings:
+    """What the work on samples depends on; a job's, and the same for every process.
+
+    Attributes:
+        config: the job's configuration, files read.
+        transform: the model's preprocessing.
+        views: of every image.
+    """
+
+    config: JobConfig
+    transform: ImageTransform
+    views: Views
+
+
+class SampleWork:
+    """Prepares samples and makes their rows, a chunk at a time.
+
+    Args:
+        settings: of the job.
+        room: called with the bytes that a large image takes; held while it takes them.
+    """
+
+    def __init__(self, settings: WorkSettings, room: Room = no_limit) -> None:
+        self._settings = settings
+        self._room = room
+        self._prompts = SamplePrompts(settings.config)
+
+    def do(self, task: str, content: Any) -> Any:
+        """Run a task by its name: PREPARE or FINISH."""
+        return self.prepare(content) if task == PREPARE else self.finish(content)
+
+    def prepare(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
+        """Decode images and find prompts; a sample that fails, or has no prompt, has its outcome already."""
+        return [self._prepared(item) for item in items]
+
+    def finish(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
+        """Make masks from maps, and rows from masks."""
+        return rows_of_chunk([sample_rows(sample, self._settings.config) for sample in explained])
+
+    def close(self) -> None:
+        """Nothing is open: `WorkInProcesses` has processes to end."""
+
+    def _prepared(self, item: RawSample | SampleError) -> PreparedSample | SampleRows:
+        if isinstance(item, SampleError):
+            return SampleRows(errors=(item,), is_sample=item.sample_index is not None)
+        settings = self._settings.config.input
+        try:
+            found = self._prompts.of(item.fields)
+            errors = tuple(error_of(failure, item, prompt_index) for prompt_index, failure in found.failures)
+            if not found.prompts:
+                return SampleRows(errors=errors)
+            image = decode_image(
+                find_field(item.fields, settings.image),
+                self._settings.transform,
+                max_image_pixels=settings.max_image_pixels,
+                views=self._settings.views,
+            )
+        except SampleFailure as failure:
+            return SampleRows(errors=(error_of(failure, item),))
+        return PreparedSample(
+            index=item.index,
+            key=item.key,
+            image_height=image.image_height,
+            image_width=image.image_width,
+            canvases=image.canvases,
+            prompts=found.prompts,
+            errors=errors,
+        )
+
+
+def error_of(failure: SampleFailure, sample: RawSample, prompt_index: int | None = None) -> SampleError:
+    """Return what failed of a sample as a row of the errors file."""
+    return SampleError(failure.stage, failure.kind, failure.message, sample.key, sample.index, prompt_index)
