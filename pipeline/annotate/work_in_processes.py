@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from pipeline.annotate import parcels
@@ -14,14 +15,15 @@ from pipeline.annotate.sample_work import FINISH, PREPARE, WorkSettings
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, SampleFields
 
+_DEATHS = (ProcessDied, MemoryError)
 PROCESS_DIED, OUT_OF_MEMORY = "process_died", "out_of_memory"
 
 
 class WorkInProcesses:
     """Prepares samples and makes their rows as `SampleWork` does, a chunk at a time in the next idle process.
 
-    Where a process dies, or runs out of memory, the samples of its chunk are tried one by one: the one at
-    fault becomes an error row, and the others lose nothing.
+    Where a process dies, or runs out of memory, the samples of its chunk are tried one by one. One that is
+    alone with two more deaths becomes an error row; a process killed by something else costs nothing.
 
     Args:
         processes: number of processes.
@@ -33,27 +35,43 @@ class WorkInProcesses:
 
     def prepare(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
         """Prepare samples; called by several threads."""
-        try:
-            prepared: list[PreparedSample | SampleRows] = self._processes.run(
-                PREPARE, [_for_transport(item) for item in items]
-            )
-            return prepared
-        except (ProcessDied, MemoryError) as error:
-            if len(items) == 1:
-                return [SampleRows(errors=(_error_of(items[0], "decode", error),))]
-        return [sample for item in items for sample in self.prepare([item])]
+        if len(items) > 1:
+            with suppress(*_DEATHS):
+                return self._prepared(items)
+        return [sample for item in items for sample in self._prepared_alone(item)]
 
     def finish(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
         """Make rows; called by several threads."""
+        if len(explained) > 1:
+            with suppress(*_DEATHS):
+                return self._finished(explained)
+        return joined([self._finished_alone(sample) for sample in explained])
+
+    def _prepared(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
+        sent = [_for_transport(item) for item in items]
+        prepared: list[PreparedSample | SampleRows] = self._processes.run(PREPARE, sent)
+        return prepared
+
+    def _prepared_alone(self, item: RawSample | SampleError) -> list[PreparedSample | SampleRows]:
+        with suppress(*_DEATHS):
+            return self._prepared([item])
         try:
-            rows: ChunkRows = self._processes.run(FINISH, explained)
-            return rows
-        except (ProcessDied, MemoryError) as error:
-            if len(explained) == 1:
-                sample = explained[0]
-                errors = (*sample.errors, _error_of(sample, "mask", error))
-                return rows_of_chunk([SampleRows(errors=errors, dropped_prompts=sample.dropped_prompts)])
-        return joined([self.finish([sample]) for sample in explained])
+            return self._prepared([item])
+        except _DEATHS as error:
+            return [SampleRows(errors=(_error_of(item, "decode", error),))]
+
+    def _finished(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
+        rows: ChunkRows = self._processes.run(FINISH, explained)
+        return rows
+
+    def _finished_alone(self, sample: ExplainedSample) -> ChunkRows:
+        with suppress(*_DEATHS):
+            return self._finished([sample])
+        try:
+            return self._finished([sample])
+        except _DEATHS as error:
+            errors = (*sample.errors, _error_of(sample, "mask", error))
+            return rows_of_chunk([SampleRows(errors=errors, dropped_prompts=sample.dropped_prompts)])
 
     def close(self) -> None:
         """End the processes."""

@@ -1,0 +1,43 @@
+"""A preprocessing that fails on images of certain colours, as a broken decoder does on certain files."""
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from legrad.images import ImageTransform
+
+SEGFAULT, KILL, EXIT, MEMORY, BUG = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)
+
+
+def act(colour: tuple[int, int, int]) -> None:
+    """Do what a colour stands for; nothing for other colours."""
+    if colour == SEGFAULT:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if colour == KILL:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if colour == EXIT:
+        os._exit(7)
+    if colour == MEMORY:
+        raise MemoryError
+    if colour == BUG:
+        raise ZeroDivisionError("a bug")
+
+
+@dataclass(frozen=True)
+class DeadlyTransform(ImageTransform):
+    """Resizes as ever, unless an image has one of the colours above in its corner; for PNGs."""
+
+    def resize_to(self, image: Image.Image, *arguments: Any, **options: Any) -> np.ndarray:
+        act(image.convert("RGB").getpixel((0, 0)))
+        return super().resize_to(image, *arguments, **options)
+
+
+class DiesWhenItArrives:
+    """Kills the process in which it is unpickled."""
+
+    def __reduce__(self):
+        return act, (SEGFAULT,)
