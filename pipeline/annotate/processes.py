@@ -37,6 +37,7 @@ _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 _EXIT_TIMEOUT_S = 10.0
+_ATTEMPTS_TO_START = 3
 
 
 class ProcessDied(Exception):
@@ -128,14 +129,16 @@ class SampleProcesses:
         self._launcher.close()
 
     def _started(self) -> _Process:
-        pid, parcels = self._launcher.fork()
-        process = _Process(pid, parcels)
-        try:
-            process.welcome(self._settings)
-        except ProcessDied as death:
-            code = process.ended(self._launcher)
-            raise RuntimeError(f"a sample process did not start: it {_how_it_ended(code)}") from death
-        return process
+        # one may be killed while it starts, by what has killed others; one that cannot start never will
+        for _ in range(_ATTEMPTS_TO_START):
+            process = _Process(*self._launcher.fork())
+            try:
+                process.welcome(self._settings)
+            except ProcessDied:
+                ending = _how_it_ended(process.ended(self._launcher))
+            else:
+                return process
+        raise RuntimeError(f"a sample process did not start, {_ATTEMPTS_TO_START} times; the last one {ending}")
 
 
 class _Process:
