@@ -23,7 +23,7 @@ from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
 from pipeline.config.schema import InputConfig, JobConfig
 from pipeline.errors import SampleFailure
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.runs import Measures
+from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of
 from pipeline.shards.fields import find_field

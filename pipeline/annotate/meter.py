@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.output.runs import Measures
+from pipeline.output.measures import Measures
 
 
 class Meter:

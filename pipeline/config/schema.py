@@ -240,11 +240,18 @@ class RunConfig(Section):
     )
     lookahead_bytes: PositiveInt = Field(
         512 * MEBIBYTE,
-        description="Largest amount of samples in a worker's memory, in bytes, as read and as the model "
-        "takes them.",
+        description="Largest amount of memory in bytes that a worker's samples in flight take: as read, as "
+        "the model takes them, and as maps until they are masks. A larger sample is alone.",
     )
-    decode_threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="Decode threads of a worker; null: one for each of its CPU cores."
+    decode_threads: Annotated[int, Field(ge=0, le=1024)] | None = Field(
+        None,
+        description="Processes of a worker that decode images and make masks; null: one for each of its CPU "
+        "cores; 0: none, the worker's own process does it in threads.",
+    )
+    decode_bytes: PositiveInt = Field(
+        1024 * MEBIBYTE,
+        description="Largest amount of memory in bytes that large images take at a time while they are "
+        "decoded and masked, over all sample processes of a worker; a larger image is alone.",
     )
     max_attempts: Count = Field(
         3, description="Number of attempts at a shard before it is recorded as failed."

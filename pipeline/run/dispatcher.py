@@ -19,7 +19,8 @@ from ray.util import metrics as ray_metrics
 from pipeline import storage
 from pipeline.errors import OutputError, PipelineError, UserError
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.runs import Measures, RunState
+from pipeline.output.measures import Measures
+from pipeline.output.runs import RunState
 from pipeline.output.status import reason_to_stop
 from pipeline.output.survey import spread_evenly
 from pipeline.run import cluster

@@ -18,7 +18,7 @@ from pipeline.annotate.model import load_explainer
 from pipeline.config.schema import JobConfig
 from pipeline.errors import OutputError, ShardError, UserError
 from pipeline.output.counts import ShardCounts
-from pipeline.output.runs import Measures
+from pipeline.output.measures import Measures
 from pipeline.storage import ShardSource, shown_text
 
 logger = logging.getLogger(__name__)
