@@ -14,9 +14,11 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import UserError
 from pipeline.process import exit_on_sigterm
+from pipeline.run.plan import MachineResources
 
 ADDRESS_TIMEOUT_S = 10.0
 MACHINE_TIMEOUT_S = 1.0
@@ -123,9 +125,23 @@ def _host_and_port(address: str) -> tuple[str, int]:
     raise UserError(f"RAY_ADDRESS: expected HOST:PORT of a Ray cluster, auto or local, got {address!r}")
 
 
-def machine_resources() -> list[Mapping[str, float]]:
-    """Return Ray's resources (``CPU``, ``GPU``, ...) of each machine that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def machines_alive() -> list[MachineResources]:
+    """Return what each machine that is alive has for workers."""
+    return [
+        MachineResources(
+            int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)), node["NodeID"]
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def placed_on(node_id: str) -> str | NodeAffinitySchedulingStrategy:
+    """Return Ray's scheduling strategy for a worker that is meant for a machine; without one, for any.
+
+    If the machine is lost, Ray may place the worker on another one.
+    """
+    return NodeAffinitySchedulingStrategy(node_id, soft=True) if node_id else "DEFAULT"
 
 
 @dataclass(frozen=True)
