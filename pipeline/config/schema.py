@@ -61,8 +61,11 @@ class ModelConfig(Section):
         description="Pretrained tag, path of a local checkpoint, or demo for the bundled model; null for "
         "names that bring their own weights.",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Precision of the model's weights and activations."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Precision of the weights and activations of both towers, image and text. auto: bf16 on "
+        "GPUs that compute it, otherwise fp32; decided once a job, recorded in job.json, and kept by later "
+        "runs into the same folder. tests/bench/README.md says how rows in bf16 differ from rows in fp32.",
     )
     layers: Count | Literal["all"] = Field(
         2, description="Number of last transformer blocks whose relevance is added up, or all."

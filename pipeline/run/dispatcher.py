@@ -101,9 +101,11 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
     with cluster.ray_session():
         shards = spread_evenly(job.todo, max_shards)
         plan = plan_workers(job.config.run, cluster.machines_alive(), len(shards))
+        check_precision(job, plan)
         progress.say(
             f"Annotating {len(shards):,} shard(s), {first_state(job).shards_skipped:,} done before; starting "
-            f"{len(plan.shapes)} worker(s) on {plan.device} with {plan.cpus_text} CPU core(s) each"
+            f"{len(plan.shapes)} worker(s) on {plan.device} with {plan.cpus_text} CPU core(s) each, in "
+            f"{job.config.model.precision}"
         )
         for note in plan.notes:
             progress.say(note)
@@ -114,6 +116,17 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
         finally:
             dispatcher.stop_workers()
         return concluded(job, result)
+
+
+def check_precision(job: Job, plan: WorkerPlan) -> None:
+    """Refuse CPUs, on which auto would be fp32, for a job that auto made bf16."""
+    precision = job.config.model.precision
+    if job.precision_is_auto and plan.device == "cpu" and precision != "fp32":
+        raise UserError(
+            f"{storage.shown_url(job.config.output.dir)}: the results there are in {precision}, and this run "
+            f"has no GPU: resume where there is one; or set model.precision={precision} to continue on CPUs, "
+            "slowly; or choose another output.dir"
+        )
 
 
 @dataclass(eq=False)
