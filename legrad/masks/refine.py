@@ -14,9 +14,12 @@ from torch import Tensor
 
 from legrad.errors import InputError
 from legrad.masks.contrast import PUBLISHED_CONTRAST
+from legrad.triton_kernel import TritonKernel
 
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 DEFAULT_MAX_BYTES = 2**28
+# `legrad.masks.refine_triton` on CUDA devices, until it fails.
+REFINEMENT_KERNELS = TritonKernel("pixel-adaptive refinement")
 _FLOAT_BYTES = 4
 _TINY = 1e-8
 
@@ -114,8 +117,36 @@ def refine_heatmaps(
     Source: see `Refinement`.
     """
     index = _checked_index(images, heatmaps, image_index)
-    height, width = heatmaps.shape[-2:]
-    maps = heatmaps.reshape(-1, height, width)
+    maps = heatmaps.reshape(-1, *heatmaps.shape[-2:])
+
+    def by_kernels() -> Float32[Tensor, "maps height width"]:
+        from legrad.masks import refine_triton
+
+        return refine_triton.refined_maps(images, maps, index, refinement, max_bytes)
+
+    def by_torch() -> Float32[Tensor, "maps height width"]:
+        return refined_maps_by_torch(images, maps, index, refinement, max_bytes)
+
+    # Whatever the torch version would refuse or differentiate is not for the kernels.
+    is_plain = maps.numel() and maps.device == images.device and not _needs_gradient(images, maps)
+    if is_plain and REFINEMENT_KERNELS.runs_on(maps.device):
+        return REFINEMENT_KERNELS.run(maps.device, by_kernels, by_torch).reshape(heatmaps.shape)
+    return by_torch().reshape(heatmaps.shape)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def refined_maps_by_torch(
+    images: Shaped[Tensor, "images channels height width"],
+    maps: Float[Tensor, "maps height width"],
+    index: Int[Tensor, " maps"],
+    refinement: Refinement,
+    max_bytes: int,
+) -> Float32[Tensor, "maps height width"]:
+    """Refine maps with torch, on any device; equally many maps of each image of a group."""
+    height, width = maps.shape[-2:]
     refined = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     map_bytes = height * width * _FLOAT_BYTES
     # Weights before and after softmax, and a few frames of colours.
@@ -128,7 +159,7 @@ def refine_heatmaps(
         per_image = max(1, (max_bytes // len(map_rows) - affinity_bytes) // padded_bytes)
         for rows in torch.split(map_rows, per_image, dim=1):
             refined[rows] = _diffuse(_as_rows(maps[rows]), affinities, refinement)
-    return refined.reshape(heatmaps.shape)
+    return refined
 
 
 def _as_rows(frames: Tensor) -> Float32[Tensor, "images channels height width"]:
@@ -210,11 +241,12 @@ def _affinities(
     weights = torch.softmax(exponents.neg_(), dim=0)
     if refinement.kernel == "pamr":
         return weights
-    near = _nearness(refinement).to(pixels.device).view(-1, 1, 1, 1, 1)
+    near = nearness_weights(refinement).to(pixels.device).view(-1, 1, 1, 1, 1)
     return weights.add_(near, alpha=refinement.position_weight).div_(1 + refinement.position_weight)
 
 
-def _nearness(refinement: Refinement) -> Float32[Tensor, " neighbours"]:
+def nearness_weights(refinement: Refinement) -> Float32[Tensor, " neighbours"]:
+    """Return the weights of neighbours by distance alone, on the CPU; they sum to 1."""
     steps = torch.tensor([(down, right) for down, right in DIRECTIONS], dtype=torch.float32).norm(dim=1)
     distances = torch.cat([steps * dilation for dilation in refinement.dilations])
     unit = refinement.unit_contrast * distances.std(correction=0) + _TINY
