@@ -20,6 +20,8 @@ DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 
 DEFAULT_MAX_BYTES = 2**28
 # `legrad.masks.refine_triton` on CUDA devices, until it fails.
 REFINEMENT_KERNELS = TritonKernel("pixel-adaptive refinement")
+# A group that fits into a processor's cache takes little more than half the time of a large one.
+CPU_GROUP_BYTES_PER_THREAD = 2**24
 _FLOAT_BYTES = 4
 _TINY = 1e-8
 
@@ -106,6 +108,9 @@ def refine_heatmaps(
         max_bytes: bound on working memory beside arguments and result, but at least what one map of one image
             needs.
 
+    On a CUDA device where Triton works, two kernels compute it with affinities in float16 (see
+    `legrad.masks.refine_triton`); elsewhere torch does, in float32.
+
     Returns:
         Refined maps. Each pixel is a convex combination of pixels of its own map: a map stays within its
         range, a constant map stays as it is, and peaks become lower, so apply `minmax_normalise` before a
@@ -127,7 +132,7 @@ def refine_heatmaps(
     def by_torch() -> Float32[Tensor, "maps height width"]:
         return refined_maps_by_torch(images, maps, index, refinement, max_bytes)
 
-    # Whatever the torch version would refuse or differentiate is not for the kernels.
+    # What the torch version refuses or differentiates must not look like a failure of the kernels.
     is_plain = maps.numel() and maps.device == images.device and not _needs_gradient(images, maps)
     if is_plain and REFINEMENT_KERNELS.runs_on(maps.device):
         return REFINEMENT_KERNELS.run(maps.device, by_kernels, by_torch).reshape(heatmaps.shape)
@@ -145,7 +150,7 @@ def refined_maps_by_torch(
     refinement: Refinement,
     max_bytes: int,
 ) -> Float32[Tensor, "maps height width"]:
-    """Refine maps with torch, on any device; equally many maps of each image of a group."""
+    """Compute `refine_heatmaps` with torch, on any device, for maps in one row; the reference for the kernels."""
     height, width = maps.shape[-2:]
     refined = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     map_bytes = height * width * _FLOAT_BYTES
@@ -154,12 +159,17 @@ def refined_maps_by_torch(
     # Maps are padded by the largest dilation, and those of two iterations are held at a time.
     margin = 2 * max(refinement.dilations)
     padded_bytes = map_bytes + _FLOAT_BYTES * (height + margin) * (width + margin)
-    for map_rows in _groups(index, len(images), max_bytes, affinity_bytes, padded_bytes):
+    group_bytes = min(max_bytes, _cache_bytes(maps.device) or max_bytes)
+    for map_rows in _groups(index, len(images), group_bytes, affinity_bytes, padded_bytes):
         affinities = _affinities(_as_rows(images[index[map_rows[:, 0]]]), refinement)
         per_image = max(1, (max_bytes // len(map_rows) - affinity_bytes) // padded_bytes)
         for rows in torch.split(map_rows, per_image, dim=1):
             refined[rows] = _diffuse(_as_rows(maps[rows]), affinities, refinement)
     return refined
+
+
+def _cache_bytes(device: torch.device) -> int | None:
+    return CPU_GROUP_BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else None
 
 
 def _as_rows(frames: Tensor) -> Float32[Tensor, "images channels height width"]:

@@ -81,7 +81,8 @@ def kernel_cost(
     """Count what the Triton kernels launch, move and hold for groups of maps.
 
     A group takes 1 launch for the affinities, 1 an iteration, 1 for the extremes of its maps and, if its maps
-    are not contiguous float32, 1 to copy them. Affinities are written once and read once an iteration,
+    are not contiguous float32, 1 to copy them; maps out of the order of images are gathered and scattered as
+    well, which is not counted. Affinities are written once and read once an iteration,
     however many maps an image has; a map is read and written once an iteration.
 
     Args:

@@ -17,6 +17,7 @@ import torch
 from legrad import Refinement, refine_heatmaps
 from legrad.masks import refine
 from legrad.masks.refine import refined_maps_by_torch
+from legrad.masks.refine_groups import OTHER_LAUNCHES, kernel_cost, map_groups
 from legrad.triton_kernel import TritonKernel
 from tests.legrad.test_kernels import needs_cuda, needs_triton
 from tests.legrad.test_refine import scenes
@@ -140,7 +141,26 @@ def check_refine_heatmaps_uses_the_kernels(device):
     assert torch.equal(by_image.cpu().flatten(0, 1), kernels(device, images, heatmaps, index, SMALL))
 
 
+def check_kernels_are_launched_as_often_as_counted(device):
+    from legrad.masks import refine_triton
+
+    triton_kernels = (refine_triton._affinity_kernel, refine_triton._mean_kernel)
+    launches = []
+    for kernel in triton_kernels:
+        kernel.add_pre_run_hook(lambda *arguments, **constants: launches.append(arguments))
+    images, heatmaps = scenes(11, 4, 9)
+    for max_bytes in (MAX_BYTES, 20_000):
+        launches.clear()
+        kernels(device, images, heatmaps, RAGGED.sort().values, SMALL, max_bytes)
+        groups = map_groups(torch.bincount(RAGGED).tolist(), 16, 9 * 12, max_bytes)
+        cost = kernel_cost(groups, 16, 9 * 12, SMALL.iterations, 3 * 9 * 12)
+        assert len(launches) == cost.launches - OTHER_LAUNCHES * len(groups)
+    for kernel in triton_kernels:
+        kernel.pre_run_hooks.pop()
+
+
 CHECKS = [
+    check_kernels_are_launched_as_often_as_counted,
     check_frames_of_odd_sizes_and_smaller_than_a_dilation,
     check_one_to_five_maps_of_each_image,
     check_pixels_of_any_dtype_and_order,
