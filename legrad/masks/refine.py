@@ -98,6 +98,9 @@ def refine_heatmaps(
 ) -> Float32[Tensor, "*leading map_height map_width"]:
     """Refine heat maps so that they follow the edges of their images.
 
+    On a CUDA device where Triton works, two kernels compute it with affinities in float16 (see
+    `legrad.masks.refine_triton`); elsewhere torch does, in float32.
+
     Args:
         images: pixels of any range, integer or float; only ratios of differences matter, so normalised pixels
             work as well as raw ones.
@@ -107,9 +110,6 @@ def refine_heatmaps(
         refinement: parameters of the refinement.
         max_bytes: bound on working memory beside arguments and result, but at least what one map of one image
             needs.
-
-    On a CUDA device where Triton works, two kernels compute it with affinities in float16 (see
-    `legrad.masks.refine_triton`); elsewhere torch does, in float32.
 
     Returns:
         Refined maps. Each pixel is a convex combination of pixels of its own map: a map stays within its
@@ -150,7 +150,7 @@ def refined_maps_by_torch(
     refinement: Refinement,
     max_bytes: int,
 ) -> Float32[Tensor, "maps height width"]:
-    """Compute `refine_heatmaps` with torch, on any device, for maps in one row; the reference for the kernels."""
+    """Compute `refine_heatmaps` with torch, on any device; the reference for the kernels."""
     height, width = maps.shape[-2:]
     refined = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     map_bytes = height * width * _FLOAT_BYTES

@@ -27,8 +27,8 @@ from pipeline.demo import assets
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 
 MAX_BYTES = 2**28
-# The interpreter takes as long for a small block as for a large one.
-TILE_VALUES = {"cpu": 2**20, "cuda": 4096}
+# Few large blocks, since the interpreter runs them one by one.
+TILE_VALUES = {"cpu": 2**17, "cuda": 4096}
 
 
 def main() -> None:
