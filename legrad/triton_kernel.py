@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -77,6 +78,7 @@ class TritonKernel:
                 )
 
 
+@cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
 

@@ -105,8 +105,8 @@ def _affinity_kernel(  # noqa: PLR0917
         first = channel * stride_channel
         pixel = tl.load(own + first).to(tl.float32)
         differences = tl.load(others + first).to(tl.float32) - pixel[None, :]
-        # In two passes over registers: neighbours of one colour have a deviation of exactly 0.
-        mean = tl.sum(tl.where(is_neighbour, differences, 0.0), axis=0) / (8 * RINGS)
+        # In two passes over registers, rounding the quotient: the deviation of equal neighbours is exactly 0.
+        mean = tl.div_rn(tl.sum(tl.where(is_neighbour, differences, 0.0), axis=0), 8.0 * RINGS)
         centred = tl.where(is_neighbour, differences - mean[None, :], 0.0)
         deviation = tl.sqrt(tl.sum(centred * centred, axis=0) / (8 * RINGS))
         ratios = differences * (1.0 / (deviation * contrast + TINY))[None, :]

@@ -241,7 +241,7 @@ from legrad.masks import refine_triton
 
 
 class CompilingDriver:
-    # Stands in for a GPU as far as compiling goes.
+    # Names a GPU to compile for, without having one.
 
     def __init__(self, capability):
         self.get_current_device = lambda: capability

@@ -100,7 +100,7 @@ def test_threads_that_meet_a_failing_kernel_report_it_once(works_at_first, caplo
     assert works_at_first or launch.attempts == 1
 
 
-def test_kernels_are_for_cuda_devices_unless_told_otherwise():
+def test_kernels_are_for_cuda_devices_by_default():
     assert not TritonKernel("sums").runs_on(CPU)
 
 
