@@ -32,12 +32,12 @@ def test_an_image_with_too_many_maps_is_split():
     assert groups == [[(0, 0, 2)], [(0, 2, 4)], [(0, 4, 5)], [(1, 5, 6)]]
 
 
-@pytest.mark.parametrize(("maps_per_image", "gigabytes"), [(1, 2.13), (4, 2.85)])
-def test_a_step_of_64_images_launches_11_kernels_and_moves_a_twentieth_of_what_torch_does(
+@pytest.mark.parametrize(("maps_per_image", "gigabytes"), [(1, 2.10), (4, 2.84)])
+def test_a_step_of_64_images_launches_11_kernels_a_group_and_moves_less_than_3_gigabytes(
     maps_per_image, gigabytes
 ):
     groups = map_groups([maps_per_image] * 64, NEIGHBOURS, PIXELS, 2**28)
     cost = kernel_cost(groups, NEIGHBOURS, PIXELS, 8, IMAGE_BYTES)
     assert cost.launches == 11 * len(groups)
     assert len(groups) <= 2
-    assert cost.moved_bytes == pytest.approx(gigabytes * 1e9, rel=0.05)
+    assert cost.moved_bytes == pytest.approx(gigabytes * 1e9, rel=0.01)
