@@ -28,6 +28,12 @@ def instructions():
     return [tuple(line.split(maxsplit=1)) for line in lines if line and not line.startswith("#")]
 
 
+def test_the_image_has_the_compiler_that_triton_calls_at_run_time():
+    text = (CLUSTER / "Dockerfile").read_text()
+    (installed,) = re.findall(r"apt-get install --no-install-recommends --yes ([a-z0-9 -]+)", text)
+    assert {"gcc", "libc6-dev"} <= set(installed.split())
+
+
 def containers(ray_job):
     cluster = ray_job["spec"]["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
