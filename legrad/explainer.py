@@ -191,7 +191,8 @@ class LeGrad:
             layers: see `LeGrad`.
             pool: see `LeGrad`.
             device: None: CUDA if available, otherwise CPU.
-            precision: one of fp32, fp16, bf16, pure_fp16, pure_bf16, as in open_clip.
+            precision: of both towers: fp32, fp16, bf16, pure_fp16 or pure_bf16, as in open_clip; or auto,
+                which is bf16 on a GPU that computes it, otherwise fp32.
             image_size: see `LeGrad`.
             fit: see `LeGrad`.
             compile: see `LeGrad`.

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
+from typing import Literal
 from urllib.error import URLError
 
 import open_clip
@@ -40,7 +41,9 @@ from legrad.weights.model_files import (
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "auto")
+# compute capability of the first GPUs that compute bf16 themselves; PyTorch emulates it on older ones
+FIRST_WITH_BF16 = (8, 0)
 TEXT_MODEL_FOLDER = "text_model"
 MAX_CAUSE_LENGTH = 300
 
@@ -70,7 +73,7 @@ def load_model(
         name: name of an open_clip model, `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`.
         pretrained: tag or path of a checkpoint. None: random weights; required for an `hf-hub:` or
             `local-dir:` name, which includes its weights.
-        precision: one of `PRECISIONS`.
+        precision: one of `PRECISIONS`; auto: see `device_precision`.
         device: None: CUDA if available, otherwise CPU.
         expected_digest: digest that `model_digest` returned when the job started; files with another digest
             are refused.
@@ -96,10 +99,21 @@ def load_model(
             if expected_digest is not None:
                 _check_digest(files.digest(file_sha256(checkpoint)), expected_digest)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        loaded = _made(files, checkpoint, precision, where)
+        resolved = device_precision(where) if precision == "auto" else precision
+        loaded = _made(files, checkpoint, resolved, where)
         if checkpoint is not None and _state_of(checkpoint) != before:
             raise ModelLoadError(f"{checkpoint} changed while it was loaded")
         return loaded
+
+
+def device_precision(device: torch.device | str) -> Literal["bf16", "fp32"]:
+    """Return the precision that `auto` stands for: bf16 on a GPU that computes it, otherwise fp32."""
+    return "bf16" if torch.device(device).type == "cuda" and computes_bf16(device) else "fp32"
+
+
+def computes_bf16(device: torch.device | str) -> bool:
+    """Return whether a CUDA device computes bf16 itself, without emulation."""
+    return torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16
 
 
 def model_digest(name: str, pretrained: str | None) -> str:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.config.load import load_config
-from pipeline.run.plan import plan_workers
+from pipeline.run.plan import MachineResources, plan_workers
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "configs" / "cluster"
@@ -26,6 +26,12 @@ def instructions():
     """The Dockerfile's instructions as (name, argument), comments dropped."""
     lines = (CLUSTER / "Dockerfile").read_text().splitlines()
     return [tuple(line.split(maxsplit=1)) for line in lines if line and not line.startswith("#")]
+
+
+def test_the_image_has_the_compiler_that_triton_calls_at_run_time():
+    text = (CLUSTER / "Dockerfile").read_text()
+    (installed,) = re.findall(r"apt-get install --no-install-recommends --yes ([a-z0-9 -]+)", text)
+    assert {"gcc", "libc6-dev"} <= set(installed.split())
 
 
 def containers(ray_job):
@@ -75,15 +81,17 @@ def test_the_workers_fill_the_machine_and_fit_in_it(ray_job):
     assert limits == worker["resources"]["requests"]
     gpus, cpus = int(limits["nvidia.com/gpu"]), int(limits["cpu"])
     head_start = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
-    machines = [{"CPU": int(head_start["num-cpus"])}] + group["replicas"] * [{"CPU": cpus, "GPU": gpus}]
+    machines = [MachineResources(int(head_start["num-cpus"]))]
+    machines += group["replicas"] * [MachineResources(cpus, gpus)]
     run = configured(ray_job).run
     plan = plan_workers(run, machines, shards=10_000)
-    assert (plan.workers, plan.gpus, plan.device) == (8, 1, "cuda")
-    assert plan.workers * plan.cpus <= group["replicas"] * cpus
+    assert ([shape.gpus for shape in plan.shapes], plan.device) == (8 * [1], "cuda")
+    assert sum(shape.cpus for shape in plan.shapes) == group["replicas"] * cpus
+    assert not [note for note in plan.notes if "get no worker" in note]
     store = int(group["rayStartParams"]["object-store-memory"])
     shared = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}["shared-memory"]
     assert store <= n_bytes(shared["emptyDir"]["sizeLimit"])
-    assert plan.workers * run.lookahead_bytes + store < n_bytes(limits["memory"]) / 2
+    assert len(plan.shapes) * run.lookahead_bytes + store < n_bytes(limits["memory"]) / 2
     assert "nvidia.com/gpu" not in head["resources"]["limits"]
 
 

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from legrad.errors import InputError
 from legrad.masks.contrast import PUBLISHED_CONTRAST
+from legrad.triton_kernel import TritonKernel
 
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 DEFAULT_MAX_BYTES = 2**28
+# `legrad.masks.refine_triton` on CUDA devices, until it fails.
+REFINEMENT_KERNELS = TritonKernel("pixel-adaptive refinement")
+# A group that fits into a processor's cache takes little more than half the time of a large one.
+CPU_GROUP_BYTES_PER_THREAD = 2**24
 _FLOAT_BYTES = 4
 _TINY = 1e-8
 
@@ -93,6 +98,9 @@ def refine_heatmaps(
 ) -> Float32[Tensor, "*leading map_height map_width"]:
     """Refine heat maps so that they follow the edges of their images.
 
+    On a CUDA device where Triton works, two kernels compute it with affinities in float16 (see
+    `legrad.masks.refine_triton`); elsewhere torch does, in float32.
+
     Args:
         images: pixels of any range, integer or float; only ratios of differences matter, so normalised pixels
             work as well as raw ones.
@@ -114,8 +122,36 @@ def refine_heatmaps(
     Source: see `Refinement`.
     """
     index = _checked_index(images, heatmaps, image_index)
-    height, width = heatmaps.shape[-2:]
-    maps = heatmaps.reshape(-1, height, width)
+    maps = heatmaps.reshape(-1, *heatmaps.shape[-2:])
+
+    def by_kernels() -> Float32[Tensor, "maps height width"]:
+        from legrad.masks import refine_triton
+
+        return refine_triton.refined_maps(images, maps, index, refinement, max_bytes)
+
+    def by_torch() -> Float32[Tensor, "maps height width"]:
+        return refined_maps_by_torch(images, maps, index, refinement, max_bytes)
+
+    # What the torch version refuses or differentiates must not look like a failure of the kernels.
+    is_plain = maps.numel() and maps.device == images.device and not _needs_gradient(images, maps)
+    if is_plain and REFINEMENT_KERNELS.runs_on(maps.device):
+        return REFINEMENT_KERNELS.run(maps.device, by_kernels, by_torch).reshape(heatmaps.shape)
+    return by_torch().reshape(heatmaps.shape)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def refined_maps_by_torch(
+    images: Shaped[Tensor, "images channels height width"],
+    maps: Float[Tensor, "maps height width"],
+    index: Int[Tensor, " maps"],
+    refinement: Refinement,
+    max_bytes: int,
+) -> Float32[Tensor, "maps height width"]:
+    """Compute `refine_heatmaps` with torch, on any device; the reference for the kernels."""
+    height, width = maps.shape[-2:]
     refined = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     map_bytes = height * width * _FLOAT_BYTES
     # Weights before and after softmax, and a few frames of colours.
@@ -123,12 +159,17 @@ def refine_heatmaps(
     # Maps are padded by the largest dilation, and those of two iterations are held at a time.
     margin = 2 * max(refinement.dilations)
     padded_bytes = map_bytes + _FLOAT_BYTES * (height + margin) * (width + margin)
-    for map_rows in _groups(index, len(images), max_bytes, affinity_bytes, padded_bytes):
+    group_bytes = min(max_bytes, _cache_bytes(maps.device) or max_bytes)
+    for map_rows in _groups(index, len(images), group_bytes, affinity_bytes, padded_bytes):
         affinities = _affinities(_as_rows(images[index[map_rows[:, 0]]]), refinement)
         per_image = max(1, (max_bytes // len(map_rows) - affinity_bytes) // padded_bytes)
         for rows in torch.split(map_rows, per_image, dim=1):
             refined[rows] = _diffuse(_as_rows(maps[rows]), affinities, refinement)
-    return refined.reshape(heatmaps.shape)
+    return refined
+
+
+def _cache_bytes(device: torch.device) -> int | None:
+    return CPU_GROUP_BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else None
 
 
 def _as_rows(frames: Tensor) -> Float32[Tensor, "images channels height width"]:
@@ -210,11 +251,12 @@ def _affinities(
     weights = torch.softmax(exponents.neg_(), dim=0)
     if refinement.kernel == "pamr":
         return weights
-    near = _nearness(refinement).to(pixels.device).view(-1, 1, 1, 1, 1)
+    near = nearness_weights(refinement).to(pixels.device).view(-1, 1, 1, 1, 1)
     return weights.add_(near, alpha=refinement.position_weight).div_(1 + refinement.position_weight)
 
 
-def _nearness(refinement: Refinement) -> Float32[Tensor, " neighbours"]:
+def nearness_weights(refinement: Refinement) -> Float32[Tensor, " neighbours"]:
+    """Return the weights of neighbours by distance alone, on the CPU; they sum to 1."""
     steps = torch.tensor([(down, right) for down, right in DIRECTIONS], dtype=torch.float32).norm(dim=1)
     distances = torch.cat([steps * dilation for dilation in refinement.dilations])
     unit = refinement.unit_contrast * distances.std(correction=0) + _TINY

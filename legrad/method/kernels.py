@@ -4,13 +4,14 @@ In half precision on a CUDA device with Triton it is one kernel (`legrad.method.
 the product is computed piece by piece.
 """
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from legrad.triton_kernel import TritonKernel
+
+# `legrad.method.kernels_triton` on CUDA devices, until it fails.
+COLUMN_SUMS_KERNEL = TritonKernel("rectified column sums")
 # In float32 the pieces are faster than the kernel, by half on an H100, whose tensor cores lack this product.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 # Pieces that fit into the cache of a core, in memory that the allocator reuses, take half the time.
@@ -35,12 +36,19 @@ def rectified_column_sums(
     Returns:
         Non-negative sums; float32, or float64 for float64.
     """
-    if gradients.is_cuda and gradients.dtype in KERNEL_DTYPES and gradients.numel() and _has_triton():
+
+    def by_kernel() -> Float[Tensor, "prompts keys"]:
         from legrad.method import kernels_triton
 
-        with torch.cuda.device(gradients.device):
-            return kernels_triton.rectified_column_sums(gradients, values, image_index)
-    return rectified_column_sums_in_pieces(gradients, values, image_index, memory_budget_bytes)
+        return kernels_triton.rectified_column_sums(gradients, values, image_index)
+
+    def in_pieces() -> Float[Tensor, "prompts keys"]:
+        return rectified_column_sums_in_pieces(gradients, values, image_index, memory_budget_bytes)
+
+    is_for_kernel = gradients.dtype in KERNEL_DTYPES and gradients.numel()
+    if is_for_kernel and COLUMN_SUMS_KERNEL.runs_on(gradients.device):
+        return COLUMN_SUMS_KERNEL.run(gradients.device, by_kernel, in_pieces)
+    return in_pieces()
 
 
 def rectified_column_sums_in_pieces(
@@ -81,8 +89,3 @@ def _piece_bytes(device: torch.device, memory_budget_bytes: int) -> int:
     if device.type != "cpu":
         return memory_budget_bytes
     return min(memory_budget_bytes, CPU_PIECE_BYTES_PER_THREAD * torch.get_num_threads())
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -27,7 +27,7 @@ from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
 from pipeline.annotate.work_in_processes import WorkInProcesses
 from pipeline.config.schema import InputConfig, JobConfig
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.runs import Measures
+from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.prompts.sample_prompts import SamplePrompts, companions_of
 from pipeline.shards.sample_error import SampleError

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.output.runs import Measures
+from pipeline.output.measures import Measures
 
 # what sample processes, readers and publishers add up; the other measures are those of the device and the clock
 STAGES = ("reading_s", "decoding_s", "masks_s", "publishing_s")

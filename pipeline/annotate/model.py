@@ -14,7 +14,7 @@ import torch
 import legrad
 from legrad.errors import InputError, LeGradError
 from legrad.families import model_support
-from legrad.loading import load_model, model_digest
+from legrad.loading import computes_bf16, load_model, model_digest
 from legrad.views import Views, check_views
 from legrad.weights.model_files import plain_name
 from pipeline import storage
@@ -59,6 +59,21 @@ def load_explainer(
             layers=model.layers,
             image_size=model.image_size,
             fit="stretch" if model.fit == "tile" else model.fit,
+        )
+
+
+def check_device(model: ModelConfig, device: torch.device | str) -> None:
+    """Refuse a GPU that cannot compute in the job's precision.
+
+    Raises:
+        UserError: `model.precision` is bf16, which the GPU would only emulate, slowly.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if model.precision == "bf16" and on_gpu and not computes_bf16(device):
+        raise UserError(
+            f"model.precision is bf16, which this worker's GPU ({torch.cuda.get_device_name(device)}) only "
+            "emulates: keep such machines out of the job; or start again in a new output.dir with "
+            "model.precision=fp32 or fp16"
         )
 
 

@@ -26,8 +26,8 @@ _COMMAND = (
     "import sys; sys.path[:] = {path!r}; "
     "from pipeline.annotate.sample_process import serve_launcher; serve_launcher({descriptor})"
 )
-# A process uses one thread, and no GPU. It keeps freed memory up to a few images: by default the C library gives
-# it back to the kernel after every image, and fresh pages cost more than decoding.
+# A process uses one thread, and no GPU. It keeps the memory of a few images: the C library would give it back
+# to the kernel after every image, and fresh pages cost as much as decoding.
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
@@ -138,7 +138,9 @@ class SampleProcesses:
                 ending = _how_it_ended(process.ended(self._launcher))
             else:
                 return process
-        raise RuntimeError(f"a sample process did not start, {_ATTEMPTS_TO_START} times; the last one {ending}")
+        raise RuntimeError(
+            f"a sample process did not start, {_ATTEMPTS_TO_START} times; the last one {ending}"
+        )
 
 
 class _Process:
@@ -240,7 +242,7 @@ class _Launcher:
         with there:
             descriptor = there.fileno()
             command = _COMMAND.format(path=sys.path, descriptor=descriptor)
-            self._popen = subprocess.Popen(
+            self._popen = subprocess.Popen(  # noqa: S603 (this Python, and code of this package)
                 [sys.executable, "-c", command],
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.common import INCOMPLETE, open_console
-from pipeline.text import as_duration, as_share, first_few
+from pipeline.text import as_duration, first_few
 
 if TYPE_CHECKING:
     from pipeline.config.schema import JobConfig
@@ -135,6 +135,8 @@ def _result_lines(job: Job, result: JobResult, max_shards: int | None) -> Iterat
 
 
 def _summary_lines(result: JobResult, output_dir: str) -> Iterator[str]:
+    from pipeline.output.measures import pace_text
+
     state, counts, measures = result.state, result.state.counts, result.state.measures
     yield (
         f"shards: {state.shards_done} done, {state.shards_skipped} done before, "
@@ -144,10 +146,7 @@ def _summary_lines(result: JobResult, output_dir: str) -> Iterator[str]:
         f"samples: {counts.samples_in:,} in {as_duration(state.elapsed_s)} "
         f"({state.samples_per_s:,.1f}/s after the model was loaded): {_samples(counts)}"
     )
-    yield (
-        f"images: {measures.images_decoded:,} decoded; "
-        f"device busy {as_share(measures.device_busy_share)} of the time"
-    )
+    yield (f"images: {measures.images_decoded:,} decoded; {pace_text(measures, state.workers_ready)}")
     yield f"rows: {counts.rows:,} in {output_dir}/annotations"
 
 

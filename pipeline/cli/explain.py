@@ -77,7 +77,11 @@ def explain(
     ] = "stretch",
     precision: Annotated[
         str,
-        typer.Option(metavar="fp32|bf16|fp16", help="Precision of the model's weights and activations."),
+        typer.Option(
+            metavar="auto|fp32|bf16|fp16",
+            help="Precision of the model's weights and activations; auto: bf16 on a GPU that computes it, "
+            "otherwise fp32.",
+        ),
     ] = "fp32",
 ) -> None:
     """Draw a heat map of the image for each text: over the image, layer by layer, and side by side."""

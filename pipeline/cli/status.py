@@ -84,18 +84,16 @@ def _totals(status: OutputStatus) -> list[tuple[str, str]]:
 
 
 def _run_lines(run: RunRecord) -> list[tuple[str, str]]:
+    from pipeline.output.measures import pace_text
     from pipeline.output.runs import RUNNING
-    from pipeline.text import as_duration, as_share
+    from pipeline.text import as_duration
 
     heard = f", last update at {run.updated}" if run.ended == RUNNING else ""
     return [
         ("last run", f"{run.started}: {run.ended}{heard}; {as_duration(run.elapsed_s)}"),
         ("", f"{run.shards_done:,} shards, {run.samples:,} samples ({run.samples_per_s:,.1f}/s)"),
-        (
-            "",
-            f"{run.measures.images_decoded:,} images decoded; "
-            f"device busy {as_share(run.measures.device_busy_share)} on {run.workers} worker(s)",
-        ),
+        ("", f"{run.measures.images_decoded:,} images decoded by {run.workers} worker(s)"),
+        ("", pace_text(run.measures, run.workers)),
     ]
 
 

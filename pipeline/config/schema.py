@@ -9,11 +9,12 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_
 
 from pipeline.config.classes import ClassEntry, Template, class_entries
 from pipeline.config.masks import MasksConfig
-from pipeline.config.section import LARGEST_COUNT, Count, FieldSpec, Line, Section, Text
+from pipeline.config.section import Count, FieldSpec, Line, Section, Text
 
 MEBIBYTE = 1 << 20
 # names of models that are addresses: of a repository on a hub, or of a folder
 ADDRESS_PREFIXES = ("hf-hub:", "local-dir:")
+SMALLEST_GPU_SHARE = 0.01
 # a thread can wait for at most about 300 years
 LONGEST_WAIT_S = 10**9
 
@@ -60,8 +61,11 @@ class ModelConfig(Section):
         description="Pretrained tag, path of a local checkpoint, or demo for the bundled model; null for "
         "names that bring their own weights.",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Precision of the model's weights and activations."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Precision of the weights and activations of both towers, image and text. auto: bf16 on "
+        "GPUs that compute it, otherwise fp32; decided once a job, recorded in job.json, and kept by later "
+        "runs into the same folder. tests/bench/README.md says how rows in bf16 differ from rows in fp32.",
     )
     layers: Count | Literal["all"] = Field(
         2, description="Number of last transformer blocks whose relevance is added up, or all."
@@ -228,28 +232,34 @@ class RunConfig(Section):
         None, description="Number of workers (Ray actors); null: as many as the cluster's devices allow."
     )
     gpus_per_worker: float = Field(
-        1, ge=0, le=LARGEST_COUNT, description="GPUs of a worker; 0: workers compute on CPUs."
+        1,
+        ge=0,
+        description="1: each worker has a GPU. A fraction, such as 0.5: workers share a GPU, each with a "
+        "model of its own. 0: workers compute on CPUs.",
     )
     cpus_per_worker: Count | None = Field(
-        None, description="CPU cores of a worker; null: an equal share of the cluster's cores, at most 8."
+        None,
+        description="CPU cores of a worker; null: the workers on a machine share its cores, at most 32 each.",
     )
     batch_size: Count | Literal["auto"] = Field(
-        32,
+        "auto",
         description="Images in a forward pass. auto: on a GPU a size that keeps it busy, found by trial when "
         "a worker starts; on a CPU 8. A batch that does not fit the device's memory is halved in any case.",
     )
     lookahead_bytes: PositiveInt = Field(
         512 * MEBIBYTE,
-        description="Largest amount of samples in a worker's memory, in bytes, as read and as the model "
-        "takes them.",
+        description="Largest amount of memory in bytes that a worker's samples in flight take: as read, as "
+        "the model takes them, and as maps until they are masks. A larger sample is alone.",
+    )
+    decode_threads: Annotated[int, Field(ge=0, le=1024)] | None = Field(
+        None,
+        description="Processes of a worker that decode images and make masks; null: one for each of its CPU "
+        "cores; 0: none, the worker's own process does it in threads.",
     )
     decode_bytes: PositiveInt = Field(
         1024 * MEBIBYTE,
         description="Largest amount of memory in bytes that large images take at a time while they are "
         "decoded and masked, over all sample processes of a worker; a larger image is alone.",
-    )
-    decode_threads: Annotated[int, Field(ge=0, le=1024)] | None = Field(
-        None, description="Decode threads of a worker; null: one for each of its CPU cores."
     )
     max_attempts: Count = Field(
         3, description="Number of attempts at a shard before it is recorded as failed."
@@ -287,6 +297,15 @@ class RunConfig(Section):
     progress_interval_s: float = Field(
         10.0, gt=0, le=LONGEST_WAIT_S, description="Seconds between two progress lines in a log."
     )
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _at_most_one_gpu(cls, gpus: float) -> float:
+        if gpus > 1:
+            raise ValueError("a worker computes on one GPU: expected 1, a fraction to share a GPU, or 0")
+        if 0 < gpus < SMALLEST_GPU_SHARE:
+            raise ValueError(f"the smallest share of a GPU is {SMALLEST_GPU_SHARE:g}")
+        return gpus
 
 
 class JobConfig(Section):

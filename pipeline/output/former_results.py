@@ -41,22 +41,25 @@ class Former:
 
 
 def agreed_with_former(
-    folder: OutputFolder, ids: FolderIds, config: JobConfig, stamp: JobStamp, listed: Sequence[ShardRow]
+    folder: OutputFolder,
+    former: JobRecord | None,
+    config: JobConfig,
+    stamp: JobStamp,
+    listed: Sequence[ShardRow],
 ) -> Former:
     """Check that the results in a folder belong to this configuration, or delete them on request.
 
     Args:
         folder: the output folder.
-        ids: ids of the shards that have files in it.
+        former: the job whose results it holds, see `former_job`.
         config: the configuration.
         stamp: identifies its results.
         listed: rows of the folder's list of shards.
 
     Raises:
-        UserError: the folder holds results of another configuration, or the configuration is unknown.
+        UserError: the folder holds results of another configuration.
         OutputError: files cannot be deleted.
     """
-    former = former_job(folder, ids)
     if former is None:
         return Former()
     if not is_to_be_deleted(folder, former, config, stamp):

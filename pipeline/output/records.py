@@ -42,6 +42,8 @@ class JobRecord(Record):
         weights_digest: digest of the model's weights.
         versions: versions of the installed packages.
         started: start of the newest run.
+        precision_is_auto: whether the newest run asked for `model.precision: auto`; the configuration holds
+            the precision that was chosen.
         layout: version of the files of the folder.
     """
 
@@ -51,6 +53,7 @@ class JobRecord(Record):
     weights_digest: str = "unknown"
     versions: dict[str, str] = {}
     started: str = "unknown"
+    precision_is_auto: bool = False
 
 
 class CountsRecord(Record):
@@ -159,8 +162,14 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def job_document(config: JobConfig, stamp: JobStamp) -> bytes:
-    """Return the content of OUT/job.json, without the secrets of URLs."""
+def job_document(config: JobConfig, stamp: JobStamp, *, precision_is_auto: bool = False) -> bytes:
+    """Return the content of OUT/job.json, without the secrets of URLs.
+
+    Args:
+        config: the configuration, its precision resolved.
+        stamp: identifies the results.
+        precision_is_auto: whether the precision was left to the program.
+    """
     document = config.model_dump(mode="json")
     listed = config.input.shards
     patterns = [listed] if isinstance(listed, str) else listed
@@ -173,6 +182,7 @@ def job_document(config: JobConfig, stamp: JobStamp) -> bytes:
             **stamp.as_metadata(),
             "layout": LAYOUT,
             "config": document,
+            "precision_is_auto": precision_is_auto,
             "started": utc_now(),
             "pid": os.getpid(),
         }

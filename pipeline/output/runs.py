@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.errors import DamagedFileError
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import RUNS, OutputFolder
+from pipeline.output.measures import Measures, Step, pace_setter
 from pipeline.output.records import Count, Record, Seconds, as_json, utc_now
 from pipeline.output.tables import read_record
 
@@ -27,45 +28,6 @@ ENDINGS: dict[type[BaseException], str] = {KeyboardInterrupt: "interrupted", Sys
 LONGEST_WAIT_S = 20.0
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Images and times of one worker, or of several together, since their models were loaded.
-
-    Attributes:
-        images_decoded: images decoded and resized, whatever the outcome of their samples.
-        device_busy_s: seconds in which the device step ran.
-        ready_s: seconds since the model was loaded; of several workers, their sum.
-    """
-
-    images_decoded: Count = 0
-    device_busy_s: Seconds = 0.0
-    ready_s: Seconds = 0.0
-    reading_s: Seconds = 0.0
-    decoding_s: Seconds = 0.0
-    masks_s: Seconds = 0.0
-    publishing_s: Seconds = 0.0
-    sample_process_s: Seconds = 0.0
-
-    @property
-    def device_busy_share(self) -> float | None:
-        """Share of the ready time in which the device step ran, in [0, 1]; None without ready time."""
-        return min(1.0, self.device_busy_s / self.ready_s) if self.ready_s > 0 else None
-
-    def __add__(self, other: Measures) -> Measures:
-        return Measures(
-            self.images_decoded + other.images_decoded,
-            self.device_busy_s + other.device_busy_s,
-            self.ready_s + other.ready_s,
-        )
-
-    def __sub__(self, earlier: Measures) -> Measures:
-        return Measures(
-            self.images_decoded - earlier.images_decoded,
-            self.device_busy_s - earlier.device_busy_s,
-            self.ready_s - earlier.ready_s,
-        )
 
 
 @dataclass(frozen=True)
@@ -133,6 +95,7 @@ class RunRecord(Record):
         samples: samples that reached an outcome in this run.
         samples_per_s: mean over the time in which workers were ready.
         measures: of all workers.
+        pace_set_by: step that set the pace of the whole run; None while that is unknown.
         workers: workers that were ready at the last update.
         history: seconds since the start and samples until then; at most MAX_POINTS pairs are written.
     """
@@ -145,6 +108,7 @@ class RunRecord(Record):
     samples: Count
     samples_per_s: Seconds
     measures: Measures
+    pace_set_by: Step | None = None
     workers: Count
     history: Annotated[tuple[tuple[Seconds, Count], ...], Field(max_length=100_000)] = ()
 
@@ -223,6 +187,7 @@ class RunRecorder:
             samples=state.counts_so_far.samples_in,
             samples_per_s=round(state.samples_per_s, 2),
             measures=state.measures,
+            pace_set_by=pace_setter(state.measures),
             workers=state.workers_ready,
             history=self._history.until(state),
         )

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +14,24 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import UserError
 from pipeline.process import exit_on_sigterm
+from pipeline.run.plan import MachineResources
 
 ADDRESS_TIMEOUT_S = 10.0
 MACHINE_TIMEOUT_S = 1.0
+GPU_WARNING_S = 60.0
+# Ray's smallest share of a resource is 0.0001
+SMALLEST_SHARE = 0.001
+GPU_KIND_PREFIX = "accelerator_type:"
 MAX_CAUSE_CHARACTERS = 400
 LOCAL_OBJECT_STORE_BYTES = 128 << 20
 # ray.init() finds these clusters itself
 NAMED_ADDRESSES = ("local", "auto")
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -123,9 +131,46 @@ def _host_and_port(address: str) -> tuple[str, int]:
     raise UserError(f"RAY_ADDRESS: expected HOST:PORT of a Ray cluster, auto or local, got {address!r}")
 
 
-def machine_resources() -> list[Mapping[str, float]]:
-    """Return Ray's resources (``CPU``, ``GPU``, ...) of each machine that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def machines_alive() -> list[MachineResources]:
+    """Return what each machine that is alive has for workers."""
+    return [
+        MachineResources(
+            int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)), node["NodeID"]
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def run_on_each_kind_of_gpu(function: Callable[[], str]) -> list[str]:
+    """Run a function on a machine with each kind of GPU, beside whatever runs there; return what they return.
+
+    Returns:
+        The answers; empty if no machine has a GPU.
+    """
+    with_gpus = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    kinds = {
+        frozenset(name for name in resources if name.startswith(GPU_KIND_PREFIX)) for resources in with_gpus
+    }
+    # more than nothing, so that Ray shows the process a GPU
+    task = ray.remote(num_cpus=0, num_gpus=SMALLEST_SHARE)(function)
+    calls = [task.options(resources=dict.fromkeys(kind, SMALLEST_SHARE)).remote() for kind in kinds]
+    pending = calls
+    while pending:
+        _, pending = ray.wait(calls, num_returns=len(calls), timeout=GPU_WARNING_S)
+        if pending:
+            logger.warning(
+                "waiting for a free GPU, to ask whether it computes bf16; set model.precision to skip it"
+            )
+    return [str(answer) for answer in ray.get(calls)]
+
+
+def placed_on(node_id: str) -> str | NodeAffinitySchedulingStrategy:
+    """Return Ray's scheduling strategy for a worker that is meant for a machine; without one, for any.
+
+    If the machine is lost, Ray may place the worker on another one.
+    """
+    return NodeAffinitySchedulingStrategy(node_id, soft=True) if node_id else "DEFAULT"
 
 
 @dataclass(frozen=True)

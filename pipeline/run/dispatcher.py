@@ -19,7 +19,8 @@ from ray.util import metrics as ray_metrics
 from pipeline import storage
 from pipeline.errors import OutputError, PipelineError, UserError
 from pipeline.output.counts import ShardCounts, total_counts
-from pipeline.output.runs import Measures, RunState
+from pipeline.output.measures import Measures
+from pipeline.output.runs import RunState
 from pipeline.output.status import reason_to_stop
 from pipeline.output.survey import spread_evenly
 from pipeline.run import cluster
@@ -27,7 +28,7 @@ from pipeline.run import job as jobs
 from pipeline.run.cluster import Machine
 from pipeline.run.job import Job
 from pipeline.run.outcome import JobResult, RunTally, concluded, first_state
-from pipeline.run.plan import WorkerPlan, plan_workers
+from pipeline.run.plan import WorkerPlan, WorkerShape, plan_workers
 from pipeline.run.progress import Progress, SharedProgress
 from pipeline.run.prometheus import RunMetrics
 from pipeline.run.shard_queue import ShardQueue
@@ -99,11 +100,15 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
         return concluded(job, JobResult(first_state(job)))
     with cluster.ray_session():
         shards = spread_evenly(job.todo, max_shards)
-        plan = plan_workers(job.config.run, cluster.machine_resources(), len(shards))
+        plan = plan_workers(job.config.run, cluster.machines_alive(), len(shards))
+        check_precision(job, plan)
         progress.say(
             f"Annotating {len(shards):,} shard(s), {first_state(job).shards_skipped:,} done before; starting "
-            f"{plan.workers} worker(s) on {plan.device} with {plan.cpus} CPU core(s) each"
+            f"{len(plan.shapes)} worker(s) on {plan.device} with {plan.cpus_text} CPU core(s) each, in "
+            f"{job.config.model.precision}"
         )
+        for note in plan.notes:
+            progress.say(note)
         metrics = RunMetrics(storage.shown_url(job.config.output.dir), ray_metrics.Counter, ray_metrics.Gauge)
         dispatcher = _Dispatcher(job, shards, plan, SharedProgress([progress, metrics]), factory)
         try:
@@ -113,12 +118,24 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
         return concluded(job, result)
 
 
+def check_precision(job: Job, plan: WorkerPlan) -> None:
+    """Refuse CPUs, on which auto would be fp32, for a job that auto made bf16."""
+    precision = job.config.model.precision
+    if job.precision_is_auto and plan.device == "cpu" and precision != "fp32":
+        raise UserError(
+            f"{storage.shown_url(job.config.output.dir)}: the results there are in {precision}, and this run "
+            f"has no GPU: resume where there is one; or set model.precision={precision} to continue on CPUs, "
+            "slowly; or choose another output.dir"
+        )
+
+
 @dataclass(eq=False)
 class _WorkerSlot:
     """A started worker and the shards in flight on it; a worker that replaces it gets a slot of its own.
 
     Attributes:
         actor: handle of the Ray actor.
+        shape: resources of the worker; one that replaces it gets the same.
         ready: whether the model is loaded.
         has_room: whether the worker would begin another shard at once.
         machine: the machine it runs on, once it is ready.
@@ -129,6 +146,7 @@ class _WorkerSlot:
     """
 
     actor: Any
+    shape: WorkerShape
     ready: bool = False
     has_room: bool = False
     machine: Machine = field(default_factory=Machine)
@@ -192,8 +210,8 @@ class _Dispatcher:
         self._next_warning_s = self._started_s + NO_WORKER_WARNING_S
 
     def run(self) -> JobResult:
-        for _ in range(self._plan.workers):
-            self._start_worker()
+        for shape in self._plan.shapes:
+            self._start_worker(shape)
         state, stopped = self._state(), ""
         while not stopped and self._has_work():
             self._assign_shards()
@@ -214,20 +232,21 @@ class _Dispatcher:
     def _has_work(self) -> bool:
         return bool(len(self._queue) or self._losses or any(slot.in_flight for slot in self._slots))
 
-    def _start_worker(self) -> None:
-        job, plan = self._job, self._plan
+    def _start_worker(self, shape: WorkerShape) -> None:
+        job = self._job
         worker: Any = ray.remote(_RayWorker).options(
-            num_cpus=plan.cpus,
-            num_gpus=plan.gpus,
+            num_cpus=shape.cpus,
+            num_gpus=shape.gpus,
+            scheduling_strategy=cluster.placed_on(shape.node_id),
             max_restarts=0,
             max_task_retries=0,
             # besides the shards in flight, one thread answers heartbeats and one waits for room
             max_concurrency=MAX_SHARDS_IN_FLIGHT + 2,
         )
         actor = worker.remote(
-            job.config, job.metadata, cpus=plan.cpus, device=plan.device, factory=self._factory
+            job.config, job.metadata, cpus=shape.cpus, device=shape.device, factory=self._factory
         )
-        slot = _WorkerSlot(actor)
+        slot = _WorkerSlot(actor, shape)
         self._slots.append(slot)
         self._calls[actor.load.remote()] = _Call("load", slot)
 
@@ -333,11 +352,11 @@ class _Dispatcher:
             self._losses.append(_Loss(slot, cause, time.monotonic() + check_s))
         else:
             self._progress.say(f"Worker lost ({cause}); restarting. No shards in flight.")
-        self._start_worker()
+        self._start_worker(slot.shape)
 
     def _count_loss_while_loading(self, cause: str) -> None:
         self._losses_while_loading += 1
-        if self._losses_while_loading >= max(MAX_LOSSES_WHILE_LOADING, 2 * self._plan.workers):
+        if self._losses_while_loading >= max(MAX_LOSSES_WHILE_LOADING, 2 * len(self._plan.shapes)):
             raise WorkersLost(
                 f"{self._losses_while_loading} workers in a row were lost while loading the model; "
                 f"the last one: {cause}"
@@ -382,8 +401,9 @@ class _Dispatcher:
         self._next_warning_s = now_s + NO_WORKER_WARNING_S
         plan = self._plan
         self._progress.say(
-            f"No worker is ready yet; still waiting. Each worker needs {plan.cpus} free CPU core(s) and "
-            f"{plan.gpus:g} free GPU(s) on one machine, and time to load {self._job.config.model.name}"
+            f"No worker is ready yet; still waiting. Each worker needs {plan.cpus_text} free CPU core(s) and "
+            f"{plan.shapes[0].gpus:g} free GPU(s) on one machine, and time to load "
+            f"{self._job.config.model.name}"
         )
 
     def _state(self) -> RunState:

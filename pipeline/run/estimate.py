@@ -115,7 +115,7 @@ def _kept_results(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, l
     ids = folder.all_ids()
     former = former_job(folder, ids)
     if former is not None:
-        config = jobs.as_run(config)
+        config = jobs.with_precision_of(former, jobs.as_run(config))
         if is_to_be_deleted(folder, former, config, jobs.stamp_of(config)):
             return FolderIds(), []
     listed = jobs.listed_earlier(folder)

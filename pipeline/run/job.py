@@ -21,9 +21,10 @@ from pipeline.output.folder import (
     FolderIds,
     OutputFolder,
 )
-from pipeline.output.former_results import agreed_with_former, rows_of_unlisted_files
+from pipeline.output.former_results import agreed_with_former, former_job, rows_of_unlisted_files
 from pipeline.output.image_shards import content_digest, lies_in, moved_url, parse_move
 from pipeline.output.records import (
+    JobRecord,
     JobStamp,
     as_json,
     counts_as_metadata,
@@ -35,6 +36,7 @@ from pipeline.output.schema import ShardRow
 from pipeline.output.survey import Survey, survey
 from pipeline.output.tables import shard_list_bytes
 from pipeline.prompts.sample_prompts import with_files_read
+from pipeline.run.precision import precision_of_workers
 from pipeline.storage import ShardSource
 from pipeline.text import first_few
 
@@ -54,6 +56,7 @@ class Job:
         given_up: ids of shards that an earlier run gave up on and that are not retried.
         warnings: messages to show before the run starts.
         failed: ids of all shards that an earlier run gave up on.
+        precision_is_auto: whether `model.precision` was auto before it was resolved.
     """
 
     config: JobConfig
@@ -66,6 +69,7 @@ class Job:
     given_up: frozenset[str]
     warnings: tuple[str, ...] = ()
     failed: frozenset[str] = frozenset()
+    precision_is_auto: bool = False
 
     @property
     def todo(self) -> list[ShardSource]:
@@ -103,15 +107,17 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
         check_inputs=config.run.check_inputs,
     )
     check_model(config.model, config.views.scales)
-    stamp = stamp_of(config)
     folder = OutputFolder(config.output.dir)
     listed, ids = listed_earlier(folder), folder.all_ids()
-    former = agreed_with_former(folder, ids, config, stamp, listed)
+    is_auto, former_record = config.model.precision == "auto", former_job(folder, ids)
+    config, stamp = _resolved(config, former_record)
+    former = agreed_with_former(folder, former_record, config, stamp, listed)
     ids = folder.all_ids() if former.deleted else ids
     listed += rows_of_unlisted_files(folder, ids, listed)
     folder.sweep()
     found = look_into(folder, ids, listed, listing.shards, moves)
     job = _job_from(config, stamp, folder, found, tuple(found.list_rows(listed)))
+    job = replace(job, precision_is_auto=is_auto)
     _update_folder(job, found)
     return replace(job, warnings=(*former.warnings, *listing.warnings, *_warnings(found)))
 
@@ -122,6 +128,36 @@ def as_run(config: JobConfig) -> JobConfig:
     output = config.output.model_copy(update={"dir": storage.absolute(config.output.dir)})
     model, prompts = resolved(config.model), with_files_read(config.prompts)
     return config.model_copy(update={"output": output, "model": model, "prompts": prompts})
+
+
+def _resolved(config: JobConfig, former: JobRecord | None) -> tuple[JobConfig, JobStamp]:
+    """Return the configuration with its precision resolved, and what identifies its results."""
+    if former is not None:
+        kept = with_precision_of(former, config)
+        stamp = stamp_of(kept)
+        if former.config_hash == stamp.config_hash or config.output.on_mismatch == "refuse":
+            return kept, stamp
+    if config.model.precision == "auto":
+        config = _with_precision(config, precision_of_workers(config.run))
+    return config, stamp_of(config)
+
+
+def with_precision_of(former: JobRecord, config: JobConfig) -> JobConfig:
+    """Return the configuration with the precision of earlier results in place of auto.
+
+    So a job that is resumed on another kind of device, or with a record of an explicit precision, goes on in
+    the precision of its rows.
+    """
+    model = former.config.get("model")
+    recorded = model.get("precision") if isinstance(model, dict) else None
+    if config.model.precision == "auto" and recorded in ("fp32", "bf16", "fp16"):
+        return _with_precision(config, recorded)
+    return config
+
+
+def _with_precision(config: JobConfig, precision: str) -> JobConfig:
+    model = config.model.model_copy(update={"precision": precision})
+    return config.model_copy(update={"model": model})
 
 
 def stamp_of(config: JobConfig) -> JobStamp:
@@ -203,7 +239,10 @@ def _update_folder(job: Job, found: Survey) -> None:
         # removed first: a crash after this must not leave a success that was never reached
         job.folder.remove(SUCCESS_FILE)
     job.folder.set_aside(sorted(found.unlisted | superseded))
-    job.folder.publish(JOB_FILE, job_document(job.config, job.stamp))
+    job.folder.publish(
+        JOB_FILE,
+        job_document(job.config, job.stamp, precision_is_auto=job.precision_is_auto),
+    )
     job.folder.publish(SHARDS_FILE, shard_list_bytes(job.rows))
 
 

@@ -18,8 +18,9 @@ from rich.text import Text
 
 from pipeline.console import PrintableConsole
 from pipeline.output.counts import SHOWN_KINDS, ShardCounts
-from pipeline.output.runs import Measures, RunState
-from pipeline.text import as_duration, as_share, printable
+from pipeline.output.measures import Measures, pace_text
+from pipeline.output.runs import RunState
+from pipeline.text import as_duration, printable
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,12 @@ class Pace:
     """Speed of a run.
 
     Attributes:
-        samples_per_s: samples annotated, left empty or failed, per second.
-        device_busy_share: share of the workers' time in which the device step ran, in [0, 1]; None before a
-            worker is ready.
+        samples_per_s: samples annotated, without prompts or failed, per second.
+        measures: of all workers, in the time over which the pace is measured.
     """
 
     samples_per_s: float
-    device_busy_share: float | None
+    measures: Measures
 
 
 class RecentPace:
@@ -62,13 +62,11 @@ class RecentPace:
         passed_s = state.working_s - then_s
         # samples of unfinished shards are lost with their worker
         gained = max(0, samples - samples_then)
-        return Pace(
-            gained / passed_s if passed_s > 0 else 0.0, (state.measures - measures_then).device_busy_share
-        )
+        return Pace(gained / passed_s if passed_s > 0 else 0.0, state.measures - measures_then)
 
 
 def as_line(state: RunState, pace: Pace) -> str:
-    """Return one log line: shards, samples, rate, images, busy share, errors, elapsed and remaining time."""
+    """Return one log line: shards, samples, rate, images, what sets the pace, errors, and times."""
     counts = state.counts_so_far
     waiting = "" if state.workers_ready else "waiting for workers | "
     return (
@@ -76,7 +74,7 @@ def as_line(state: RunState, pace: Pace) -> str:
         f"{state.shards_damaged} damaged, {state.shards_failed} failed, {state.shards_left} left | "
         f"samples {counts.samples_in:,} ({pace.samples_per_s:,.1f}/s), {counts.failed:,} failed | "
         f"images {state.measures.images_decoded:,} | rows {counts.rows:,} | "
-        f"device busy {as_share(pace.device_busy_share)} | errors {_errors(counts)} | "
+        f"{pace_text(pace.measures, state.workers_ready)} | errors {_errors(counts)} | "
         f"elapsed {as_duration(state.elapsed_s)}, remaining {_time_left(state)}"
     )
 
@@ -189,7 +187,7 @@ def _display(state: RunState, pace: Pace) -> RenderableType:
         "samples": f"{counts.samples_in:,} at {pace.samples_per_s:,.1f}/s: {counts.annotated:,} annotated, "
         f"{counts.empty:,} empty, {counts.failed:,} failed",
         "images": f"{state.measures.images_decoded:,} decoded, {counts.rows:,} rows",
-        "device": f"busy {as_share(pace.device_busy_share)} of {state.workers_ready} worker(s)"
+        "pace": pace_text(pace.measures, state.workers_ready)
         if state.workers_ready
         else "waiting for workers",
         "errors": _errors(counts),

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote
 
+from pipeline.output.measures import STEPS, pace_setter
 from pipeline.output.runs import RunState
+from pipeline.run.progress import RecentPace
 
 INTERVAL_S = 1.0
 _ASCII = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
@@ -20,10 +22,16 @@ COUNTERS = {
     "legrad_images_decoded": ("Images decoded and resized.", None),
     "legrad_device_busy_seconds": ("Seconds in which a device step ran, summed over all workers.", None),
     "legrad_worker_seconds": ("Seconds since each worker loaded its model, summed over all workers.", None),
+    "legrad_reading_seconds": ("Seconds in which threads waited for the bytes of a shard, added up.", None),
+    "legrad_decoding_seconds": ("Seconds in which sample processes prepared samples, added up.", None),
+    "legrad_masks_seconds": ("Seconds in which sample processes made masks and rows, added up.", None),
+    "legrad_publishing_seconds": ("Seconds in which files of shards were published, added up.", None),
+    "legrad_sample_process_seconds": ("Seconds that sample processes had, busy or not, added up.", None),
 }
 GAUGES = {
     "legrad_shards": ("Shards of the job, by state: done, damaged, failed or left.", "state"),
     "legrad_workers": ("Workers ready: those that have loaded their model.", None),
+    "legrad_pace_set_by": ("1 for the step that set the pace of the last minute, 0 for the others.", "step"),
 }
 
 
@@ -63,6 +71,7 @@ class RunMetrics:
         self._kinds = counter, gauge
         self._counters: dict[str, _Counter] = {}
         self._gauges: dict[str, Any] = {}
+        self._recent = RecentPace()
         self._next_s = 0.0
 
     def update(self, state: RunState) -> None:
@@ -96,6 +105,11 @@ class RunMetrics:
         self._rise("legrad_images_decoded", measures.images_decoded)
         self._rise("legrad_device_busy_seconds", measures.device_busy_s)
         self._rise("legrad_worker_seconds", measures.ready_s)
+        self._rise("legrad_reading_seconds", measures.reading_s)
+        self._rise("legrad_decoding_seconds", measures.decoding_s)
+        self._rise("legrad_masks_seconds", measures.masks_s)
+        self._rise("legrad_publishing_seconds", measures.publishing_s)
+        self._rise("legrad_sample_process_seconds", measures.sample_process_s)
 
     def _gauge(self, state: RunState) -> None:
         shards = {
@@ -107,6 +121,9 @@ class RunMetrics:
         for name, number in shards.items():
             self._gauges["legrad_shards"].set(number, tags={**self._output, "state": name})
         self._gauges["legrad_workers"].set(state.workers_ready, tags=self._output)
+        setter = pace_setter(self._recent.update(state).measures)
+        for step in STEPS:
+            self._gauges["legrad_pace_set_by"].set(int(step == setter), tags={**self._output, "step": step})
 
     def _rise(self, name: str, total: float, **tags: str) -> None:
         self._counters[name].rise_to(

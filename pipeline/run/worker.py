@@ -14,11 +14,11 @@ from typing import Any, Literal, Protocol
 import torch
 
 from pipeline.annotate.annotator import ShardAnnotator, ShardReport
-from pipeline.annotate.model import load_explainer
+from pipeline.annotate.model import check_device, load_explainer
 from pipeline.config.schema import JobConfig
 from pipeline.errors import OutputError, ShardError, UserError
 from pipeline.output.counts import ShardCounts
-from pipeline.output.runs import Measures
+from pipeline.output.measures import Measures
 from pipeline.storage import ShardSource, shown_text
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, d
     batches_at_once = min(BATCHES_AT_ONCE, cpus)
     # parallel batches use the cores better than threads within one batch, which wait for each other
     torch.set_num_threads(cpus // batches_at_once)
+    check_device(config.model, device)
     explainer = load_explainer(config.model, device, expected_digest=metadata.get("weights_digest"))
     return ShardAnnotator(
         config,

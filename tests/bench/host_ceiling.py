@@ -1,15 +1,15 @@
-"""Samples/s that one worker reaches when its device takes no time: left out are the model, text tower and PAR.
+"""Samples/s of one worker whose device takes no time: model, text tower and refinement are left out.
 
     python tests/bench/host_ceiling.py [--side 500x375] [--prompts 1] [--cores 2] [--processes 2]
 
 Everything else is real, as a worker runs it: tar, JPEG, captions and CLIP's tokenizer, batches, the trip of
-maps from the device, masks from ready-made refined maps of 224 x 224, RLE, Parquet on the local disk, the next
-shard begun when there is room. Features, text rows, relevance grids and refined maps are ready-made. Images
-are smooth random pictures, JPEG of quality 90; every caption has 13 random words. One process on `--cores`
-cores, with `--processes` sample processes (0: threads of its own).
+the maps, masks from refined maps of 224 x 224, RLE, Parquet on the local disk, the next shard begun when there
+is room. Features, text rows, relevance grids and refined maps are ready-made. Images are smooth random
+pictures, JPEG of quality 90; every caption has 13 random words. One worker on `--cores` cores, with
+`--processes` sample processes (0: threads of its own).
 
-The floor is what pixels and masks alone need, measured in the same run on one thread: torchvision's
-decode_jpeg, its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear resize
+The floor is what pixels and masks alone need, measured in the same run on one thread: decode_jpeg of
+torchvision, its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear resize
 of one float map to the image and pycocotools' encoding of one uint8 mask.
 
 CPU time is that of all processes, and that of the process with the device alone. Rounds after a warm-up;
@@ -36,19 +36,34 @@ import numpy as np
 import open_clip
 import torch
 import torchvision
-from torchvision.transforms.v2 import InterpolationMode, functional
 from environment import environment
 from PIL import Image
 from pycocotools import mask as coco
 from ready_made import ReadyMadeLeGrad, ready_made_maps, ready_made_rows
 from shards_in_flight import work_through
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.config.load import parse_config
 
 INPUT_SIDE = 224
-WORDS = "a red dog cat house tree river boy girl under green sky wide street with two small birds".split()
+WORDS = (
+    "a",
+    "red",
+    "dog",
+    "cat",
+    "house",
+    "tree",
+    "river",
+    "boy",
+    "girl",
+    "under",
+    "green",
+    "sky",
+    "wide",
+    "street",
+)
 IMAGES = 64
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.annotate.annotator import ShardReport
 from pipeline.config.schema import JobConfig
 from pipeline.output.counts import ShardCounts
-from pipeline.output.runs import Measures
+from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.storage import ShardSource
 

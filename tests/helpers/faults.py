@@ -21,7 +21,7 @@ from pathlib import Path
 from pipeline import storage
 from pipeline.annotate.annotator import ShardReport
 from pipeline.output.counts import total_counts
-from pipeline.output.runs import Measures
+from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.run.worker import Worker
 from pipeline.shards.sample_error import SampleError

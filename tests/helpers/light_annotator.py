@@ -10,7 +10,7 @@ from pipeline.annotate.annotator import ShardReport
 from pipeline.annotate.meter import Meter
 from pipeline.errors import OutputError, ShardError
 from pipeline.output.counts import ShardCounts
-from pipeline.output.runs import Measures
+from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.shards.sample_error import SampleError
 

@@ -42,11 +42,12 @@ def free_ports(number):
 
 
 @contextmanager
-def ray_head(*, dashboard):
+def ray_head(*, dashboard, gpus=0):
     """Start a head with 2 CPU cores that serves callers with this process's token; end it after the block.
 
     Args:
         dashboard: whether jobs can be submitted.
+        gpus: GPUs that it claims to have.
     """
     gcs, web, metrics, client, agent = free_ports(5)
     # unix sockets below it: their paths may have 107 characters
@@ -61,7 +62,7 @@ def ray_head(*, dashboard):
     environment.pop("RAY_ADDRESS", None)
     command = [
         *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
-        *(f"--metrics-export-port={metrics}", f"--temp-dir={folder}", "--num-cpus=2", "--num-gpus=0"),
+        *(f"--metrics-export-port={metrics}", f"--temp-dir={folder}", "--num-cpus=2", f"--num-gpus={gpus}"),
         *(f"--object-store-memory={100 << 20}", f"--include-dashboard={'true' if dashboard else 'false'}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={web}", f"--ray-client-server-port={client}"),
         # its usual port may be taken by another Ray on this machine, and then no job is ever started

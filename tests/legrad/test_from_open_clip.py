@@ -10,6 +10,7 @@ from open_clip import factory, pretrained
 from safetensors.torch import save_file
 
 import legrad
+from legrad.loading import device_precision
 from tests.helpers.tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_images, unit_texts
 
 CONFIG = {"embed_dim": EMBED_DIM, "vision_cfg": VISION, "text_cfg": TEXT | {"vocab_size": 49408}}
@@ -92,6 +93,18 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(monkeypatch):
         legrad.UnsupportedModelError, match=r"tiny-pooled: it pools by the 'parallel' or.*Supported"
     ):
         legrad.LeGrad.from_open_clip("tiny-pooled", "laion2b")
+
+
+def test_auto_is_fp32_on_a_cpu(weights):
+    explainer = legrad.LeGrad.from_open_clip("tiny", str(weights), device="cpu", precision="auto")
+    assert explainer.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp32")])
+def test_auto_is_bf16_on_gpus_that_compute_it_themselves(monkeypatch, capability, precision):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert device_precision("cuda:1") == precision
+    assert device_precision("cpu") == "fp32"
 
 
 @pytest.mark.parametrize("precision", ["amp", "int8", "fp64"])

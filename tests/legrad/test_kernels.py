@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from legrad.method import kernels
 from legrad.method.kernels import rectified_column_sums, rectified_column_sums_in_pieces
 
 BUDGET_BYTES = 2**24
@@ -143,3 +144,4 @@ def test_the_kernel_equals_the_whole_product_on_a_gpu(shape, dtype):
     sums = rectified_column_sums(*case, BUDGET_BYTES)
     assert relative_error(sums, expected_sums(*case)) < 1e-5
     assert torch.equal(sums, rectified_column_sums(*case, BUDGET_BYTES))
+    assert kernels.COLUMN_SUMS_KERNEL.failure is None

@@ -233,4 +233,5 @@ def test_a_gpu_computes_the_same_as_the_cpu():
     index = torch.tensor([2, 0, 3, 2, 0, 2, 3])
     on_cpu = refine_heatmaps(images, heatmaps, index, SMALL)
     on_gpu = refine_heatmaps(images.cuda(), heatmaps.cuda(), index.cuda(), SMALL)
-    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-5)
+    # With Triton, affinities are in float16.
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=2e-4)

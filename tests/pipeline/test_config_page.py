@@ -26,7 +26,7 @@ def test_every_key_has_its_line():
 def test_values_defaults_and_bounds_are_reported():
     table = keys_as_markdown()
     assert "| `input.shards` | string or list of string | required |" in table
-    assert "| `run.gpus_per_worker` | number ≥ 0, ≤ 65536 | `1` |" in table
+    assert "| `run.gpus_per_worker` | number ≥ 0 | `1` |" in table
     assert "| `output.rows` | `all` or `accepted` or null | `null` |" in table
     assert "| `masks.value` | number ≥ 0, ≤ 1 | `0.5` |" in table
     assert "| `output.heatmap` | boolean | `false` |" in table

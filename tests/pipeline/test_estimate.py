@@ -9,7 +9,8 @@ import pytest
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.output.counts import ShardCounts
-from pipeline.output.runs import Measures, RunState
+from pipeline.output.measures import Measures
+from pipeline.output.runs import RunState
 from pipeline.output.schema import ANNOTATION_SCHEMA
 from pipeline.output.writer import ShardWriter
 from pipeline.run.estimate import dry_run, dry_run_lines, extrapolation_lines, published_bytes

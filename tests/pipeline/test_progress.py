@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pipeline.annotate.meter import Meter
 from pipeline.console import PatientConsole, PrintableConsole
 from pipeline.output.counts import ShardCounts
-from pipeline.output.runs import Measures, RunState
+from pipeline.output.measures import Measures
+from pipeline.output.runs import RunState
 from pipeline.run.progress import RecentPace, SharedProgress, as_line, open_progress
 from pipeline.text import as_duration
 
@@ -104,9 +105,9 @@ def test_the_pace_is_that_of_the_last_minute_not_of_the_whole_run():
         found = pace.update(state)
         if second == 500:
             assert found.samples_per_s == pytest.approx(1.0)
-            assert found.device_busy_share == pytest.approx(0.5)
+            assert found.measures.device_busy_share == pytest.approx(0.5)
     assert found.samples_per_s == pytest.approx(10.0)
-    assert found.device_busy_share == pytest.approx(0.75)
+    assert found.measures.device_busy_share == pytest.approx(0.75)
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 100), st.booleans()), max_size=30))

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from pipeline.output.counts import ShardCounts
-from pipeline.output.runs import Measures, RunState
+from pipeline.output.measures import Measures
+from pipeline.output.runs import RunState
 from pipeline.run.progress import SharedProgress
 from pipeline.run.prometheus import COUNTERS, GAUGES, RunMetrics
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import OutputFolder, new_run_id
+from pipeline.output.measures import Measures
 from pipeline.output.records import as_json
-from pipeline.output.runs import MAX_POINTS, Measures, RunState, latest_run, latest_runs, recorded_run
+from pipeline.output.runs import MAX_POINTS, RunState, latest_run, latest_runs, recorded_run
 
 STATE = RunState(
     shards_total=4,

@@ -1,4 +1,4 @@
-"""Samples decoded and masked in processes: the same rows, and a process that dies costs the sample it died of."""
+"""Samples decoded and masked in processes: the same rows, and a death costs the sample that caused it."""
 
 import io
 import os
@@ -162,9 +162,7 @@ def test_an_image_that_kills_its_decoder_costs_one_sample(deadly, tmp_path, colo
     assert (counts.annotated, counts.failed, counts.samples_in) == (17, 3, 20)
 
 
-def test_a_sample_whose_masks_kill_the_process_is_an_error_and_the_others_of_its_chunk_are_not(
-    tmp_path, explainer
-):
+def test_a_sample_whose_masks_kill_their_process_is_the_only_error_of_its_chunk(tmp_path, explainer):
     config = demo_job([], tmp_path / "out")
     work = WorkInProcesses(1, WorkSettings(config, explainer.transform, WHOLE_IMAGE))
     try:

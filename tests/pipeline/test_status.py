@@ -8,7 +8,8 @@ from pipeline.cli.status import render_status
 from pipeline.console import PrintableConsole
 from pipeline.output.counts import ShardCounts
 from pipeline.output.folder import OutputFolder, new_run_id
-from pipeline.output.runs import Measures, RunRecord, RunState, recorded_run
+from pipeline.output.measures import Measures
+from pipeline.output.runs import RunRecord, RunState, recorded_run
 from pipeline.output.status import OutputStatus, read_status
 from pipeline.run.job import prepare_job
 from tests.helpers.corpus import demo_job, write_corpus
@@ -63,7 +64,8 @@ def test_a_status_fits_the_screen_and_keeps_its_figures_whole(width):
         "12,048,000: 12,000,000 annotated, 3,000 empty, 45,000 failed",
         "31,000,000",
         "1,234,567 samples (171.5/s)",
-        "1,234,000 images decoded; device busy 97 % on 8 worker(s)",
+        "1,234,000 images decoded by 8 worker(s)",
+        "device busy 97 %, pace set by the device",
         "decode/truncated  40,000, for example 000123",
         "s3://bucket/cut.tar",
         "read/truncated: the archive ends in a member, at byte 512",
