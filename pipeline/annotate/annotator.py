@@ -19,7 +19,7 @@ from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.meter import Meter
 from pipeline.annotate.model import views_wanted
-from pipeline.annotate.processes import MemoryGate
+from pipeline.annotate.processes import MemoryGate, SampleProcesses
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.annotate.sample_work import SampleWork, WorkSettings
@@ -62,8 +62,8 @@ class ShardAnnotator:
         decode_threads: samples that are decoded or masked at a time, by one thread each.
         metadata: written into the footer of every file beside the counts: config hash, versions and so on.
         batches_at_once: batches on the device; with two, one computes while the other is put together.
-        in_processes: whether each of these threads has a process of its own, so that Python does not make
-            them take turns, and an image that kills its decoder costs one sample.
+        processes: one for each of these threads, so that Python does not make them take turns, and an image
+            that kills its decoder costs one sample; None: threads of this process. They end with the annotator.
     """
 
     def __init__(
@@ -74,15 +74,14 @@ class ShardAnnotator:
         decode_threads: int,
         metadata: Mapping[str, Any],
         batches_at_once: int = 1,
-        in_processes: bool = False,
+        processes: SampleProcesses | None = None,
     ) -> None:
         self._config = config
         self._meter = Meter(decode_threads)
         sample_prompts = SamplePrompts(config)
         views = views_wanted(config, explainer)
-        # before the first batch: processes start while the device is warmed up
         settings = WorkSettings(config, explainer.transform, views)
-        self._work = _work_of(settings, decode_threads if in_processes else 0)
+        self._work = _work_of(settings, processes)
         companions = companions_of(config.prompts)
         self._engine = Engine(
             explainer,
@@ -204,8 +203,8 @@ def wanted_fields(settings: InputConfig, prompts: SamplePrompts) -> frozenset[st
     return frozenset([*settings.image.lower().split(";"), *prompt_fields])
 
 
-def _work_of(settings: WorkSettings, processes: int) -> SampleWork | WorkInProcesses:
-    if not processes:
+def _work_of(settings: WorkSettings, processes: SampleProcesses | None) -> SampleWork | WorkInProcesses:
+    if processes is None:
         return SampleWork(settings, MemoryGate(settings.config.run.decode_bytes).room)
     return WorkInProcesses(processes, settings)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from pipeline.output.measures import Measures
 
-# what sample processes, readers and publishers add up; the other measures are those of the device and the clock
+# times of threads and processes, which add up; the other measures are of the device and the clock
 STAGES = ("reading_s", "decoding_s", "masks_s", "publishing_s")
 
 

@@ -1,8 +1,8 @@
 """Send objects between processes of one machine: what is large travels in an anonymous shared file.
 
 Each end writes into one file of its own, again and again, since fresh memory costs more than the copy. What
-arrives is therefore valid until the next answer is sent; an end that keeps it longer copies it. The files have
-no name and are not in /dev/shm, which containers limit to 64 MB; they end with their last process.
+arrives is therefore valid until the next answer is sent; an end that keeps it longer copies it. The files
+have no name and are not in /dev/shm, which containers limit to 64 MB; they end with their last process.
 """
 
 from __future__ import annotations

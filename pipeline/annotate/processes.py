@@ -89,33 +89,37 @@ class MemoryGate:
 class SampleProcesses:
     """Processes that work on samples; each runs one task at a time, and one that dies is replaced.
 
+    The launcher starts at once and imports what processes need; a process starts with its first task.
+
     Args:
         count: number of processes.
-        settings: argument of each process's `SampleWork`.
         max_room_bytes: memory that large images take at a time, over all processes.
-
-    Raises:
-        RuntimeError: the processes do not start.
     """
 
-    def __init__(self, count: int, settings: Any, max_room_bytes: int) -> None:
-        self._settings = settings
+    def __init__(self, count: int, max_room_bytes: int) -> None:
+        self.count = count
         self._gate = MemoryGate(max_room_bytes)
         self._launcher = _Launcher()
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         for _ in range(count):
             self._idle.put(None)
 
-    def run(self, task: str, content: Any) -> Any:
+    def run(self, settings: Any, task: str, content: Any) -> Any:
         """Run a task of `SampleWork` in the next idle process, and return its result.
+
+        Args:
+            settings: of the work; the same with every call.
+            task: its name.
+            content: its argument.
 
         Raises:
             ProcessDied: the process ended before it answered.
+            RuntimeError: no process can be started.
             Exception: whatever the task raised.
         """
         process = self._idle.get()
         try:
-            process = process or self._started()
+            process = process or self._started(settings)
             return process.ask(task, content, self._gate)
         except ProcessDied as death:
             dead, process = process, None
@@ -128,12 +132,12 @@ class SampleProcesses:
         """End all processes."""
         self._launcher.close()
 
-    def _started(self) -> _Process:
+    def _started(self, settings: Any) -> _Process:
         # one may be killed while it starts, by what has killed others; one that cannot start never will
         for _ in range(_ATTEMPTS_TO_START):
             process = _Process(*self._launcher.fork())
             try:
-                process.welcome(self._settings)
+                process.welcome(settings)
             except ProcessDied:
                 ending = _how_it_ended(process.ended(self._launcher))
             else:

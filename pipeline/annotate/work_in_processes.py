@@ -26,12 +26,13 @@ class WorkInProcesses:
     alone with two more deaths becomes an error row; a process killed by something else costs nothing.
 
     Args:
-        processes: number of processes.
+        processes: where the work is done; no other work is.
         settings: of the job.
     """
 
-    def __init__(self, processes: int, settings: WorkSettings) -> None:
-        self._processes = SampleProcesses(processes, settings, settings.config.run.decode_bytes)
+    def __init__(self, processes: SampleProcesses, settings: WorkSettings) -> None:
+        self._processes = processes
+        self._settings = settings
 
     def prepare(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
         """Prepare samples; called by several threads."""
@@ -49,7 +50,7 @@ class WorkInProcesses:
 
     def _prepared(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
         sent = [_for_transport(item) for item in items]
-        prepared: list[PreparedSample | SampleRows] = self._processes.run(PREPARE, sent)
+        prepared: list[PreparedSample | SampleRows] = self._processes.run(self._settings, PREPARE, sent)
         return prepared
 
     def _prepared_alone(self, item: RawSample | SampleError) -> list[PreparedSample | SampleRows]:
@@ -61,7 +62,7 @@ class WorkInProcesses:
             return [SampleRows(errors=(_error_of(item, "decode", error),))]
 
     def _finished(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
-        rows: ChunkRows = self._processes.run(FINISH, explained)
+        rows: ChunkRows = self._processes.run(self._settings, FINISH, explained)
         return rows
 
     def _finished_alone(self, sample: ExplainedSample) -> ChunkRows:

@@ -8,6 +8,7 @@ import os
 import threading
 import traceback
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -15,6 +16,7 @@ import torch
 
 from pipeline.annotate.annotator import ShardAnnotator, ShardReport
 from pipeline.annotate.model import check_device, load_explainer
+from pipeline.annotate.processes import SampleProcesses
 from pipeline.config.schema import JobConfig
 from pipeline.errors import OutputError, ShardError, UserError
 from pipeline.output.counts import ShardCounts
@@ -99,15 +101,24 @@ def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, d
     # parallel batches use the cores better than threads within one batch, which wait for each other
     torch.set_num_threads(cpus // batches_at_once)
     check_device(config.model, device)
-    explainer = load_explainer(config.model, device, expected_digest=metadata.get("weights_digest"))
-    return ShardAnnotator(
-        config,
-        explainer,
-        decode_threads=config.run.decode_threads or cpus,
-        metadata=metadata,
-        batches_at_once=batches_at_once,
-        in_processes=config.run.decode_threads != 0,
-    )
+    threads = config.run.decode_threads or cpus
+    with ExitStack() as if_it_fails:
+        processes = None
+        if config.run.decode_threads != 0:
+            # before the model, so that both load at the same time
+            processes = SampleProcesses(threads, config.run.decode_bytes)
+            if_it_fails.callback(processes.close)
+        explainer = load_explainer(config.model, device, expected_digest=metadata.get("weights_digest"))
+        annotator = ShardAnnotator(
+            config,
+            explainer,
+            decode_threads=threads,
+            metadata=metadata,
+            batches_at_once=batches_at_once,
+            processes=processes,
+        )
+        if_it_fails.pop_all()
+    return annotator
 
 
 class Worker:

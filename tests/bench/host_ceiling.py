@@ -3,14 +3,14 @@
     python tests/bench/host_ceiling.py [--side 500x375] [--prompts 1] [--cores 2] [--processes 2]
 
 Everything else is real, as a worker runs it: tar, JPEG, captions and CLIP's tokenizer, batches, the trip of
-the maps, masks from refined maps of 224 x 224, RLE, Parquet on the local disk, the next shard begun when there
-is room. Features, text rows, relevance grids and refined maps are ready-made. Images are smooth random
+the maps, masks from refined maps of 224 x 224, RLE, Parquet on the local disk, the next shard begun when
+there is room. Features, text rows, relevance grids and refined maps are ready-made. Images are smooth random
 pictures, JPEG of quality 90; every caption has 13 random words. One worker on `--cores` cores, with
 `--processes` sample processes (0: threads of its own).
 
-The floor is what pixels and masks alone need, measured in the same run on one thread: decode_jpeg of
-torchvision, its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear resize
-of one float map to the image and pycocotools' encoding of one uint8 mask.
+The floor is what pixels and masks alone need, measured in the same run on one thread: torchvision's
+decode_jpeg and its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear resize of one
+float map to the image and pycocotools' encoding of one uint8 mask.
 
 CPU time is that of all processes, and that of the process with the device alone. Rounds after a warm-up;
 medians. Prints one JSON row.
@@ -45,6 +45,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.processes import SampleProcesses
 from pipeline.config.load import parse_config
 
 INPUT_SIDE = 224
@@ -173,7 +174,7 @@ class Worker:
             decode_threads=arguments.processes or arguments.cores,
             metadata={},
             batches_at_once=2,
-            in_processes=arguments.processes > 0,
+            processes=SampleProcesses(arguments.processes, 2**30) if arguments.processes else None,
         )
 
     def round(self) -> dict[str, float]:

@@ -62,7 +62,11 @@ def plain_png(colour):
 def annotated(explainer, config, *, in_processes, processes=2, while_running=None):
     """Annotate the shards of a job, two at a time; returns rows, errors and counts by shard."""
     annotator = ShardAnnotator(
-        config, explainer, decode_threads=processes, metadata={}, in_processes=in_processes
+        config,
+        explainer,
+        decode_threads=processes,
+        metadata={},
+        processes=SampleProcesses(processes, 2**30) if in_processes else None,
     )
     try:
         shards = storage.list_shards(config.input.shards)
@@ -164,7 +168,7 @@ def test_an_image_that_kills_its_decoder_costs_one_sample(deadly, tmp_path, colo
 
 def test_a_sample_whose_masks_kill_their_process_is_the_only_error_of_its_chunk(tmp_path, explainer):
     config = demo_job([], tmp_path / "out")
-    work = WorkInProcesses(1, WorkSettings(config, explainer.transform, WHOLE_IMAGE))
+    work = WorkInProcesses(SampleProcesses(1, 2**20), WorkSettings(config, explainer.transform, WHOLE_IMAGE))
     try:
         local = SampleWork(WorkSettings(config, explainer.transform, WHOLE_IMAGE))
         engine = ShardAnnotator(config, explainer, decode_threads=1, metadata={})
@@ -206,7 +210,7 @@ def test_a_launcher_that_was_killed_is_started_again(tmp_path, explainer):
     config = demo_job([], tmp_path / "out")
     settings = WorkSettings(config, explainer.transform, WHOLE_IMAGE)
     before = set(children_of(os.getpid()))
-    work = WorkInProcesses(1, settings)
+    work = WorkInProcesses(SampleProcesses(1, 2**20), settings)
     try:
         assert len(work.prepare([raw(0, plain_png((1, 2, 3)))])) == 1
         (launcher,) = set(children_of(os.getpid())) - before
@@ -221,20 +225,20 @@ def test_a_launcher_that_was_killed_is_started_again(tmp_path, explainer):
 
 def test_a_bug_is_raised_as_what_it_was_with_the_place_where_it_happened(tmp_path, deadly):
     settings = WorkSettings(demo_job([], tmp_path / "out"), deadly.transform, WHOLE_IMAGE)
-    processes = SampleProcesses(1, settings, 2**20)
+    processes = SampleProcesses(1, 2**20)
     try:
         with pytest.raises(TypeError) as caught:
-            processes.run(PREPARE, 7)
+            processes.run(settings, PREPARE, 7)
         assert "in prepare" in caught.value.__notes__[0]
     finally:
         processes.close()
 
 
 def test_settings_that_no_process_can_take_are_no_reason_to_blame_samples(tmp_path):
-    processes = SampleProcesses(1, "no settings", 2**20)
+    processes = SampleProcesses(1, 2**20)
     try:
         with pytest.raises(RuntimeError, match="did not start"):
-            processes.run(PREPARE, [])
+            processes.run("no settings", PREPARE, [])
     finally:
         processes.close()
 
@@ -346,10 +350,10 @@ def test_an_end_that_has_gone_is_told_from_an_answer():
 
 def test_how_a_process_ended_is_said_in_words(tmp_path, explainer):
     settings = WorkSettings(demo_job([], tmp_path / "out"), explainer.transform, WHOLE_IMAGE)
-    processes = SampleProcesses(1, settings, 2**20)
+    processes = SampleProcesses(1, 2**20)
     try:
         with pytest.raises(ProcessDied, match="was killed by SIGSEGV"):
-            processes.run(PREPARE, [DiesWhenItArrives()])
-        assert processes.run(PREPARE, [SampleError("read", "cut", "it ends early", "a", 0)])
+            processes.run(settings, PREPARE, [DiesWhenItArrives()])
+        assert processes.run(settings, PREPARE, [SampleError("read", "cut", "it ends early", "a", 0)])
     finally:
         processes.close()
