@@ -63,7 +63,7 @@ class ShardAnnotator:
         metadata: written into the footer of every file beside the counts: config hash, versions and so on.
         batches_at_once: batches on the device; with two, one computes while the other is put together.
         processes: one for each of these threads, so that Python does not make them take turns, and an image
-            that kills its decoder costs one sample; None: threads of this process. They end with the annotator.
+            that kills its decoder costs one sample. They end with the annotator. None: threads of this process.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ pictures, JPEG of quality 90; every caption has 13 random words. One worker on `
 `--processes` sample processes (0: threads of its own).
 
 The floor is what pixels and masks alone need, measured in the same run on one thread: torchvision's
-decode_jpeg and its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear resize of one
-float map to the image and pycocotools' encoding of one uint8 mask.
+decode_jpeg and its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear
+resize of one float map to the image and pycocotools' encoding of one uint8 mask.
 
 CPU time is that of all processes, and that of the process with the device alone. Rounds after a warm-up;
 medians. Prints one JSON row.
