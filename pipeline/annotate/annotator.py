@@ -12,7 +12,7 @@ from typing import Any
 import legrad
 from legrad.views import canvas_bytes
 from pipeline import storage
-from pipeline.annotate.batch_size import find_batch_size
+from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import map_bytes, refinement_of
 from pipeline.annotate.meter import Meter
@@ -20,6 +20,7 @@ from pipeline.annotate.model import views_wanted
 from pipeline.annotate.rows import SampleRows, sample_rows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
+from pipeline.annotate.trial import TrialSamples
 from pipeline.config.schema import InputConfig, JobConfig
 from pipeline.errors import SampleFailure
 from pipeline.output.counts import ShardCounts, total_counts
@@ -79,16 +80,24 @@ class ShardAnnotator:
         refinement = refinement_of(config.masks, explainer.patch_size)
         usual_maps = self._sample_prompts.usual_number + companions.most_maps
         self._refined_bytes = 0 if refinement is None else usual_maps * map_bytes(explainer.transform)
+        self._trial = TrialSamples(
+            explainer.transform,
+            self._views,
+            self._sample_prompts.usual_number,
+            texts_recur=self._sample_prompts.field is None,
+        )
         self._engine = Engine(
             explainer,
             config.prompts.max_per_sample,
-            self._batch_size(usual_maps),
+            CPU_BATCH_SIZE if config.run.batch_size == "auto" else config.run.batch_size,
             self._meter,
             batches_at_once=batches_at_once,
             companions=companions,
             views=self._views,
             refinement=refinement,
         )
+        if config.run.batch_size == "auto":
+            self._engine.batch_size = find_batch_size(self._engine, self._trial, explainer.device)
         self._metadata = metadata
         self._wanted_fields = wanted_fields(config.input, self._sample_prompts)
         self._in_flight: set[ShardWriter] = set()
@@ -137,11 +146,6 @@ class ShardAnnotator:
     def measures(self) -> Measures:
         """Return the images decoded and the time on the device since the model was loaded."""
         return self._meter.read()
-
-    def _batch_size(self, maps_per_sample: int) -> int:
-        if self._config.run.batch_size != "auto":
-            return self._config.run.batch_size
-        return find_batch_size(self._explainer, maps_per_sample, self._views)
 
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:
