@@ -12,9 +12,10 @@ BATCHES_UNTIL_RETRY = 64
 @dataclass
 class _Limit:
     images: int
+    batches_until_retry: int
     most_fitted: int = 0
-    batches_since_change: int = 0
-    batches_until_retry: int = BATCHES_UNTIL_RETRY
+    full_batches: int = 0
+    is_retry: bool = False
 
 
 class BatchLimits:
@@ -44,19 +45,22 @@ class BatchLimits:
 
     def fitted(self, shape: Hashable, images: int) -> None:
         """Note that a batch fitted."""
-        limit = self._limits.setdefault(shape, _Limit(self.batch_size))
+        limit = self._known(shape)
         limit.most_fitted = max(limit.most_fitted, images)
-        if limit.images >= self.batch_size or images < limit.images:
+        if images < limit.images or limit.images >= self.batch_size:
             return
-        limit.batches_since_change += 1
-        if limit.batches_since_change >= limit.batches_until_retry:
-            limit.images, limit.batches_since_change = 2 * limit.images, 0
+        limit.is_retry = False
+        limit.full_batches += 1
+        if limit.full_batches >= limit.batches_until_retry:
+            limit.images, limit.full_batches, limit.is_retry = 2 * limit.images, 0, True
 
     def failed(self, shape: Hashable, images: int) -> None:
-        """Note that a batch of more than one image did not fit, and halve what is allowed."""
-        limit = self._limits.setdefault(shape, _Limit(self.batch_size))
-        was_lowered_before = limit.images < self.batch_size or limit.batches_until_retry > BATCHES_UNTIL_RETRY
-        if was_lowered_before and images > limit.images // 2:
+        """Note that a batch of more than one image did not fit, and allow half of that."""
+        limit = self._known(shape)
+        if limit.is_retry:
             limit.batches_until_retry *= 2
-        limit.images, limit.batches_since_change = max(1, images // 2), 0
+        limit.images, limit.full_batches, limit.is_retry = max(1, images // 2), 0, False
         limit.most_fitted = min(limit.most_fitted, images - 1)
+
+    def _known(self, shape: Hashable) -> _Limit:
+        return self._limits.setdefault(shape, _Limit(self.batch_size, BATCHES_UNTIL_RETRY))

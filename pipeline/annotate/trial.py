@@ -18,8 +18,8 @@ from pipeline.prompts.sample_prompts import Prompt
 WORDS_A_CAPTION = 13
 WORDS = """
 a the of in on with and two old small red green white black wooden dog cat horse bird boat car bus train
-street river house tree field mountain sky cloud man woman child group table chair cup plate window door walks stands
-sits near behind under above holding wearing looking during winter summer evening morning
+street river house tree field mountain sky cloud man woman child group table chair cup plate window door
+walks stands sits near behind under above holding wearing looking during winter summer evening morning
 """
 
 
