@@ -238,9 +238,9 @@ def _backward_by_autograd(
 def normed(norm: nn.Module, inputs: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
     """Apply a norm; a LayerNorm with parameters of another dtype in the dtype of its inputs.
 
-    open_clip keeps the norms of a model in half precision in float32, and converts their inputs and outputs: two
-    more passes over memory. Torch's kernels keep statistics in float32 anyway; the parameters are rounded, except
-    on a CPU. `tests/bench/README.md` has the agreement.
+    open_clip keeps the norms of a model in half precision in float32, and converts their inputs and outputs,
+    which moves five times as much memory. Torch's kernels keep statistics in float32 anyway; the parameters
+    are rounded, except on a CPU. `tests/bench/README.md` has the agreement.
     """
     if not isinstance(norm, nn.LayerNorm) or norm.weight.dtype == inputs.dtype:
         outputs: Tensor = norm(inputs)
