@@ -26,7 +26,7 @@ from legrad.method.towers import Tower
 from legrad.method.trace import Trace, trace_images
 
 # Largest distance of unit features. The structural check comes first, so remaining differences are large;
-# float32 allows for TF32, half precision for deep towers.
+# float32 allows for TF32, which the model's own pass may use, half precision for deep towers.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Tokens are not normalised, so rounding adds up to more than in unit features.
 TOKEN_SLACK = 5

@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 PRETENDED = torch.device("xpu", 0)
 CPU = torch.device("cpu")
+HALF_BYTES = 2
 # the part of an operation is that of the innermost of these files in its stack
 PARTS = {
-    "legrad/masks/refine.py": "refinement",
     "pipeline/annotate/maps.py": "maps",
     "pipeline/annotate/texts.py": "text",
     "legrad/text_cache.py": "text",
@@ -123,8 +123,8 @@ class DeviceWork:
             frame = frame.f_back
         return "other"
 
-    def launch(self, name, *tensors, launches=1, nbytes=None):
-        part = self.part()
+    def launch(self, name, *tensors, launches=1, nbytes=None, part=None):
+        part = part or self.part()
         self.operations[part][name] += launches
         work = self.by_part[part]
         work.launches += launches
@@ -305,5 +305,26 @@ def _one_launch(work, target):
     return kernel
 
 
+def _refinement(work, target):
+    """One kernel computes the affinities of every neighbour, in half precision, and one runs each iteration.
+
+    The affinities are written once, and read once an iteration. Maps are returned as they came.
+    """
+
+    def kernels(images, heatmaps, owners, refinement):
+        neighbours, (height, width) = 8 * len(refinement.dilations), heatmaps.shape[-2:]
+        affinity_bytes = len(owners.unique()) * neighbours * height * width * HALF_BYTES
+        passes = refinement.iterations
+        nbytes = images.nbytes + affinity_bytes * (1 + passes) + 2 * heatmaps.nbytes * passes
+        work.launch(f"triton: {target}", launches=1 + passes, nbytes=nbytes, part="refinement")
+        with work.paused():
+            return marked(heatmaps.contiguous().clone())
+
+    return kernels
+
+
 # functions that Triton computes on a GPU, and how each is counted
-KERNELS = {"legrad.method.relevance.rectified_column_sums": _one_launch}
+KERNELS = {
+    "legrad.method.relevance.rectified_column_sums": _one_launch,
+    "pipeline.annotate.maps.refine_heatmaps": _refinement,
+}

@@ -10,7 +10,7 @@ from tests.helpers.tiny_models import tiny_clip
 PIXELS = 64 * SIDE * SIDE * 3
 
 
-@pytest.fixture(scope="module", params=["none"])
+@pytest.fixture(scope="module", params=["none", "par"])
 def step(request):
     return counted_step(images=64, prompts=1, refine=request.param)
 
