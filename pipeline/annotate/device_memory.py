@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Streams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._idle: list[torch.cuda.Stream] = []
+        self._idle: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         self._order = threading.Lock()
         self._shared_until: torch.cuda.Event | None = None
 
@@ -56,13 +57,16 @@ class Streams:
         if self._device.type != "cuda":
             yield
             return
-        stream = self._idle.pop() if self._idle else self._new_stream()
+        try:
+            stream = self._idle.get_nowait()
+        except Empty:
+            stream = self._new_stream()
         try:
             with torch.cuda.stream(stream):
                 yield
         finally:
             stream.synchronize()
-            self._idle.append(stream)
+            self._idle.put(stream)
 
     @contextmanager
     def ordered(self) -> Iterator[None]:

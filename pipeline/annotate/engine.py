@@ -245,8 +245,9 @@ class _Tried:
 def _prompts_of_maps(chosen: Sequence[ImageMaps], unit_rows: torch.Tensor) -> RaggedPrompts:
     """Return the text of every map of a batch with its image, sent to the device by one copy."""
     images = np.repeat(np.arange(len(chosen)), [len(maps.text_rows) for maps in chosen])
-    text_rows, image_index = sent(
-        [np.concatenate([maps.text_rows for maps in chosen]), images], unit_rows.device
+    # the index first, where memory is aligned: Triton compiles a kernel again for one that is not
+    image_index, text_rows = sent(
+        [images, np.concatenate([maps.text_rows for maps in chosen])], unit_rows.device
     )
     one_by_one = len(images) == len(chosen) and all(len(maps.text_rows) == 1 for maps in chosen)
     return ragged_unit_rows(unit_rows[text_rows], image_index, one_by_one=one_by_one)

@@ -99,7 +99,7 @@ def test_shared_work_of_a_step_follows_that_of_the_step_before_on_the_device_too
         ("stream 1", "waits for", "event of stream 0"),
         "second",
         ("stream 1", "records"),
-        ("stream 0", "waits for", "event of stream 1"),
+        ("stream 1", "waits for", "event of stream 1"),
         "third",
-        ("stream 0", "records"),
+        ("stream 1", "records"),
     ]
