@@ -28,9 +28,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from legrad.masks.refine import DEFAULT_MAX_BYTES
+from legrad.masks.refine_groups import kernel_cost, map_groups
+
 PRETENDED = torch.device("xpu", 0)
 CPU = torch.device("cpu")
-HALF_BYTES = 2
 # the part of an operation is that of the innermost of these files in its stack
 PARTS = {
     "pipeline/annotate/maps.py": "maps",
@@ -305,18 +307,16 @@ def _one_launch(work, target):
     return kernel
 
 
-def _refinement(work, target):
-    """One kernel computes the affinities of every neighbour, in half precision, and one runs each iteration.
-
-    The affinities are written once, and read once an iteration. Maps are returned as they came.
-    """
+def _refinement(work, _target):
+    """Count what `kernel_cost` says of the kernels; maps are returned as they came."""
 
     def kernels(images, heatmaps, owners, refinement):
-        neighbours, (height, width) = 8 * len(refinement.dilations), heatmaps.shape[-2:]
-        affinity_bytes = len(owners.unique()) * neighbours * height * width * HALF_BYTES
-        passes = refinement.iterations
-        nbytes = images.nbytes + affinity_bytes * (1 + passes) + 2 * heatmaps.nbytes * passes
-        work.launch(f"triton: {target}", launches=1 + passes, nbytes=nbytes, part="refinement")
+        height, width = heatmaps.shape[-2:]
+        neighbours = 8 * len(refinement.dilations)
+        maps_per_image = torch.bincount(owners, minlength=len(images)).tolist()
+        groups = map_groups(maps_per_image, neighbours, height * width, DEFAULT_MAX_BYTES)
+        cost = kernel_cost(groups, neighbours, height * width, refinement.iterations, images[0].nbytes)
+        work.launch("triton", launches=cost.launches, nbytes=cost.moved_bytes, part="refinement")
         with work.paused():
             return marked(heatmaps.contiguous().clone())
 
