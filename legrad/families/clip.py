@@ -19,7 +19,7 @@ from legrad.families.parts import (
     resample_positions,
     split_heads,
 )
-from legrad.method.stages import Activation, Linear, Norm, Scale, Stage, normed
+from legrad.method.stages import Activation, Linear, Norm, Scale, Stage
 from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
 
 PREFIX_TOKENS = 1
@@ -209,4 +209,4 @@ def _embed(visual: VisionTransformer, images: Float[Tensor, "batch 3 height widt
         (grid_height, grid_width),
         prefix_tokens=PREFIX_TOKENS,
     )
-    return EmbeddedImages(normed(visual.ln_pre, tokens + positions.to(tokens.dtype)))
+    return EmbeddedImages(visual.ln_pre(tokens + positions.to(tokens.dtype)))

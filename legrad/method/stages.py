@@ -97,7 +97,12 @@ class Norm:
 
     def forward(self, inputs: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
         """Apply the stage."""
-        return normed(self.module, inputs)
+        norm = self.module
+        if torch.promote_types(norm.weight.dtype, inputs.dtype) == norm.weight.dtype:
+            normed: Tensor = norm(inputs)
+            return normed
+        weight, bias = norm.weight.to(inputs.dtype), norm.bias.to(inputs.dtype)
+        return F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
 
     def pullback(self, inputs: Tensor | None, _dtype: torch.dtype) -> Pullback:
         """Linearise the stage; torch's kernels keep sums and statistics in float32 at least."""
@@ -235,32 +240,13 @@ def _backward_by_autograd(
     return product
 
 
-def normed(norm: nn.Module, inputs: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
-    """Apply a norm; a LayerNorm with parameters of another dtype in the dtype of its inputs.
-
-    open_clip keeps the norms of a model in half precision in float32, and converts their inputs and outputs,
-    which moves five times as much memory. Torch's kernels keep statistics in float32 anyway; the parameters
-    are rounded, except on a CPU. `tests/bench/README.md` has the agreement.
-    """
-    if not isinstance(norm, nn.LayerNorm) or norm.weight.dtype == inputs.dtype:
-        outputs: Tensor = norm(inputs)
-        return outputs
-    weight, bias = _parameters_for(norm, inputs)
-    return F.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def _parameters_for(norm: nn.LayerNorm, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight and bias in the dtype that torch's kernels take with these inputs."""
-    # With float32 parameters, the CPU kernel also keeps the statistics of narrower inputs in float32.
-    dtype = accumulation_dtype(inputs.dtype) if inputs.device.type == "cpu" else inputs.dtype
-    return norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
-
-
 def _norm_backward(
     norm: nn.LayerNorm, inputs: Float[Tensor, "images tokens width"], gradients: Tensor
 ) -> Float[Tensor, "prompts tokens width"]:
     """Multiply gradients [prompts, 1 or tokens, width] by the derivative of a LayerNorm."""
-    weight, bias = _parameters_for(norm, inputs)
+    # With float32 parameters, the CPU kernel also keeps the statistics of narrower inputs in float32.
+    parameter_dtype = accumulation_dtype(inputs.dtype) if inputs.device.type == "cpu" else inputs.dtype
+    weight, bias = norm.weight.detach().to(parameter_dtype), norm.bias.detach().to(parameter_dtype)
     shape = list(norm.normalized_shape)
     _, mean, inverse_std = torch.native_layer_norm(inputs.contiguous(), shape, weight, bias, norm.eps)
     # The kernel needs operands of one shape: images are expanded to prompts, and gradients to tokens.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from legrad.method.precision import full_precision_convolutions
-from legrad.method.stages import normed, run_stages
+from legrad.method.stages import run_stages
 from legrad.method.towers import Block, Scoring, Tower
 
 Pool = Literal["reference", "model", "authors"]
@@ -119,7 +119,7 @@ def run_block(
     block: Block, tokens: Float[Tensor, "batch tokens width"], rotary: Tensor | None, index: int = 0
 ) -> LayerTrace:
     """Run one block or pooler, and return the values that it computed."""
-    return run_normed_block(block, tokens, normed(block.norm, tokens), rotary, index)
+    return run_normed_block(block, tokens, block.norm(tokens), rotary, index)
 
 
 def run_normed_block(
