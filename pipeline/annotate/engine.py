@@ -155,7 +155,8 @@ class Engine:
         similarities = explainer.similarity(trace, texts.unit_rows).float().cpu().numpy()
         chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, self._max_background)
         grids = self._relevance(trace, canvases, texts, chosen, images_at_once)
-        maps = sample_maps(grids, canvases[0], chosen, self._map_settings)
+        image_sizes = [(sample.image_height, sample.image_width) for sample in samples]
+        maps = sample_maps(grids, canvases[0], chosen, self._map_settings, image_sizes)
         return [
             _explained(sample, own_maps, _explained_prompts(sample, choice, rows, cosines, texts))
             for sample, choice, own_maps, rows, cosines in zip(

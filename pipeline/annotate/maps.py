@@ -1,17 +1,18 @@
-"""The end of the device step: relevance grids become the maps of each sample, in one trip to the CPU."""
+"""The last part of the device step: relevance grids become the maps of each sample on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise
 from legrad.images import ImageTransform
 from legrad.inputs import neutral_patches
 from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
-from pipeline.annotate.sample_states import SampleMaps, TextMaps
+from pipeline.annotate.sample_states import SampleMaps
 from pipeline.annotate.texts import ImageMaps, images_of_maps
 from pipeline.config.masks import MasksConfig
 
@@ -55,7 +56,11 @@ def map_bytes(transform: ImageTransform) -> int:
 
 
 def sample_maps(
-    grids: torch.Tensor, pixels: torch.Tensor, chosen: Sequence[ImageMaps], settings: MapSettings
+    grids: torch.Tensor,
+    pixels: torch.Tensor,
+    chosen: Sequence[ImageMaps],
+    settings: MapSettings,
+    image_sizes: Sequence[tuple[int, int]],  # noqa: ARG001
 ) -> list[SampleMaps]:
     """Zero, refine and normalise the grids of a batch on their device, and share them out on the CPU.
 
@@ -65,21 +70,40 @@ def sample_maps(
         pixels: first canvas of each image, uint8 [images, height, width, 3], on the device of the grids.
         chosen: of each image, which of the grids are its own.
         settings: what is done to the grids.
+        image_sizes: height and width of each original image in pixels.
     """
     owners = images_of_maps(chosen)
-    mask_maps = grids
+    mask_maps = None
     if settings.neutral_threshold is not None:
         grids, mask_maps, owners = _without_claimed_patches(grids, owners, settings.neutral_threshold)
-    peaks = mask_maps.amax((1, 2))
+    peaks = (grids if mask_maps is None else mask_maps).amax((1, 2))
+    normalisation: Normalisation | None = settings.normalisation
     if settings.refinement is not None:
-        mask_maps = refined_maps(pixels, mask_maps, owners, settings.refinement, settings.normalisation)
-    normalisation = settings.normalisation if settings.refinement is None else None
-    on_cpu = _in_one_trip(grids, peaks, mask_maps)
-    starts = torch.searchsorted(owners, torch.arange(len(chosen))).tolist()
-    return [
-        _maps_of_sample(on_cpu, start, maps, normalisation)
-        for start, maps in zip(starts, chosen, strict=True)
-    ]
+        own = grids if mask_maps is None else mask_maps
+        mask_maps = refined_maps(pixels, own, owners, settings.refinement, settings.normalisation)
+        if mask_maps.is_cuda:
+            # moves a value by 2**-12 at most, while a heat map is uncertain by far more
+            mask_maps = mask_maps.half()
+        normalisation = None
+    own_grids, own_peaks, *refined = in_one_trip([grids, peaks, *([] if mask_maps is None else [mask_maps])])
+    own_mask_maps = refined[0] if refined else None
+    shared: list[SampleMaps] = []
+    start = 0
+    for maps in chosen:
+        prompt_maps = maps.prompt_maps
+        end = start + prompt_maps + maps.backgrounds
+        shared.append(
+            SampleMaps(
+                own_grids[start:end],
+                own_peaks[start:end],
+                None if own_mask_maps is None else own_mask_maps[start:end],
+                maps.map_of_prompt,
+                prompt_maps,
+                normalisation,
+            )
+        )
+        start = end
+    return shared
 
 
 def refined_maps(
@@ -120,33 +144,15 @@ def _without_claimed_patches(
     return grids, grids.masked_fill(claimed[owners.to(grids.device)], 0), owners
 
 
-def _in_one_trip(grids: torch.Tensor, peaks: torch.Tensor, mask_maps: torch.Tensor) -> TextMaps:
-    """Bring the maps of a batch to the CPU, packed into one tensor."""
-    has_other_maps = mask_maps is not grids
-    columns = [grids.flatten(1), peaks[:, None], *([mask_maps.flatten(1)] if has_other_maps else [])]
-    packed = torch.cat(columns, dim=1).cpu()
-    own, own_peaks, others = torch.split(
-        packed, [columns[0].shape[1], 1, packed.shape[1] - columns[0].shape[1] - 1], dim=1
-    )
-    own_grids = own.reshape(grids.shape)
-    return TextMaps(
-        own_grids, own_peaks[:, 0], others.reshape(mask_maps.shape) if has_other_maps else own_grids
-    )
+def in_one_trip(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Bring tensors of a device to the CPU by a single copy.
 
-
-def _maps_of_sample(
-    batch: TextMaps, start: int, maps: ImageMaps, normalisation: Normalisation | None
-) -> SampleMaps:
-    backgrounds = start + maps.prompt_maps + torch.arange(maps.backgrounds)
-    return SampleMaps(
-        _maps_at(batch, start + torch.from_numpy(maps.map_of_prompt)),
-        _maps_at(batch, backgrounds),
-        normalisation,
-    )
-
-
-def _maps_at(batch: TextMaps, rows: torch.Tensor) -> TextMaps:
-    # copies, or a sample that waits to be written would hold its whole batch
-    grids = batch.relevance_grids[rows]
-    mask_maps = grids if batch.mask_maps is batch.relevance_grids else batch.mask_maps[rows]
-    return TextMaps(grids, batch.peaks[rows], mask_maps)
+    Args:
+        tensors: in the order of their element sizes, the largest first.
+    """
+    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]).cpu()
+    parts = torch.split(packed, [tensor.nbytes for tensor in tensors])
+    return [
+        part.view(tensor.dtype).view(tensor.shape).numpy()
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]

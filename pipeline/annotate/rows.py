@@ -1,4 +1,4 @@
-"""What a sample adds to the files of its shard: its maps become masks, and masks become rows."""
+"""Turn the maps of a sample into masks, and these into the rows of its shard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from legrad.masks.competition import Contestants, competing_masks
 from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks
 from legrad.masks.rle import Rle
 from legrad.masks.thresholds import MaskRule, relevance_contrast
-from pipeline.annotate.sample_states import ExplainedSample, TextMaps
+from pipeline.annotate.sample_states import ExplainedSample, SampleMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
 from pipeline.output.label_map import mask_frame
@@ -77,26 +77,27 @@ class _Frame:
 
     def of_prompts(self, positions: Sequence[int]) -> Contestants:
         """Return the heat maps of some of the prompts, and the peak of each one's grid."""
-        return self._contestants(self.explained.maps.prompts, positions)
+        return self.of_maps(self.explained.maps.map_of_prompt[list(positions)].tolist())
 
     def of_backgrounds(self) -> Contestants:
         """Return the same of the background texts whose grids are finite."""
-        backgrounds = self.explained.maps.backgrounds
-        return self._contestants(backgrounds, _finite_positions(backgrounds))
+        maps = self.explained.maps
+        return self.of_maps([number for number in _finite_maps(maps) if number >= maps.prompt_maps])
 
-    def _contestants(self, maps: TextMaps, positions: Sequence[int]) -> Contestants:
-        kept, smooth = list(positions), self.config.smooth
+    def of_maps(self, numbers: Sequence[int]) -> Contestants:
+        """Return the same of some of the maps."""
+        maps, kept, smooth = self.explained.maps, list(numbers), self.config.smooth
         rows_per_cell, columns_per_cell = (
             pixels / cells
-            for pixels, cells in zip(maps.mask_maps.shape[1:], maps.relevance_grids.shape[1:], strict=True)
+            for pixels, cells in zip(maps.cut_maps.shape[1:], maps.relevance_grids.shape[1:], strict=True)
         )
         heatmaps = HeatmapStack(
-            maps.mask_maps[kept],
+            torch.from_numpy(maps.cut_maps[kept]),
             *self.size,
-            normalisation=self.explained.maps.normalisation,
+            normalisation=maps.normalisation,
             smooth=(smooth * rows_per_cell, smooth * columns_per_cell),
         )
-        return Contestants(heatmaps, maps.peaks[kept])
+        return Contestants(heatmaps, torch.from_numpy(maps.peaks[kept]))
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def sample_rows(explained: ExplainedSample, config: JobConfig) -> SampleRows:
         explained: the sample after the device step.
         config: see `annotation_rows`.
     """
-    finite = set(_finite_positions(explained.maps.prompts))
+    finite = set(_finite_positions(explained.maps))
     message = "the relevance map is not finite"
     not_finite = [
         SampleError("model", "non_finite", message, explained.key, explained.index, kept.prompt.index)
@@ -157,17 +158,27 @@ def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[Annot
     ]
 
 
-def _finite_positions(maps: TextMaps) -> list[int]:
-    """Return the positions of the texts whose grids have neither NaN nor infinity."""
-    positions: list[int] = maps.relevance_grids.isfinite().flatten(1).all(dim=1).nonzero().flatten().tolist()
-    return positions
+def _finite_maps(maps: SampleMaps) -> list[int]:
+    """Return the numbers of the maps whose grids have neither NaN nor infinity."""
+    numbers: list[int] = np.flatnonzero(np.isfinite(maps.relevance_grids).all(axis=(1, 2))).tolist()
+    return numbers
+
+
+def _finite_positions(maps: SampleMaps) -> list[int]:
+    """Return the positions of the prompts whose grids have neither NaN nor infinity."""
+    finite = set(_finite_maps(maps))
+    return [position for position, number in enumerate(maps.map_of_prompt.tolist()) if number in finite]
 
 
 def _statuses_before_masks(explained: ExplainedSample, masks: MasksConfig) -> dict[int, str]:
     """Return the status of each finite prompt by its position, as far as it is known without a mask."""
-    positions = _finite_positions(explained.maps.prompts)
-    grids = explained.maps.prompts.relevance_grids[positions]
-    contrasts = [0.0] * len(grids) if masks.min_contrast is None else relevance_contrast(grids).tolist()
+    maps = explained.maps
+    positions = _finite_positions(maps)
+    grids = maps.relevance_grids[maps.map_of_prompt[positions]]
+    no_limit = [0.0] * len(grids)
+    contrasts = (
+        no_limit if masks.min_contrast is None else relevance_contrast(torch.from_numpy(grids)).tolist()
+    )
     return {
         position: _status(masks, explained.prompts[position].similarity, float(grid.max()), contrast)
         for position, grid, contrast in zip(positions, grids, contrasts, strict=True)
@@ -230,7 +241,7 @@ def _row(
     explained: ExplainedSample, position: int, status: str, mask: _Mask, *, with_heatmap: bool
 ) -> AnnotationRow:
     kept = explained.prompts[position]
-    grid = explained.maps.prompts.relevance_grids[position]
+    grid = explained.maps.relevance_grids[explained.maps.map_of_prompt[position]]
     if status not in ACCEPTED:
         mask = _Mask(mask.threshold, mask.threshold_low)
     return {
@@ -257,7 +268,7 @@ def _row(
     }
 
 
-def _quantised(relevance_grid: torch.Tensor) -> bytes:
+def _quantised(relevance_grid: np.ndarray) -> bytes:
     """Return a grid in steps of 1/255 of its peak."""
-    scaled = relevance_grid.numpy() / (float(relevance_grid.max()) or 1.0) * 255
+    scaled = relevance_grid / (float(relevance_grid.max()) or 1.0) * 255
     return np.rint(scaled).astype(np.uint8).tobytes()

@@ -20,7 +20,7 @@ from legrad.masks.thresholds import RULES, MaskRule, cuts_of, otsu_threshold
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.rows import annotation_rows
-from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps
 from pipeline.config.load import load_config
 from pipeline.config.masks import RULE_KEYS, MasksConfig
 from pipeline.demo import assets
@@ -50,19 +50,17 @@ def explained(*names, similarities=None, grids=None, backgrounds=None, claimed=N
         grids = torch.stack([GRIDS[name] for name in names])
     if backgrounds is None:
         backgrounds = grids.new_zeros(0, *grids.shape[1:])
-    refined = None if refined is None else refined.split([len(grids), len(backgrounds)])
-    kinds = [
-        text_maps(own, claimed, None if refined is None else refined[kind])
-        for kind, own in enumerate((grids, backgrounds))
-    ]
-    maps = SampleMaps(*kinds, "upsampled" if refined is None else None)
+    every = torch.cat([grids, backgrounds])
+    zeroed = every if claimed is None else every.masked_fill(claimed, 0)
+    maps = SampleMaps(
+        every.numpy(),
+        zeroed.amax((1, 2)).numpy(),
+        (zeroed if refined is None else refined).numpy(),
+        np.arange(len(names)),
+        len(names),
+        "upsampled" if refined is None else None,
+    )
     return ExplainedSample(0, "a", HEIGHT, WIDTH, prompts, maps)
-
-
-def text_maps(grids, claimed, refined):
-    """Maps as the device step makes them, of grids, patches that a neutral text claims, and refined maps."""
-    zeroed = grids if claimed is None else grids.masked_fill(claimed, 0)
-    return TextMaps(grids, zeroed.amax((1, 2)), zeroed if refined is None else refined)
 
 
 def rows_of(explained_sample, rows="all", heatmap=False, **masks):
