@@ -4,14 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from legrad.errors import MaskError
-from legrad.heatmaps import Normalisation, heatmaps_of, upsample_grid
-from legrad.masks.cleaning import NO_CLEANING, Cleaning, clean_masks, smooth_maps
-from legrad.masks.rle import Rle, encode_rle, measure_encoded
+from legrad.heatmaps import Normalisation, heatmap_columns
+from legrad.masks.cleaning import NO_CLEANING, Cleaning, clean_mask, smooth_map
+from legrad.masks.rle import Rle, encode_columns, measure_encoded
 from legrad.masks.thresholds import MaskRule, cuts_of
 
 # Larger chunks would not fit into the cache of a core.
@@ -42,7 +41,7 @@ class ImageMasks:
 
 @dataclass(frozen=True)
 class HeatmapStack:
-    """Heat maps of one image, computed a few at a time to bound memory.
+    """Heat maps of one image on the CPU, computed one at a time to bound memory.
 
     Attributes:
         maps: raw relevance grids, or heat maps of any size if `normalisation` is None.
@@ -51,39 +50,33 @@ class HeatmapStack:
         normalisation: see `heatmaps_of`; None: the maps are in [0, 1] already, and only resized.
         smooth: standard deviations of a Gaussian along height and width, in cells of `maps`. It is applied
             before maps are resized, which is cheaper and looks the same.
-        max_chunk_pixels: bound on the pixels of heat maps held at a time, but always at least one map.
 
     Raises:
         MaskError: a map holds NaN or infinity.
     """
 
-    maps: Float[Tensor, "prompts rows columns"]
+    maps: Float32[np.ndarray, "prompts rows columns"]
     height: int
     width: int
     normalisation: Normalisation | None = "upsampled"
     smooth: tuple[float, float] = (0.0, 0.0)
-    max_chunk_pixels: int = MAX_CHUNK_PIXELS
 
     def __post_init__(self) -> None:
-        finite = self.maps.isfinite().flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            prompts = (~finite).nonzero().flatten().tolist()
+        is_finite = np.isfinite(self.maps)
+        if not is_finite.all():
+            prompts = np.flatnonzero(~is_finite.all(axis=(1, 2))).tolist()
             raise MaskError(
                 f"heat maps: expected finite relevance, received NaN or infinity at prompts {prompts}"
             )
 
     def __len__(self) -> int:
-        return self.maps.shape[0]
+        return len(self.maps)
 
-    def chunks(self) -> Iterator[Float[Tensor, "chunk height width"]]:
-        """Yield the heat maps in order, several at a time."""
-        maps_per_chunk = max(1, self.max_chunk_pixels // max(1, self.height * self.width))
-        for start in range(0, len(self), maps_per_chunk):
-            maps = smooth_maps(self.maps[start : start + maps_per_chunk].float(), *self.smooth)
-            if self.normalisation is None:
-                yield upsample_grid(maps, self.height, self.width)
-            else:
-                yield heatmaps_of(maps, self.height, self.width, self.normalisation)
+    def columns(self) -> Iterator[Float32[np.ndarray, "width height"]]:
+        """Yield the heat maps in order, each one column by column."""
+        for each in self.maps:
+            smooth = smooth_map(each, *self.smooth)
+            yield heatmap_columns(smooth, self.height, self.width, self.normalisation)
 
 
 def grid_to_masks(
@@ -94,7 +87,7 @@ def grid_to_masks(
     *,
     normalisation: Normalisation = "upsampled",
     cleaning: Cleaning = NO_CLEANING,
-    max_chunk_pixels: int = MAX_CHUNK_PIXELS,
+    max_chunk_pixels: int = MAX_CHUNK_PIXELS,  # noqa: ARG001
 ) -> ImageMasks:
     """Convert relevance grids of one image to masks: smooth, upsample, normalise, threshold, clean, encode.
 
@@ -117,7 +110,8 @@ def grid_to_masks(
     Source: thresholded heat maps as pseudo-masks: CAM (arXiv:1512.04150), section 4.1; see also `MaskRule`.
     """
     smooth = (cleaning.smooth, cleaning.smooth)
-    stack = HeatmapStack(relevance_grids, height, width, normalisation, smooth, max_chunk_pixels)
+    grids = relevance_grids.detach().float().cpu().numpy()
+    stack = HeatmapStack(grids, height, width, normalisation, smooth)
     return independent_masks(stack, rule, cleaning)
 
 
@@ -131,20 +125,17 @@ def independent_masks(stack: HeatmapStack, rule: MaskRule, cleaning: Cleaning = 
     """
     rles: list[Rle] = []
     ignores: list[Rle] = []
-    lows, highs = [torch.zeros(0)], [torch.zeros(0)]
-    for heatmaps in stack.chunks():
-        low, high = cuts_of(heatmaps, rule, is_stretched=stack.normalisation == "upsampled")
-        masks = clean_masks(heatmaps > high[:, None, None], cleaning)
-        rles += encode_rle(masks)
+    cuts: list[tuple[float, float]] = []
+    for heat in stack.columns():
+        low, high = cuts_of(heat, rule, is_stretched=stack.normalisation == "upsampled")
+        mask = clean_mask(heat > np.float32(high), cleaning)
+        rles.append(encode_columns(mask))
         if rule.rule == "band":
-            ignores += encode_rle((heatmaps > low[:, None, None]) & ~masks)
-        lows.append(low.cpu())
-        highs.append(high.cpu())
+            ignores.append(encode_columns((heat > np.float32(low)) & ~mask))
+        cuts.append((low, high))
+    lows, highs = np.array(cuts, np.float32).reshape(-1, 2).T
     return image_masks(
-        rles,
-        thresholds=torch.cat(highs).numpy(),
-        thresholds_low=torch.cat(lows).numpy() if rule.rule == "band" else None,
-        ignores=ignores,
+        rles, thresholds=highs, thresholds_low=lows if rule.rule == "band" else None, ignores=ignores
     )
 
 

@@ -56,17 +56,21 @@ def encode_rle(masks: Shaped[Any, "prompts height width"]) -> list[Rle]:
 
     Source: `encode` of pycocotools.
     """
-    # Imported here, as programs that only read masks need neither.
+    # Imported here, as programs that only read masks do not need it.
     import torch
+
+    columns = torch.as_tensor(masks).to(torch.bool).mT.contiguous().cpu().numpy()
+    return [encode_columns(mask_columns) for mask_columns in columns]
+
+
+def encode_columns(mask_columns: Bool[np.ndarray, "width height"]) -> Rle:
+    """Encode one mask that is stored column by column, as `encode_rle` does."""
+    # Imported here, as programs that only read masks do not need it.
     from pycocotools import mask as coco
 
-    foreground = torch.as_tensor(masks).to(torch.bool)
-    # [prompts, width, height] in C order is [height, width, prompts] in Fortran order, as pycocotools wants.
-    fortran = foreground.mT.contiguous().view(torch.uint8).cpu().numpy().T
-    return [
-        {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-        for rle in coco.encode(fortran)
-    ]
+    # [width, height] in C order is [height, width, 1] in Fortran order, as pycocotools wants.
+    (rle,) = coco.encode(mask_columns.view(np.uint8).T[:, :, None])
+    return {"size": list(mask_columns.shape[::-1]), "counts": rle["counts"].decode("ascii")}
 
 
 def measure_encoded(
