@@ -1,20 +1,19 @@
 """Convert relevance grids to masks, each prompt on its own: upsample, threshold, clean, encode."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from legrad.errors import MaskError
 from legrad.heatmaps import Normalisation, heatmap_columns
 from legrad.masks.cleaning import NO_CLEANING, Cleaning, clean_mask, smooth_map
-from legrad.masks.rle import Rle, encode_columns, measure_encoded
+from legrad.masks.rle import Rle, encode_changes, encode_columns, measure_encoded
+from legrad.masks.runs import MAX_CHUNK_PIXELS, MapRuns, cut_maps, cuts_on_device
 from legrad.masks.thresholds import MaskRule, cuts_of
-
-# Larger chunks would not fit into the cache of a core.
-MAX_CHUNK_PIXELS = 2**19
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,7 @@ class HeatmapStack:
     def __post_init__(self) -> None:
         is_finite = np.isfinite(self.maps)
         if not is_finite.all():
-            prompts = np.flatnonzero(~is_finite.all(axis=(1, 2))).tolist()
-            raise MaskError(
-                f"heat maps: expected finite relevance, received NaN or infinity at prompts {prompts}"
-            )
+            _require_finite(is_finite.all(axis=(1, 2)))
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -87,19 +83,20 @@ def grid_to_masks(
     *,
     normalisation: Normalisation = "upsampled",
     cleaning: Cleaning = NO_CLEANING,
-    max_chunk_pixels: int = MAX_CHUNK_PIXELS,  # noqa: ARG001
+    max_chunk_pixels: int = MAX_CHUNK_PIXELS,
 ) -> ImageMasks:
     """Convert relevance grids of one image to masks: smooth, upsample, normalise, threshold, clean, encode.
 
     Args:
         relevance_grids: raw grids, one for each prompt, as `LeGrad.relevance` returns them for one image.
-            Everything before the encoding runs on their device.
+            On a GPU they are cut there if the rule has a threshold there and masks are not cleaned.
         height: rows of the mask frame, usually the original image's.
         width: columns of the mask frame.
         rule: rule for the threshold.
         normalisation: when maps are normalised; see `heatmaps_of`.
         cleaning: smoothing of the grids and cleaning of the masks.
-        max_chunk_pixels: bound on the pixels of heat maps held at a time, but always at least one map.
+        max_chunk_pixels: bound on the pixels of heat maps held at a time on a GPU, but always at least one
+            map. On the CPU it is one map.
 
     Returns:
         One mask for each prompt, with areas, boxes and thresholds.
@@ -109,6 +106,10 @@ def grid_to_masks(
 
     Source: thresholded heat maps as pseudo-masks: CAM (arXiv:1512.04150), section 4.1; see also `MaskRule`.
     """
+    if relevance_grids.is_cuda and cuts_on_device(rule, cleaning) and height > 0 and width > 0:
+        frames = [(height, width)] * len(relevance_grids)
+        cut = cut_maps(relevance_grids, frames, rule, normalisation, max_chunk_pixels=max_chunk_pixels)
+        return masks_of_runs(cut.runs(), height, width)
     smooth = (cleaning.smooth, cleaning.smooth)
     grids = relevance_grids.detach().float().cpu().numpy()
     stack = HeatmapStack(grids, height, width, normalisation, smooth)
@@ -137,6 +138,35 @@ def independent_masks(stack: HeatmapStack, rule: MaskRule, cleaning: Cleaning = 
     return image_masks(
         rles, thresholds=highs, thresholds_low=lows if rule.rule == "band" else None, ignores=ignores
     )
+
+
+def masks_of_runs(runs: Sequence[MapRuns], height: int, width: int) -> ImageMasks:
+    """Encode masks of one image that were cut on a device.
+
+    Args:
+        runs: of each prompt.
+        height: rows of the mask frame.
+        width: columns of the mask frame.
+
+    Raises:
+        MaskError: a map holds NaN or infinity.
+    """
+    _require_finite(np.array([not math.isnan(each.threshold) for each in runs], bool))
+    lows = np.array([each.threshold_low for each in runs], np.float32)
+    return image_masks(
+        [encode_changes(each.mask, height, width) for each in runs],
+        thresholds=np.array([each.threshold for each in runs], np.float32),
+        thresholds_low=lows if any(each.ignore is not None for each in runs) else None,
+        ignores=[encode_changes(each.ignore, height, width) for each in runs if each.ignore is not None],
+    )
+
+
+def _require_finite(is_finite: Bool[np.ndarray, " prompts"]) -> None:
+    if not is_finite.all():
+        prompts = np.flatnonzero(~is_finite).tolist()
+        raise MaskError(
+            f"heat maps: expected finite relevance, received NaN or infinity at prompts {prompts}"
+        )
 
 
 def image_masks(

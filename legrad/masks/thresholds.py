@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from legrad.errors import MaskError
@@ -15,6 +16,8 @@ OTSU_BINS = 256
 BIN_CENTRES = (np.arange(OTSU_BINS) + 0.5) / OTSU_BINS
 RULES = ("fixed", "otsu", "quantile", "band")
 BAND_CENTERS = ("half", "otsu")
+
+Threshold = TypeVar("Threshold", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def cuts_of(
     return cut, cut
 
 
-def on_scale(position: float, center: float) -> float:
+def on_scale(position: float, center: Threshold) -> Threshold:
     """Return a threshold by its position on the scale of a band; see `MaskRule.band_center`."""
     if position <= 0.5:
         return 2 * position * center
@@ -151,19 +154,30 @@ def _otsu_on_cpu(values: Float32[np.ndarray, " pixels"], is_stretched: bool) -> 
     return lowest + span * float(BIN_CENTRES[np.argmax(lower * upper * mean_gap**2)])
 
 
-def _otsu_of_stretched(unit_values: Float[Tensor, "maps pixels"]) -> Float[Tensor, " maps"]:
-    counts = _histograms(unit_values)
+def _otsu_of_stretched(unit_values: Float[Tensor, "maps pixels"]) -> Float64[Tensor, " maps"]:
+    return otsu_of_counts(_histograms(unit_values))
+
+
+def otsu_of_counts(counts: Int[Tensor, "maps bins"]) -> Float64[Tensor, " maps"]:
+    """Compute Otsu's threshold of each map from its histogram.
+
+    Args:
+        counts: pixels in each of 256 equal bins from the minimum of the map to its maximum.
+
+    Returns:
+        Centre of the chosen bin, from 0 at the minimum to 1 at the maximum; 0 for a constant map.
+    """
     centres = (torch.arange(OTSU_BINS, dtype=torch.float64, device=counts.device) + 0.5) / OTSU_BINS
-    best_bin = _between_class_variance(counts, centres).argmax(dim=1)
-    is_constant = counts[:, 0] == unit_values.shape[1]
+    best_bin = _between_class_variance(counts.double(), centres).argmax(dim=1)
+    is_constant = counts[:, 0] == counts.sum(dim=1)
     return torch.where(is_constant, 0.0, centres[best_bin])
 
 
-def _histograms(unit_values: Float[Tensor, "maps pixels"]) -> Float[Tensor, "maps bins"]:
+def _histograms(unit_values: Float[Tensor, "maps pixels"]) -> Int[Tensor, "maps bins"]:
     bins = (unit_values * OTSU_BINS).clamp_(max=OTSU_BINS - 1).to(torch.uint8)
     # One map at a time: a single count over all maps needs indices of four bytes and takes twice the time.
     counts = [torch.bincount(map_bins, minlength=OTSU_BINS) for map_bins in bins]
-    return torch.stack(counts).double()
+    return torch.stack(counts)
 
 
 def _between_class_variance(

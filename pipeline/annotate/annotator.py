@@ -13,6 +13,7 @@ import legrad
 from legrad.views import canvas_bytes
 from pipeline import storage
 from pipeline.annotate.batch_size import find_batch_size
+from pipeline.annotate.cutting import device_cut_of
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import map_bytes, refinement_of
 from pipeline.annotate.meter import Meter
@@ -88,6 +89,7 @@ class ShardAnnotator:
             companions=companions,
             views=self._views,
             refinement=refinement,
+            cut=device_cut_of(config.masks, explainer.device),
         )
         self._metadata = metadata
         self._wanted_fields = wanted_fields(config.input, self._sample_prompts)

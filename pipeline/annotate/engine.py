@@ -15,6 +15,7 @@ from legrad.masks.refine import Refinement
 from legrad.method.trace import Trace
 from legrad.text_cache import TextEmbedder
 from legrad.views import Views, merged_relevance, preprocessed
+from pipeline.annotate.cutting import DeviceCut
 from pipeline.annotate.maps import MapSettings, sample_maps
 from pipeline.annotate.meter import Meter
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps
@@ -46,6 +47,7 @@ class Engine:
         companions: texts explained beside every sample's own.
         views: of every image, whose relevance is merged; the similarity is the first one's.
         refinement: how heat maps are made to follow the pixels; None: not at all.
+        cut: how masks are cut on the device; None: that is done later, on the CPU.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Engine:
         companions: Companions = NO_COMPANIONS,
         views: Views = WHOLE_IMAGE,
         refinement: Refinement | None = None,
+        cut: DeviceCut | None = None,
     ) -> None:
         self._explainer = explainer
         self._views = views
@@ -66,6 +69,7 @@ class Engine:
             explainer.tower.normalisation,
             None if companions.neutral is None else companions.neutral_threshold,
             refinement,
+            cut,
         )
         self._max_background = companions.max_background
         self._max_prompts_per_sample = max_prompts_per_sample

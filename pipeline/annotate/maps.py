@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,13 @@ from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise
 from legrad.images import ImageTransform
 from legrad.inputs import neutral_patches
 from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
+from legrad.masks.runs import MAX_CHUNK_PIXELS, CutMaps, MapRuns, cost_pixels, cut_maps
+from legrad.masks.thresholds import MaskRule
+from pipeline.annotate.cutting import DeviceCut
 from pipeline.annotate.sample_states import SampleMaps
 from pipeline.annotate.texts import ImageMaps, images_of_maps
 from pipeline.config.masks import MasksConfig
+from pipeline.output.label_map import mask_frame
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,13 @@ class MapSettings:
         neutral_threshold: grids are zeroed where the neutral text's own grid, brought to [0, 1], exceeds
             this; None: there is no neutral text.
         refinement: how heat maps are made to follow the pixels; None: not at all.
+        cut: how masks are cut on the device; None: that is done later, on the CPU.
     """
 
     normalisation: Normalisation
     neutral_threshold: float | None = None
     refinement: Refinement | None = None
+    cut: DeviceCut | None = None
 
 
 def refinement_of(masks: MasksConfig, patch_pixels: int) -> Refinement | None:
@@ -60,7 +67,7 @@ def sample_maps(
     pixels: torch.Tensor,
     chosen: Sequence[ImageMaps],
     settings: MapSettings,
-    image_sizes: Sequence[tuple[int, int]],  # noqa: ARG001
+    image_sizes: Sequence[tuple[int, int]],
 ) -> list[SampleMaps]:
     """Zero, refine and normalise the grids of a batch on their device, and share them out on the CPU.
 
@@ -73,37 +80,93 @@ def sample_maps(
         image_sizes: height and width of each original image in pixels.
     """
     owners = images_of_maps(chosen)
-    mask_maps = None
+    mask_maps = grids
     if settings.neutral_threshold is not None:
         grids, mask_maps, owners = _without_claimed_patches(grids, owners, settings.neutral_threshold)
-    peaks = (grids if mask_maps is None else mask_maps).amax((1, 2))
+    peaks = mask_maps.amax((1, 2))
     normalisation: Normalisation | None = settings.normalisation
     if settings.refinement is not None:
-        own = grids if mask_maps is None else mask_maps
-        mask_maps = refined_maps(pixels, own, owners, settings.refinement, settings.normalisation)
-        if mask_maps.is_cuda:
-            # moves a value by 2**-12 at most, while a heat map is uncertain by far more
-            mask_maps = mask_maps.half()
+        mask_maps = refined_maps(pixels, mask_maps, owners, settings.refinement, settings.normalisation)
         normalisation = None
-    own_grids, own_peaks, *refined = in_one_trip([grids, peaks, *([] if mask_maps is None else [mask_maps])])
-    own_mask_maps = refined[0] if refined else None
-    shared: list[SampleMaps] = []
-    start = 0
-    for maps in chosen:
-        prompt_maps = maps.prompt_maps
-        end = start + prompt_maps + maps.backgrounds
-        shared.append(
-            SampleMaps(
-                own_grids[start:end],
-                own_peaks[start:end],
-                None if own_mask_maps is None else own_mask_maps[start:end],
-                maps.map_of_prompt,
-                prompt_maps,
-                normalisation,
-            )
+    cut = None
+    if settings.cut is not None:
+        side = settings.cut.max_side
+        of_images = [mask_frame(height, width, side) for height, width in image_sizes]
+        frames = [of_images[image] for image in owners.tolist()]
+        cut = _cut_those_that_fit(mask_maps, frames, settings.cut.rule, normalisation)
+    batch = _on_the_cpu(grids, peaks, mask_maps, cut)
+    ends = np.cumsum([0, *(maps.prompt_maps + maps.backgrounds for maps in chosen)]).tolist()
+    return [
+        batch.of_sample(start, end, maps, normalisation)
+        for (start, end), maps in zip(itertools.pairwise(ends), chosen, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _DeviceMasks:
+    """Masks that were cut on the device, and for each map of the batch whether it has one."""
+
+    masks: CutMaps
+    is_cut: list[bool]
+
+
+def _cut_those_that_fit(
+    mask_maps: torch.Tensor,
+    frames: Sequence[tuple[int, int]],
+    rule: MaskRule,
+    normalisation: Normalisation | None,
+) -> _DeviceMasks:
+    is_cut = [cost_pixels(frame, mask_maps.shape[1]) <= MAX_CHUNK_PIXELS for frame in frames]
+    if all(is_cut):
+        return _DeviceMasks(cut_maps(mask_maps, frames, rule, normalisation), is_cut)
+    fitting = [number for number, fits in enumerate(is_cut) if fits]
+    maps = mask_maps[torch.tensor(fitting, dtype=torch.int64, device=mask_maps.device)]
+    return _DeviceMasks(cut_maps(maps, [frames[number] for number in fitting], rule, normalisation), is_cut)
+
+
+@dataclass(frozen=True)
+class _BatchMaps:
+    """The maps of a batch on the CPU; the attributes are those of `SampleMaps`."""
+
+    relevance_grids: np.ndarray
+    peaks: np.ndarray
+    mask_maps: np.ndarray | None
+    runs: Sequence[MapRuns | None] | None
+
+    def of_sample(
+        self, start: int, end: int, maps: ImageMaps, normalisation: Normalisation | None
+    ) -> SampleMaps:
+        """Return the maps of one sample as slices."""
+        runs = () if self.runs is None else self.runs[start:end]
+        own_runs = tuple(each for each in runs if each is not None)
+        has_runs = self.runs is not None and len(own_runs) == end - start
+        return SampleMaps(
+            self.relevance_grids[start:end],
+            self.peaks[start:end],
+            None if has_runs or self.mask_maps is None else self.mask_maps[start:end],
+            maps.map_of_prompt,
+            maps.prompt_maps,
+            normalisation,
+            own_runs if has_runs else None,
         )
-        start = end
-    return shared
+
+
+def _on_the_cpu(
+    grids: torch.Tensor, peaks: torch.Tensor, mask_maps: torch.Tensor, cut: _DeviceMasks | None
+) -> _BatchMaps:
+    """Bring to the CPU what the rows of a batch need, by a single copy."""
+    tensors = [grids, peaks, *([] if cut is None else cut.masks.tensors)]
+    if mask_maps is not grids and (cut is None or not all(cut.is_cut)):
+        is_refined = mask_maps.shape != grids.shape
+        # half precision moves a value from 0 to 1 by 2**-12 at most
+        tensors.append(mask_maps.half() if mask_maps.is_cuda and is_refined else mask_maps)
+    own_grids, own_peaks, *others = in_one_trip(tensors)
+    runs: list[MapRuns | None] | None = None
+    if cut is not None:
+        found = iter(cut.masks.runs_of(*others[:3]))
+        runs = [next(found) if is_cut else None for is_cut in cut.is_cut]
+        others = others[3:]
+    return _BatchMaps(own_grids, own_peaks, others[0] if others else None, runs)
 
 
 def refined_maps(

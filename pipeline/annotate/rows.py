@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from legrad.masks.cleaning import Cleaning
 from legrad.masks.competition import Contestants, competing_masks
-from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks
+from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks, masks_of_runs
 from legrad.masks.rle import Rle
-from legrad.masks.thresholds import MaskRule, relevance_contrast
+from legrad.masks.thresholds import relevance_contrast
+from pipeline.annotate.cutting import cleaning_of, mask_rule
 from pipeline.annotate.sample_states import ExplainedSample, SampleMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
@@ -65,16 +65,12 @@ class _Frame:
         """Height and width."""
         return mask_frame(self.explained.image_height, self.explained.image_width, self.config.max_side)
 
-    @property
-    def rule(self) -> MaskRule:
-        """Where heat maps are cut."""
-        masks = self.config
-        return MaskRule(masks.rule, masks.value, masks.quantile, masks.low, masks.high, masks.band_center)
-
-    @property
-    def cleaning(self) -> Cleaning:
-        """How maps are smoothed, and specks and holes removed from masks."""
-        return Cleaning(self.config.smooth, self.config.min_component, self.config.max_hole)
+    def independent_masks(self, numbers: Sequence[int]) -> ImageMasks:
+        """Return the masks of some of the maps, each cut by itself."""
+        if (runs := self.explained.maps.runs) is not None:
+            return masks_of_runs([runs[number] for number in numbers], *self.size)
+        heatmaps = self.of_maps(numbers).heatmaps
+        return independent_masks(heatmaps, mask_rule(self.config), cleaning_of(self.config))
 
     def of_backgrounds(self) -> Contestants:
         """Return the heat maps of the background texts whose grids are finite, and the peaks of the grids."""
@@ -218,7 +214,7 @@ def _independent(frame: _Frame, positions: Sequence[int]) -> tuple[dict[int, _Ma
     map_of_prompt: list[int] = frame.explained.maps.map_of_prompt.tolist()
     # equal prompts share a map, which is cut once
     numbers = list(dict.fromkeys(map_of_prompt[position] for position in positions))
-    image_masks = independent_masks(frame.of_maps(numbers).heatmaps, frame.rule, frame.cleaning)
+    image_masks = frame.independent_masks(numbers)
     by_number = _masks_of(numbers, image_masks, image_masks.ignores)
     masks = {position: by_number[map_of_prompt[position]] for position in positions}
     return masks, _too_small(frame, masks)
@@ -227,11 +223,11 @@ def _independent(frame: _Frame, positions: Sequence[int]) -> tuple[dict[int, _Ma
 def _competing(frame: _Frame, positions: Sequence[int]) -> tuple[dict[int, _Mask], list[int]]:
     """Let prompts compete; return the masks by position, and the positions of those dropped as too small."""
     rejected: list[int] = []
-    backgrounds = frame.of_backgrounds()
+    backgrounds, rule, cleaning = frame.of_backgrounds(), mask_rule(frame.config), cleaning_of(frame.config)
     while True:
         live = [position for position in positions if position not in rejected]
         prompts = frame.of_maps(frame.explained.maps.map_of_prompt[live].tolist())
-        image_masks = competing_masks(prompts, backgrounds, frame.rule, frame.cleaning)
+        image_masks = competing_masks(prompts, backgrounds, rule, cleaning)
         # one for the image, on every row: in a single row, what is unknown must not look like background
         masks = _masks_of(live, image_masks, list(image_masks.ignores) * len(live))
         too_small = _too_small(frame, masks)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from legrad.heatmaps import Normalisation
+from legrad.masks.runs import MapRuns
 from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.sample_error import SampleError
 
@@ -72,6 +73,7 @@ class SampleMaps:
             one.
         prompt_maps: how many of the maps belong to prompts.
         normalisation: how mask maps are brought to [0, 1]; None: they are refined, and in [0, 1] already.
+        runs: masks of the maps that were cut on the device; None: masks are still to be cut from the maps.
     """
 
     relevance_grids: np.ndarray
@@ -80,6 +82,7 @@ class SampleMaps:
     map_of_prompt: np.ndarray
     prompt_maps: int
     normalisation: Normalisation | None
+    runs: tuple[MapRuns, ...] | None = None
 
     @property
     def cut_maps(self) -> np.ndarray:
