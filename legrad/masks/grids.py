@@ -89,7 +89,8 @@ def grid_to_masks(
 
     Args:
         relevance_grids: raw grids, one for each prompt, as `LeGrad.relevance` returns them for one image.
-            On a GPU they are cut there if the rule has a threshold there and masks are not cleaned.
+            On a GPU they are cut there, unless the rule is `quantile`, there is a cleaning, or a mask has
+            more than 2**24 pixels.
         height: rows of the mask frame, usually the original image's.
         width: columns of the mask frame.
         rule: rule for the threshold.
@@ -106,7 +107,8 @@ def grid_to_masks(
 
     Source: thresholded heat maps as pseudo-masks: CAM (arXiv:1512.04150), section 4.1; see also `MaskRule`.
     """
-    if relevance_grids.is_cuda and cuts_on_device(rule, cleaning) and height > 0 and width > 0:
+    has_room = min(height, width) > 0 and height * width <= MAX_CHUNK_PIXELS
+    if relevance_grids.is_cuda and has_room and cuts_on_device(rule, cleaning):
         frames = [(height, width)] * len(relevance_grids)
         cut = cut_maps(relevance_grids, frames, rule, normalisation, max_chunk_pixels=max_chunk_pixels)
         return masks_of_runs(cut.runs(), height, width)

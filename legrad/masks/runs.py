@@ -112,7 +112,7 @@ def cut_maps(
 
     Args:
         maps: relevance grids, or heat maps in [0, 1] if `normalisation` is None.
-        frames: height and width of each map's mask.
+        frames: height and width of each map's mask, fewer than 2**31 pixels each.
         rule: one of `RULES_ON_DEVICE`.
         normalisation: see `heatmaps_of`.
         max_chunk_pixels: bound on the pixels of heat maps held at a time, but always at least one map.

@@ -69,7 +69,7 @@ def sample_maps(
     settings: MapSettings,
     image_sizes: Sequence[tuple[int, int]],
 ) -> list[SampleMaps]:
-    """Zero, refine and normalise the grids of a batch on their device, and share them out on the CPU.
+    """Zero, refine and cut the maps of a batch on their device, and share them out on the CPU.
 
     Args:
         grids: raw relevance, float32 [maps, grid_height, grid_width], image by image in the order of
@@ -94,7 +94,7 @@ def sample_maps(
         of_images = [mask_frame(height, width, side) for height, width in image_sizes]
         frames = [of_images[image] for image in owners.tolist()]
         cut = _cut_those_that_fit(mask_maps, frames, settings.cut.rule, normalisation)
-    batch = _on_the_cpu(grids, peaks, mask_maps, cut)
+    batch = _on_the_cpu(grids, peaks, mask_maps, cut, is_refined=settings.refinement is not None)
     ends = np.cumsum([0, *(maps.prompt_maps + maps.backgrounds for maps in chosen)]).tolist()
     return [
         batch.of_sample(start, end, maps, normalisation)
@@ -152,14 +152,18 @@ class _BatchMaps:
 
 
 def _on_the_cpu(
-    grids: torch.Tensor, peaks: torch.Tensor, mask_maps: torch.Tensor, cut: _DeviceMasks | None
+    grids: torch.Tensor,
+    peaks: torch.Tensor,
+    mask_maps: torch.Tensor,
+    cut: _DeviceMasks | None,
+    *,
+    is_refined: bool,
 ) -> _BatchMaps:
     """Bring to the CPU what the rows of a batch need, by a single copy."""
     tensors = [grids, peaks, *([] if cut is None else cut.masks.tensors)]
     if mask_maps is not grids and (cut is None or not all(cut.is_cut)):
-        is_refined = mask_maps.shape != grids.shape
         # half precision moves a value from 0 to 1 by 2**-12 at most
-        tensors.append(mask_maps.half() if mask_maps.is_cuda and is_refined else mask_maps)
+        tensors.append(mask_maps.half() if is_refined and mask_maps.is_cuda else mask_maps)
     own_grids, own_peaks, *others = in_one_trip(tensors)
     runs: list[MapRuns | None] | None = None
     if cut is not None:

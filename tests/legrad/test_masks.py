@@ -168,6 +168,12 @@ def test_columns_of_one_map_equal_the_heat_maps_of_the_public_function(normalisa
         np.testing.assert_array_equal(columns, heatmap.mT)
 
 
+def test_a_frame_may_be_longer_than_opencv_counts_in_two_bytes():
+    grid = random_grids(3, 4)
+    expected = F.interpolate(grid[None, None], (2, 40_000), mode="bilinear", align_corners=False)[0, 0]
+    torch.testing.assert_close(upsample_grid(grid, 2, 40_000), expected, rtol=0, atol=2e-6)
+
+
 def test_upsampling_nothing_gives_nothing_of_the_right_shape():
     assert upsample_grid(torch.zeros(2, 0, 7, 5), 30, 20).shape == (2, 0, 30, 20)
 
