@@ -140,7 +140,9 @@ def test_values_come_to_the_cpu_a_few_times_a_batch_and_maps_once(explainer, com
     # the similarities, from which prompts are chosen, and all maps
     assert alone["cpu"] == together["cpu"] == 2
     # the others are checks of the texts and of the text tower's mask, and which of the texts are equal
-    assert alone.total() == together.total() <= 9
+    assert alone.total() == together.total()
+    # OpenCV interpolates maps on the CPU, torch those on a device
+    assert alone.total() - alone["numpy"] <= 9
 
 
 def test_two_batches_are_on_the_device_at_once_where_that_is_wanted(explainer):
