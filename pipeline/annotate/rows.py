@@ -85,9 +85,11 @@ class _Frame:
             pixels / cells
             for pixels, cells in zip(kept.shape[1:], maps.relevance_grids.shape[1:], strict=True)
         )
+        if kept.dtype == np.float16:
+            # NumPy takes fifteen times as long; copied, as torch wants arrays that it may write to
+            kept = torch.from_numpy(kept.copy()).float().numpy()
         heatmaps = HeatmapStack(
-            # by torch, as NumPy converts half precision fifteen times as slowly
-            torch.from_numpy(kept).float().numpy(),
+            kept,
             *self.size,
             normalisation=maps.normalisation,
             smooth=(smooth * rows_per_cell, smooth * columns_per_cell),
@@ -181,7 +183,7 @@ def _scores_of_maps(maps: SampleMaps, *, with_contrast: bool) -> dict[int, _Scor
     peaks: list[float] = grids.max(axis=(1, 2)).tolist()
     contrasts: list[float] = [0.0] * len(peaks)
     if with_contrast:
-        contrasts = relevance_contrast(torch.from_numpy(grids)).tolist()
+        contrasts = relevance_contrast(torch.from_numpy(grids.copy())).tolist()
     return dict(zip(finite, map(_Score, peaks, contrasts), strict=True))
 
 

@@ -1,6 +1,7 @@
 """From an explained sample to rows: which prompts are rejected, who competes, what is on which row."""
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -295,6 +296,19 @@ def test_a_prompt_that_is_not_finite_has_no_row_and_shifts_no_other():
     (row,) = rows_of(explained(LEFT, RIGHT, grids=grids), combine="argmax")
     assert (row["prompt"], row["class_id"]) == (RIGHT, 2)
     assert row["mask"] == rows_of(explained(RIGHT), combine="argmax")[0]["mask"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("combine", ["independent", "argmax"])
+def test_maps_in_memory_that_must_not_be_written_to_give_the_same_rows(dtype, combine):
+    refined = torch.rand(2, 12, 20, generator=torch.Generator().manual_seed(0))
+    sample = explained(LEFT, RIGHT, refined=refined)
+    sample = replace(sample, maps=replace(sample.maps, mask_maps=sample.maps.mask_maps.astype(dtype)))
+    masks = {"combine": combine, "rule": "otsu", "min_contrast": 0.1, "smooth": 0.5}
+    expected = rows_of(sample, heatmap=True, **masks)
+    for array in (sample.maps.relevance_grids, sample.maps.peaks, sample.maps.mask_maps):
+        array.flags.writeable = False
+    assert rows_of(sample, heatmap=True, **masks) == expected
 
 
 # ---------------------------------------------------------------- configuration
