@@ -13,6 +13,7 @@ import legrad
 from legrad.views import canvas_bytes
 from pipeline import storage
 from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
+from pipeline.annotate.cutting import device_cut_of
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import map_bytes, refinement_of
 from pipeline.annotate.meter import Meter
@@ -95,6 +96,7 @@ class ShardAnnotator:
             companions=companions,
             views=self._views,
             refinement=refinement,
+            cut=device_cut_of(config.masks, explainer.device),
         )
         if config.run.batch_size == "auto":
             self._engine.batch_size = find_batch_size(self._engine, self._trial, explainer.device)

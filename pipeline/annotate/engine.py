@@ -20,6 +20,7 @@ from legrad.memory import is_out_of_memory
 from legrad.text_cache import TextEmbedder
 from legrad.views import Views, merged_relevance, preprocessed
 from pipeline.annotate.batch_limits import BatchLimits
+from pipeline.annotate.cutting import DeviceCut
 from pipeline.annotate.device_clock import device_clock
 from pipeline.annotate.device_memory import Streams, sent
 from pipeline.annotate.maps import MapSettings, sample_maps
@@ -52,6 +53,7 @@ class Engine:
         companions: texts explained beside every sample's own.
         views: of every image, whose relevance is merged; the similarity is the first one's.
         refinement: how heat maps are made to follow the pixels; None: not at all.
+        cut: how masks are cut on the device; None: that is done later, on the CPU.
 
     Attributes:
         batches_at_once: batches that may be on the device now.
@@ -69,6 +71,7 @@ class Engine:
         companions: Companions = NO_COMPANIONS,
         views: Views = WHOLE_IMAGE,
         refinement: Refinement | None = None,
+        cut: DeviceCut | None = None,
     ) -> None:
         self._explainer = explainer
         self._views = views
@@ -76,6 +79,7 @@ class Engine:
             explainer.tower.normalisation,
             None if companions.neutral is None else companions.neutral_threshold,
             refinement,
+            cut,
         )
         self._max_background = companions.max_background
         self._max_prompts_per_sample = max_prompts_per_sample
@@ -220,11 +224,12 @@ class Engine:
             similarities = unit_row_cosines(trace.image_features, texts.unit_rows).cpu().numpy()
         chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, self._max_background)
         prompts = _prompts_of_maps(chosen, texts.unit_rows)
+        image_sizes = [(sample.image_height, sample.image_width) for sample in samples]
         with self.clock.work():
             grids = merged_relevance(
                 explainer, trace, canvases, prompts, views=self._views, images_at_once=images_at_once
             ).float()
-            maps = sample_maps(grids, canvases[0], chosen, self._map_settings)
+            maps = sample_maps(grids, canvases[0], chosen, self._map_settings, image_sizes)
         return [
             _explained(sample, own_maps, _explained_prompts(sample, choice, rows, cosines, texts))
             for sample, choice, own_maps, rows, cosines in zip(
