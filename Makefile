@@ -56,6 +56,7 @@ bench: $(STAMP)  ## explaining on the CPU beside the authors' package and a forw
 
 bench-gpu: $(STAMP)  ## explaining on a CUDA device beside a forward pass, the kernel beside its fallback
 	$(BIN)/python tests/bench/explain_gpu.py
+	$(BIN)/python tests/bench/gpu_step.py
 
 bench-pipeline: $(STAMP)  ## benchmarks of the pipeline: stream, throughput, memory, driver; a JSON row each
 	$(BIN)/python tests/bench/stream_busy.py

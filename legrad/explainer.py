@@ -17,6 +17,7 @@ from legrad.heatmaps import heatmaps_of
 from legrad.images import Fit, ImageTransform, transform_of
 from legrad.inputs import (
     Options,
+    RaggedPrompts,
     as_ragged,
     check_image_size,
     check_images,
@@ -28,6 +29,7 @@ from legrad.inputs import (
     neutral_patches,
 )
 from legrad.loading import load_model
+from legrad.memory import is_out_of_memory
 from legrad.method.relevance import relevance_grids
 from legrad.method.trace import Trace, trace_images
 from legrad.text import embed_texts, require_tokenizer
@@ -135,10 +137,11 @@ class LeGrad:
         """Describe the model again after a failure: an error of its description says more."""
         try:
             yield
-        except (LeGradError, torch.OutOfMemoryError):
+        except LeGradError:
             raise
-        except Exception:
-            self._describe()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                self._describe()
             raise
 
     def __copy__(self) -> "LeGrad":
@@ -295,7 +298,7 @@ class LeGrad:
     def relevance(
         self,
         images: Float[Tensor, "batch 3 height width"] | Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"],
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
         image_index: Int[Tensor, " prompts"] | None = None,
         *,
         per_layer: bool = False,
@@ -306,7 +309,8 @@ class LeGrad:
             images: preprocessed images, or their trace.
             text_embeddings: [batch, prompts, embed_dim]: the prompts of each image; [prompts, embed_dim]:
                 every prompt for every image; [prompts, embed_dim] with `image_index`: any number of prompts
-                for each image. Rows need not have unit length, only a length above zero.
+                for each image. Rows need not have unit length, only a length above zero. Or prompts that
+                `legrad.inputs` has prepared, which are used without another check.
             image_index: for each prompt, the row of its image.
             per_layer: return one grid for each layer instead of their sum.
 
@@ -321,7 +325,11 @@ class LeGrad:
         """
         self._follow_changes()
         # Checked before the forward pass: on a GPU the check waits for all kernels launched before it.
-        prompts = as_ragged(self._features_like(images), text_embeddings, image_index)
+        prompts = (
+            text_embeddings
+            if isinstance(text_embeddings, RaggedPrompts)
+            else as_ragged(self._features_like(images), text_embeddings, image_index)
+        )
         trace = self._as_trace(images)
         with self._failures_described():
             grids = self._relevance_grids(

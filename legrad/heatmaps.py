@@ -6,9 +6,10 @@ width), which need not be the model's input size.
 
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from legrad.errors import MaskError
@@ -29,17 +30,6 @@ def minmax_normalise(maps: Float[Tensor, "*leading height width"]) -> Float[Tens
     return (maps - lowest).div_(torch.where(span > 0, span, 1))
 
 
-def first_of_equal_maps(maps: Float[Tensor, "maps height width"]) -> list[int]:
-    """Return, for each map, the position of the first map that is bit-for-bit equal, often its own.
-
-    Later steps may round equal maps differently, depending on their position in a batch; comparing here keeps
-    the result independent of that.
-    """
-    first: dict[bytes, int] = {}
-    every_map = maps.cpu().contiguous().view(torch.uint8).flatten(1).numpy() if maps.numel() else ()
-    return [first.setdefault(map_bytes.tobytes(), position) for position, map_bytes in enumerate(every_map)]
-
-
 def upsample_grid(
     relevance_grid: Float[Tensor, "*leading grid_height grid_width"], height: int, width: int
 ) -> Float[Tensor, "*leading height width"]:
@@ -52,20 +42,22 @@ def upsample_grid(
 
     Returns:
         Maps in the grid's own units, stored column by column (a transposed view), the order of COCO's RLE.
+        float32 maps on the CPU are interpolated by OpenCV, others by torch; they differ by rounding errors.
 
     Raises:
         MaskError: the frame has no pixels.
     """
-    if height < 1 or width < 1:
-        raise MaskError(
-            f"upsample_grid: expected a frame of at least 1 x 1 pixels, received {height} x {width}"
-        )
+    _require_pixels(height, width)
     leading = relevance_grid.shape[:-2]
     if not leading.numel():
         return relevance_grid.new_zeros((*leading, width, height)).mT
+    is_on_cpu = relevance_grid.device.type == "cpu" and relevance_grid.dtype == torch.float32
+    if is_on_cpu and not relevance_grid.requires_grad:
+        grids = relevance_grid.reshape(-1, *relevance_grid.shape[-2:]).numpy()
+        columns = np.stack([upsample_columns(grid, height, width) for grid in grids])
+        return torch.from_numpy(columns).reshape(*leading, width, height).mT
     columns_first = relevance_grid.mT.reshape(1, -1, *relevance_grid.mT.shape[-2:])
-    # Subtracting the minimum first keeps a constant map exactly constant. Otherwise rounding would leave a
-    # ripple, which min-max normalisation would stretch to the full range.
+    # see upsample_columns
     lowest = columns_first.amin(dim=(-2, -1), keepdim=True)
     pixels = F.interpolate(columns_first - lowest, size=(width, height), mode="bilinear", align_corners=False)
     return pixels.add_(lowest).reshape(*leading, width, height).mT
@@ -97,3 +89,69 @@ def heatmaps_of(
     if normalisation == "grid":
         return upsample_grid(minmax_normalise(relevance_grid), height, width)
     return minmax_normalise(upsample_grid(relevance_grid, height, width))
+
+
+def upsample_columns(
+    relevance_grid: Float32[np.ndarray, "grid_height grid_width"], height: int, width: int
+) -> Float32[np.ndarray, "width height"]:
+    """Interpolate one grid as `upsample_grid` does; the result is transposed, column by column.
+
+    Args:
+        relevance_grid: of any range.
+        height: rows of the pixel frame.
+        width: columns of the pixel frame.
+
+    Raises:
+        MaskError: the frame has no pixels.
+    """
+    # Imported here, as it takes long and most programs need no masks.
+    import cv2
+
+    _require_pixels(height, width)
+    # Subtracting the minimum first keeps a constant map exactly constant. Otherwise rounding would leave a
+    # ripple, which min-max normalisation would stretch to the full range.
+    lowest = relevance_grid.min()
+    above = relevance_grid if lowest == 0 else relevance_grid - lowest
+    columns: np.ndarray = cv2.resize(cv2.transpose(above), (height, width), interpolation=cv2.INTER_LINEAR)
+    if lowest != 0:
+        columns += lowest
+    return columns
+
+
+def heatmap_columns(
+    relevance_grid: Float32[np.ndarray, "grid_height grid_width"],
+    height: int,
+    width: int,
+    normalisation: Normalisation | None,
+) -> Float32[np.ndarray, "width height"]:
+    """Convert one grid to a heat map as `heatmaps_of` does; the result is transposed, column by column.
+
+    Args:
+        relevance_grid: raw relevance, or values from 0 to 1 if `normalisation` is None.
+        height: rows of the pixel frame.
+        width: columns of the pixel frame.
+        normalisation: see `heatmaps_of`; None: the grid is only resized.
+
+    Raises:
+        MaskError: the frame has no pixels.
+    """
+    if normalisation == "grid":
+        return upsample_columns(_stretched(relevance_grid), height, width)
+    columns = upsample_columns(relevance_grid, height, width)
+    return columns if normalisation is None else _stretched(columns)
+
+
+def _stretched(values: Float32[np.ndarray, "rows columns"]) -> Float32[np.ndarray, "rows columns"]:
+    """Return the values as `minmax_normalise` scales them."""
+    lowest, highest = values.min(), values.max()
+    stretched: np.ndarray = values - lowest
+    if highest > lowest:
+        stretched /= highest - lowest
+    return stretched
+
+
+def _require_pixels(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise MaskError(
+            f"upsample_grid: expected a frame of at least 1 x 1 pixels, received {height} x {width}"
+        )

@@ -6,6 +6,7 @@ With `fit="stretch"` the result is bit for bit that of open_clip with `resize_mo
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -90,13 +91,23 @@ class ImageTransform:
             dtype: dtype of the result; the arithmetic is in float32.
         """
         # Divide by a tensor: given a Python number, CUDA multiplies by its rounded reciprocal instead.
-        most = torch.tensor(255, dtype=torch.float32, device=pixels.device)
-        channels_first = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(most)
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-            for values in (self.mean, self.std)
-        )
+        most, mean, std = _constants(self.mean, self.std, pixels.device)
+        batch, height, width, _ = pixels.shape
+        channels_first = torch.empty(batch, 3, height, width, device=pixels.device)
+        torch.div(pixels.permute(0, 3, 1, 2), most, out=channels_first)
         return channels_first.sub_(mean).div_(std).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _constants(
+    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return 255, mean and std as tensors; a device would be waited for if they were sent for every batch."""
+    with torch.inference_mode(False):
+        most, *by_channel = (
+            torch.tensor(values, dtype=torch.float32, device=device) for values in (255, mean, std)
+        )
+    return most, by_channel[0].view(3, 1, 1), by_channel[1].view(3, 1, 1)
 
 
 def transform_of(visual: nn.Module) -> ImageTransform:

@@ -62,6 +62,22 @@ class RaggedPrompts:
     one_by_one: bool
 
 
+def ragged_unit_rows(
+    unit_rows: Float[Tensor, "prompts embed_dim"],
+    image_index: Int[Tensor, " prompts"],
+    *,
+    one_by_one: bool,
+) -> RaggedPrompts:
+    """Return prompts whose rows and index are known to be right, so that nothing waits for their device.
+
+    Args:
+        unit_rows: unit text embeddings, as `TextEmbedder` returns them.
+        image_index: for each prompt the row of its image, on the device of the rows.
+        one_by_one: see `RaggedPrompts`.
+    """
+    return RaggedPrompts(unit_rows, image_index, (len(unit_rows),), one_by_one)
+
+
 def as_ragged(
     image_features: Float[Tensor, "batch embed_dim"], text_embeddings: Tensor, image_index: Tensor | None
 ) -> RaggedPrompts:
@@ -233,7 +249,7 @@ def cosines(
     Raises:
         InputError: shapes, dtypes, devices or indices do not fit.
     """
-    features = F.normalize(image_features.to(accumulation_dtype(image_features.dtype)), dim=-1)
+    features = _unit_features(image_features)
     if image_index is not None:
         prompts = as_ragged(image_features, text_embeddings, image_index)
         return (features[prompts.image_index] * prompts.unit_rows).sum(dim=-1)
@@ -241,6 +257,17 @@ def cosines(
     if unit_rows.ndim == 2:
         return features @ unit_rows.T
     return (unit_rows @ features.unsqueeze(-1)).squeeze(-1)
+
+
+def unit_row_cosines(
+    image_features: Float[Tensor, "batch embed_dim"], unit_rows: Float[Tensor, "prompts embed_dim"]
+) -> Float[Tensor, "batch prompts"]:
+    """Compute `cosines` of rows that are known to be unit, so that nothing waits for their device."""
+    return _unit_features(image_features) @ unit_rows.T
+
+
+def _unit_features(image_features: Float[Tensor, "batch embed_dim"]) -> Float[Tensor, "batch embed_dim"]:
+    return F.normalize(image_features.to(accumulation_dtype(image_features.dtype)), dim=-1)
 
 
 def check_trace(trace: Trace, tower: Tower, scoring: Scoring, structure: int) -> Trace:

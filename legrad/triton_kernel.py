@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from legrad.memory import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -57,7 +59,7 @@ class TritonKernel:
                     with _current(device):
                         result = kernel()
                 except Exception as error:
-                    if _is_out_of_memory(error):
+                    if isinstance(error, MemoryError) or is_out_of_memory(error):
                         raise
                     self._give_up(error)
                 else:
@@ -86,8 +88,3 @@ def _has_triton() -> bool:
 def _current(device: torch.device) -> AbstractContextManager[object]:
     # Triton launches on the current device, whatever the device of the operands.
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # Triton's OutOfResources, too little shared memory or too few registers, reads "out of resource".
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)

@@ -15,7 +15,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.images import ImageTransform
+from legrad.inputs import RaggedPrompts, as_ragged, ragged_unit_rows
 from legrad.method.towers import Tower
 from legrad.method.trace import Trace
 
@@ -246,7 +247,8 @@ def view_relevance(
         ]
         trace = explainer.encode(preprocessed(explainer, canvases[0]))
         image_index = torch.zeros(len(text_embeddings), dtype=torch.int64)
-        merged.append(merged_relevance(explainer, trace, canvases, text_embeddings, image_index, views=views))
+        prompts = as_ragged(trace.image_features, text_embeddings, image_index)
+        merged.append(merged_relevance(explainer, trace, canvases, prompts, views=views))
     return merged
 
 
@@ -254,8 +256,7 @@ def merged_relevance(
     explainer: LeGrad,
     trace: Trace,
     canvases: Sequence[UInt8[Tensor, "batch _height _width 3"]],
-    text_embeddings: Float[Tensor, "prompts embed_dim"],
-    image_index: Int[Tensor, " prompts"],
+    prompts: RaggedPrompts,
     *,
     views: Views,
     images_at_once: int = 1,
@@ -266,8 +267,7 @@ def merged_relevance(
         explainer: explainer of the model.
         trace: trace of the first canvas, not mirrored.
         canvases: the batch on each canvas, resized by `canvas_pixels`; on any device.
-        text_embeddings: one row for each prompt.
-        image_index: for each prompt, the row of its image.
+        prompts: texts, each with its image.
         views: the views to merge.
         images_at_once: largest number of images in a forward pass, if the batch is not larger; views of one
             size share a forward pass.
@@ -275,7 +275,7 @@ def merged_relevance(
     Returns:
         Raw relevance on the reference grid, scaled like the relevance of the first view.
     """
-    first = explainer.relevance(trace, text_embeddings, image_index)
+    first = explainer.relevance(trace, prompts)
     patch = explainer.patch_size
     grids = [(canvas.shape[1] // patch, canvas.shape[2] // patch) for canvas in canvases]
     window = (explainer.transform.height // patch, explainer.transform.width // patch)
@@ -283,22 +283,28 @@ def merged_relevance(
     if not others:
         return first
     tokens = _tokens(explainer, whole)
-    batch, prompts = len(canvases[0]), len(text_embeddings)
+    batch, maps = len(canvases[0]), len(prompts.unit_rows)
 
     def explained() -> Iterator[tuple[View, Tensor]]:
         yield whole, first
         for part in _parts(others, max(1, images_at_once // batch)):
             pixels = torch.cat([_seen(canvases[view.canvas], view, patch) for view in part])
-            rows = torch.cat([image_index + batch * place for place in range(len(part))])
             relevance = explainer.relevance(
-                preprocessed(explainer, pixels), text_embeddings.repeat(len(part), 1), rows
+                preprocessed(explainer, pixels), _repeated(prompts, len(part), batch)
             )
             # Relevance is inversely proportional to the number of tokens that the score averages.
             scale = 1.0 if explainer.scoring.pooler is not None else _tokens(explainer, part[0]) / tokens
-            by_view = (relevance * scale).reshape(len(part), prompts, *relevance.shape[-2:])
+            by_view = (relevance * scale).reshape(len(part), maps, *relevance.shape[-2:])
             yield from zip(part, by_view, strict=True)
 
     return merge_grids(grids, explained())
+
+
+def _repeated(prompts: RaggedPrompts, times: int, batch: int) -> RaggedPrompts:
+    """Return the prompts of several batches, one after the other."""
+    rows = torch.cat([prompts.image_index + batch * place for place in range(times)])
+    unit_rows = prompts.unit_rows.repeat(times, 1)
+    return ragged_unit_rows(unit_rows, rows, one_by_one=prompts.one_by_one)
 
 
 def preprocessed(

@@ -20,12 +20,13 @@ from legrad.errors import LeGradError, UnsupportedModelError
 from legrad.families import describe_tower
 from legrad.families.modules import ACTIVATION_NAMES, GLOBAL_HOOKS, HOOKS, way_out, written_out
 from legrad.families.parts import qualified_name
+from legrad.memory import is_out_of_memory
 from legrad.method.stages import Activation, Norm
 from legrad.method.towers import Tower
 from legrad.method.trace import Trace, trace_images
 
 # Largest distance of unit features. The structural check comes first, so remaining differences are large;
-# float32 allows for TF32, half precision for deep towers.
+# float32 allows for TF32, which the model's own pass may use, half precision for deep towers.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Tokens are not normalised, so rounding adds up to more than in unit features.
 TOKEN_SLACK = 5
@@ -92,9 +93,11 @@ def _check_features(model: Any, tower: Tower) -> None:
         return
     try:
         received = _closed_form(tower, images)
-    except (LeGradError, torch.OutOfMemoryError):
+    except LeGradError:
         raise
     except Exception as error:  # a module that does not match its description may raise anything
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"{qualified_name(type(model))}: the model encodes an image, its description does not "
             f"({type(error).__name__}: {error}). Way out: put the model's own modules back"
@@ -144,9 +147,9 @@ def _own_pass(model: Any, images: Tensor) -> _OwnPass:
     try:
         with torch.autocast(images.device.type, dtype=images.dtype if autocast else None, enabled=autocast):
             features = model.encode_image(images)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"{qualified_name(type(model))}: the model itself cannot encode an image [1, 3, "
             f"{images.shape[2]}, {images.shape[3]}] of {images.dtype} ({type(error).__name__}: {error}). "

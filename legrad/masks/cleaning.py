@@ -7,9 +7,7 @@ fill holes.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float32
 
 from legrad.errors import MaskError
 
@@ -50,40 +48,32 @@ class Cleaning:
 NO_CLEANING = Cleaning()
 
 
-def smooth_maps(
-    maps: Float[Tensor, "*leading height width"], sigma_height: float, sigma_width: float
-) -> Float[Tensor, "*leading height width"]:
-    """Smooth each map with a Gaussian; maps are mirrored at their edges.
+def smooth_map(
+    heat: Float32[np.ndarray, "height width"], sigma_height: float, sigma_width: float
+) -> Float32[np.ndarray, "height width"]:
+    """Smooth a map with a Gaussian; the map is mirrored at its edges.
 
     Args:
-        maps: maps of any range.
-        sigma_height: standard deviation along the height, in cells of the maps.
-        sigma_width: standard deviation along the width, in cells of the maps.
+        heat: of any range.
+        sigma_height: standard deviation along the height, in cells of the map.
+        sigma_width: standard deviation along the width, in cells of the map.
     """
-    if not maps.numel() or not (sigma_height or sigma_width):
-        return maps
+    if not (sigma_height or sigma_width):
+        return heat
     from scipy import ndimage
 
-    sigmas = (0.0,) * (maps.ndim - 2) + (sigma_height, sigma_width)
-    return torch.from_numpy(ndimage.gaussian_filter(maps.cpu().numpy(), sigmas)).to(maps.device)
+    smooth: np.ndarray = ndimage.gaussian_filter(heat, (sigma_height, sigma_width))
+    return smooth
 
 
-def clean_masks(
-    masks: Bool[Tensor, "prompts height width"], cleaning: Cleaning
-) -> Bool[Tensor, "prompts height width"]:
-    """Drop the small components of each mask, then fill its small holes.
+def clean_mask(
+    mask: Bool[np.ndarray, "height width"], cleaning: Cleaning
+) -> Bool[np.ndarray, "height width"]:
+    """Drop the small components of a mask, then fill its small holes; a transposed mask gives the same.
 
     Components are 8-connected, holes 4-connected. Background that touches the border of the frame is not a
     hole.
     """
-    if not cleaning.changes_masks or not masks.numel():
-        return masks
-    # Transposed, because masks are stored column by column and should stay so; the result is the same.
-    tidy = [_clean(mask, cleaning) for mask in masks.mT.cpu().numpy()]
-    return torch.from_numpy(np.stack(tidy)).to(masks.device).mT
-
-
-def _clean(mask: Bool[np.ndarray, "height width"], cleaning: Cleaning) -> Bool[np.ndarray, "height width"]:
     if cleaning.min_component > 0:
         mask = _without_small_components(mask, cleaning.min_component * mask.size)
     if cleaning.max_hole > 0:

@@ -1,21 +1,19 @@
 """Convert relevance grids to masks, each prompt on its own: upsample, threshold, clean, encode."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from legrad.errors import MaskError
-from legrad.heatmaps import Normalisation, heatmaps_of, upsample_grid
-from legrad.masks.cleaning import NO_CLEANING, Cleaning, clean_masks, smooth_maps
-from legrad.masks.rle import Rle, encode_rle, measure_encoded
+from legrad.heatmaps import Normalisation, heatmap_columns
+from legrad.masks.cleaning import NO_CLEANING, Cleaning, clean_mask, smooth_map
+from legrad.masks.rle import Rle, encode_changes, encode_columns, measure_encoded
+from legrad.masks.runs import MAX_CHUNK_PIXELS, MapRuns, cut_maps, cuts_on_device
 from legrad.masks.thresholds import MaskRule, cuts_of
-
-# Larger chunks would not fit into the cache of a core.
-MAX_CHUNK_PIXELS = 2**19
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class ImageMasks:
 
 @dataclass(frozen=True)
 class HeatmapStack:
-    """Heat maps of one image, computed a few at a time to bound memory.
+    """Heat maps of one image on the CPU, computed one at a time to bound memory.
 
     Attributes:
         maps: raw relevance grids, or heat maps of any size if `normalisation` is None.
@@ -51,39 +49,30 @@ class HeatmapStack:
         normalisation: see `heatmaps_of`; None: the maps are in [0, 1] already, and only resized.
         smooth: standard deviations of a Gaussian along height and width, in cells of `maps`. It is applied
             before maps are resized, which is cheaper and looks the same.
-        max_chunk_pixels: bound on the pixels of heat maps held at a time, but always at least one map.
 
     Raises:
         MaskError: a map holds NaN or infinity.
     """
 
-    maps: Float[Tensor, "prompts rows columns"]
+    maps: Float32[np.ndarray, "prompts rows columns"]
     height: int
     width: int
     normalisation: Normalisation | None = "upsampled"
     smooth: tuple[float, float] = (0.0, 0.0)
-    max_chunk_pixels: int = MAX_CHUNK_PIXELS
 
     def __post_init__(self) -> None:
-        finite = self.maps.isfinite().flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            prompts = (~finite).nonzero().flatten().tolist()
-            raise MaskError(
-                f"heat maps: expected finite relevance, received NaN or infinity at prompts {prompts}"
-            )
+        is_finite = np.isfinite(self.maps)
+        if not is_finite.all():
+            _require_finite(is_finite.all(axis=(1, 2)))
 
     def __len__(self) -> int:
-        return self.maps.shape[0]
+        return len(self.maps)
 
-    def chunks(self) -> Iterator[Float[Tensor, "chunk height width"]]:
-        """Yield the heat maps in order, several at a time."""
-        maps_per_chunk = max(1, self.max_chunk_pixels // max(1, self.height * self.width))
-        for start in range(0, len(self), maps_per_chunk):
-            maps = smooth_maps(self.maps[start : start + maps_per_chunk].float(), *self.smooth)
-            if self.normalisation is None:
-                yield upsample_grid(maps, self.height, self.width)
-            else:
-                yield heatmaps_of(maps, self.height, self.width, self.normalisation)
+    def columns(self) -> Iterator[Float32[np.ndarray, "width height"]]:
+        """Yield the heat maps in order, each one column by column."""
+        for each in self.maps:
+            smooth = smooth_map(each, *self.smooth)
+            yield heatmap_columns(smooth, self.height, self.width, self.normalisation)
 
 
 def grid_to_masks(
@@ -100,13 +89,15 @@ def grid_to_masks(
 
     Args:
         relevance_grids: raw grids, one for each prompt, as `LeGrad.relevance` returns them for one image.
-            Everything before the encoding runs on their device.
+            On a GPU they are cut there, unless the rule is `quantile`, there is a cleaning, or a mask has
+            more than 2**24 pixels.
         height: rows of the mask frame, usually the original image's.
         width: columns of the mask frame.
         rule: rule for the threshold.
         normalisation: when maps are normalised; see `heatmaps_of`.
         cleaning: smoothing of the grids and cleaning of the masks.
-        max_chunk_pixels: bound on the pixels of heat maps held at a time, but always at least one map.
+        max_chunk_pixels: bound on the pixels of heat maps held at a time on a GPU, but always at least one
+            map. On the CPU it is one map.
 
     Returns:
         One mask for each prompt, with areas, boxes and thresholds.
@@ -116,8 +107,14 @@ def grid_to_masks(
 
     Source: thresholded heat maps as pseudo-masks: CAM (arXiv:1512.04150), section 4.1; see also `MaskRule`.
     """
+    has_room = min(height, width) > 0 and height * width <= MAX_CHUNK_PIXELS
+    if relevance_grids.is_cuda and has_room and cuts_on_device(rule, cleaning):
+        frames = [(height, width)] * len(relevance_grids)
+        cut = cut_maps(relevance_grids, frames, rule, normalisation, max_chunk_pixels=max_chunk_pixels)
+        return masks_of_runs(cut.runs(), height, width)
     smooth = (cleaning.smooth, cleaning.smooth)
-    stack = HeatmapStack(relevance_grids, height, width, normalisation, smooth, max_chunk_pixels)
+    grids = relevance_grids.detach().float().cpu().numpy()
+    stack = HeatmapStack(grids, height, width, normalisation, smooth)
     return independent_masks(stack, rule, cleaning)
 
 
@@ -131,21 +128,47 @@ def independent_masks(stack: HeatmapStack, rule: MaskRule, cleaning: Cleaning = 
     """
     rles: list[Rle] = []
     ignores: list[Rle] = []
-    lows, highs = [torch.zeros(0)], [torch.zeros(0)]
-    for heatmaps in stack.chunks():
-        low, high = cuts_of(heatmaps, rule, is_stretched=stack.normalisation == "upsampled")
-        masks = clean_masks(heatmaps > high[:, None, None], cleaning)
-        rles += encode_rle(masks)
+    cuts: list[tuple[float, float]] = []
+    for heat in stack.columns():
+        low, high = cuts_of(heat, rule, is_stretched=stack.normalisation == "upsampled")
+        mask = clean_mask(heat > np.float32(high), cleaning)
+        rles.append(encode_columns(mask))
         if rule.rule == "band":
-            ignores += encode_rle((heatmaps > low[:, None, None]) & ~masks)
-        lows.append(low.cpu())
-        highs.append(high.cpu())
+            ignores.append(encode_columns((heat > np.float32(low)) & ~mask))
+        cuts.append((low, high))
+    lows, highs = np.array(cuts, np.float32).reshape(-1, 2).T
     return image_masks(
-        rles,
-        thresholds=torch.cat(highs).numpy(),
-        thresholds_low=torch.cat(lows).numpy() if rule.rule == "band" else None,
-        ignores=ignores,
+        rles, thresholds=highs, thresholds_low=lows if rule.rule == "band" else None, ignores=ignores
     )
+
+
+def masks_of_runs(runs: Sequence[MapRuns], height: int, width: int) -> ImageMasks:
+    """Encode masks of one image that were cut on a device.
+
+    Args:
+        runs: of each prompt.
+        height: rows of the mask frame.
+        width: columns of the mask frame.
+
+    Raises:
+        MaskError: a map holds NaN or infinity.
+    """
+    _require_finite(np.array([not math.isnan(each.threshold) for each in runs], bool))
+    lows = np.array([each.threshold_low for each in runs], np.float32)
+    return image_masks(
+        [encode_changes(each.mask, height, width) for each in runs],
+        thresholds=np.array([each.threshold for each in runs], np.float32),
+        thresholds_low=lows if any(each.ignore is not None for each in runs) else None,
+        ignores=[encode_changes(each.ignore, height, width) for each in runs if each.ignore is not None],
+    )
+
+
+def _require_finite(is_finite: Bool[np.ndarray, " prompts"]) -> None:
+    if not is_finite.all():
+        prompts = np.flatnonzero(~is_finite).tolist()
+        raise MaskError(
+            f"heat maps: expected finite relevance, received NaN or infinity at prompts {prompts}"
+        )
 
 
 def image_masks(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float32, Int, Int64, Shaped, UInt8
 
 from legrad.errors import RleError
 
@@ -56,17 +56,38 @@ def encode_rle(masks: Shaped[Any, "prompts height width"]) -> list[Rle]:
 
     Source: `encode` of pycocotools.
     """
-    # Imported here, as programs that only read masks need neither.
+    # Imported here, as programs that only read masks do not need it.
     import torch
+
+    columns = torch.as_tensor(masks).to(torch.bool).mT.contiguous().cpu().numpy()
+    return [encode_columns(mask_columns) for mask_columns in columns]
+
+
+def encode_columns(mask_columns: Bool[np.ndarray, "width height"]) -> Rle:
+    """Encode one mask that is stored column by column, as `encode_rle` does."""
+    # Imported here, as programs that only read masks do not need it.
     from pycocotools import mask as coco
 
-    foreground = torch.as_tensor(masks).to(torch.bool)
-    # [prompts, width, height] in C order is [height, width, prompts] in Fortran order, as pycocotools wants.
-    fortran = foreground.mT.contiguous().view(torch.uint8).cpu().numpy().T
-    return [
-        {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-        for rle in coco.encode(fortran)
-    ]
+    # [width, height] in C order is [height, width, 1] in Fortran order, as pycocotools wants.
+    (rle,) = coco.encode(mask_columns.view(np.uint8).T[:, :, None])
+    return {"size": list(mask_columns.shape[::-1]), "counts": rle["counts"].decode("ascii")}
+
+
+def encode_changes(changes: Int[np.ndarray, " changes"], height: int, width: int) -> Rle:
+    """Encode one mask from the positions where it changes.
+
+    Args:
+        changes: ascending positions in column-major order whose value differs from that of the pixel before;
+            the pixel before the first one counts as background.
+        height: height of the mask in pixels.
+        width: width of the mask in pixels.
+    """
+    # Imported here, as programs that only read masks do not need it.
+    from pycocotools import mask as coco
+
+    lengths = np.diff(changes, prepend=0, append=height * width)
+    rle = coco.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
 def measure_encoded(

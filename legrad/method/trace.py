@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from legrad.method.precision import full_precision_convolutions
 from legrad.method.stages import run_stages
 from legrad.method.towers import Block, Scoring, Tower
 
@@ -91,7 +92,8 @@ def trace_images(
     first_kept = len(tower.blocks) - layers
     kept: list[LayerTrace] = []
     with torch.autocast(images.device.type, enabled=False):
-        embedded = tower.embed(images)
+        with full_precision_convolutions(images.dtype):
+            embedded = tower.embed(images)
         tokens = embedded.tokens
         for index, block in enumerate(tower.blocks):
             layer = run_block(block, tokens, embedded.rotary, index)

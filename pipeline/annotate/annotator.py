@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import legrad
-from legrad.views import Views, canvas_bytes
+from legrad.views import canvas_bytes
 from pipeline import storage
-from pipeline.annotate.batch_size import find_batch_size
+from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
 from pipeline.annotate.chunk_rows import ChunkRows, add_chunk
+from pipeline.annotate.cutting import device_cut_of
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.meter import Meter
@@ -24,6 +25,7 @@ from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.annotate.sample_work import SampleWork, WorkSettings
 from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
+from pipeline.annotate.trial import TrialSamples
 from pipeline.annotate.work_in_processes import WorkInProcesses
 from pipeline.config.schema import InputConfig, JobConfig
 from pipeline.output.counts import ShardCounts, total_counts
@@ -36,6 +38,7 @@ from pipeline.storage import ShardSource
 
 LOOKAHEAD_BATCHES = 8
 CHUNK_SAMPLES = 32
+WARM_UP_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class ShardAnnotator:
         metadata: written into the footer of every file beside the counts: config hash, versions and so on.
         batches_at_once: batches on the device; with two, one computes while the other is put together.
         processes: one for each of these threads, so that Python does not make them take turns, and an image
-            that kills its decoder costs one sample. They end with the annotator. None: threads of this process.
+            that kills its decoder costs one sample. They end with the annotator. None: threads are used.
     """
 
     def __init__(
@@ -77,22 +80,33 @@ class ShardAnnotator:
         processes: SampleProcesses | None = None,
     ) -> None:
         self._config = config
-        self._meter = Meter(decode_threads)
         sample_prompts = SamplePrompts(config)
         views = views_wanted(config, explainer)
         settings = WorkSettings(config, explainer.transform, views)
         self._work = _work_of(settings, processes)
         companions = companions_of(config.prompts)
+        trial = TrialSamples(
+            explainer.transform,
+            views,
+            sample_prompts.usual_number,
+            texts_recur=sample_prompts.field is None,
+        )
         self._engine = Engine(
             explainer,
             config.prompts.max_per_sample,
-            self._batch_size(explainer, sample_prompts.usual_number + companions.most_maps, views),
-            self._meter,
+            CPU_BATCH_SIZE if config.run.batch_size == "auto" else config.run.batch_size,
             batches_at_once=batches_at_once,
             companions=companions,
             views=views,
             refinement=refinement_of(config.masks, explainer.patch_size),
+            cut=device_cut_of(config.masks, explainer.device),
         )
+        if explainer.device.type != "cpu":
+            # kernels are compiled now, and a worker whose device cannot run them fails before it has a shard
+            self._engine.warm_up(trial.batch(WARM_UP_SAMPLES))
+        if config.run.batch_size == "auto":
+            self._engine.batch_size = find_batch_size(self._engine, trial, explainer.device)
+        self._meter = Meter(self._engine.clock, decode_threads)
         self._metadata = metadata
         self._wanted_fields = wanted_fields(config.input, sample_prompts)
         self._canvas_bytes = canvas_bytes(views, explainer.transform)
@@ -160,11 +174,6 @@ class ShardAnnotator:
         self._stream.close()
         self._work.close()
 
-    def _batch_size(self, explainer: legrad.LeGrad, maps_per_sample: int, views: Views) -> int:
-        if self._config.run.batch_size != "auto":
-            return self._config.run.batch_size
-        return find_batch_size(explainer, maps_per_sample, views)
-
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:
         self._in_flight.add(writer)
@@ -218,5 +227,5 @@ def _prepared_bytes(sample: PreparedSample) -> int:
 
 
 def _explained_bytes(sample: ExplainedSample) -> int:
-    texts = (sample.maps.prompts, sample.maps.backgrounds)
-    return sum(maps.relevance_grids.nbytes + maps.mask_maps.nbytes for maps in texts)
+    maps = sample.maps
+    return maps.relevance_grids.nbytes + (0 if maps.mask_maps is None else maps.mask_maps.nbytes)

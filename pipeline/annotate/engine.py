@@ -5,18 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import legrad
+from legrad.inputs import RaggedPrompts, ragged_unit_rows, unit_row_cosines
 from legrad.masks.refine import Refinement
-from legrad.method.trace import Trace
+from legrad.memory import is_out_of_memory
 from legrad.text_cache import TextEmbedder
 from legrad.views import Views, merged_relevance, preprocessed
+from pipeline.annotate.batch_limits import BatchLimits
+from pipeline.annotate.cutting import DeviceCut
+from pipeline.annotate.device_clock import device_clock
+from pipeline.annotate.device_memory import Streams, sent
 from pipeline.annotate.maps import MapSettings, sample_maps
-from pipeline.annotate.meter import Meter
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps
 from pipeline.annotate.texts import (
     BatchTextEmbedder,
@@ -24,7 +31,6 @@ from pipeline.annotate.texts import (
     ImageMaps,
     choose_maps,
     equal_within,
-    images_of_maps,
 )
 from pipeline.prompts.sample_prompts import Companions
 from pipeline.shards.images import WHOLE_IMAGE
@@ -42,10 +48,14 @@ class Engine:
         max_prompts_per_sample: of more prompts the most similar ones are kept.
         batch_size: most images in a batch.
         batches_at_once: while one computes, others are put together; further threads wait.
-        meter: measures how long the device was busy.
         companions: texts explained beside every sample's own.
         views: of every image, whose relevance is merged; the similarity is the first one's.
         refinement: how heat maps are made to follow the pixels; None: not at all.
+        cut: how masks are cut on the device; None: that is done later, on the CPU.
+
+    Attributes:
+        batches_at_once: batches that may be on the device now.
+        clock: measures how long the device was busy.
     """
 
     def __init__(
@@ -53,12 +63,12 @@ class Engine:
         explainer: legrad.LeGrad,
         max_prompts_per_sample: int,
         batch_size: int,
-        meter: Meter | None = None,
         *,
         batches_at_once: int = 1,
         companions: Companions = NO_COMPANIONS,
         views: Views = WHOLE_IMAGE,
         refinement: Refinement | None = None,
+        cut: DeviceCut | None = None,
     ) -> None:
         self._explainer = explainer
         self._views = views
@@ -66,22 +76,33 @@ class Engine:
             explainer.tower.normalisation,
             None if companions.neutral is None else companions.neutral_threshold,
             refinement,
+            cut,
         )
         self._max_background = companions.max_background
         self._max_prompts_per_sample = max_prompts_per_sample
         within = equal_within(explainer.dtype)
         self._texts = BatchTextEmbedder(TextEmbedder(explainer), companions, within)
+        self._streams = Streams(explainer.device)
         self._turns = threading.Semaphore(batches_at_once)
-        self._batches_at_once = batches_at_once
         self._memory_lock = threading.Lock()
         self._has_warned = False
-        self._meter = meter or Meter()
-        self._limit_by_shape: dict[Hashable, int] = {}
-        self.batch_size = batch_size
+        self._limits = BatchLimits(batch_size)
+        self.batches_at_once = batches_at_once
+        self.clock = device_clock(explainer.device)
+
+    @property
+    def batch_size(self) -> int:
+        """Most images in a batch, of any shape."""
+        return self._limits.batch_size
+
+    @batch_size.setter
+    def batch_size(self, images: int) -> None:
+        self._limits = BatchLimits(images)
 
     def batch_limit(self, shape: Hashable) -> int:
         """Return the most images of a shape in one batch: `batch_size`, or less where that did not fit."""
-        return self._limit_by_shape.get(shape, self.batch_size)
+        with self._memory_lock:
+            return self._limits.of(shape)
 
     def explain(self, samples: Sequence[PreparedSample]) -> list[ExplainedSample]:
         """Explain every prompt of every sample; a batch too large for the device is halved.
@@ -90,72 +111,121 @@ class Engine:
             samples: of one shape.
 
         Raises:
-            torch.OutOfMemoryError: not even a single sample fits.
+            torch.OutOfMemoryError: not even a single sample fits; or what another library raises then.
         """
         explained: list[ExplainedSample] = []
+        may_retry = True
         while len(explained) < len(samples):
             shape = samples[0].shape
             limit = self.batch_limit(shape)
             batch = samples[len(explained) : len(explained) + limit]
-            had_the_device_alone = self._batches_at_once == 1
             # views of one size share a forward pass, up to the limit
-            tried = len(batch) if self._views == WHOLE_IMAGE else limit
-            part = self._explained_if_it_fits(batch, tried, had_the_device_alone)
+            tried = _Tried(shape, len(batch) if self._views == WHOLE_IMAGE else limit, self.batches_at_once)
+            part = self._explained_if_it_fits(batch, tried, may_retry)
             if part is None:
-                self._save_memory(shape, tried, had_the_device_alone)
+                may_retry = self._saves_memory(tried, may_retry)
             else:
                 explained += part
+                may_retry = True
         return explained
 
-    def measure_s(self, samples: Sequence[PreparedSample]) -> float:
-        """Explain one batch without halving it, and return the seconds that took.
+    def warm_up(self, samples: Sequence[PreparedSample]) -> None:
+        """Explain samples and forget the result, so that kernels are loaded, and one that cannot run fails.
+
+        Args:
+            samples: of one shape; they must fit into one batch.
+        """
+        self.measure_s([samples])
+
+    def measure_s(self, batches: Sequence[Sequence[PreparedSample]]) -> float:
+        """Explain batches at the same time, without halving them, and return the seconds that took.
+
+        Args:
+            batches: at most `batches_at_once`, each of samples of one shape.
 
         Raises:
-            torch.OutOfMemoryError: it does not fit.
+            torch.OutOfMemoryError: they do not fit; or what another library raises then.
         """
-        with self._turns:
-            started_s = time.perf_counter()
-            self._explain(samples, len(samples))
-            return time.perf_counter() - started_s
+        started_s = time.perf_counter()
+        with ThreadPoolExecutor(len(batches)) as threads:
+            deque(threads.map(self._explain_in_turn, batches, map(len, batches)), maxlen=0)
+        return time.perf_counter() - started_s
+
+    def _explain_in_turn(
+        self, samples: Sequence[PreparedSample], images_at_once: int
+    ) -> list[ExplainedSample]:
+        with self._turns, self._streams.own_stream():
+            return self._explain(samples, images_at_once)
 
     def _explained_if_it_fits(
-        self, samples: Sequence[PreparedSample], images_at_once: int, has_the_device_alone: bool
+        self, samples: Sequence[PreparedSample], tried: _Tried, may_retry: bool
     ) -> list[ExplainedSample] | None:
+        """Return None where the device's memory was exhausted, and less of it can be used."""
         try:
-            with self._turns, self._meter.device_step():
-                return self._explain(samples, images_at_once)
-        except torch.OutOfMemoryError:
-            if images_at_once == 1 and has_the_device_alone:
+            explained = self._explain_in_turn(samples, tried.images)
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
-        # outside of the handler, whose traceback holds on to tensors
-        return None
+            is_alone = tried.images == 1 and tried.batches_at_once == 1
+            if is_alone and not (may_retry and self._has_fitted(tried)):
+                raise
+            # outside of the handler, whose traceback holds on to tensors
+            return None
+        with self._memory_lock:
+            self._limits.fitted(tried.shape, tried.images)
+        return explained
 
-    def _save_memory(self, shape: Hashable, images_tried: int, had_the_device_alone: bool) -> None:
-        """Allow one batch at a time from now on; where only one was running, halve it."""
+    def _has_fitted(self, tried: _Tried) -> bool:
+        with self._memory_lock:
+            return self._limits.has_fitted(tried.shape, tried.images)
+
+    def _saves_memory(self, tried: _Tried, may_retry: bool) -> bool:
+        """Release what is cached; unless as much has fitted before, allow less from now on.
+
+        Returns:
+            Whether a batch that fails next may be tried again as it is.
+        """
+        if self._explainer.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if may_retry and self._has_fitted(tried):
+            logger.info(
+                "out of device memory with %d images, which fitted before; trying again", tried.images
+            )
+            return False
         with self._memory_lock:
             if not self._has_warned:
                 logger.warning(
                     "out of device memory with %d images in a forward pass; using smaller batches. "
                     "Lower run.batch_size to avoid this.",
-                    images_tried,
+                    tried.images,
                 )
                 self._has_warned = True
-            if had_the_device_alone:
-                self._limit_by_shape[shape] = images_tried // 2
-            while self._batches_at_once > 1:
+            if tried.batches_at_once == 1:
+                self._limits.failed(tried.shape, tried.images)
+            while self.batches_at_once > 1:
                 self._turns.acquire()
-                self._batches_at_once -= 1
+                self.batches_at_once -= 1
+        return may_retry
 
     def _explain(self, samples: Sequence[PreparedSample], images_at_once: int) -> list[ExplainedSample]:
         explainer = self._explainer
-        by_canvas = zip(*(sample.canvases for sample in samples), strict=True)
-        canvases = [torch.from_numpy(np.stack(pixels)).to(explainer.device) for pixels in by_canvas]
-        trace = explainer.encode(preprocessed(explainer, canvases[0]))
-        texts = self._texts.embed([sample.prompts for sample in samples])
-        similarities = explainer.similarity(trace, texts.unit_rows).float().cpu().numpy()
+        canvases = [
+            sent(pixels, explainer.device)
+            for pixels in zip(*(sample.canvases for sample in samples), strict=True)
+        ]
+        with self.clock.work():
+            trace = explainer.encode(preprocessed(explainer, canvases[0]))
+            with self._streams.ordered():
+                texts = self._texts.embed([sample.prompts for sample in samples])
+            similarities = unit_row_cosines(trace.image_features, texts.unit_rows).cpu().numpy()
         chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, self._max_background)
-        grids = self._relevance(trace, canvases, texts, chosen, images_at_once)
-        maps = sample_maps(grids, canvases[0], chosen, self._map_settings)
+        prompts = _prompts_of_maps(chosen, texts.unit_rows)
+        image_sizes = [(sample.image_height, sample.image_width) for sample in samples]
+        with self.clock.work():
+            grids = merged_relevance(
+                explainer, trace, canvases, prompts, views=self._views, images_at_once=images_at_once
+            ).float()
+            maps = sample_maps(grids, canvases[0], chosen, self._map_settings, image_sizes)
         return [
             _explained(sample, own_maps, _explained_prompts(sample, choice, rows, cosines, texts))
             for sample, choice, own_maps, rows, cosines in zip(
@@ -163,25 +233,25 @@ class Engine:
             )
         ]
 
-    def _relevance(
-        self,
-        trace: Trace,
-        canvases: Sequence[torch.Tensor],
-        texts: BatchTexts,
-        chosen: Sequence[ImageMaps],
-        images_at_once: int,
-    ) -> torch.Tensor:
-        """Return the raw grids of all maps of a batch, image by image, float32 on the device."""
-        text_rows = torch.from_numpy(np.concatenate([maps.text_rows for maps in chosen]))
-        return merged_relevance(
-            self._explainer,
-            trace,
-            canvases,
-            texts.unit_rows[text_rows.to(texts.unit_rows.device)],
-            images_of_maps(chosen),
-            views=self._views,
-            images_at_once=images_at_once,
-        ).float()
+
+@dataclass(frozen=True)
+class _Tried:
+    """A batch on its way to the device: its shape, images in a forward pass, and batches beside it."""
+
+    shape: Hashable
+    images: int
+    batches_at_once: int
+
+
+def _prompts_of_maps(chosen: Sequence[ImageMaps], unit_rows: torch.Tensor) -> RaggedPrompts:
+    """Return the text of every map of a batch with its image, sent to the device by one copy."""
+    images = np.repeat(np.arange(len(chosen)), [len(maps.text_rows) for maps in chosen])
+    # the index first, where memory is aligned: Triton compiles a kernel again for one that is not
+    image_index, text_rows = sent(
+        [images, np.concatenate([maps.text_rows for maps in chosen])], unit_rows.device
+    )
+    one_by_one = len(images) == len(chosen) and all(len(maps.text_rows) == 1 for maps in chosen)
+    return ragged_unit_rows(unit_rows[text_rows], image_index, one_by_one=one_by_one)
 
 
 def _explained(

@@ -1,19 +1,25 @@
-"""The end of the device step: relevance grids become the maps of each sample, in one trip to the CPU."""
+"""The last part of the device step: relevance grids become the maps of each sample on the CPU."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise
 from legrad.images import ImageTransform
 from legrad.inputs import neutral_patches
 from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
-from pipeline.annotate.sample_states import SampleMaps, TextMaps
+from legrad.masks.runs import MAX_CHUNK_PIXELS, CutMaps, MapRuns, cost_pixels, cut_maps
+from legrad.masks.thresholds import MaskRule
+from pipeline.annotate.cutting import DeviceCut
+from pipeline.annotate.sample_states import SampleMaps
 from pipeline.annotate.texts import ImageMaps, images_of_maps
 from pipeline.config.masks import MasksConfig
+from pipeline.output.label_map import mask_frame
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,13 @@ class MapSettings:
         neutral_threshold: grids are zeroed where the neutral text's own grid, brought to [0, 1], exceeds
             this; None: there is no neutral text.
         refinement: how heat maps are made to follow the pixels; None: not at all.
+        cut: how masks are cut on the device; None: that is done later, on the CPU.
     """
 
     normalisation: Normalisation
     neutral_threshold: float | None = None
     refinement: Refinement | None = None
+    cut: DeviceCut | None = None
 
 
 def refinement_of(masks: MasksConfig, patch_pixels: int) -> Refinement | None:
@@ -55,9 +63,13 @@ def map_bytes(transform: ImageTransform) -> int:
 
 
 def sample_maps(
-    grids: torch.Tensor, pixels: torch.Tensor, chosen: Sequence[ImageMaps], settings: MapSettings
+    grids: torch.Tensor,
+    pixels: torch.Tensor,
+    chosen: Sequence[ImageMaps],
+    settings: MapSettings,
+    image_sizes: Sequence[tuple[int, int]],
 ) -> list[SampleMaps]:
-    """Zero, refine and normalise the grids of a batch on their device, and share them out on the CPU.
+    """Zero, refine and cut the maps of a batch on their device, and share them out on the CPU.
 
     Args:
         grids: raw relevance, float32 [maps, grid_height, grid_width], image by image in the order of
@@ -65,21 +77,100 @@ def sample_maps(
         pixels: first canvas of each image, uint8 [images, height, width, 3], on the device of the grids.
         chosen: of each image, which of the grids are its own.
         settings: what is done to the grids.
+        image_sizes: height and width of each original image in pixels.
     """
     owners = images_of_maps(chosen)
     mask_maps = grids
     if settings.neutral_threshold is not None:
         grids, mask_maps, owners = _without_claimed_patches(grids, owners, settings.neutral_threshold)
     peaks = mask_maps.amax((1, 2))
+    normalisation: Normalisation | None = settings.normalisation
     if settings.refinement is not None:
         mask_maps = refined_maps(pixels, mask_maps, owners, settings.refinement, settings.normalisation)
-    normalisation = settings.normalisation if settings.refinement is None else None
-    on_cpu = _in_one_trip(grids, peaks, mask_maps)
-    starts = torch.searchsorted(owners, torch.arange(len(chosen))).tolist()
+        normalisation = None
+    cut = None
+    if settings.cut is not None:
+        side = settings.cut.max_side
+        of_images = [mask_frame(height, width, side) for height, width in image_sizes]
+        frames = [of_images[image] for image in owners.tolist()]
+        cut = _cut_those_that_fit(mask_maps, frames, settings.cut.rule, normalisation)
+    batch = _on_the_cpu(grids, peaks, mask_maps, cut, is_refined=settings.refinement is not None)
+    ends = np.cumsum([0, *(maps.prompt_maps + maps.backgrounds for maps in chosen)]).tolist()
     return [
-        _maps_of_sample(on_cpu, start, maps, normalisation)
-        for start, maps in zip(starts, chosen, strict=True)
+        batch.of_sample(start, end, maps, normalisation)
+        for (start, end), maps in zip(itertools.pairwise(ends), chosen, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class _DeviceMasks:
+    """Masks that were cut on the device, and for each map of the batch whether it has one."""
+
+    masks: CutMaps
+    is_cut: list[bool]
+
+
+def _cut_those_that_fit(
+    mask_maps: torch.Tensor,
+    frames: Sequence[tuple[int, int]],
+    rule: MaskRule,
+    normalisation: Normalisation | None,
+) -> _DeviceMasks:
+    is_cut = [cost_pixels(frame, mask_maps.shape[1]) <= MAX_CHUNK_PIXELS for frame in frames]
+    if all(is_cut):
+        return _DeviceMasks(cut_maps(mask_maps, frames, rule, normalisation), is_cut)
+    fitting = [number for number, fits in enumerate(is_cut) if fits]
+    maps = mask_maps[torch.tensor(fitting, dtype=torch.int64, device=mask_maps.device)]
+    return _DeviceMasks(cut_maps(maps, [frames[number] for number in fitting], rule, normalisation), is_cut)
+
+
+@dataclass(frozen=True)
+class _BatchMaps:
+    """The maps of a batch on the CPU; the attributes are those of `SampleMaps`."""
+
+    relevance_grids: np.ndarray
+    peaks: np.ndarray
+    mask_maps: np.ndarray | None
+    runs: Sequence[MapRuns | None] | None
+
+    def of_sample(
+        self, start: int, end: int, maps: ImageMaps, normalisation: Normalisation | None
+    ) -> SampleMaps:
+        """Return the maps of one sample as slices."""
+        runs = () if self.runs is None else self.runs[start:end]
+        own_runs = tuple(each for each in runs if each is not None)
+        has_runs = self.runs is not None and len(own_runs) == end - start
+        return SampleMaps(
+            self.relevance_grids[start:end],
+            self.peaks[start:end],
+            None if has_runs or self.mask_maps is None else self.mask_maps[start:end],
+            maps.map_of_prompt,
+            maps.prompt_maps,
+            normalisation,
+            own_runs if has_runs else None,
+        )
+
+
+def _on_the_cpu(
+    grids: torch.Tensor,
+    peaks: torch.Tensor,
+    mask_maps: torch.Tensor,
+    cut: _DeviceMasks | None,
+    *,
+    is_refined: bool,
+) -> _BatchMaps:
+    """Bring to the CPU what the rows of a batch need, by a single copy."""
+    tensors = [grids, peaks, *([] if cut is None else cut.masks.tensors)]
+    if mask_maps is not grids and (cut is None or not all(cut.is_cut)):
+        # half precision moves a value from 0 to 1 by 2**-12 at most
+        tensors.append(mask_maps.half() if is_refined and mask_maps.is_cuda else mask_maps)
+    own_grids, own_peaks, *others = in_one_trip(tensors)
+    runs: list[MapRuns | None] | None = None
+    if cut is not None:
+        found = iter(cut.masks.runs_of(*others[:3]))
+        runs = [next(found) if is_cut else None for is_cut in cut.is_cut]
+        others = others[3:]
+    return _BatchMaps(own_grids, own_peaks, others[0] if others else None, runs)
 
 
 def refined_maps(
@@ -120,33 +211,15 @@ def _without_claimed_patches(
     return grids, grids.masked_fill(claimed[owners.to(grids.device)], 0), owners
 
 
-def _in_one_trip(grids: torch.Tensor, peaks: torch.Tensor, mask_maps: torch.Tensor) -> TextMaps:
-    """Bring the maps of a batch to the CPU, packed into one tensor."""
-    has_other_maps = mask_maps is not grids
-    columns = [grids.flatten(1), peaks[:, None], *([mask_maps.flatten(1)] if has_other_maps else [])]
-    packed = torch.cat(columns, dim=1).cpu()
-    own, own_peaks, others = torch.split(
-        packed, [columns[0].shape[1], 1, packed.shape[1] - columns[0].shape[1] - 1], dim=1
-    )
-    own_grids = own.reshape(grids.shape)
-    return TextMaps(
-        own_grids, own_peaks[:, 0], others.reshape(mask_maps.shape) if has_other_maps else own_grids
-    )
+def in_one_trip(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Bring tensors of a device to the CPU by a single copy.
 
-
-def _maps_of_sample(
-    batch: TextMaps, start: int, maps: ImageMaps, normalisation: Normalisation | None
-) -> SampleMaps:
-    backgrounds = start + maps.prompt_maps + torch.arange(maps.backgrounds)
-    return SampleMaps(
-        _maps_at(batch, start + torch.from_numpy(maps.map_of_prompt)),
-        _maps_at(batch, backgrounds),
-        normalisation,
-    )
-
-
-def _maps_at(batch: TextMaps, rows: torch.Tensor) -> TextMaps:
-    # copies, or a sample that waits to be written would hold its whole batch
-    grids = batch.relevance_grids[rows]
-    mask_maps = grids if batch.mask_maps is batch.relevance_grids else batch.mask_maps[rows]
-    return TextMaps(grids, batch.peaks[rows], mask_maps)
+    Args:
+        tensors: in the order of their element sizes, the largest first.
+    """
+    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]).cpu()
+    parts = torch.split(packed, [tensor.nbytes for tensor in tensors])
+    return [
+        part.view(tensor.dtype).view(tensor.shape).numpy()
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.annotate.device_clock import DeviceClock
 from pipeline.output.measures import Measures
 
 # times of threads and processes, which add up; the other measures are of the device and the clock
@@ -17,16 +18,18 @@ class Meter:
     """Takes the measures of one worker; all its threads share it.
 
     Args:
+        clock: of the device.
         sample_processes: samples that are decoded and masked at a time.
     """
 
-    def __init__(self, sample_processes: int = 1) -> None:
+    def __init__(self, clock: DeviceClock, sample_processes: int = 1) -> None:
         self._lock = threading.Lock()
+        self._clock = clock
         self._sample_processes = sample_processes
         self._started_s = time.monotonic()
         self._images_decoded = 0
-        self._steps_running = 0
-        self._counted_until_s = self._started_s
+        # what it measured while the model was tried out is not of the job
+        clock.take_busy_s()
         self._device_busy_s = 0.0
         self._stage_s = dict.fromkeys(STAGES, 0.0)
 
@@ -49,20 +52,11 @@ class Meter:
         finally:
             self.add(stage, time.monotonic() - started_s)
 
-    @contextmanager
-    def device_step(self) -> Iterator[None]:
-        """Measure a device step; time in which several run counts once."""
-        self._change_steps(+1)
-        try:
-            yield
-        finally:
-            self._change_steps(-1)
-
     def read(self) -> Measures:
         """Return the measures so far."""
         with self._lock:
-            self._count_busy_time()
-            ready_s = self._counted_until_s - self._started_s
+            self._device_busy_s += self._clock.take_busy_s()
+            ready_s = time.monotonic() - self._started_s
             return Measures(
                 images_decoded=self._images_decoded,
                 device_busy_s=self._device_busy_s,
@@ -70,14 +64,3 @@ class Meter:
                 sample_process_s=ready_s * self._sample_processes,
                 **self._stage_s,
             )
-
-    def _change_steps(self, change: int) -> None:
-        with self._lock:
-            self._count_busy_time()
-            self._steps_running += change
-
-    def _count_busy_time(self) -> None:
-        now_s = time.monotonic()
-        if self._steps_running:
-            self._device_busy_s += now_s - self._counted_until_s
-        self._counted_until_s = now_s

@@ -1,19 +1,20 @@
-"""What a sample adds to the files of its shard: its maps become masks, and masks become rows."""
+"""Turn the maps of a sample into masks, and these into the rows of its shard."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from legrad.masks.cleaning import Cleaning
 from legrad.masks.competition import Contestants, competing_masks
-from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks
+from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks, masks_of_runs
 from legrad.masks.rle import Rle
-from legrad.masks.thresholds import MaskRule, relevance_contrast
-from pipeline.annotate.sample_states import ExplainedSample, TextMaps
+from legrad.masks.thresholds import relevance_contrast
+from pipeline.annotate.cutting import cleaning_of, mask_rule
+from pipeline.annotate.sample_states import ExplainedSample, SampleMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
 from pipeline.output.label_map import mask_frame
@@ -60,39 +61,36 @@ class _Frame:
         """Height and width."""
         return mask_frame(self.explained.image_height, self.explained.image_width, self.config.max_side)
 
-    @property
-    def rule(self) -> MaskRule:
-        """Where heat maps are cut."""
-        masks = self.config
-        return MaskRule(masks.rule, masks.value, masks.quantile, masks.low, masks.high, masks.band_center)
-
-    @property
-    def cleaning(self) -> Cleaning:
-        """How maps are smoothed, and specks and holes removed from masks."""
-        return Cleaning(self.config.smooth, self.config.min_component, self.config.max_hole)
-
-    def of_prompts(self, positions: Sequence[int]) -> Contestants:
-        """Return the heat maps of some of the prompts, and the peak of each one's grid."""
-        return self._contestants(self.explained.maps.prompts, positions)
+    def independent_masks(self, numbers: Sequence[int]) -> ImageMasks:
+        """Return the masks of some of the maps, each cut by itself."""
+        if (runs := self.explained.maps.runs) is not None:
+            return masks_of_runs([runs[number] for number in numbers], *self.size)
+        heatmaps = self.of_maps(numbers).heatmaps
+        return independent_masks(heatmaps, mask_rule(self.config), cleaning_of(self.config))
 
     def of_backgrounds(self) -> Contestants:
-        """Return the same of the background texts whose grids are finite."""
-        backgrounds = self.explained.maps.backgrounds
-        return self._contestants(backgrounds, _finite_positions(backgrounds))
+        """Return the heat maps of the background texts whose grids are finite, and the peaks of the grids."""
+        maps = self.explained.maps
+        return self.of_maps([number for number in _finite_maps(maps) if number >= maps.prompt_maps])
 
-    def _contestants(self, maps: TextMaps, positions: Sequence[int]) -> Contestants:
-        kept, smooth = list(positions), self.config.smooth
+    def of_maps(self, numbers: Sequence[int]) -> Contestants:
+        """Return the heat maps of some of the maps, and the peaks of their grids."""
+        maps, smooth = self.explained.maps, self.config.smooth
+        kept = _rows_at(maps.cut_maps, numbers)
         rows_per_cell, columns_per_cell = (
             pixels / cells
-            for pixels, cells in zip(maps.mask_maps.shape[1:], maps.relevance_grids.shape[1:], strict=True)
+            for pixels, cells in zip(kept.shape[1:], maps.relevance_grids.shape[1:], strict=True)
         )
+        if kept.dtype == np.float16:
+            # NumPy takes fifteen times as long; copied, as torch wants arrays that it may write to
+            kept = torch.from_numpy(kept.copy()).float().numpy()
         heatmaps = HeatmapStack(
-            maps.mask_maps[kept],
+            kept,
             *self.size,
-            normalisation=self.explained.maps.normalisation,
+            normalisation=maps.normalisation,
             smooth=(smooth * rows_per_cell, smooth * columns_per_cell),
         )
-        return Contestants(heatmaps, maps.peaks[kept])
+        return Contestants(heatmaps, maps.peaks[list(numbers)])
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,9 @@ class _Mask:
     ignore: Rle | None = None
 
 
+NO_MASK = _Mask()
+
+
 def sample_rows(explained: ExplainedSample, config: JobConfig) -> SampleRows:
     """Turn an explained sample into its rows; prompts without a finite map become errors.
 
@@ -114,18 +115,15 @@ def sample_rows(explained: ExplainedSample, config: JobConfig) -> SampleRows:
         explained: the sample after the device step.
         config: see `annotation_rows`.
     """
-    finite = set(_finite_positions(explained.maps.prompts))
+    rows = tuple(annotation_rows(explained, config))
+    finite = _finite_maps(explained.maps)
     message = "the relevance map is not finite"
     not_finite = [
         SampleError("model", "non_finite", message, explained.key, explained.index, kept.prompt.index)
-        for position, kept in enumerate(explained.prompts)
-        if position not in finite
+        for kept, number in zip(explained.prompts, explained.maps.map_of_prompt.tolist(), strict=True)
+        if number not in finite
     ]
-    return SampleRows(
-        tuple(annotation_rows(explained, config)),
-        (*explained.errors, *not_finite),
-        explained.dropped_prompts,
-    )
+    return SampleRows(rows, (*explained.errors, *not_finite), explained.dropped_prompts)
 
 
 def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[AnnotationRow]:
@@ -139,7 +137,13 @@ def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[Annot
         explained: the sample after the device step.
         config: `masks` says how masks are made and which are rejected; `output` what the rows hold.
     """
-    status_by_position = _statuses_before_masks(explained, config.masks)
+    scores = _scores_of_maps(explained.maps, with_contrast=config.masks.min_contrast is not None)
+    map_of_prompt: list[int] = explained.maps.map_of_prompt.tolist()
+    status_by_position = {
+        position: _status(config.masks, explained.prompts[position].similarity, scores[number])
+        for position, number in enumerate(map_of_prompt)
+        if number in scores
+    }
     contestants = [position for position, status in status_by_position.items() if status == OK]
     frame = _Frame(explained, config.masks)
     make = _competing if config.masks.combine == "argmax" else _independent
@@ -147,86 +151,119 @@ def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[Annot
     empty = [position for position, mask in masks.items() if not mask.area]
     status_by_position |= dict.fromkeys(empty, EMPTY_MASK) | dict.fromkeys(too_small, "rejected_area")
     return [
-        _row(explained, position, status, masks.get(position, _Mask()), with_heatmap=config.output.heatmap)
+        _row(
+            explained,
+            position,
+            status,
+            scores[map_of_prompt[position]].peak,
+            masks.get(position, NO_MASK),
+            with_heatmap=config.output.heatmap,
+        )
         for position, status in status_by_position.items()
         if status in ACCEPTED or config.rows_written == "all"
     ]
 
 
-def _finite_positions(maps: TextMaps) -> list[int]:
-    """Return the positions of the texts whose grids have neither NaN nor infinity."""
-    positions: list[int] = maps.relevance_grids.isfinite().flatten(1).all(dim=1).nonzero().flatten().tolist()
-    return positions
+@dataclass(frozen=True)
+class _Score:
+    """Maximum and contrast of a relevance grid; contrast 0 where no limit is set for it."""
+
+    peak: float
+    contrast: float
 
 
-def _statuses_before_masks(explained: ExplainedSample, masks: MasksConfig) -> dict[int, str]:
-    """Return the status of each finite prompt by its position, as far as it is known without a mask."""
-    positions = _finite_positions(explained.maps.prompts)
-    grids = explained.maps.prompts.relevance_grids[positions]
-    contrasts = [0.0] * len(grids) if masks.min_contrast is None else relevance_contrast(grids).tolist()
-    return {
-        position: _status(masks, explained.prompts[position].similarity, float(grid.max()), contrast)
-        for position, grid, contrast in zip(positions, grids, contrasts, strict=True)
-    }
+def _scores_of_maps(maps: SampleMaps, *, with_contrast: bool) -> dict[int, _Score]:
+    """Return the scores of the maps whose grids are finite, by their number."""
+    finite = _finite_maps(maps)
+    grids = _rows_at(maps.relevance_grids, finite)
+    peaks: list[float] = grids.max(axis=(1, 2)).tolist()
+    contrasts: list[float] = [0.0] * len(peaks)
+    if with_contrast:
+        contrasts = relevance_contrast(torch.from_numpy(grids.copy())).tolist()
+    return dict(zip(finite, map(_Score, peaks, contrasts), strict=True))
 
 
-def _status(masks: MasksConfig, similarity: float, peak: float, contrast: float) -> str:
+def _finite_maps(maps: SampleMaps) -> list[int]:
+    """Return the numbers of the maps whose grids have neither NaN nor infinity."""
+    is_finite = np.isfinite(maps.relevance_grids)
+    if is_finite.all():
+        return list(range(len(is_finite)))
+    numbers: list[int] = np.flatnonzero(is_finite.all(axis=(1, 2))).tolist()
+    return numbers
+
+
+def _rows_at(array: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    """Return some rows of an array, without a copy where these are all rows."""
+    return array if list(rows) == list(range(len(array))) else array[list(rows)]
+
+
+def _status(masks: MasksConfig, similarity: float, score: _Score) -> str:
     if masks.min_similarity is not None and similarity < masks.min_similarity - SIMILARITY_ROUNDING:
         return "rejected_similarity"
-    if masks.min_peak is not None and peak < masks.min_peak * (1 - RELATIVE_ROUNDING):
+    if masks.min_peak is not None and score.peak < masks.min_peak * (1 - RELATIVE_ROUNDING):
         return "rejected_peak"
-    if masks.min_contrast is not None and contrast < masks.min_contrast * (1 - RELATIVE_ROUNDING):
+    if masks.min_contrast is not None and score.contrast < masks.min_contrast * (1 - RELATIVE_ROUNDING):
         return "rejected_contrast"
     return OK
 
 
 def _independent(frame: _Frame, positions: Sequence[int]) -> tuple[dict[int, _Mask], list[int]]:
     """Cut each prompt by itself; return the masks by position, and the positions of those too small."""
-    image_masks = independent_masks(frame.of_prompts(positions).heatmaps, frame.rule, frame.cleaning)
-    masks = _by_position(positions, image_masks, image_masks.ignores)
+    map_of_prompt: list[int] = frame.explained.maps.map_of_prompt.tolist()
+    # equal prompts share a map, which is cut once
+    numbers = list(dict.fromkeys(map_of_prompt[position] for position in positions))
+    image_masks = frame.independent_masks(numbers)
+    by_number = _masks_of(numbers, image_masks, image_masks.ignores)
+    masks = {position: by_number[map_of_prompt[position]] for position in positions}
     return masks, _too_small(frame, masks)
 
 
 def _competing(frame: _Frame, positions: Sequence[int]) -> tuple[dict[int, _Mask], list[int]]:
     """Let prompts compete; return the masks by position, and the positions of those dropped as too small."""
     rejected: list[int] = []
-    backgrounds = frame.of_backgrounds()
+    backgrounds, rule, cleaning = frame.of_backgrounds(), mask_rule(frame.config), cleaning_of(frame.config)
     while True:
         live = [position for position in positions if position not in rejected]
-        image_masks = competing_masks(frame.of_prompts(live), backgrounds, frame.rule, frame.cleaning)
+        prompts = frame.of_maps(frame.explained.maps.map_of_prompt[live].tolist())
+        image_masks = competing_masks(prompts, backgrounds, rule, cleaning)
         # one for the image, on every row: in a single row, what is unknown must not look like background
-        masks = _by_position(live, image_masks, list(image_masks.ignores) * len(live))
+        masks = _masks_of(live, image_masks, list(image_masks.ignores) * len(live))
         too_small = _too_small(frame, masks)
         if not too_small:
             return masks, rejected
         rejected += too_small
 
 
-def _by_position(positions: Sequence[int], masks: ImageMasks, ignores: Sequence[Rle]) -> dict[int, _Mask]:
-    return {
-        position: _Mask(
-            threshold=None if masks.thresholds is None else float(masks.thresholds[ordinal]),
-            threshold_low=None if masks.thresholds_low is None else float(masks.thresholds_low[ordinal]),
-            area=int(masks.areas[ordinal]),
-            bbox_xywh=masks.bboxes_xywh[ordinal].tolist(),
-            rle=masks.rles[ordinal],
-            ignore=ignores[ordinal] if ignores else None,
-        )
-        for ordinal, position in enumerate(positions)
-    }
+def _masks_of(keys: Sequence[int], masks: ImageMasks, ignores: Sequence[Rle]) -> dict[int, _Mask]:
+    """Return the masks of an image by the given keys, one key for each mask."""
+    boxes: list[list[float]] = masks.bboxes_xywh.tolist()
+    areas: list[int] = masks.areas.tolist()
+    nothing: list[None] = [None] * len(keys)
+    thresholds = nothing if masks.thresholds is None else masks.thresholds.tolist()
+    lows = nothing if masks.thresholds_low is None else masks.thresholds_low.tolist()
+    columns = zip(thresholds, lows, areas, boxes, masks.rles, ignores or nothing, strict=True)
+    return dict(zip(keys, itertools.starmap(_Mask, columns), strict=True))
 
 
 def _too_small(frame: _Frame, masks: Mapping[int, _Mask]) -> list[int]:
+    if not frame.config.min_area:
+        return []
     height, width = frame.size
-    min_share = frame.config.min_area or 0
+    min_share = frame.config.min_area
     return [position for position, mask in masks.items() if mask.area / (height * width) < min_share]
 
 
 def _row(
-    explained: ExplainedSample, position: int, status: str, mask: _Mask, *, with_heatmap: bool
+    explained: ExplainedSample,
+    position: int,
+    status: str,
+    peak: float,
+    mask: _Mask,
+    *,
+    with_heatmap: bool,
 ) -> AnnotationRow:
-    kept = explained.prompts[position]
-    grid = explained.maps.prompts.relevance_grids[position]
+    kept, maps = explained.prompts[position], explained.maps
+    grid = maps.relevance_grids[maps.map_of_prompt[position]]
     if status not in ACCEPTED:
         mask = _Mask(mask.threshold, mask.threshold_low)
     return {
@@ -240,20 +277,20 @@ def _row(
         "image_height": explained.image_height,
         "image_width": explained.image_width,
         "similarity": kept.similarity,
-        "peak": float(grid.max()),
+        "peak": peak,
         "threshold": mask.threshold,
         "threshold_low": mask.threshold_low,
         "area": mask.area,
         "bbox_xywh": mask.bbox_xywh,
         "mask": mask.rle,
         "ignore": mask.ignore,
-        "heatmap": _quantised(grid) if with_heatmap else None,
+        "heatmap": _quantised(grid, peak) if with_heatmap else None,
         "heatmap_height": grid.shape[0] if with_heatmap else None,
         "heatmap_width": grid.shape[1] if with_heatmap else None,
     }
 
 
-def _quantised(relevance_grid: torch.Tensor) -> bytes:
+def _quantised(relevance_grid: np.ndarray, peak: float) -> bytes:
     """Return a grid in steps of 1/255 of its peak."""
-    scaled = relevance_grid.numpy() / (float(relevance_grid.max()) or 1.0) * 255
+    scaled = relevance_grid / (peak or 1.0) * 255
     return np.rint(scaled).astype(np.uint8).tobytes()

@@ -1,4 +1,4 @@
-"""The two states of a sample between its tar and its rows: prepared for the device, and explained by it."""
+"""The two states of a sample between its tar and its rows: prepared for the device, explained by it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from legrad.heatmaps import Normalisation
+from legrad.masks.runs import MapRuns
 from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.sample_error import SampleError
 
@@ -58,34 +58,36 @@ class ExplainedPrompt:
 
 
 @dataclass(frozen=True)
-class TextMaps:
-    """The maps of some texts on one image, float32 on the CPU; perhaps of no text.
-
-    Attributes:
-        relevance_grids: raw relevance, [texts, grid_height, grid_width].
-        peaks: maximum of each grid outside the patches that a neutral text claims, [texts].
-        mask_maps: what masks are cut from, [texts, rows, columns]: the grids with the patches zeroed that a
-            neutral text claims, or refined heat maps in [0, 1] in the frame of the model's input.
-    """
-
-    relevance_grids: torch.Tensor
-    peaks: torch.Tensor
-    mask_maps: torch.Tensor
-
-
-@dataclass(frozen=True)
 class SampleMaps:
-    """The maps of a sample.
+    """The maps of a sample on the CPU: first those of its prompts, then those of its background texts.
+
+    The arrays are contiguous slices of the arrays of a batch, so that sharing out a batch copies nothing.
 
     Attributes:
-        prompts: of its prompts, in their order.
-        backgrounds: of the background texts that compete with them.
-        normalisation: how `mask_maps` are brought to [0, 1]; None: they are refined, and in [0, 1] already.
+        relevance_grids: raw relevance, float32 [maps, grid_height, grid_width].
+        peaks: maximum of each grid outside the patches that a neutral text claims, float32 [maps].
+        mask_maps: what masks are cut from, [maps, rows, columns]: float32 grids with the patches zeroed that
+            a neutral text claims, or refined heat maps in [0, 1] in the frame of the model's input, float32,
+            or float16 from a GPU. None: masks are cut from `relevance_grids`.
+        map_of_prompt: for each prompt, which of the maps is its own, int64 [prompts]; equal prompts share
+            one.
+        prompt_maps: how many of the maps belong to prompts.
+        normalisation: how mask maps are brought to [0, 1]; None: they are refined, and in [0, 1] already.
+        runs: masks of the maps that were cut on the device; None: masks are still to be cut from the maps.
     """
 
-    prompts: TextMaps
-    backgrounds: TextMaps
+    relevance_grids: np.ndarray
+    peaks: np.ndarray
+    mask_maps: np.ndarray | None
+    map_of_prompt: np.ndarray
+    prompt_maps: int
     normalisation: Normalisation | None
+    runs: tuple[MapRuns, ...] | None = None
+
+    @property
+    def cut_maps(self) -> np.ndarray:
+        """What masks are cut from: `mask_maps`, or the relevance grids where there are none."""
+        return self.relevance_grids if self.mask_maps is None else self.mask_maps
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class ExplainedSample:
         image_height: rows of the original image, after EXIF orientation.
         image_width: columns of the original image, after EXIF orientation.
         prompts: those that have a map, in the sample's order.
-        maps: their maps, and those of background texts.
+        maps: the maps of these prompts, and those of background texts.
         dropped_prompts: prompts omitted because the sample had too many.
         errors: of prompts that could not be read.
     """

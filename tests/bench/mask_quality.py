@@ -26,7 +26,7 @@ from legrad.masks.rle import decode_rle
 from legrad.masks.thresholds import relevance_contrast
 from legrad.quality.metrics import bootstrap_mean, bootstrap_statistic
 from pipeline.annotate.rows import annotation_rows
-from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps
 from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig
 from pipeline.demo import assets
@@ -106,7 +106,9 @@ def explain(
         ExplainedPrompt(Prompt(ordinal, classes[class_], class_ + 1), False, float(similarities[ordinal]))
         for ordinal, class_ in enumerate(shown)
     )
-    maps = SampleMaps(text_maps(grids[: len(shown)]), text_maps(grids[-1:]), "upsampled")
+    own = torch.cat([grids[: len(shown)], grids[-1:]])
+    peaks = own.amax((1, 2)).numpy()
+    maps = SampleMaps(own.numpy(), peaks, None, np.arange(len(shown)), len(shown), "upsampled")
     return Explained(
         scene,
         ExplainedSample(index, scene.key, image.image_height, image.image_width, prompts, maps),
@@ -119,9 +121,10 @@ def explain(
     )
 
 
-def text_maps(grids: torch.Tensor) -> TextMaps:
-    """Maps without refinement and without a neutral text."""
-    return TextMaps(grids, grids.amax((1, 2)), grids)
+def without_backgrounds(maps: SampleMaps) -> SampleMaps:
+    """Return the maps of the prompts alone."""
+    prompts = maps.prompt_maps
+    return replace(maps, relevance_grids=maps.relevance_grids[:prompts], peaks=maps.peaks[:prompts])
 
 
 def mask_figures(
@@ -135,7 +138,7 @@ def mask_figures(
     for index, each in enumerate(scenes):
         maps = each.sample.maps
         if not with_background:
-            maps = replace(maps, backgrounds=text_maps(maps.backgrounds.relevance_grids[:0]))
+            maps = without_backgrounds(maps)
         rows = annotation_rows(replace(each.sample, maps=maps), config)
         truth, valid = each.scene.label_map, each.scene.valid
         labels = label_map(rows, *truth.shape)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from pipeline.annotate.annotator import ShardReport
+from pipeline.annotate.device_clock import WallClock
 from pipeline.annotate.meter import Meter
 from pipeline.errors import OutputError, ShardError
 from pipeline.output.counts import ShardCounts
@@ -84,15 +85,16 @@ class SlowAnnotator(LightAnnotator):
 
     def __init__(self, config, metadata):
         super().__init__(config, metadata)
-        self.meter = Meter()
+        self.clock = WallClock()
+        self.meter = Meter(self.clock)
 
     def annotate(self, shard):
-        with self.meter.device_step():
+        with self.clock.work():
             time.sleep(0.2)
             go = Path(self.config.output.dir).with_name("go")
             while shard.canonical_url.endswith("/held.tar") and not go.exists():
                 time.sleep(0.1)
-        self.meter.image_decoded()
+        self.meter.images_decoded(1)
         return super().annotate(shard)
 
     def measures(self):

@@ -26,9 +26,9 @@ def random_grids(count: int, seed: int) -> torch.Tensor:
     return torch.rand(count, 4, 5, generator=generator) ** 2 * scale
 
 
-def contestants(grids: torch.Tensor, **settings) -> Contestants:
+def contestants(grids: torch.Tensor) -> Contestants:
     peaks = grids.amax((1, 2)) if len(grids) else torch.zeros(0)
-    return Contestants(HeatmapStack(grids, *FRAME, **settings), peaks)
+    return Contestants(HeatmapStack(grids.numpy(), *FRAME), peaks.numpy())
 
 
 def strengths_of(grids: torch.Tensor, highest_peak: float) -> list[np.ndarray]:
@@ -45,7 +45,7 @@ def decoded(rles) -> np.ndarray:
 @given(st.integers(1, 4), st.integers(0, 2), st.integers(0, 10_000), rules)
 def test_each_pixel_goes_to_the_strongest(prompts, backgrounds, seed, rule):
     grids, others = random_grids(prompts, seed), random_grids(backgrounds, seed + 1)
-    made = competing_masks(contestants(grids, max_chunk_pixels=300), contestants(others), rule)
+    made = competing_masks(contestants(grids), contestants(others), rule)
     highest = float(grids.max())
     own, theirs = strengths_of(grids, highest), strengths_of(others, highest)
     plain = heatmaps_of(grids, *FRAME, "upsampled").numpy()
@@ -85,7 +85,7 @@ def test_masks_and_the_ignored_never_meet_however_they_are_cleaned(prompts, seed
 def test_a_prompt_alone_has_the_mask_that_it_has_independently():
     grids = random_grids(1, 3)
     for rule in (MaskRule("otsu"), MaskRule("band")):
-        alone = independent_masks(HeatmapStack(grids, *FRAME), rule)
+        alone = independent_masks(HeatmapStack(grids.numpy(), *FRAME), rule)
         competing = competing_masks(contestants(grids), contestants(NO_MAPS), rule)
         assert (competing.rles, list(competing.ignores)) == (alone.rles, list(alone.ignores))
 
@@ -114,8 +114,8 @@ def test_a_hole_that_another_prompt_fills_stays_the_others():
     grids = torch.zeros(2, 9, 9)
     grids[0, 1:8, 1:8] = 1.0
     grids[0, 4, 4], grids[1, 4, 4] = 0.0, 1.0
-    frame = {"heatmaps": HeatmapStack(grids, 9, 9), "peaks": torch.ones(2)}
-    none = Contestants(HeatmapStack(torch.zeros(0, 9, 9), 9, 9), torch.zeros(0))
+    frame = {"heatmaps": HeatmapStack(grids.numpy(), 9, 9), "peaks": np.ones(2, np.float32)}
+    none = Contestants(HeatmapStack(np.zeros((0, 9, 9), np.float32), 9, 9), np.zeros(0, np.float32))
     made = competing_masks(Contestants(**frame), none, MaskRule(), Cleaning(max_hole=1.0))
     assert made.areas.tolist() == [48, 1]
 
@@ -130,9 +130,7 @@ def test_of_equal_texts_the_first_wins_every_pixel_at_any_position_in_the_list()
     grids = random_grids(3, 5)
     once = competing_masks(contestants(grids), contestants(NO_MAPS), MaskRule("fixed", 0.4))
     again = torch.cat([grids[[0, 0, 1]], grids, grids[[0]]])
-    made = competing_masks(
-        contestants(again, max_chunk_pixels=300), contestants(again[[2, 2]] * 0.1), MaskRule("fixed", 0.4)
-    )
+    made = competing_masks(contestants(again), contestants(again[[2, 2]] * 0.1), MaskRule("fixed", 0.4))
     masks = decoded(made.rles)
     assert (masks[[0, 2, 5]] == decoded(once.rles)).all()
     assert not masks[[1, 3, 4, 6]].any()
@@ -140,8 +138,7 @@ def test_of_equal_texts_the_first_wins_every_pixel_at_any_position_in_the_list()
 
 def test_equal_maps_of_another_peak_are_not_equal_texts():
     heatmap = torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(3)).repeat(2, 1, 1)
-    stack = HeatmapStack(heatmap, *FRAME, normalisation=None)
-    made = competing_masks(
-        Contestants(stack, torch.tensor([1.0, 4.0])), contestants(NO_MAPS), MaskRule("fixed", 0.4)
-    )
+    stack = HeatmapStack(heatmap.numpy(), *FRAME, normalisation=None)
+    peaks = np.array([1.0, 4.0], np.float32)
+    made = competing_masks(Contestants(stack, peaks), contestants(NO_MAPS), MaskRule("fixed", 0.4))
     assert made.areas[0] == 0 < made.areas[1]

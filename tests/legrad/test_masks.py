@@ -13,7 +13,7 @@ from pycocotools import mask as coco
 from skimage.filters import threshold_otsu
 
 from legrad.errors import MaskError
-from legrad.heatmaps import minmax_normalise, upsample_grid
+from legrad.heatmaps import heatmap_columns, heatmaps_of, minmax_normalise, upsample_grid
 from legrad.masks.grids import grid_to_masks
 from legrad.masks.rle import decode_rle, encode_rle, mask_area, mask_bbox_xywh
 from legrad.masks.thresholds import MaskRule, otsu_threshold
@@ -156,7 +156,22 @@ def test_upsampling_equals_torch_interpolation_of_each_map(grid_size, pixel_size
         alone = F.interpolate(grids[index][None, None], pixel_size, mode="bilinear", align_corners=False)[
             0, 0
         ]
-        torch.testing.assert_close(pixels[index], alone, rtol=0, atol=5e-7)
+        torch.testing.assert_close(pixels[index], alone, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("normalisation", ["upsampled", "grid"])
+def test_columns_of_one_map_equal_the_heat_maps_of_the_public_function(normalisation):
+    grids = random_grids(3, 5, 9)
+    heatmaps = heatmaps_of(grids, 61, 43, normalisation)
+    for grid, heatmap in zip(grids, heatmaps, strict=True):
+        columns = heatmap_columns(grid.numpy(), 61, 43, normalisation)
+        np.testing.assert_array_equal(columns, heatmap.mT)
+
+
+def test_a_frame_may_be_longer_than_opencv_counts_in_two_bytes():
+    grid = random_grids(3, 4)
+    expected = F.interpolate(grid[None, None], (2, 40_000), mode="bilinear", align_corners=False)[0, 0]
+    torch.testing.assert_close(upsample_grid(grid, 2, 40_000), expected, rtol=0, atol=2e-6)
 
 
 def test_upsampling_nothing_gives_nothing_of_the_right_shape():

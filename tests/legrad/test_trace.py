@@ -9,6 +9,7 @@ from open_clip.model import resize_pos_embed
 from torch.nn import functional as F
 
 import legrad
+from legrad.method.precision import full_precision_convolutions
 from tests.helpers.tiny_models import (
     EMBED_DIM,
     PATCH,
@@ -106,3 +107,44 @@ def test_a_trace_cannot_be_changed_and_needs_no_gradient():
 def test_kept_values_do_not_keep_queries_and_keys_in_memory():
     layer = legrad.LeGrad(tiny_clip()).encode(tiny_images()).layers[0]
     assert layer.values.untyped_storage().nbytes() == layer.values.numel() * layer.values.element_size()
+
+
+def settings_of_convolutions(model, images):
+    """Precision of cuDNN's convolutions while a forward pass embeds the patches."""
+    seen = []
+    explainer = legrad.LeGrad(model)
+    handle = model.visual.conv1.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision)
+    )
+    try:
+        explainer.encode(images)
+    finally:
+        handle.remove()
+    return seen
+
+
+def test_single_precision_convolves_without_tf32_and_leaves_the_setting_as_it_was():
+    before = torch.backends.cudnn.conv.fp32_precision
+    assert before != "ieee"
+    assert settings_of_convolutions(tiny_clip(), tiny_images()) == ["ieee"]
+    assert settings_of_convolutions(tiny_clip().double(), tiny_images(dtype=torch.float64)) == [before]
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_the_setting_of_convolutions_is_restored_after_an_error():
+    before = torch.backends.cudnn.conv.fp32_precision
+    with pytest.raises(ZeroDivisionError), full_precision_convolutions(torch.float32):
+        _ = 1 / 0
+    assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def test_threads_that_convolve_in_turn_restore_the_setting_only_after_the_last():
+    before = torch.backends.cudnn.conv.fp32_precision
+    first, second = (full_precision_convolutions(torch.float32) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    second.__exit__(None, None, None)
+    assert torch.backends.cudnn.conv.fp32_precision == before

@@ -292,9 +292,9 @@ def test_a_crash_between_the_two_files_leaves_the_shard_undone_and_a_rerun_gives
 
 
 def test_a_map_that_is_not_finite_is_an_error_row(explainer, tmp_path, annotate):
-    def second_image_is_not_a_number(trace, texts, image_index):
-        grids = explainer.relevance(trace, texts, image_index)
-        return torch.where((image_index == 1)[:, None, None], torch.nan, grids)
+    def second_image_is_not_a_number(trace, prompts):
+        grids = explainer.relevance(trace, prompts)
+        return torch.where((prompts.image_index == 1)[:, None, None], torch.nan, grids)
 
     broken = copy.copy(explainer)
     broken.relevance = second_image_is_not_a_number

@@ -12,17 +12,20 @@ from PIL import Image
 
 from legrad.heatmaps import heatmaps_of
 from legrad.views import Views, canvas_pixels, view_relevance
+from pipeline.annotate import batch_limits
 from pipeline.annotate.engine import Engine
-from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.model import load_explainer
 from pipeline.annotate.sample_states import PreparedSample
-from pipeline.config.schema import MasksConfig, ModelConfig
+from pipeline.annotate.trial import TrialSamples
+from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.prompts.sample_prompts import Companions, Prompt
-from tests.helpers.device_trips import DeviceTrips
+from pipeline.shards.images import WHOLE_IMAGE
 
 TILES = Views(tile=True, scales=(1.0, 0.75), tile_zoom=1.25, max_tiles=4)
 SOON_S = 120.0
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+SHAPE = ((96, 96, 3),)
 
 # for the demo's text tower, grass and sky are one, as are any two texts of one word that it does not know
 BACKGROUNDS = ["sky", "a wall", "grass", "a very old wall", "a dog"]
@@ -66,14 +69,18 @@ def large_samples(explainer, count, views):
 
 
 class Device:
-    """Wraps an explainer's encode: counts who is inside, and has memory for so many images."""
+    """Wraps an explainer's encode: counts who is inside, and has memory for so many images.
 
-    def __init__(self, explainer, fits=10**6, meet=None):
+    `fails_at` are the calls, from 0, that find the free memory in pieces; `error` is raised then.
+    """
+
+    def __init__(self, explainer, fits=10**6, meet=None, fails_at=(), error=OUT_OF_MEMORY):
         self.explainer = copy.copy(explainer)
         self.explainer.encode = self.encode
         self._encode, self._fits, self._meet = explainer.encode, fits, meet
+        self._fails_at, self._error = fails_at, error
         self._lock, self._inside = threading.Lock(), 0
-        self.done, self.most_at_once, self.refused = [], 0, 0
+        self.calls, self.done, self.most_at_once, self.refused = 0, [], 0, 0
 
     def encode(self, images):
         with self._lock:
@@ -83,9 +90,10 @@ class Device:
             if self._meet is not None:
                 self._meet()
             with self._lock:
-                if self._inside > self._fits:
+                self.calls += 1
+                if self._inside > self._fits or self.calls - 1 in self._fails_at:
                     self.refused += 1
-                    raise torch.OutOfMemoryError("CUDA out of memory")
+                    raise self._error
             trace = self._encode(images)
             self.done.append(len(images))
             return trace
@@ -99,7 +107,9 @@ def warnings_of_memory(caplog):
 
 
 def prompt_grids(explained):
-    return explained.maps.prompts.relevance_grids
+    """The grid of each prompt."""
+    maps = explained.maps
+    return torch.from_numpy(maps.relevance_grids[maps.map_of_prompt])
 
 
 def same(results, expected):
@@ -117,28 +127,6 @@ def test_an_explained_sample_keeps_no_pixels(explainer):
     batch.clear()
     assert len(results) == 2
     assert [canvas() for canvas in canvases] == [None] * 6
-
-
-@pytest.mark.parametrize("is_refined", [False, True])
-@pytest.mark.parametrize("companions", [False, True])
-def test_values_come_to_the_cpu_a_few_times_a_batch_and_maps_once(explainer, companions, is_refined):
-    engine = Engine(
-        explainer,
-        32,
-        8,
-        companions=COMPANIONS if companions else Companions(),
-        refinement=refinement_of(MasksConfig(refine="par"), 8) if is_refined else None,
-    )
-    by_batch = []
-    for count in (1, 8):
-        with DeviceTrips(explainer.model) as device:
-            engine.explain(samples(count, first=10 * count))
-        by_batch.append(device.trips)
-    alone, together = by_batch
-    # the similarities, from which prompts are chosen, and all maps
-    assert alone["cpu"] == together["cpu"] == 2
-    # the others are checks of the texts and of the text tower's mask, and which of the texts are equal
-    assert alone.total() == together.total() <= 9
 
 
 def test_two_batches_are_on_the_device_at_once_where_that_is_wanted(explainer):
@@ -182,6 +170,105 @@ def test_a_batch_too_large_is_halved_until_it_fits_and_gives_the_same(explainer,
     # what is too much for one shape says nothing of another
     assert engine.batch_limit(((32, 32, 3),)) == 8
     assert warnings_of_memory(caplog) == 1
+
+
+@pytest.mark.parametrize("fails_at", [(1,), (2,), (1, 3)])
+@pytest.mark.parametrize("count", [8, 3])
+def test_a_batch_that_fails_although_as_many_fitted_is_tried_again_as_it_is(
+    explainer, caplog, count, fails_at
+):
+    device = Device(explainer, fails_at=fails_at)
+    engine = Engine(device.explainer, 32, 8)
+    batches = [samples(8), samples(count, first=8), samples(count, first=16)]
+    results = [engine.explain(batch) for batch in batches]
+    assert [len(batch) for batch in results] == device.done == [8, count, count]
+    assert device.refused == len(fails_at)
+    assert engine.batch_limit(SHAPE) == 8
+    assert warnings_of_memory(caplog) == 0
+
+
+def test_a_batch_that_fails_twice_is_halved_and_the_limit_recovers(explainer, caplog, monkeypatch):
+    monkeypatch.setattr(batch_limits, "BATCHES_UNTIL_RETRY", 2)
+    device = Device(explainer, fails_at=(1, 2))
+    engine = Engine(device.explainer, 32, 4)
+    for number in range(5):
+        engine.explain(samples(4, first=4 * number))
+    assert device.done == [4, 2, 2, 4, 4, 4]
+    assert engine.batch_limit(SHAPE) == 4
+    assert warnings_of_memory(caplog) == 1
+
+
+def test_a_partial_batch_that_fails_lowers_the_limit_to_half_of_itself_for_a_while_alone(
+    explainer, monkeypatch
+):
+    monkeypatch.setattr(batch_limits, "BATCHES_UNTIL_RETRY", 2)
+    device = Device(explainer, fails_at=(1, 2))
+    engine = Engine(device.explainer, 32, 8)
+    for count, first in ((8, 0), (2, 8), (8, 10)):
+        engine.explain(samples(count, first=first))
+    assert device.done == [8, 1, 1, 2, 2, 4]
+    engine.explain(samples(8, first=18))
+    assert device.done[6:] == [4, 4]
+    assert engine.batch_limit(SHAPE) == 8
+
+
+@pytest.mark.parametrize(
+    "message", ["cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory"]
+)
+def test_a_lack_of_memory_that_another_library_reports_halves_a_batch_too(explainer, message):
+    device = Device(explainer, fits=2, error=RuntimeError(message))
+    batch = samples(4)
+    same(Engine(device.explainer, 32, 4).explain(batch), Engine(explainer, 32, 4).explain(batch))
+    assert device.done == [2, 2]
+
+
+def test_another_error_of_the_device_is_passed_on_at_once(explainer):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    device = Device(explainer, fits=2, error=error)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Engine(device.explainer, 32, 4).explain(samples(4))
+    assert device.refused == 1
+
+
+def test_a_single_image_that_fitted_before_is_tried_once_more(explainer):
+    engine = Engine(Device(explainer, fails_at=(1,)).explainer, 32, 1)
+    assert [result.index for result in engine.explain(samples(3))] == [0, 1, 2]
+    device = Device(explainer, fails_at=(1, 2))
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(device.explainer, 32, 1).explain(samples(3))
+    assert device.refused == 2
+
+
+def test_a_warm_up_runs_every_step_and_fails_where_the_device_does(explainer):
+    trial = TrialSamples(explainer.transform, TILES, 2)
+    device = Device(explainer)
+    engine = Engine(device.explainer, 32, 8, views=TILES, companions=COMPANIONS)
+    engine.warm_up(trial.batch(2))
+    assert sum(device.done) == 2 * (2 + 4)
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(Device(explainer, fits=0).explainer, 32, 8, views=TILES).warm_up(trial.batch(2))
+
+
+def test_a_trial_runs_as_many_batches_at_the_same_time_as_the_job(explainer):
+    both = threading.Barrier(2)
+    device = Device(explainer, meet=lambda: both.wait(SOON_S))
+    engine = Engine(device.explainer, 32, 8, batches_at_once=2)
+    trial = TrialSamples(explainer.transform, WHOLE_IMAGE, 1)
+    assert engine.measure_s([trial.batch(3) for _ in range(2)]) > 0
+    assert device.most_at_once == 6
+
+
+def test_samples_of_a_trial_share_no_text_unless_those_of_the_job_do(explainer):
+    def texts(trial):
+        batches = [trial.batch(4), trial.batch(4)]
+        return [prompt.text for batch in batches for sample in batch for prompt in sample.prompts]
+
+    unlike, alike = (
+        texts(TrialSamples(explainer.transform, WHOLE_IMAGE, 3, recur)) for recur in (False, True)
+    )
+    assert len(set(unlike)) == len(unlike) == 24
+    assert len(set(alike)) == 3
+    assert {len(text.split()) for text in unlike} == {13}
 
 
 def test_an_image_that_does_not_fit_alone_is_an_error(explainer):
@@ -244,7 +331,7 @@ def test_backgrounds_and_the_neutral_text_are_those_of_the_library(explainer):
         assert cosines.sort().values.diff().min() > 1e-5
         best = cosines.topk(2).indices.sort().values
         expected = explainer.relevance(trace, backgrounds[best])[0]
-        backgrounds_found = result.maps.backgrounds.relevance_grids
+        backgrounds_found = torch.from_numpy(result.maps.relevance_grids[result.maps.prompt_maps :])
         torch.testing.assert_close(backgrounds_found, expected, rtol=1e-3, atol=1e-9)
 
         (kept,) = result.prompts
@@ -253,17 +340,17 @@ def test_backgrounds_and_the_neutral_text_are_those_of_the_library(explainer):
         corrected = explainer.heatmaps(trace, text, neutral_embedding=neutral_row, neutral_threshold=0.6)[0]
         plain = explainer.heatmaps(trace, text)[0]
         assert not torch.equal(corrected, plain)
-        zeroed = result.maps.prompts.mask_maps
+        zeroed = torch.from_numpy(result.maps.mask_maps[:1])
         assert result.maps.normalisation == explainer.tower.normalisation
         heatmaps = heatmaps_of(zeroed, 96, 96, result.maps.normalisation)
-        torch.testing.assert_close(result.maps.prompts.peaks, zeroed.amax((1, 2)), rtol=0, atol=0)
+        assert result.maps.peaks[0] == zeroed.max()
         torch.testing.assert_close(heatmaps, corrected, rtol=1e-3, atol=1e-4)
 
 
 def test_without_companions_there_is_no_background_and_no_correction(explainer):
     for result in Engine(explainer, 32, 3).explain(samples(2)):
-        assert result.maps.backgrounds.relevance_grids.shape == (0, 12, 12)
-        assert torch.equal(result.maps.prompts.mask_maps, prompt_grids(result))
+        assert len(result.maps.relevance_grids) == result.maps.prompt_maps
+        assert result.maps.mask_maps is None
 
 
 def test_a_batch_with_companions_that_is_too_large_is_halved_and_gives_the_same(explainer):
@@ -274,7 +361,7 @@ def test_a_batch_with_companions_that_is_too_large_is_halved_and_gives_the_same(
     assert device.done == [2, 2, 1]
     same(received, expected)
     for result, wanted in zip(received, expected, strict=True):
-        found, expected_maps = result.maps.backgrounds, wanted.maps.backgrounds
-        torch.testing.assert_close(found.relevance_grids, expected_maps.relevance_grids, rtol=1e-3, atol=1e-9)
+        found, expected_maps = result.maps, wanted.maps
+        np.testing.assert_allclose(found.relevance_grids, expected_maps.relevance_grids, rtol=1e-3, atol=1e-9)
         is_zeroed, was_zeroed = (maps.mask_maps != maps.relevance_grids for maps in (found, expected_maps))
-        assert (is_zeroed == was_zeroed).float().mean() > 0.98
+        assert (is_zeroed == was_zeroed).mean() > 0.98

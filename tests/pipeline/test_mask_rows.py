@@ -1,6 +1,7 @@
 """From an explained sample to rows: which prompts are rejected, who competes, what is on which row."""
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -20,7 +21,7 @@ from legrad.masks.thresholds import RULES, MaskRule, cuts_of, otsu_threshold
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.rows import annotation_rows
-from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps, TextMaps
+from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps
 from pipeline.config.load import load_config
 from pipeline.config.masks import RULE_KEYS, MasksConfig
 from pipeline.demo import assets
@@ -50,19 +51,17 @@ def explained(*names, similarities=None, grids=None, backgrounds=None, claimed=N
         grids = torch.stack([GRIDS[name] for name in names])
     if backgrounds is None:
         backgrounds = grids.new_zeros(0, *grids.shape[1:])
-    refined = None if refined is None else refined.split([len(grids), len(backgrounds)])
-    kinds = [
-        text_maps(own, claimed, None if refined is None else refined[kind])
-        for kind, own in enumerate((grids, backgrounds))
-    ]
-    maps = SampleMaps(*kinds, "upsampled" if refined is None else None)
+    every = torch.cat([grids, backgrounds])
+    zeroed = every if claimed is None else every.masked_fill(claimed, 0)
+    maps = SampleMaps(
+        every.numpy(),
+        zeroed.amax((1, 2)).numpy(),
+        (zeroed if refined is None else refined).numpy(),
+        np.arange(len(names)),
+        len(names),
+        "upsampled" if refined is None else None,
+    )
     return ExplainedSample(0, "a", HEIGHT, WIDTH, prompts, maps)
-
-
-def text_maps(grids, claimed, refined):
-    """Maps as the device step makes them, of grids, patches that a neutral text claims, and refined maps."""
-    zeroed = grids if claimed is None else grids.masked_fill(claimed, 0)
-    return TextMaps(grids, zeroed.amax((1, 2)), zeroed if refined is None else refined)
 
 
 def rows_of(explained_sample, rows="all", heatmap=False, **masks):
@@ -299,6 +298,19 @@ def test_a_prompt_that_is_not_finite_has_no_row_and_shifts_no_other():
     assert row["mask"] == rows_of(explained(RIGHT), combine="argmax")[0]["mask"]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("combine", ["independent", "argmax"])
+def test_maps_in_memory_that_must_not_be_written_to_give_the_same_rows(dtype, combine):
+    refined = torch.rand(2, 12, 20, generator=torch.Generator().manual_seed(0))
+    sample = explained(LEFT, RIGHT, refined=refined)
+    sample = replace(sample, maps=replace(sample.maps, mask_maps=sample.maps.mask_maps.astype(dtype)))
+    masks = {"combine": combine, "rule": "otsu", "min_contrast": 0.1, "smooth": 0.5}
+    expected = rows_of(sample, heatmap=True, **masks)
+    for array in (sample.maps.relevance_grids, sample.maps.peaks, sample.maps.mask_maps):
+        array.flags.writeable = False
+    assert rows_of(sample, heatmap=True, **masks) == expected
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -376,9 +388,9 @@ def test_the_library_the_configuration_and_the_keys_of_rules_name_the_same_rules
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_has_thresholds_of_its_own_or_is_an_error(rule, monkeypatch):
-    maps = torch.linspace(0, 1, 12).reshape(1, 3, 4)
-    low, high = cuts_of(maps, MaskRule(rule))
-    assert low.shape == high.shape == (1,)
+    columns = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    low, high = cuts_of(columns, MaskRule(rule))
+    assert 0 <= low <= high <= 1
     monkeypatch.setattr(thresholds, "RULES", (*RULES, "unheard of"))
     with pytest.raises(MaskError, match="has no threshold"):
-        cuts_of(maps, MaskRule("unheard of"))
+        cuts_of(columns, MaskRule("unheard of"))

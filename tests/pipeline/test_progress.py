@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.annotate.device_clock import WallClock
 from pipeline.annotate.meter import Meter
 from pipeline.console import PatientConsole, PrintableConsole
 from pipeline.output.counts import ShardCounts
@@ -122,31 +123,32 @@ def test_the_pace_is_never_negative_even_if_a_lost_worker_takes_samples_with_it(
 
 def test_the_meter_adds_up_what_threads_report(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("pipeline.annotate.meter.time.monotonic", lambda: now[0])
-    meter = Meter()
-    meter.image_decoded()
-    now[0] = 101.0
-    with pytest.raises(ZeroDivisionError), meter.device_step():
-        now[0] = 103.0
+    for module in ("meter", "device_clock"):
+        monkeypatch.setattr(f"pipeline.annotate.{module}.time.monotonic", lambda: now[0])
+        monkeypatch.setattr(f"pipeline.annotate.{module}.time.perf_counter", lambda: now[0])
+    clock = WallClock()
+    with clock.work():
+        now[0] += 5.0  # before the meter was there: the model was tried out
+    meter = Meter(clock, sample_processes=3)
+    meter.images_decoded(2)
+    now[0] += 1.0
+    with pytest.raises(ZeroDivisionError), clock.work():
+        now[0] += 2.0
         raise ZeroDivisionError
-    now[0] = 110.0
-    assert meter.read() == Measures(images_decoded=1, device_busy_s=2.0, ready_s=10.0)
+    with meter.timed("masks_s"):
+        now[0] += 4.0
+    meter.add("reading_s", 0.5)
+    now[0] += 3.0
+    assert meter.read() == Measures(
+        images_decoded=2,
+        device_busy_s=2.0,
+        ready_s=10.0,
+        reading_s=0.5,
+        masks_s=4.0,
+        sample_process_s=30.0,
+    )
     assert Measures(1, 2.0, 10.0).device_busy_share == 0.2
     assert Measures().device_busy_share is None
-
-
-def test_time_counts_once_while_several_device_steps_run(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("pipeline.annotate.meter.time.monotonic", lambda: now[0])
-    meter = Meter()
-    with meter.device_step():
-        now[0] = 2.0
-        with meter.device_step():
-            now[0] = 3.0
-            assert meter.read().device_busy_s == 3.0
-        now[0] = 5.0
-    now[0] = 10.0
-    assert meter.read() == Measures(device_busy_s=5.0, ready_s=10.0)
 
 
 def test_every_display_receives_everything():

@@ -161,7 +161,7 @@ def rows_of(config):
             ExplainedPrompt(prompts[position], False, float(cosines[texts.map_rows[0][position]]))
             for position in chosen.prompts.tolist()
         ),
-        maps=sample_maps(grids, pixels, [chosen], settings)[0],
+        maps=sample_maps(grids, pixels, [chosen], settings, [(20, 30)])[0],
         dropped_prompts=len(prompts) - len(chosen.prompts),
     )
     return [seen, sample.dropped_prompts, annotation_rows(sample, config)]
