@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import legrad
-from legrad.views import canvas_bytes
+from legrad.canvases import canvas_bytes
 from pipeline import storage
 from pipeline.annotate.batch_size import find_batch_size
 from pipeline.annotate.engine import Engine

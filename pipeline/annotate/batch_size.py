@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import legrad
-from legrad.views import Views, canvas_pixels
+from legrad.canvases import Views, canvas_pixels
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.sample_states import PreparedSample
 from pipeline.prompts.sample_prompts import Prompt

@@ -14,7 +14,8 @@ import legrad
 from legrad.masks.refine import Refinement
 from legrad.method.trace import Trace
 from legrad.text_cache import TextEmbedder
-from legrad.views import Views, merged_relevance, preprocessed
+from legrad.canvases import Views
+from legrad.views import merged_relevance, preprocessed
 from pipeline.annotate.maps import MapSettings, sample_maps
 from pipeline.annotate.meter import Meter
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps

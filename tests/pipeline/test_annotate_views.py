@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from legrad.masks.rle import decode_rle
-from legrad.views import Views, view_relevance
+from legrad.canvases import Views
+from legrad.views import view_relevance
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.model import check_model, load_explainer, views_wanted

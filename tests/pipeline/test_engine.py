@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from legrad.heatmaps import heatmaps_of
-from legrad.views import Views, canvas_pixels, view_relevance
+from legrad.canvases import Views, canvas_pixels
+from legrad.views import view_relevance
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.model import load_explainer
