@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 import legrad
+from legrad.canvases import Views
 from legrad.masks.refine import Refinement
 from legrad.method.trace import Trace
 from legrad.text_cache import TextEmbedder
-from legrad.canvases import Views
 from legrad.views import merged_relevance, preprocessed
 from pipeline.annotate.maps import MapSettings, sample_maps
 from pipeline.annotate.meter import Meter

@@ -21,8 +21,8 @@ from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from legrad.canvases import Views, canvas_pixels
 from legrad.images import ImageTransform
-from legrad.views import Views, canvas_pixels
 from pipeline.errors import SampleFailure
 from pipeline.shards.image_files.bmp import check_bmp
 from pipeline.shards.image_files.jpeg import CheckedJpeg

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from legrad.masks.rle import decode_rle
 from legrad.canvases import Views
+from legrad.masks.rle import decode_rle
 from legrad.views import view_relevance
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from legrad.heatmaps import heatmaps_of
 from legrad.canvases import Views, canvas_pixels
+from legrad.heatmaps import heatmaps_of
 from legrad.views import view_relevance
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import refinement_of
