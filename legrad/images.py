@@ -117,7 +117,7 @@ class ImageTransform:
 
 
 def fast_pixels(image: Image.Image) -> np.ndarray | None:
-    """Return a copy of the pixels that `fast_resize` takes; None for modes that are always resized exactly."""
+    """Return a copy of the pixels for `fast_resize`; None for modes that are always resized exactly."""
     return np.array(image) if image.mode in _FAST_MODES else None
 
 
