@@ -122,10 +122,12 @@ def fast_pixels(image: Image.Image) -> np.ndarray | None:
 
 
 def fast_resize(
-    pixels: UInt8[np.ndarray, "image_height image_width *channels"],
+    pixels: UInt8[np.ndarray, "rows columns *channels"],
     height: int,
     width: int,
     interpolation: Interpolation,
+    *,
+    extent: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Resize pixels with antialiasing, in whole numbers.
 
@@ -134,25 +136,32 @@ def fast_resize(
         height: in pixels.
         width: in pixels.
         interpolation: filter, antialiased where it shrinks an image.
+        extent: how many rows and columns of `pixels` the image covers, where its last ones cover only a part
+            of a pixel; None: all.
 
     Returns:
         RGB.
     """
-    image_height, image_width = pixels.shape[:2]
-    if height < image_height and width > image_width:
+    rows, columns = pixels.shape[:2]
+    covered_rows, covered_columns = extent or (rows, columns)
+    if height < rows and width > columns:
         # Pillow, too, shrinks rows first here; the order shows where values are clipped between the passes.
-        pixels = _resized(pixels, height, image_width, interpolation)
-    resized = _resized(pixels, height, width, interpolation)
+        pixels = _resized(pixels, height, columns, interpolation, (height / covered_rows, 1.0))
+        covered_rows = height
+    scales = (height / covered_rows, width / covered_columns)
+    resized = _resized(pixels, height, width, interpolation, scales)
     return resized if resized.ndim == 3 else np.repeat(resized[..., None], 3, axis=2)
 
 
-def _resized(pixels: np.ndarray, height: int, width: int, interpolation: Interpolation) -> np.ndarray:
+def _resized(
+    pixels: np.ndarray, height: int, width: int, interpolation: Interpolation, scales: tuple[float, float]
+) -> np.ndarray:
     resized = np.empty((height, width, *pixels.shape[2:]), np.uint8)
     source, target = (
         torch.from_numpy(values).reshape(1, *values.shape[:2], -1).permute(0, 3, 1, 2)
         for values in (pixels, resized)
     )
-    _FAST_RESAMPLING[interpolation](source, [height, width], False, None, None, out=target)
+    _FAST_RESAMPLING[interpolation](source, [height, width], False, *scales, out=target)
     return resized
 
 

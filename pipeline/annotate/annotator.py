@@ -182,6 +182,7 @@ class ShardAnnotator:
                 self._explainer.transform,
                 max_image_pixels=self._config.input.max_image_pixels,
                 views=self._views,
+                resize=self._config.input.resize,
             )
         except SampleFailure as failure:
             return SampleRows(errors=(_error_of(failure, item),))

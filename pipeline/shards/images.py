@@ -185,7 +185,8 @@ def _decode_jpeg_fast(
 ) -> DecodedImage | None:
     """Return None for other formats and colours, and where Pillow decides whether a file is damaged."""
     header = stored.header
-    if not isinstance(header, CheckedJpeg) or header.mode not in DECODED_MODES:
+    # no tile: Pillow found no data to decode
+    if not isinstance(header, CheckedJpeg) or header.mode not in DECODED_MODES or not header.tile:
         return None
     with _faults_as_failures():
         is_read_at_once = check_jpeg(data) is not None
@@ -199,7 +200,8 @@ def _decode_jpeg_fast(
         pixels = decode_jpeg(data, header.height, header.width, reduction)
         if pixels is None:
             return None
-        canvases = (fast_resize(pixels, *size, transform.interpolation) for size in sizes)
+        extent = (header.height / reduction, header.width / reduction)
+        canvases = (fast_resize(pixels, *size, transform.interpolation, extent=extent) for size in sizes)
         upright = tuple(upright_pixels(canvas, stored.orientation) for canvas in canvases)
     return DecodedImage(stored.height, stored.width, upright)
 

@@ -42,6 +42,7 @@ VALUES = {
         "caption": st.sampled_from(["txt", "TXT", "json:captions", "JSON:captions"]),
         "max_image_pixels": st.sampled_from([100, 200]),
         "max_member_bytes": st.sampled_from([100, 200]),
+        "resize": st.sampled_from(["exact", "fast"]),
         "allow_commands": st.booleans(),
     },
     "model": {
