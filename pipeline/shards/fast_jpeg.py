@@ -49,6 +49,9 @@ def decode_jpeg(data: bytes, height: int, width: int, reduction: int) -> np.ndar
     reduced = (-(-height // reduction), -(-width // reduction))
     least = reduced if reduction > 1 else (0, 0)
     try:
+        # before memory is taken, in case that two readers of one header find two sizes
+        if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
+            return None
         pixels = simplejpeg.decode_jpeg(data, min_height=least[0], min_width=least[1], strict=True)
     except ValueError:
         return None

@@ -3,8 +3,9 @@
     python tests/bench/resize_agreement.py [--write]
 
 Annotates the demo's two sets with the demo's configuration under `input.resize` exact and fast, and compares
-masks and heat maps; then `newartist` enlarged to 1024 x 1024 without refinement, so that every JPEG is reduced
-while it is decoded. Then compares levels of colour and times at several sizes, on enlarged pictures with noise.
+masks and heat maps; then `newartist` enlarged to 1024 x 1024 without refinement, so that every JPEG is
+reduced while it is decoded. Then compares levels of colour and times at several sizes, on enlarged pictures
+with noise.
 Prints one JSON row each; `--write` also replaces the tables of tests/bench/README.md.
 """
 
@@ -200,10 +201,10 @@ def tables(rows: list[dict[str, Any]], head: dict[str, Any]) -> str:
     sizes = [row for row in rows if "size" in row]
     return "\n".join(
         [
-            f"Commit {head['commit']}, {head['processor']}, one core, medians of {ROUNDS} alternating rounds.",
+            f"Commit {head['commit']}, {head['processor']}, one core, medians of {ROUNDS} rounds in turn.",
             "",
-            "| images | rows | other rows | mask IoU, mean | 1st percentile | least | heat maps' correlation, mean "
-            "| least |",
+            "| images | rows | other rows | mask IoU, mean | 1st percentile | least | correlation of heat maps, "
+            "mean | least |",
             "|---|---|---|---|---|---|---|---|",
             *(
                 f"| {row['images']} | {row['rows']} | {row['other_rows']} | {row['iou_mean']:.4f} | "
