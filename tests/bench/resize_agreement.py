@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(1)
     head = {"bench": "resize_agreement", **environment()}
     rows = []
-    for row in [*masks_rows(), *pixel_rows()]:
+    for row in chain(masks_rows(), pixel_rows()):
         rows.append(row)
         print(json.dumps(head | row), flush=True)
     if options.write:
@@ -203,8 +204,7 @@ def tables(rows: list[dict[str, Any]], head: dict[str, Any]) -> str:
         [
             f"Commit {head['commit']}, {head['processor']}, one core, medians of {ROUNDS} rounds in turn.",
             "",
-            "| images | rows | other rows | mask IoU, mean | 1st percentile | least | correlation of heat maps, "
-            "mean | least |",
+            "| images | rows | other rows | IoU, mean | 1st percentile | least | correlation, mean | least |",
             "|---|---|---|---|---|---|---|---|",
             *(
                 f"| {row['images']} | {row['rows']} | {row['other_rows']} | {row['iou_mean']:.4f} | "
