@@ -202,8 +202,8 @@ def tables(rows: list[dict[str, Any]], head: dict[str, Any]) -> str:
     sizes = [row for row in rows if "size" in row]
     return "\n".join(
         [
-            f"Commit {head['commit']}, {head['processor']} (load {head['load_1min']}), one thread, medians of "
-            f"{ROUNDS} rounds in turn.",
+            f"Commit {head['commit']}, {head['processor']} (load {head['load_1min']}), one thread, "
+            f"medians of {ROUNDS} rounds in turn.",
             "",
             "| images | rows | other rows | IoU, mean | 1st percentile | least | correlation, mean | least |",
             "|---|---|---|---|---|---|---|---|",
