@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import legrad
-from legrad.views import canvas_bytes
+from legrad.canvases import canvas_bytes
 from pipeline import storage
 from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
 from pipeline.annotate.cutting import device_cut_of
@@ -188,6 +188,7 @@ class ShardAnnotator:
                 self._explainer.transform,
                 max_image_pixels=self._config.input.max_image_pixels,
                 views=self._views,
+                resize=self._config.input.resize,
             )
         except SampleFailure as failure:
             return SampleRows(errors=(_error_of(failure, item),))

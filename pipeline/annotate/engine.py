@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 import legrad
+from legrad.canvases import Views
 from legrad.inputs import RaggedPrompts, ragged_unit_rows, unit_row_cosines
 from legrad.masks.refine import Refinement
 from legrad.memory import is_out_of_memory
 from legrad.text_cache import TextEmbedder
-from legrad.views import Views, merged_relevance, preprocessed
+from legrad.views import merged_relevance, preprocessed
 from pipeline.annotate.batch_limits import BatchLimits
 from pipeline.annotate.cutting import DeviceCut
 from pipeline.annotate.device_clock import device_clock

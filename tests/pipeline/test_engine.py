@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from legrad.canvases import Views, canvas_pixels
 from legrad.heatmaps import heatmaps_of
-from legrad.views import Views, canvas_pixels, view_relevance
+from legrad.views import view_relevance
 from pipeline.annotate import batch_limits
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer

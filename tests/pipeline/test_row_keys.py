@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from legrad.canvases import Views, canvas_grids, views_of
 from legrad.images import ImageTransform
 from legrad.text_cache import EmbeddedTexts
-from legrad.views import Views, canvas_grids, views_of
 from pipeline.annotate.maps import MapSettings, refinement_of, sample_maps
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample
@@ -42,6 +42,7 @@ VALUES = {
         "caption": st.sampled_from(["txt", "TXT", "json:captions", "JSON:captions"]),
         "max_image_pixels": st.sampled_from([100, 200]),
         "max_member_bytes": st.sampled_from([100, 200]),
+        "resize": st.sampled_from(["exact", "fast"]),
         "allow_commands": st.booleans(),
     },
     "model": {
