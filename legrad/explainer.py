@@ -251,7 +251,7 @@ class LeGrad:
             images: of any sizes and modes; with `fit="keep"`, all must get the same input size, which
                 `transform.input_size` returns.
             resize: "exact": bit for bit as open_clip does, by Pillow; "fast": by the same filter in whole
-                numbers, in a sixth of the time, with some values off by a level of 255. Palette, alpha and
+                numbers, in less than half of the time, with some values off by a level of 255. Palette, alpha and
                 CMYK images are always resized exactly.
 
         Returns:

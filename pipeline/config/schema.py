@@ -41,7 +41,7 @@ class InputConfig(Section):
     resize: Literal["exact", "fast"] = Field(
         "fast",
         description="How images are decoded and resized to the model's input. exact: bit for bit as "
-        "open_clip does. fast: in about a quarter of the time, with the same filter; some levels of "
+        "open_clip does. fast: in less than half of the time, with the same filter; some levels of "
         "colour differ by one or two, and large JPEGs are reduced while they are decoded (see "
         "tests/bench/README.md).",
     )
