@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import legrad
-from legrad.text import CPU_BATCH_SIZE, truncated
+from legrad.text import CPU_BATCH_SIZE
+from tests.helpers.token_rows import truncated
 from tests.helpers.tiny_models import EMBED_DIM, TEXT, tiny_clip
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
