@@ -1,8 +1,8 @@
 """CLIP's byte-pair encoding as open_clip defines it, in time bounded by the number of tokens that are wanted.
 
-open_clip's own `SimpleTokenizer` encodes a whole text before it is truncated, in time quadratic in the length of
-a run of letters or symbols (seconds for a caption of 16,384 symbols), and keeps every word that it ever met. Here
-an encoding ends at the last token that is wanted, and a bounded number of words is kept.
+open_clip's own `SimpleTokenizer` encodes a whole text before it truncates it, in time quadratic in the
+length of a run of letters or symbols (seconds for a caption of 16,384 symbols), and keeps every word that it
+ever met. Here an encoding ends at the last token that is wanted, and a bounded number of words is kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ class BytePairEncoder:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.decoder[token_id] for token_id in tokenizer.all_special_ids)
         self._plain_words = PLAIN_WORDS.get(tokenizer.clean_fn)
-        # Words can be encoded one by one where no token spans whitespace, which further special tokens may do.
+        # Words are encoded one by one if no token spans whitespace, which further special tokens may do.
         self._has_words = self._plain_words is not None and len(self._special) == 2
         self._kept = lru_cache(WORDS_KEPT)(self._tokens_of_word)
 

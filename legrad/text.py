@@ -95,8 +95,8 @@ def embed_by_length(
         is_causal: decides whether an attention mask is causal; None: by reading it.
 
     Returns:
-        Unit rows, as in `embed_texts`, from the shortest text to the longest; and, on the CPU, the position of
-        each of them among the texts.
+        Unit rows, as in `embed_texts`, from the shortest text to the longest; and, on the CPU, the position
+        of each of them among the texts.
 
     Raises:
         InputError: the tokens do not fit the text tower.
@@ -138,10 +138,11 @@ class CausalMaskReader:
 
 
 def uploaded(values: Tensor, device: torch.device) -> Tensor:
-    """Copy values from the CPU to a device; on a GPU without waiting for it."""
-    if device.type != "cuda":
+    """Copy values from the CPU to a device; to a GPU without waiting for it, from page-locked memory."""
+    if device.type not in ("cuda", "xpu"):
         return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    staged = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return staged.copy_(values).to(device, non_blocking=True)
 
 
 def refuse_active_dropout(model: nn.Module) -> None:

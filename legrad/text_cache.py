@@ -4,7 +4,6 @@ import sys
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -106,37 +105,17 @@ class _RowStore:
             grown = torch.empty(larger, like.shape[1], dtype=like.dtype, device=like.device)
             if number:
                 grown[:number] = self._rows
-                if grown.is_cuda:  # made in the stream of another caller, perhaps
+                if grown.is_cuda:  # perhaps allocated on another stream, which must not reuse them too early
                     self._rows.record_stream(torch.cuda.current_stream(grown.device))
             self._rows = grown
         self._free[:0] = range(larger - 1, number - 1, -1)
 
 
-class _StreamOrder:
-    """Lets the streams of a GPU use shared rows in the order in which their threads came, without waiting."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last = torch.cuda.Event() if device.type == "cuda" else None
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Order what is launched in this context behind all that was launched in earlier ones."""
-        if self._last is None:
-            yield
-            return
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._last)
-        try:
-            yield
-        finally:
-            self._last.record(stream)
-
-
 class TextEmbedder:
     """Embed texts with a model's text tower and cache the most recently used embeddings; thread-safe.
 
-    Threads may use streams of their own on a GPU. Nothing waits for the device.
+    Nothing waits for the device. Callers that use several streams of a GPU must order their calls among them,
+    as the cached rows are shared.
 
     Attributes:
         cached_bytes: upper estimate of the memory that the cache uses now.
@@ -163,7 +142,6 @@ class TextEmbedder:
         self._is_causal = CausalMaskReader()
         self._entries: OrderedDict[Ensemble, _Entry] = OrderedDict()
         self._rows = _RowStore()
-        self._order = _StreamOrder(explainer.device)
         self._lock = threading.Lock()
         self.cached_bytes = 0
 
@@ -172,8 +150,8 @@ class TextEmbedder:
 
         Args:
             texts: any number of texts.
-            tokens: tokens of some of the texts, made by a `RowTokenizer` of the same tokenizer; the others are
-                tokenised here.
+            tokens: tokens of some of the texts, made by a `RowTokenizer` of the same tokenizer; the others
+                are tokenised here.
 
         Raises:
             InputError: the text tower is in training mode with active dropout, or the tokenizer is not the
@@ -200,7 +178,7 @@ class TextEmbedder:
         if not ensembles:
             empty = torch.zeros(0, self._explainer.embed_dim, device=self._explainer.device)
             return EmbeddedTexts(empty, ())
-        with self._lock, self._order.turn():
+        with self._lock:
             unknown = [ensemble for ensemble in dict.fromkeys(ensembles) if ensemble not in self._entries]
             new = list(chain.from_iterable(self._embedded(some, tokens) for some in _of_few_texts(unknown)))
             # Entries are made once their rows are stored: a failure leaves the cache as it was.

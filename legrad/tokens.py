@@ -1,8 +1,10 @@
 """Tokenise texts as open_clip's tokenizers do, wherever the tokens are needed: here or in another process."""
 
 import pickle
+import threading
 from array import array
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,8 +22,8 @@ class TokenRow(NamedTuple):
     """The tokens of a text.
 
     Attributes:
-        token_ids: int32 [context], padded, as bytes, which pass between processes at a third of the cost of an
-            array.
+        token_ids: int32 [context], padded, as bytes, which pass between processes at a third of the cost of
+            an array.
         is_truncated: whether the text exceeds the context.
     """
 
@@ -30,10 +32,10 @@ class TokenRow(NamedTuple):
 
 
 class RowTokenizer:
-    """Tokenises texts as one of open_clip's tokenizers does; thread-safe if the tokenizer is.
+    """Tokenises texts as one of open_clip's tokenizers does; thread-safe.
 
-    For `SimpleTokenizer` the time is bounded by the context length instead of the text length, and the tokenizer
-    itself keeps nothing. It can be pickled if the tokenizer can.
+    For `SimpleTokenizer` the time is bounded by the context length instead of the text length, and the
+    tokenizer itself keeps nothing. It can be pickled if the tokenizer can.
 
     Args:
         tokenizer: as returned by `open_clip.get_tokenizer`.
@@ -47,6 +49,7 @@ class RowTokenizer:
         # A subclass, or a reduction that drops other tokens than the last ones, may behave differently.
         is_plain = type(tokenizer) is SimpleTokenizer and tokenizer.reduction_fn is None
         self._encoder = BytePairEncoder(tokenizer) if is_plain else None
+        self._lock = threading.Lock()  # tokenizers of transformers hold the settings of the current call
 
     def __reduce__(self) -> tuple[type["RowTokenizer"], tuple[Tokenizer]]:
         """Return what a copy is made from; it starts with no words kept."""
@@ -59,8 +62,9 @@ class RowTokenizer:
             return {text: self._plain_row(self._encoder, text) for text in distinct}
         if not distinct:
             return {}
-        token_ids: Tensor = self.tokenizer(distinct)
-        is_truncated = _truncated(self.tokenizer, distinct, token_ids)
+        with self._lock:
+            token_ids: Tensor = self.tokenizer(distinct)
+            is_truncated = _truncated(self.tokenizer, distinct, token_ids)
         rows = map(TokenRow, map(_as_bytes, token_ids), is_truncated)
         return dict(zip(distinct, rows, strict=True))
 
@@ -76,13 +80,12 @@ class RowTokenizer:
 
 
 def picklable_tokenizer(tokenizer: Tokenizer) -> RowTokenizer | None:
-    """Return a RowTokenizer for use in other processes, or None if the tokenizer cannot be pickled."""
-    row_tokenizer = RowTokenizer(tokenizer)
+    """Return a copy of a tokenizer for use in other threads and processes; None if it cannot be pickled."""
     try:
-        pickle.dumps(row_tokenizer)
+        pickle.dumps(tokenizer)
     except Exception:  # whatever the tokenizer's own code raises
         return None
-    return row_tokenizer
+    return deepcopy(RowTokenizer(tokenizer))
 
 
 def as_token_ids(rows: Sequence[TokenRow]) -> Int[Tensor, "texts context"]:

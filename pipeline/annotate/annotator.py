@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import legrad
+from legrad.tokens import picklable_tokenizer
 from legrad.views import canvas_bytes
 from pipeline import storage
 from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
@@ -20,6 +21,7 @@ from pipeline.annotate.model import views_wanted
 from pipeline.annotate.rows import SampleRows, sample_rows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
+from pipeline.annotate.texts import caption_tokens
 from pipeline.annotate.trial import TrialSamples
 from pipeline.config.schema import InputConfig, JobConfig
 from pipeline.errors import SampleFailure
@@ -75,6 +77,7 @@ class ShardAnnotator:
         self._explainer = explainer
         self._meter = Meter()
         self._sample_prompts = SamplePrompts(config)
+        self._tokenizer = picklable_tokenizer(explainer.tokenizer)
         self._views = views_wanted(config, explainer)
         companions = companions_of(config.prompts)
         refinement = refinement_of(config.masks, explainer.patch_size)
@@ -198,6 +201,7 @@ class ShardAnnotator:
             canvases=image.canvases,
             prompts=found.prompts,
             errors=errors,
+            tokens=caption_tokens(found.prompts, self._tokenizer),
         )
 
     def _finish(self, explained: ExplainedSample) -> SampleRows:

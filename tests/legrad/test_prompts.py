@@ -7,8 +7,8 @@ from torch import nn
 
 import legrad
 from legrad.text import CPU_BATCH_SIZE
-from tests.helpers.token_rows import truncated
 from tests.helpers.tiny_models import EMBED_DIM, TEXT, tiny_clip
+from tests.helpers.token_rows import truncated
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
 

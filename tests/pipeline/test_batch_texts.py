@@ -78,7 +78,7 @@ class Embedder:
     def __init__(self, table, noise=0.0):
         self._table, self._noise, self._calls = table, noise, 0
 
-    def embed_ensembles(self, ensembles):
+    def embed_ensembles(self, ensembles, tokens=()):
         self._calls += 1
         generator = torch.Generator().manual_seed(self._calls)
         rows = F.normalize(torch.stack([self._table[text] for (text,) in ensembles]), dim=1)
@@ -102,7 +102,9 @@ def prompts(*texts):
 
 def embedded(embedder, *samples, background=(), neutral=None, precision=torch.float32):
     companions = Companions(tuple((text,) for text in background), 4, neutral)
-    return BatchTextEmbedder(embedder, companions, equal_within(precision)).embed(samples)
+    texts = BatchTextEmbedder(embedder, companions, equal_within(precision))
+    batch = texts.embed(samples)
+    return texts.resolve(batch, torch.zeros(len(samples), len(batch.ensembles)))[0]
 
 
 def named(rows, texts, table):
