@@ -320,7 +320,7 @@ def first_of_equal(rows: np.ndarray, equal: EqualRows) -> np.ndarray:
 
 
 def without_equals(rows: np.ndarray, taken: np.ndarray, equal: EqualRows) -> np.ndarray:
-    """Return the rows that neither are, nor are equal to, one of those taken: all of them as they are passed."""
+    """Return the rows that neither are, nor are equal to, one of those taken; of all, the same array."""
     barred = set(taken.tolist())
     barred |= {other for row in taken.tolist() for other in equal.get(row, ())}
     if barred.isdisjoint(rows.tolist()):
