@@ -206,13 +206,13 @@ def test_the_ids_of_nasty_texts_are_those_of_open_clip(clean):
 
 
 @pytest.mark.parametrize(
-    "count", [500, pytest.param(60_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    "count", [300, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 @pytest.mark.parametrize("clean", CLEANINGS)
 def test_the_ids_of_captions_of_every_kind_are_those_of_open_clip(clean, count):
     draw = random.Random(f"{clean} {count}")
-    for _ in range(count // 500):
-        assert_tokens_are_those_of_open_clip([caption(draw) for _ in range(500)], clean)
+    for _ in range(count // 100):
+        assert_tokens_are_those_of_open_clip([caption(draw) for _ in range(100)], clean)
 
 
 @pytest.mark.slow
