@@ -14,6 +14,7 @@ from legrad.tokens import picklable_tokenizer
 from legrad.views import canvas_bytes
 from pipeline import storage
 from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
+from pipeline.annotate.caption_tokens import caption_tokens
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import map_bytes, refinement_of
 from pipeline.annotate.meter import Meter
@@ -21,7 +22,6 @@ from pipeline.annotate.model import views_wanted
 from pipeline.annotate.rows import SampleRows, sample_rows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
-from pipeline.annotate.texts import caption_tokens
 from pipeline.annotate.trial import TrialSamples
 from pipeline.config.schema import InputConfig, JobConfig
 from pipeline.errors import SampleFailure

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from legrad.text_cache import NO_TOKENS, TextEmbedder
-from legrad.tokens import RowTokenizer, TokenRow
+from legrad.tokens import TokenRow
 from pipeline.prompts.sample_prompts import Companions, Ensemble, Prompt
 
 # Distance of two unit rows up to which they are equal. A text's neighbours in its batch, and another
@@ -176,18 +176,6 @@ class BatchTextEmbedder:
         equal = equal_rows(self._embedder.embed_ensembles(ensembles).unit_rows, self._within)
         firsts = first_of_equal(np.arange(len(ensembles)), equal).tolist()
         return [ensembles[row] for row in dict.fromkeys(firsts)]
-
-
-def caption_tokens(prompts: Sequence[Prompt], tokenizer: RowTokenizer | None) -> dict[str, TokenRow]:
-    """Return the tokens of a sample's captions, to be made before the sample waits for the device.
-
-    Args:
-        prompts: of the sample. Classes are skipped: they recur, and are tokenised once beside the model.
-        tokenizer: None: one that cannot leave its process; then no tokens are made here.
-    """
-    if tokenizer is None:
-        return {}
-    return tokenizer(text for prompt in prompts if prompt.class_id is None for text in prompt.ensemble)
 
 
 def images_of_maps(chosen: Sequence[ImageMaps]) -> torch.Tensor:

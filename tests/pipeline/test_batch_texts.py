@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from legrad.text_cache import EmbeddedTexts
 from legrad.tokens import RowTokenizer
+from pipeline.annotate.caption_tokens import caption_tokens
 from pipeline.annotate.texts import (
     BatchTextEmbedder,
     BatchTexts,
-    caption_tokens,
     choose_maps,
     equal_rows,
     equal_within,

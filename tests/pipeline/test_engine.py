@@ -16,10 +16,10 @@ from legrad.heatmaps import heatmaps_of
 from legrad.tokens import RowTokenizer
 from legrad.views import Views, canvas_pixels, view_relevance
 from pipeline.annotate import batch_limits
+from pipeline.annotate.caption_tokens import caption_tokens
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer
 from pipeline.annotate.sample_states import PreparedSample
-from pipeline.annotate.texts import caption_tokens
 from pipeline.annotate.trial import TrialSamples
 from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
