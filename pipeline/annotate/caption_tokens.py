@@ -13,7 +13,7 @@ def caption_tokens(prompts: Sequence[Prompt], tokenizer: RowTokenizer | None) ->
 
     Args:
         prompts: of the sample. Classes are skipped: they recur, and are tokenised once beside the model.
-        tokenizer: from `picklable_tokenizer`; None: no tokens are made here, but all of them beside the model.
+        tokenizer: from `picklable_tokenizer`; None: tokens are made beside the model, none here.
     """
     if tokenizer is None:
         return {}
