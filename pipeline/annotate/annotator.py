@@ -11,8 +11,10 @@ from typing import Any
 
 import legrad
 from legrad.canvases import canvas_bytes
+from legrad.tokens import picklable_tokenizer
 from pipeline import storage
 from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
+from pipeline.annotate.caption_tokens import caption_tokens
 from pipeline.annotate.cutting import device_cut_of
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import map_bytes, refinement_of
@@ -76,6 +78,7 @@ class ShardAnnotator:
         self._explainer = explainer
         self._meter = Meter()
         self._sample_prompts = SamplePrompts(config)
+        self._tokenizer = picklable_tokenizer(explainer.tokenizer)
         self._views = views_wanted(config, explainer)
         companions = companions_of(config.prompts)
         refinement = refinement_of(config.masks, explainer.patch_size)
@@ -201,6 +204,7 @@ class ShardAnnotator:
             canvases=image.canvases,
             prompts=found.prompts,
             errors=errors,
+            tokens=caption_tokens(found.prompts, self._tokenizer),
         )
 
     def _finish(self, explained: ExplainedSample) -> SampleRows:

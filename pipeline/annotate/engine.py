@@ -218,11 +218,13 @@ class Engine:
             sent(pixels, explainer.device)
             for pixels in zip(*(sample.canvases for sample in samples), strict=True)
         ]
+        tokens = {text: row for sample in samples for text, row in sample.tokens.items()}
         with self.clock.work():
             trace = explainer.encode(preprocessed(explainer, canvases[0]))
             with self._streams.ordered():
-                texts = self._texts.embed([sample.prompts for sample in samples])
-            similarities = unit_row_cosines(trace.image_features, texts.unit_rows).cpu().numpy()
+                embedded = self._texts.embed([sample.prompts for sample in samples], tokens)
+            cosines = unit_row_cosines(trace.image_features, embedded.unit_rows)
+            texts, similarities = self._texts.resolve(embedded, cosines)
         chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, self._max_background)
         prompts = _prompts_of_maps(chosen, texts.unit_rows)
         image_sizes = [(sample.image_height, sample.image_width) for sample in samples]

@@ -31,7 +31,7 @@ from webdataset.tariterators import base_plus_ext
 from legrad.errors import RleError
 from legrad.images import ImageTransform
 from legrad.masks.rle import check_rles, decode_rle, decode_runs, encode_rle, mask_area, mask_bbox_xywh
-from legrad.tokens import token_ids_of
+from legrad.tokens import RowTokenizer
 from pipeline import storage
 from pipeline.config.classes import ClassEntry, read_class_list
 from pipeline.config.load import load_config
@@ -220,7 +220,7 @@ def make_caption(rng: random.Random) -> bytes:
 
 @cache
 def tokenizer() -> Any:
-    return open_clip.tokenizer.SimpleTokenizer()
+    return RowTokenizer(open_clip.tokenizer.SimpleTokenizer())
 
 
 @cache
@@ -241,7 +241,7 @@ def read_caption(data: bytes, _folder: Path) -> bool:
             continue
         texts = [text for text in found if isinstance(text, str)]
         for text in texts[:3]:
-            token_ids_of(tokenizer(), [text])
+            tokenizer()([text])
             finder().mentioned(text)
         expected = data.decode("utf-8-sig") if spec == "txt" else json.loads(data)["caption"]
         expected = expected if isinstance(expected, list) else [expected]

@@ -123,7 +123,7 @@ def noise(text):
 class Embedder:
     """Embeds each ensemble by chance, the same at every call."""
 
-    def embed_ensembles(self, ensembles):
+    def embed_ensembles(self, ensembles, tokens=()):
         rows = [torch.from_numpy(noise(repr(ensemble)).uniform(-1, 1, 2)) for ensemble in ensembles]
         return EmbeddedTexts(torch.stack(rows), (False,) * len(rows))
 
@@ -141,9 +141,11 @@ def rows_of(config):
     if not prompts:
         return seen
     companions = companions_of(config.prompts)
-    texts = BatchTextEmbedder(Embedder(), companions, within=1e-9).embed([prompts])
-    cosines = texts.unit_rows[:, 0].numpy()
-    chosen = choose_maps(cosines[None], texts, config.prompts.max_per_sample, companions.max_background)[0]
+    embedder = BatchTextEmbedder(Embedder(), companions, within=1e-9)
+    batch = embedder.embed([prompts])
+    texts, similarities = embedder.resolve(batch, batch.unit_rows.T[:1])
+    cosines = similarities[0]
+    chosen = choose_maps(similarities, texts, config.prompts.max_per_sample, companions.max_background)[0]
     grids = torch.stack(
         [
             torch.from_numpy(noise(repr(texts.unit_rows[row].tolist())).random(GRID))
