@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from legrad.canvases import Views
     from legrad.errors import (
         InputError,
         LeGradError,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from legrad.masks.thresholds import MaskRule, otsu_threshold
     from legrad.method.trace import LayerTrace, Trace
     from legrad.pictures import overlay
-    from legrad.views import Views, view_relevance
+    from legrad.views import view_relevance
 
 __version__ = "0.1.0"
 
@@ -80,6 +81,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "legrad.canvases": ["Views"],
     "legrad.errors": [
         "InputError",
         "LeGradError",
@@ -101,7 +103,7 @@ _MODULES = {
     "legrad.masks.thresholds": ["MaskRule", "otsu_threshold"],
     "legrad.method.trace": ["LayerTrace", "Trace"],
     "legrad.pictures": ["overlay"],
-    "legrad.views": ["Views", "view_relevance"],
+    "legrad.views": ["view_relevance"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
+from legrad.images import Resize
 from legrad.inputs import neutral_patches
 from legrad.pictures import draw_panels, fitted, heat_over, overlay
 
@@ -91,7 +92,12 @@ class Explanation:
 
 
 def explain_image(
-    explainer: LeGrad, image: Image.Image, texts: Sequence[str], *, as_authors: bool = False
+    explainer: LeGrad,
+    image: Image.Image,
+    texts: Sequence[str],
+    *,
+    as_authors: bool = False,
+    resize: Resize = "exact",
 ) -> Explanation:
     """Explain one image for several texts, in one forward pass.
 
@@ -101,19 +107,20 @@ def explain_image(
         texts: at least one text.
         as_authors: compute the maps of the authors' package. They differ from the default for SigLIP and
             PE-Core only; see `LeGrad.heatmaps`.
+        resize: see `LeGrad.preprocess`.
 
     Returns:
         Heat maps at the size of the model's input, similarities and the raw grids of every layer, on the CPU.
 
     Raises:
-        InputError: no text, or a single string instead of a list.
+        InputError: no text, a single string instead of a list, or an unknown `resize`.
         TokenizerError: the explainer was made without a tokenizer.
     """
     if isinstance(texts, str) or not texts:
         raise InputError(f"texts: expected a list of at least one text, received {texts!r}")
     if as_authors:
         explainer = explainer._by_authors()
-    pixels = explainer.preprocess([image])
+    pixels = explainer.preprocess([image], resize=resize)
     trace = explainer.encode(pixels)
     embeddings = explainer.embed_text(texts)
     grids = explainer.relevance(trace, embeddings, per_layer=True)[:, 0]

@@ -1,6 +1,8 @@
 """Convert PIL images to the model's input: resize and normalise, without cropping.
 
-With `fit="stretch"` the result is bit for bit that of open_clip with `resize_mode="squash"`.
+Exact resizing, the default, with `fit="stretch"` is bit for bit that of open_clip with
+`resize_mode="squash"`. Fast resizing computes the same antialiased filter in whole numbers, with vector
+instructions; levels differ by one here and there. tests/bench/README.md says what that changes.
 """
 
 import math
@@ -12,13 +14,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor, nn
 
 Interpolation = Literal["bicubic", "bilinear"]
 Fit = Literal["stretch", "keep"]
+Resize = Literal["exact", "fast"]
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# What F.interpolate(antialias=True) calls. These forms write into memory that they are given, in its layout,
+# while F.interpolate separates the channels, and interleaving them again would take half as long as resizing.
+_FAST_RESAMPLING = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+}
+# palette, alpha and CMYK are resampled before they are converted
+_FAST_MODES = ("RGB", "L")
 
 
 @dataclass(frozen=True)
@@ -60,15 +70,22 @@ class ImageTransform:
         grid_height, grid_width = (longer, shorter) if image_height > image_width else (shorter, longer)
         return grid_height * patch, grid_width * patch
 
-    def resize(self, image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    def resize(self, image: Image.Image, resize: Resize = "exact") -> UInt8[np.ndarray, "height width 3"]:
         """Resize an image of any mode to its `input_size`, as RGB.
 
         Resampling comes before the conversion to RGB, as in open_clip: palette images are resampled by index.
+
+        Args:
+            image: of any size and mode.
+            resize: see `LeGrad.preprocess`.
         """
-        return self.resize_to(image, *self.input_size(image.height, image.width))
+        size = self.input_size(image.height, image.width)
+        if resize == "fast" and (pixels := fast_pixels(image)) is not None:
+            return fast_resize(pixels, *size, self.interpolation)
+        return self.resize_to(image, *size)
 
     def resize_to(self, image: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-        """Resize an image to a given size, as RGB; see `resize`.
+        """Resize an image exactly to a given size, as RGB; see `resize`.
 
         Args:
             image: of any size and mode.
@@ -110,8 +127,60 @@ def _constants(
     return most, by_channel[0].view(3, 1, 1), by_channel[1].view(3, 1, 1)
 
 
+def fast_pixels(image: Image.Image) -> np.ndarray | None:
+    """Return a copy of the pixels for `fast_resize`; None for modes that are always resized exactly."""
+    return np.array(image) if image.mode in _FAST_MODES else None
+
+
+def fast_resize(
+    pixels: UInt8[np.ndarray, "rows columns *channels"],
+    height: int,
+    width: int,
+    interpolation: Interpolation,
+    *,
+    extent: tuple[float, float] | None = None,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Resize pixels with antialiasing, in whole numbers.
+
+    Args:
+        pixels: grey, or RGB with a last axis of 3; writable, contiguous.
+        height: in pixels.
+        width: in pixels.
+        interpolation: filter, antialiased where it shrinks an image.
+        extent: how many rows and columns of `pixels` the image covers, where its last ones cover only a part
+            of a pixel; None: all.
+
+    Returns:
+        RGB.
+    """
+    rows, columns = pixels.shape[:2]
+    covered_rows, covered_columns = extent or (rows, columns)
+    if height < rows and width > columns:
+        # Pillow, too, shrinks rows first here; the order shows where values are clipped between the passes.
+        pixels = _resized(pixels, height, columns, interpolation, (height / covered_rows, 1.0))
+        covered_rows = height
+    scales = (height / covered_rows, width / covered_columns)
+    resized = _resized(pixels, height, width, interpolation, scales)
+    return resized if resized.ndim == 3 else np.repeat(resized[..., None], 3, axis=2)
+
+
+def _resized(
+    pixels: np.ndarray, height: int, width: int, interpolation: Interpolation, scales: tuple[float, float]
+) -> np.ndarray:
+    resized = np.empty((height, width, *pixels.shape[2:]), np.uint8)
+    source, target = (
+        torch.from_numpy(values).reshape(1, *values.shape[:2], -1).permute(0, 3, 1, 2)
+        for values in (pixels, resized)
+    )
+    _FAST_RESAMPLING[interpolation](source, [height, width], False, *scales, out=target)
+    return resized
+
+
 def transform_of(visual: nn.Module) -> ImageTransform:
     """Return the preprocessing stored in an open_clip vision tower, otherwise open_clip's default."""
+    # Imported here because it is slow, and needless where images are only resized.
+    from open_clip.transform import PreprocessCfg
+
     defaults = PreprocessCfg(size=visual.image_size)
     config: Mapping[str, Any] = getattr(visual, "preprocess_cfg", None) or vars(defaults)
     size = config["size"]

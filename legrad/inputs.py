@@ -179,6 +179,12 @@ def check_pool(pool: str) -> Literal["reference", "model"]:
     return "reference" if pool == "reference" else "model"
 
 
+def check_resize(resize: str) -> None:
+    """Raise an InputError if `resize` is not a public choice."""
+    if resize not in ("exact", "fast"):
+        raise InputError(f"resize: expected 'exact' or 'fast', received {resize!r}")
+
+
 def neutral_patches(
     neutral_grids: Float[Tensor, "batch 1 grid_height grid_width"], threshold: float
 ) -> Bool[Tensor, "batch grid_height grid_width"]:

@@ -1,13 +1,12 @@
 """Embed texts as unit vectors: each text once, in batches of similar length, with little padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from open_clip import CLIP, CoCa, CustomTextCLIP, transformer
 from open_clip.hf_model import HFTextEncoder
-from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from legrad.errors import InputError, TokenizerError
 from legrad.families.modules import GLOBAL_HOOKS, HOOKS
-from legrad.tokens import Tokenizer, exceeds_context, token_ids_of
+from legrad.tokens import RowTokenizer, Tokenizer, as_token_ids
 
 # The modules of open_clip's text towers, each with its own forward pass.
 FORWARDS: dict[type[nn.Module], Any] = {
@@ -58,31 +57,46 @@ def embed_texts(
     refuse_active_dropout(model)
     if not texts:
         return torch.zeros(0, embed_dim, device=device)
-    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    unit_rows = embed_tokens(model, token_ids_of(tokenizer, list(row_of)), device)
-    return unit_rows[torch.tensor([row_of[text] for text in texts], device=device)]
+    tokens = RowTokenizer(tokenizer)(texts)
+    unit_rows = embed_tokens(model, as_token_ids(list(tokens.values())), device)
+    row_of = {text: row for row, text in enumerate(tokens)}
+    return unit_rows[uploaded(torch.tensor([row_of[text] for text in texts]), device)]
 
 
-@torch.no_grad()
 def embed_tokens(
     model: nn.Module,
     token_ids: Int[Tensor, "prompts context"],
     device: torch.device,
     batch_size: int | None = None,
 ) -> Float[Tensor, "prompts embed_dim"]:
-    """Embed tokenised texts, in batches of similar length.
+    """Embed tokenised texts; see `embed_by_length`, which this brings back to the order of the texts."""
+    unit_rows, by_length = embed_by_length(model, token_ids, device, batch_size)
+    return unit_rows[uploaded(by_length.argsort(), device)]
+
+
+@torch.no_grad()
+def embed_by_length(
+    model: nn.Module,
+    token_ids: Int[Tensor, "prompts context"],
+    device: torch.device,
+    batch_size: int | None = None,
+    is_causal: Callable[[Tensor | None], bool] | None = None,
+) -> tuple[Float[Tensor, "prompts embed_dim"], Int[Tensor, " prompts"]]:
+    """Embed tokenised texts from the shortest to the longest, in batches.
 
     Trailing tokens that no embedding of a batch depends on are cut. Towers in which padding affects the
     result, such as SigLIP's, get all tokens. Autocast is disabled.
 
     Args:
         model: an open_clip model.
-        token_ids: padded token ids from the model's tokenizer; at least one text.
+        token_ids: padded token ids from the model's tokenizer, on the CPU; at least one text.
         device: device of the model.
         batch_size: number of texts per batch; None: a default for the device.
+        is_causal: decides whether an attention mask is causal; None: by reading it.
 
     Returns:
-        Unit rows, as in `embed_texts`.
+        Unit rows, as in `embed_texts`, from the shortest text to the longest; and, on the CPU, the position
+        of each of them among the texts.
 
     Raises:
         InputError: the tokens do not fit the text tower.
@@ -90,34 +104,45 @@ def embed_tokens(
     tower = _text_tower(model)
     _check_tokens(tower, token_ids)
     known_tower = tower if _is_known(model, tower) else None
-    lengths = _needed_lengths(known_tower, token_ids)
+    lengths = _needed_lengths(known_tower, token_ids, is_causal or _is_causal)
     size = batch_size or (CPU_BATCH_SIZE if device.type == "cpu" else DEVICE_BATCH_SIZE)
     by_length = lengths.argsort()
+    longest_of_batch = [int(lengths[rows[-1]]) for rows in torch.split(by_length, size)]
+    sorted_ids = uploaded(token_ids[by_length, : longest_of_batch[-1]], device)
     batches = []
-    for rows in torch.split(by_length, size):
-        batch = token_ids[rows, : int(lengths[rows[-1]])].to(device)
+    for batch, length in zip(torch.split(sorted_ids, size), longest_of_batch, strict=True):
         with torch.autocast(device.type, enabled=False):
-            embeddings = _encode(model, known_tower, batch, token_ids.shape[1])
+            embeddings = _encode(model, known_tower, batch[:, :length], token_ids.shape[1])
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         batches.append(F.normalize(embeddings, dim=-1))
-    return torch.cat(batches)[by_length.argsort().to(device)]
+    return batches[0] if len(batches) == 1 else torch.cat(batches), by_length
 
 
-def truncated(
-    tokenizer: Tokenizer, texts: Sequence[str], token_ids: Int[Tensor, "prompts context"] | None = None
-) -> list[bool]:
-    """Return for each text whether the tokenizer truncates it at its context length.
+class CausalMaskReader:
+    """Decides whether an attention mask is causal, and reads a mask again only if it has changed.
 
-    Args:
-        tokenizer: as returned by `open_clip.get_tokenizer`.
-        texts: any number of texts.
-        token_ids: token ids of the texts, if known: then most texts need not be tokenised again, which is
-            slow with open_clip's own tokenizer.
+    Reading a mask on a GPU waits for all kernels launched before.
     """
-    suspects = range(len(texts)) if token_ids is None else _suspect_rows(tokenizer, token_ids)
-    is_cut = _exceed_context(tokenizer, [texts[row] for row in suspects])
-    cut = {row for row, exceeds in zip(suspects, is_cut, strict=True) if exceeds}
-    return [row in cut for row in range(len(texts))]
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, int, bool] | None = None
+
+    def __call__(self, mask: Tensor | None) -> bool:
+        """Return whether a mask keeps every token from attending to later ones."""
+        if mask is None or mask.is_inference():  # changes of inference tensors are not counted
+            return _is_causal(mask)
+        last = self._last
+        if last is None or last[0] is not mask or last[1] != mask._version:
+            last = self._last = (mask, mask._version, _is_causal(mask))
+        return last[2]
+
+
+def uploaded(values: Tensor, device: torch.device) -> Tensor:
+    """Copy values from the CPU to a device; to a GPU without waiting for it, from page-locked memory."""
+    if device.type not in ("cuda", "xpu"):
+        return values.to(device)
+    staged = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return staged.copy_(values).to(device, non_blocking=True)
 
 
 def refuse_active_dropout(model: nn.Module) -> None:
@@ -193,7 +218,9 @@ def _check_tokens(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> None
         )
 
 
-def _needed_lengths(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> Int[Tensor, " prompts"]:
+def _needed_lengths(
+    tower: Any, token_ids: Int[Tensor, "prompts context"], is_causal: Callable[[Tensor | None], bool]
+) -> Int[Tensor, " prompts"]:
     """Return for each text the number of first tokens that its embedding depends on."""
     everything = torch.full_like(token_ids[:, 0], token_ids.shape[1])
     if isinstance(tower, HFTextEncoder):  # padding is masked, and excluded from averages of tokens
@@ -201,8 +228,9 @@ def _needed_lengths(tower: Any, token_ids: Int[Tensor, "prompts context"]) -> In
         return everything if pad_id is None else _length_before_padding(token_ids, pad_id)
     if not isinstance(tower, CLIP | TextTransformer):
         return everything
-    has_class_token, is_causal = getattr(tower, "cls_emb", None) is not None, _is_causal(tower.attn_mask)
-    if not is_causal and not (has_class_token and tower.attn_mask is None):
+    has_class_token = getattr(tower, "cls_emb", None) is not None
+    sees_all = has_class_token and tower.attn_mask is None
+    if not sees_all and not is_causal(tower.attn_mask):
         return everything
     if has_class_token:  # as in CoCa: padding is masked
         # The uncorrected mask is shifted by one, so that one padding token is not masked.
@@ -274,28 +302,3 @@ def _encode_cut(
         pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
     embeddings: Tensor = pooled
     return embeddings
-
-
-def _suspect_rows(tokenizer: Tokenizer, token_ids: Int[Tensor, "prompts context"]) -> list[int]:
-    """Return the rows of texts that may have been truncated: all, if the tokens do not show it."""
-    if hasattr(tokenizer, "tokenizer"):  # some pad with the token that also ends a truncated text
-        return list(range(len(token_ids)))
-    # open_clip's own tokenizer pads with 0, which never ends a truncated text.
-    return token_ids[:, -1].nonzero().flatten().tolist()
-
-
-def _exceed_context(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
-    """Return for each text whether it exceeds the context, including start and end tokens."""
-    pretrained = getattr(tokenizer, "tokenizer", None)
-    if pretrained is None:
-        return [exceeds_context(tokenizer, text) for text in texts]
-    if not texts:
-        return []
-    clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn(
-        "canonicalize"
-    )  # the only choice of SigLipTokenizer
-    own_marks = getattr(tokenizer, "tokenizer_mode", "") == "clips"  # start, end, class
-    token_ids = pretrained(
-        [clean(text) for text in texts], truncation=False, add_special_tokens=not own_marks, verbose=False
-    )["input_ids"]
-    return [len(ids) + 3 * own_marks > tokenizer.context_length for ids in token_ids]

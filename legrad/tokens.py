@@ -1,148 +1,134 @@
-"""Tokenise texts as open_clip does, in time bounded by the context length instead of the text length.
+"""Tokenise texts as open_clip's tokenizers do, wherever the tokens are needed: here or in another process."""
 
-open_clip's own byte-pair encoding tokenises a whole text before it truncates it, in time quadratic in the
-length of a run of letters or symbols: seconds for a caption of 16,384 symbols.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from heapq import heapify, heappop, heappush
-from typing import Any, TypeAlias
+import pickle
+import threading
+from array import array
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Int
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 from torch import Tensor
+
+from legrad.byte_pairs import BytePairEncoder
 
 # open_clip's tokenizers share no base class: they are callables with a `context_length`.
 Tokenizer: TypeAlias = Any
 
-# Length of a run in bytes; up to it open_clip's own encoding, which has a cache, is used.
-SHORT_RUN = 64
-# Bytes within which a position is searched where a long run may be split.
-SEARCH_BYTES = 512
+
+class TokenRow(NamedTuple):
+    """The tokens of a text.
+
+    Attributes:
+        token_ids: int32 [context], padded, as bytes, which pass between processes at a third of the cost of
+            an array.
+        is_truncated: whether the text exceeds the context.
+    """
+
+    token_ids: bytes
+    is_truncated: bool
 
 
-def token_ids_of(tokenizer: Tokenizer, texts: Sequence[str]) -> Int[Tensor, "texts context"]:
-    """Tokenise texts as `tokenizer(texts)` does, truncated and padded to its context length."""
-    if not _is_plain(tokenizer):
-        ids: Tensor = tokenizer(texts)
-        return ids
-    rows = torch.zeros(len(texts), tokenizer.context_length, dtype=torch.long)
-    for row, text in zip(rows, texts, strict=True):
-        own = first_tokens(tokenizer, text, tokenizer.context_length - 1)
-        marked = [tokenizer.sot_token_id, *own, tokenizer.eot_token_id][: tokenizer.context_length]
-        row[: len(marked)] = torch.tensor([*marked[:-1], tokenizer.eot_token_id])
+class RowTokenizer:
+    """Tokenises texts as one of open_clip's tokenizers does; thread-safe.
+
+    For `SimpleTokenizer` the time is bounded by the context length instead of the text length, and the
+    tokenizer itself keeps nothing. It can be pickled if the tokenizer can.
+
+    Args:
+        tokenizer: as returned by `open_clip.get_tokenizer`.
+
+    Attributes:
+        tokenizer: the same.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        # A subclass, or a reduction that drops other tokens than the last ones, may behave differently.
+        is_plain = type(tokenizer) is SimpleTokenizer and tokenizer.reduction_fn is None
+        self._encoder = BytePairEncoder(tokenizer) if is_plain else None
+        self._lock = threading.Lock()  # tokenizers of transformers hold the settings of the current call
+
+    def __reduce__(self) -> tuple[type["RowTokenizer"], tuple[Tokenizer]]:
+        """Return what a copy is made from; it starts with no words kept."""
+        return type(self), (self.tokenizer,)
+
+    def __call__(self, texts: Iterable[str]) -> dict[str, TokenRow]:
+        """Return the tokens of each distinct text, truncated and padded to the context length."""
+        distinct = list(dict.fromkeys(texts))
+        if self._encoder is not None:
+            return {text: self._plain_row(self._encoder, text) for text in distinct}
+        if not distinct:
+            return {}
+        with self._lock:
+            token_ids: Tensor = self.tokenizer(distinct)
+            is_truncated = _truncated(self.tokenizer, distinct, token_ids)
+        rows = map(TokenRow, map(_as_bytes, token_ids), is_truncated)
+        return dict(zip(distinct, rows, strict=True))
+
+    def _plain_row(self, encoder: BytePairEncoder, text: str) -> TokenRow:
+        tokenizer = self.tokenizer
+        context: int = tokenizer.context_length
+        own = encoder.first_tokens(text, context - 1)
+        marked = array("i", [tokenizer.sot_token_id, *own[: context - 2], tokenizer.eot_token_id][-context:])
+        return TokenRow(
+            marked.tobytes().ljust(context * marked.itemsize, b"\0"),
+            len(own) + 2 > context,
+        )
+
+
+def picklable_tokenizer(tokenizer: Tokenizer) -> RowTokenizer | None:
+    """Return a copy of a tokenizer for use in other threads and processes; None if it cannot be pickled."""
+    try:
+        pickle.dumps(tokenizer)
+    except Exception:  # whatever the tokenizer's own code raises
+        return None
+    return deepcopy(RowTokenizer(tokenizer))
+
+
+def as_token_ids(rows: Sequence[TokenRow]) -> Int[Tensor, "texts context"]:
+    """Return the token ids of at least one text, int64 on the CPU."""
+    joined = bytearray().join(row.token_ids for row in rows)
+    return torch.frombuffer(joined, dtype=torch.int32).reshape(len(rows), -1).long()
+
+
+def _as_bytes(token_ids: Int[Tensor, " context"]) -> bytes:
+    as_bytes: bytes = token_ids.to(torch.int32).numpy().tobytes()
+    return as_bytes
+
+
+def _truncated(
+    tokenizer: Tokenizer, texts: Sequence[str], token_ids: Int[Tensor, "texts context"]
+) -> list[bool]:
+    """Return for each text whether the tokenizer truncates it at its context length."""
+    suspects = _suspect_rows(tokenizer, token_ids)
+    is_cut = _exceed_context(tokenizer, [texts[row] for row in suspects])
+    cut = {row for row, exceeds in zip(suspects, is_cut, strict=True) if exceeds}
+    return [row in cut for row in range(len(texts))]
+
+
+def _suspect_rows(tokenizer: Tokenizer, token_ids: Int[Tensor, "texts context"]) -> Sequence[int]:
+    """Return the rows of texts that may have been truncated: all, if the tokens do not show it."""
+    if hasattr(tokenizer, "tokenizer"):  # some pad with the token that also ends a truncated text
+        return range(len(token_ids))
+    # open_clip's own tokenizer pads with 0, which never ends a truncated text.
+    rows: list[int] = token_ids[:, -1].nonzero().flatten().tolist()
     return rows
 
 
-def exceeds_context(tokenizer: Tokenizer, text: str) -> bool:
-    """Return whether one of open_clip's own tokenizers truncates a text."""
-    most: int = tokenizer.context_length - 2
-    if not _is_plain(tokenizer):
-        whole: Sequence[int] = tokenizer.encode(text)
-        return len(whole) > most
-    return len(first_tokens(tokenizer, text, most + 1)) > most
-
-
-def first_tokens(tokenizer: SimpleTokenizer, text: str, most: int) -> list[int]:
-    """Return the first `most` tokens of `tokenizer.encode(text)`."""
-    tokens: list[int] = []
-    for run in tokenizer.pat.finditer(tokenizer.clean_fn(text)):
-        for part in _parts_of_run(tokenizer, run[0]):
-            tokens += [tokenizer.encoder[token] for token in part]
-            if len(tokens) >= most:
-                return tokens[:most]
-    return tokens
-
-
-def _is_plain(tokenizer: Tokenizer) -> bool:
-    # A subclass, or a reduction that drops other tokens than the last ones, may behave differently.
-    return type(tokenizer) is SimpleTokenizer and tokenizer.reduction_fn is None
-
-
-def _parts_of_run(tokenizer: SimpleTokenizer, run: str) -> Iterator[list[str]]:
-    """Byte-pair encode a run of letters or symbols, part by part."""
-    encoded = "".join(tokenizer.byte_encoder[byte] for byte in run.encode("utf-8"))
-    if len(encoded) <= SHORT_RUN or encoded in tokenizer.cache:
-        yield tokenizer.bpe(encoded).split(" ")
-        return
-    start = 0
-    while start < len(encoded):
-        end = _cut(tokenizer, encoded, start + SHORT_RUN)
-        part = list(encoded[start:end])
-        if end == len(encoded):
-            part[-1] += "</w>"
-        yield merged(part, tokenizer.bpe_ranks)
-        start = end
-
-
-def _cut(tokenizer: SimpleTokenizer, run: str, first: int) -> int:
-    """Find a position in a run that no token spans: no merge crosses it, so both sides are independent.
-
-    Args:
-        tokenizer: its vocabulary contains every product of a merge.
-        run: bytes in open_clip's notation, one character each.
-        first: first position to consider.
-
-    Returns:
-        The position where the run may be split, or its end if none is near.
-    """
-    longest = _longest_token(tokenizer)
-    for place in range(first, min(first + SEARCH_BYTES, len(run) - longest)):
-        spanning = (
-            run[start:end]
-            for start in range(max(0, place - longest + 1), place)
-            for end in range(place + 1, start + longest + 1)
-        )
-        if not any(token in tokenizer.encoder for token in spanning):
-            return place
-    return len(run)
-
-
-@lru_cache(maxsize=4)
-def _longest_token(tokenizer: SimpleTokenizer) -> int:
-    return max(map(len, tokenizer.encoder))
-
-
-def merged(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Apply byte-pair merges: always all pairs of the lowest rank, left to right, until no pair has a rank.
-
-    Args:
-        symbols: symbols to merge, changed in place.
-        ranks: rank of each pair of neighbours; ranks are unique.
-
-    Source: Sennrich et al., https://arxiv.org/abs/1508.07909, algorithm 1; `SimpleTokenizer.bpe` of open_clip
-        3.3, here with a heap of pairs: n log n steps in total instead of n for each merge.
-    """
-    count = len(symbols)
-    after, before = list(range(1, count + 1)), list(range(-1, count - 1))
-
-    def rank_at(place: int) -> int | None:
-        pair_exists = place >= 0 and symbols[place] and after[place] < count
-        return ranks.get((symbols[place], symbols[after[place]])) if pair_exists else None
-
-    heap = [(rank, place) for place in range(count) if (rank := rank_at(place)) is not None]
-    heapify(heap)
-    while heap:
-        lowest, changed = heap[0][0], []
-        while heap and heap[0][0] == lowest:
-            _, place = heappop(heap)
-            if rank_at(place) == lowest:  # otherwise the pair has changed since
-                _join(symbols, after, before, place)
-                changed += [before[place], place]
-        # Added only now, as new pairs wait until all pairs of this rank are merged.
-        for place in changed:
-            if (rank := rank_at(place)) is not None:
-                heappush(heap, (rank, place))
-    return [symbol for symbol in symbols if symbol]
-
-
-def _join(symbols: list[str], after: list[int], before: list[int], place: int) -> None:
-    """Append the following symbol to the one at a position, and leave an empty one in its place."""
-    following = after[place]
-    symbols[place] += symbols[following]
-    symbols[following] = ""
-    after[place] = after[following]
-    if after[place] < len(symbols):
-        before[after[place]] = place
+def _exceed_context(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
+    """Return for each text whether it exceeds the context, including start and end tokens."""
+    if not texts:
+        return []
+    pretrained = getattr(tokenizer, "tokenizer", None)
+    if pretrained is None:
+        return [len(tokenizer.encode(text)) + 2 > tokenizer.context_length for text in texts]
+    # SigLipTokenizer has no other choice than "canonicalize".
+    clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn("canonicalize")
+    own_marks = getattr(tokenizer, "tokenizer_mode", "") == "clips"  # start, end, class
+    token_ids = pretrained(
+        [clean(text) for text in texts], truncation=False, add_special_tokens=not own_marks, verbose=False
+    )["input_ids"]
+    return [len(ids) + 3 * own_marks > tokenizer.context_length for ids in token_ids]

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 import legrad
-from legrad.views import canvas_bytes
+from legrad.canvases import canvas_bytes
+from legrad.tokens import picklable_tokenizer
 from pipeline import storage
 from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
 from pipeline.annotate.chunk_rows import ChunkRows, add_chunk
@@ -82,7 +83,8 @@ class ShardAnnotator:
         self._config = config
         sample_prompts = SamplePrompts(config)
         views = views_wanted(config, explainer)
-        settings = WorkSettings(config, explainer.transform, views)
+        tokenizer = picklable_tokenizer(explainer.tokenizer)
+        settings = WorkSettings(config, explainer.transform, views, tokenizer)
         self._work = _work_of(settings, processes)
         companions = companions_of(config.prompts)
         trial = TrialSamples(

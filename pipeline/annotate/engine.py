@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 import legrad
+from legrad.canvases import Views
 from legrad.inputs import RaggedPrompts, ragged_unit_rows, unit_row_cosines
 from legrad.masks.refine import Refinement
 from legrad.memory import is_out_of_memory
 from legrad.text_cache import TextEmbedder
-from legrad.views import Views, merged_relevance, preprocessed
+from legrad.views import merged_relevance, preprocessed
 from pipeline.annotate.batch_limits import BatchLimits
 from pipeline.annotate.cutting import DeviceCut
 from pipeline.annotate.device_clock import device_clock
@@ -213,11 +214,13 @@ class Engine:
             sent(pixels, explainer.device)
             for pixels in zip(*(sample.canvases for sample in samples), strict=True)
         ]
+        tokens = {text: row for sample in samples for text, row in sample.tokens.items()}
         with self.clock.work():
             trace = explainer.encode(preprocessed(explainer, canvases[0]))
             with self._streams.ordered():
-                texts = self._texts.embed([sample.prompts for sample in samples])
-            similarities = unit_row_cosines(trace.image_features, texts.unit_rows).cpu().numpy()
+                embedded = self._texts.embed([sample.prompts for sample in samples], tokens)
+            cosines = unit_row_cosines(trace.image_features, embedded.unit_rows)
+            texts, similarities = self._texts.resolve(embedded, cosines)
         chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, self._max_background)
         prompts = _prompts_of_maps(chosen, texts.unit_rows)
         image_sizes = [(sample.image_height, sample.image_width) for sample in samples]
@@ -275,6 +278,11 @@ def _explained_prompts(
     """Return the prompts of a sample that have maps; equal ones have the similarity of the first."""
     similarities = cosines[maps.text_rows[maps.map_of_prompt]].tolist()
     return tuple(
-        ExplainedPrompt(sample.prompts[position], texts.truncated[prompt_rows[position]], similarity)
-        for position, similarity in zip(maps.prompts.tolist(), similarities, strict=True)
+        ExplainedPrompt(prompt.index, prompt.text, prompt.class_id, texts.truncated[row], similarity)
+        for prompt, row, similarity in zip(
+            [sample.prompts[position] for position in maps.prompts.tolist()],
+            prompt_rows[maps.prompts].tolist(),
+            similarities,
+            strict=True,
+        )
     )

@@ -12,10 +12,11 @@ import open_clip
 import torch
 
 import legrad
+from legrad.canvases import Views
 from legrad.errors import InputError, LeGradError
 from legrad.families import model_support
 from legrad.loading import computes_bf16, load_model, model_digest
-from legrad.views import Views, check_views
+from legrad.views import check_views
 from legrad.weights.model_files import plain_name
 from pipeline import storage
 from pipeline.config.schema import ADDRESS_PREFIXES, JobConfig, ModelConfig

@@ -22,6 +22,8 @@ from pipeline.annotate.parcels import Parcels
 # kinds of messages; `sample_process` is the other end, and is imported there alone: it brings torch
 READY, DONE, FAILED, ROOM, ROOM_LEFT = "ready", "done", "failed", "room", "room left"
 FORK, EXIT_CODE = "fork", "exit code"
+# tasks of a sample process: methods of `SampleWork`
+PREPARE, FINISH = "prepare", "finish"
 _COMMAND = (
     "import sys; sys.path[:] = {path!r}; "
     "from pipeline.annotate.sample_process import serve_launcher; serve_launcher({descriptor})"

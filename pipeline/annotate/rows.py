@@ -119,7 +119,7 @@ def sample_rows(explained: ExplainedSample, config: JobConfig) -> SampleRows:
     finite = _finite_maps(explained.maps)
     message = "the relevance map is not finite"
     not_finite = [
-        SampleError("model", "non_finite", message, explained.key, explained.index, kept.prompt.index)
+        SampleError("model", "non_finite", message, explained.key, explained.index, kept.index)
         for kept, number in zip(explained.prompts, explained.maps.map_of_prompt.tolist(), strict=True)
         if number not in finite
     ]
@@ -269,10 +269,10 @@ def _row(
     return {
         "key": explained.key,
         "sample_index": explained.index,
-        "prompt_index": kept.prompt.index,
-        "prompt": kept.prompt.text,
+        "prompt_index": kept.index,
+        "prompt": kept.text,
         "prompt_truncated": kept.truncated,
-        "class_id": kept.prompt.class_id,
+        "class_id": kept.class_id,
         "status": status,
         "image_height": explained.image_height,
         "image_width": explained.image_width,

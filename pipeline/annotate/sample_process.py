@@ -17,8 +17,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from pipeline.annotate.class_prompts import without_classes
 from pipeline.annotate.parcels import Parcels
-from pipeline.annotate.processes import DONE, FAILED, FORK, READY, ROOM, ROOM_LEFT
+from pipeline.annotate.processes import DONE, FAILED, FORK, PREPARE, READY, ROOM, ROOM_LEFT
 from pipeline.annotate.sample_work import SampleWork
 
 # 1000 is killed first: the process with the device is worth more than one of several that only decode
@@ -87,7 +88,9 @@ def _serve(connection: Connection, requests: Connection) -> None:
 
 def _answer(work: SampleWork, task: str, content: Any) -> tuple[str, Any]:
     try:
-        return DONE, work.do(task, content)
+        if task == PREPARE:
+            return DONE, without_classes(work.prepare(content))
+        return DONE, work.finish(content)
     except Exception as error:
         error.add_note(f"in a sample process:\n{traceback.format_exc()}")
         return FAILED, error

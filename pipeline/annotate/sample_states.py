@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from legrad.heatmaps import Normalisation
 from legrad.masks.runs import MapRuns
+from legrad.tokens import TokenRow
 from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.sample_error import SampleError
 
@@ -26,6 +27,7 @@ class PreparedSample:
             model's input size.
         prompts: texts to explain, at least one.
         errors: of prompts that could not be read.
+        tokens: tokens of texts of the prompts; of others they are made beside the model.
     """
 
     index: int
@@ -35,6 +37,7 @@ class PreparedSample:
     canvases: tuple[np.ndarray, ...]
     prompts: tuple[Prompt, ...]
     errors: tuple[SampleError, ...] = ()
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
 
     @property
     def shape(self) -> Hashable:
@@ -47,12 +50,16 @@ class ExplainedPrompt:
     """A prompt that has a map.
 
     Attributes:
-        prompt: the prompt.
+        index: see `Prompt`.
+        text: as its rows name it.
+        class_id: see `Prompt`.
         truncated: whether the tokenizer cut it.
         similarity: its cosine similarity to the image, in [-1, 1].
     """
 
-    prompt: Prompt
+    index: int
+    text: str
+    class_id: int | None
     truncated: bool
     similarity: float
 

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from legrad.canvases import Views
 from legrad.images import ImageTransform
-from legrad.views import Views
+from legrad.tokens import RowTokenizer
+from pipeline.annotate.caption_tokens import caption_tokens
 from pipeline.annotate.chunk_rows import ChunkRows, rows_of_chunk
 from pipeline.annotate.rows import SampleRows, sample_rows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.config.schema import JobConfig
 from pipeline.errors import SampleFailure
+from pipeline.output.label_map import mask_frame
 from pipeline.prompts.sample_prompts import SamplePrompts
+from pipeline.shards.decode_memory import Room, no_limit, room_for
 from pipeline.shards.fields import find_field
 from pipeline.shards.images import decode_image
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample
 
-PREPARE, FINISH = "prepare", "finish"
-Room = Callable[[int], AbstractContextManager[None]]
-
-
-def no_limit(_size_bytes: int) -> AbstractContextManager[None]:
-    """Let any image take its memory."""
-    return nullcontext()
+# of a mask's frame, a pixel: heat maps, comparisons and masks of two texts that compete
+_MASK_BYTES = 20
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,13 @@ class WorkSettings:
         config: the job's configuration, files read.
         transform: the model's preprocessing.
         views: of every image.
+        tokenizer: of captions; None: they are tokenised beside the model.
     """
 
     config: JobConfig
     transform: ImageTransform
     views: Views
+    tokenizer: RowTokenizer | None
 
 
 class SampleWork:
@@ -57,17 +56,20 @@ class SampleWork:
         self._room = room
         self._prompts = SamplePrompts(settings.config)
 
-    def do(self, task: str, content: Any) -> Any:
-        """Run a task by its name: PREPARE or FINISH."""
-        return self.prepare(content) if task == PREPARE else self.finish(content)
-
     def prepare(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
         """Decode images and find prompts; a sample that fails, or has no prompt, has its outcome already."""
         return [self._prepared(item) for item in items]
 
     def finish(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
         """Make masks from maps, and rows from masks."""
-        return rows_of_chunk([sample_rows(sample, self._settings.config) for sample in explained])
+        return rows_of_chunk([self._rows(sample) for sample in explained])
+
+    def _rows(self, sample: ExplainedSample) -> SampleRows:
+        height, width = mask_frame(
+            sample.image_height, sample.image_width, self._settings.config.masks.max_side
+        )
+        with room_for(_MASK_BYTES * height * width, self._room):
+            return sample_rows(sample, self._settings.config)
 
     def close(self) -> None:
         """Nothing is open: `WorkInProcesses` has processes to end."""
@@ -86,6 +88,8 @@ class SampleWork:
                 self._settings.transform,
                 max_image_pixels=settings.max_image_pixels,
                 views=self._settings.views,
+                resize=settings.resize,
+                room=self._room,
             )
         except SampleFailure as failure:
             return SampleRows(errors=(error_of(failure, item),))
@@ -97,6 +101,7 @@ class SampleWork:
             canvases=image.canvases,
             prompts=found.prompts,
             errors=errors,
+            tokens=caption_tokens(found.prompts, self._settings.tokenizer),
         )
 
 

@@ -5,6 +5,7 @@ Texts whose embeddings are equal but for rounding count as one wherever texts ar
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from legrad.text_cache import TextEmbedder
+from legrad.text_cache import NO_TOKENS, TextEmbedder
+from legrad.tokens import TokenRow
 from pipeline.prompts.sample_prompts import Companions, Ensemble, Prompt
 
 # Distance of two unit rows up to which they are equal. A text's neighbours in its batch, and another
@@ -21,9 +23,36 @@ from pipeline.prompts.sample_prompts import Companions, Ensemble, Prompt
 EQUAL_WITHIN = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 EQUAL_WITHIN_FLOAT32 = 1e-4
 ROWS_AT_ONCE = 256
+# Up to this number of texts, a product in the precision of the rows shows whether any two may be equal.
+MOST_ROWS_TRIED = 4096
+# Error of such a product of two unit rows, at most: that of TF32, in which a GPU may compute it.
+PRODUCT_ERROR = 2e-3
 
 # row of a text: the rows of the others that are equal to it
 EqualRows = Mapping[int, frozenset[int]]
+
+
+@dataclass(frozen=True)
+class EmbeddedBatch:
+    """The distinct texts of a batch, embedded; nothing has waited for the device.
+
+    Attributes:
+        ensembles: the texts.
+        unit_rows: one row for each, [texts, embed_dim], on the model's device.
+        truncated: for each, whether the tokenizer cut it.
+        prompt_rows: for each sample, the row of each prompt; samples with the same prompts share one array.
+        own_texts: number of texts that are prompts; they come first.
+        background: rows of the background texts.
+        neutral_row: row of the neutral text, int64 [0 or 1].
+    """
+
+    ensembles: list[Ensemble]
+    unit_rows: torch.Tensor
+    truncated: tuple[bool, ...]
+    prompt_rows: tuple[np.ndarray, ...]
+    own_texts: int
+    background: np.ndarray
+    neutral_row: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -76,8 +105,8 @@ class BatchTextEmbedder:
 
     Args:
         embedder: of single texts.
-        companions: what every sample gets besides. Of background texts that are equal but for rounding the
-            first in the list is used; that is decided here, once.
+        companions: texts that are explained for every sample beside its own prompts. Of background texts that
+            are equal but for rounding the first in the list is used; that is decided here, once.
         within: distance up to which unit rows are equal.
     """
 
@@ -89,8 +118,17 @@ class BatchTextEmbedder:
         # a job of classes brings the same texts with every batch
         self._last: tuple[list[Ensemble], EqualRows] = ([], {})
 
-    def embed(self, prompts_of_samples: Sequence[tuple[Prompt, ...]]) -> BatchTexts:
-        """Embed the texts of a batch, each once."""
+    def embed(
+        self,
+        prompts_of_samples: Sequence[tuple[Prompt, ...]],
+        tokens: Mapping[str, TokenRow] = NO_TOKENS,
+    ) -> EmbeddedBatch:
+        """Embed the texts of a batch, each once, without waiting for the device.
+
+        Args:
+            prompts_of_samples: prompts of each sample.
+            tokens: tokens of some of their texts; the others are tokenised here.
+        """
         row_of: dict[Ensemble, int] = {}
 
         def rows(ensembles: Sequence[Ensemble]) -> np.ndarray:
@@ -99,20 +137,38 @@ class BatchTextEmbedder:
         # samples that get all classes share one tuple
         distinct = {id(prompts): prompts for prompts in prompts_of_samples}
         rows_of = {key: rows([prompt.ensemble for prompt in prompts]) for key, prompts in distinct.items()}
+        own_texts = len(row_of)
         background, neutral_row = rows(self._background), rows(self._neutral)
-        embedded = self._embedder.embed_ensembles(list(row_of))
-        equal = self._equal_rows(list(row_of), embedded.unit_rows)
-        maps_of = {key: first_of_equal(own, equal) for key, own in rows_of.items()}
-        background_of = {key: without_equals(background, own, equal) for key, own in rows_of.items()}
-        keys = [id(prompts) for prompts in prompts_of_samples]
-        return BatchTexts(
+        embedded = self._embedder.embed_ensembles(list(row_of), tokens)
+        return EmbeddedBatch(
+            list(row_of),
             embedded.unit_rows,
             embedded.truncated,
-            tuple(rows_of[key] for key in keys),
-            tuple(maps_of[key] for key in keys),
-            tuple(background_of[key] for key in keys),
+            tuple(rows_of[id(prompts)] for prompts in prompts_of_samples),
+            own_texts,
+            background,
             neutral_row,
         )
+
+    def resolve(self, batch: EmbeddedBatch, similarities: torch.Tensor) -> tuple[BatchTexts, np.ndarray]:
+        """Bring similarities to the CPU, and find which texts count as one: mostly none, in the same copy.
+
+        Args:
+            batch: as embedded.
+            similarities: of images and texts, float [images, texts], on the device.
+        """
+        ensembles, equal = self._last
+        if batch.ensembles == ensembles:
+            return _texts_of(batch, equal), similarities.cpu().numpy()
+        values = similarities.flatten()
+        is_tried = len(batch.ensembles) <= MOST_ROWS_TRIED
+        if is_tried:
+            values = torch.cat([values, some_may_be_equal(batch.unit_rows, self._within)[None]])
+        on_cpu = values.cpu().numpy()
+        may_be_equal = not is_tried or on_cpu[-1]
+        equal = equal_rows(batch.unit_rows, self._within) if may_be_equal else {}
+        self._last = (batch.ensembles, equal)
+        return _texts_of(batch, equal), on_cpu[: similarities.numel()].reshape(similarities.shape)
 
     def _distinct(self, ensembles: Sequence[Ensemble]) -> list[Ensemble]:
         if not ensembles:
@@ -121,18 +177,10 @@ class BatchTextEmbedder:
         firsts = first_of_equal(np.arange(len(ensembles)), equal).tolist()
         return [ensembles[row] for row in dict.fromkeys(firsts)]
 
-    def _equal_rows(self, ensembles: list[Ensemble], unit_rows: torch.Tensor) -> EqualRows:
-        last_ensembles, equal = self._last
-        if ensembles != last_ensembles:
-            equal = equal_rows(unit_rows, self._within)
-            self._last = (ensembles, equal)
-        return equal
-
 
 def images_of_maps(chosen: Sequence[ImageMaps]) -> torch.Tensor:
     """Return the row of the image of each map of a batch, int64 [maps], on the CPU."""
-    counts = torch.tensor([len(maps.text_rows) for maps in chosen])
-    return torch.repeat_interleave(torch.arange(len(chosen)), counts)
+    return torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(maps.text_rows) for maps in chosen]))
 
 
 def choose_maps(
@@ -146,21 +194,43 @@ def choose_maps(
         max_prompts: prompts of an image, at most.
         max_background: backgrounds of an image, at most.
     """
+    prompts = _most_similar(similarities, texts.map_rows, max_prompts)
+    backgrounds = _most_similar(similarities, texts.background_rows, max_background)
+    neutral = texts.neutral_row.tolist()
     chosen = []
-    for cosines, map_rows, others in zip(similarities, texts.map_rows, texts.background_rows, strict=True):
-        prompts = _most_similar(cosines[map_rows], max_prompts)
-        own = map_rows[prompts].tolist()
+    for kept, kept_backgrounds, map_rows, others in zip(
+        prompts, backgrounds, texts.map_rows, texts.background_rows, strict=True
+    ):
+        own = map_rows[kept].tolist()
         map_of_row = {row: number for number, row in enumerate(dict.fromkeys(own))}
-        backgrounds = others[_most_similar(cosines[others], max_background)]
-        rows = np.concatenate([np.array(list(map_of_row), np.int64), backgrounds, texts.neutral_row])
+        rows = [*map_of_row, *others[kept_backgrounds].tolist(), *neutral]
         map_of_prompt = np.array([map_of_row[row] for row in own], np.int64)
-        chosen.append(ImageMaps(prompts, map_of_prompt, rows, len(backgrounds)))
+        chosen.append(ImageMaps(kept, map_of_prompt, np.array(rows, np.int64), len(kept_backgrounds)))
     return chosen
 
 
-def _most_similar(cosines: np.ndarray, limit: int) -> np.ndarray:
-    """Return the positions of the greatest, at most `limit`, in ascending order; of equal ones the first."""
-    return np.sort(np.argsort(-cosines, kind="stable")[:limit])
+def _most_similar(
+    similarities: np.ndarray, rows_of_images: Sequence[np.ndarray], limit: int
+) -> list[np.ndarray]:
+    """Return for each image the positions of its most similar texts, ascending; of equal ones the first.
+
+    Args:
+        similarities: cosines, [images, texts].
+        rows_of_images: rows of the texts to choose from; images that share an array are done at once.
+        limit: number of texts of an image, at most.
+    """
+    everything = [np.arange(length) for length in range(1 + max(map(len, rows_of_images), default=0))]
+    kept = [everything[len(rows)] for rows in rows_of_images]
+    images_of: dict[int, list[int]] = defaultdict(list)
+    for image, rows in enumerate(rows_of_images):
+        if len(rows) > limit:
+            images_of[id(rows)].append(image)
+    for images in images_of.values():
+        cosines = similarities[np.ix_(np.array(images), rows_of_images[images[0]])]
+        best = np.sort(np.argsort(-cosines, axis=1, kind="stable")[:, :limit], axis=1)
+        for image, positions in zip(images, best, strict=True):
+            kept[image] = positions
+    return kept
 
 
 # ---------------------------------------------------------------- texts that count as one
@@ -169,6 +239,29 @@ def _most_similar(cosines: np.ndarray, limit: int) -> np.ndarray:
 def equal_within(precision: torch.dtype) -> float:
     """Return the distance of two unit rows up to which they are equal, for a text tower of a precision."""
     return EQUAL_WITHIN.get(precision, EQUAL_WITHIN_FLOAT32)
+
+
+def some_may_be_equal(unit_rows: torch.Tensor, within: float) -> torch.Tensor:
+    """Return whether any two rows may be equal but for rounding: bool, on the device; never wrongly False."""
+    products = unit_rows @ unit_rows.T
+    return (products > 1 - within**2 / 2 - PRODUCT_ERROR).triu(diagonal=1).any()
+
+
+def _texts_of(batch: EmbeddedBatch, equal: EqualRows) -> BatchTexts:
+    """Return the texts of a batch, given which are equal."""
+    # a background text may also be a prompt of the batch
+    is_simple = not equal and (batch.background >= batch.own_texts).all()
+    distinct = {} if is_simple else {id(rows): rows for rows in batch.prompt_rows}
+    maps_of = {key: first_of_equal(rows, equal) for key, rows in distinct.items()}
+    background_of = {key: without_equals(batch.background, rows, equal) for key, rows in distinct.items()}
+    return BatchTexts(
+        batch.unit_rows,
+        batch.truncated,
+        batch.prompt_rows,
+        tuple(maps_of.get(id(rows), rows) for rows in batch.prompt_rows),
+        tuple(background_of.get(id(rows), batch.background) for rows in batch.prompt_rows),
+        batch.neutral_row,
+    )
 
 
 def equal_rows(unit_rows: torch.Tensor, within: float) -> EqualRows:
@@ -183,10 +276,11 @@ def equal_rows(unit_rows: torch.Tensor, within: float) -> EqualRows:
     """
     # in float64, where the distance of two rows follows from their product to 1e-8
     rows = F.normalize(unit_rows.double(), dim=1)
-    pairs = [torch.empty(0, 2, dtype=torch.int64, device=rows.device)]
+    pairs = [torch.empty(0, 2, dtype=torch.int64)]
     for start in range(0, len(rows), ROWS_AT_ONCE):
         squared_distances = 2 - 2 * rows[start : start + ROWS_AT_ONCE] @ rows[start:].T
-        pairs.append((squared_distances <= within**2).triu(diagonal=1).nonzero() + start)
+        # one wait for the device; the number of pairs would be another
+        pairs.append((squared_distances <= within**2).triu(diagonal=1).cpu().nonzero() + start)
     others: dict[int, set[int]] = {}
     for first, second in torch.cat(pairs).tolist():
         others.setdefault(first, set()).add(second)
@@ -214,9 +308,9 @@ def first_of_equal(rows: np.ndarray, equal: EqualRows) -> np.ndarray:
 
 
 def without_equals(rows: np.ndarray, taken: np.ndarray, equal: EqualRows) -> np.ndarray:
-    """Return the rows that neither are, nor are equal to, one of those taken."""
-    if not equal:
-        return rows[~np.isin(rows, taken)]
+    """Return the rows that neither are, nor are equal to, one of those taken; of all, the same array."""
     barred = set(taken.tolist())
     barred |= {other for row in taken.tolist() for other in equal.get(row, ())}
+    if barred.isdisjoint(rows.tolist()):
+        return rows
     return rows[~np.isin(rows, list(barred))]

@@ -9,8 +9,8 @@ from itertools import count
 
 from PIL import Image
 
+from legrad.canvases import Views, canvas_pixels
 from legrad.images import ImageTransform
-from legrad.views import Views, canvas_pixels
 from pipeline.annotate.sample_states import PreparedSample
 from pipeline.prompts.sample_prompts import Prompt
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from pipeline.annotate import parcels
 from pipeline.annotate.chunk_rows import ChunkRows, joined, rows_of_chunk
-from pipeline.annotate.processes import ProcessDied, SampleProcesses
+from pipeline.annotate.class_prompts import SentSample, with_classes
+from pipeline.annotate.processes import FINISH, PREPARE, ProcessDied, SampleProcesses
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
-from pipeline.annotate.sample_work import FINISH, PREPARE, WorkSettings
+from pipeline.annotate.sample_work import WorkSettings
+from pipeline.prompts.sample_prompts import SamplePrompts
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, SampleFields
 
@@ -33,6 +35,7 @@ class WorkInProcesses:
     def __init__(self, processes: SampleProcesses, settings: WorkSettings) -> None:
         self._processes = processes
         self._settings = settings
+        self._every_class = SamplePrompts(settings.config).every_class
 
     def prepare(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
         """Prepare samples; called by several threads."""
@@ -50,8 +53,8 @@ class WorkInProcesses:
 
     def _prepared(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
         sent = [_for_transport(item) for item in items]
-        prepared: list[PreparedSample | SampleRows] = self._processes.run(self._settings, PREPARE, sent)
-        return prepared
+        prepared: list[SentSample] = self._processes.run(self._settings, PREPARE, sent)
+        return with_classes(prepared, self._every_class)
 
     def _prepared_alone(self, item: RawSample | SampleError) -> list[PreparedSample | SampleRows]:
         with suppress(*_DEATHS):

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -157,7 +157,7 @@ def explain_file(
     image = _read_image(image_url)
     explainer = _load(model)
     try:
-        explanation = legrad.explain_image(explainer, image, texts)
+        explanation = legrad.explain_image(explainer, image, texts, resize=_input_default("resize"))
     except LeGradError as error:
         raise UserError(str(error)) from error
     explained = []
@@ -214,20 +214,23 @@ def _load(model: ModelConfig) -> legrad.LeGrad:
 
 def _read_image(url: str) -> Image.Image:
     from pipeline import storage
-    from pipeline.config.schema import InputConfig
     from pipeline.shards.images import open_image
 
     shown = storage.shown_url(url)
-    limits = {
-        name: InputConfig.model_fields[name].default for name in ("max_member_bytes", "max_image_pixels")
-    }
     try:
-        data = storage.read_bytes(url, max_bytes=limits["max_member_bytes"])
-        return open_image(data, max_image_pixels=limits["max_image_pixels"])
+        data = storage.read_bytes(url, max_bytes=_input_default("max_member_bytes"))
+        return open_image(data, max_image_pixels=_input_default("max_image_pixels"))
     except OSError as error:
         raise UserError(f"{shown}: cannot be read: {error.strerror or error}") from error
     except SampleFailure as failure:
         raise UserError(f"{shown}: {failure.message}") from failure
+
+
+def _input_default(key: str) -> Any:
+    """Return the value of a key of the section `input` in a job that does not set it."""
+    from pipeline.config.schema import InputConfig
+
+    return InputConfig.model_fields[key].default
 
 
 def slug(text: str) -> str:

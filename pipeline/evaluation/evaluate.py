@@ -169,7 +169,7 @@ def evaluate_scenes(
         explainer: the model; its own number of layers is not used.
         scenes: ground truth, as `read_scenes` yields it; what cannot be used is counted.
         class_names: names of class ids 1, 2, ...; with them, recognition is measured too.
-        settings: size limits of images.
+        settings: size limits of images, and how they are resized.
         options: which maps are scored, and how.
 
     Raises:
@@ -250,7 +250,12 @@ def _decoded(
             omitted["scenes without a visible object"] += 1
             continue
         try:
-            image = decode_image(scene.image, explainer.transform, max_image_pixels=settings.max_image_pixels)
+            image = decode_image(
+                scene.image,
+                explainer.transform,
+                max_image_pixels=settings.max_image_pixels,
+                resize=settings.resize,
+            )
         except SampleFailure as failure:
             omitted[f"samples: {failure.stage}/{failure.kind}"] += 1
             continue

@@ -85,6 +85,7 @@ class SamplePrompts:
         config: configuration of the job; a classes file that it names is read here.
 
     Attributes:
+        every_class: prompts of all classes, in their order; none where captions are the prompts.
         field: field of a sample that holds its prompts; None: no field is needed.
         usual_number: estimated number of prompts of a sample that get maps.
 
@@ -95,11 +96,11 @@ class SamplePrompts:
     def __init__(self, config: JobConfig) -> None:
         self._settings = with_files_read(config.prompts)
         self._templates = _listed(self._settings.templates)
-        self._every_class = _class_prompts(self._settings)
+        self.every_class = _class_prompts(self._settings)
         takes_classes = self._settings.source == "classes"
         self.field = self._settings.mentioned_in if takes_classes else config.input.caption
         found = 1 if self._settings.source == "caption" else USUAL_PROMPTS
-        usual = len(self._every_class) if self.field is None else found
+        usual = len(self.every_class) if self.field is None else found
         self.usual_number = min(usual, self._settings.max_per_sample)
         mentions = takes_classes and self.field is not None
         self._finder = MentionFinder(_listed(self._settings.classes)) if mentions else None
@@ -114,7 +115,7 @@ class SamplePrompts:
             SampleFailure: stage `caption`: the field with its prompts is missing or cannot be read.
         """
         if self.field is None:
-            return FoundPrompts(self._every_class)
+            return FoundPrompts(self.every_class)
         if self._finder is not None:
             return self._mentioned(read_captions(fields, self.field, several=None), self._finder)
         captions = read_captions(fields, self.field, several=self._settings.source == "captions")
@@ -135,9 +136,7 @@ class SamplePrompts:
                 failures.append((None, text))
             else:
                 ordinals |= finder.mentioned(text)
-        return FoundPrompts(
-            tuple(self._every_class[ordinal] for ordinal in sorted(ordinals)), tuple(failures)
-        )
+        return FoundPrompts(tuple(self.every_class[ordinal] for ordinal in sorted(ordinals)), tuple(failures))
 
     def _ensemble(self, text: str) -> tuple[str, ...]:
         return () if self._templates == ("{}",) else in_templates([text], self._templates)

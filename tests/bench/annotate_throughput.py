@@ -46,6 +46,7 @@ def samples_in_memory(config: JobConfig, explainer: legrad.LeGrad) -> list[Prepa
                     find_field(item.fields, config.input.image),
                     explainer.transform,
                     max_image_pixels=config.input.max_image_pixels,
+                    resize=config.input.resize,
                 )
                 prompts = tuple(Prompt(i, text) for i, text in enumerate(captions) if isinstance(text, str))
                 size = (image.image_height, image.image_width)

@@ -27,9 +27,9 @@ from environment import environment
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import legrad
+from legrad.canvases import Views
 from legrad.masks.grids import HeatmapStack, independent_masks
 from legrad.masks.thresholds import MaskRule
-from legrad.views import Views
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.trial import TrialSamples

@@ -158,7 +158,11 @@ class Worker:
     def __init__(self, arguments: argparse.Namespace, shards: Path, out: Path) -> None:
         self.config = parse_config(
             {
-                "input": {"shards": f"{shards}/*.tar", "caption": "json:captions"},
+                "input": {
+                    "shards": f"{shards}/*.tar",
+                    "caption": "json:captions",
+                    "resize": arguments.resize,
+                },
                 "model": {"name": "ViT-B-16", "pretrained": "openai"},
                 "prompts": {"source": "captions"},
                 "masks": {"refine": "par"},

@@ -31,7 +31,6 @@ from pipeline.config.load import parse_config
 from pipeline.config.schema import InputConfig
 from pipeline.demo import assets
 from pipeline.output.label_map import label_map
-from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 from pipeline.shards.images import decode_image
 
@@ -103,7 +102,7 @@ def explain(
     grids = explainer.relevance(trace, rows)[0].float()
     similarities = explainer.similarity(trace, rows)[0].float()
     prompts = tuple(
-        ExplainedPrompt(Prompt(ordinal, classes[class_], class_ + 1), False, float(similarities[ordinal]))
+        ExplainedPrompt(ordinal, classes[class_], class_ + 1, False, float(similarities[ordinal]))
         for ordinal, class_ in enumerate(shown)
     )
     own = torch.cat([grids[: len(shown)], grids[-1:]])

@@ -29,8 +29,9 @@ import pyarrow.parquet as pq
 from webdataset.tariterators import base_plus_ext
 
 from legrad.errors import RleError
+from legrad.images import ImageTransform
 from legrad.masks.rle import check_rles, decode_rle, decode_runs, encode_rle, mask_area, mask_bbox_xywh
-from legrad.tokens import token_ids_of
+from legrad.tokens import RowTokenizer
 from pipeline import storage
 from pipeline.config.classes import ClassEntry, read_class_list
 from pipeline.config.load import load_config
@@ -42,7 +43,7 @@ from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
 from pipeline.output.tables import open_table, read_record
 from pipeline.prompts.mentions import MentionFinder
 from pipeline.shards.captions import read_captions
-from pipeline.shards.images import open_image
+from pipeline.shards.images import decode_image, open_image
 from pipeline.shards.samples import RawSample, read_samples
 from tests.fuzz.counts import FAULTS
 from tests.fuzz.mutations import as_json, mutated, mutated_text, mutated_tree, with_other_chunk
@@ -65,6 +66,7 @@ from tests.helpers.hostile_shards import (
 ROOT = Path(__file__).parents[2]
 MOST_TAR_BYTES = 1 << 17
 MAX_IMAGE_PIXELS = 1 << 20
+IMAGE_TRANSFORM = ImageTransform(32, 32, (0.5,) * 3, (0.5,) * 3)
 MAX_MASK_PIXELS = 1 << 20
 
 
@@ -171,7 +173,9 @@ def make_image(rng: random.Random) -> bytes:
 def read_image(data: bytes, _folder: Path) -> bool:
     opened = open_image(data, max_image_pixels=MAX_IMAGE_PIXELS)
     pixels = np.asarray(opened.resize((32, 32)).convert("RGB"))
-    return pixels.shape == (32, 32, 3) and opened.width * opened.height <= MAX_IMAGE_PIXELS
+    fast = decode_image(data, IMAGE_TRANSFORM, max_image_pixels=MAX_IMAGE_PIXELS, resize="fast")
+    same_size = (fast.image_width, fast.image_height) == opened.size
+    return pixels.shape == (32, 32, 3) and same_size and opened.width * opened.height <= MAX_IMAGE_PIXELS
 
 
 # ---------------------------------------------------------------- captions
@@ -216,7 +220,7 @@ def make_caption(rng: random.Random) -> bytes:
 
 @cache
 def tokenizer() -> Any:
-    return open_clip.tokenizer.SimpleTokenizer()
+    return RowTokenizer(open_clip.tokenizer.SimpleTokenizer())
 
 
 @cache
@@ -237,7 +241,7 @@ def read_caption(data: bytes, _folder: Path) -> bool:
             continue
         texts = [text for text in found if isinstance(text, str)]
         for text in texts[:3]:
-            token_ids_of(tokenizer(), [text])
+            tokenizer()([text])
             finder().mentioned(text)
         expected = data.decode("utf-8-sig") if spec == "txt" else json.loads(data)["caption"]
         expected = expected if isinstance(expected, list) else [expected]

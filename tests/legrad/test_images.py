@@ -9,7 +9,8 @@ from open_clip import image_transform
 from PIL import Image
 
 import legrad
-from legrad.images import ImageTransform, transform_of
+from legrad.images import ImageTransform, fast_resize, transform_of
+from legrad.inputs import check_resize
 from tests.helpers.tiny_models import tiny_clip, unit_texts
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -151,3 +152,46 @@ def test_a_batch_of_images_of_several_input_sizes_is_refused_with_the_sizes():
     explainer = legrad.LeGrad(tiny_clip(), image_size=16, fit="keep")
     with pytest.raises(legrad.InputError, match=r"one input size.* 8 x 32, 16 x 16"):
         explainer.preprocess([Image.new("RGB", (80, 20)), Image.new("RGB", (20, 20))])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@settings(deadline=None, max_examples=40)
+@given(
+    width=st.integers(1, 97), height=st.integers(1, 97), size=st.sampled_from([(32, 32), (24, 56), (1, 3)])
+)
+@example(width=3, height=90, size=(24, 56))
+@example(width=90, height=3, size=(24, 56))
+def test_fast_resizing_is_exact_but_for_a_few_levels(mode, interpolation, width, height, size):
+    transform = ImageTransform(*size, MEAN, STD, interpolation)
+    smooth = _picture(1 + width // 8, 1 + height // 8, mode).resize((width, height))
+    exact, fast = (transform.resize(smooth, way).astype(int) for way in ("exact", "fast"))
+    assert fast.shape == (*size, 3)
+    assert np.abs(exact - fast).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "CMYK", "YCbCr"])
+def test_other_modes_are_resized_exactly_by_the_fast_way_too(mode):
+    transform = ImageTransform(24, 56, MEAN, STD)
+    picture = _picture(40, 30, mode)
+    np.testing.assert_array_equal(transform.resize(picture, "fast"), transform.resize(picture))
+
+
+def test_fast_resizing_follows_an_image_that_covers_its_last_pixels_in_part():
+    rows = np.linspace(0, 200, 64).astype(np.uint8)
+    ramp = np.repeat(np.repeat(rows[:, None, None], 64, 1), 3, 2)
+    # 500 rows at an eighth are 62.5
+    part = fast_resize(ramp[:63].copy(), 16, 16, "bicubic", extent=(62.5, 64.0))
+    expected = 200 / 63 * (62.5 / 16 * (np.arange(16) + 0.5) - 0.5)
+    assert np.abs(part[1:-1, 8, 0] - expected[1:-1]).max() < 1.5
+
+
+def test_preprocess_resizes_exactly_unless_asked_to_be_fast():
+    explainer = legrad.LeGrad(tiny_clip())
+    pictures = [_picture(31, 17, "RGB"), _picture(5, 90, "L")]
+    exact, fast = explainer.preprocess(pictures), explainer.preprocess(pictures, resize="fast")
+    assert torch.equal(exact, explainer.preprocess(pictures, resize="exact"))
+    expected = np.stack([explainer.transform.resize(picture, "fast") for picture in pictures])
+    assert torch.equal(fast, explainer.transform.normalise(torch.from_numpy(expected), torch.float32))
+    with pytest.raises(legrad.InputError, match="'exact' or 'fast', received 'cheap'"):
+        check_resize("cheap")

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import legrad
-from legrad.text import CPU_BATCH_SIZE, truncated
+from legrad.text import CPU_BATCH_SIZE
 from tests.helpers.tiny_models import EMBED_DIM, TEXT, tiny_clip
+from tests.helpers.token_rows import truncated
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
 

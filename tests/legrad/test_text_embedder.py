@@ -2,16 +2,19 @@
 
 import functools
 import threading
+from collections import Counter
 
 import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import legrad
 from legrad import text_cache as text_embedder
 from legrad.text_cache import TextEmbedder
+from legrad.tokens import RowTokenizer
 from tests.helpers.tiny_models import EMBED_DIM, TEXT, tiny_clip
 
 TOKENIZER = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
@@ -63,6 +66,100 @@ def test_a_text_that_comes_again_is_tokenised_and_embedded_once():
     torch.testing.assert_close(first.unit_rows[0], first.unit_rows[2], rtol=0, atol=0)
     torch.testing.assert_close(again.unit_rows[1:], first.unit_rows[[1, 0]], rtol=0, atol=0)
     assert again.truncated == (False, True, False)
+
+
+def test_tokens_that_come_with_the_texts_are_used_and_the_others_are_made():
+    explainer = _explainer()
+    tokens = RowTokenizer(TOKENIZER)(TEXTS[:2])
+    received = TextEmbedder(explainer).embed(TEXTS, tokens)
+    assert explainer.tokenizer.seen == TEXTS[2:]
+    torch.testing.assert_close(received.unit_rows, _expected(TEXTS))
+    assert received.truncated == (False, True, False, False, False)
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts the operations that a device would run, and those that would wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _operations(embedder, texts, tokens):
+    with CountedOperations() as counted:
+        embedder.embed(texts, tokens)
+    return counted.counts
+
+
+def test_many_texts_are_stored_by_one_write_and_read_by_one_read():
+    embedder = TextEmbedder(EXPLAINER, batch_size=64)
+    few, many = [f"a dog {number}" for number in range(3)], [f"a cat {number}" for number in range(64)]
+    tokens = RowTokenizer(TOKENIZER)([*few, *many])
+    embedder.embed(["a first text, which the text tower is checked with"])
+    by_batch = [_operations(embedder, texts, tokens) for texts in (few, many)]
+    assert by_batch[0] == by_batch[1]
+    assert by_batch[1]["index_copy_"] == by_batch[1]["index_select"] == 1
+    again = _operations(embedder, [*many, *few, "a dog 1"], tokens)
+    assert again["index_copy_"] == 0 and again["index_select"] == 1
+    assert again.total() <= 5
+
+
+def test_the_mask_of_the_text_tower_is_read_again_only_where_it_has_changed():
+    explainer = _explainer()
+    embedder = TextEmbedder(explainer)
+    counts = []
+    for number in range(5):
+        if number == 2:
+            explainer.model.attn_mask.add_(0)  # changed in place, as far as can be known
+        if number == 4:
+            explainer.model.attn_mask = explainer.model.attn_mask.clone()
+        counts.append(_operations(embedder, [f"a dog {number}"], {})["isneginf"])
+    assert counts == [1, 0, 1, 0, 1]
+
+
+def test_a_mask_that_stops_being_causal_is_noticed():
+    explainer = _explainer()
+    embedder = TextEmbedder(explainer)
+    embedder.embed(["a dog"])
+    explainer.model.attn_mask.zero_()
+    expected = explainer.model.encode_text(TOKENIZER(["a cat"]), normalize=True).detach()
+    torch.testing.assert_close(embedder.embed(["a cat"]).unit_rows, expected)
+
+
+def test_rows_stay_what_they_are_while_the_store_grows(monkeypatch):
+    monkeypatch.setattr(text_embedder, "FEWEST_ROWS", 2)
+    embedder = TextEmbedder(EXPLAINER)
+    for number in range(1, 6):
+        received = embedder.embed(TEXTS[:number])
+        torch.testing.assert_close(received.unit_rows, _expected(TEXTS[:number]))
+    # what was returned is a copy
+    torch.testing.assert_close(embedder.embed(TEXTS[::-1]).unit_rows, _expected(TEXTS[::-1]))
+
+
+@pytest.mark.parametrize("failing", ["embed_by_length", "uploaded"])
+def test_a_batch_that_the_device_has_no_memory_for_leaves_no_trace(failing, monkeypatch):
+    monkeypatch.setattr(text_embedder, "TEXTS_AT_ONCE", 2)
+    embedder = TextEmbedder(EXPLAINER)
+    embedder.embed(TEXTS[:1])
+    used, calls = embedder.cached_bytes, []
+    function = getattr(text_embedder, failing)
+
+    def fails_at_second(*args):
+        calls.append(args)
+        if len(calls) == (2 if failing == "embed_by_length" else 1):
+            raise torch.OutOfMemoryError
+        return function(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(text_embedder, failing, fails_at_second)
+        with pytest.raises(torch.OutOfMemoryError):
+            embedder.embed(TEXTS)
+    assert embedder.cached_bytes == used
+    torch.testing.assert_close(embedder.embed(TEXTS).unit_rows, _expected(TEXTS))
 
 
 def test_what_was_used_last_is_kept_when_the_memory_is_full():

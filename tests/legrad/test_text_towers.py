@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import legrad
-from legrad.text import truncated
 from legrad.text_cache import TextEmbedder
+from legrad.tokens import RowTokenizer, picklable_tokenizer
 from tests.helpers.local_hub import (
     VOCABULARY,
     WIDTH,
@@ -19,6 +19,7 @@ from tests.helpers.local_hub import (
     save_text_model_like,
     tokenizer_like,
 )
+from tests.helpers.token_rows import token_ids, truncated
 
 SIZES = {"width", "heads", "layers", "mlp_ratio", "vocab_size", "context_length"}
 VISION = {"layers": 2, "width": 16, "head_width": 8, "patch_size": 4, "image_size": 8}
@@ -98,6 +99,11 @@ def test_a_copy_of_the_tokenizer_needs_no_files(explainer):
     assert torch.equal(pickle.loads(pickle.dumps(copied))(TEXTS), copied(TEXTS))
 
 
+def test_another_process_makes_the_same_tokens(explainer):
+    made = picklable_tokenizer(explainer.tokenizer)
+    assert pickle.loads(pickle.dumps(made))(TEXTS) == made(TEXTS) == RowTokenizer(explainer.tokenizer)(TEXTS)
+
+
 def test_the_tokenizer_has_the_configured_context(explainer):
     assert explainer.tokenizer.context_length == explainer.configured_context
 
@@ -114,7 +120,7 @@ def test_texts_of_which_tokens_are_lost_are_flagged(explainer):
     ]
     assert len(set(expected)) == 2
     assert truncated(tokenizer, texts) == expected
-    assert truncated(tokenizer, texts, cut) == expected
+    assert torch.equal(token_ids(tokenizer, texts), cut)
     assert list(TextEmbedder(explainer).embed(texts).truncated) == expected
 
 

@@ -10,22 +10,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import legrad
-from legrad.errors import InputError
-from legrad.images import ImageTransform
-from legrad.views import (
+from legrad.canvases import (
     View,
     Views,
     canvas_bytes,
     canvas_grids,
     canvas_pixels,
-    check_views,
-    merge_grids,
-    reference_grid,
-    resample_grids,
-    view_relevance,
     views_of,
     window_starts,
 )
+from legrad.errors import InputError
+from legrad.images import ImageTransform
+from legrad.views import check_views, merge_grids, reference_grid, resample_grids, view_relevance
 from tests.helpers.tiny_models import IMAGE_SIZE, PATCH, relative_error, tiny_clip, unit_texts
 
 MEAN = STD = (0.5, 0.5, 0.5)

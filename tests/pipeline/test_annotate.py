@@ -85,14 +85,15 @@ def test_each_caption_becomes_a_row_with_a_mask_at_the_original_size(annotate, t
     assert (grid.shape, grid.max()) == ((12, 12), 255)
 
 
-def test_the_rows_say_what_the_library_says_of_the_image_alone(annotate, explainer, tmp_path):
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+def test_the_rows_say_what_the_library_says_of_the_image_alone(annotate, explainer, tmp_path, resize):
     captions = ["a dog", "a red car", "cactus"]
     shard = [
         sample(f"s{i}", i, jpg=image_bytes(i, 40 + i, 60), json=captions_json(captions)) for i in range(5)
     ]
     rows, _, _ = annotate(
         write_shard(tmp_path / "0.tar", shard),
-        input={"caption": "json:captions"},
+        input={"caption": "json:captions", "resize": resize},
         prompts={"source": "captions"},
         run={"batch_size": 2},
         output={"heatmap": True},
@@ -100,7 +101,7 @@ def test_the_rows_say_what_the_library_says_of_the_image_alone(annotate, explain
     texts = explainer.embed_text(captions)
     for index in range(5):
         picture = Image.open(__import__("io").BytesIO(dict(shard[index])[f"s{index}.jpg"]))
-        trace = explainer.encode(explainer.preprocess([picture]))
+        trace = explainer.encode(explainer.preprocess([picture], resize=resize))
         grids = explainer.relevance(trace, texts)[0]
         similarity = explainer.similarity(trace, texts)[0]
         mine = [row for row in rows if row["sample_index"] == index]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from legrad.canvases import Views
 from legrad.images import ImageTransform
-from legrad.views import Views
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.batch_size import find_batch_size, search_batch_size

@@ -1,13 +1,18 @@
 """Which texts of a batch count as one, and which get a map for which image."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip import SimpleTokenizer
 from torch.nn import functional as F
 
 from legrad.text_cache import EmbeddedTexts
+from legrad.tokens import RowTokenizer
+from pipeline.annotate.caption_tokens import caption_tokens
 from pipeline.annotate.texts import (
     BatchTextEmbedder,
     BatchTexts,
@@ -15,6 +20,7 @@ from pipeline.annotate.texts import (
     equal_rows,
     equal_within,
     first_of_equal,
+    some_may_be_equal,
 )
 from pipeline.prompts.sample_prompts import Companions, Prompt
 
@@ -78,12 +84,14 @@ class Embedder:
     def __init__(self, table, noise=0.0):
         self._table, self._noise, self._calls = table, noise, 0
 
-    def embed_ensembles(self, ensembles):
+    def embed_ensembles(self, ensembles, tokens=()):
         self._calls += 1
         generator = torch.Generator().manual_seed(self._calls)
         rows = F.normalize(torch.stack([self._table[text] for (text,) in ensembles]), dim=1)
         moved = rows + self._noise * F.normalize(torch.randn(rows.shape, generator=generator), dim=1)
-        return EmbeddedTexts(moved.float(), tuple(text.endswith("...") for (text,) in ensembles))
+        return EmbeddedTexts(
+            F.normalize(moved, dim=1).float(), tuple(text.endswith("...") for (text,) in ensembles)
+        )
 
 
 def directions(**texts):
@@ -102,7 +110,9 @@ def prompts(*texts):
 
 def embedded(embedder, *samples, background=(), neutral=None, precision=torch.float32):
     companions = Companions(tuple((text,) for text in background), 4, neutral)
-    return BatchTextEmbedder(embedder, companions, equal_within(precision)).embed(samples)
+    texts = BatchTextEmbedder(embedder, companions, equal_within(precision))
+    batch = texts.embed(samples)
+    return texts.resolve(batch, torch.zeros(len(samples), len(batch.ensembles)))[0]
 
 
 def named(rows, texts, table):
@@ -167,6 +177,45 @@ def test_the_choice_among_equal_texts_is_the_same_in_every_company():
         assert named(one.background_rows[0], one, unlike) == named(
             together.background_rows[number], together, unlike
         )
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(list(ROUNDING)), st.integers(2, 40), st.integers(0, 2**32 - 1))
+def test_rows_that_are_equal_are_never_overlooked(precision, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = F.normalize(torch.randn(count, 24, generator=generator), dim=1)
+    assert not some_may_be_equal(rows, equal_within(torch.float32)) or equal_rows(rows, 0.1)
+    noise = F.normalize(torch.randn(2, 24, generator=generator), dim=1) * ROUNDING[precision]
+    rows[[0, count - 1]] = F.normalize(rows[:1].double() + noise, dim=1).float()
+    within = equal_within(precision)
+    assert equal_rows(rows, within)[0] == {count - 1}
+    assert some_may_be_equal(rows, within)
+    # as a GPU may compute it, with factors of 10 bits
+    coarse = (rows.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    assert some_may_be_equal(coarse, within)
+
+
+@pytest.mark.parametrize("most_rows_tried", [1, 4096])
+@pytest.mark.parametrize("texts", [("dog", "cat", "wall"), ("dog", "puppy", "wall")])
+def test_similarities_come_to_the_cpu_as_they_are(texts, most_rows_tried, monkeypatch):
+    monkeypatch.setattr("pipeline.annotate.texts.MOST_ROWS_TRIED", most_rows_tried)
+    embedder = BatchTextEmbedder(Embedder(TABLE, 1e-6), Companions(), equal_within(torch.float32))
+    for number in range(2):  # the second time, the same texts
+        similarities = torch.randn(2, 3, generator=torch.Generator().manual_seed(number))
+        batch = embedder.embed([prompts(*texts), prompts("dog")])
+        resolved, on_cpu = embedder.resolve(batch, similarities)
+        assert np.array_equal(on_cpu, similarities.numpy())
+        assert len(set(resolved.map_rows[0].tolist())) == (2 if "puppy" in texts else 3)
+
+
+def test_captions_are_tokenised_and_classes_are_not():
+    tokenizer = RowTokenizer(SimpleTokenizer())
+    captions = (Prompt(0, "a dog"), Prompt(1, "cat", texts=("a cat", "the cat")), Prompt(2, "a dog"))
+    classes = (Prompt(0, "dog", 1, ("a dog", "the dog")), Prompt(1, "cat", 2))
+    made = caption_tokens(captions, tokenizer)
+    assert made == tokenizer(["a dog", "a cat", "the cat"])
+    assert pickle.loads(pickle.dumps(made)) == made
+    assert caption_tokens(classes, tokenizer) == caption_tokens(captions, None) == {}
 
 
 @settings(max_examples=30)

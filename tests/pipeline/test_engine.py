@@ -4,15 +4,20 @@ import copy
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from legrad.canvases import Views, canvas_pixels
 from legrad.heatmaps import heatmaps_of
-from legrad.views import Views, canvas_pixels, view_relevance
+from legrad.tokens import RowTokenizer
+from legrad.views import view_relevance
 from pipeline.annotate import batch_limits
+from pipeline.annotate.caption_tokens import caption_tokens
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer
 from pipeline.annotate.sample_states import PreparedSample
@@ -127,6 +132,16 @@ def test_an_explained_sample_keeps_no_pixels(explainer):
     batch.clear()
     assert len(results) == 2
     assert [canvas() for canvas in canvases] == [None] * 6
+
+
+def test_tokens_that_come_with_the_samples_change_nothing_and_none_are_made(explainer):
+    tokenizer = RowTokenizer(explainer.tokenizer)
+    batch = samples(3)
+    with_tokens = [replace(sample, tokens=caption_tokens(sample.prompts, tokenizer)) for sample in batch]
+    engine = Engine(explainer, 32, 8)
+    with mock.patch.object(RowTokenizer, "_plain_row", side_effect=AssertionError("tokenised again")):
+        results = engine.explain(with_tokens)
+    same(results, Engine(explainer, 32, 8).explain(batch))
 
 
 def test_two_batches_are_on_the_device_at_once_where_that_is_wanted(explainer):
@@ -336,7 +351,7 @@ def test_backgrounds_and_the_neutral_text_are_those_of_the_library(explainer):
 
         (kept,) = result.prompts
         assert (result.dropped_prompts, prompt_grids(result).shape) == (1, (1, 12, 12))
-        text = explainer.embed_text([kept.prompt.text])
+        text = explainer.embed_text([kept.text])
         corrected = explainer.heatmaps(trace, text, neutral_embedding=neutral_row, neutral_threshold=0.6)[0]
         plain = explainer.heatmaps(trace, text)[0]
         assert not torch.equal(corrected, plain)

@@ -76,7 +76,7 @@ def figures_by_hand(explainer: legrad.LeGrad, shard: Path) -> dict[str, float]:
     """LeGrad's figures with one image and one prompt at a time and plain definitions."""
     hits, ious, precisions, preferences = [], [], [], []
     for scene in scenes_of(shard):
-        images = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
+        images = explainer.preprocess([Image.open(io.BytesIO(scene.image))], resize="fast")
         valid = scene.label_map != 255
         maps = []
         for caption, class_id in zip(scene.captions, scene.class_ids, strict=True):
@@ -115,7 +115,7 @@ def class_iou_by_hand(explainer: legrad.LeGrad, shard: Path) -> dict[int, float]
     both: Counter[int] = Counter()
     either: Counter[int] = Counter()
     for scene in scenes_of(shard):
-        images = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
+        images = explainer.preprocess([Image.open(io.BytesIO(scene.image))], resize="fast")
         heat = []
         for caption in scene.captions:
             grid = explainer.relevance(images, explainer.embed_text([caption]))
@@ -162,7 +162,7 @@ def test_scenes_of_points_are_scored_by_points_alone(explainer, tmp_path):
     assert (scores.pointing, scores.iou_best, scores.mean_iou, scores.iou_curve) == (None, None, None, ())
     found, union = Counter(), Counter()
     for scene in scenes_of(path):
-        images = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
+        images = explainer.preprocess([Image.open(io.BytesIO(scene.image))], resize="fast")
         for index in scene.pointed_objects():
             grid = explainer.relevance(images, explainer.embed_text([scene.captions[index]]))
             heat = F.interpolate(grid, size=(24, 40), mode="bilinear")[0, 0].numpy()
@@ -189,7 +189,7 @@ def test_hiding_patches_starts_at_the_models_own_cosine_and_showing_them_at_the_
     cosines = []
     for scene in scenes_of(shard)[:2]:
         with torch.no_grad():
-            image = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
+            image = explainer.preprocess([Image.open(io.BytesIO(scene.image))], resize="fast")
             features = explainer.model.encode_image(image, normalize=True)
         cosines += (explainer.embed_text(scene.captions) @ features[0]).tolist()
     for scores in result.perturbation:
@@ -251,7 +251,7 @@ def test_recognition_ranks_the_classes_by_the_models_own_cosine(explainer, shard
     texts = explainer.embed_text([f"a photo of a {name}" for name in CLASSES])
     for scene in scenes_of(shard):
         with torch.no_grad():
-            image = explainer.preprocess([Image.open(io.BytesIO(scene.image))])
+            image = explainer.preprocess([Image.open(io.BytesIO(scene.image))], resize="fast")
             scores.append((explainer.model.encode_image(image, normalize=True) @ texts.T)[0].numpy())
         present.append([class_id in scene.class_ids for class_id in (1, 2, 3)])
     scores, present = np.array(scores), np.array(present)

@@ -56,6 +56,12 @@ def test_modules_that_need_no_model_load_no_model_library(module):
     assert not packages & MODEL_LIBRARIES
 
 
+def test_decoding_images_loads_torch_and_no_other_model_library():
+    code, _, packages = packages_imported("-c", "import pipeline.shards.images")
+    assert code == 0
+    assert packages & MODEL_LIBRARIES == {"torch"}
+
+
 def test_every_public_name_of_the_library_is_found_when_it_is_used():
     assert set(legrad.__all__) <= set(dir(legrad))
     assert all(getattr(legrad, name).__name__ == name for name in legrad.__all__)

@@ -28,7 +28,6 @@ from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.output.label_map import label_map
 from pipeline.output.schema import ANNOTATION_SCHEMA
-from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.samples import RawSample, read_samples
 from tests.helpers.corpus import demo_job, sample, write_shard
 
@@ -44,7 +43,7 @@ GRIDS = {
 def explained(*names, similarities=None, grids=None, backgrounds=None, claimed=None, refined=None):
     similarities = similarities or [0.3] * len(names)
     prompts = tuple(
-        ExplainedPrompt(Prompt(index, name, index + 1), False, similarity)
+        ExplainedPrompt(index, name, index + 1, False, similarity)
         for index, (name, similarity) in enumerate(zip(names, similarities, strict=True))
     )
     if grids is None:

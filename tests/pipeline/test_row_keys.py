@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from legrad.canvases import Views, canvas_grids, views_of
 from legrad.images import ImageTransform
 from legrad.text_cache import EmbeddedTexts
-from legrad.views import Views, canvas_grids, views_of
 from pipeline.annotate.maps import MapSettings, refinement_of, sample_maps
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample
@@ -42,6 +42,7 @@ VALUES = {
         "caption": st.sampled_from(["txt", "TXT", "json:captions", "JSON:captions"]),
         "max_image_pixels": st.sampled_from([100, 200]),
         "max_member_bytes": st.sampled_from([100, 200]),
+        "resize": st.sampled_from(["exact", "fast"]),
         "allow_commands": st.booleans(),
     },
     "model": {
@@ -122,7 +123,7 @@ def noise(text):
 class Embedder:
     """Embeds each ensemble by chance, the same at every call."""
 
-    def embed_ensembles(self, ensembles):
+    def embed_ensembles(self, ensembles, tokens=()):
         rows = [torch.from_numpy(noise(repr(ensemble)).uniform(-1, 1, 2)) for ensemble in ensembles]
         return EmbeddedTexts(torch.stack(rows), (False,) * len(rows))
 
@@ -140,9 +141,11 @@ def rows_of(config):
     if not prompts:
         return seen
     companions = companions_of(config.prompts)
-    texts = BatchTextEmbedder(Embedder(), companions, within=1e-9).embed([prompts])
-    cosines = texts.unit_rows[:, 0].numpy()
-    chosen = choose_maps(cosines[None], texts, config.prompts.max_per_sample, companions.max_background)[0]
+    embedder = BatchTextEmbedder(Embedder(), companions, within=1e-9)
+    batch = embedder.embed([prompts])
+    texts, similarities = embedder.resolve(batch, batch.unit_rows.T[:1])
+    cosines = similarities[0]
+    chosen = choose_maps(similarities, texts, config.prompts.max_per_sample, companions.max_background)[0]
     grids = torch.stack(
         [
             torch.from_numpy(noise(repr(texts.unit_rows[row].tolist())).random(GRID))
@@ -158,7 +161,13 @@ def rows_of(config):
         image_height=20,
         image_width=30,
         prompts=tuple(
-            ExplainedPrompt(prompts[position], False, float(cosines[texts.map_rows[0][position]]))
+            ExplainedPrompt(
+                prompts[position].index,
+                prompts[position].text,
+                prompts[position].class_id,
+                False,
+                float(cosines[texts.map_rows[0][position]]),
+            )
             for position in chosen.prompts.tolist()
         ),
         maps=sample_maps(grids, pixels, [chosen], settings, [(20, 30)])[0],

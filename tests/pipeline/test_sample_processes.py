@@ -23,8 +23,8 @@ import legrad
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.parcels import INLINE_BYTES, Large, Parcels
-from pipeline.annotate.processes import MemoryGate, ProcessDied, SampleProcesses
-from pipeline.annotate.sample_work import PREPARE, SampleWork, WorkSettings
+from pipeline.annotate.processes import PREPARE, MemoryGate, ProcessDied, SampleProcesses
+from pipeline.annotate.sample_work import SampleWork, WorkSettings
 from pipeline.annotate.work_in_processes import WorkInProcesses
 from pipeline.demo import assets
 from pipeline.shards.images import WHOLE_IMAGE
@@ -156,7 +156,7 @@ def test_an_image_that_kills_its_decoder_costs_one_sample(deadly, tmp_path, colo
     for position in (3, 4, 17):
         samples[position] = sample(f"k{position:02d}", jpg=None, png=plain_png(colour))
     path = write_shard(tmp_path / "a.tar", samples)
-    config = demo_job([path], tmp_path / "out", input={"image": "jpg;png"})
+    config = demo_job([path], tmp_path / "out", input={"image": "jpg;png", "resize": "exact"})
     (rows,), (errors,), (counts,) = annotated(deadly, config, in_processes=True)
     assert [row["sample_index"] for row in rows] == [index for index in range(20) if index not in (3, 4, 17)]
     assert [(error["sample_index"], error["stage"], error["kind"]) for error in errors] == [
@@ -168,9 +168,11 @@ def test_an_image_that_kills_its_decoder_costs_one_sample(deadly, tmp_path, colo
 
 def test_a_sample_whose_masks_kill_their_process_is_the_only_error_of_its_chunk(tmp_path, explainer):
     config = demo_job([], tmp_path / "out")
-    work = WorkInProcesses(SampleProcesses(1, 2**20), WorkSettings(config, explainer.transform, WHOLE_IMAGE))
+    work = WorkInProcesses(
+        SampleProcesses(1, 2**20), WorkSettings(config, explainer.transform, WHOLE_IMAGE, None)
+    )
     try:
-        local = SampleWork(WorkSettings(config, explainer.transform, WHOLE_IMAGE))
+        local = SampleWork(WorkSettings(config, explainer.transform, WHOLE_IMAGE, None))
         engine = ShardAnnotator(config, explainer, decode_threads=1, metadata={})
         explained = engine._engine.explain(
             local.prepare([raw(index, plain_png((index, 90, 9))) for index in range(5)])
@@ -208,7 +210,7 @@ def test_processes_killed_from_outside_cost_nothing(explainer, tmp_path):
 
 def test_a_launcher_that_was_killed_is_started_again(tmp_path, explainer):
     config = demo_job([], tmp_path / "out")
-    settings = WorkSettings(config, explainer.transform, WHOLE_IMAGE)
+    settings = WorkSettings(config, explainer.transform, WHOLE_IMAGE, None)
     before = set(children_of(os.getpid()))
     work = WorkInProcesses(SampleProcesses(1, 2**20), settings)
     try:
@@ -224,7 +226,7 @@ def test_a_launcher_that_was_killed_is_started_again(tmp_path, explainer):
 
 
 def test_a_bug_is_raised_as_what_it_was_with_the_place_where_it_happened(tmp_path, deadly):
-    settings = WorkSettings(demo_job([], tmp_path / "out"), deadly.transform, WHOLE_IMAGE)
+    settings = WorkSettings(demo_job([], tmp_path / "out"), deadly.transform, WHOLE_IMAGE, None)
     processes = SampleProcesses(1, 2**20)
     try:
         with pytest.raises(TypeError) as caught:
@@ -349,7 +351,7 @@ def test_an_end_that_has_gone_is_told_from_an_answer():
 
 
 def test_how_a_process_ended_is_said_in_words(tmp_path, explainer):
-    settings = WorkSettings(demo_job([], tmp_path / "out"), explainer.transform, WHOLE_IMAGE)
+    settings = WorkSettings(demo_job([], tmp_path / "out"), explainer.transform, WHOLE_IMAGE, None)
     processes = SampleProcesses(1, 2**20)
     try:
         with pytest.raises(ProcessDied, match="was killed by SIGSEGV"):
