@@ -97,7 +97,7 @@ def floor_ms(images: Sequence[bytes], prompts: int, width: int, height: int) -> 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     contents = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
-    heatmap = ready_made_maps(1, INPUT_SIDE, INPUT_SIDE)[0].numpy()
+    heatmap = ready_made_maps(1, INPUT_SIDE, INPUT_SIDE)[0].float().numpy()
     upsampled = cv2.resize(heatmap, (width, height), interpolation=cv2.INTER_LINEAR)
     encodable = np.asfortranarray((upsampled > 0.5)[:, :, None].astype(np.uint8))
 
@@ -138,7 +138,7 @@ def cpu_s_of(pid: int) -> float:
 @contextlib.contextmanager
 def device_takes_no_time() -> Iterator[None]:
     with (
-        mock.patch("legrad.text_cache.embed_tokens", ready_made_rows),
+        mock.patch("legrad.text._encode", ready_made_rows),
         mock.patch(
             "pipeline.annotate.maps.refined_maps",
             lambda pixels, grids, *_: ready_made_maps(len(grids), *pixels.shape[1:3]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,27 +31,28 @@ class ReadyMadeLeGrad(legrad.LeGrad):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.transform = ReadyMadeTransform(**vars(self.transform))
-        self._batch = 0
 
     def encode(self, images: Tensor) -> Any:
-        return len(images)
+        return SimpleNamespace(image_features=_rows(MOST_MAPS)[: len(images)])
 
-    def similarity(self, images: Any, text_embeddings: Tensor, image_index: Any = None) -> Tensor:
-        return torch.zeros(images, len(text_embeddings))
-
-    def relevance(self, images: Any, text_embeddings: Tensor, image_index: Any = None, **_: Any) -> Tensor:
+    def relevance(self, images: Any, text_embeddings: Any, image_index: Any = None, **_: Any) -> Tensor:
         side = self.transform.height // self.patch_size
-        return _smooth(len(text_embeddings), side, side)
+        return _smooth(len(text_embeddings.unit_rows), side, side)
 
 
-def ready_made_rows(_model: Any, token_ids: Tensor, *_: Any) -> Tensor:
-    """Unit rows of as many texts."""
+def ready_made_rows(_model: Any, _tower: Any, token_ids: Tensor, _context: int) -> Tensor:
+    """Rows of as many texts, in the place of the text tower's."""
     return _rows(MOST_MAPS)[: len(token_ids)]
 
 
 def ready_made_maps(maps: int, height: int, width: int) -> Tensor:
-    """Smooth maps in [0, 1], as refinement returns them."""
-    return _smooth(maps, height, width)
+    """Smooth maps in [0, 1], in half precision, as they come from a GPU."""
+    return _halves(height, width)[:maps]
+
+
+@lru_cache
+def _halves(height: int, width: int) -> Tensor:
+    return _all_smooth(height, width).half()
 
 
 @lru_cache
