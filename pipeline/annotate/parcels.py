@@ -1,8 +1,8 @@
-"""Send objects between processes of one machine: what is large travels in an anonymous shared file.
+"""Send objects between processes of one machine: what is large travels in anonymous shared files.
 
-Each end writes into one file of its own, again and again, since fresh memory costs more than the copy. What
-arrives is therefore valid until the next answer is sent; an end that keeps it longer copies it. The files
-have no name and are not in /dev/shm, which containers limit to 64 MB; they end with their last process.
+Each end has a few files that it writes again and again, since fresh memory costs more than the copy. What
+arrives is not copied: its file is written again once the last array that views it has gone. The files have no
+name and are not in /dev/shm, which containers limit to 64 MB; they end with their last process.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import mmap
 import os
 import pickle
 import tempfile
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, SupportsIndex
 
-# up to so many bytes, a copy through the connection costs less than the file
+import numpy as np
+
+# up to so many bytes, a copy through the connection costs less than a file
 INLINE_BYTES = 2**12
 _SMALLEST_FILE_BYTES = 2**20
 # vector instructions want it
@@ -35,18 +39,19 @@ class Large:
 
 
 class Parcels:
-    """One end of a connection between two processes that ask and answer in turn.
+    """One end of a connection between two processes; one thread at a time may use it.
 
     Args:
         connection: to the other end.
-        keeps: whether arrays that arrive are copied, so that they stay valid.
     """
 
-    def __init__(self, connection: Connection, *, keeps: bool = False) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._keeps = keeps
-        self._outgoing = memoryview(b"")
-        self._incoming = memoryview(b"")
+        self._outgoing: list[memoryview] = []
+        self._free: set[int] = set()
+        self._incoming: dict[int, mmap.mmap] = {}
+        # of the other end's files, those that no array here views any more
+        self._returned: deque[int] = deque()
 
     def send(self, content: Any) -> None:
         """Send an object that can be pickled; arrays and what is `Large` are copied once.
@@ -58,15 +63,18 @@ class Parcels:
         pickled = pickle.dumps(content, protocol=5, buffer_callback=buffers.append)
         views = [buffer.raw() for buffer in buffers]
         sizes = [view.nbytes for view in views]
+        returned = [self._returned.popleft() for _ in range(len(self._returned))]
         if sum(sizes) <= INLINE_BYTES:
-            self._connection.send_bytes(pickle.dumps((pickled, [bytes(view) for view in views], None, 0)))
+            inline = [bytes(view) for view in views]
+            self._connection.send_bytes(pickle.dumps((pickled, returned, inline, None)))
             return
-        new_file = self._with_room_for(_length(sizes))
+        number, new_file = self._file_for(_length(sizes))
         try:
+            memory = self._outgoing[number]
             for start, size, view in zip(_starts(sizes), sizes, views, strict=True):
-                self._outgoing[start : start + size] = view
-            file_bytes = len(self._outgoing) if new_file is not None else 0
-            self._connection.send_bytes(pickle.dumps((pickled, None, sizes, file_bytes)))
+                memory[start : start + size] = view
+            place = (number, len(memory) if new_file is not None else 0)
+            self._connection.send_bytes(pickle.dumps((pickled, returned, sizes, place)))
             if new_file is not None:
                 reduction.send_handle(self._connection, new_file, None)
         finally:
@@ -80,42 +88,53 @@ class Parcels:
             EOFError, OSError: the other process has gone.
         """
         # from a process that this one started, or that started this one
-        pickled, inline, sizes, file_bytes = pickle.loads(self._connection.recv_bytes())  # noqa: S301
-        if sizes is None:
-            return pickle.loads(pickled, buffers=map(bytearray, inline))  # noqa: S301
-        if file_bytes:
+        pickled, returned, parts, place = pickle.loads(self._connection.recv_bytes())  # noqa: S301
+        self._free.update(returned)
+        if place is None:
+            return pickle.loads(pickled, buffers=map(bytearray, parts))  # noqa: S301
+        number, new_bytes = place
+        if new_bytes:
             new_file = reduction.recv_handle(self._connection)
             try:
-                self._incoming = _mapped(new_file, file_bytes)
+                self._incoming[number] = mmap.mmap(new_file, new_bytes)
             finally:
                 os.close(new_file)
-        whole = self._incoming[: _length(sizes)]
-        if self._keeps:
-            whole = memoryview(bytearray(whole))
-        parts = [whole[start : start + size] for start, size in zip(_starts(sizes), sizes, strict=True)]
-        return pickle.loads(pickled, buffers=parts)  # noqa: S301
+        whole = np.frombuffer(self._incoming[number], np.uint8, _length(parts))
+        weakref.finalize(whole, self._returned.append, number)
+        view = memoryview(whole)  # type: ignore[arg-type]
+        del whole
+        buffers = [view[start : start + size] for start, size in zip(_starts(parts), parts, strict=True)]
+        del view
+        return pickle.loads(pickled, buffers=buffers)  # noqa: S301
 
     def close(self) -> None:
-        """Close this end."""
+        """Close this end; what has arrived stays valid."""
         self._connection.close()
 
-    def _with_room_for(self, size_bytes: int) -> int | None:
-        """Return the descriptor of a new file where the present one is too small."""
-        if size_bytes <= len(self._outgoing):
-            return None
-        file_bytes = max(size_bytes, 2 * len(self._outgoing), _SMALLEST_FILE_BYTES)
+    def _file_for(self, size_bytes: int) -> tuple[int, int | None]:
+        """Return the number of a file that nobody reads, and its descriptor if it is new."""
+        fitting = [number for number in self._free if len(self._outgoing[number]) >= size_bytes]
+        if fitting:
+            number = min(fitting, key=lambda each: len(self._outgoing[each]))
+            self._free.discard(number)
+            return number, None
         new_file = _anonymous_file()
         try:
+            # a quarter more, since the next chunk may be a little larger
+            file_bytes = max(size_bytes + size_bytes // 4, _SMALLEST_FILE_BYTES)
             os.ftruncate(new_file, file_bytes)
-            self._outgoing = _mapped(new_file, file_bytes)
+            memory = memoryview(mmap.mmap(new_file, file_bytes))
         except BaseException:
             os.close(new_file)
             raise
-        return new_file
-
-
-def _mapped(file: int, size_bytes: int) -> memoryview:
-    return memoryview(mmap.mmap(file, size_bytes))
+        if self._free:
+            # one that is too small makes way
+            number = self._free.pop()
+            self._outgoing[number] = memory
+        else:
+            number = len(self._outgoing)
+            self._outgoing.append(memory)
+        return number, new_file
 
 
 def _anonymous_file() -> int:

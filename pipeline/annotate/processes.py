@@ -241,7 +241,7 @@ class _Launcher:
             self._requests.send((FORK, 0))
             reduction.send_handle(self._connection, there.fileno(), self._popen.pid)
         pid: int = self._requests.receive()
-        return pid, Parcels(here, keeps=True)
+        return pid, Parcels(here)
 
     def _start(self) -> None:
         here, there = _connected_pair()

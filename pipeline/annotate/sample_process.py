@@ -82,8 +82,8 @@ def _serve(connection: Connection, requests: Connection) -> None:
         work = SampleWork(parcels.receive(), _Rooms(parcels).room)
         parcels.send((READY, None))
         while True:
-            task, content = parcels.receive()
-            parcels.send(_answer(work, task, content))
+            # nothing of the question is kept, so that its memory can be used again
+            parcels.send(_answer(work, *parcels.receive()))
 
 
 def _answer(work: SampleWork, task: str, content: Any) -> tuple[str, Any]:

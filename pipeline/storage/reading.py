@@ -58,7 +58,8 @@ class DigestingStream:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._digest = hashlib.blake2b(digest_size=16)
+        # processors have instructions for it: twice as fast as BLAKE2
+        self._digest = hashlib.sha256()
 
     def read(self, size_bytes: int = -1, /) -> bytes:
         """Return the next bytes, at most so many; none at the end."""
@@ -68,7 +69,7 @@ class DigestingStream:
 
     def digest(self) -> str:
         """Return the BLAKE2b digest of the bytes so far, as 32 hexadecimal digits."""
-        return f"blake2b:{self._digest.hexdigest()}"
+        return f"sha256:{self._digest.hexdigest()}"
 
 
 @contextmanager

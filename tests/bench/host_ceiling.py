@@ -2,11 +2,12 @@
 
     python tests/bench/host_ceiling.py [--side 500x375] [--prompts 1] [--cores 2] [--processes 2]
 
-Everything else is real, as a worker runs it: tar, JPEG, captions and CLIP's tokenizer, batches, the trip of
-the maps, masks from refined maps of 224 x 224, RLE, Parquet on the local disk, the next shard begun when
-there is room. Features, text rows, relevance grids and refined maps are ready-made. Images are smooth random
-pictures, JPEG of quality 90; every caption has 13 random words. One worker on `--cores` cores, with
-`--processes` sample processes (0: threads of its own).
+Everything else is real, as a worker runs it: tar, JPEG, captions and CLIP's tokenizer, batches put together
+in memory that is used again (as page-locked memory is), masks from refined maps of 224 x 224 in half
+precision, RLE, Parquet on the local disk, the next shard begun when there is room. Features, text rows,
+relevance grids and refined maps are ready-made; copies to and from the device are left out as well. Images are
+smooth random pictures, JPEG of quality 90; every caption has 13 random words. One worker on `--cores` cores,
+with `--processes` sample processes (0: threads of its own).
 
 The floor is what pixels and masks alone need, measured in the same run on one thread: torchvision's
 decode_jpeg and its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear
@@ -34,12 +35,12 @@ from unittest import mock
 import cv2
 import numpy as np
 import open_clip
+import ready_made
 import torch
 import torchvision
 from environment import environment
 from PIL import Image
 from pycocotools import mask as coco
-from ready_made import ReadyMadeLeGrad, ready_made_maps, ready_made_rows
 from shards_in_flight import work_through
 from torchvision.transforms.v2 import InterpolationMode, functional
 
@@ -97,7 +98,7 @@ def floor_ms(images: Sequence[bytes], prompts: int, width: int, height: int) -> 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     contents = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
-    heatmap = ready_made_maps(1, INPUT_SIDE, INPUT_SIDE)[0].float().numpy()
+    heatmap = ready_made.ready_made_maps(1, INPUT_SIDE, INPUT_SIDE)[0].float().numpy()
     upsampled = cv2.resize(heatmap, (width, height), interpolation=cv2.INTER_LINEAR)
     encodable = np.asfortranarray((upsampled > 0.5)[:, :, None].astype(np.uint8))
 
@@ -137,21 +138,23 @@ def cpu_s_of(pid: int) -> float:
 
 @contextlib.contextmanager
 def device_takes_no_time() -> Iterator[None]:
+    def refined(pixels: torch.Tensor, grids: torch.Tensor, *_: object) -> torch.Tensor:
+        return ready_made.ready_made_maps(len(grids), *pixels.shape[1:3])
+
     with (
-        mock.patch("legrad.text._encode", ready_made_rows),
-        mock.patch(
-            "pipeline.annotate.maps.refined_maps",
-            lambda pixels, grids, *_: ready_made_maps(len(grids), *pixels.shape[1:3]),
-        ),
+        mock.patch("legrad.text._encode", ready_made.ready_made_rows),
+        mock.patch("pipeline.annotate.engine.sent", ready_made.stacked),
+        mock.patch("pipeline.annotate.maps.refined_maps", refined),
+        mock.patch("pipeline.annotate.maps.in_one_trip", ready_made.as_they_are),
     ):
         yield
 
 
-def explainer() -> ReadyMadeLeGrad:
+def explainer() -> ready_made.ReadyMadeLeGrad:
     vision = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 16, "image_size": INPUT_SIDE}
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
     model = open_clip.CLIP(64, vision, text).eval()
-    return ReadyMadeLeGrad(model, tokenizer=open_clip.SimpleTokenizer(), layers=1)
+    return ready_made.ReadyMadeLeGrad(model, tokenizer=open_clip.SimpleTokenizer(), layers=1)
 
 
 class Worker:
