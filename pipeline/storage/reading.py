@@ -68,7 +68,7 @@ class DigestingStream:
         return data
 
     def digest(self) -> str:
-        """Return the BLAKE2b digest of the bytes so far, as 32 hexadecimal digits."""
+        """Return the SHA-256 digest of the bytes so far, in hexadecimal digits."""
         return f"sha256:{self._digest.hexdigest()}"
 
 

@@ -5,9 +5,9 @@
 Everything else is real, as a worker runs it: tar, JPEG, captions and CLIP's tokenizer, batches put together
 in memory that is used again (as page-locked memory is), masks from refined maps of 224 x 224 in half
 precision, RLE, Parquet on the local disk, the next shard begun when there is room. Features, text rows,
-relevance grids and refined maps are ready-made; copies to and from the device are left out as well. Images are
-smooth random pictures, JPEG of quality 90; every caption has 13 random words. One worker on `--cores` cores,
-with `--processes` sample processes (0: threads of its own).
+relevance grids and refined maps are ready-made; copies to and from the device are left out as well. Images
+are smooth random pictures, JPEG of quality 90; every caption has 13 random words. One worker on `--cores`
+cores, with `--processes` sample processes (0: threads of its own).
 
 The floor is what pixels and masks alone need, measured in the same run on one thread: torchvision's
 decode_jpeg and its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear

@@ -384,7 +384,7 @@ def test_the_footer_holds_counts_and_provenance(annotate, tmp_path):
     assert (footer.config_hash, footer.shard, footer.state) == ("h", path.as_uri(), "done")
     assert len(footer.attempt) == 32
     assert footer.version.size_bytes == path.stat().st_size
-    assert footer.content_digest.startswith("blake2b:")
+    assert footer.content_digest.startswith("sha256:")
     assert json.loads(pq.ParquetFile(name).metadata.metadata[b"legrad"])["samples_in"] == 2
     shutil.rmtree(tmp_path / "out")
 
