@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from legrad.errors import InputError, TokenizerError
 from legrad.families.modules import GLOBAL_HOOKS, HOOKS
-from legrad.tokens import RowTokenizer, Tokenizer, as_token_ids
+from legrad.tokens import RowTokenizer, Tokenizer
 
 # The modules of open_clip's text towers, each with its own forward pass.
 FORWARDS: dict[type[nn.Module], Any] = {
@@ -57,9 +57,8 @@ def embed_texts(
     refuse_active_dropout(model)
     if not texts:
         return torch.zeros(0, embed_dim, device=device)
-    tokens = RowTokenizer(tokenizer)(texts)
-    unit_rows = embed_tokens(model, as_token_ids(list(tokens.values())), device)
-    row_of = {text: row for row, text in enumerate(tokens)}
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    unit_rows = embed_tokens(model, RowTokenizer(tokenizer).token_ids(list(row_of)), device)
     return unit_rows[uploaded(torch.tensor([row_of[text] for text in texts]), device)]
 
 

@@ -68,6 +68,14 @@ class RowTokenizer:
         rows = map(TokenRow, map(_as_bytes, token_ids), is_truncated)
         return dict(zip(distinct, rows, strict=True))
 
+    def token_ids(self, texts: Sequence[str]) -> Int[Tensor, "texts context"]:
+        """Return the token ids of at least one text, on the CPU; the tokenizer may be any callable."""
+        if self._encoder is not None:
+            return as_token_ids([self._plain_row(self._encoder, text) for text in texts])
+        with self._lock:
+            token_ids: Tensor = self.tokenizer(list(texts))
+        return token_ids
+
     def _plain_row(self, encoder: BytePairEncoder, text: str) -> TokenRow:
         tokenizer = self.tokenizer
         context: int = tokenizer.context_length

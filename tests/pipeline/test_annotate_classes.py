@@ -131,7 +131,9 @@ def test_of_all_classes_the_most_similar_have_rows_and_they_are_mostly_the_scene
     found = 0
     for key, image, labels in scenes:
         picture = Image.open(io.BytesIO(image))
-        cosines = explainer.similarity(explainer.encode(explainer.preprocess([picture])), texts)[0]
+        cosines = explainer.similarity(
+            explainer.encode(explainer.preprocess([picture], resize="fast")), texts
+        )[0]
         mine = [row for row in rows if row["key"] == key]
         chosen = [row["prompt_index"] for row in mine]
         assert chosen == sorted(set(chosen))

@@ -26,7 +26,7 @@ def changed(section, **values):
 
 def test_a_minimal_file_loads_with_the_documented_defaults(config_file):
     config = load_config(config_file)
-    assert (config.model.layers, config.model.precision, config.prompts.max_per_sample) == (2, "fp32", 32)
+    assert (config.model.layers, config.model.precision, config.prompts.max_per_sample) == (2, "auto", 32)
     assert (config.run.error_budget, config.output.on_mismatch, config.rows_written) == (0.2, "refuse", "all")
 
 
