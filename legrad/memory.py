@@ -1,8 +1,9 @@
-"""Recognise errors of a device whose memory is exhausted."""
+"""Memory of a device: copies to it, and errors where it is exhausted."""
 
 import re
 
 import torch
+from torch import Tensor
 
 # What libraries raise as a plain RuntimeError where the allocator of torch raises an OutOfMemoryError. cuDNN
 # reports as an internal or unsupported case that it has no memory for its workspace or its code; if memory
@@ -29,3 +30,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and _MESSAGES.search(str(error)) is not None
     )
+
+
+def uploaded(values: Tensor, device: torch.device) -> Tensor:
+    """Copy values from the CPU to a device; to a GPU without waiting for it, from page-locked memory."""
+    if device.type not in ("cuda", "xpu"):
+        return values.to(device)
+    staged = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return staged.copy_(values).to(device, non_blocking=True)

@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from legrad.errors import InputError, TokenizerError
 from legrad.families.modules import GLOBAL_HOOKS, HOOKS
+from legrad.memory import uploaded
 from legrad.tokens import RowTokenizer, Tokenizer
 
 # The modules of open_clip's text towers, each with its own forward pass.
@@ -134,14 +135,6 @@ class CausalMaskReader:
         if last is None or last[0] is not mask or last[1] != mask._version:
             last = self._last = (mask, mask._version, _is_causal(mask))
         return last[2]
-
-
-def uploaded(values: Tensor, device: torch.device) -> Tensor:
-    """Copy values from the CPU to a device; to a GPU without waiting for it, from page-locked memory."""
-    if device.type not in ("cuda", "xpu"):
-        return values.to(device)
-    staged = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return staged.copy_(values).to(device, non_blocking=True)
 
 
 def refuse_active_dropout(model: nn.Module) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from legrad.explainer import LeGrad
+from legrad.memory import uploaded
 from legrad.text import (
     CausalMaskReader,
     embed_by_length,
     refuse_active_dropout,
     require_tokenizer,
-    uploaded,
 )
 from legrad.tokens import RowTokenizer, TokenRow, as_token_ids
 

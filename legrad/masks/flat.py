@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
+from legrad.memory import uploaded
+
 HeightWidth = tuple[int, int]
 
 
@@ -109,7 +111,7 @@ def _neighbours(lengths: Int64[np.ndarray, " maps"], cells: int) -> tuple[np.nda
 
 def _uploaded(arrays: Sequence[np.ndarray], dtype: type, device: torch.device) -> list[Tensor]:
     """Bring arrays to a device by one copy."""
-    packed = torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device, non_blocking=True)
+    packed = uploaded(torch.from_numpy(np.concatenate(arrays).astype(dtype)), device)
     return list(torch.split(packed, [len(array) for array in arrays]))
 
 
