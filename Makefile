@@ -58,10 +58,10 @@ bench-gpu: $(STAMP)  ## explaining on a CUDA device beside a forward pass, the k
 	$(BIN)/python tests/bench/explain_gpu.py
 	$(BIN)/python tests/bench/gpu_step.py
 
-bench-pipeline: $(STAMP)  ## benchmarks of the pipeline: stream, throughput, memory, driver; a JSON row each
-	$(BIN)/python tests/bench/stream_busy.py
+bench-pipeline: $(STAMP)  ## benchmarks of the pipeline: a worker without its device, processes, throughput, memory, driver; a JSON row each
+	$(BIN)/python tests/bench/host_ceiling.py
+	$(BIN)/python tests/bench/process_costs.py
 	$(BIN)/python tests/bench/annotate_throughput.py
-	$(BIN)/python tests/bench/cores_per_gpu.py
 	$(BIN)/python tests/bench/memory_by_shard_size.py
 	$(BIN)/python tests/bench/driver_overhead.py
 	$(BIN)/python tests/bench/driver_simulated_workers.py

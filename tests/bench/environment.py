@@ -11,16 +11,22 @@ from pipeline.output.records import installed_versions
 
 def environment() -> dict[str, Any]:
     """Commit, machine and versions."""
-    commit = subprocess.check_output(
-        ["git", "describe", "--always", "--dirty"], text=True, cwd=Path(__file__).parent
-    )
     return {
-        "commit": commit.strip(),
+        "commit": _git("describe", "--always") + ("-dirty" if _is_changed() else ""),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_1min": round(os.getloadavg()[0], 1),
         "versions": installed_versions(),
     }
+
+
+def _is_changed() -> bool:
+    # documents do not count, since programs write their tables into one
+    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)*.md"))
+
+
+def _git(*words: str) -> str:
+    return subprocess.check_output(["git", *words], text=True, cwd=Path(__file__).parent).strip()
 
 
 def _processor() -> str:

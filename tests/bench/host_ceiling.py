@@ -1,35 +1,43 @@
-"""Samples/s of one worker whose device takes no time: model, text tower and refinement are left out.
+"""Measure samples/s of a worker without its device: model, text tower, PAR and device copies are skipped.
 
     python tests/bench/host_ceiling.py [--side 500x375] [--prompts 1] [--cores 2] [--processes 2]
+    python tests/bench/host_ceiling.py --write
 
-Everything else is real, as a worker runs it: tar, JPEG, captions and CLIP's tokenizer, batches put together
-in memory that is used again (as page-locked memory is), masks from refined maps of 224 x 224 in half
-precision, RLE, Parquet on the local disk, the next shard begun when there is room. Features, text rows,
-relevance grids and refined maps are ready-made; copies to and from the device are left out as well. Images
-are smooth random pictures, JPEG of quality 90; every caption has 13 random words. One worker on `--cores`
-cores, with `--processes` sample processes (0: threads of its own).
+Everything else is what a worker does: tar, JPEG, captions and CLIP's tokenizer, batches put together in
+memory that is used again (as page-locked memory is), masks from refined maps of 224 x 224 in half precision,
+RLE, Parquet on the local disk, the next shard begun as soon as there is room. Image features, text rows,
+relevance grids and refined maps are ready-made (`ready_made.py`). The worker runs on `--cores` cores, with
+`--processes` sample processes; with 0 of them, in as many threads as cores.
 
 The floor is what pixels and masks alone need, measured in the same run on one thread: torchvision's
 decode_jpeg and its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear
 resize of one float map to the image and pycocotools' encoding of one uint8 mask.
 
-CPU time is that of all processes, and that of the process with the device alone. Rounds after a warm-up;
-medians. Prints one JSON row.
+Prints one JSON row, medians of rounds after a warm-up:
+
+    samples_per_s                      of the whole worker
+    cpu_ms_per_sample                  CPU time of all its processes
+    device_process_cpu_ms_per_sample   CPU time of the process that would hold the device
+    floor_ms_per_sample, ratio         the floor, and cpu_ms_per_sample over it
+
+`--write` measures the cases of the table in tests/bench/README.md, each in a process of its own, and replaces
+the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import statistics
-import tarfile
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import cv2
@@ -39,7 +47,9 @@ import ready_made
 import torch
 import torchvision
 from environment import environment
-from PIL import Image
+from made_shards import jpeg, write_shards
+from proc import cpu_s_of
+from published import publish, table
 from pycocotools import mask as coco
 from shards_in_flight import work_through
 from torchvision.transforms.v2 import InterpolationMode, functional
@@ -48,53 +58,202 @@ from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.processes import SampleProcesses
 from pipeline.config.load import parse_config
+from pipeline.config.schema import JobConfig
 
 INPUT_SIDE = 224
-WORDS = (
-    "a",
-    "red",
-    "dog",
-    "cat",
-    "house",
-    "tree",
-    "river",
-    "boy",
-    "girl",
-    "under",
-    "green",
-    "sky",
-    "wide",
-    "street",
-)
 IMAGES = 64
+# of the published table: (side, prompts), and (cores, processes)
+IMAGE_CASES = (("500x375", 1), ("500x375", 4), ("64x48", 1), ("1600x1200", 1))
+WORKER_CASES = ((1, 1), (2, 2), (2, 0))
+COLUMNS = (
+    "images",
+    "prompts",
+    "cores",
+    "sample processes",
+    "samples/s",
+    "CPU ms a sample",
+    "of these, in the process with the device",
+    "floor, ms",
+    "ratio",
+)
 
 
-def jpeg(seed: int, width: int, height: int) -> bytes:
-    generator = np.random.default_rng(seed)
-    coarse = generator.integers(0, 256, (max(1, height // 16), max(1, width // 16), 3), dtype=np.uint8)
-    sink = io.BytesIO()
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(sink, "JPEG", quality=90)
-    return sink.getvalue()
+def main() -> None:
+    """Print the row of one case, or of every case of the table."""
+    arguments = options()
+    if arguments.write:
+        rows = list(rows_of_table(arguments))
+        publish(Path(__file__).name, published(rows))
+    else:
+        print(json.dumps(measured(arguments)), flush=True)
 
 
-def write_shards(folder: Path, arguments: argparse.Namespace, images: Sequence[bytes]) -> None:
-    generator = np.random.default_rng(0)
-    for shard in range(arguments.shards):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(arguments.samples):
-                captions = [" ".join(generator.choice(WORDS, 13)) for _ in range(arguments.prompts)]
-                add(tar, f"{number:06d}.jpg", images[number % len(images)])
-                add(tar, f"{number:06d}.json", json.dumps({"captions": captions}).encode())
+def options() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--side", default="500x375", help="WIDTHxHEIGHT of the images")
+    parser.add_argument("--prompts", type=int, default=1, help="captions of a sample")
+    parser.add_argument("--cores", type=int, default=2, help="CPU cores that the worker may use")
+    parser.add_argument("--processes", type=int, help="sample processes; default: as many as cores")
+    parser.add_argument("--resize", default="fast", help="input.resize")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=500, help="samples of a shard")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds after the warm-up")
+    parser.add_argument("--write", action="store_true", help="replace the table of tests/bench/README.md")
+    arguments = parser.parse_args()
+    if arguments.processes is None:
+        arguments.processes = arguments.cores
+    return arguments
 
 
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
+def rows_of_table(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Run every case of the table in a process of its own, print its row and yield it."""
+    for side, prompts in IMAGE_CASES:
+        for cores, processes in WORKER_CASES:
+            case = {"side": side, "prompts": prompts, "cores": cores, "processes": processes}
+            settings = {name: value for name, value in vars(arguments).items() if name != "write"} | case
+            words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+            line = subprocess.check_output([sys.executable, __file__, *words], text=True)
+            print(line, end="", flush=True)
+            yield json.loads(line)
+
+
+def published(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table, headed by what it was measured with."""
+    first, load = rows[0], max(row["load_1min"] for row in rows)
+    settings = first["settings"]
+    head = (
+        f"Commit {first['commit']}, {first['processor']}, load at most {load} before a case; batches of "
+        f"{settings['batch_size']}, {settings['shards']} shards of {settings['samples']} samples, "
+        f"`input.resize: {settings['resize']}`, medians of {settings['rounds']} rounds after a warm-up."
+    )
+    return [head, "", *table(COLUMNS, [cells_of(row) for row in rows])]
+
+
+def cells_of(row: dict[str, Any]) -> list[object]:
+    """Return the cells of a case, in the order of COLUMNS."""
+    settings = row["settings"]
+    return [
+        settings["side"],
+        settings["prompts"],
+        settings["cores"],
+        settings["processes"] or "none: threads",
+        f"{row['samples_per_s']:,.0f}",
+        f"{row['cpu_ms_per_sample']:.2f}",
+        f"{row['device_process_cpu_ms_per_sample']:.2f}",
+        f"{row['floor_ms_per_sample']:.2f}",
+        f"{row['ratio']:.2f}",
+    ]
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the row of one case."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
+    head = {"benchmark": "host_ceiling", **environment(), "settings": vars(arguments)}
+    width, height = map(int, arguments.side.split("x"))
+    images = [jpeg(seed, width, height) for seed in range(IMAGES)]
+    rounds = rounds_of_worker(arguments, images)
+    row = {name: round(statistics.median(each[name] for each in rounds), 3) for name in rounds[0]}
+    floor = round(floor_ms(images, arguments.prompts, width, height), 3)
+    ratio = round(row["cpu_ms_per_sample"] / floor, 2)
+    return {**head, **row, "floor_ms_per_sample": floor, "ratio": ratio}
+
+
+def rounds_of_worker(arguments: argparse.Namespace, images: Sequence[bytes]) -> list[dict[str, float]]:
+    """Return the figures of each round but the first."""
+    with tempfile.TemporaryDirectory() as folder, device_is_skipped():
+        shards, out = Path(folder, "shards"), Path(folder, "out")
+        shards.mkdir()
+        write_shards(
+            shards,
+            images,
+            shards=arguments.shards,
+            samples=arguments.samples,
+            prompts=arguments.prompts,
+        )
+        with worker(arguments, config_of(arguments, shards, out)) as annotator:
+            return [one_round(annotator, shards) for _ in range(arguments.rounds + 1)][1:]
+
+
+def config_of(arguments: argparse.Namespace, shards: Path, out: Path) -> JobConfig:
+    """Return a job with a caption list for each sample and refined maps."""
+    return parse_config(
+        {
+            "input": {"shards": f"{shards}/*.tar", "caption": "json:captions", "resize": arguments.resize},
+            "model": {"name": "ViT-B-16", "pretrained": "openai"},
+            "prompts": {"source": "captions"},
+            "masks": {"refine": "par"},
+            "output": {"dir": str(out)},
+            "run": {"batch_size": arguments.batch_size},
+        }
+    )
+
+
+@contextlib.contextmanager
+def worker(arguments: argparse.Namespace, config: JobConfig) -> Iterator[ShardAnnotator]:
+    """Yield the annotator of a worker whose model computes nothing."""
+    processes = SampleProcesses(arguments.processes, config.run.decode_bytes) if arguments.processes else None
+    annotator = ShardAnnotator(
+        config,
+        explainer(),
+        decode_threads=arguments.processes or arguments.cores,
+        metadata={},
+        batches_at_once=2,
+        processes=processes,
+    )
+    with contextlib.closing(annotator):
+        yield annotator
+
+
+def explainer() -> ready_made.ReadyMadeLeGrad:
+    """Return a model with ViT-B/16's patches and tokenizer whose computations are replaced."""
+    vision = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 16, "image_size": INPUT_SIDE}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    model = open_clip.CLIP(64, vision, text).eval()
+    return ready_made.ReadyMadeLeGrad(model, tokenizer=open_clip.SimpleTokenizer(), layers=1)
+
+
+@contextlib.contextmanager
+def device_is_skipped() -> Iterator[None]:
+    """Replace what runs on the device beside the image tower, and the copies to it and back."""
+
+    def refined(pixels: torch.Tensor, grids: torch.Tensor, *_: object) -> torch.Tensor:
+        return ready_made.ready_made_maps(len(grids), *pixels.shape[1:3])
+
+    with (
+        mock.patch("legrad.text._encode", ready_made.ready_made_rows),
+        mock.patch("pipeline.annotate.engine.sent", ready_made.stacked),
+        mock.patch("pipeline.annotate.maps.refined_maps", refined),
+        mock.patch("pipeline.annotate.maps.in_one_trip", ready_made.as_they_are),
+    ):
+        yield
+
+
+def one_round(annotator: ShardAnnotator, shards: Path) -> dict[str, float]:
+    """Annotate all shards once, and return the rate and the CPU time of a sample."""
+    sources = storage.list_shards(f"{shards}/*.tar")
+    cpu_s, own_cpu_s = cpu_s_of(os.getpid()), time.process_time()
+    reports = []
+    wall_s = work_through(
+        sources, lambda source: reports.append(annotator.annotate(source)), annotator.wait_for_room
+    )
+    own_cpu_s = time.process_time() - own_cpu_s
+    cpu_s = cpu_s_of(os.getpid()) - cpu_s
+    samples = sum(report.counts.annotated for report in reports)
+    if samples != sum(report.counts.samples_in for report in reports):
+        raise RuntimeError(f"{samples} samples annotated; the others failed, so the figures mean nothing")
+    return {
+        "samples_per_s": samples / wall_s,
+        "cpu_ms_per_sample": 1000 * cpu_s / samples,
+        "device_process_cpu_ms_per_sample": 1000 * own_cpu_s / samples,
+    }
 
 
 def floor_ms(images: Sequence[bytes], prompts: int, width: int, height: int) -> float:
-    """What decoding, resizing, upsampling and encoding take by the libraries named above, ms a sample."""
+    """Return the CPU time of decoding, resizing, upsampling and encoding by the libraries above, a sample."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     contents = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
@@ -110,132 +269,15 @@ def floor_ms(images: Sequence[bytes], prompts: int, width: int, height: int) -> 
                 cv2.resize(heatmap, (width, height), interpolation=cv2.INTER_LINEAR)
                 coco.encode(encodable)
 
-    return 1000 * median_of(lambda: timed(work, time.thread_time)) / len(contents)
-
-
-def timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    started_s = clock()
     work()
-    return clock() - started_s
+    return 1000 * statistics.median(cpu_s_of_call(work) for _ in range(5)) / len(contents)
 
 
-def median_of(measure: Callable[[], float], rounds: int = 5) -> float:
-    measure()
-    return statistics.median(measure() for _ in range(rounds))
-
-
-def cpu_s_of(pid: int) -> float:
-    """CPU time of a process and of its live descendants."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        children = Path(f"/proc/{pid}/task").glob("*/children")
-        below = [int(child) for path in children for child in path.read_text().split()]
-    except OSError:
-        return 0.0
-    own_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return own_s + sum(map(cpu_s_of, below))
-
-
-@contextlib.contextmanager
-def device_takes_no_time() -> Iterator[None]:
-    def refined(pixels: torch.Tensor, grids: torch.Tensor, *_: object) -> torch.Tensor:
-        return ready_made.ready_made_maps(len(grids), *pixels.shape[1:3])
-
-    with (
-        mock.patch("legrad.text._encode", ready_made.ready_made_rows),
-        mock.patch("pipeline.annotate.engine.sent", ready_made.stacked),
-        mock.patch("pipeline.annotate.maps.refined_maps", refined),
-        mock.patch("pipeline.annotate.maps.in_one_trip", ready_made.as_they_are),
-    ):
-        yield
-
-
-def explainer() -> ready_made.ReadyMadeLeGrad:
-    vision = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 16, "image_size": INPUT_SIDE}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
-    model = open_clip.CLIP(64, vision, text).eval()
-    return ready_made.ReadyMadeLeGrad(model, tokenizer=open_clip.SimpleTokenizer(), layers=1)
-
-
-class Worker:
-    def __init__(self, arguments: argparse.Namespace, shards: Path, out: Path) -> None:
-        self.config = parse_config(
-            {
-                "input": {
-                    "shards": f"{shards}/*.tar",
-                    "caption": "json:captions",
-                    "resize": arguments.resize,
-                },
-                "model": {"name": "ViT-B-16", "pretrained": "openai"},
-                "prompts": {"source": "captions"},
-                "masks": {"refine": "par"},
-                "output": {"dir": str(out)},
-                "run": {"batch_size": arguments.batch_size},
-            }
-        )
-        self.sources = storage.list_shards(self.config.input.shards)
-        self.samples = arguments.shards * arguments.samples
-        self.annotator = ShardAnnotator(
-            self.config,
-            explainer(),
-            decode_threads=arguments.processes or arguments.cores,
-            metadata={},
-            batches_at_once=2,
-            processes=SampleProcesses(arguments.processes, 2**30) if arguments.processes else None,
-        )
-
-    def round(self) -> dict[str, float]:
-        cpu_s, own_cpu_s = cpu_s_of(os.getpid()), time.process_time()
-        wall_s = work_through(self.sources, self.annotator.annotate, self.annotator.wait_for_room)
-        counts = self.annotator.live_counts()
-        assert not counts.samples_in
-        return {
-            "samples_per_s": self.samples / wall_s,
-            "cpu_ms_per_sample": 1000 * (cpu_s_of(os.getpid()) - cpu_s) / self.samples,
-            "device_process_cpu_ms_per_sample": 1000 * (time.process_time() - own_cpu_s) / self.samples,
-        }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--side", default="500x375", help="WIDTHxHEIGHT of the images")
-    parser.add_argument("--prompts", type=int, default=1, help="captions of a sample")
-    parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--processes", type=int, help="sample processes; default: as many as cores")
-    parser.add_argument("--resize", default="fast", help="input.resize")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=500, help="of a shard")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    if arguments.processes is None:
-        arguments.processes = arguments.cores
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
-    width, height = map(int, arguments.side.split("x"))
-    images = [jpeg(seed, width, height) for seed in range(IMAGES)]
-    with tempfile.TemporaryDirectory() as folder, device_takes_no_time():
-        shards, out = Path(folder, "shards"), Path(folder, "out")
-        shards.mkdir()
-        write_shards(shards, arguments, images)
-        worker = Worker(arguments, shards, out)
-        rounds = [worker.round() for _ in range(arguments.rounds + 1)][1:]
-        worker.annotator.close()
-    row = {name: round(statistics.median(each[name] for each in rounds), 3) for name in rounds[0]}
-    floor = round(floor_ms(images, arguments.prompts, width, height), 3)
-    print(
-        json.dumps(
-            {
-                "benchmark": "host_ceiling",
-                **environment(),
-                "settings": vars(arguments),
-                **row,
-                "floor_ms_per_sample": floor,
-                "ratio": round(row["cpu_ms_per_sample"] / floor, 2),
-            }
-        )
-    )
+def cpu_s_of_call(work: Callable[[], object]) -> float:
+    """Return the CPU time that a call takes on this thread."""
+    started_s = time.thread_time()
+    work()
+    return time.thread_time() - started_s
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model whose device takes no time: what it would compute is ready-made. For `host_ceiling.py`."""
+"""Replace what a device computes by ready-made tensors, for `host_ceiling.py`."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ import legrad
 from legrad.images import ImageTransform
 
 MOST_MAPS = 512
-# of each device thread
+# memory for stacked arrays, of each device thread
 _STAGED = threading.local()
 
 
 @dataclass(frozen=True)
 class ReadyMadeTransform(ImageTransform):
-    """Resizes as ever; what the device would normalise is left as it is."""
+    """Resizes as the real one does; normalising, which the device does, is skipped."""
 
     def normalise(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty(len(pixels), 0, dtype=dtype)
 
 
 class ReadyMadeLeGrad(legrad.LeGrad):
-    """Returns one answer to all questions about a batch; needs no computation."""
+    """Returns the same image features and relevance grids for every batch."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.transform = ReadyMadeTransform(**vars(self.transform))
 
     def encode(self, images: Tensor) -> Any:
+        """Return ready-made features of as many images."""
         return SimpleNamespace(image_features=_rows(MOST_MAPS)[: len(images)])
 
     def relevance(self, images: Any, text_embeddings: Any, image_index: Any = None, **_: Any) -> Tensor:
+        """Return ready-made grids of as many texts."""
         side = self.transform.height // self.patch_size
         return _smooth(len(text_embeddings.unit_rows), side, side)
 
 
 def ready_made_rows(_model: Any, _tower: Any, token_ids: Tensor, _context: int) -> Tensor:
-    """Rows of as many texts, in the place of the text tower's."""
+    """Return unit rows of as many texts, in place of the text tower."""
     return _rows(MOST_MAPS)[: len(token_ids)]
 
 
 def ready_made_maps(maps: int, height: int, width: int) -> Tensor:
-    """Smooth maps in [0, 1], in half precision, as they come from a GPU."""
+    """Return smooth maps in [0, 1], in half precision as they come from a GPU."""
     return _halves(height, width)[:maps]
 
 

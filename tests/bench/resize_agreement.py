@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from environment import environment
 from PIL import Image
+from published import publish, table
 
 from legrad.images import ImageTransform, Resize
 from legrad.masks.rle import decode_rle
@@ -37,12 +38,18 @@ from pipeline.config.load import load_config
 from pipeline.demo import assets
 from pipeline.shards.images import decode_image
 
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- resize_agreement.py --write: begin -->", "<!-- end -->"
 TRANSFORM = ImageTransform(224, 224, (0.5,) * 3, (0.5,) * 3, patch_size=16)
 SIZES = ((64, 48), (500, 375), (375, 500), (1600, 1200), (4000, 3000))
 ROUNDS = 9
 NOISE_LEVELS = 6.0
+MASK_COLUMNS = (
+    *("images", "rows", "other rows", "IoU, mean", "1st percentile", "least"),
+    *("heat maps' correlation, mean", "least"),
+)
+PIXEL_COLUMNS = (
+    *("size", "file", "levels of 255, mean", "at most"),
+    *("exact, ms of CPU", "fast, ms of CPU"),
+)
 
 
 def main() -> None:
@@ -57,7 +64,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(head | row), flush=True)
     if options.write:
-        write_tables(rows, head)
+        publish(Path(__file__).name, tables(rows, head))
 
 
 def masks_rows() -> Iterator[dict[str, Any]]:
@@ -188,41 +195,42 @@ def as_jpeg(image: Image.Image) -> bytes:
     return sink.getvalue()
 
 
-def write_tables(rows: list[dict[str, Any]], head: dict[str, Any]) -> None:
-    """Replace what stands between the marks in the README."""
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{tables(rows, head)}\n{END}{after}")
-
-
-def tables(rows: list[dict[str, Any]], head: dict[str, Any]) -> str:
+def tables(rows: list[dict[str, Any]], head: dict[str, Any]) -> list[str]:
     """Return the tables of all rows."""
-    masks = [row for row in rows if "images" in row]
-    sizes = [row for row in rows if "size" in row]
-    return "\n".join(
-        [
-            f"Commit {head['commit']}, {head['processor']} (load {head['load_1min']}), one thread, "
-            f"medians of {ROUNDS} rounds in turn.",
-            "",
-            "| images | rows | other rows | IoU, mean | 1st percentile | least | correlation, mean | least |",
-            "|---|---|---|---|---|---|---|---|",
-            *(
-                f"| {row['images']} | {row['rows']} | {row['other_rows']} | {row['iou_mean']:.4f} | "
-                f"{row['iou_1st_percentile']:.4f} | {row['iou_min']:.4f} | "
-                f"{row['heatmap_correlation_mean']:.5f} | {row['heatmap_correlation_min']:.5f} |"
-                for row in masks
-            ),
-            "",
-            "| size | file | levels of 255, mean | at most | exact, ms of CPU | fast, ms of CPU |",
-            "|---|---|---|---|---|---|",
-            *(
-                f"| {row['size']} | {row['file_bytes'] / 1000:.0f} kB | {row['levels_mean']:.3f} | "
-                f"{row['levels_max']} | {row['exact_ms']:.2f} | {row['fast_ms']:.2f} |"
-                for row in sizes
-            ),
-        ]
-    )
+    return [
+        f"Commit {head['commit']}, {head['processor']} (load {head['load_1min']}), one thread, "
+        f"medians of {ROUNDS} rounds in turn.",
+        "",
+        *table(MASK_COLUMNS, [mask_cells(row) for row in rows if "images" in row]),
+        "",
+        *table(PIXEL_COLUMNS, [pixel_cells(row) for row in rows if "size" in row]),
+    ]
+
+
+def mask_cells(row: dict[str, Any]) -> list[object]:
+    """Return the cells of a set of images, in the order of MASK_COLUMNS."""
+    return [
+        row["images"],
+        row["rows"],
+        row["other_rows"],
+        f"{row['iou_mean']:.4f}",
+        f"{row['iou_1st_percentile']:.4f}",
+        f"{row['iou_min']:.4f}",
+        f"{row['heatmap_correlation_mean']:.5f}",
+        f"{row['heatmap_correlation_min']:.5f}",
+    ]
+
+
+def pixel_cells(row: dict[str, Any]) -> list[object]:
+    """Return the cells of a size, in the order of PIXEL_COLUMNS."""
+    return [
+        row["size"],
+        f"{row['file_bytes'] / 1000:.0f} kB",
+        f"{row['levels_mean']:.3f}",
+        row["levels_max"],
+        f"{row['exact_ms']:.2f}",
+        f"{row['fast_ms']:.2f}",
+    ]
 
 
 if __name__ == "__main__":

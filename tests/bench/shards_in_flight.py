@@ -14,7 +14,6 @@ def work_through(
     shards: Iterable[Shard],
     annotate: Callable[[Shard], object],
     wait_for_room: Callable[[], None],
-    handover_s: float = 0.0,
 ) -> float:
     """Annotate shards, several in flight; raises what an annotation raised.
 
@@ -27,7 +26,6 @@ def work_through(
     with ThreadPoolExecutor(MAX_SHARDS_IN_FLIGHT) as pool:
         for shard in shards:
             in_flight.acquire()
-            time.sleep(handover_s)
             runs.append(pool.submit(annotate, shard))
             runs[-1].add_done_callback(lambda _: in_flight.release())
             wait_for_room()
