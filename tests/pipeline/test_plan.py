@@ -98,7 +98,7 @@ def test_gpus_without_a_worker_are_named_with_the_reason(machines, settings, not
 def test_workers_with_fewer_cores_than_a_gpu_needs_are_named():
     (note,) = planned([(16, 8), (64, 1)]).notes
     assert note.startswith(
-        f"8 of 9 worker(s) get 2 CPU core(s) each; keeping a GPU busy takes about {CORES_PER_GPU_NEEDED} ("
+        f"8 of 9 worker(s) get 2 CPU core(s) each; keeping a GPU busy takes about {CORES_PER_GPU_NEEDED}, "
     )
     assert "tests/bench/host_ceiling.py" in note
     assert planned([(8 * CORES_PER_GPU_NEEDED, 8)]).notes == ()
