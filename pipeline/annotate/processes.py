@@ -12,9 +12,10 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from pipeline.annotate.parcels import Parcels
@@ -39,6 +40,10 @@ _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 _EXIT_TIMEOUT_S = 10.0
+# Where memory runs out, the kernel kills the process with the highest score first. Ray gives its workers 1000.
+OOM_SCORE_FILE = Path("/proc/self/oom_score_adj")
+MOST_OOM_SCORE = 1000
+_OOM_SCORE_WITH_DEVICE = 900
 _ATTEMPTS_TO_START = 3
 
 
@@ -100,6 +105,7 @@ class SampleProcesses:
 
     def __init__(self, count: int, max_room_bytes: int) -> None:
         self.count = count
+        _be_killed_after_sample_processes()
         self._gate = MemoryGate(max_room_bytes)
         self._launcher = _Launcher()
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
@@ -259,6 +265,13 @@ class _Launcher:
         self._is_new = True
         # it ends where this process ends, however that happens: its connection is closed then
         self._finalizer = weakref.finalize(self, _end, self._popen, here)
+
+
+def _be_killed_after_sample_processes() -> None:
+    """Lower the score of this process, which holds a model, below theirs; raised scores may be lowered."""
+    with suppress(OSError, ValueError):
+        if int(OOM_SCORE_FILE.read_text()) > _OOM_SCORE_WITH_DEVICE:
+            OOM_SCORE_FILE.write_text(str(_OOM_SCORE_WITH_DEVICE))
 
 
 def _end(popen: subprocess.Popen[bytes], connection: Connection) -> None:

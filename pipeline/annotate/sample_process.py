@@ -1,7 +1,7 @@
 """The processes beside the one that holds the device: they decode images and make masks, one thread each.
 
-A launcher imports what they need once, and forks one whenever it is asked to: that takes 20 ms and shares the
-imported code, where a process that starts anew takes seconds and 200 MB.
+A launcher imports what they need once, and forks one whenever it is asked to: that takes a fraction of a
+second and shares the imported code, where a process that starts anew imports for seconds.
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ from contextlib import contextmanager, suppress
 from multiprocessing import get_context, reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 from pipeline.annotate.class_prompts import without_classes
 from pipeline.annotate.parcels import Parcels
-from pipeline.annotate.processes import DONE, FAILED, FORK, PREPARE, READY, ROOM, ROOM_LEFT
+from pipeline.annotate.processes import (
+    DONE,
+    FAILED,
+    FORK,
+    MOST_OOM_SCORE,
+    OOM_SCORE_FILE,
+    PREPARE,
+    READY,
+    ROOM,
+    ROOM_LEFT,
+)
 from pipeline.annotate.sample_work import SampleWork
 
-# 1000 is killed first: the process with the device is worth more than one of several that only decode
-_OOM_SCORE = "700"
 _JOIN_TIMEOUT_S = 10.0
 
 
@@ -76,7 +83,7 @@ def _serve(connection: Connection, requests: Connection) -> None:
     """Receive the settings, then work on samples until the other end is closed."""
     requests.close()
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+        OOM_SCORE_FILE.write_text(str(MOST_OOM_SCORE))
     with suppress(EOFError, OSError):
         parcels = Parcels(connection)
         work = SampleWork(parcels.receive(), _Rooms(parcels).room)

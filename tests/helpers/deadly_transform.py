@@ -9,6 +9,9 @@ import numpy as np
 from PIL import Image
 
 from legrad.images import ImageTransform
+from pipeline.annotate.sample_work import WorkSettings
+from pipeline.shards.images import WHOLE_IMAGE
+from tests.helpers.corpus import demo_job
 
 SEGFAULT, KILL, EXIT, MEMORY, BUG = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)
 
@@ -41,3 +44,9 @@ class DiesWhenItArrives:
 
     def __reduce__(self):
         return act, (SEGFAULT,)
+
+
+def settings_of(out="out", **sections):
+    """Settings of the work on samples, for a job on the demo model."""
+    transform = DeadlyTransform(96, 96, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), patch_size=8)
+    return WorkSettings(demo_job([], out, **sections), transform, WHOLE_IMAGE, None)

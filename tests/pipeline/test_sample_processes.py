@@ -385,3 +385,23 @@ def test_how_a_process_ended_is_said_in_words(tmp_path, explainer):
         assert processes.run(settings, PREPARE, [SampleError("read", "cut", "it ends early", "a", 0)])
     finally:
         processes.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="scores are Linux's")
+def test_where_memory_runs_out_sample_processes_are_killed_before_the_one_with_the_device():
+    program = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "Path('/proc/self/oom_score_adj').write_text('1000')\n"  # as Ray does with its workers
+        "from pipeline.annotate.processes import SampleProcesses\n"
+        "from tests.helpers.deadly_transform import settings_of\n"
+        "processes = SampleProcesses(1, 2**20)\n"
+        "processes.run(settings_of(), 'prepare', [])\n"
+        "(launcher,) = Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split()\n"
+        "(child,) = Path(f'/proc/{launcher}/task/{launcher}/children').read_text().split()\n"
+        "scores = [Path(f'/proc/{pid}/oom_score_adj').read_text().strip() for pid in ('self', child)]\n"
+        "processes.close()\n"
+        "print(*scores)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["900", "1000"]
