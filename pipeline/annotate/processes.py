@@ -40,7 +40,7 @@ _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 _EXIT_TIMEOUT_S = 10.0
-# Where memory runs out, the kernel kills the process with the highest score first. Ray gives its workers 1000.
+# Where memory runs out, the kernel kills the process with the highest score first; Ray gives workers 1000.
 OOM_SCORE_FILE = Path("/proc/self/oom_score_adj")
 MOST_OOM_SCORE = 1000
 _OOM_SCORE_WITH_DEVICE = 900
