@@ -172,9 +172,10 @@ class ShardAnnotator:
         return self._meter.read()
 
     def close(self) -> None:
-        """Stop the threads and processes."""
-        self._stream.close()
+        """Stop the threads and processes; shards in flight fail."""
+        # a thread may wait for a process, for ever where an image keeps it busy
         self._work.close()
+        self._stream.close()
 
     @contextmanager
     def _listed(self, writer: ShardWriter) -> Iterator[None]:

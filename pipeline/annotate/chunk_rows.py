@@ -62,7 +62,8 @@ def add_chunk(writer: ShardWriter, parts: Sequence[ChunkRows | SampleRows]) -> N
     chunks += [rows_of_chunk(alone)] if alone else []
     whole = joined(chunks)
     batches = [batch for stream in whole.ipc for batch in pa.ipc.open_stream(stream)]
-    writer.add(_in_order(batches), _errors_in_order(whole.errors), whole.outcomes)
+    errors = sorted(whole.errors, key=lambda error: error.place)
+    writer.add(_in_order(batches), errors, whole.outcomes)
 
 
 def _as_ipc(batch: pa.RecordBatch) -> bytes:
@@ -80,10 +81,3 @@ def _in_order(batches: Sequence[pa.RecordBatch]) -> pa.Table:
         return table
     # stable, so that the prompts of a sample stay in their order
     return table.take(pa.array(indices.argsort(kind="stable")))
-
-
-def _errors_in_order(errors: Sequence[SampleError]) -> list[SampleError]:
-    def place(error: SampleError) -> tuple[bool, int]:
-        return error.sample_index is None, error.sample_index or 0
-
-    return sorted(errors, key=place)

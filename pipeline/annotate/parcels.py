@@ -21,6 +21,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+# what `Parcels` raises where the other process has gone; any other OSError is a lack of something here
+ENDS_OF_CONNECTION = (EOFError, ConnectionError)
 # up to so many bytes, a copy through the connection costs less than a file
 INLINE_BYTES = 2**12
 _SMALLEST_FILE_BYTES = 2**20
@@ -57,7 +59,8 @@ class Parcels:
         """Send an object that can be pickled; arrays and what is `Large` are copied once.
 
         Raises:
-            OSError: the other process has gone.
+            ConnectionError: the other process has gone.
+            Exception: the object cannot be pickled; nothing was sent.
         """
         buffers: list[pickle.PickleBuffer] = []
         pickled = pickle.dumps(content, protocol=5, buffer_callback=buffers.append)
@@ -85,7 +88,8 @@ class Parcels:
         """Wait for the next object; arrays in it are writable.
 
         Raises:
-            EOFError, OSError: the other process has gone.
+            EOFError, ConnectionError: the other process has gone.
+            Exception: the object cannot be unpickled.
         """
         # from a process that this one started, or that started this one
         pickled, returned, parts, place = pickle.loads(self._connection.recv_bytes())  # noqa: S301
@@ -106,6 +110,10 @@ class Parcels:
         buffers = [view[start : start + size] for start, size in zip(_starts(parts), parts, strict=True)]
         del view
         return pickle.loads(pickled, buffers=buffers)  # noqa: S301
+
+    def has_arrived(self) -> bool:
+        """Return whether an object, or the end of the connection, can be received without waiting."""
+        return self._connection.poll()
 
     def close(self) -> None:
         """Close this end; what has arrived stays valid."""

@@ -18,15 +18,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pipeline.annotate.parcels import Parcels
+from pipeline.annotate.parcels import ENDS_OF_CONNECTION, Parcels
 
 # kinds of messages; `sample_process` is the other end, and is imported there alone: it brings torch
 READY, DONE, FAILED, ROOM, ROOM_LEFT = "ready", "done", "failed", "room", "room left"
 FORK, EXIT_CODE = "fork", "exit code"
 # tasks of a sample process: methods of `SampleWork`
 PREPARE, FINISH = "prepare", "finish"
+# Ctrl-C reaches every process of a terminal, and is for the one that started the launcher
 _COMMAND = (
-    "import sys; sys.path[:] = {path!r}; "
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import sys; sys.path[:] = {path!r}; "
     "from pipeline.annotate.sample_process import serve_launcher; serve_launcher({descriptor})"
 )
 # A process uses one thread, and no GPU. It keeps the memory of a few images: the C library would give it back
@@ -45,6 +46,7 @@ OOM_SCORE_FILE = Path("/proc/self/oom_score_adj")
 MOST_OOM_SCORE = 1000
 _OOM_SCORE_WITH_DEVICE = 900
 _ATTEMPTS_TO_START = 3
+CLOSED = "the sample processes were closed"
 
 
 class ProcessDied(Exception):
@@ -107,7 +109,8 @@ class SampleProcesses:
         self.count = count
         _be_killed_after_sample_processes()
         self._gate = MemoryGate(max_room_bytes)
-        self._launcher = _Launcher()
+        self._closed = threading.Event()
+        self._launcher = _Launcher(self._closed)
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         for _ in range(count):
             self._idle.put(None)
@@ -122,23 +125,49 @@ class SampleProcesses:
 
         Raises:
             ProcessDied: the process ended before it answered.
-            RuntimeError: no process can be started.
+            RuntimeError: no process can be started, or all were closed.
             Exception: whatever the task raised.
         """
         process = self._idle.get()
         try:
-            process = process or self._started(settings)
-            return process.ask(task, content, self._gate)
-        except ProcessDied as death:
-            dead, process = process, None
-            code = None if dead is None else dead.ended(self._launcher)
-            raise ProcessDied(_how_it_ended(code)) from death
+            if self._closed.is_set():
+                raise RuntimeError(CLOSED)
+            process = self._living(process) or self._started(settings)
+            kind, value = process.ask(task, content, self._gate)
+        except BaseException as error:
+            # after any other fault of the exchange, the next answer might be the one to this question
+            lost, process = process, None
+            code = None if lost is None else lost.end(self._launcher)
+            if not isinstance(error, ProcessDied):
+                raise
+            if self._closed.is_set():
+                raise RuntimeError(CLOSED) from error
+            raise ProcessDied(_how_it_ended(code)) from error
         finally:
             self._idle.put(process)
+        if kind == FAILED:
+            raise value
+        return value
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes; calls that are running, and later ones, raise RuntimeError."""
         self._launcher.close()
+        idle: list[_Process | None] = []
+        with suppress(queue.Empty):
+            while True:
+                idle.append(self._idle.get_nowait())
+        for process in idle:
+            if process is not None:
+                # where its launcher was killed, it lives on until its connection ends
+                process.end(self._launcher)
+            self._idle.put(None)
+
+    def _living(self, process: _Process | None) -> _Process | None:
+        """Return the process unless it died while it was idle, which is no task's fault."""
+        if process is None or not process.has_ended():
+            return process
+        process.end(self._launcher)
+        return None
 
     def _started(self, settings: Any) -> _Process:
         # one may be killed while it starts, by what has killed others; one that cannot start never will
@@ -147,7 +176,10 @@ class SampleProcesses:
             try:
                 process.welcome(settings)
             except ProcessDied:
-                ending = _how_it_ended(process.ended(self._launcher))
+                ending = _how_it_ended(process.end(self._launcher))
+            except BaseException:
+                process.end(self._launcher)
+                raise
             else:
                 return process
         raise RuntimeError(
@@ -164,8 +196,11 @@ class _Process:
         """Send the settings, and wait until the process is ready."""
         self._exchange(settings)
 
-    def ask(self, task: str, content: Any, gate: MemoryGate) -> Any:
-        """Run a task; memory that the process asks for on the way comes from the gate."""
+    def ask(self, task: str, content: Any, gate: MemoryGate) -> tuple[str, Any]:
+        """Run a task, and return DONE and its result, or FAILED and what it raised.
+
+        Memory that the process asks for on the way comes from the gate.
+        """
         held_bytes = 0
         message: Any = (task, content)
         try:
@@ -175,10 +210,8 @@ class _Process:
                     gate.leave(value)
                     held_bytes -= value
                     kind, value = self._next()
-                if kind == DONE:
-                    return value
-                if kind == FAILED:
-                    raise value
+                if kind != ROOM:
+                    return kind, value
                 gate.enter(value)
                 held_bytes += value
                 message = READY
@@ -186,46 +219,57 @@ class _Process:
             if held_bytes:
                 gate.leave(held_bytes)
 
-    def ended(self, launcher: _Launcher) -> int | None:
-        """Return the exit code of a process that has died; None where it is not known."""
+    def has_ended(self) -> bool:
+        """Return whether the process, which has nothing to do, has died."""
+        # it sends nothing unasked: only the end of the connection can be read
+        return self._parcels.has_arrived()
+
+    def end(self, launcher: _Launcher) -> int | None:
+        """End the process unless it has died, and return its exit code; None where it is not known."""
         self._parcels.close()
         return launcher.exit_code(self._pid)
 
     def _exchange(self, message: Any) -> Any:
         try:
             self._parcels.send(message)
-        except OSError as error:
+        except ENDS_OF_CONNECTION as error:
             raise ProcessDied from error
         return self._next()
 
     def _next(self) -> Any:
         try:
             return self._parcels.receive()
-        except (EOFError, OSError) as error:
+        except ENDS_OF_CONNECTION as error:
             raise ProcessDied from error
 
 
 class _Launcher:
-    """The process that forks sample processes; one that was killed is started again."""
+    """The process that forks sample processes; one that was killed is started again.
 
-    def __init__(self) -> None:
+    Args:
+        closed: set once it is closed, also by the end of this Python: nothing is started any more.
+    """
+
+    def __init__(self, closed: threading.Event) -> None:
         self._lock = threading.Lock()
+        self._closed = closed
         self._is_new = True
         self._start()
 
     def fork(self) -> tuple[int, Parcels]:
         """Return the id of a new process, and the connection to it."""
         with self._lock:
-            if self._popen.poll() is not None:
-                self._finalizer()
+            for _ in range(_ATTEMPTS_TO_START):
+                with suppress(EOFError, OSError):
+                    return self._forked()
+                # it was killed, perhaps just now
+                self._finalizer.detach()
+                _end(self._popen, self._connection)
                 self._start()
-            try:
-                return self._forked()
-            except (EOFError, OSError) as error:
-                raise RuntimeError(f"the launcher of sample processes has ended: {error!r}") from error
+            raise RuntimeError(f"the launcher of sample processes ended {_ATTEMPTS_TO_START} times")
 
     def exit_code(self, pid: int) -> int | None:
-        """Return the exit code of a process that has died; None where the launcher has gone as well."""
+        """Return the exit code of a process that is ending; None where the launcher has gone as well."""
         with self._lock:
             try:
                 self._requests.send((EXIT_CODE, pid))
@@ -236,9 +280,16 @@ class _Launcher:
 
     def close(self) -> None:
         """End the launcher, which kills its processes."""
-        self._finalizer()
+        self._closed.set()
+        with self._lock:
+            if self._is_new:
+                # it is importing, and has no processes
+                self._popen.kill()
+            self._finalizer()
 
     def _forked(self) -> tuple[int, Parcels]:
+        if self._closed.is_set():
+            raise RuntimeError(CLOSED)
         if self._is_new:
             self._requests.receive()
             self._is_new = False
@@ -264,7 +315,12 @@ class _Launcher:
         self._requests = Parcels(here)
         self._is_new = True
         # it ends where this process ends, however that happens: its connection is closed then
-        self._finalizer = weakref.finalize(self, _end, self._popen, here)
+        self._finalizer = weakref.finalize(self, _close, self._closed, self._popen, here)
+
+
+def _close(closed: threading.Event, popen: subprocess.Popen[bytes], connection: Connection) -> None:
+    closed.set()
+    _end(popen, connection)
 
 
 def _be_killed_after_sample_processes() -> None:

@@ -7,7 +7,7 @@ second and shares the imported code, where a process that starts anew imports fo
 from __future__ import annotations
 
 import gc
-import signal
+import pickle
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from pipeline.annotate.class_prompts import without_classes
-from pipeline.annotate.parcels import Parcels
+from pipeline.annotate.parcels import ENDS_OF_CONNECTION, Parcels
 from pipeline.annotate.processes import (
     DONE,
     FAILED,
@@ -40,15 +40,13 @@ def serve_launcher(descriptor: int) -> None:
     Args:
         descriptor: of a socket on which requests arrive.
     """
-    # Ctrl-C reaches every process of a terminal, and is for the one that started this one
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(descriptor)
     requests = Parcels(connection)
     # objects that are there already are then never copied only because they were looked at
     gc.freeze()
     children: dict[int, BaseProcess] = {}
-    requests.send(READY)
     try:
+        requests.send(READY)
         while True:
             task, pid = requests.receive()
             if task == FORK:
@@ -84,13 +82,23 @@ def _serve(connection: Connection, requests: Connection) -> None:
     requests.close()
     with suppress(OSError):
         OOM_SCORE_FILE.write_text(str(MOST_OOM_SCORE))
-    with suppress(EOFError, OSError):
+    with suppress(*ENDS_OF_CONNECTION):
         parcels = Parcels(connection)
         work = SampleWork(parcels.receive(), _Rooms(parcels).room)
         parcels.send((READY, None))
         while True:
             # nothing of the question is kept, so that its memory can be used again
-            parcels.send(_answer(work, *parcels.receive()))
+            _send_answer(parcels, _answer(work, *parcels.receive()))
+
+
+def _send_answer(parcels: Parcels, answer: tuple[str, Any]) -> None:
+    try:
+        parcels.send(answer)
+    except ENDS_OF_CONNECTION:
+        raise
+    except Exception as error:
+        # a result that cannot be pickled is a bug, for which no sample is to blame
+        parcels.send(_failure(error))
 
 
 def _answer(work: SampleWork, task: str, content: Any) -> tuple[str, Any]:
@@ -99,8 +107,24 @@ def _answer(work: SampleWork, task: str, content: Any) -> tuple[str, Any]:
             return DONE, without_classes(work.prepare(content))
         return DONE, work.finish(content)
     except Exception as error:
-        error.add_note(f"in a sample process:\n{traceback.format_exc()}")
-        return FAILED, error
+        return _failure(error)
+
+
+def _failure(error: Exception) -> tuple[str, Exception]:
+    """Return the answer by which an error is raised where the task was asked for, with its place here."""
+    place = traceback.format_exc()
+    words = traceback.format_exception_only(error)[0].strip()
+    sent = error if _arrives(error) else RuntimeError(words)
+    sent.add_note(f"in a sample process:\n{place}")
+    return FAILED, sent
+
+
+def _arrives(error: Exception) -> bool:
+    """Return whether an error can be sent: some hold what cannot, or are not made of what they hold."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)  # noqa: S301 (made here)
+    except Exception:
+        return False
 
 
 class _Rooms:

@@ -76,7 +76,7 @@ class SampleWork:
 
     def _prepared(self, item: RawSample | SampleError) -> PreparedSample | SampleRows:
         if isinstance(item, SampleError):
-            return SampleRows(errors=(item,), is_sample=item.sample_index is not None)
+            return outcome_of(item)
         settings = self._settings.config.input
         try:
             found = self._prompts.of(item.fields)
@@ -103,6 +103,11 @@ class SampleWork:
             errors=errors,
             tokens=caption_tokens(found.prompts, self._settings.tokenizer),
         )
+
+
+def outcome_of(error: SampleError) -> SampleRows:
+    """Return what an error adds that was found while the shard was read."""
+    return SampleRows(errors=(error,), is_sample=error.sample_index is not None)
 
 
 def error_of(failure: SampleFailure, sample: RawSample, prompt_index: int | None = None) -> SampleError:

@@ -465,6 +465,9 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 if batch:
                     self._has_served_a_batch = True
                     self._on_device += 1
+                    if self._waiting:
+                        # what woke this thread may be enough for another one
+                        self._work_for_device.notify()
                     return batch
                 if may_want_readers and self._waits_for_readers():
                     may_want_readers = False
@@ -494,11 +497,11 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             prepared = [cast(Prepared, chunk.prepared[position]) for chunk, position in batch]
             explained = list(_one_each(self._steps.explain(prepared), prepared, "explained"))
             del prepared
+            parts = list(self._parts(batch, explained))
+            del explained
         except BaseException as error:
             self._explain_apart(batch, error)
             return
-        parts = list(self._parts(batch, explained))
-        del explained
         with self._lock:
             self._finishing += len(parts)
             for chunk, position in batch:

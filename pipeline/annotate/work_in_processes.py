@@ -12,7 +12,7 @@ from pipeline.annotate.class_prompts import SentSample, with_classes
 from pipeline.annotate.processes import FINISH, PREPARE, ProcessDied, SampleProcesses
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
-from pipeline.annotate.sample_work import WorkSettings
+from pipeline.annotate.sample_work import WorkSettings, outcome_of
 from pipeline.prompts.sample_prompts import SamplePrompts
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, SampleFields
@@ -57,6 +57,9 @@ class WorkInProcesses:
         return with_classes(prepared, self._every_class)
 
     def _prepared_alone(self, item: RawSample | SampleError) -> list[PreparedSample | SampleRows]:
+        if isinstance(item, SampleError):
+            # it takes no work, and must not be replaced by another error: it may be the shard's
+            return [outcome_of(item)]
         with suppress(*_DEATHS):
             return self._prepared([item])
         try:
@@ -89,11 +92,8 @@ def _for_transport(item: RawSample | SampleError) -> RawSample | SampleError:
     return RawSample(item.index, item.key, SampleFields(fields.items(), item.fields.skipped))
 
 
-def _error_of(
-    sample: RawSample | SampleError | ExplainedSample, stage: str, error: BaseException
-) -> SampleError:
-    index = sample.sample_index if isinstance(sample, SampleError) else sample.index
+def _error_of(sample: RawSample | ExplainedSample, stage: str, error: BaseException) -> SampleError:
     kind, message = PROCESS_DIED, f"the process that worked on the sample {error}"
     if isinstance(error, MemoryError):
         kind, message = OUT_OF_MEMORY, "memory ran out while the sample was worked on"
-    return SampleError(stage, kind, message, sample.key, index)
+    return SampleError(stage, kind, message, sample.key, sample.index)

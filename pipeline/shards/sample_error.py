@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.text import printable
@@ -22,6 +23,7 @@ class SampleError:
         sample_index: ordinal of the sample in its shard; None where the sample is unknown.
         prompt_index: ordinal of the prompt in its sample; None for an error of the whole sample.
         damages_shard: whether the archive could not be read to its end, so that samples may be missing.
+        read_before: of an error without a sample, the ordinal of the sample that comes next in the shard.
     """
 
     stage: str
@@ -31,6 +33,14 @@ class SampleError:
     sample_index: int | None = None
     prompt_index: int | None = None
     damages_shard: bool = False
+    read_before: int | None = field(default=None, compare=False)
+
+    @property
+    def place(self) -> tuple[int, bool]:
+        """Sorts errors as the shard was read, however its samples were shared out to chunks."""
+        if self.sample_index is not None:
+            return self.sample_index, True
+        return (sys.maxsize if self.read_before is None else self.read_before), False
 
     def as_row(self, shard: str) -> dict[str, Any]:
         """Return the row of the errors file; texts are made printable, the message is cut."""

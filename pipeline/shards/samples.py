@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.tar import Archive, ByteSource, DamageError, Member
@@ -95,7 +95,7 @@ def read_samples(
             key, extension = _key_and_extension(member.name)
             if not key:
                 strays += 1
-                yield _stray(member)
+                yield replace(_stray(member), read_before=keys.index_after(group))
                 continue
             if group is None or key != group.key:
                 finished, group = group, None
@@ -146,6 +146,10 @@ class _Keys:
             raise DamageError("too_many_samples", message)
         self._next_index += 1
         return _Group(key, self._next_index - 1, _problem_of_key(key))
+
+    def index_after(self, group: _Group | None) -> int:
+        """Return the ordinal of the next sample that is yielded, given the group that is being read."""
+        return self._next_index if group is None or group.index is None else group.index
 
     def outcome(self, group: _Group | None) -> Iterator[RawSample | SampleError]:
         """Yield the sample of a complete group, or its error; nothing for the rest of a sample."""

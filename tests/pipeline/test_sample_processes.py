@@ -247,9 +247,9 @@ def test_settings_that_no_process_can_take_are_no_reason_to_blame_samples(tmp_pa
 
 def test_processes_end_with_the_one_that_started_them():
     program = (
-        "import os, time\n"
+        "import os, threading, time\n"
         "from pipeline.annotate.processes import _Launcher\n"
-        "launcher = _Launcher()\n"
+        "launcher = _Launcher(threading.Event())\n"
         "print(os.getpid(), launcher.fork()[0], flush=True)\n"
         "time.sleep(1000)\n"
     )
