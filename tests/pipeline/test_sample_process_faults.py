@@ -17,8 +17,10 @@ import pytest
 import legrad
 from pipeline.annotate.processes import PREPARE, ProcessDied, SampleProcesses
 from pipeline.annotate.sample_work import WorkSettings
+from pipeline.annotate.work_in_processes import WorkInProcesses
 from pipeline.demo import assets
 from pipeline.shards.images import WHOLE_IMAGE
+from pipeline.shards.sample_error import SampleError
 from tests.helpers import made_there
 from tests.helpers.corpus import demo_job
 from tests.helpers.deadly_transform import DiesWhenItArrives
@@ -280,6 +282,7 @@ def program(settings, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_for_the_main_process_alone_also_while_the_others_start(program):
     with program(INTERRUPTED) as popen:
         assert popen.stdout.readline() == "ready\n"
@@ -291,6 +294,7 @@ def test_ctrl_c_is_for_the_main_process_alone_also_while_the_others_start(progra
         assert popen.wait(SOON_S) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["processes.close(); os._exit(3)", "os._exit(3)", "sys.exit(3)"])
 def test_a_program_that_fails_while_the_launcher_starts_ends_without_a_word_of_it(program, end):
     with program(PROGRAM.format(before=end)) as popen:
@@ -299,6 +303,7 @@ def test_a_program_that_fails_while_the_launcher_starts_ends_without_a_word_of_i
         assert popen.wait(SOON_S) == 3
 
 
+@pytest.mark.slow
 def test_a_program_ends_without_closing_and_leaves_nobody(program):
     with program(PROGRAM.format(before="")) as popen:
         pids = [int(pid) for pid in popen.stdout.readline().split()]

@@ -1,5 +1,6 @@
 """One stream of batches for several shards: what is kept apart, what is shared, and what bounds it."""
 
+import random
 import threading
 import time
 import weakref
@@ -515,3 +516,55 @@ def test_the_device_waits_while_explained_samples_fill_half_of_the_memory(bench)
         masks_may_be_made.set()
         assert run.exception(SOON_S) is None
     assert here.written["a"] == explained("a", 20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    max_samples=st.integers(1, 20),
+    max_bytes=st.sampled_from([1, 20, 100, 1000]),
+    part_bytes=st.sampled_from([1, 30]),
+    threads=st.integers(1, 3),
+)
+def test_whatever_fails_nothing_stays_in_flight_and_other_shards_are_whole(
+    seed, counts, max_samples, max_bytes, part_bytes, threads
+):
+    numbers = random.Random(seed)
+    share = {step: numbers.choice([0, 0, 0.01, 0.05]) for step in ("prepare", "explain", "finish", "sink")}
+
+    def may_fail(step):
+        def fail(item):
+            if numbers.random() < share[step]:
+                raise ConnectionError
+            return item
+
+        return fail
+
+    here = Bench(
+        batch_size=numbers.randint(1, 6),
+        shape=lambda sample: (sample[1] * 7 + sample[0]) % 3 or None,
+        size=lambda sample: sample[1] % 11,
+        prepared_bytes=lambda prepared: prepared[1] % 5,
+        explained_bytes=lambda explained: explained[2] % 40,
+        chunk_samples=numbers.randint(1, 7),
+        max_samples=max_samples,
+        max_bytes=max_bytes,
+        part_bytes=part_bytes,
+        threads=threads,
+        **{step: may_fail(step) for step in share},
+    )
+    errors = here.run_all({shard: numbered(shard, count) for shard, count in enumerate(counts)})
+    stream = here.stream
+    # what was under way for a shard that failed may end after it
+    wait_until(lambda: not (stream._preparing or stream._on_device or stream._finishing))
+    held = (stream._samples_in_flight, stream._bytes_in_flight, stream._explained_bytes, stream._readers)
+    assert held == (0, 0, 0, 0)
+    assert not stream._waiting
+    assert not stream._blocked_readers
+    here.stream.close()
+    for shard, error in enumerate(errors):
+        if error is None:
+            assert [each[1:] for each in here.written[shard]] == numbered(shard, counts[shard])
+        else:
+            assert isinstance(error, ConnectionError)
