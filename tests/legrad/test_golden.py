@@ -92,7 +92,7 @@ def test_one_argument_gives_siglips_map_of_the_published_package(monkeypatch):
     assert relative_error(heatmaps[..., ::4, ::4], maps) < 1e-5
     assert relative_error(explainer.heatmaps(images, texts)[..., ::4, ::4], maps) > 1e-2
 
-    monkeypatch.setattr(legrad.LeGrad, "preprocess", lambda _, __: images[:1])
+    monkeypatch.setattr(legrad.LeGrad, "preprocess", lambda _, __, **___: images[:1])
     asked = [text for text in rows if text != "a photo of a"]
     explanation = legrad.explain_image(explainer, Image.new("RGB", (224, 224)), asked, as_authors=True)
     assert relative_error(explanation.heatmaps[:, ::4, ::4], maps[0]) < 1e-5

@@ -87,6 +87,9 @@ def test_masks_agree_with_those_cut_on_the_cpu_but_for_pixels_on_a_threshold(
     for one, frame, masks, (low, high) in zip(
         maps, frames, decoded(cut, frames), cut.thresholds.tolist(), strict=True
     ):
+        pixels = upsample_grid(one, *frame)
+        if normalisation == "upsampled" and pixels.max() - pixels.min() <= 1e-5 * one.max():
+            continue  # a frame so small that its pixels differ by rounding errors, which are stretched to 1
         stack = HeatmapStack(one.numpy()[None], *frame, normalisation)
         expected = independent_masks(stack, rule)
         if "otsu" in (rule.rule, rule.band_center) and abs(high - expected.thresholds[0]) > 1e-5:

@@ -121,7 +121,7 @@ def same(results, expected):
     assert [result.key for result in results] == [result.key for result in expected]
     for result, wanted in zip(results, expected, strict=True):
         assert torch.allclose(prompt_grids(result), prompt_grids(wanted), rtol=1e-3, atol=1e-9)
-        assert [prompt.prompt for prompt in result.prompts] == [prompt.prompt for prompt in wanted.prompts]
+        assert [prompt.text for prompt in result.prompts] == [prompt.text for prompt in wanted.prompts]
 
 
 def test_an_explained_sample_keeps_no_pixels(explainer):
@@ -314,7 +314,7 @@ def test_each_view_is_encoded_once_and_prompts_are_chosen_before(explainer):
     assert [(len(prompt_grids(result)), result.dropped_prompts) for result in results] == [(1, 1)] * 2
     for sample, result in zip(batch, results, strict=True):
         both = Engine(explainer, 2, 32).explain([sample])[0].prompts
-        assert result.prompts[0].prompt == max(both, key=lambda prompt: prompt.similarity).prompt
+        assert result.prompts[0].text == max(both, key=lambda prompt: prompt.similarity).text
 
 
 def test_where_memory_is_short_views_share_no_forward_pass_that_does_not_fit(explainer, caplog):
