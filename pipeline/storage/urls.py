@@ -172,7 +172,9 @@ def _shown(url: str) -> str:
             return f"{COMMAND_PREFIX}..."
     cleaned = _cleaned(url)
     scheme = _SCHEME.match(cleaned) or _SLASHES_MISSING.match(cleaned)
-    return printable(url if scheme is None else _shown_remote(cleaned, scheme))
+    shown = printable(url if scheme is None else _shown_remote(cleaned, scheme))
+    # what is a command once it is cleaned may hide secrets as one
+    return _shown(shown) if is_command(shown) else shown
 
 
 def _shown_remote(url: str, scheme: re.Match[str]) -> str:

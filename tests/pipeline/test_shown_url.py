@@ -1,7 +1,7 @@
 """What of a URL may be shown and stored, and what distinguishes one shard from the next."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
@@ -79,6 +79,7 @@ def test_what_is_no_secret_stays_as_it_is(url, shown):
 
 
 @settings(max_examples=300)
+@example("\x1bPIPE://")
 @given(
     st.text(max_size=60) | st.from_regex(r"[@ ]?(https?|S3|pipe|\{s3,gs\}):/{0,3}[-{},.?=&@:'/a-z~0-9]{0,40}")
 )
