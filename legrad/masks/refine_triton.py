@@ -22,6 +22,7 @@ from torch import Tensor
 
 from legrad.masks.refine import Refinement, nearness_weights
 from legrad.masks.refine_groups import map_groups
+from legrad.memory import uploaded
 
 TINY = tl.constexpr(1e-8)
 WARPS = 4
@@ -283,7 +284,7 @@ def refined_maps(
     images = images if images.dtype in IMAGE_DTYPES else images.to(torch.float32)
     kernels = _Kernels(refinement, tuple(nearness.tolist()), height, width, tile_values)
     every_run = torch.tensor([run for group in groups for run in group], dtype=torch.int32)
-    runs_by_group = torch.split(_uploaded(every_run.T.contiguous(), maps.device), [*map(len, groups)], dim=1)
+    runs_by_group = torch.split(uploaded(every_run.T.contiguous(), maps.device), [*map(len, groups)], dim=1)
     refined = torch.empty(maps.shape, dtype=torch.float32, device=maps.device)
     for group, runs in zip(groups, runs_by_group, strict=True):
         first, end = group[0].first, group[-1].end
@@ -291,7 +292,7 @@ def refined_maps(
         if is_in_order:
             kernels.diffuse(_as_rows(maps[first:end]), first, runs, affinities, refined[first:end])
         else:
-            rows = _uploaded(order[first:end], maps.device)
+            rows = uploaded(order[first:end], maps.device)
             means = torch.empty((end - first, height, width), dtype=torch.float32, device=maps.device)
             kernels.diffuse(_as_rows(maps[rows]), first, runs, affinities, means)
             refined[rows] = means
@@ -300,8 +301,3 @@ def refined_maps(
 
 def _as_rows(maps: Float[Tensor, "maps height width"]) -> Float32[Tensor, "maps height width"]:
     return maps.to(torch.float32).contiguous()
-
-
-def _uploaded(values: Int[Tensor, "*shape"], device: torch.device) -> Int[Tensor, "*shape"]:
-    # From pinned memory, so that the host does not wait.
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

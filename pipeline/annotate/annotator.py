@@ -32,7 +32,7 @@ from pipeline.config.schema import InputConfig, JobConfig
 from pipeline.output.counts import ShardCounts, total_counts
 from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
-from pipeline.prompts.sample_prompts import SamplePrompts, companions_of
+from pipeline.prompts.sample_prompts import Prompt, SamplePrompts, companions_of
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
@@ -85,7 +85,7 @@ class ShardAnnotator:
         views = views_wanted(config, explainer)
         tokenizer = picklable_tokenizer(explainer.tokenizer)
         settings = WorkSettings(config, explainer.transform, views, tokenizer)
-        self._work = _work_of(settings, processes)
+        self._work = _work_of(settings, processes, sample_prompts.every_class)
         companions = companions_of(config.prompts)
         trial = TrialSamples(
             explainer.transform,
@@ -215,10 +215,12 @@ def wanted_fields(settings: InputConfig, prompts: SamplePrompts) -> frozenset[st
     return frozenset([*settings.image.lower().split(";"), *prompt_fields])
 
 
-def _work_of(settings: WorkSettings, processes: SampleProcesses | None) -> SampleWork | WorkInProcesses:
+def _work_of(
+    settings: WorkSettings, processes: SampleProcesses | None, every_class: tuple[Prompt, ...]
+) -> SampleWork | WorkInProcesses:
     if processes is None:
         return SampleWork(settings, MemoryGate(settings.config.run.decode_bytes).room)
-    return WorkInProcesses(processes, settings)
+    return WorkInProcesses(processes, settings, every_class)
 
 
 def _shape(sample: PreparedSample | SampleRows) -> Hashable | None:

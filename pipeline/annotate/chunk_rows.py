@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from pipeline.annotate.rows import SampleRows
+from pipeline.output.counts import sample_outcome
 from pipeline.output.writer import ROWS_SCHEMA, ShardWriter
 from pipeline.shards.sample_error import SampleError
 
@@ -32,7 +33,7 @@ class ChunkRows:
 def rows_of_chunk(samples: Sequence[SampleRows]) -> ChunkRows:
     """Put the outcomes of samples together."""
     rows = [row for sample in samples for row in sample.rows]
-    outcomes = Counter(sample.outcome for sample in samples if sample.is_sample)
+    outcomes = Counter(sample_outcome(each.rows, each.errors) for each in samples if each.is_sample)
     outcomes["dropped_prompts"] = sum(sample.dropped_prompts for sample in samples)
     return ChunkRows(
         (_as_ipc(pa.RecordBatch.from_pylist(rows, schema=ROWS_SCHEMA)),) if rows else (),

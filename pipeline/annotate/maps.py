@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise
-from legrad.images import ImageTransform
 from legrad.inputs import neutral_patches
 from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
 from legrad.masks.runs import MAX_CHUNK_PIXELS, CutMaps, MapRuns, cost_pixels, cut_maps
@@ -55,11 +54,6 @@ def refinement_of(masks: MasksConfig, patch_pixels: int) -> Refinement | None:
         tuple(masks.refine_dilations or dilations_for_patch(patch_pixels)),
         masks.refine_contrast,
     )
-
-
-def map_bytes(transform: ImageTransform) -> int:
-    """Return the bytes of one refined map, at most."""
-    return transform.height * transform.width * torch.float32.itemsize
 
 
 def sample_maps(

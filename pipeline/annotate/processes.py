@@ -106,7 +106,6 @@ class SampleProcesses:
     """
 
     def __init__(self, count: int, max_room_bytes: int) -> None:
-        self.count = count
         _be_killed_after_sample_processes()
         self._gate = MemoryGate(max_room_bytes)
         self._closed = threading.Event()

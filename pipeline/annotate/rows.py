@@ -43,11 +43,6 @@ class SampleRows:
     dropped_prompts: int = 0
     is_sample: bool = True
 
-    @property
-    def outcome(self) -> str:
-        """Annotated if the sample has rows, failed if it has only errors, empty if it has neither."""
-        return "annotated" if self.rows else "failed" if self.errors else "empty"
-
 
 @dataclass(frozen=True)
 class _Frame:

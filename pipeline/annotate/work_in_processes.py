@@ -13,7 +13,7 @@ from pipeline.annotate.processes import FINISH, PREPARE, ProcessDied, SampleProc
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.annotate.sample_work import WorkSettings, outcome_of
-from pipeline.prompts.sample_prompts import SamplePrompts
+from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, SampleFields
 
@@ -30,12 +30,15 @@ class WorkInProcesses:
     Args:
         processes: where the work is done; no other work is.
         settings: of the job.
+        every_class: prompts of all classes, in their order; none where captions are the prompts.
     """
 
-    def __init__(self, processes: SampleProcesses, settings: WorkSettings) -> None:
+    def __init__(
+        self, processes: SampleProcesses, settings: WorkSettings, every_class: tuple[Prompt, ...] = ()
+    ) -> None:
         self._processes = processes
         self._settings = settings
-        self._every_class = SamplePrompts(settings.config).every_class
+        self._every_class = every_class
 
     def prepare(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
         """Prepare samples; called by several threads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -50,6 +50,11 @@ class ShardCounts:
             errors_by_kind=kinds,
             error_examples={**other.error_examples, **self.error_examples},
         )
+
+
+def sample_outcome(rows: Sequence[object], errors: Sequence[object]) -> str:
+    """Return `annotated` if a sample has rows, `failed` if it has only errors, `empty` if it has neither."""
+    return "annotated" if rows else "failed" if errors else "empty"
 
 
 def total_counts(counts: Iterable[ShardCounts]) -> ShardCounts:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.output.counts import ShardCounts
+from pipeline.output.counts import ShardCounts, sample_outcome
 from pipeline.output.folder import ANNOTATIONS, DAMAGED, ERRORS, OutputFolder, new_run_id
 from pipeline.output.records import LAYOUT, counts_as_metadata
 from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY, AnnotationRow
@@ -126,27 +126,34 @@ class ShardWriter:
         if rows.num_rows:
             shard = pa.repeat(self._shard.canonical_url, rows.num_rows)
             self._annotations.add(rows.add_column(_SHARD_COLUMN, "shard", shard))
-        for error in errors:
-            self.add_error(error)
+        self._add_errors(errors)
 
     def add_sample(
         self, rows: Sequence[AnnotationRow], errors: Sequence[SampleError], dropped_prompts: int = 0
     ) -> None:
         """Add a sample: annotated if it has rows, failed if it has only errors, empty if it has neither."""
-        outcome = "annotated" if rows else "failed" if errors else "empty"
         table = pa.Table.from_pylist(list(rows), schema=ROWS_SCHEMA)
-        self.add(table, errors, {outcome: 1, "dropped_prompts": dropped_prompts})
+        self.add(table, errors, {sample_outcome(rows, errors): 1, "dropped_prompts": dropped_prompts})
 
     def add_error(self, error: SampleError) -> None:
         """Add an error, which need not belong to a sample."""
+        self._add_errors([error])
+
+    def _add_errors(self, errors: Sequence[SampleError]) -> None:
+        if not errors:
+            return
+        for error in errors:
+            self._count_error(error)
+        rows = [error.as_row(self._shard.canonical_url) for error in errors]
+        self._errors.add(pa.Table.from_pylist(rows, schema=ERROR_SCHEMA))
+
+    def _count_error(self, error: SampleError) -> None:
         self._tally["error_rows"] += 1
         kind = f"{error.stage}/{error.kind}"
         self._errors_by_kind[kind] += 1
         self._error_examples.setdefault(
             kind, self._shard.canonical_url if error.key is None else printable(error.key)
         )
-        row = error.as_row(self._shard.canonical_url)
-        self._errors.add(pa.Table.from_pylist([row], schema=ERROR_SCHEMA))
         if error.damages_shard:
             self._damage = f"{kind}: {printable(error.message)}"
 
