@@ -89,17 +89,24 @@ class Abandoned:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker's process ended, or its machine did; there are no further events of this worker."""
+    """A worker's process ended; there are no further events of this worker.
+
+    Attributes:
+        worker: the worker.
+        cause: why, in one line.
+        machine_lost: whether the whole machine was lost; the host waits until it knows.
+    """
 
     worker: int
     cause: str
+    machine_lost: bool = False
 
 
 Event = Started | Loaded | Ended | HasRoom | Heard | Abandoned | Lost
 
 
 class WorkerHost(Protocol):
-    """Runs workers, which the dispatcher numbers; every request returns at once and is answered by an event."""
+    """Runs workers, which the dispatcher numbers; requests return at once and are answered by events."""
 
     def now_s(self) -> float:
         """Return a monotonic time in seconds; a simulation has its own."""
@@ -107,11 +114,8 @@ class WorkerHost(Protocol):
     def machines(self) -> Sequence[MachineResources]:
         """Return the machines that are alive."""
 
-    def is_machine_lost(self, place: Place) -> bool:
-        """Return whether the machine of a place is certainly lost."""
-
     def start(self, worker: int, shape: WorkerShape) -> None:
-        """Ask for a worker's process; answered by Started once the cluster has the resources, perhaps never."""
+        """Ask for a worker's process; answered by Started once there are resources for it, perhaps never."""
 
     def load(self, worker: int) -> None:
         """Ask a started worker to load its model; answered by Loaded."""
