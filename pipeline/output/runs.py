@@ -242,6 +242,12 @@ def recorded_run(folder: OutputFolder) -> Iterator[RunRecorder]:
         raise
 
 
+def workers_text(ready: int, wanted: int, lost: int) -> str:
+    """Return the workers of a run for display: ``6 of 8, 2 lost``; only those ready where `wanted` is 0."""
+    text = f"{ready:,} of {wanted:,}" if wanted else f"{ready:,}"
+    return f"{text}, {lost:,} lost" if lost else text
+
+
 def latest_run(folder: OutputFolder) -> RunRecord | None:
     """Return the record of the newest run; None if there is none that can be read."""
     records, _ = latest_runs(folder, 1)
