@@ -28,7 +28,7 @@ from pipeline.report.scores import read_scores
 from pipeline.report.selection import choose_rows
 from pipeline.report.write import MAX_SAMPLES, PICTURE_BYTES
 from tests.helpers.corpus import image_bytes
-from tests.helpers.report_jobs import HOSTILE, box_rle, error, row, record_run, varied_rows, write_job
+from tests.helpers.report_jobs import HOSTILE, box_rle, error, record_run, row, varied_rows, write_job
 
 PAGE_BYTES = 5_000_000
 
