@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import legrad
 from legrad.canvases import canvas_bytes
 from legrad.tokens import picklable_tokenizer
 from pipeline import storage
+from pipeline.annotate.attempt import AttemptsInFlight
 from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
 from pipeline.annotate.chunk_rows import ChunkRows, add_chunk
 from pipeline.annotate.cutting import device_cut_of
@@ -29,7 +29,7 @@ from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
 from pipeline.annotate.trial import TrialSamples
 from pipeline.annotate.work_in_processes import WorkInProcesses
 from pipeline.config.schema import InputConfig, JobConfig
-from pipeline.output.counts import ShardCounts, total_counts
+from pipeline.output.counts import ShardCounts
 from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.prompts.sample_prompts import Prompt, SamplePrompts, companions_of
@@ -55,6 +55,20 @@ class ShardReport:
     counts: ShardCounts
     duration_s: float
     damage: str = ""
+
+
+@dataclass(frozen=True)
+class ShardProgress:
+    """How far a shard in flight is.
+
+    Attributes:
+        counts: outcomes of its samples so far.
+        done_share: estimate of how much of it is finished, in [0, 1]: bytes read / size of the shard, times
+            samples finished / samples read; 0 where the size is unknown.
+    """
+
+    counts: ShardCounts
+    done_share: float = 0.0
 
 
 class ShardAnnotator:
@@ -112,7 +126,7 @@ class ShardAnnotator:
         self._metadata = metadata
         self._wanted_fields = wanted_fields(config.input, sample_prompts)
         self._canvas_bytes = canvas_bytes(views, explainer.transform)
-        self._in_flight: set[ShardWriter] = set()
+        self._in_flight = AttemptsInFlight(lambda attempt: self._stream.fail(attempt, attempt.error()))
         chunk_samples = min(CHUNK_SAMPLES, self._engine.batch_size)
         self._stream = BatchStream(
             SampleSteps(
@@ -144,17 +158,20 @@ class ShardAnnotator:
         Raises:
             ShardError: the shard cannot be opened, or was cut or changed while it was read.
             OutputError: the result cannot be written.
+            ShardAbandoned: `abandon` was called before the result was written.
         """
         started_s, before = time.monotonic(), storage.version_now(shard)
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         with (
             ShardWriter(shard, metadata) as writer,
-            self._listed(writer),
+            self._in_flight.begun(shard, writer.counts) as attempt,
             storage.open_shard(shard) as stream,
         ):
             digested = storage.DigestingStream(stream)
-            self._stream.run(self._samples(digested), partial(add_chunk, writer))
+            samples = attempt.counted(self._samples(digested), digested)
+            self._stream.run(samples, partial(add_chunk, writer), attempt)
             storage.require_unchanged(shard, before)
+            attempt.begin_publishing()
             with self._meter.timed("publishing_s"):
                 published = writer.publish(self._config.output.dir, digested.digest())
         return ShardReport(published.counts, time.monotonic() - started_s, published.damage)
@@ -163,9 +180,22 @@ class ShardAnnotator:
         """Wait until another shard would be read at once; until then another worker should take it."""
         self._stream.wait_for_room()
 
-    def live_counts(self) -> ShardCounts:
-        """Return the outcomes so far of the shards in flight."""
-        return total_counts(writer.counts() for writer in tuple(self._in_flight))
+    def progress(self) -> dict[str, ShardProgress]:
+        """Return the progress of the shards in flight by shard id, without those abandoned."""
+        return {
+            attempt.shard_id: ShardProgress(attempt.counts(), attempt.done_share())
+            for attempt in self._in_flight
+        }
+
+    def abandon(self, shard_id: str) -> bool:
+        """End the attempts at a shard unless they are being published; what they hold is free at once.
+
+        Returns:
+            True: the shard will certainly not be published by the calls of `annotate` in flight, which end
+            with ShardAbandoned once their reading returns. False: it was published, is being published, or
+            is not in flight.
+        """
+        return self._in_flight.abandon(shard_id)
 
     def measures(self) -> Measures:
         """Return the images decoded and the times of all stages since the model was loaded."""
@@ -176,14 +206,6 @@ class ShardAnnotator:
         # a thread may wait for a process, for ever where an image keeps it busy
         self._work.close()
         self._stream.close()
-
-    @contextmanager
-    def _listed(self, writer: ShardWriter) -> Iterator[None]:
-        self._in_flight.add(writer)
-        try:
-            yield
-        finally:
-            self._in_flight.discard(writer)
 
     def _samples(self, stream: storage.DigestingStream) -> Iterator[RawSample | SampleError]:
         return read_samples(

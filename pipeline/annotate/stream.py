@@ -90,16 +90,23 @@ class StreamLimits:
 
 @dataclass(eq=False)
 class _Source(Generic[Prepared, Outcome]):
-    """A shard in flight: how many of its chunks were read, and how many of these are written."""
+    """A shard in flight: how many of its chunks were read, and how many of these are written.
 
+    What it holds and what is being done for it counts towards the stream's own sums until it fails.
+    """
+
+    key: Hashable
     sink: Callable[[Sequence[Outcome]], None]
     changed: threading.Condition
+    is_reading: bool = False
     read: int = 0
     batched: int = 0
     written: int = 0
     samples_in_flight: int = 0
     bytes_in_flight: int = 0
     explained_bytes: int = 0
+    preparing: int = 0
+    finishing: int = 0
     prepared: dict[int, _Chunk[Prepared, Outcome]] = field(default_factory=dict)
     complete: dict[int, _Chunk[Prepared, Outcome]] = field(default_factory=dict)
     is_writing: bool = False
@@ -180,18 +187,21 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._pool = TaskPool(limits.threads)
         self._device_threads = started_threads("device", limits.device_threads, self._serve_device)
 
-    def run(self, samples: Iterable[Raw], sink: Callable[[Sequence[Outcome]], None]) -> None:
+    def run(
+        self, samples: Iterable[Raw], sink: Callable[[Sequence[Outcome]], None], key: Hashable = None
+    ) -> None:
         """Take the samples of a shard through the steps; the calling thread reads them.
 
         Args:
             samples: read as fast as there is room for them.
             sink: called with the outcomes of every chunk, ordered by their first samples; chunk after chunk,
                 one at a time, by any thread; never after this method has returned.
+            key: names the shard in a call of `fail`.
 
         Raises:
             Exception: whatever reading, a step or the sink raised for this shard.
         """
-        source: _Source[Prepared, Outcome] = _Source(sink, threading.Condition(self._lock))
+        source: _Source[Prepared, Outcome] = _Source(key, sink, threading.Condition(self._lock))
         try:
             with self._reading(source), closing(self._chunks(samples)) as chunks:
                 for raws, sizes_bytes in chunks:
@@ -203,6 +213,18 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             raise
         finally:
             self._leave(source)
+
+    def fail(self, key: Hashable, error: BaseException) -> None:
+        """Make the shards of a key fail; what they held is free at once, though a step may not return.
+
+        Args:
+            key: as given to `run`; shards that are not in the stream are not affected.
+            error: is raised by `run`, once reading has returned.
+        """
+        with self._lock:
+            for source in self._sources:
+                if source.key == key:
+                    self._fail(source, error)
 
     def wait_for_room(self) -> None:
         """Wait until one more shard would be read at once: two at first, more once the device has run dry."""
@@ -223,11 +245,17 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             if self._is_closed:
                 raise RuntimeError(CLOSED)
             self._sources.add(source)
+            source.is_reading = True
             self._readers += 1
         try:
             yield
         finally:
-            with self._lock:
+            self._stop_reading(source)
+
+    def _stop_reading(self, source: _Source[Prepared, Outcome]) -> None:
+        with self._lock:
+            if source.is_reading:
+                source.is_reading = False
                 self._readers -= 1
                 self._room_for_shard.notify_all()
                 self._work_for_device.notify()
@@ -278,6 +306,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             source.samples_in_flight += samples
             self._samples_in_flight += samples
             self._hold(source, size_bytes)
+            source.preparing += 1
             self._preparing += 1
             return chunk
 
@@ -321,15 +350,16 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         except BaseException as error:
             self._fail(source, error)
         with self._lock:
-            self._preparing -= 1
             if source.error is None:
+                source.preparing -= 1
+                self._preparing -= 1
                 self._measure_again(chunk)
                 source.prepared[chunk.number] = chunk
             complete = self._pass_on(source)
             self._work_for_device.notify()
         for done in complete:
             self._write(done)
-            self._count_finished()
+            self._count_finished(source)
 
     def _measure_again(self, chunk: _Chunk[Prepared, Outcome]) -> None:
         """Hold what prepared samples really take: what was held so far was the most that they might."""
@@ -361,7 +391,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                     chunk.unfinished += 1
                     self._waiting.add(shape, (chunk, position), now_s)
             if not chunk.unfinished:
-                self._finishing += 1
+                self._count_finishing(source)
                 complete.append(chunk)
         return complete
 
@@ -387,7 +417,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                     self._write(chunk)
         except BaseException as error:
             self._fail(source, error)
-        self._count_finished()
+        self._count_finished(source)
 
     def _is_complete(
         self,
@@ -405,9 +435,15 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             chunk.unfinished -= samples
             return not chunk.unfinished
 
-    def _count_finished(self) -> None:
+    def _count_finishing(self, source: _Source[Prepared, Outcome]) -> None:
+        source.finishing += 1
+        self._finishing += 1
+
+    def _count_finished(self, source: _Source[Prepared, Outcome]) -> None:
         with self._lock:
-            self._finishing -= 1
+            if source.error is None:
+                source.finishing -= 1
+                self._finishing -= 1
             self._work_for_device.notify()
 
     def _write(self, chunk: _Chunk[Prepared, Outcome]) -> None:
@@ -503,11 +539,11 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             self._explain_apart(batch, error)
             return
         with self._lock:
-            self._finishing += len(parts)
             for chunk, position in batch:
                 self._release(chunk, position)
             for chunk, _first_position, _part, size_bytes in parts:
                 if chunk.source.error is None:
+                    self._count_finishing(chunk.source)
                     self._hold_explained(chunk.source, size_bytes)
             self._wake_reader()
         for chunk, first, part, size_bytes in parts:
@@ -546,6 +582,10 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             if source.error is not None:
                 return
             source.error = error
+            # a thread that works for it may never return, and must not keep other shards waiting
+            self._stop_reading(source)
+            self._preparing -= source.preparing
+            self._finishing -= source.finishing
             self._samples_in_flight -= source.samples_in_flight
             self._bytes_in_flight -= source.bytes_in_flight
             self._explained_bytes -= source.explained_bytes

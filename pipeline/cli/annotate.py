@@ -119,6 +119,10 @@ def _result_lines(job: Job, result: JobResult, max_shards: int | None) -> Iterat
     output_dir, state = shown_url(job.config.output.dir), result.state
     if result.stopped:
         yield f"{'not complete' if result.totals else 'stopped early'}: {result.stopped}"
+    for place in state.left_alone[:NAMED_SHARDS]:
+        yield f"place left alone: {place}"
+    if len(state.left_alone) > NAMED_SHARDS:
+        yield f"... and {len(state.left_alone) - NAMED_SHARDS:,} more; see legrad status {output_dir}"
     yield from _shard_lines("damaged", result.damaged, f"{output_dir}/damaged")
     yield from _shard_lines("failed", result.failed, f"{output_dir}/failed")
     nothing_to_do = not (state.shards_done or state.shards_left or state.shards_failed)
@@ -136,6 +140,7 @@ def _result_lines(job: Job, result: JobResult, max_shards: int | None) -> Iterat
 
 def _summary_lines(result: JobResult, output_dir: str) -> Iterator[str]:
     from pipeline.output.measures import pace_text
+    from pipeline.output.runs import workers_text
 
     state, counts, measures = result.state, result.state.counts, result.state.measures
     yield (
@@ -146,7 +151,8 @@ def _summary_lines(result: JobResult, output_dir: str) -> Iterator[str]:
         f"samples: {counts.samples_in:,} in {as_duration(state.elapsed_s)} "
         f"({state.samples_per_s:,.1f}/s after the model was loaded): {_samples(counts)}"
     )
-    yield (f"images: {measures.images_decoded:,} decoded; {pace_text(measures, state.workers_ready)}")
+    yield f"images: {measures.images_decoded:,} decoded; {pace_text(measures, state.workers_ready)}"
+    yield f"workers: {workers_text(state.workers_ready, state.workers_wanted, state.workers_lost)}"
     yield f"rows: {counts.rows:,} in {output_dir}/annotations"
 
 

@@ -37,6 +37,9 @@ def render_status(status: OutputStatus) -> RenderableType:
     if status.shortfall:
         parts.append(Text(f"  {status.shortfall}", overflow="fold"))
     parts.append(_pairs(_totals(status)))
+    if status.run is not None and status.run.left_alone:
+        parts.append(_heading("places left alone: they get no further shards in the last run"))
+        parts += [Text(f"  {place}", overflow="fold") for place in status.run.left_alone]
     if status.counts.errors_by_kind:
         parts += [_heading("errors by kind"), _pairs(_kinds(status.counts))]
     if status.damaged:
@@ -85,14 +88,15 @@ def _totals(status: OutputStatus) -> list[tuple[str, str]]:
 
 def _run_lines(run: RunRecord) -> list[tuple[str, str]]:
     from pipeline.output.measures import pace_text
-    from pipeline.output.runs import RUNNING
+    from pipeline.output.runs import RUNNING, workers_text
     from pipeline.text import as_duration
 
-    heard = f", last update at {run.updated}" if run.ended == RUNNING else ""
+    updated = f", last update at {run.updated}" if run.ended == RUNNING else ""
     return [
-        ("last run", f"{run.started}: {run.ended}{heard}; {as_duration(run.elapsed_s)}"),
+        ("last run", f"{run.started}: {run.ended}{updated}; {as_duration(run.elapsed_s)}"),
         ("", f"{run.shards_done:,} shards, {run.samples:,} samples ({run.samples_per_s:,.1f}/s)"),
-        ("", f"{run.measures.images_decoded:,} images decoded by {run.workers} worker(s)"),
+        ("", f"{run.measures.images_decoded:,} images decoded"),
+        ("", f"workers {workers_text(run.workers, run.workers_wanted, run.workers_lost)}"),
         ("", pace_text(run.measures, run.workers)),
     ]
 

@@ -22,6 +22,7 @@ from pipeline.output.tables import read_record
 
 INTERVAL_S = 60.0
 MAX_POINTS = 256
+MAX_WORST_SHARDS = 5
 RUNNING = "running"
 ENDINGS: dict[type[BaseException], str] = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}
 # for a record at the end of a run
@@ -45,6 +46,13 @@ class RunState:
         live_counts: outcomes in shards in flight.
         measures: of all workers of this run, since each loaded its model.
         workers_ready: workers that have loaded their model.
+        workers_wanted: workers that the run would have if the cluster gave it all resources it asks for.
+        workers_lost: workers whose process or machine was lost in this run.
+        left_alone: places that get no further shards, each with the reason, such as
+            ``10.0.0.7, GPU 3: 3 workers lost with shards that others finished``.
+        worst_shards: URL, failed samples and samples of finished shards with a larger share of failed
+            samples than `run.error_budget`; the largest shares first, at most MAX_WORST_SHARDS.
+        shards_over_budget: number of finished shards with such a share.
         elapsed_s: seconds since the workers were requested.
         loading_s: seconds until the first worker was ready; all elapsed seconds while none is.
     """
@@ -58,6 +66,11 @@ class RunState:
     live_counts: ShardCounts = field(default_factory=ShardCounts)
     measures: Measures = field(default_factory=Measures)
     workers_ready: int = 0
+    workers_wanted: int = 0
+    workers_lost: int = 0
+    left_alone: tuple[str, ...] = ()
+    worst_shards: tuple[tuple[str, int, int], ...] = ()
+    shards_over_budget: int = 0
     elapsed_s: float = 0.0
     loading_s: float = 0.0
 
@@ -97,6 +110,9 @@ class RunRecord(Record):
         measures: of all workers.
         pace_set_by: step that set the pace of the whole run; None while that is unknown.
         workers: workers that were ready at the last update.
+        workers_wanted: workers that the run would have had with all resources it asked for; 0 if unknown.
+        workers_lost: workers whose process or machine was lost in this run.
+        left_alone: places that got no further shards, each with the reason.
         history: seconds since the start and samples until then; at most MAX_POINTS pairs are written.
     """
 
@@ -110,6 +126,9 @@ class RunRecord(Record):
     measures: Measures
     pace_set_by: Step | None = None
     workers: Count
+    workers_wanted: Count = 0
+    workers_lost: Count = 0
+    left_alone: Annotated[tuple[str, ...], Field(max_length=100_000)] = ()
     history: Annotated[tuple[tuple[Seconds, Count], ...], Field(max_length=100_000)] = ()
 
 
@@ -189,6 +208,9 @@ class RunRecorder:
             measures=state.measures,
             pace_set_by=pace_setter(state.measures),
             workers=state.workers_ready,
+            workers_wanted=state.workers_wanted,
+            workers_lost=state.workers_lost,
+            left_alone=state.left_alone,
             history=self._history.until(state),
         )
         self._write(as_json(record.model_dump()))
@@ -218,6 +240,12 @@ def recorded_run(folder: OutputFolder) -> Iterator[RunRecorder]:
     except BaseException as error:
         recorder.close(ENDINGS.get(type(error), f"failed: {type(error).__name__}"))
         raise
+
+
+def workers_text(ready: int, wanted: int, lost: int) -> str:
+    """Return the workers of a run for display: ``6 of 8, 2 lost``; only those ready where `wanted` is 0."""
+    text = f"{ready:,} of {wanted:,}" if wanted else f"{ready:,}"
+    return f"{text}, {lost:,} lost" if lost else text
 
 
 def latest_run(folder: OutputFolder) -> RunRecord | None:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from pipeline.config.schema import JobConfig
 from pipeline.output.counts import error_kinds_text
-from pipeline.output.runs import RUNNING, RunRecord
+from pipeline.output.runs import RUNNING, RunRecord, workers_text
 from pipeline.output.schema import EMPTY_MASK, OK
 from pipeline.report.charts import Chart, class_bars, histogram, throughput_chart
 from pipeline.report.gallery import CardRow, Gallery, shortened
@@ -146,7 +146,8 @@ def _facts(content: PageContent) -> list[dict[str, str]]:
         facts.append(_fact("accepted", f"{100 * float(scores.accepted.mean()):.3g} %", detail))
     if totals.runs:
         run = totals.runs[-1]
-        facts.append(_fact("last run", f"{run.samples_per_s:,.1f}/s", f"samples, {run.workers} worker(s)"))
+        workers = f"samples; workers {_workers(run)}"
+        facts.append(_fact("last run", f"{run.samples_per_s:,.1f}/s", workers))
     return facts
 
 
@@ -186,6 +187,11 @@ def _notes(content: PageContent) -> list[str]:
         )
     if content.totals.shortfall:
         notes.append(f"The job is not complete: {shortened(content.totals.shortfall)}.")
+    if content.totals.runs and (places := content.totals.runs[-1].left_alone):
+        notes.append(
+            f"{len(places):,} place(s) got no further shards in the last run: "
+            f"{shortened('; '.join(places[:MAX_LISTED]))}."
+        )
     if content.scores.damaged:
         names = ", ".join(list(content.scores.damaged)[:MAX_LISTED])
         notes.append(f"Annotation files that cannot be read and are skipped: {names}")
@@ -333,10 +339,14 @@ def _run(run: RunRecord) -> dict[str, Any]:
         "shards": f"{run.shards_done:,}",
         "samples": f"{run.samples:,}",
         "rate": f"{run.samples_per_s:,.1f}",
-        "workers": run.workers,
+        "workers": _workers(run),
         "busy": as_share(run.measures.device_busy_share),
         "chart": throughput_chart(_moment(run.started), run.history),
     }
+
+
+def _workers(run: RunRecord) -> str:
+    return workers_text(run.workers, run.workers_wanted, run.workers_lost)
 
 
 def _moment(text: str) -> str:

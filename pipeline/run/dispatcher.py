@@ -8,7 +8,7 @@ every time is found and given up while all others are annotated.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util import metrics as ray_metrics
 
 from pipeline import storage
+from pipeline.annotate.annotator import ShardProgress
 from pipeline.errors import OutputError, PipelineError, UserError
-from pipeline.output.counts import ShardCounts, total_counts
+from pipeline.output.counts import total_counts
 from pipeline.output.measures import Measures
 from pipeline.output.runs import RunState
 from pipeline.output.status import reason_to_stop
@@ -141,7 +142,7 @@ class _WorkerSlot:
         machine: the machine it runs on, once it is ready.
         in_flight: shards assigned and not finished.
         progressed_s: monotonic time at which the counts last changed.
-        live_counts: outcomes so far in the shards in flight.
+        progress: of the shards in flight, by shard id.
         measures: of the worker since it loaded its model.
     """
 
@@ -152,7 +153,7 @@ class _WorkerSlot:
     machine: Machine = field(default_factory=Machine)
     in_flight: list[ShardSource] = field(default_factory=list)
     progressed_s: float = 0.0
-    live_counts: ShardCounts = field(default_factory=ShardCounts)
+    progress: Mapping[str, ShardProgress] = field(default_factory=dict)
     measures: Measures = field(default_factory=Measures)
 
 
@@ -302,20 +303,33 @@ class _Dispatcher:
         if isinstance(answer, LoadOutcome):
             self._worker_loaded(slot, answer)
         elif isinstance(answer, ShardOutcome) and call.shard is not None:
+            slot.measures = answer.measures
+            if answer.status == "device":
+                self._replace_worker(slot, answer.message)
+                return
             slot.in_flight.remove(call.shard)
-            slot.live_counts, slot.measures = answer.live_counts, answer.measures
+            slot.progress = {
+                shard_id: progress
+                for shard_id, progress in slot.progress.items()
+                if shard_id != call.shard.shard_id
+            }
             slot.progressed_s = time.monotonic()
             self._attempt_ended(call.shard, answer)
         elif call.kind == "room":
             slot.has_room = True
         elif isinstance(answer, Heartbeat):
-            if answer.counts != slot.live_counts:
+            if answer.progress != slot.progress:
                 slot.progressed_s = time.monotonic()
-            slot.live_counts, slot.measures = answer.counts, answer.measures
+            in_flight = {shard.shard_id for shard in slot.in_flight}
+            slot.progress = {key: answer.progress[key] for key in answer.progress if key in in_flight}
+            slot.measures = answer.measures
 
     def _worker_loaded(self, slot: _WorkerSlot, outcome: LoadOutcome) -> None:
-        if outcome.message:
+        if outcome.is_user_error:
             raise UserError(outcome.message)
+        if outcome.message:
+            self._replace_worker(slot, outcome.message)
+            return
         self._losses_while_loading = 0
         self._first_ready_s = self._first_ready_s or time.monotonic()
         self._next_warning_s = time.monotonic() + NO_WORKER_WARNING_S
@@ -324,7 +338,7 @@ class _Dispatcher:
         slot.ready = slot.has_room = True
 
     def _attempt_ended(self, shard: ShardSource, outcome: ShardOutcome) -> None:
-        if outcome.status == "fatal":
+        if outcome.status == "output":
             raise OutputError(outcome.message)
         if outcome.report is not None:
             self._tally.add_published(shard, outcome.report.counts, outcome.report.damage)
@@ -410,7 +424,9 @@ class _Dispatcher:
         """Return the shards counted so far, with what the workers last reported."""
         return replace(
             self._tally.state,
-            live_counts=total_counts(slot.live_counts for slot in self._slots if slot.in_flight),
+            live_counts=total_counts(
+                progress.counts for slot in self._slots for progress in slot.progress.values()
+            ),
             measures=sum((slot.measures for slot in self._slots), start=self._measures_of_lost_workers),
             workers_ready=sum(slot.ready for slot in self._slots),
             elapsed_s=time.monotonic() - self._started_s,

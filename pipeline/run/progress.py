@@ -19,7 +19,7 @@ from rich.text import Text
 from pipeline.console import PrintableConsole
 from pipeline.output.counts import SHOWN_KINDS, ShardCounts
 from pipeline.output.measures import Measures, pace_text
-from pipeline.output.runs import RunState
+from pipeline.output.runs import RunState, workers_text
 from pipeline.text import as_duration, printable
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class RecentPace:
 
 
 def as_line(state: RunState, pace: Pace) -> str:
-    """Return one log line: shards, samples, rate, images, what sets the pace, errors, and times."""
+    """Return one log line: shards, samples, rate, images, what sets the pace, errors, workers, and times."""
     counts = state.counts_so_far
     waiting = "" if state.workers_ready else "waiting for workers | "
     return (
@@ -75,7 +75,7 @@ def as_line(state: RunState, pace: Pace) -> str:
         f"samples {counts.samples_in:,} ({pace.samples_per_s:,.1f}/s), {counts.failed:,} failed | "
         f"images {state.measures.images_decoded:,} | rows {counts.rows:,} | "
         f"{pace_text(pace.measures, state.workers_ready)} | errors {_errors(counts)} | "
-        f"elapsed {as_duration(state.elapsed_s)}, remaining {_time_left(state)}"
+        f"workers {_workers(state)} | elapsed {as_duration(state.elapsed_s)}, remaining {_time_left(state)}"
     )
 
 
@@ -87,6 +87,12 @@ def _time_left(state: RunState) -> str:
     # by samples, because shards in flight may be nearly done
     expected = state.counts.samples_in / state.shards_done * state.shards_left - state.live_counts.samples_in
     return as_duration(max(0.0, expected) / state.samples_per_s)
+
+
+def _workers(state: RunState) -> str:
+    text = workers_text(state.workers_ready, state.workers_wanted, state.workers_lost)
+    alone = len(state.left_alone)
+    return f"{text}, {alone:,} place{'s' if alone > 1 else ''} left alone" if alone else text
 
 
 def _errors(counts: ShardCounts) -> str:
@@ -191,6 +197,7 @@ def _display(state: RunState, pace: Pace) -> RenderableType:
         if state.workers_ready
         else "waiting for workers",
         "errors": _errors(counts),
+        "workers": _workers(state),
         "time": f"{as_duration(state.elapsed_s)} so far, {_time_left(state)} left",
     }
     table = Table.grid(padding=(0, 2))

@@ -27,10 +27,13 @@ COUNTERS = {
     "legrad_masks_seconds": ("Seconds in which sample processes made masks and rows, added up.", None),
     "legrad_publishing_seconds": ("Seconds in which files of shards were published, added up.", None),
     "legrad_sample_process_seconds": ("Seconds that sample processes had, busy or not, added up.", None),
+    "legrad_workers_lost": ("Workers whose process or machine was lost.", None),
 }
 GAUGES = {
     "legrad_shards": ("Shards of the job, by state: done, damaged, failed or left.", "state"),
     "legrad_workers": ("Workers ready: those that have loaded their model.", None),
+    "legrad_workers_wanted": ("Workers that the run would have with all resources it asks for.", None),
+    "legrad_places_left_alone": ("Machines and devices that get no further shards.", None),
     "legrad_pace_set_by": ("1 for the step that set the pace of the last minute, 0 for the others.", "step"),
 }
 
@@ -110,6 +113,7 @@ class RunMetrics:
         self._rise("legrad_masks_seconds", measures.masks_s)
         self._rise("legrad_publishing_seconds", measures.publishing_s)
         self._rise("legrad_sample_process_seconds", measures.sample_process_s)
+        self._rise("legrad_workers_lost", state.workers_lost)
 
     def _gauge(self, state: RunState) -> None:
         shards = {
@@ -120,7 +124,13 @@ class RunMetrics:
         }
         for name, number in shards.items():
             self._gauges["legrad_shards"].set(number, tags={**self._output, "state": name})
-        self._gauges["legrad_workers"].set(state.workers_ready, tags=self._output)
+        workers = {
+            "legrad_workers": state.workers_ready,
+            "legrad_workers_wanted": state.workers_wanted,
+            "legrad_places_left_alone": len(state.left_alone),
+        }
+        for name, number in workers.items():
+            self._gauges[name].set(number, tags=self._output)
         setter = pace_setter(self._recent.update(state).measures)
         for step in STEPS:
             self._gauges["legrad_pace_set_by"].set(int(step == setter), tags={**self._output, "step": step})

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 import traceback
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 
-from pipeline.annotate.annotator import ShardAnnotator, ShardReport
+from legrad.memory import is_out_of_memory
+from pipeline.annotate.annotator import ShardAnnotator, ShardProgress, ShardReport
 from pipeline.annotate.model import check_device, load_explainer
 from pipeline.annotate.processes import SampleProcesses
 from pipeline.config.schema import JobConfig
-from pipeline.errors import OutputError, ShardError, UserError
-from pipeline.output.counts import ShardCounts
+from pipeline.errors import OutputError, ScratchError, ShardAbandoned, ShardError, UserError
 from pipeline.output.measures import Measures
 from pipeline.storage import ShardSource, shown_text
+from pipeline.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +34,19 @@ class ShardOutcome:
     """How an attempt at a shard ended.
 
     Attributes:
-        status: done; retry: another attempt may succeed; fatal: every other shard would fail as well.
+        status: done. retry: the shard's own fault; another attempt may succeed. output: the output folder
+            cannot be written. machine: a fault of this machine, such as a full temporary disk or no memory;
+            another machine may succeed. device: the CUDA context is broken, so every later shard on this
+            worker fails too. abandoned: `Worker.abandon` was called.
         report: counts and duration; None unless done.
-        message: what went wrong; empty if done.
+        message: what went wrong, in one line; empty if done.
         measures: of the worker since it loaded its model.
-        live_counts: outcomes so far in the shards that are still in flight on this worker.
     """
 
-    status: Literal["done", "retry", "fatal"]
+    status: Literal["done", "retry", "output", "machine", "device", "abandoned"]
     report: ShardReport | None = None
     message: str = ""
     measures: Measures = field(default_factory=Measures)
-    live_counts: ShardCounts = field(default_factory=ShardCounts)
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,27 @@ class Heartbeat:
     """Progress of a worker.
 
     Attributes:
-        counts: outcomes so far in the shards in flight.
+        progress: of the shards in flight, by shard id.
         measures: of the worker since it loaded its model.
     """
 
-    counts: ShardCounts
+    progress: Mapping[str, ShardProgress]
     measures: Measures
 
 
 @dataclass(frozen=True)
 class LoadOutcome:
-    """Whether a worker is ready.
+    """Whether a worker has loaded its model.
 
     Attributes:
-        message: the invalid input or configuration that keeps the model from loading; empty if it is loaded.
+        message: why the model is not loaded; empty if it is.
+        is_user_error: whether the message names invalid input or configuration, which every worker has.
+        is_device_fault: whether the device failed: no memory, busy, defect.
     """
 
     message: str = ""
+    is_user_error: bool = False
+    is_device_fault: bool = False
 
 
 class Annotator(Protocol):
@@ -81,8 +86,14 @@ class Annotator(Protocol):
     def wait_for_room(self) -> None:
         """Return once another shard would be begun at once."""
 
-    def live_counts(self) -> ShardCounts:
-        """Return the outcomes so far in the shards in flight."""
+    def progress(self) -> dict[str, ShardProgress]:
+        """Return the progress of the shards in flight, by shard id."""
+
+    def abandon(self, shard_id: str) -> bool:
+        """Return True if this worker will certainly not publish the shard any more.
+
+        False: it was published, is being published, or is not in flight.
+        """
 
     def measures(self) -> Measures:
         """Return images decoded and device time since the model was loaded."""
@@ -92,7 +103,7 @@ class AnnotatorFactory(Protocol):
     """Build the annotator inside the worker process."""
 
     def __call__(self, config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> Annotator:
-        """Load the model; raises UserError for invalid input or configuration."""
+        """Load the model; raise UserError for invalid input or configuration."""
 
 
 def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> Annotator:
@@ -146,14 +157,18 @@ class Worker:
         self._factory = factory
         self._annotator: Annotator | None = None
         self._loading = threading.Lock()
+        self._last_measures = Measures()
 
     def load(self) -> LoadOutcome:
-        """Build the annotator; return the message of a UserError instead of raising it."""
+        """Load the model; every exception is returned."""
         try:
             with self._loading:
                 self._annotator = self._factory(*self._arguments)
         except UserError as error:
-            return LoadOutcome(str(error))
+            return LoadOutcome(str(error), is_user_error=not _is_from_os(error))
+        except Exception as error:
+            logger.exception("the model cannot be loaded")
+            return LoadOutcome(_described(error), is_device_fault=_is_device_fault(error))
         return LoadOutcome()
 
     def annotate(self, shard: ShardSource) -> ShardOutcome:
@@ -161,28 +176,30 @@ class Worker:
         if self._annotator is None:
             return ShardOutcome("retry", message="the worker has not loaded its model")
         outcome = self._attempt(self._annotator, shard)
-        annotator = self._annotator
-        return replace(outcome, measures=annotator.measures(), live_counts=annotator.live_counts())
+        return replace(outcome, measures=self._measures(self._annotator))
 
     def _attempt(self, annotator: Annotator, shard: ShardSource) -> ShardOutcome:
         try:
             return ShardOutcome("done", annotator.annotate(shard))
+        except ShardAbandoned as error:
+            return ShardOutcome("abandoned", message=str(error))
         except OutputError as error:
-            return ShardOutcome("fatal", message=str(error))
+            return ShardOutcome("output", message=str(error))
+        except ScratchError as error:
+            return ShardOutcome("machine", message=str(error))
         except ShardError as error:
             return ShardOutcome("retry", message=str(error))
+        except MemoryError as error:
+            logger.exception("%s: out of memory", shard.canonical_url)
+            return ShardOutcome("machine", message=_described(error))
         except OSError as error:
-            return ShardOutcome("fatal" if error.errno in FULL_DISK_ERRORS else "retry", message=str(error))
+            is_disk_full = error.errno in FULL_DISK_ERRORS
+            return ShardOutcome("machine" if is_disk_full else "retry", message=_described(error))
         except Exception as error:
-            if not _device_answers(self._device):
-                # a broken CUDA context fails every later shard too; only a new process gets a new context
-                os._exit(1)
             logger.exception("%s: unexpected error", shard.canonical_url)
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            return ShardOutcome(
-                "retry",
-                message=f"{type(error).__name__}: {shown_text(str(error))} ({where.name}:{where.lineno})",
-            )
+            # only a new process gets a new CUDA context
+            device_answers = _device_answers(self._device)
+            return ShardOutcome("retry" if device_answers else "device", message=_described(error))
 
     def wait_for_room(self) -> None:
         """Return once the worker can use another shard."""
@@ -192,8 +209,23 @@ class Worker:
     def heartbeat(self) -> Heartbeat:
         """Return the progress of the shards in flight, and the worker's measures so far."""
         if self._annotator is None:
-            return Heartbeat(ShardCounts(), Measures())
-        return Heartbeat(self._annotator.live_counts(), self._annotator.measures())
+            return Heartbeat({}, Measures())
+        return Heartbeat(self._annotator.progress(), self._measures(self._annotator))
+
+    def abandon(self, shard: ShardSource) -> bool:
+        """End the attempt at a shard unless it is being published.
+
+        Returns:
+            True if this worker will certainly not publish the shard any more; False if it was published, is
+            being published, or is not in flight.
+        """
+        return self._annotator is not None and self._annotator.abandon(shard.shard_id)
+
+    def _measures(self, annotator: Annotator) -> Measures:
+        """Return the latest measures; a broken CUDA context takes no further ones."""
+        with suppress(RuntimeError):
+            self._last_measures = annotator.measures()
+        return self._last_measures
 
 
 def _device_answers(device: str) -> bool:
@@ -204,3 +236,21 @@ def _device_answers(device: str) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _is_device_fault(error: BaseException) -> bool:
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and (is_out_of_memory(error) or "CUDA" in str(error))
+    )
+
+
+def _is_from_os(error: BaseException | None) -> bool:
+    """Return whether an error was caused by the operating system, as it may be on one machine only."""
+    return error is not None and (isinstance(error, OSError) or _is_from_os(error.__cause__))
+
+
+def _described(error: Exception) -> str:
+    """Return an error's type, message and place in one line, without secrets."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(shown_text(str(error)).split())
+    return f"{type(error).__name__}: {printable(text)} ({where.name}:{where.lineno})"

@@ -54,9 +54,14 @@ class _CountedStream(io.RawIOBase):
 
 
 class DigestingStream:
-    """Passes the bytes of a stream on, and computes the digest of those that were read."""
+    """Pass the bytes of a stream on, count them, and compute their digest.
+
+    Attributes:
+        bytes_read: bytes passed on so far.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
+        self.bytes_read = 0
         self._stream = stream
         # processors have instructions for it: twice as fast as BLAKE2
         self._digest = hashlib.sha256()
@@ -65,6 +70,7 @@ class DigestingStream:
         """Return the next bytes, at most so many; none at the end."""
         data = self._stream.read(size_bytes)
         self._digest.update(data)
+        self.bytes_read += len(data)
         return data
 
     def digest(self) -> str:

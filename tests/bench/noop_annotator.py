@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.annotate.annotator import ShardReport
+from pipeline.annotate.annotator import ShardProgress, ShardReport
+from pipeline.annotate.attempt import AttemptsInFlight
 from pipeline.config.schema import JobConfig
-from pipeline.output.counts import ShardCounts
 from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.storage import ShardSource
@@ -25,6 +25,7 @@ class NoopAnnotator:
     def __init__(self, config: JobConfig, metadata: Mapping[str, Any], shard_s: float) -> None:
         self._output_dir, self._metadata, self._shard_s = config.output.dir, metadata, shard_s
         self._in_flight, self._changed = 0, threading.Condition()
+        self._attempts = AttemptsInFlight()
         self._device = threading.Lock()
 
     def annotate(self, shard: ShardSource) -> ShardReport:
@@ -33,8 +34,13 @@ class NoopAnnotator:
             if self._shard_s:
                 with self._device:
                     time.sleep(self._shard_s)
-            with ShardWriter(shard, {**self._metadata, "attempt": uuid.uuid4().hex}) as writer:
+            metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
+            with (
+                ShardWriter(shard, metadata) as writer,
+                self._attempts.begun(shard, writer.counts) as attempt,
+            ):
                 writer.add_sample([ROW], [])
+                attempt.begin_publishing()
                 published = writer.publish(self._output_dir)
             return ShardReport(published.counts, self._shard_s)
         finally:
@@ -44,8 +50,11 @@ class NoopAnnotator:
         with self._changed:
             self._changed.wait_for(lambda: self._in_flight < SHARDS_WITH_ROOM)
 
-    def live_counts(self) -> ShardCounts:
-        return ShardCounts()
+    def progress(self) -> dict[str, ShardProgress]:
+        return {attempt.shard_id: ShardProgress(attempt.counts()) for attempt in self._attempts}
+
+    def abandon(self, shard_id: str) -> bool:
+        return self._attempts.abandon(shard_id)
 
     def measures(self) -> Measures:
         return Measures()

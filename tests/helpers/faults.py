@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.annotate.annotator import ShardReport
-from pipeline.output.counts import total_counts
+from pipeline.annotate.annotator import ShardProgress, ShardReport
+from pipeline.annotate.attempt import AttemptsInFlight
 from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
 from pipeline.run.worker import Worker
@@ -143,27 +143,34 @@ class WordAnnotator:
     def __init__(self, config, metadata, faults, seconds_per_sample=0.0):
         self._output_dir, self._metadata = config.output.dir, metadata
         self._faults, self._seconds_per_sample = faults, seconds_per_sample
-        self._in_flight = set()
+        self._in_flight = AttemptsInFlight()
+        self._samples = {}
         self._room = threading.Condition()
 
     def annotate(self, shard):
         stem, started_s = stem_of(shard.shard_id), time.monotonic()
-        with ShardWriter(shard, {**self._metadata, "attempt": uuid.uuid4().hex}) as writer:
-            self._in_flight.add(writer)
-            try:
+        metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
+        try:
+            with (
+                ShardWriter(shard, metadata) as writer,
+                self._in_flight.begun(shard, writer.counts) as attempt,
+            ):
                 self._faults.strike(stem, "begin")
-                self._add_samples(shard, writer, stem)
+                self._add_samples(shard, writer, stem, attempt)
+                attempt.begin_publishing()
                 counts = writer.publish(self._output_dir).counts
-            finally:
-                self._in_flight.discard(writer)
-                with self._room:
-                    self._room.notify_all()
+        finally:
+            with self._room:
+                self._room.notify_all()
         return ShardReport(counts, time.monotonic() - started_s)
 
-    def _add_samples(self, shard, writer, stem):
+    def _add_samples(self, shard, writer, stem, attempt):
         with storage.open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             captions = [(Path(member.name).stem, tar.extractfile(member).read().decode()) for member in tar]
+        self._samples[shard.shard_id] = len(captions)
         for index, (key, caption) in enumerate(captions):
+            if attempt.is_abandoned:
+                raise attempt.error()
             if index == len(captions) // 2:
                 self._faults.strike(stem, "middle")
             time.sleep(self._seconds_per_sample)
@@ -175,8 +182,15 @@ class WordAnnotator:
         with self._room:
             self._room.wait_for(lambda: len(self._in_flight) < 2)
 
-    def live_counts(self):
-        return total_counts(writer.counts() for writer in tuple(self._in_flight))
+    def progress(self):
+        return {attempt.shard_id: self._progress_of(attempt) for attempt in self._in_flight}
+
+    def _progress_of(self, attempt):
+        counts = attempt.counts()
+        return ShardProgress(counts, counts.samples_in / max(1, self._samples.get(attempt.shard_id, 1)))
+
+    def abandon(self, shard_id):
+        return self._in_flight.abandon(shard_id)
 
     def measures(self):
         return Measures()

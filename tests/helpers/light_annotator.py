@@ -6,7 +6,8 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.annotate.annotator import ShardReport
+from pipeline.annotate.annotator import ShardProgress, ShardReport
+from pipeline.annotate.attempt import AttemptsInFlight
 from pipeline.annotate.device_clock import WallClock
 from pipeline.annotate.meter import Meter
 from pipeline.errors import OutputError, ShardError
@@ -22,11 +23,13 @@ class LightAnnotator:
     def __init__(self, config, metadata):
         self.config, self.metadata = config, metadata
         self.in_flight, self.changed = 0, threading.Condition()
+        self.attempts = AttemptsInFlight()
 
     def annotate(self, shard):
         self._count(1)
         try:
-            return self._annotate(shard)
+            with self.attempts.begun(shard, ShardCounts) as attempt:
+                return self._annotate(shard, attempt)
         finally:
             self._count(-1)
 
@@ -35,7 +38,7 @@ class LightAnnotator:
             self.in_flight += more
             self.changed.notify_all()
 
-    def _annotate(self, shard):
+    def _annotate(self, shard, attempt):
         name = shard.canonical_url.rsplit("/", 1)[1]
         if name.startswith("poison"):
             time.sleep(0.2)
@@ -56,14 +59,18 @@ class LightAnnotator:
                 writer.add_sample(
                     [{"key": name, "sample_index": 0, "prompt_index": 0, "prompt": "p", "status": "ok"}], []
                 )
+            attempt.begin_publishing()
             return ShardReport(writer.publish(self.config.output.dir).counts, 0.1)
 
     def wait_for_room(self):
         with self.changed:
             self.changed.wait_for(lambda: self.in_flight < 2)
 
-    def live_counts(self):
-        return ShardCounts()
+    def progress(self):
+        return {attempt.shard_id: ShardProgress(attempt.counts()) for attempt in self.attempts}
+
+    def abandon(self, shard_id):
+        return self.attempts.abandon(shard_id)
 
     def measures(self):
         return Measures()

@@ -87,8 +87,8 @@ def write_job(folder, shards, *, errors=(), done=None, runs=True, images=None, *
     return out
 
 
-def record_run(out, ended="complete"):
-    """Leave the record of a run of ten seconds."""
+def record_run(out, ended="complete", **state):
+    """Leave the record of a run of ten seconds; `state`: fields of its state."""
     with recorded_run(OutputFolder(str(out), new_run_id())) as recorder:
         for second in range(1, 11):
             recorder.update(
@@ -98,6 +98,7 @@ def record_run(out, ended="complete"):
                     counts=ShardCounts(annotated=20 * second),
                     workers_ready=1,
                     elapsed_s=float(second),
+                    **state,
                 )
             )
         recorder.close(ended)

@@ -296,7 +296,7 @@ def test_a_driver_killed_with_9_leaves_what_a_rerun_completes(
 
 
 def test_the_real_annotator_and_the_light_one_keep_the_same_contract():
-    for name in ("annotate", "wait_for_room", "live_counts", "measures"):
+    for name in ("annotate", "wait_for_room", "progress", "abandon", "measures"):
         real, light_one = (
             list(inspect.signature(getattr(kind, name)).parameters)
             for kind in (ShardAnnotator, LightAnnotator)

@@ -104,6 +104,22 @@ def test_annotate_ends_with_0_where_all_is_done_and_3_where_something_is_left(
     assert ("file:///x.tar: it kills its worker" in out) is not complete
 
 
+def test_annotate_ends_by_naming_the_workers_and_the_places_left_alone(legrad, config_file, monkeypatch):
+    state = RunState(
+        shards_total=2,
+        shards_skipped=0,
+        shards_done=2,
+        workers_ready=6,
+        workers_wanted=8,
+        workers_lost=14,
+        left_alone=tuple(f"10.0.0.{number}: 3 workers lost" for number in range(12)),
+    )
+    monkeypatch.setattr("pipeline.run.dispatcher.run_job", lambda job, progress, max_shards: JobResult(state))
+    _, out, _ = legrad("annotate", config_file)
+    assert "workers: 6 of 8, 14 lost\n" in out
+    assert "place left alone: 10.0.0.9: 3 workers lost\n... and 2 more; see legrad status" in out
+
+
 def test_ctrl_c_exits_with_130_and_says_how_to_resume(legrad, config_file, monkeypatch):
     def interrupted(job, progress, max_shards):
         raise KeyboardInterrupt

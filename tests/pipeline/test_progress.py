@@ -54,6 +54,24 @@ def test_a_log_gets_one_plain_line_with_all_figures():
         assert part in line
 
 
+WITH_LOSSES = replace(
+    STATE, workers_ready=6, workers_wanted=8, workers_lost=2, left_alone=("10.0.0.7, GPU 3: 3 workers lost",)
+)
+
+
+def test_a_log_names_the_workers_that_are_ready_wanted_and_lost():
+    assert "| workers 6 of 8, 2 lost, 1 place left alone |" in logged(WITH_LOSSES, 0.0)
+    assert "| workers 2 |" in logged(STATE, 0.0)
+    assert logged(replace(STATE, workers_ready=0, workers_wanted=8), 0.0).startswith("waiting for workers | ")
+
+
+def test_a_terminal_shows_the_workers_that_are_ready_wanted_and_lost():
+    screen = io.StringIO()
+    with open_progress(PrintableConsole(file=screen, force_terminal=True, width=80), 1.0) as progress:
+        progress.update(WITH_LOSSES)
+    assert "6 of 8, 2 lost, 1 place left alone" in screen.getvalue()
+
+
 def test_a_log_gets_no_line_before_the_interval_has_passed():
     assert logged(STATE, 3600.0) == ""
 

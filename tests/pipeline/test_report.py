@@ -28,7 +28,7 @@ from pipeline.report.scores import read_scores
 from pipeline.report.selection import choose_rows
 from pipeline.report.write import MAX_SAMPLES, PICTURE_BYTES
 from tests.helpers.corpus import image_bytes
-from tests.helpers.report_jobs import HOSTILE, box_rle, error, row, varied_rows, write_job
+from tests.helpers.report_jobs import HOSTILE, box_rle, error, record_run, row, varied_rows, write_job
 
 PAGE_BYTES = 5_000_000
 
@@ -215,6 +215,17 @@ def test_the_page_of_an_unfinished_job_names_failed_and_remaining_shards(tmp_pat
     _, page = page_of(out)
     for text in ("incomplete", "1 / 4", "1 failed, 2 left", "it <b>kills</b> its worker"):
         assert text in page.text, text
+
+
+def test_the_first_screen_names_the_places_that_the_last_run_left_alone(tmp_path):
+    out = write_job(tmp_path, [varied_rows(3)], runs=False)
+    record_run(
+        out, workers_wanted=8, workers_lost=3, left_alone=("10.0.0.7, GPU 3: 3 workers lost <b>", "10.0.0.9")
+    )
+    first_screen = page_of(out)[1].html.partition('id="gallery"')[0]
+    assert "2 place(s) got no further shards" in first_screen
+    assert "10.0.0.7, GPU 3: 3 workers lost &lt;b&gt;; 10.0.0.9." in first_screen
+    assert "workers 1 of 8, 3 lost" in first_screen
 
 
 def test_a_job_that_has_only_begun_gives_a_page(tmp_path):

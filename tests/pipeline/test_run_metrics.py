@@ -54,6 +54,9 @@ STATE = RunState(
     live_counts=ShardCounts(annotated=5, rows=9),
     measures=Measures(images_decoded=12, device_busy_s=3.5, ready_s=4.0),
     workers_ready=2,
+    workers_wanted=8,
+    workers_lost=3,
+    left_alone=("10.0.0.7, GPU 3: 3 workers lost with shards that others finished",),
 )
 
 
@@ -68,6 +71,8 @@ def test_the_whole_state_of_a_run_is_published(metrics):
     assert (value("legrad_device_busy_seconds"), value("legrad_worker_seconds")) == (3.5, 4.0)
     assert [value("legrad_shards", state=state) for state in ("done", "failed", "left")] == [5, 1, 4]
     assert value("legrad_workers") == 2
+    assert (value("legrad_workers_wanted"), value("legrad_workers_lost")) == (8, 3)
+    assert value("legrad_places_left_alone") == 1
 
 
 def test_counters_neither_fall_nor_count_twice_the_samples_of_a_lost_worker(metrics):

@@ -114,6 +114,29 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path, content):
     assert latest_run(OutputFolder(str(tmp_path))) is None
 
 
+def test_a_run_records_its_workers_and_the_places_left_alone(tmp_path):
+    left_alone = ("10.0.0.7, GPU 3: 3 workers lost with shards that others finished",)
+    with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
+        recorder.update(replace(STATE, workers_wanted=8, workers_lost=3, left_alone=left_alone))
+        recorder.close("complete")
+    run = latest_run(OutputFolder(str(tmp_path)))
+    assert (run.workers, run.workers_wanted, run.workers_lost) == (1, 8, 3)
+    assert run.left_alone == left_alone
+
+
+def test_a_record_of_an_earlier_version_is_read(tmp_path):
+    with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
+        recorder.update(STATE)
+        recorder.close("complete")
+    (path,) = (tmp_path / "runs").glob("*.json")
+    document = json.loads(path.read_text())
+    for added_since in ("workers_wanted", "workers_lost", "left_alone"):
+        del document[added_since]
+    path.write_text(json.dumps(document))
+    run = latest_run(OutputFolder(str(tmp_path)))
+    assert (run.workers, run.workers_wanted, run.workers_lost, run.left_alone) == (1, 0, 0, ())
+
+
 def test_a_record_survives_its_way_through_json(tmp_path):
     with recorded_run(OutputFolder(str(tmp_path), new_run_id())) as recorder:
         recorder.update(STATE)

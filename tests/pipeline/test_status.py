@@ -1,6 +1,8 @@
 """How a person reads the status of an output folder."""
 
 import io
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +26,9 @@ RUN = RunRecord(
     samples_per_s=171.5,
     measures=Measures(images_decoded=1_234_000, device_busy_s=6800.0, ready_s=7000.0),
     workers=8,
+    workers_wanted=10,
+    workers_lost=12,
+    left_alone=("10.0.0.7, GPU 3: 3 workers lost with shards that others finished",),
 )
 STATUS = OutputStatus(
     shards_total=50_000,
@@ -64,7 +69,10 @@ def test_a_status_fits_the_screen_and_keeps_its_figures_whole(width):
         "12,048,000: 12,000,000 annotated, 3,000 empty, 45,000 failed",
         "31,000,000",
         "1,234,567 samples (171.5/s)",
-        "1,234,000 images decoded by 8 worker(s)",
+        "1,234,000 images decoded",
+        "workers 8 of 10, 12 lost",
+        "places left alone",
+        "10.0.0.7, GPU 3: 3 workers lost with shards that others finished",
         "device busy 97 %, pace set by the device",
         "decode/truncated  40,000, for example 000123",
         "s3://bucket/cut.tar",
@@ -79,6 +87,13 @@ def test_nothing_of_a_long_name_or_message_is_cut_off():
     assert "".join(STATUS.failed[0][0].split()) in unbroken
     assert "".join(STATUS.failed[0][1].split()) in unbroken
     assert STATUS.mismatched[0][0] in unbroken
+
+
+def test_a_record_without_the_number_of_workers_wanted_shows_those_that_were_ready():
+    run = RUN.model_copy(update={"workers_wanted": 0, "workers_lost": 0, "left_alone": ()})
+    text = shown(replace(STATUS, run=run))
+    assert "workers 8\n" in re.sub(" +\n", "\n", text)
+    assert "left alone" not in text
 
 
 def test_a_run_that_still_says_running_shows_its_last_update():
