@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config.schema import RunConfig
@@ -10,11 +10,13 @@ from pipeline.errors import DamagedFileError
 from pipeline.output.counts import ShardCounts, error_kinds_text, total_counts
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.records import FooterRecord
-from pipeline.output.runs import RunRecord, RunState, latest_run
+from pipeline.output.runs import MAX_WORST_SHARDS, RunRecord, RunState, latest_run
 from pipeline.output.schema import ShardRow
 from pipeline.text import printable
 
+# finished samples, and finished shards above the budget, before a run may stop early
 BUDGET_SAMPLES = 1000
+BUDGET_SHARDS = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class FolderState:
     mismatched: Mapping[str, str]
     strays: tuple[str, ...]
     counts: Mapping[str, ShardCounts] | None
+
+    @property
+    def counts_by_url(self) -> dict[str, ShardCounts]:
+        """Outcomes of the samples by URL of done and damaged shards; empty if footers were not read."""
+        return {self.listed[name]["shard"]: counts for name, counts in (self.counts or {}).items()}
 
 
 def read_state(
@@ -159,21 +166,71 @@ def shortfall(run: RunConfig, counts: ShardCounts | None, state: FolderState) ->
         return f"{len(state.damaged):,} shard(s) are damaged; run.accept_damaged is false"
     if counts is None or (state.left and not counts.samples_in):
         return ""
-    return reason_at_end(run, counts)
+    return reason_at_end(run, counts, state.counts_by_url)
 
 
 def reason_to_stop(run: RunConfig, state: RunState) -> str:
-    """Return why a run should stop early; empty if it should go on. Only finished shards count."""
+    """Return why a run should stop early; empty if it should continue.
+
+    Only finished shards count, and one or two bad shards stop nothing: a job whose bad shards come first
+    would otherwise never reach the others.
+    """
     if run.max_failed_shards is not None and state.shards_failed > run.max_failed_shards:
         return f"{state.shards_failed} shards given up; run.max_failed_shards is {run.max_failed_shards}"
-    return reason_at_end(run, state.counts) if state.counts.samples_in >= BUDGET_SAMPLES else ""
+    if state.shards_over_budget < BUDGET_SHARDS or state.counts.samples_in < BUDGET_SAMPLES:
+        return ""
+    if not exceeds_budget(run, state.counts):
+        return ""
+    return _over_budget_text(run, state.counts, state.shards_over_budget, state.worst_shards)
 
 
-def reason_at_end(run: RunConfig, counts: ShardCounts) -> str:
-    """Return why a job with these counts is not complete; empty if it is. Independent of the job's size."""
+def reason_at_end(
+    run: RunConfig, counts: ShardCounts, counts_by_url: Mapping[str, ShardCounts] | None = None
+) -> str:
+    """Return why a job is not complete; empty if it is. Independent of the job's size.
+
+    Args:
+        run: section `run` of its configuration.
+        counts: outcomes of its samples.
+        counts_by_url: the same for each of its shards, to name the worst.
+    """
     if not counts.samples_in:
         return f"no sample could be read ({error_kinds_text(counts) or 'the shards are empty'})"
-    if counts.failed <= run.error_budget * counts.samples_in:
+    if not exceeds_budget(run, counts):
         return ""
-    share = f"{counts.failed} of {counts.samples_in} samples failed"
-    return f"{share}; run.error_budget is {run.error_budget:g} ({error_kinds_text(counts)})"
+    over_budget = [
+        (url, shard.failed, shard.samples_in)
+        for url, shard in (counts_by_url or {}).items()
+        if exceeds_budget(run, shard)
+    ]
+    return _over_budget_text(run, counts, len(over_budget), worst_first(over_budget))
+
+
+def exceeds_budget(run: RunConfig, counts: ShardCounts) -> bool:
+    """Return whether more samples failed than `run.error_budget` allows."""
+    return counts.failed > run.error_budget * counts.samples_in
+
+
+def worst_first(shards: Iterable[tuple[str, int, int]]) -> tuple[tuple[str, int, int], ...]:
+    """Return the MAX_WORST_SHARDS shards of which the largest share of samples failed, the worst first.
+
+    Args:
+        shards: URL, failed samples and samples (at least one) of each shard.
+    """
+    worst = sorted(shards, key=lambda shard: (-shard[1] / shard[2], -shard[1], shard[0]))
+    return tuple(worst[:MAX_WORST_SHARDS])
+
+
+def _over_budget_text(
+    run: RunConfig, counts: ShardCounts, shards_over_budget: int, worst: Sequence[tuple[str, int, int]]
+) -> str:
+    text = (
+        f"{counts.failed} of {counts.samples_in} samples failed; run.error_budget is {run.error_budget:g} "
+        f"({error_kinds_text(counts)})"
+    )
+    if not worst:
+        return text
+    names = ", ".join(f"{printable(url)} ({failed:,} of {samples:,})" for url, failed, samples in worst)
+    return f"{text}; {shards_over_budget:,} shard(s) above it, worst first: {names}" + (
+        ", ..." if shards_over_budget > len(worst) else ""
+    )

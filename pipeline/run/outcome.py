@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pipeline.config.schema import RunConfig
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.output.counts import ShardCounts, total_counts
 from pipeline.output.folder import ANNOTATIONS, SUCCESS_FILE
 from pipeline.output.runs import RunState
-from pipeline.output.status import FolderState, read_state, reason_at_end
+from pipeline.output.status import FolderState, exceeds_budget, read_state, reason_at_end, worst_first
 from pipeline.run import job as jobs
 from pipeline.run.job import Job
 from pipeline.run.progress import Progress
@@ -62,6 +63,15 @@ def first_state(job: Job) -> RunState:
     )
 
 
+def _with_counts(run: RunConfig, state: RunState, shard: ShardSource, counts: ShardCounts) -> RunState:
+    """Return the state with the samples of one more finished shard."""
+    state = replace(state, counts=state.counts + counts)
+    if not exceeds_budget(run, counts):
+        return state
+    shards = [*state.worst_shards, (shard.canonical_url, counts.failed, counts.samples_in)]
+    return replace(state, shards_over_budget=state.shards_over_budget + 1, worst_shards=worst_first(shards))
+
+
 class RunTally:
     """Count the shards of a run by outcome, and record failures in the output folder.
 
@@ -85,7 +95,7 @@ class RunTally:
         """Count a published shard; `damage` says what is wrong with its archive, or is empty."""
         if shard.shard_id in self._job.failed:
             jobs.forget_failure(self._job.folder, shard.shard_id)
-        state = replace(self.state, counts=self.state.counts + counts)
+        state = _with_counts(self._job.config.run, self.state, shard, counts)
         if damage:
             self._damaged.append((shard.canonical_url, damage))
             self._progress.say(f"{shard.canonical_url}: damaged: {damage}; its intact samples are annotated")
@@ -172,7 +182,7 @@ def _checked_to_the_end(job: Job, result: JobResult) -> JobResult:
             torn=urls,
         )
     total = total_counts((state.counts or {}).values())
-    result = replace(result, totals=total, stopped=reason_at_end(job.config.run, total))
+    result = replace(result, totals=total, stopped=reason_at_end(job.config.run, total, state.counts_by_url))
     if result.complete:
         jobs.record_success(job.folder, len(job.shards), len(result.damaged), total)
     return result

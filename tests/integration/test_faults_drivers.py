@@ -84,7 +84,8 @@ def test_more_errors_than_the_budget_stop_the_job_and_name_the_kinds(machines, s
     result, _, accounts = struck_job(NAMES[:6], held, samples=600, workers=1, error_budget=0.1)
     assert re.fullmatch(
         r"\d+ of \d+ samples failed; run.error_budget is 0.1 "
-        r"\(caption/missing_caption [\d,]+, for example \w+\)",
+        r"\(caption/missing_caption [\d,]+, for example \w+\); "
+        r"\d shard\(s\) above it, worst first: \S+ \([\d,]+ of 600\), .*",
         result.stopped,
     )
     assert not result.complete

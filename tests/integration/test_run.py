@@ -94,11 +94,21 @@ def test_a_full_disk_stops_the_job_with_the_cause(run):
 
 def test_more_errors_than_the_budget_allows_stop_the_job_early(run, tmp_path):
     # the last shard is never done: the job ends although it is left
-    names = ["errors", *[f"z{index}" for index in range(9)], "zheld"]
+    names = [*[f"errors{index}" for index in range(3)], *[f"z{index}" for index in range(9)], "zheld"]
     result, _ = run(*names, workers=1, error_budget=0.5)
-    assert re.match("1500 of 150[0-9] ", result.stopped)
-    assert "decode/truncated 1,500" in result.stopped
+    assert re.match("4500 of 450[0-9] ", result.stopped)
+    assert "decode/truncated 4,500" in result.stopped
+    assert re.search(
+        r"3 shard\(s\) above it, worst first: \S+/errors0.tar \(1,500 of 1,500\)", result.stopped
+    )
     assert result.state.shards_left > 0
+
+
+def test_one_shard_of_errors_at_the_front_does_not_keep_a_job_from_the_others(run, tmp_path):
+    result, _ = run("errors", "a", "b", "c", workers=1, error_budget=0.5)
+    assert {"a.tar", "b.tar", "c.tar"} <= set(published(tmp_path / "out"))
+    assert (result.state.shards_done, result.state.shards_left) == (4, 0)
+    assert result.stopped.endswith("/errors.tar (1,500 of 1,500)")
 
 
 @pytest.mark.slow
