@@ -5,6 +5,7 @@ PipelineError
 ├── OutputError          the output folder cannot be written: exit code 2
 ├── DamagedFileError     a file of an output folder is not what this package writes there: exit code 2
 │   └── MismatchError    a shard's two files are intact, but do not belong together or to the job
+├── ScratchError         this machine's temporary disk or memory is full: another machine may succeed
 ├── ShardError           a shard could not be read to its end: retried, then given up
 │   └── ShortReadError   fewer bytes arrived than the object has
 └── SampleFailure        one sample (or one of its prompts) could not be annotated: an error row
@@ -44,6 +45,10 @@ class DamagedFileError(PipelineError):
 
 class MismatchError(DamagedFileError):
     """A shard's annotations do not belong to its errors file, to the job, or to the shard as listed now."""
+
+
+class ScratchError(PipelineError):
+    """This machine's own temporary disk or memory cannot take what a shard needs: another machine may."""
 
 
 class ShardError(PipelineError):
