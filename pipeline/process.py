@@ -85,6 +85,27 @@ def exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier_handler)
 
 
+@contextlib.contextmanager
+def sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """Take note of a first SIGTERM inside the block; a second one raises SystemExit with code 143.
+
+    Returns:
+        A function that returns whether a SIGTERM has arrived.
+    """
+    received: list[int] = []
+
+    def note(signal_number: int, _frame: FrameType | None) -> None:
+        received.append(signal_number)
+        if len(received) > 1:
+            raise SystemExit(SIGTERM_EXIT_CODE)
+
+    earlier_handler = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, earlier_handler)
+
+
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     """Provide what Ray, torch, matplotlib and the model hub's client need and pods often lack.
 

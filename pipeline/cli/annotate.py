@@ -81,7 +81,7 @@ def annotate_with_config(
         PipelineError: as `prepare_job` and `run_job` do.
     """
     from pipeline.output.runs import recorded_run
-    from pipeline.run.dispatcher import run_job
+    from pipeline.run.runner import run_job
     from pipeline.run.job import prepare_job
     from pipeline.run.progress import SharedProgress, open_progress
 

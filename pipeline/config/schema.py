@@ -299,7 +299,15 @@ class RunConfig(Section):
         1800.0,
         gt=0,
         le=LONGEST_WAIT_S,
-        description="Seconds after which a worker that has finished no sample is replaced; null: never.",
+        description="Seconds after which a shard of which no further sample was finished is tried on another "
+        "worker; null: never. It counts as a failed attempt.",
+    )
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        le=LONGEST_WAIT_S,
+        description="Seconds in which shards that are nearly done are finished when a run ends early: after "
+        "SIGTERM, when the error budget is used up, or on a machine that Ray drains.",
     )
     progress_interval_s: float = Field(
         10.0, gt=0, le=LONGEST_WAIT_S, description="Seconds between two progress lines in a log."

@@ -1,434 +1,495 @@
-"""Run a job on Ray: one actor per device, shards assigned one by one, the outcome of every shard recorded.
+"""Assign shards to workers, one by one, and see to it that every shard is published or given up.
 
-Ray's own retries are off because they would hide which shard killed a worker. The dispatcher replaces lost
-workers itself and runs the shards that were in flight on them alone, so that a shard that kills its worker
-every time is found and given up while all others are annotated.
+Nothing here knows Ray or a clock: a `WorkerHost` runs the workers, and says what happened and when. Ray's own
+retries are off because they would hide which shard killed a worker, and at which place.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-import ray
-from ray.exceptions import RayError, RayTaskError
-from ray.util import metrics as ray_metrics
-
-from pipeline import storage
-from pipeline.annotate.annotator import ShardProgress
-from pipeline.errors import OutputError, PipelineError, UserError
-from pipeline.output.counts import total_counts
-from pipeline.output.measures import Measures
+from pipeline.annotate.annotator import ShardReport
+from pipeline.config.schema import RunConfig
+from pipeline.errors import OutputError, ScratchError
+from pipeline.output.counts import ShardCounts
 from pipeline.output.runs import RunState
 from pipeline.output.status import reason_to_stop
-from pipeline.output.survey import spread_evenly
-from pipeline.run import cluster
-from pipeline.run import job as jobs
-from pipeline.run.cluster import Machine
-from pipeline.run.job import Job
-from pipeline.run.outcome import JobResult, RunTally, concluded, first_state
-from pipeline.run.plan import WorkerPlan, WorkerShape, plan_workers
-from pipeline.run.progress import Progress, SharedProgress
-from pipeline.run.prometheus import RunMetrics
-from pipeline.run.shard_queue import ShardQueue
-from pipeline.run.worker import (
-    AnnotatorFactory,
-    Heartbeat,
-    LoadOutcome,
-    ShardOutcome,
-    Worker,
-    build_annotator,
+from pipeline.run.assignment import Balance
+from pipeline.run.hosting import (
+    Abandoned,
+    Ended,
+    Event,
+    HasRoom,
+    Heard,
+    Loaded,
+    Lost,
+    Place,
+    Started,
+    WorkerHost,
 )
+from pipeline.run.progress import Progress
+from pipeline.run.shard_queue import GivenUp, ShardQueue
+from pipeline.run.workforce import ShardInFlight, Worker, Workforce
 from pipeline.storage import ShardSource
-from pipeline.text import first_few
 
-MAX_SHARDS_IN_FLIGHT = 12
-HEARTBEAT_INTERVAL_S = 2.0
 WAIT_S = 0.5
-MAX_LOSSES_WHILE_LOADING = 3
-MAX_REDOS = 3
-NO_WORKER_WARNING_S = 60.0
-MACHINE_CHECK_S = 2.0
-UNREACHABLE_MACHINE_CHECK_S = 30.0
+HEARTBEAT_INTERVAL_S = 2.0
+# heartbeats of very many workers must not take all of the driver's time
+MOST_HEARTBEATS_PER_S = 200
+# a round of assignments looks at all workers; many workers wait a moment for the next one
+MOST_ASSIGNMENTS_BY_WORKERS_PER_S = 10_000
+CHECK_INTERVAL_S = 1.0
+ABANDON_ANSWER_S = 10.0
 RETRY_BACKOFF_S = 2.0
+LONGEST_BACKOFF_S = 60.0
+LEAST_FAILURES_IN_A_ROW = 4
 
 
-class WorkersLost(PipelineError):
-    """Workers are lost again and again before they have loaded their model."""
+class Tally(Protocol):
+    """Counts the shards of a run by outcome; `RunTally` also records failures in the output folder."""
+
+    state: RunState
+
+    def add_published(self, shard: ShardSource, counts: ShardCounts, damage: str) -> None:
+        """Count a published shard."""
+
+    def add_if_published(self, shard: ShardSource) -> bool:
+        """Count a shard if a worker that is lost had published it; return whether it had."""
+
+    def add_given_up(self, given_up: GivenUp) -> None:
+        """Count a shard that is given up."""
 
 
-def run_job(
-    job: Job,
-    progress: Progress,
-    factory: AnnotatorFactory = build_annotator,
-    *,
-    max_shards: int | None = None,
-) -> JobResult:
-    """Annotate the remaining shards of a job, on this machine or on the cluster that RAY_ADDRESS names.
-
-    Args:
-        job: a prepared job.
-        progress: receives the state of the run and messages.
-        factory: builds the annotator inside each worker.
-        max_shards: stop after this many shards, spread evenly over the remaining ones; None: all.
-
-    Returns:
-        The counts of the run; shards given up are listed, and recorded in OUT/failed/.
-
-    Raises:
-        UserError: workers cannot load with this configuration, or it asks for more than the cluster has.
-        OutputError: the output cannot be written.
-        WorkersLost: workers are lost again and again while they load their model.
-    """
-    try:
-        result = _run_once(job, progress, factory, max_shards)
-        for _ in range(MAX_REDOS):
-            if not result.torn:
-                break
-            # two jobs on one folder may each have written one file of a shard
-            progress.say(f"Found files of different attempts; annotating again: {first_few(result.torn)}")
-            job = jobs.looked_at_again(job)
-            result = _run_once(job, progress, factory, max_shards)
-        return result
-    finally:
-        job.folder.close()
-
-
-def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shards: int | None) -> JobResult:
-    if not job.todo:
-        return concluded(job, JobResult(first_state(job)))
-    with cluster.ray_session():
-        shards = spread_evenly(job.todo, max_shards)
-        plan = plan_workers(job.config.run, cluster.machines_alive(), len(shards))
-        check_precision(job, plan)
-        progress.say(
-            f"Annotating {len(shards):,} shard(s), {first_state(job).shards_skipped:,} done before; starting "
-            f"{len(plan.shapes)} worker(s) on {plan.device} with {plan.cpus_text} CPU core(s) each, in "
-            f"{job.config.model.precision}"
-        )
-        for note in plan.notes:
-            progress.say(note)
-        metrics = RunMetrics(storage.shown_url(job.config.output.dir), ray_metrics.Counter, ray_metrics.Gauge)
-        dispatcher = _Dispatcher(job, shards, plan, SharedProgress([progress, metrics]), factory)
-        try:
-            result = dispatcher.run()
-        finally:
-            dispatcher.stop_workers()
-        return concluded(job, result)
-
-
-def check_precision(job: Job, plan: WorkerPlan) -> None:
-    """Refuse CPUs, on which auto would be fp32, for a job that auto made bf16."""
-    precision = job.config.model.precision
-    if job.precision_is_auto and plan.device == "cpu" and precision != "fp32":
-        raise UserError(
-            f"{storage.shown_url(job.config.output.dir)}: the results there are in {precision}, and this run "
-            f"has no GPU: resume where there is one; or set model.precision={precision} to continue on CPUs, "
-            "slowly; or choose another output.dir"
-        )
-
-
-@dataclass(eq=False)
-class _WorkerSlot:
-    """A started worker and the shards in flight on it; a worker that replaces it gets a slot of its own.
+@dataclass(frozen=True)
+class RunEnd:
+    """How a dispatcher ended.
 
     Attributes:
-        actor: handle of the Ray actor.
-        shape: resources of the worker; one that replaces it gets the same.
-        ready: whether the model is loaded.
-        has_room: whether the worker would begin another shard at once.
-        machine: the machine it runs on, once it is ready.
-        in_flight: shards assigned and not finished.
-        progressed_s: monotonic time at which the counts last changed.
-        progress: of the shards in flight, by shard id.
-        measures: of the worker since it loaded its model.
+        state: at the end.
+        stopped: why it stopped early; empty if it did not.
+        terminated: whether it stopped because it was asked to.
     """
 
-    actor: Any
-    shape: WorkerShape
-    ready: bool = False
-    has_room: bool = False
-    machine: Machine = field(default_factory=Machine)
-    in_flight: list[ShardSource] = field(default_factory=list)
-    progressed_s: float = 0.0
-    progress: Mapping[str, ShardProgress] = field(default_factory=dict)
-    measures: Measures = field(default_factory=Measures)
+    state: RunState
+    stopped: str = ""
+    terminated: bool = False
 
 
 @dataclass(frozen=True)
-class _Loss:
-    """A lost worker whose shards are not requeued before it is known whether its machine was lost too."""
+class _Drain:
+    """Nothing new is begun, and what is nearly done is finished until a time."""
 
-    slot: _WorkerSlot
-    cause: str
-    decide_by_s: float
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A remote call that has not returned yet."""
-
-    kind: Literal["load", "annotate", "room", "heartbeat"]
-    slot: _WorkerSlot
-    shard: ShardSource | None = None
+    reason: str
+    until_s: float
+    terminated: bool
 
 
-class _RayWorker(Worker):
-    """A worker that also reports its machine."""
+class Dispatcher:
+    """Serves one run.
 
-    def node_id(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
-
-class _Dispatcher:
-    """Assign shards to workers, handle what they return and replace lost workers; serves one run."""
+    Args:
+        run: section `run` of the configuration.
+        shards: the shards to annotate.
+        host: runs the workers.
+        tally: counts the outcomes of shards.
+        progress: receives the state of the run and messages.
+        cpus_only: whether workers compute on CPUs.
+        is_terminated: returns whether the run was asked to end.
+    """
 
     def __init__(
         self,
-        job: Job,
+        run: RunConfig,
         shards: Sequence[ShardSource],
-        plan: WorkerPlan,
+        host: WorkerHost,
+        tally: Tally,
         progress: Progress,
-        factory: AnnotatorFactory,
+        *,
+        cpus_only: bool = False,
+        is_terminated: Callable[[], bool] = lambda: False,
     ) -> None:
-        run = job.config.run
-        self._job = job
-        self._plan = plan
+        self._run = run
+        self._host = host
+        self._tally = tally
         self._progress = progress
-        self._factory = factory
+        self._is_terminated = is_terminated
         self._queue = ShardQueue(shards, max_attempts=run.max_attempts, backoff_s=RETRY_BACKOFF_S)
-        self._tally = RunTally(job, progress)
-        self._slots: list[_WorkerSlot] = []
-        self._calls: dict[Any, _Call] = {}
-        self._losses: list[_Loss] = []
-        self._losses_while_loading = 0
-        self._measures_of_lost_workers = Measures()
+        self._workforce = Workforce(run, host, progress, len(shards), cpus_only=cpus_only)
+        self._in_flight = 0
+        self._failures_in_a_row = 0
+        self._drain: _Drain | None = None
+        self._started_s = host.now_s()
+        self._next_assignment_s = 0.0
         self._next_heartbeat_s = 0.0
-        self._started_s = time.monotonic()
-        self._first_ready_s: float | None = None
-        self._next_warning_s = self._started_s + NO_WORKER_WARNING_S
+        self._next_check_s = 0.0
+        self._next_state_s = 0.0
 
-    def run(self) -> JobResult:
-        for shape in self._plan.shapes:
-            self._start_worker(shape)
-        state, stopped = self._state(), ""
-        while not stopped and self._has_work():
-            self._assign_shards()
-            self._request_heartbeats()
-            self._collect()
-            self._replace_stalled_workers()
-            self._resolve_losses()
-            self._warn_if_no_worker_is_ready()
-            state = self._state()
-            self._progress.update(state)
-            stopped = reason_to_stop(self._job.config.run, state)
-        return self._tally.result(state, stopped)
+    def run(self) -> RunEnd:
+        """Annotate the shards; the workers are stopped at the end, whatever it is.
 
-    def stop_workers(self) -> None:
-        for slot in self._slots:
-            ray.kill(slot.actor)
+        Raises:
+            UserError: workers cannot load with this configuration, or the machines for them do not join.
+            OutputError: the output cannot be written, several times in a row.
+            ScratchError: several times in a row, machines could not hold what a shard needs.
+            WorkersLost: no worker can be kept.
+        """
+        try:
+            while len(self._queue) or self._in_flight:
+                self._move(self._workforce.reconcile(len(self._queue) + self._in_flight))
+                if self._drain is None:
+                    self._begin_drain_if_needed()
+                if self._drain is None:
+                    self._assign()
+                elif self._is_drained():
+                    break
+                self._request_heartbeats()
+                for event in self._host.events(WAIT_S):
+                    self._handle(event)
+                self._check()
+                self._show_state()
+        finally:
+            self._workforce.end_all()
+        state = self._state()
+        self._progress.update(state)
+        drain = self._drain
+        stopped = drain.reason if drain else reason_to_stop(self._run, state)
+        return RunEnd(state, stopped, terminated=drain is not None and drain.terminated)
 
-    def _has_work(self) -> bool:
-        return bool(len(self._queue) or self._losses or any(slot.in_flight for slot in self._slots))
-
-    def _start_worker(self, shape: WorkerShape) -> None:
-        job = self._job
-        worker: Any = ray.remote(_RayWorker).options(
-            num_cpus=shape.cpus,
-            num_gpus=shape.gpus,
-            scheduling_strategy=cluster.placed_on(shape.node_id),
-            max_restarts=0,
-            max_task_retries=0,
-            # besides the shards in flight, one thread answers heartbeats and one waits for room
-            max_concurrency=MAX_SHARDS_IN_FLIGHT + 2,
-        )
-        actor = worker.remote(
-            job.config, job.metadata, cpus=shape.cpus, device=shape.device, factory=self._factory
-        )
-        slot = _WorkerSlot(actor, shape)
-        self._slots.append(slot)
-        self._calls[actor.load.remote()] = _Call("load", slot)
-
-    def _assign_shards(self) -> None:
-        # every worker gets its first shard before any gets its second
-        free = [slot for slot in self._slots if slot.has_room and len(slot.in_flight) < MAX_SHARDS_IN_FLIGHT]
-        for slot in sorted(free, key=lambda slot: len(slot.in_flight)):
-            self._assign_next(slot)
-
-    def _assign_next(self, slot: _WorkerSlot) -> None:
-        idle_workers = sum(not other.in_flight for other in self._slots)
-        if slot.in_flight and len(self._queue) <= idle_workers:
-            return
-        shard = self._queue.take(slot.in_flight, time.monotonic())
-        if shard is not None:
-            slot.progressed_s = slot.progressed_s if slot.in_flight else time.monotonic()
-            slot.in_flight.append(shard)
-            self._calls[slot.actor.annotate.remote(shard)] = _Call("annotate", slot, shard)
-            slot.has_room = False
-            self._calls[slot.actor.wait_for_room.remote()] = _Call("room", slot)
-
-    def _request_heartbeats(self) -> None:
-        if time.monotonic() < self._next_heartbeat_s:
-            return
-        self._next_heartbeat_s = time.monotonic() + HEARTBEAT_INTERVAL_S
-        pending = {id(call.slot) for call in self._calls.values() if call.kind == "heartbeat"}
-        for slot in self._slots:
-            if slot.in_flight and id(slot) not in pending:
-                self._calls[slot.actor.heartbeat.remote()] = _Call("heartbeat", slot)
-
-    def _collect(self) -> None:
-        if not self._calls:
-            time.sleep(WAIT_S)
-            return
-        calls = list(self._calls)
-        ray.wait(calls, num_returns=1, timeout=WAIT_S)
-        # handle all that have returned: the rest of the loop costs the same for one as for many
-        returned, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-        for reference in returned:
-            call = self._calls.pop(reference, None)
-            if call is None:
-                continue  # its worker was lost a moment ago
-            try:
-                self._handle(call, ray.get(reference))
-            except RayTaskError:
-                raise
-            except RayError as error:
-                # not only RayActorError: Ray's memory monitor kills a worker with an OutOfMemoryError
-                self._replace_worker(call.slot, cluster.loss_cause(error))
-
-    def _handle(self, call: _Call, answer: Any) -> None:
-        slot = call.slot
-        if isinstance(answer, LoadOutcome):
-            self._worker_loaded(slot, answer)
-        elif isinstance(answer, ShardOutcome) and call.shard is not None:
-            slot.measures = answer.measures
-            if answer.status == "device":
-                self._replace_worker(slot, answer.message)
-                return
-            slot.in_flight.remove(call.shard)
-            slot.progress = {
-                shard_id: progress
-                for shard_id, progress in slot.progress.items()
-                if shard_id != call.shard.shard_id
-            }
-            slot.progressed_s = time.monotonic()
-            self._attempt_ended(call.shard, answer)
-        elif call.kind == "room":
-            slot.has_room = True
-        elif isinstance(answer, Heartbeat):
-            if answer.progress != slot.progress:
-                slot.progressed_s = time.monotonic()
-            in_flight = {shard.shard_id for shard in slot.in_flight}
-            slot.progress = {key: answer.progress[key] for key in answer.progress if key in in_flight}
-            slot.measures = answer.measures
-
-    def _worker_loaded(self, slot: _WorkerSlot, outcome: LoadOutcome) -> None:
-        if outcome.is_user_error:
-            raise UserError(outcome.message)
-        if outcome.message:
-            self._replace_worker(slot, outcome.message)
-            return
-        self._losses_while_loading = 0
-        self._first_ready_s = self._first_ready_s or time.monotonic()
-        self._next_warning_s = time.monotonic() + NO_WORKER_WARNING_S
-        node_id = ray.get(slot.actor.node_id.remote(), timeout=NO_WORKER_WARNING_S)
-        slot.machine = cluster.find_machine(ray.nodes(), node_id)
-        slot.ready = slot.has_room = True
-
-    def _attempt_ended(self, shard: ShardSource, outcome: ShardOutcome) -> None:
-        if outcome.status == "output":
-            raise OutputError(outcome.message)
-        if outcome.report is not None:
-            self._tally.add_published(shard, outcome.report.counts, outcome.report.damage)
-            return
-        given_up = self._queue.attempt_failed(shard, outcome.message, time.monotonic())
-        if given_up is not None:
-            self._tally.add_given_up(given_up)
-        else:
-            self._progress.say(
-                f"{shard.canonical_url}: attempt failed: {outcome.message}; will be tried again"
-            )
-
-    def _replace_worker(self, slot: _WorkerSlot, cause: str) -> None:
-        if slot not in self._slots:
-            return
-        ray.kill(slot.actor)
-        self._slots.remove(slot)
-        self._measures_of_lost_workers += slot.measures
-        self._calls = {reference: call for reference, call in self._calls.items() if call.slot is not slot}
-        if not slot.ready:
-            self._count_loss_while_loading(cause)
-        elif slot.in_flight:
-            # a machine that goes down takes its worker first
-            check_s = UNREACHABLE_MACHINE_CHECK_S if slot.machine.port is None else MACHINE_CHECK_S
-            self._losses.append(_Loss(slot, cause, time.monotonic() + check_s))
-        else:
-            self._progress.say(f"Worker lost ({cause}); restarting. No shards in flight.")
-        self._start_worker(slot.shape)
-
-    def _count_loss_while_loading(self, cause: str) -> None:
-        self._losses_while_loading += 1
-        if self._losses_while_loading >= max(MAX_LOSSES_WHILE_LOADING, 2 * len(self._plan.shapes)):
-            raise WorkersLost(
-                f"{self._losses_while_loading} workers in a row were lost while loading the model; "
-                f"the last one: {cause}"
-            )
-        self._progress.say(f"Worker lost while loading the model ({cause}); restarting.")
-
-    def _replace_stalled_workers(self) -> None:
-        timeout_s = self._job.config.run.stall_timeout_s
-        for slot in tuple(self._slots):
-            if timeout_s and slot.in_flight and time.monotonic() - slot.progressed_s > timeout_s:
-                cause = f"finished no sample for {timeout_s:g} s, the limit of run.stall_timeout_s"
-                self._replace_worker(slot, cause)
-
-    def _resolve_losses(self) -> None:
-        nodes = ray.nodes() if self._losses else []
-        for loss in tuple(self._losses):
-            machine_lost = cluster.machine_is_lost(nodes, loss.slot.machine)
-            if machine_lost or time.monotonic() >= loss.decide_by_s:
-                self._losses.remove(loss)
-                self._requeue(loss, machine_lost)
-
-    def _requeue(self, loss: _Loss, machine_lost: bool) -> None:
-        shards = [shard for shard in loss.slot.in_flight if not self._tally.add_if_published(shard)]
-        names = ", ".join(shard.canonical_url for shard in shards) or "none unpublished"
-        if machine_lost:
-            machine = loss.slot.machine
-            self._progress.say(
-                f"Machine {machine.host or machine.node_id} lost; other workers redo its shards. "
-                f"Shards in flight: {names}"
-            )
-            given_up = self._queue.machine_lost(shards, "machine lost again and again")
-        else:
-            self._progress.say(f"Worker lost ({loss.cause}); restarting. Shards in flight: {names}")
-            given_up = self._queue.worker_lost(shards, f"worker lost ({loss.cause})")
-        for shard in given_up:
-            self._tally.add_given_up(shard)
-
-    def _warn_if_no_worker_is_ready(self) -> None:
-        now_s = time.monotonic()
-        if now_s < self._next_warning_s or any(slot.ready for slot in self._slots):
-            return
-        self._next_warning_s = now_s + NO_WORKER_WARNING_S
-        plan = self._plan
-        self._progress.say(
-            f"No worker is ready yet; still waiting. Each worker needs {plan.cpus_text} free CPU core(s) and "
-            f"{plan.shapes[0].gpus:g} free GPU(s) on one machine, and time to load "
-            f"{self._job.config.model.name}"
-        )
+    def _show_state(self) -> None:
+        now_s = self._host.now_s()
+        if now_s >= self._next_state_s:
+            self._next_state_s = now_s + max(WAIT_S, len(self._workforce.workers) / MOST_HEARTBEATS_PER_S)
+            self._progress.update(self._state())
 
     def _state(self) -> RunState:
-        """Return the shards counted so far, with what the workers last reported."""
+        workforce, now_s = self._workforce, self._host.now_s()
+        first_ready_s = now_s if workforce.first_ready_s is None else workforce.first_ready_s
         return replace(
             self._tally.state,
-            live_counts=total_counts(
-                progress.counts for slot in self._slots for progress in slot.progress.values()
-            ),
-            measures=sum((slot.measures for slot in self._slots), start=self._measures_of_lost_workers),
-            workers_ready=sum(slot.ready for slot in self._slots),
-            elapsed_s=time.monotonic() - self._started_s,
-            loading_s=(self._first_ready_s or time.monotonic()) - self._started_s,
+            live_counts=workforce.live_counts,
+            measures=workforce.measures,
+            workers_ready=len(workforce.ready),
+            workers_wanted=workforce.wanted,
+            workers_lost=workforce.lost,
+            left_alone=tuple(map(str, workforce.places.left_alone)),
+            elapsed_s=now_s - self._started_s,
+            loading_s=first_ready_s - self._started_s,
         )
+
+    # assigning
+
+    def _assign(self) -> None:
+        now_s, most = self._host.now_s(), self._run.shards_in_flight
+        if now_s < self._next_assignment_s:
+            return
+        self._next_assignment_s = now_s + len(self._workforce.workers) / MOST_ASSIGNMENTS_BY_WORKERS_PER_S
+        workers = [worker for worker in self._workforce.ready if not worker.takes_no_more]
+        free = [worker for worker in workers if worker.has_room and len(worker.in_flight) < most]
+        if not (free and len(self._queue)):
+            return
+        places = frozenset(worker.place for worker in workers)
+        # where every place is in doubt, none is better than another
+        sound = frozenset(place for place in places if self._is_sound(place, now_s)) or places
+        balance = Balance(self._workforce.loads(now_s), self._queue.bytes_left)
+        reserved = self._reserved_for_suspects(workers, places, sound)
+        # every worker gets its first shard before any gets its second
+        for worker in sorted(free, key=_shards_in_flight):
+            if worker.place in sound or self._may_try(worker.place, now_s):
+                has_enough = bool(worker.in_flight) and (worker.place not in sound or worker in reserved)
+                if not has_enough:
+                    self._assign_next(worker, places, sound, balance)
+
+    def _is_sound(self, place: Place, now_s: float) -> bool:
+        places = self._workforce.places
+        return not (places.is_on_probation(place) or places.rests(place, now_s))
+
+    def _may_try(self, place: Place, now_s: float) -> bool:
+        places = self._workforce.places
+        return not (places.is_in_question(place) or places.rests(place, now_s))
+
+    def _reserved_for_suspects(
+        self, workers: Iterable[Worker], places: frozenset[Place], sound: frozenset[Place]
+    ) -> set[Worker]:
+        """Return the workers that get nothing further, so that suspects can run on them alone."""
+        if not self._queue.suspects:
+            return set()
+        reserved: set[Worker] = set()
+        # the ones at sound places first, and those that are idle soonest
+        candidates = sorted(workers, key=lambda one: (one.place not in sound, len(one.in_flight)))
+        for shard in self._queue.suspects:
+            for worker in candidates:
+                if worker not in reserved and self._queue.may_run_at(
+                    shard, worker.place, places - {worker.place}
+                ):
+                    reserved.add(worker)
+                    break
+        return reserved
+
+    def _assign_next(
+        self, worker: Worker, places: frozenset[Place], sound: frozenset[Place], balance: Balance
+    ) -> None:
+        now_s, most_bytes = self._host.now_s(), None
+        if worker.in_flight:
+            most_bytes = balance.most_further_bytes(worker.load(now_s))
+            if most_bytes <= 0:
+                return
+        shard = self._queue.take(
+            worker.place,
+            [one.shard for one in worker.in_flight.values()],
+            now_s,
+            others=places - {worker.place},
+            sound=sound,
+            most_bytes=most_bytes,
+        )
+        if shard is not None:
+            size_bytes = self._queue.size_of(shard)
+            worker.in_flight[shard.shard_id] = ShardInFlight(shard, size_bytes, now_s, now_s)
+            self._in_flight += 1
+            self._host.annotate(worker.number, shard)
+            worker.has_room = False
+            self._host.wait_for_room(worker.number)
+
+    # what happens
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._workforce.started(event)
+            case Loaded():
+                self._workforce.loaded(event)
+            case HasRoom():
+                if worker := self._workforce.workers.get(event.worker):
+                    worker.has_room = True
+            case Heard():
+                self._heard(event)
+            case Ended():
+                self._attempt_ended(event)
+            case Abandoned():
+                self._abandoned(event)
+            case Lost():
+                self._lost(event)
+
+    def _heard(self, event: Heard) -> None:
+        worker = self._workforce.workers.get(event.worker)
+        if worker is None:
+            return
+        worker.asked_s, worker.measures = None, event.heartbeat.measures
+        for shard_id, progress in event.heartbeat.progress.items():
+            if in_flight := worker.in_flight.get(shard_id):
+                in_flight.reported(progress, self._host.now_s())
+
+    def _attempt_ended(self, event: Ended) -> None:
+        worker, shard, outcome = self._workforce.workers.get(event.worker), event.shard, event.outcome
+        if worker is None:
+            return
+        worker.measures = outcome.measures
+        if outcome.status == "device":
+            self._workforce.end(worker)
+            self._workforce.lost += 1
+            self._take_back(worker, outcome.message, is_device_fault=True)
+            return
+        in_flight = self._no_longer_in_flight(worker, shard)
+        if in_flight is None:
+            return
+        match outcome.status:
+            case "done":
+                self._done(worker, in_flight, outcome.report)
+            case "retry":
+                self._workforce.places.attempt_failed(worker.place, self._host.now_s())
+                self._failed_attempt(worker, shard, outcome.message)
+            case "machine":
+                self._count_failure(ScratchError(f"{worker.place}: {outcome.message}"))
+                self._workforce.places.worker_lost(worker.place, [shard.shard_id])
+                self._failed_attempt(worker, shard, f"{outcome.message} (on {worker.place})")
+            case "output":
+                self._count_failure(OutputError(outcome.message))
+                self._progress.say(f"{shard.canonical_url}: {outcome.message}; will be tried again")
+                self._put_back_later(worker, shard)
+            case "abandoned":
+                self._queue.put_back(shard)
+
+    def _no_longer_in_flight(self, worker: Worker, shard: ShardSource) -> ShardInFlight | None:
+        in_flight = worker.in_flight.pop(shard.shard_id, None)
+        if in_flight is not None:
+            self._in_flight -= 1
+        return in_flight
+
+    def _done(self, worker: Worker, in_flight: ShardInFlight, report: ShardReport | None) -> None:
+        if report is None:
+            raise TypeError("a shard that is done comes with a report")
+        self._failures_in_a_row = 0
+        worker.shards_done += 1
+        worker.bytes_done += in_flight.size_bytes
+        self._tally.add_published(in_flight.shard, report.counts, report.damage)
+        for decision in self._workforce.places.shard_done(worker.place, in_flight.shard.shard_id):
+            self._queue.forget_attempts_at(decision.place)
+            self._workforce.leave_alone(decision)
+
+    def _failed_attempt(self, worker: Worker, shard: ShardSource, message: str) -> None:
+        given_up = self._queue.attempt_failed(
+            worker.place, shard, message, self._host.now_s(), self._others(worker)
+        )
+        if given_up is None:
+            self._progress.say(f"{shard.canonical_url}: attempt failed: {message}; will be tried again")
+        else:
+            self._give_up(given_up)
+
+    def _give_up(self, given_up: GivenUp) -> None:
+        self._workforce.places.shard_given_up(given_up.shard.shard_id)
+        self._tally.add_given_up(given_up)
+
+    def _others(self, worker: Worker) -> frozenset[Place]:
+        return frozenset(other.place for other in self._workforce.ready) - {worker.place}
+
+    def _count_failure(self, error: OutputError | ScratchError) -> None:
+        """Count a failure that is no shard's; raise the error if nothing succeeded in between for long."""
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= max(LEAST_FAILURES_IN_A_ROW, 2 * len(self._workforce.ready)):
+            raise error
+
+    def _put_back_later(self, worker: Worker, shard: ShardSource) -> None:
+        wait_s = min(LONGEST_BACKOFF_S, RETRY_BACKOFF_S * 2 ** min(self._failures_in_a_row - 1, 16))
+        self._queue.put_back(shard, self._host.now_s() + wait_s, avoided=worker.place)
+
+    def _lost(self, event: Lost) -> None:
+        worker = self._workforce.remove_lost(event.worker)
+        if worker is None:
+            return
+        if worker.state == "ready":
+            self._take_back(worker, event.cause, machine_lost=event.machine_lost)
+        elif worker.state == "loading" and not event.machine_lost:
+            self._workforce.load_failed(worker, f"worker lost: {event.cause}")
+
+    def _take_back(
+        self, worker: Worker, cause: str, *, machine_lost: bool = False, is_device_fault: bool = False
+    ) -> None:
+        """Requeue the shards of a worker that is no longer there, but for those that it had published."""
+        in_flight = [one.shard for one in worker.in_flight.values()]
+        self._in_flight -= len(in_flight)
+        worker.in_flight.clear()
+        shards = [shard for shard in in_flight if not self._tally.add_if_published(shard)]
+        names = ", ".join(shard.canonical_url for shard in shards) or "none"
+        if machine_lost:
+            self._progress.say(
+                f"Machine {worker.place.host or worker.machine_id} lost; other workers redo its shards. "
+                f"Shards in flight: {names}"
+            )
+            given_up = self._queue.machine_lost(
+                worker.place, shards, "machine lost again and again", self._others(worker)
+            )
+        else:
+            self._progress.say(f"Worker on {worker.place} lost ({cause}). Shards in flight: {names}")
+            ids = [shard.shard_id for shard in shards]
+            self._workforce.places.worker_lost(worker.place, ids, is_device_fault=is_device_fault)
+            given_up = self._queue.worker_lost(
+                worker.place, shards, f"worker lost ({cause})", self._others(worker)
+            )
+        for one in given_up:
+            self._give_up(one)
+
+    # shards that do not progress, and machines that are drained
+
+    def _request_heartbeats(self) -> None:
+        now_s = self._host.now_s()
+        if now_s < self._next_heartbeat_s:
+            return
+        busy = [worker for worker in self._workforce.ready if worker.in_flight]
+        self._next_heartbeat_s = now_s + max(HEARTBEAT_INTERVAL_S, len(busy) / MOST_HEARTBEATS_PER_S)
+        for worker in busy:
+            if worker.asked_s is None:
+                worker.asked_s = now_s
+                self._host.heartbeat(worker.number)
+
+    def _check(self) -> None:
+        now_s = self._host.now_s()
+        if now_s < self._next_check_s:
+            return
+        self._next_check_s = now_s + CHECK_INTERVAL_S
+        timeout_s = self._run.stall_timeout_s
+        for worker in self._workforce.ready:
+            for one in tuple(worker.in_flight.values()):
+                if one.abandoned_s is not None:
+                    if now_s - one.abandoned_s > ABANDON_ANSWER_S:
+                        self._replace_silent(worker, one)
+                        break
+                elif timeout_s and now_s - one.progressed_s > timeout_s:
+                    self._abandon(worker, one)
+        if not len(self._queue):
+            self._workforce.end_superfluous(self._in_flight)
+
+    def _abandon(self, worker: Worker, in_flight: ShardInFlight) -> None:
+        in_flight.abandoned_s = self._host.now_s()
+        self._host.abandon(worker.number, in_flight.shard)
+
+    def _replace_silent(self, worker: Worker, in_flight: ShardInFlight) -> None:
+        self._workforce.end(worker)
+        self._workforce.lost += 1
+        cause = "does not answer" if in_flight.is_moved else self._stall_text()
+        self._take_back(worker, cause)
+
+    def _stall_text(self) -> str:
+        return f"finished no sample for {self._run.stall_timeout_s:g} s, the limit of run.stall_timeout_s"
+
+    def _abandoned(self, event: Abandoned) -> None:
+        worker = self._workforce.workers.get(event.worker)
+        in_flight = worker.in_flight.get(event.shard.shard_id) if worker else None
+        if worker is None or in_flight is None:
+            return
+        if not event.will_not_publish:
+            # it is being published
+            in_flight.abandoned_s, in_flight.progressed_s = None, self._host.now_s()
+            return
+        self._no_longer_in_flight(worker, event.shard)
+        if in_flight.is_moved:
+            self._queue.put_back(event.shard)
+            return
+        # a thread of the worker may hang for ever
+        worker.takes_no_more = True
+        self._workforce.places.attempt_failed(worker.place, self._host.now_s())
+        self._failed_attempt(worker, event.shard, self._stall_text())
+
+    def _move(self, workers: Iterable[Worker]) -> None:
+        """Let other workers redo the shards that are not nearly done on machines that are drained."""
+        now_s = self._host.now_s()
+        for worker in workers:
+            speed = worker.bytes_per_s(now_s)
+            for one in worker.in_flight.values():
+                expected_s = one.expected_s(now_s, speed)
+                if expected_s is not None and expected_s > self._run.drain_s and one.abandoned_s is None:
+                    one.is_moved = True
+                    self._abandon(worker, one)
+
+    # the end
+
+    def _begin_drain_if_needed(self) -> None:
+        reason, terminated = reason_to_stop(self._run, self._tally.state), self._is_terminated()
+        if terminated:
+            reason = "terminated"
+        if not reason:
+            return
+        self._drain = _Drain(reason, self._host.now_s() + self._run.drain_s, terminated)
+        self._next_heartbeat_s = 0.0
+        self._progress.say(
+            f"Ending ({reason}): no shard is begun any more; shards that are nearly done are finished "
+            f"within {self._run.drain_s:g} s (run.drain_s)"
+        )
+
+    def _is_drained(self) -> bool:
+        """Return whether nothing in flight is expected to be finished in the time that is left."""
+        now_s = self._host.now_s()
+        left_s = self._drain.until_s - now_s if self._drain else 0.0
+        if left_s <= 0:
+            return True
+        for worker in self._workforce.ready:
+            speed = worker.bytes_per_s(now_s)
+            for one in worker.in_flight.values():
+                expected_s = one.expected_s(now_s, speed)
+                if expected_s is None or expected_s <= left_s:
+                    return False
+        return True
+
+
+def _shards_in_flight(worker: Worker) -> int:
+    return len(worker.in_flight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.run.plan import MachineResources, WorkerShape
@@ -22,7 +22,7 @@ class Place:
     """
 
     machine_id: str = ""
-    host: str = ""
+    host: str = field(default="", compare=False)
     device: str = ""
 
     def __str__(self) -> str:

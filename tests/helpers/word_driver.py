@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.cli import main as cli
-from pipeline.run import dispatcher
+from pipeline.run import runner
 from tests.helpers.faults import Fault, struck_by
 
 
@@ -19,7 +19,7 @@ def main():
         marks_folder=spec["marks_folder"],
         seconds_per_sample=spec["seconds_per_sample"],
     )
-    dispatcher.run_job = partial(dispatcher.run_job, factory=factory)
+    runner.run_job = partial(runner.run_job, factory=factory)
     sys.argv = ["legrad", "annotate", config]
     cli.main()
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from pipeline.console import PrintableConsole
-from pipeline.run.dispatcher import run_job
+from pipeline.run.runner import run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import open_progress
 from tests.helpers.accounts import audit

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.run.dispatcher import run_job
+from pipeline.run.runner import run_job
 from pipeline.run.job import prepare_job
 from tests.helpers.corpus import demo_job
 from tests.helpers.light_annotator import light

@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.run.dispatcher import run_job
+from pipeline.run.runner import run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import SharedProgress
 from pipeline.run.prometheus import COUNTERS, GAUGES

@@ -17,7 +17,8 @@ from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.console import PrintableConsole
 from pipeline.errors import OutputError, UserError
 from pipeline.output.status import read_status
-from pipeline.run.dispatcher import WorkersLost, run_job
+from pipeline.run.runner import run_job
+from pipeline.run.workforce import WorkersLost
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import open_progress
 from tests.helpers.accounts import audit
@@ -224,7 +225,7 @@ def worker_pids(process):
         except OSError:
             continue
     return [
-        pid for pid, name in names.items() if "_RayWorker" in name and descends(pid, process.pid, parents)
+        pid for pid, name in names.items() if "LegradWorker" in name and descends(pid, process.pid, parents)
     ]
 
 

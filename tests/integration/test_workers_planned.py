@@ -5,7 +5,7 @@ import ray
 
 from pipeline.config.schema import RunConfig
 from pipeline.run import cluster
-from pipeline.run.dispatcher import run_job
+from pipeline.run.runner import run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.plan import WorkerPlan, WorkerShape, plan_workers
 from pipeline.run.precision import precision_of_workers
@@ -41,7 +41,7 @@ def test_workers_that_differ_start_on_their_machine(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pipeline.run.dispatcher.plan_workers", plan)
     # in a process that joins several clusters, Ray counts a metric of one name several times
-    monkeypatch.setattr("pipeline.run.dispatcher.RunMetrics", lambda *_: SharedProgress([]))
+    monkeypatch.setattr("pipeline.run.runner.RunMetrics", lambda *_: SharedProgress([]))
     said = []
 
     class Listener:

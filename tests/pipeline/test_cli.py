@@ -8,7 +8,7 @@ import yaml
 from pipeline.cli.demo import demo_config
 from pipeline.output.counts import ShardCounts
 from pipeline.output.runs import RunState
-from pipeline.run.dispatcher import JobResult
+from pipeline.run.outcome import JobResult
 from pipeline.run.job import prepare_job
 from tests.helpers.corpus import demo_job, write_corpus
 
@@ -61,7 +61,7 @@ def test_a_limited_run_annotates_that_many_shards_and_gives_an_estimate(
         counts = ShardCounts(annotated=max_shards, rows=3)
         return JobResult(RunState(shards_total=2, shards_skipped=0, shards_done=1, counts=counts))
 
-    monkeypatch.setattr("pipeline.run.dispatcher.run_job", done)
+    monkeypatch.setattr("pipeline.run.runner.run_job", done)
     code, out, _ = legrad("annotate", config_file, "--limit", "1")
     assert code == 3
     assert "0001.tar; run the command again without --limit to resume" in out
@@ -98,7 +98,7 @@ def test_annotate_ends_with_0_where_all_is_done_and_3_where_something_is_left(
 ):
     state = RunState(shards_total=2, shards_skipped=0, shards_done=2 if complete else 1)
     result = JobResult(state, () if complete else (("file:///x.tar", "it kills its worker"),))
-    monkeypatch.setattr("pipeline.run.dispatcher.run_job", lambda job, progress, max_shards: result)
+    monkeypatch.setattr("pipeline.run.runner.run_job", lambda job, progress, max_shards: result)
     ended, out, _ = legrad("annotate", config_file)
     assert ended == code
     assert ("file:///x.tar: it kills its worker" in out) is not complete
@@ -114,7 +114,7 @@ def test_annotate_ends_by_naming_the_workers_and_the_places_left_alone(legrad, c
         workers_lost=14,
         left_alone=tuple(f"10.0.0.{number}: 3 workers lost" for number in range(12)),
     )
-    monkeypatch.setattr("pipeline.run.dispatcher.run_job", lambda job, progress, max_shards: JobResult(state))
+    monkeypatch.setattr("pipeline.run.runner.run_job", lambda job, progress, max_shards: JobResult(state))
     _, out, _ = legrad("annotate", config_file)
     assert "workers: 6 of 8, 14 lost\n" in out
     assert "place left alone: 10.0.0.9: 3 workers lost\n... and 2 more; see legrad status" in out
@@ -124,7 +124,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_resume(legrad, config_file, monke
     def interrupted(job, progress, max_shards):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.run.dispatcher.run_job", interrupted)
+    monkeypatch.setattr("pipeline.run.runner.run_job", interrupted)
     code, out, err = legrad("annotate", config_file)
     assert code == 130
     assert "interrupted; run the same command again to resume" in out
@@ -135,7 +135,7 @@ def test_a_bug_of_ours_ends_with_2_and_a_traceback(legrad, config_file, monkeypa
     def broken(job, progress, max_shards):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pipeline.run.dispatcher.run_job", broken)
+    monkeypatch.setattr("pipeline.run.runner.run_job", broken)
     code, _, err = legrad("annotate", config_file)
     assert code == 2
     assert "ZeroDivisionError" in err

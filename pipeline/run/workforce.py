@@ -1,0 +1,460 @@
+"""Keep the workers of a run what they should be: start, load and replace them as machines join and leave."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.annotate.annotator import ShardProgress
+from pipeline.config.schema import RunConfig
+from pipeline.errors import PipelineError, UserError
+from pipeline.output.counts import ShardCounts, total_counts
+from pipeline.output.measures import Measures
+from pipeline.run.assignment import Load
+from pipeline.run.hosting import Loaded, Place, Started, WorkerHost
+from pipeline.run.places import LeftAlone, Places
+from pipeline.run.plan import (
+    MachineResources,
+    WorkerPlan,
+    WorkerShape,
+    asks_wanted,
+    no_devices_message,
+    plan_workers,
+)
+from pipeline.run.progress import Progress
+from pipeline.storage import ShardSource
+
+MACHINES_INTERVAL_S = 2.0
+NO_WORKER_WARNING_S = 60.0
+LOAD_FAILURES_BEFORE_ANY_SUCCESS = 3
+SHARDS_OF_A_KNOWN_SPEED = 3
+MOST_TIMES_FORGIVEN = 2
+
+
+class WorkersLost(PipelineError):
+    """No worker can be kept: they are lost or fail again and again before they have loaded their model."""
+
+
+@dataclass(eq=False)
+class ShardInFlight:
+    """A shard that a worker annotates.
+
+    Attributes:
+        shard: the shard.
+        size_bytes: its size, or the usual size if that is unknown.
+        started_s: when it was assigned.
+        progressed_s: when it last progressed.
+        progress: as last reported.
+        abandoned_s: when the worker was asked not to publish it; None: it was not.
+        is_moved: whether that was because its machine is drained, not because it does not progress.
+    """
+
+    shard: ShardSource
+    size_bytes: float
+    started_s: float
+    progressed_s: float
+    progress: ShardProgress = field(default_factory=lambda: ShardProgress(ShardCounts()))
+    abandoned_s: float | None = None
+    is_moved: bool = False
+
+    def reported(self, progress: ShardProgress, now_s: float) -> None:
+        """Take over what the worker reports."""
+        if progress.counts != self.progress.counts:
+            self.progressed_s = now_s
+        self.progress = progress
+
+    def expected_s(self, now_s: float, bytes_per_s: float | None) -> float | None:
+        """Return the seconds until it is finished, if it goes on as so far; None if that cannot be known."""
+        done, elapsed_s = self.progress.done_share, now_s - self.started_s
+        if done > 0:
+            return elapsed_s * (1 - done) / done
+        if bytes_per_s and self.shard.size_bytes:
+            return max(0.0, self.size_bytes / bytes_per_s - elapsed_s)
+        return None
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker of this run, from the request for its process to its end.
+
+    Attributes:
+        number: by which the host knows it.
+        shape: its resources.
+        is_ask: whether it was requested only to show the cluster what is wanted.
+        state: requested; held: it occupies a device that is not to be used; loading; ready.
+        place: where it runs, once it has started.
+        ready_s: when it had loaded its model.
+        has_room: whether it would begin another shard at once.
+        takes_no_more: whether it gets no further shard and ends after those in flight.
+        in_flight: shards assigned and not finished, by id.
+        bytes_done, shards_done: of the shards that it has finished.
+        measures: as last reported.
+        asked_s: when it was asked for its progress and has not answered; None: it is not asked.
+    """
+
+    number: int
+    shape: WorkerShape
+    is_ask: bool = False
+    state: Literal["requested", "held", "loading", "ready"] = "requested"
+    place: Place = field(default_factory=Place)
+    ready_s: float = 0.0
+    has_room: bool = False
+    takes_no_more: bool = False
+    in_flight: dict[str, ShardInFlight] = field(default_factory=dict)
+    bytes_done: float = 0.0
+    shards_done: int = 0
+    measures: Measures = field(default_factory=Measures)
+    asked_s: float | None = None
+
+    @property
+    def machine_id(self) -> str:
+        """The machine on which it runs, or is meant to run; empty: any."""
+        return self.place.machine_id or self.shape.node_id
+
+    def bytes_per_s(self, now_s: float) -> float | None:
+        """Return its speed since it is ready; None before it has finished a few shards."""
+        if self.shards_done < SHARDS_OF_A_KNOWN_SPEED or now_s <= self.ready_s:
+            return None
+        return self.bytes_done / (now_s - self.ready_s)
+
+    def load(self, now_s: float) -> Load:
+        """Return what it still has to do."""
+        left = sum(one.size_bytes * (1 - one.progress.done_share) for one in self.in_flight.values())
+        return Load(left, self.bytes_per_s(now_s))
+
+
+class Workforce:
+    """The workers of a run and the places where they run.
+
+    Args:
+        run: section `run` of the configuration.
+        host: runs the workers.
+        progress: receives messages.
+        shards: number of shards of the run, the largest useful number of workers.
+        cpus_only: whether workers compute on CPUs.
+
+    Attributes:
+        workers: by number.
+        places: what happened where.
+        lost: workers lost so far.
+        measures_of_former: measures of the workers that have ended.
+    """
+
+    def __init__(
+        self, run: RunConfig, host: WorkerHost, progress: Progress, shards: int, *, cpus_only: bool
+    ) -> None:
+        self.workers: dict[int, Worker] = {}
+        self.places = Places()
+        self.lost = 0
+        self.measures_of_former = Measures()
+        self.first_ready_s: float | None = None
+        self._run = run
+        self._host = host
+        self._progress = progress
+        self._shards = shards
+        self._cpus_only = cpus_only
+        self._numbers = 0
+        self._plan = WorkerPlan({}, 0, WorkerShape(1))
+        self._notes: set[str] = set()
+        self._machines: Sequence[MachineResources] = ()
+        self._next_look_s = 0.0
+        self._useless_asks: frozenset[str] | None = None
+        self._load_failures = 0
+        self._times_forgiven = 0
+        self._without_machine_since_s: float | None = None
+        self._next_warning_s = host.now_s() + NO_WORKER_WARNING_S
+
+    @property
+    def ready(self) -> list[Worker]:
+        """The workers that have loaded their model."""
+        return [worker for worker in self.workers.values() if worker.state == "ready"]
+
+    @property
+    def wanted(self) -> int:
+        """Workers that the run is after."""
+        return self._plan.wanted
+
+    @property
+    def measures(self) -> Measures:
+        """Of all workers of the run."""
+        return sum((worker.measures for worker in self.workers.values()), start=self.measures_of_former)
+
+    @property
+    def live_counts(self) -> ShardCounts:
+        """Outcomes so far in the shards in flight."""
+        return total_counts(
+            one.progress.counts for worker in self.workers.values() for one in worker.in_flight.values()
+        )
+
+    def loads(self, now_s: float) -> Iterator[Load]:
+        """Yield the load of each worker that computes or soon will."""
+        for worker in self.workers.values():
+            if worker.state in ("ready", "loading") and not worker.takes_no_more:
+                yield worker.load(now_s)
+
+    def reconcile(self, shards_unfinished: int, *, at_once: bool = False) -> list[Worker]:
+        """Look at the machines, and start and stop workers so that they are what they should be.
+
+        Args:
+            shards_unfinished: shards that are neither published nor given up; more workers have no use.
+            at_once: look now, not only once some time has passed since the last time.
+
+        Returns:
+            Workers that got machines that are drained: the caller moves their shards.
+
+        Raises:
+            UserError: no machine with what a worker needs joined for `run.wait_for_devices_s`.
+            WorkersLost: every machine is left alone.
+        """
+        now_s = self._host.now_s()
+        if now_s < self._next_look_s and not at_once:
+            return []
+        self._next_look_s = now_s + MACHINES_INTERVAL_S
+        self._machines = self._host.machines()
+        usable = self._usable(self._machines)
+        plan = plan_workers(self._run, usable, self._shards, cpus_only=self._cpus_only)
+        self._plan = plan
+        for note in plan.notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                self._progress.say(note)
+        drained = self._let_go_of(frozenset(one.node_id for one in self._machines if one.drains))
+        self._end_idle()
+        self._stop_those_without_machine()
+        self._start_missing(shards_unfinished, now_s)
+        self._request_asks(shards_unfinished)
+        self._load_held(now_s)
+        self._require_a_machine(now_s)
+        self._warn_if_none_is_ready(now_s)
+        return drained
+
+    def _usable(self, machines: Sequence[MachineResources]) -> list[MachineResources]:
+        usable = [one for one in machines if not self.places.is_left_alone(Place(one.node_id))]
+        if machines and not usable and not self.ready:
+            if self._times_forgiven >= MOST_TIMES_FORGIVEN:
+                reasons = "; ".join(map(str, self.places.left_alone))
+                raise WorkersLost(f"every machine of the cluster is left alone: {reasons}")
+            self._times_forgiven += 1
+            self._progress.say("Every machine of the cluster is left alone; each gets another chance.")
+            self.places.forgive_all()
+            return list(machines)
+        return usable
+
+    def _let_go_of(self, draining: frozenset[str]) -> list[Worker]:
+        """Give the workers on machines that are drained no further shard; return those that were working."""
+        working = []
+        for worker in tuple(self.workers.values()):
+            if worker.machine_id not in draining or worker.takes_no_more:
+                continue
+            worker.takes_no_more = True
+            if worker.in_flight:
+                working.append(worker)
+            host = worker.place.host or worker.machine_id
+            names = ", ".join(one.shard.canonical_url for one in worker.in_flight.values()) or "none"
+            self._progress.say(f"Machine {host} is being drained; its worker ends. Shards in flight: {names}")
+        return working
+
+    def _end_idle(self) -> None:
+        for worker in tuple(self.workers.values()):
+            holds_nothing_bad = worker.state == "held" and self.places.is_left_alone(Place(worker.machine_id))
+            if (worker.takes_no_more and not worker.in_flight) or holds_nothing_bad:
+                self.end(worker)
+
+    def end(self, worker: Worker) -> None:
+        """Stop a worker, and let its resources go."""
+        if self.workers.pop(worker.number, None) is not None:
+            self._host.stop(worker.number)
+            self.measures_of_former += worker.measures
+
+    def end_all(self) -> None:
+        """Stop every worker."""
+        for worker in tuple(self.workers.values()):
+            self.end(worker)
+
+    def end_superfluous(self, most_idle: int) -> None:
+        """Stop idle workers, but for some that may still be needed, so that the cluster can use their devices."""
+        idle = [worker for worker in self.ready if not worker.in_flight]
+        for worker in idle[max(0, most_idle) :]:
+            self.end(worker)
+
+    def _stop_those_without_machine(self) -> None:
+        """Stop what was requested on machines that are gone, drained or left alone."""
+        for worker in tuple(self.workers.values()):
+            there = worker.shape.node_id in self._plan.shapes_by_machine
+            if worker.state == "requested" and not worker.is_ask and not there:
+                self.end(worker)
+
+    def _counted(self) -> Counter[str]:
+        """Return the workers on each machine, or meant for it; one that holds a bad device does not count."""
+        return Counter(
+            worker.machine_id
+            for worker in self.workers.values()
+            if not (worker.is_ask or worker.takes_no_more)
+            and not (worker.state == "held" and self.places.is_left_alone(worker.place))
+        )
+
+    def _start_missing(self, shards_unfinished: int, now_s: float) -> None:
+        counted = self._counted()
+        room = min(self._plan.wanted, shards_unfinished) - counted.total()
+        for machine_id, shapes in self._plan.shapes_by_machine.items():
+            for shape in shapes[counted[machine_id] :]:
+                if room > 0 and (shape.gpus or self._may_start_at(Place(machine_id), now_s)):
+                    self._start(shape)
+                    room -= 1
+
+    def _may_start_at(self, place: Place, now_s: float) -> bool:
+        if self.places.rests(place, now_s):
+            return False
+        return not (self.places.is_in_question(place) and self._others_work(place))
+
+    def _others_work(self, place: Place) -> bool:
+        return any(
+            worker.place != place and not self.places.is_in_question(worker.place) for worker in self.ready
+        )
+
+    def _start(self, shape: WorkerShape, *, is_ask: bool = False) -> None:
+        self._numbers += 1
+        self.workers[self._numbers] = Worker(self._numbers, shape, is_ask)
+        self._host.start(self._numbers, shape)
+
+    def _request_asks(self, shards_unfinished: int) -> None:
+        """Keep as many requests pending as workers are wanted that no machine has room for."""
+        asks = [worker for worker in self.workers.values() if worker.is_ask]
+        alive = frozenset(one.node_id for one in self._machines)
+        if self._useless_asks == alive:
+            wanted = 0
+        else:
+            self._useless_asks = None
+            free = shards_unfinished - self._counted().total()
+            wanted = max(0, min(free, asks_wanted(self._run, self._plan, self._shards)))
+        for ask in asks[wanted:]:
+            self.end(ask)
+        for _ in range(wanted - len(asks)):
+            self._start(self._plan.ask, is_ask=True)
+
+    def _load_held(self, now_s: float) -> None:
+        for worker in self.workers.values():
+            if worker.state == "held" and self._may_load_at(worker.place, now_s):
+                self._load(worker)
+
+    def _may_load_at(self, place: Place, now_s: float) -> bool:
+        return not self.places.is_left_alone(place) and self._may_start_at(place, now_s)
+
+    def _load(self, worker: Worker) -> None:
+        worker.state = "loading"
+        self._host.load(worker.number)
+
+    def _require_a_machine(self, now_s: float) -> None:
+        if self._plan.shapes or self.ready:
+            self._without_machine_since_s = None
+            return
+        if self._without_machine_since_s is None:
+            self._without_machine_since_s = now_s
+            self._progress.say(
+                f"Waiting for machines, at most {self._run.wait_for_devices_s:g} s (run.wait_for_devices_s): "
+                f"{no_devices_message(self._run, self._machines)}"
+            )
+        elif now_s - self._without_machine_since_s >= self._run.wait_for_devices_s:
+            waited = f"waited {self._run.wait_for_devices_s:g} s, the limit of run.wait_for_devices_s"
+            raise UserError(f"{no_devices_message(self._run, self._machines)}; {waited}")
+
+    def _warn_if_none_is_ready(self, now_s: float) -> None:
+        if now_s < self._next_warning_s or self.ready or not self._plan.shapes:
+            return
+        self._next_warning_s = now_s + NO_WORKER_WARNING_S
+        shape = self._plan.shapes[0]
+        self._progress.say(
+            f"No worker is ready yet; still waiting. A worker needs {shape.cpus} free CPU core(s) and "
+            f"{shape.gpus:g} free GPU(s) on one machine, and time to load its model"
+        )
+
+    def started(self, event: Started) -> None:
+        """Load the model of a worker whose process runs, unless its place is not to be used."""
+        worker = self.workers.get(event.worker)
+        if worker is None:
+            return
+        worker.place = event.place
+        if worker.is_ask and not self._becomes_worker(worker):
+            self._useless_asks = frozenset(one.node_id for one in self._machines)
+            self.end(worker)
+            # the machine may have room for a worker with more of its cores
+            self._next_look_s = 0.0
+            return
+        worker.is_ask = False
+        if self._may_load_at(worker.place, self._host.now_s()):
+            self._load(worker)
+        else:
+            # it holds the device, so that a worker that is started next gets another one
+            worker.state = "held"
+
+    def _becomes_worker(self, ask: Worker) -> bool:
+        machine_id = ask.place.machine_id
+        shapes = self._plan.shapes_by_machine.get(machine_id, ())
+        missing = len(shapes) - self._counted()[machine_id]
+        return missing > 0 and any(shape.cpus == ask.shape.cpus for shape in shapes)
+
+    def loaded(self, event: Loaded) -> None:
+        """Make a worker ready, or end it and try again, perhaps elsewhere.
+
+        Raises:
+            UserError, WorkersLost: no worker has ever loaded the model, and enough have tried.
+        """
+        worker = self.workers.get(event.worker)
+        if worker is None:
+            return
+        if event.outcome.message:
+            self.end(worker)
+            self.load_failed(worker, event.outcome.message, is_user_error=event.outcome.is_user_error)
+            return
+        now_s = self._host.now_s()
+        self.places.loaded(worker.place)
+        self._load_failures = 0
+        self.first_ready_s = now_s if self.first_ready_s is None else self.first_ready_s
+        self._next_warning_s = now_s + NO_WORKER_WARNING_S
+        worker.state, worker.ready_s, worker.has_room = "ready", now_s, True
+
+    def load_failed(self, worker: Worker, cause: str, *, is_user_error: bool = False) -> None:
+        """Count a worker that was lost or failed before it had loaded its model.
+
+        Raises:
+            UserError, WorkersLost: no worker has ever loaded the model, and enough have tried.
+        """
+        self._load_failures += 1
+        left_alone = self.places.load_failed(worker.place, cause, self._host.now_s())
+        if self.places.has_loaded or not self._all_have_failed():
+            where = f" on {worker.place}" if worker.place.machine_id else ""
+            self._progress.say(f"A worker{where} did not load the model ({cause}); trying again.")
+            if left_alone is not None:
+                self.leave_alone(left_alone)
+            return
+        if is_user_error:
+            raise UserError(cause)
+        raise WorkersLost(
+            f"{self._load_failures} workers in a row did not load the model; the last one: {cause}"
+        )
+
+    def _all_have_failed(self) -> bool:
+        loading = [worker for worker in self.workers.values() if worker.state == "loading"]
+        return self._load_failures >= LOAD_FAILURES_BEFORE_ANY_SUCCESS and not any(
+            self.places.load_failures(worker.place) == 0 for worker in loading
+        )
+
+    def leave_alone(self, decision: LeftAlone) -> None:
+        """Give a place no further shard and no worker in the rest of the run."""
+        self._progress.say(f"Left alone for the rest of this run: {decision}")
+        for worker in tuple(self.workers.values()):
+            if worker.state == "ready" and self.places.is_left_alone(worker.place):
+                worker.takes_no_more = True
+        self._end_idle()
+        self._next_look_s = 0.0
+
+    def remove_lost(self, number: int) -> Worker | None:
+        """Forget a worker that was lost; return it, if it was still known."""
+        worker = self.workers.pop(number, None)
+        if worker is not None:
+            self.lost += 1
+            self.measures_of_former += worker.measures
+            self._next_look_s = 0.0
+        return worker
