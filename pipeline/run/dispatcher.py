@@ -96,6 +96,7 @@ class Dispatcher:
         tally: counts the outcomes of shards.
         progress: receives the state of the run and messages.
         cpus_only: whether workers compute on CPUs.
+        can_grow: whether machines may join the cluster.
         is_terminated: returns whether the run was asked to end.
     """
 
@@ -108,6 +109,7 @@ class Dispatcher:
         progress: Progress,
         *,
         cpus_only: bool = False,
+        can_grow: bool = True,
         is_terminated: Callable[[], bool] = lambda: False,
     ) -> None:
         self._run = run
@@ -116,7 +118,9 @@ class Dispatcher:
         self._progress = progress
         self._is_terminated = is_terminated
         self._queue = ShardQueue(shards, max_attempts=run.max_attempts, backoff_s=RETRY_BACKOFF_S)
-        self._workforce = Workforce(run, host, progress, len(shards), cpus_only=cpus_only)
+        self._workforce = Workforce(
+            run, host, progress, len(shards), cpus_only=cpus_only, can_grow=can_grow
+        )
         self._in_flight = 0
         self._failures_in_a_row = 0
         self._drain: _Drain | None = None

@@ -31,8 +31,21 @@ CONTROL_THREADS = 4
 SPARE_THREADS = 4
 
 
-class LegradWorker(Worker):
+class LegradWorker:
     """A worker as a Ray actor: it also reports its place, and answers while all its other threads are busy."""
+
+    def __init__(
+        self, config: JobConfig, metadata: Mapping[str, Any], shape: WorkerShape, factory: AnnotatorFactory
+    ) -> None:
+        self._worker = Worker(config, metadata, cpus=shape.cpus, device=shape.device, factory=factory)
+
+    def load(self) -> LoadOutcome:
+        """Load the model."""
+        return self._worker.load()
+
+    def annotate(self, shard: ShardSource) -> ShardOutcome:
+        """Annotate one shard."""
+        return self._worker.annotate(shard)
 
     @ray.method(concurrency_group=CONTROL)
     def where(self) -> tuple[str, str]:
@@ -44,17 +57,17 @@ class LegradWorker(Worker):
     @ray.method(concurrency_group=CONTROL)
     def heartbeat(self) -> Heartbeat:
         """Return the progress of the shards in flight."""
-        return super().heartbeat()
+        return self._worker.heartbeat()
 
     @ray.method(concurrency_group=CONTROL)
     def abandon(self, shard: ShardSource) -> bool:
         """Return whether the shard will certainly not be published."""
-        return super().abandon(shard)
+        return self._worker.abandon(shard)
 
     @ray.method(concurrency_group=CONTROL)
     def wait_for_room(self) -> None:
         """Return once the worker would begin another shard at once."""
-        super().wait_for_room()
+        self._worker.wait_for_room()
 
 
 @dataclass(eq=False)
@@ -102,9 +115,12 @@ class RayHost:
         self._metadata = metadata
         self._run_id = run_id
         self._factory = factory
+        as_actors: Any = ray.remote
+        self._actor_class = as_actors(concurrency_groups={CONTROL: CONTROL_THREADS})(LegradWorker)
         self._actors: dict[int, _Actor] = {}
         self._answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
         self._deaths: list[_Death] = []
+        self._refused: list[Ended] = []
         self._next_check_s = 0.0
 
     def now_s(self) -> float:
@@ -118,8 +134,7 @@ class RayHost:
     def start(self, worker: int, shape: WorkerShape) -> None:
         """Request an actor; pending requests are demand that Ray's autoscaler sees."""
         threads = self._config.run.shards_in_flight + SPARE_THREADS
-        kind: Any = ray.remote(concurrency_groups={CONTROL: CONTROL_THREADS})(LegradWorker)
-        handle = kind.options(
+        handle = self._actor_class.options(
             name=f"legrad {self._run_id} worker {worker}",
             num_cpus=shape.cpus,
             num_gpus=shape.gpus,
@@ -127,36 +142,39 @@ class RayHost:
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=threads,
-        ).remote(self._config, self._metadata, cpus=shape.cpus, device=shape.device, factory=self._factory)
+        ).remote(self._config, self._metadata, shape, self._factory)
         actor = _Actor(worker, handle)
         self._actors[worker] = actor
         self._call(actor, "where", handle.where.remote())
 
     def load(self, worker: int) -> None:
         """Ask a worker to load its model."""
-        actor = self._actors[worker]
-        self._call(actor, "load", actor.handle.load.remote())
+        if actor := self._actors.get(worker):
+            self._call(actor, "load", actor.handle.load.remote())
 
     def annotate(self, worker: int, shard: ShardSource) -> None:
         """Ask a worker to annotate a shard; the dashboard shows the shard as the name of the task."""
-        actor = self._actors[worker]
-        name = f"annotate {PurePosixPath(shard.canonical_url).name}"
-        self._call(actor, "annotate", actor.handle.annotate.options(name=name).remote(shard), shard)
+        if actor := self._actors.get(worker):
+            name = f"annotate {PurePosixPath(shard.canonical_url).name}"
+            self._call(actor, "annotate", actor.handle.annotate.options(name=name).remote(shard), shard)
+        else:
+            # lost, and only the host knows: the shard was never there
+            self._refused.append(Ended(worker, shard, ShardOutcome("abandoned")))
 
     def wait_for_room(self, worker: int) -> None:
         """Ask when a worker would begin another shard."""
-        actor = self._actors[worker]
-        self._call(actor, "room", actor.handle.wait_for_room.remote())
+        if actor := self._actors.get(worker):
+            self._call(actor, "room", actor.handle.wait_for_room.remote())
 
     def heartbeat(self, worker: int) -> None:
         """Ask a worker for its progress."""
-        actor = self._actors[worker]
-        self._call(actor, "heartbeat", actor.handle.heartbeat.remote())
+        if actor := self._actors.get(worker):
+            self._call(actor, "heartbeat", actor.handle.heartbeat.remote())
 
     def abandon(self, worker: int, shard: ShardSource) -> None:
         """Ask a worker not to publish a shard."""
-        actor = self._actors[worker]
-        self._call(actor, "abandon", actor.handle.abandon.remote(shard), shard)
+        if actor := self._actors.get(worker):
+            self._call(actor, "abandon", actor.handle.abandon.remote(shard), shard)
 
     def stop(self, worker: int) -> None:
         """Kill an actor, or withdraw the request for it."""
@@ -166,15 +184,16 @@ class RayHost:
 
     def events(self, timeout_s: float) -> Sequence[Event]:
         """Return what happened since the last call; wait for something, at most so long."""
+        refused, self._refused = self._refused, []
         answers = []
         try:
-            answers.append(self._answers.get(timeout=timeout_s))
+            answers.append(self._answers.get(timeout=0 if refused else timeout_s))
             while True:
                 answers.append(self._answers.get_nowait())
         except queue.Empty:
             pass
         events = [event for answer in answers if (event := self._event(answer)) is not None]
-        return [*events, *self._decided_deaths()]
+        return [*refused, *events, *self._decided_deaths()]
 
     def _call(self, actor: _Actor, kind: str, reference: Any, shard: ShardSource | None = None) -> None:
         future: Future[Any] = reference.future()

@@ -76,9 +76,17 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
         shown = SharedProgress([progress, metrics])
         tally = RunTally(job, shown)
         host = RayHost(job.config, job.metadata, job.folder.run_id, factory)
-        ended = Dispatcher(
-            run, shards, host, tally, shown, cpus_only=cpus_only, is_terminated=is_terminated
-        ).run()
+        dispatcher = Dispatcher(
+            run,
+            shards,
+            host,
+            tally,
+            shown,
+            cpus_only=cpus_only,
+            can_grow=not session.is_own,
+            is_terminated=is_terminated,
+        )
+        ended = dispatcher.run()
     if ended.terminated:
         raise SystemExit(SIGTERM_EXIT_CODE)
     return concluded(job, tally.result(ended.state, ended.stopped))

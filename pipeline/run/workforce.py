@@ -134,6 +134,7 @@ class Workforce:
         progress: receives messages.
         shards: number of shards of the run, the largest useful number of workers.
         cpus_only: whether workers compute on CPUs.
+        can_grow: whether machines may join.
 
     Attributes:
         workers: by number.
@@ -143,7 +144,14 @@ class Workforce:
     """
 
     def __init__(
-        self, run: RunConfig, host: WorkerHost, progress: Progress, shards: int, *, cpus_only: bool
+        self,
+        run: RunConfig,
+        host: WorkerHost,
+        progress: Progress,
+        shards: int,
+        *,
+        cpus_only: bool,
+        can_grow: bool,
     ) -> None:
         self.workers: dict[int, Worker] = {}
         self.places = Places()
@@ -155,6 +163,7 @@ class Workforce:
         self._progress = progress
         self._shards = shards
         self._cpus_only = cpus_only
+        self._can_grow = can_grow
         self._numbers = 0
         self._plan = WorkerPlan({}, 0, WorkerShape(1))
         self._notes: set[str] = set()
@@ -327,8 +336,7 @@ class Workforce:
             wanted = 0
         else:
             self._useless_asks = None
-            free = shards_unfinished - self._counted().total()
-            wanted = max(0, min(free, asks_wanted(self._run, self._plan, self._shards)))
+            wanted = asks_wanted(self._run, self._plan, shards_unfinished, is_own_ray=not self._can_grow)
         for ask in asks[wanted:]:
             self.end(ask)
         for _ in range(wanted - len(asks)):
@@ -350,15 +358,18 @@ class Workforce:
         if self._plan.shapes or self.ready:
             self._without_machine_since_s = None
             return
+        message = no_devices_message(self._run, self._machines, cpus_only=self._cpus_only)
+        if not self._can_grow:
+            raise UserError(message)
         if self._without_machine_since_s is None:
             self._without_machine_since_s = now_s
             self._progress.say(
                 f"Waiting for machines, at most {self._run.wait_for_devices_s:g} s (run.wait_for_devices_s): "
-                f"{no_devices_message(self._run, self._machines)}"
+                f"{message}"
             )
         elif now_s - self._without_machine_since_s >= self._run.wait_for_devices_s:
             waited = f"waited {self._run.wait_for_devices_s:g} s, the limit of run.wait_for_devices_s"
-            raise UserError(f"{no_devices_message(self._run, self._machines)}; {waited}")
+            raise UserError(f"{message}; {waited}")
 
     def _warn_if_none_is_ready(self, now_s: float) -> None:
         if now_s < self._next_warning_s or self.ready or not self._plan.shapes:
