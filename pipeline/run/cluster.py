@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.config.schema import RunConfig
 from pipeline.errors import UserError
 from pipeline.process import exit_on_sigterm
 from pipeline.run.plan import MachineResources
@@ -34,9 +35,23 @@ NAMED_ADDRESSES = ("local", "auto")
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Session:
+    """This process's connection to Ray.
+
+    Attributes:
+        is_own: whether this process started Ray, on this machine alone: no machine joins it.
+    """
+
+    is_own: bool
+
+
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session() -> Iterator[Session]:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine; shut down after the block.
+
+    Yields:
+        What this process is connected to.
 
     Raises:
         UserError: RAY_ADDRESS is malformed, nothing answers there, or Ray does not start.
@@ -58,7 +73,7 @@ def ray_session() -> Iterator[None]:
     try:
         # a handler installed before ray.init() would never be called
         with exit_on_sigterm():
-            yield
+            yield Session(is_own=address == "local")
     finally:
         ray.shutdown()
 
@@ -132,14 +147,37 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def machines_alive() -> list[MachineResources]:
-    """Return what each machine that is alive has for workers."""
+    """Return the resources of each machine that is alive."""
+    draining = _draining_machines()
     return [
         MachineResources(
-            int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)), node["NodeID"]
+            int(node["Resources"].get("CPU", 0)),
+            int(node["Resources"].get("GPU", 0)),
+            node["NodeID"],
+            drains=node["NodeID"] in draining,
         )
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def _draining_machines() -> Container[str]:
+    # Ray 2.60 tells it nowhere else; without it, a machine that drains is used until it is gone
+    try:
+        return frozenset(ray._private.state.state.get_draining_nodes())
+    except (AttributeError, RayError):
+        return frozenset()
+
+
+def cpus_only(session: Session, machines: Iterable[MachineResources], run: RunConfig) -> bool:
+    """Return whether workers compute on CPUs, which a run on a cluster does only where the user asks for it.
+
+    Args:
+        session: the connection to Ray.
+        machines: the machines that are alive.
+        run: the configuration's run section.
+    """
+    return not run.gpus_per_worker or (session.is_own and not any(machine.gpus for machine in machines))
 
 
 def run_on_each_kind_of_gpu(function: Callable[[], str]) -> list[str]:
@@ -166,11 +204,11 @@ def run_on_each_kind_of_gpu(function: Callable[[], str]) -> list[str]:
 
 
 def placed_on(node_id: str) -> str | NodeAffinitySchedulingStrategy:
-    """Return Ray's scheduling strategy for a worker that is meant for a machine; without one, for any.
+    """Return Ray's scheduling strategy for a worker that must start on a machine; on any if the id is empty.
 
-    If the machine is lost, Ray may place the worker on another one.
+    Ray never places the worker on another machine: its CPU cores are planned for this one.
     """
-    return NodeAffinitySchedulingStrategy(node_id, soft=True) if node_id else "DEFAULT"
+    return NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else "DEFAULT"
 
 
 @dataclass(frozen=True)

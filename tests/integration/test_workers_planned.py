@@ -34,10 +34,11 @@ def test_each_kind_of_gpu_is_asked_for_its_precision():
 def test_workers_that_differ_start_on_their_machine(tmp_path, monkeypatch):
     planned = []
 
-    def plan(run, machines, shards):
+    def plan(run, machines, shards, **asked):
         (machine,) = machines
-        planned.append(plan_workers(run, machines, shards))
-        return WorkerPlan((WorkerShape(1, node_id=machine.node_id),), ("a note",))
+        planned.append(plan_workers(run, machines, shards, **asked))
+        shape = WorkerShape(1, node_id=machine.node_id)
+        return WorkerPlan({machine.node_id: (shape,)}, 1, shape, ("a note",))
 
     monkeypatch.setattr("pipeline.run.dispatcher.plan_workers", plan)
     # in a process that joins several clusters, Ray counts a metric of one name several times

@@ -14,8 +14,8 @@ from pipeline.run.plan import WorkerPlan, WorkerShape
 from tests.helpers.corpus import demo_job, write_corpus
 from tests.pipeline.test_job import commit
 
-ON_CPU = WorkerPlan((WorkerShape(2),))
-ON_GPU = WorkerPlan((WorkerShape(2, 1.0),))
+ON_CPU = WorkerPlan({}, 1, WorkerShape(2))
+ON_GPU = WorkerPlan({}, 1, WorkerShape(2, 1.0))
 
 
 @pytest.fixture
