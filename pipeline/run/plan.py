@@ -68,7 +68,7 @@ class WorkerPlan:
         shapes_by_machine: the workers of each machine that gets any, by the machine's id.
         wanted: `run.workers`, or the number of workers that the machines hold; at most one per shard.
         ask: a worker that no machine has room for, requested so that the cluster grows.
-        notes: a line for each reason why there is no worker, or why GPUs get no worker or too few CPU cores.
+        notes: a line for each reason why GPUs get no worker, or workers fewer CPU cores than they could use.
     """
 
     shapes_by_machine: Mapping[str, tuple[WorkerShape, ...]]
@@ -152,7 +152,6 @@ def plan_workers(
         if share.workers
     }
     notes = (
-        *_no_room_notes(run, shares, gpus),
         *_idle_gpu_notes(run, shares, shards),
         *_idle_cpu_notes(run, shares, gpus),
         *_few_cpus_notes([shape for machine_shapes in shapes.values() for shape in machine_shapes]),
@@ -259,11 +258,6 @@ def _ask(run: RunConfig, shapes: Mapping[str, tuple[WorkerShape, ...]], gpus: fl
     # a GPU machine's cores are unknown before it is there; a CPU worker is taken to be like those planned
     planned = [] if gpus else [machine_shapes[0].cpus for machine_shapes in shapes.values()]
     return WorkerShape(run.cpus_per_worker or min(planned, default=1), gpus)
-
-
-def _no_room_notes(run: RunConfig, shares: Sequence[_Share], gpus: float) -> Iterator[str]:
-    if not any(share.capacity for share in shares):
-        yield no_devices_message(run, [share.machine for share in shares], cpus_only=not gpus)
 
 
 def _idle_gpu_notes(run: RunConfig, shares: Sequence[_Share], shards: int) -> Iterator[str]:

@@ -40,7 +40,7 @@ def test_workers_that_differ_start_on_their_machine(tmp_path, monkeypatch):
         shape = WorkerShape(1, node_id=machine.node_id)
         return WorkerPlan({machine.node_id: (shape,)}, 1, shape, ("a note",))
 
-    monkeypatch.setattr("pipeline.run.dispatcher.plan_workers", plan)
+    monkeypatch.setattr("pipeline.run.workforce.plan_workers", plan)
     # in a process that joins several clusters, Ray counts a metric of one name several times
     monkeypatch.setattr("pipeline.run.runner.RunMetrics", lambda *_: SharedProgress([]))
     said = []
