@@ -26,7 +26,7 @@ def test_each_kind_of_gpu_is_asked_for_its_precision():
     with cluster.ray_session():
         (machine,) = cluster.machines_alive()
         assert (machine.cpus, machine.gpus) == (2, 1)
-        assert cluster.run_on_each_kind_of_gpu(lambda: "answer") == ["answer"]
+        assert cluster.run_on_each_kind_of_gpu(lambda: "answer", RunConfig()) == ["answer"]
     # the claimed GPU cannot be seen by torch
     assert precision_of_workers(RunConfig()) == "fp32"
 
