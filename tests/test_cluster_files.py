@@ -81,8 +81,8 @@ def test_the_workers_fill_the_machine_and_fit_in_it(ray_job):
     assert limits == worker["resources"]["requests"]
     gpus, cpus = int(limits["nvidia.com/gpu"]), int(limits["cpu"])
     head_start = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
-    machines = [MachineResources(int(head_start["num-cpus"]))]
-    machines += group["replicas"] * [MachineResources(cpus, gpus)]
+    machines = [MachineResources(int(head_start["num-cpus"]), node_id="head")]
+    machines += [MachineResources(cpus, gpus, f"worker {number}") for number in range(group["replicas"])]
     run = configured(ray_job).run
     plan = plan_workers(run, machines, shards=10_000)
     assert ([shape.gpus for shape in plan.shapes], plan.device) == (8 * [1], "cuda")

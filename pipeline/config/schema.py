@@ -236,17 +236,28 @@ class RunConfig(Section):
     """How the work is distributed; changes nothing in the results."""
 
     workers: Count | None = Field(
-        None, description="Number of workers (Ray actors); null: as many as the cluster's devices allow."
+        None,
+        description="Number of workers (Ray actors); null: as many as the cluster's devices allow. Machines "
+        "that join during a run get workers, up to this number.",
     )
     gpus_per_worker: float = Field(
         1,
         ge=0,
         description="1: each worker has a GPU. A fraction, such as 0.5: workers share a GPU, each with a "
-        "model of its own. 0: workers compute on CPUs.",
+        "model of its own. 0: workers compute on CPUs. Without RAY_ADDRESS, a machine that has no GPU "
+        "computes on its CPU in any case.",
     )
     cpus_per_worker: Count | None = Field(
         None,
-        description="CPU cores of a worker; null: the workers on a machine share its cores, at most 32 each.",
+        description="CPU cores of a worker; null: an equal share of its machine's cores for each worker that "
+        "the machine can hold (at most `run.workers`), at most 32.",
+    )
+    wait_for_devices_s: float = Field(
+        600.0,
+        gt=0,
+        le=LONGEST_WAIT_S,
+        description="Seconds for which a run on a cluster waits for a first machine that can hold a worker; "
+        "the run then ends with an error. A cluster with Ray's autoscaler may add machines meanwhile.",
     )
     batch_size: Count | Literal["auto"] = Field(
         "auto",

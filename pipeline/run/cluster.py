@@ -6,7 +6,8 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,14 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.config.schema import RunConfig
 from pipeline.errors import UserError
 from pipeline.process import exit_on_sigterm
-from pipeline.run.plan import MachineResources
+from pipeline.run.plan import MachineResources, no_devices_message, plan_workers
 
 ADDRESS_TIMEOUT_S = 10.0
 MACHINE_TIMEOUT_S = 1.0
+MACHINES_INTERVAL_S = 1.0
 GPU_WARNING_S = 60.0
 # Ray's smallest share of a resource is 0.0001
 SMALLEST_SHARE = 0.001
@@ -34,9 +37,23 @@ NAMED_ADDRESSES = ("local", "auto")
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Session:
+    """This process's connection to Ray.
+
+    Attributes:
+        is_own: whether this process started Ray, on this machine alone: no machine joins it.
+    """
+
+    is_own: bool
+
+
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session() -> Iterator[Session]:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine; shut down after the block.
+
+    Yields:
+        What this process is connected to.
 
     Raises:
         UserError: RAY_ADDRESS is malformed, nothing answers there, or Ray does not start.
@@ -58,7 +75,7 @@ def ray_session() -> Iterator[None]:
     try:
         # a handler installed before ray.init() would never be called
         with exit_on_sigterm():
-            yield
+            yield Session(is_own=address == "local")
     finally:
         ray.shutdown()
 
@@ -132,45 +149,129 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def machines_alive() -> list[MachineResources]:
-    """Return what each machine that is alive has for workers."""
+    """Return the resources of each machine that is alive."""
+    draining = _draining_machines()
     return [
         MachineResources(
-            int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)), node["NodeID"]
+            int(node["Resources"].get("CPU", 0)),
+            int(node["Resources"].get("GPU", 0)),
+            node["NodeID"],
+            drains=node["NodeID"] in draining,
         )
         for node in ray.nodes()
         if node["Alive"]
     ]
 
 
-def run_on_each_kind_of_gpu(function: Callable[[], str]) -> list[str]:
-    """Run a function on a machine with each kind of GPU, beside whatever runs there; return what they return.
+def _draining_machines() -> Container[str]:
+    # a private call, for Ray 2.60 has no other; without it, a machine that drains is used until it is gone
+    try:
+        return frozenset(ray._private.state.state.get_draining_nodes())
+    except (AttributeError, RayError):
+        return frozenset()
+
+
+def cpus_only(session: Session, machines: Iterable[MachineResources], run: RunConfig) -> bool:
+    """Return whether workers compute on CPUs, which a run on a cluster does only where the user asks for it.
+
+    Args:
+        session: the connection to Ray.
+        machines: the machines that are alive.
+        run: the configuration's run section.
+    """
+    return not run.gpus_per_worker or (session.is_own and not any(machine.gpus for machine in machines))
+
+
+def run_on_each_kind_of_gpu(function: Callable[[], str], run: RunConfig) -> list[str]:
+    """Run a function on a machine with each kind of GPU, beside whatever runs there; return the answers.
+
+    Waits for a first machine with a GPU, as long as `run.wait_for_devices_s` allows, and without limit for a
+    share of a GPU where other jobs use all of them.
+
+    Args:
+        function: runs in a process that sees one GPU.
+        run: the configuration's run section.
 
     Returns:
-        The answers; empty if no machine has a GPU.
+        One answer for each kind of GPU; at least one.
+
+    Raises:
+        UserError: no machine with a GPU joined.
     """
-    with_gpus = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    kinds = {
-        frozenset(name for name in resources if name.startswith(GPU_KIND_PREFIX)) for resources in with_gpus
-    }
     # more than nothing, so that Ray shows the process a GPU
     task = ray.remote(num_cpus=0, num_gpus=SMALLEST_SHARE)(function)
-    calls = [task.options(resources=dict.fromkeys(kind, SMALLEST_SHARE)).remote() for kind in kinds]
-    pending = calls
+    answers: list[str] = []
+    while not answers:
+        _wait_for_a_gpu(run)
+        calls = {
+            task.options(resources=dict.fromkeys(kind, SMALLEST_SHARE)).remote(): kind
+            for kind in _kinds_of_gpus()
+        }
+        answers = _answers(calls)
+    return answers
+
+
+def _kinds_of_gpus() -> set[frozenset[str]]:
+    """Return the kinds of GPUs there are, each as the names of Ray's resources for it."""
+    draining = _draining_machines()
+    return {
+        frozenset(name for name in node["Resources"] if name.startswith(GPU_KIND_PREFIX))
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU") and node["NodeID"] not in draining
+    }
+
+
+def _wait_for_a_gpu(run: RunConfig) -> None:
+    if _kinds_of_gpus():
+        return
+    logger.warning(
+        "Waiting for a GPU, at most %g s (run.wait_for_devices_s), to learn which precision it computes; "
+        "set model.precision to skip this step",
+        run.wait_for_devices_s,
+    )
+    ask = plan_workers(run, [], 1).ask
+    # Ray's autoscaler sees a pending request as demand
+    request = ray.remote(num_cpus=ask.cpus, num_gpus=ask.gpus)(_do_nothing).remote()
+    until_s = time.monotonic() + run.wait_for_devices_s
+    try:
+        while not _kinds_of_gpus():
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise UserError(
+                    f"{no_devices_message(run, machines_alive())}; waited {run.wait_for_devices_s:g} s, the "
+                    "limit of run.wait_for_devices_s"
+                )
+            time.sleep(min(left_s, MACHINES_INTERVAL_S))
+    finally:
+        ray.cancel(request)
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _answers(calls: Mapping[Any, frozenset[str]]) -> list[str]:
+    """Return the answers of calls, except where the last machine with a kind of GPU leaves meanwhile."""
+    answered, pending = [], list(calls)
     while pending:
-        _, pending = ray.wait(calls, num_returns=len(calls), timeout=GPU_WARNING_S)
+        ready, pending = ray.wait(pending, num_returns=len(pending), timeout=GPU_WARNING_S)
+        answered += ready
+        kinds = _kinds_of_gpus() if pending else set()
+        pending = [call for call in pending if calls[call] in kinds]
         if pending:
             logger.warning(
-                "waiting for a free GPU, to ask whether it computes bf16; set model.precision to skip it"
+                "waiting for a free GPU, to learn which precision it computes; set model.precision to skip "
+                "this step"
             )
-    return [str(answer) for answer in ray.get(calls)]
+    return [str(answer) for answer in ray.get(answered)]
 
 
 def placed_on(node_id: str) -> str | NodeAffinitySchedulingStrategy:
-    """Return Ray's scheduling strategy for a worker that is meant for a machine; without one, for any.
+    """Return Ray's scheduling strategy for a worker that must start on a machine; on any if the id is empty.
 
-    If the machine is lost, Ray may place the worker on another one.
+    Ray never places the worker on another machine: its CPU cores are planned for this one.
     """
-    return NodeAffinitySchedulingStrategy(node_id, soft=True) if node_id else "DEFAULT"
+    return NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else "DEFAULT"
 
 
 @dataclass(frozen=True)

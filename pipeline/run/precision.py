@@ -16,23 +16,25 @@ AUTO_ON_CPUS = "fp32"
 def precision_of_workers(run: RunConfig) -> str:
     """Return the precision that `auto` stands for: bf16 if all GPUs of the job compute it, otherwise fp32.
 
-    On a cluster, a short task asks a machine with each kind of GPU, because this process may have no GPU.
+    On a cluster, a short task runs on a machine with each kind of GPU, because this process may have no GPU.
+    If no machine has one yet, the task waits. Machines that join later are not asked: a worker whose GPU does
+    not compute the precision of the job is refused when it loads the model.
 
     Args:
         run: the configuration's run section.
 
     Raises:
-        UserError: nothing answers at RAY_ADDRESS.
+        UserError: nothing answers at RAY_ADDRESS, or no GPU joins for `run.wait_for_devices_s`.
     """
     if not run.gpus_per_worker:
         return AUTO_ON_CPUS
     if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
         return _common([precision_here()])
-    # loads Ray, which a job on this machine starts only once it has work
+    # imports Ray, which a job on this machine needs only once it has work
     from pipeline.run.cluster import ray_session, run_on_each_kind_of_gpu
 
     with ray_session():
-        return _common(run_on_each_kind_of_gpu(precision_here))
+        return _common(run_on_each_kind_of_gpu(precision_here, run))
 
 
 def precision_here() -> str:

@@ -140,7 +140,8 @@ class WordAnnotator:
     An empty caption is an error row, a dash leaves the sample empty.
     """
 
-    def __init__(self, config, metadata, faults, seconds_per_sample=0.0):
+    def __init__(self, config, metadata, faults, seconds_per_sample, log):
+        self._log = log
         self._output_dir, self._metadata = config.output.dir, metadata
         self._faults, self._seconds_per_sample = faults, seconds_per_sample
         self._in_flight = AttemptsInFlight()
@@ -149,6 +150,8 @@ class WordAnnotator:
 
     def annotate(self, shard):
         stem, started_s = stem_of(shard.shard_id), time.monotonic()
+        with self._log.open("a") as log:
+            log.write(f"{stem}\n")
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         try:
             with (
@@ -209,7 +212,30 @@ def row(key, sample_index, prompt_index, prompt):
 def _build(config, metadata, cpus, device, *, faults, marks_folder, seconds_per_sample):
     struck = Faults(faults, marks_folder)
     struck.watch_publishing()
-    return WordAnnotator(config, metadata, struck, seconds_per_sample)
+    workers = Path(marks_folder).with_name("workers")
+    workers.mkdir(exist_ok=True)
+    # the worker's parent is the daemon of its machine
+    log = workers / f"{os.getppid()}-{os.getpid()}-{cpus}-{device}"
+    return WordAnnotator(config, metadata, struck, seconds_per_sample, log)
+
+
+@dataclass(frozen=True)
+class WorkerSeen:
+    """A worker that has begun shards: process id of the daemon of its machine, resources, shards."""
+
+    machine: int
+    cpus: int
+    device: str
+    shards: tuple[str, ...]
+
+
+def workers_seen(tmp_path):
+    """Return the workers of the jobs of a test that have begun a shard."""
+    return [
+        WorkerSeen(int(machine), int(cpus), device, tuple(path.read_text().split()))
+        for path in (tmp_path / "workers").glob("*")
+        for machine, _, cpus, device in [path.name.split("-")]
+    ]
 
 
 def struck_by(*faults, marks_folder, seconds_per_sample=0.0):

@@ -27,6 +27,7 @@ from tests.helpers.waiting import PATIENCE_S, TEST_PATIENCE_S
 
 HERE = Path(__file__).parent
 MACHINE_NUMBERS = itertools.count(2)
+ON_CPUS = {"gpus_per_worker": 0, "cpus_per_worker": 1}
 TABLE_FILE = os.environ.get("LEGRAD_FAULT_TABLE")
 TABLE_HEAD = (
     "| fault | injected how | samples in | annotated | empty | in error | in shards given up | left "
@@ -76,7 +77,7 @@ def cluster():
 
 @pytest.fixture
 def machines(cluster, monkeypatch):
-    """Return a function that adds a machine with some CPU cores to the cluster; remove them after the test.
+    """Return a function that adds a machine to the cluster; remove them after the test.
 
     Jobs of this test run on the cluster. Each machine has an address of its own, so that the driver, which
     attaches to the machine at its own address, is on the head and not on a machine that a test removes.
@@ -84,10 +85,11 @@ def machines(cluster, monkeypatch):
     added = []
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
 
-    def add(num_cpus=1):
+    def add(num_cpus=1, num_gpus=0):
         address = f"127.0.0.{next(MACHINE_NUMBERS)}"
         memory = {"object_store_memory": 80 << 20}
-        added.append(cluster.add_node(num_cpus=num_cpus, node_ip_address=address, **memory))
+        resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        added.append(cluster.add_node(**resources, node_ip_address=address, **memory))
         return added[-1]
 
     yield add
@@ -109,7 +111,7 @@ def struck_job(tmp_path):
     ):
         tars = write_word_shards(tmp_path / "in", names, samples)
         (tmp_path / "marks").mkdir(exist_ok=True)
-        run_settings = {"cpus_per_worker": 1, "progress_interval_s": 0.2, **settings}
+        run_settings = {**ON_CPUS, "progress_interval_s": 0.2, **settings}
         config = demo_job(tars, tmp_path / "out", run=run_settings)
         factory = struck_by(*faults, marks_folder=tmp_path / "marks", seconds_per_sample=seconds_per_sample)
         with (
@@ -156,7 +158,7 @@ def word_command(tmp_path):
     def start(names, *faults, samples=6, seconds_per_sample=0.0, environment=(), **sections):
         tars = write_word_shards(tmp_path / "in", names, samples)
         (tmp_path / "marks").mkdir(exist_ok=True)
-        sections["run"] = {"cpus_per_worker": 1, "progress_interval_s": 0.5, **sections.get("run", {})}
+        sections["run"] = {**ON_CPUS, "progress_interval_s": 0.5, **sections.get("run", {})}
         config = demo_job(tars, tmp_path / "out", **sections)
         job, spec = tmp_path / f"{len(started)}.yaml", tmp_path / f"{len(started)}.json"
         job.write_text(yaml.safe_dump(config.model_dump(mode="json")))

@@ -26,7 +26,7 @@ def test_each_kind_of_gpu_is_asked_for_its_precision():
     with cluster.ray_session():
         (machine,) = cluster.machines_alive()
         assert (machine.cpus, machine.gpus) == (2, 1)
-        assert cluster.run_on_each_kind_of_gpu(lambda: "answer") == ["answer"]
+        assert cluster.run_on_each_kind_of_gpu(lambda: "answer", RunConfig()) == ["answer"]
     # the claimed GPU cannot be seen by torch
     assert precision_of_workers(RunConfig()) == "fp32"
 
@@ -34,12 +34,13 @@ def test_each_kind_of_gpu_is_asked_for_its_precision():
 def test_workers_that_differ_start_on_their_machine(tmp_path, monkeypatch):
     planned = []
 
-    def plan(run, machines, shards):
+    def plan(run, machines, shards, **asked):
         (machine,) = machines
-        planned.append(plan_workers(run, machines, shards))
-        return WorkerPlan((WorkerShape(1, node_id=machine.node_id),), ("a note",))
+        planned.append(plan_workers(run, machines, shards, **asked))
+        shape = WorkerShape(1, node_id=machine.node_id)
+        return WorkerPlan({machine.node_id: (shape,)}, 1, shape, ("a note",))
 
-    monkeypatch.setattr("pipeline.run.dispatcher.plan_workers", plan)
+    monkeypatch.setattr("pipeline.run.workforce.plan_workers", plan)
     # in a process that joins several clusters, Ray counts a metric of one name several times
     monkeypatch.setattr("pipeline.run.runner.RunMetrics", lambda *_: SharedProgress([]))
     said = []

@@ -5,15 +5,20 @@ import socket
 
 import pytest
 
+from pipeline.config.schema import RunConfig
 from pipeline.errors import UserError
 from pipeline.run.cluster import (
     Machine,
+    Session,
     check_address,
+    cpus_only,
     find_machine,
     loss_cause,
     machine_is_lost,
+    placed_on,
     provide_token,
 )
+from pipeline.run.plan import MachineResources
 
 
 @contextlib.contextmanager
@@ -89,6 +94,32 @@ def test_a_machine_whose_daemon_was_never_reachable_is_not_lost_for_that():
 )
 def test_the_cause_of_a_lost_worker_is_one_line_of_bounded_length(text, cause):
     assert loss_cause(ValueError(text)) == cause
+
+
+@pytest.mark.parametrize(
+    ("is_own", "gpus", "gpus_per_worker", "expected"),
+    [
+        (True, 0, 1, True),
+        (True, 2, 1, False),
+        (True, 2, 0, True),
+        # a cluster without GPUs may get some
+        (False, 0, 1, False),
+        (False, 0, 0.5, False),
+        (False, 2, 0, True),
+    ],
+)
+def test_a_run_on_a_cluster_computes_on_cpus_only_where_that_is_asked_for(
+    is_own, gpus, gpus_per_worker, expected
+):
+    run = RunConfig(gpus_per_worker=gpus_per_worker)
+    machines = [MachineResources(8, node_id="head"), MachineResources(8, gpus, "other")]
+    assert cpus_only(Session(is_own), machines, run) is expected
+
+
+def test_a_worker_that_is_meant_for_a_machine_starts_on_no_other():
+    assert placed_on("") == "DEFAULT"
+    strategy = placed_on("ab" * 28)
+    assert (strategy.node_id, strategy.soft) == ("ab" * 28, False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_TOKEN": ""}])

@@ -8,16 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import RunConfig
-from pipeline.errors import UserError
 from pipeline.output.survey import spread_evenly
-from pipeline.run.plan import CORES_PER_GPU_NEEDED, MachineResources, plan_workers
+from pipeline.run.plan import (
+    CORES_PER_GPU_NEEDED,
+    MOST_ASKS,
+    MachineResources,
+    WorkerShape,
+    asks_wanted,
+    no_devices_message,
+    plan_workers,
+)
 
 EIGHT_GPUS = (64, 8)
 
 
-def planned(machines, shards=100, **settings):
-    machines = [MachineResources(*sizes, node_id=f"node{place}") for place, sizes in enumerate(machines)]
-    return plan_workers(RunConfig(**settings), machines, shards)
+def resources(machines):
+    return [MachineResources(*sizes, node_id=f"node{place}") for place, sizes in enumerate(machines)]
+
+
+def planned(machines, shards=100, *, cpus_only=False, **settings):
+    return plan_workers(RunConfig(**settings), resources(machines), shards, cpus_only=cpus_only)
 
 
 def cpus_of(plan):
@@ -26,6 +36,9 @@ def cpus_of(plan):
 
 def notes_on_gpus(plan):
     return [note for note in plan.notes if "GPUs get no worker" in note]
+
+
+ON_CPUS = {"cpus_only": True}
 
 
 @pytest.mark.parametrize(
@@ -40,13 +53,18 @@ def notes_on_gpus(plan):
         ([EIGHT_GPUS], {"workers": 3}, 3 * [21], 1.0),
         ([EIGHT_GPUS], {"gpus_per_worker": 0, "cpus_per_worker": 4, "workers": 4}, 4 * [4], 0.0),
         ([(16, 8), (64, 1)], {}, [*(8 * [2]), 32], 1.0),
-        ([(4,)], {}, [4], 0.0),
-        ([(12,)], {}, [12], 0.0),
-        ([(32,)], {}, 4 * [8], 0.0),
-        ([(32,)], {"cpus_per_worker": 4}, 8 * [4], 0.0),
-        ([(8,)], {"workers": 99, "cpus_per_worker": 2}, 4 * [2], 0.0),
-        ([(4,), (4,)], {}, 2 * [4], 0.0),
-        ([(4,), (64,)], {}, [4, *(8 * [8])], 0.0),
+        ([(4,)], ON_CPUS, [4], 0.0),
+        ([(12,)], ON_CPUS, [12], 0.0),
+        ([(32,)], ON_CPUS, 4 * [8], 0.0),
+        ([(32,)], {**ON_CPUS, "cpus_per_worker": 4}, 8 * [4], 0.0),
+        ([(8,)], {**ON_CPUS, "workers": 99, "cpus_per_worker": 2}, 4 * [2], 0.0),
+        ([(8,)], {**ON_CPUS, "workers": 4}, 4 * [2], 0.0),
+        ([(4,), (4,)], ON_CPUS, 2 * [4], 0.0),
+        ([(4,), (64,)], ON_CPUS, [4, *(8 * [8])], 0.0),
+        # a GPU machine's cores are used too
+        ([(4,), EIGHT_GPUS], {"gpus_per_worker": 0}, [4, *(8 * [8])], 0.0),
+        # each machine could hold all three
+        ([EIGHT_GPUS, EIGHT_GPUS], {"workers": 3}, 3 * [21], 1.0),
         ([(32,)] + 4 * [(4, 1)], {}, 4 * [4], 1.0),
         ([(256, 1), (256, 1)], {}, 2 * [32], 1.0),
         # a head without cores
@@ -104,55 +122,145 @@ def test_workers_with_fewer_cores_than_a_gpu_needs_are_named():
     assert planned([(8 * CORES_PER_GPU_NEEDED, 8)]).notes == ()
     # two workers on a GPU share what it needs
     assert planned([(8 * CORES_PER_GPU_NEEDED, 8)], gpus_per_worker=0.5).notes == ()
-    assert planned([(1,)]).notes == ()
+    assert planned([(1,)], cpus_only=True).notes == ()
 
 
-def test_only_workers_that_differ_are_meant_for_one_machine():
-    assert {shape.node_id for shape in planned([EIGHT_GPUS, EIGHT_GPUS]).shapes} == {""}
-    mixed = planned([(16, 8), (64, 1)]).shapes
-    assert {(shape.node_id, shape.cpus) for shape in mixed} == {("node0", 2), ("node1", 32)}
+def test_cpu_cores_that_a_number_of_workers_leaves_idle_are_named():
+    (note,) = planned([(16,), (16,)], workers=4, cpus_only=True).notes
+    assert note.startswith("the workers get 16 of 32 CPU cores")
+    assert "run.cpus_per_worker=8" in note
+    assert planned([(16,), (16,)], workers=4, cpus_per_worker=8, cpus_only=True).notes == ()
 
 
-machine_sizes = st.lists(st.tuples(st.integers(0, 128), st.integers(0, 10)), min_size=1, max_size=6)
+def test_every_worker_is_meant_for_one_machine():
+    assert planned([(16, 8), (64, 1)]).shapes_by_machine == {
+        "node0": 8 * (WorkerShape(2, 1.0, "node0"),),
+        "node1": (WorkerShape(32, 1.0, "node1"),),
+    }
 
 
-@given(
-    machine_sizes,
-    st.integers(1, 200),
-    st.one_of(st.none(), st.integers(1, 40)),
-    st.one_of(st.none(), st.integers(1, 40)),
-    st.sampled_from([0, 0.1, 0.25, 0.3, 0.5, 1]),
+machine_sizes = st.lists(st.tuples(st.integers(0, 128), st.integers(0, 10)), max_size=6)
+shard_numbers = st.integers(1, 200)
+runs = st.fixed_dictionaries(
+    {
+        "workers": st.none() | st.integers(1, 40),
+        "cpus_per_worker": st.none() | st.integers(1, 40),
+        "gpus_per_worker": st.sampled_from([0, 0.1, 0.25, 0.3, 0.5, 1]),
+        "cpus_only": st.booleans(),
+    }
 )
-def test_every_gpu_has_a_worker_or_is_named_and_no_machine_is_overbooked(
-    machines, shards, workers, cpus, gpus
-):
-    settings = {"workers": workers, "cpus_per_worker": cpus, "gpus_per_worker": gpus}
-    try:
-        plan = planned(machines, shards, **settings)
-    except UserError:
-        usable = [size for size in machines if size[1] or not (gpus and any(gpu for _, gpu in machines))]
-        assert max(size[0] for size in usable) < (cpus or 1)
-        return
-    assert 1 <= len(plan.shapes) <= min(shards, workers or shards)
-    has_gpus = bool(gpus and any(gpu for _, gpu in machines))
-    per_gpu = int(1 / gpus + 1e-9) if has_gpus else 0
-    # as Ray does: a worker goes to its own machine, else to any with room
-    free = [[cores, gpu * per_gpu] for cores, gpu in machines]
-    for shape in plan.shapes:
-        assert cpus is None or shape.cpus == cpus
-        places = [int(shape.node_id.removeprefix("node"))] if shape.node_id else range(len(machines))
-        place = next(
-            place
-            for place in places
-            if free[place][0] >= shape.cpus and (not has_gpus or free[place][1] >= 1)
-        )
-        free[place][0] -= shape.cpus
-        free[place][1] -= has_gpus
+
+
+def overbooked(machine, shapes):
+    """Whether shapes do not fit on a machine together; Ray never divides a worker between GPUs."""
+    per_gpu = max((int(1 / shape.gpus + 1e-9) for shape in shapes if shape.gpus), default=0)
+    cpus, gpus = machine
+    return sum(shape.cpus for shape in shapes) > cpus or (per_gpu and len(shapes) > gpus * per_gpu)
+
+
+def by_machine(plan, machines):
+    return [(size, plan.shapes_by_machine.get(f"node{place}", ())) for place, size in enumerate(machines)]
+
+
+@given(machine_sizes, shard_numbers, runs)
+def test_no_machine_is_overbooked(machines, shards, run):
+    plan = planned(machines, shards, **run)
+    assert {shape.node_id for shape in plan.shapes} == set(plan.shapes_by_machine)
+    for machine, shapes in by_machine(plan, machines):
+        assert not overbooked(machine, shapes)
+    on_gpus = run["gpus_per_worker"] if not run["cpus_only"] else 0
+    assert {shape.gpus for shape in plan.shapes} <= {on_gpus}
+    assert plan.ask.gpus == on_gpus
+    if run["cpus_per_worker"]:
+        assert {shape.cpus for shape in plan.shapes} <= {run["cpus_per_worker"]}
+
+
+@given(machine_sizes, shard_numbers, runs)
+def test_as_many_workers_are_planned_as_are_wanted_and_fit(machines, shards, run):
+    plan = planned(machines, shards, **run)
+    assert len(plan.shapes) <= plan.wanted <= min(shards, run["workers"] or shards)
+    assert plan.wanted == min(shards, run["workers"] or plan.wanted)
+    if len(plan.shapes) < plan.wanted:
+        # one more like those that are planned fits nowhere
+        one_more = WorkerShape(run["cpus_per_worker"] or 1, plan.ask.gpus)
+        assert all(overbooked(machine, (*shapes, one_more)) for machine, shapes in by_machine(plan, machines))
+
+
+@given(machine_sizes, shard_numbers, runs)
+def test_every_gpu_without_a_worker_is_named(machines, shards, run):
+    plan = planned(machines, shards, **run)
     named = sum(int(found) for note in plan.notes for found in re.findall(r"(\d+) of \d+ GPUs get", note))
-    total = sum(gpu for _, gpu in machines)
-    used = -(-len(plan.shapes) // per_gpu) if has_gpus else 0
-    # workers on several machines may leave shares of several GPUs free
-    assert used <= total - named <= len(plan.shapes) * has_gpus
+    total = sum(gpus for _, gpus in machines)
+    if plan.ask.gpus:
+        used = -(-len(plan.shapes) // int(1 / plan.ask.gpus + 1e-9))
+        # workers on several machines may leave shares of several GPUs free
+        assert used <= total - named <= len(plan.shapes)
+    else:
+        assert named == (0 if run["gpus_per_worker"] else total)
+
+
+@given(machine_sizes, shard_numbers, runs, st.data())
+def test_a_machine_that_joins_or_leaves_changes_no_worker_elsewhere(machines, shards, run, data):
+    place = data.draw(st.integers(0, len(machines)))
+    joining = data.draw(st.tuples(st.integers(0, 128), st.integers(0, 10)))
+    # it may be listed anywhere, and have any id
+    there, newcomer = resources(machines), MachineResources(*joining, node_id=f"node{place}-new")
+    config = RunConfig(**{key: value for key, value in run.items() if key != "cpus_only"})
+    small = plan_workers(config, there, shards, cpus_only=run["cpus_only"])
+    large = plan_workers(
+        config, data.draw(st.permutations([newcomer, *there])), shards, cpus_only=run["cpus_only"]
+    )
+    for machine in there:
+        before, after = (plan.shapes_by_machine.get(machine.node_id, ()) for plan in (small, large))
+        if run["workers"] is None and large.wanted < shards:
+            assert before == after
+        # workers of one plan may run beside those of the other
+        both = max(before, after, key=len)
+        assert set(before) | set(after) == set(both)
+
+
+def test_a_machine_that_drains_gets_no_worker():
+    drains = MachineResources(64, 8, "leaving", drains=True)
+    plan = plan_workers(RunConfig(), [drains, MachineResources(8, 1, "staying")], 100)
+    assert set(plan.shapes_by_machine) == {"staying"}
+    assert plan.wanted == 1
+    assert notes_on_gpus(plan) == []
+
+
+def test_without_a_gpu_the_plan_is_empty_and_asks_for_a_worker_with_one():
+    plan = planned([(0,), (64,)])
+    assert (plan.shapes, plan.wanted, plan.ask) == ((), 0, WorkerShape(1, 1.0))
+    assert plan.device == "cuda"
+    assert plan.cpus_text == "1"
+    assert planned([], cpus_per_worker=4, gpus_per_worker=0.5).ask == WorkerShape(4, 0.5)
+
+
+def test_a_cpu_worker_that_is_asked_for_is_like_those_that_are_planned():
+    assert planned([(4,), (64,)], cpus_only=True).ask == WorkerShape(4)
+    assert planned([], cpus_only=True).ask == WorkerShape(1)
+
+
+@pytest.mark.parametrize(
+    ("machines", "settings", "shards", "asks"),
+    [
+        # as many as the run wants
+        ([EIGHT_GPUS], {"workers": 12}, 100, 4),
+        ([EIGHT_GPUS], {"workers": 8}, 100, 0),
+        ([], {"workers": 3}, 100, 3),
+        # as many again
+        ([EIGHT_GPUS], {}, 100, 8),
+        ([], {}, 100, 1),
+        (4 * [EIGHT_GPUS], {}, 100, MOST_ASKS),
+        # never more workers than shards that are not finished
+        ([EIGHT_GPUS], {}, 10, 2),
+        ([EIGHT_GPUS], {"workers": 12}, 9, 1),
+        ([EIGHT_GPUS], {}, 3, 0),
+    ],
+)
+def test_more_workers_are_asked_for_while_there_are_shards_for_them(machines, settings, shards, asks):
+    plan, run = planned(machines, **settings), RunConfig(**settings)
+    assert asks_wanted(run, plan, shards) == asks
+    assert asks_wanted(run, plan, shards, is_own_ray=True) == 0
 
 
 def test_no_more_workers_than_shards_are_planned():
@@ -161,7 +269,7 @@ def test_no_more_workers_than_shards_are_planned():
 
 def test_the_device_follows_the_plan():
     assert planned([EIGHT_GPUS], shards=1).device == "cuda"
-    assert planned([(2,)], shards=1).device == "cpu"
+    assert planned([(2,)], shards=1, cpus_only=True).device == "cpu"
 
 
 def test_the_cores_of_workers_are_shown_as_one_number_or_as_a_range():
@@ -174,20 +282,41 @@ def test_the_cores_of_workers_are_shown_as_one_number_or_as_a_range():
     [
         (
             [(4,), (4,)],
-            {"cpus_per_worker": 8},
-            "run.cpus_per_worker is 8; the largest machine has 4 CPU core",
+            {"cpus_per_worker": 8, "gpus_per_worker": 0},
+            "a worker needs 8 CPU core(s) (run.cpus_per_worker); the cluster has 2 machine(s) with 4 CPU "
+            "core(s) each and no GPU(s); lower run.cpus_per_worker or leave it out, or add such a machine",
         ),
         (
             [(64,), (4, 2)],
             {"cpus_per_worker": 8},
-            "run.cpus_per_worker is 8; the largest machine with GPUs has 4 CPU core",
+            "a worker needs 1 GPU (run.gpus_per_worker) and 8 CPU core(s) (run.cpus_per_worker); the cluster "
+            "has 2 machine(s) with 4 to 64 CPU core(s) each and 2 GPU(s), on machine(s) with 4 CPU core(s); "
+            "lower run.cpus_per_worker or leave it out, or add such a machine, or set run.gpus_per_worker=0 "
+            "to compute on CPUs, slowly",
         ),
-        ([(64,), (0, 2)], {}, "run.cpus_per_worker is 1; the largest machine with GPUs has 0 CPU core"),
+        (
+            [(0,), (64,)],
+            {},
+            "a worker needs 1 GPU (run.gpus_per_worker) and 1 CPU core(s) (run.cpus_per_worker); the cluster "
+            "has 2 machine(s) with 0 to 64 CPU core(s) each and no GPU(s); add such a machine, or set "
+            "run.gpus_per_worker=0 to compute on CPUs, slowly",
+        ),
+        (
+            [],
+            {"gpus_per_worker": 0},
+            "a worker needs 1 CPU core(s) (run.cpus_per_worker); the cluster has no machine for workers; add "
+            "such a machine",
+        ),
     ],
 )
-def test_a_worker_larger_than_any_machine_is_refused(machines, settings, message):
-    with pytest.raises(UserError, match=message):
-        planned(machines, shards=1, **settings)
+def test_where_no_machine_can_hold_a_worker_the_message_names_the_resources_and_the_way_out(
+    machines, settings, message
+):
+    assert (
+        no_devices_message(RunConfig(**settings), resources(machines))
+        == f"no machine can hold a worker: {message}"
+    )
+    assert planned(machines, **settings).shapes == ()
 
 
 @given(st.integers(0, 300), st.integers(1, 300))

@@ -8,14 +8,10 @@ import torch
 from pipeline.annotate.model import check_device
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.errors import UserError
-from pipeline.run import dispatcher, estimate, precision
+from pipeline.run import estimate, precision, runner
 from pipeline.run import job as jobs
-from pipeline.run.plan import WorkerPlan, WorkerShape
 from tests.helpers.corpus import demo_job, write_corpus
 from tests.pipeline.test_job import commit
-
-ON_CPU = WorkerPlan((WorkerShape(2),))
-ON_GPU = WorkerPlan((WorkerShape(2, 1.0),))
 
 
 @pytest.fixture
@@ -95,12 +91,12 @@ def test_a_folder_that_is_overwritten_gets_the_precision_of_the_devices_now(corp
 def test_a_job_that_auto_made_bf16_continues_on_cpus_only_if_that_is_asked_for(corpus, tmp_path, devices):
     devices("bf16")
     job = prepared(corpus, tmp_path / "out")
-    dispatcher.check_precision(job, ON_GPU)
+    runner.check_precision(job, cpus_only=False)
     with pytest.raises(UserError, match=r"this run has no GPU: .* set model.precision=bf16"):
-        dispatcher.check_precision(job, ON_CPU)
-    dispatcher.check_precision(prepared(corpus, tmp_path / "out", "bf16"), ON_CPU)
+        runner.check_precision(job, cpus_only=True)
+    runner.check_precision(prepared(corpus, tmp_path / "out", "bf16"), cpus_only=True)
     devices("fp32")
-    dispatcher.check_precision(prepared(corpus, tmp_path / "other"), ON_CPU)
+    runner.check_precision(prepared(corpus, tmp_path / "other"), cpus_only=True)
 
 
 def test_a_worker_whose_gpu_only_emulates_bf16_is_refused(monkeypatch):
