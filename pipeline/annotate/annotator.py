@@ -13,7 +13,7 @@ import legrad
 from legrad.canvases import canvas_bytes
 from legrad.tokens import picklable_tokenizer
 from pipeline import storage
-from pipeline.annotate.attempt import AttemptsInFlight
+from pipeline.annotate.attempt import Attempt, AttemptsInFlight
 from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
 from pipeline.annotate.chunk_rows import ChunkRows, add_chunk
 from pipeline.annotate.cutting import device_cut_of
@@ -28,7 +28,7 @@ from pipeline.annotate.sample_work import SampleWork, WorkSettings
 from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
 from pipeline.annotate.trial import TrialSamples
 from pipeline.annotate.work_in_processes import WorkInProcesses
-from pipeline.config.schema import InputConfig, JobConfig
+from pipeline.config.schema import InputConfig, JobConfig, RunConfig
 from pipeline.output.counts import ShardCounts
 from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
@@ -127,7 +127,6 @@ class ShardAnnotator:
         self._wanted_fields = wanted_fields(config.input, sample_prompts)
         self._canvas_bytes = canvas_bytes(views, explainer.transform)
         self._in_flight = AttemptsInFlight(lambda attempt: self._stream.fail(attempt, attempt.error()))
-        chunk_samples = min(CHUNK_SAMPLES, self._engine.batch_size)
         self._stream = BatchStream(
             SampleSteps(
                 self._size_bytes,
@@ -139,13 +138,7 @@ class ShardAnnotator:
                 explained_bytes=_explained_bytes,
                 was_reading_s=partial(self._meter.add, "reading_s"),
             ),
-            StreamLimits(
-                threads=decode_threads,
-                device_threads=batches_at_once,
-                max_samples=LOOKAHEAD_BATCHES * self._engine.batch_size + 2 * decode_threads * chunk_samples,
-                max_bytes=config.run.lookahead_bytes,
-                chunk_samples=chunk_samples,
-            ),
+            stream_limits(config.run, decode_threads, batches_at_once, self._engine.batch_size),
             batch_limit=self._engine.batch_limit,
         )
 
@@ -165,15 +158,12 @@ class ShardAnnotator:
         with (
             ShardWriter(shard, metadata) as writer,
             self._in_flight.begun(shard, writer.counts) as attempt,
-            storage.open_shard(shard) as stream,
         ):
-            digested = storage.DigestingStream(stream)
-            samples = attempt.counted(self._samples(digested), digested)
-            self._stream.run(samples, partial(add_chunk, writer), attempt)
+            self._stream.run(self._samples(shard, attempt), partial(add_chunk, writer), attempt)
             storage.require_unchanged(shard, before)
             attempt.begin_publishing()
             with self._meter.timed("publishing_s"):
-                published = writer.publish(self._config.output.dir, digested.digest())
+                published = writer.publish(self._config.output.dir, attempt.content_digest())
         return ShardReport(published.counts, time.monotonic() - started_s, published.damage)
 
     def wait_for_room(self) -> None:
@@ -207,12 +197,16 @@ class ShardAnnotator:
         self._work.close()
         self._stream.close()
 
-    def _samples(self, stream: storage.DigestingStream) -> Iterator[RawSample | SampleError]:
-        return read_samples(
-            stream,
-            max_member_bytes=self._config.input.max_member_bytes,
-            wanted_fields=self._wanted_fields,
-        )
+    def _samples(self, shard: ShardSource, attempt: Attempt) -> Iterator[RawSample | SampleError]:
+        """Yield the samples of a shard; it is opened here, so that it counts as being read from then on."""
+        with storage.open_shard(shard) as opened:
+            stream = storage.DigestingStream(opened)
+            samples = read_samples(
+                stream,
+                max_member_bytes=self._config.input.max_member_bytes,
+                wanted_fields=self._wanted_fields,
+            )
+            yield from attempt.counted(samples, stream)
 
     def _size_bytes(self, item: RawSample | SampleError) -> int:
         """Return the most bytes that a sample takes, as read and as prepared."""
@@ -229,6 +223,26 @@ class ShardAnnotator:
     def _finish(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
         with self._meter.timed("masks_s"):
             return self._work.finish(explained)
+
+
+def stream_limits(run: RunConfig, threads: int, batches_at_once: int, batch_size: int) -> StreamLimits:
+    """Return how far a worker reads ahead.
+
+    Args:
+        run: section `run` of the configuration.
+        threads: that prepare and finish samples.
+        batches_at_once: on the device.
+        batch_size: most images in a batch.
+    """
+    chunk_samples = min(CHUNK_SAMPLES, batch_size)
+    return StreamLimits(
+        threads=threads,
+        device_threads=batches_at_once,
+        max_samples=LOOKAHEAD_BATCHES * batch_size + 2 * threads * chunk_samples,
+        max_bytes=run.lookahead_bytes,
+        max_readers=run.shards_in_flight,
+        chunk_samples=chunk_samples,
+    )
 
 
 def wanted_fields(settings: InputConfig, prompts: SamplePrompts) -> frozenset[str]:

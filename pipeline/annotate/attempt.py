@@ -69,6 +69,10 @@ class Attempt:
             self._samples_read += not isinstance(sample, SampleError) or sample.sample_index is not None
             yield sample
 
+    def content_digest(self) -> str:
+        """Return the digest of the bytes read; empty before the shard is opened."""
+        return "" if self._stream is None else self._stream.digest()
+
     def done_share(self) -> float:
         """Return an estimate of how much of the shard is finished, in [0, 1].
 

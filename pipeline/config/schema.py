@@ -269,6 +269,12 @@ class RunConfig(Section):
         description="Largest amount of memory in bytes that a worker's samples in flight take: as read, as "
         "the model takes them, and as maps until they are masks. A larger sample is alone.",
     )
+    shards_in_flight: Count = Field(
+        6,
+        description="Largest number of shards that a worker has begun and not published. If the worker is "
+        "lost, these are annotated again. With too few, small shards leave the device without samples while "
+        "others are opened and published.",
+    )
     decode_threads: Annotated[int, Field(ge=0, le=1024)] | None = Field(
         None,
         description="Processes of a worker that decode images and make masks; null: one for each of its CPU "
