@@ -20,6 +20,7 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 from pipeline.errors import ShardError, UserError
+from pipeline.storage.scratch import scratch_errors
 from pipeline.text import printable
 
 COMMAND_PREFIX = "pipe:"
@@ -77,13 +78,15 @@ class CommandOutput:
 
     Raises:
         OSError: the command cannot be started.
+        ScratchError: there is no room for its error messages.
     """
 
     def __init__(self, url: str, canonical_url: str, *, silence_timeout_s: float = SILENCE_TIMEOUT_S) -> None:
         self._words = _words(url)
         self._canonical_url = canonical_url
         self._silence_timeout_s = silence_timeout_s
-        self._stderr_file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the command)
+        with scratch_errors():
+            self._stderr_file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the command)
         try:
             self._process = subprocess.Popen(  # noqa: S603 (the user's own command, allowed by the configuration)
                 self._words,

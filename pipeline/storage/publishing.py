@@ -20,11 +20,11 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import OutputError
 from pipeline.storage.filesystems import resolve, resolved
+from pipeline.storage.scratch import IN_MEMORY_BYTES
 from pipeline.storage.urls import join_url, raised_as
 
 TEMPORARY_SUFFIX = ".part"
 BLOCK_BYTES = 4 << 20
-IN_MEMORY_BYTES = 64 << 20
 # four of pyarrow's parts; it keeps a copy of what has not been sent
 UPLOAD_BYTES_AT_ONCE = 40 << 20
 
