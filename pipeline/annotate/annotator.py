@@ -150,7 +150,7 @@ class ShardAnnotator:
         with (
             ShardWriter(shard, metadata) as writer,
             self._listed(writer),
-            storage.open_shard(shard) as stream,
+            storage.open_shard(shard, storage.ReadLimits(self._config.run.min_read_bytes_per_s)) as stream,
         ):
             digested = storage.DigestingStream(stream)
             self._stream.run(self._samples(digested), partial(add_chunk, writer))

@@ -4,6 +4,7 @@ Local paths, ``s3://`` and ``gs://`` can be read and written; ``http://`` and ``
 """
 
 from pipeline.storage.filesystems import check_folder, resolve
+from pipeline.storage.limits import MIN_READ_BYTES_PER_S, ReadLimits
 from pipeline.storage.listing import find_shards, list_shards
 from pipeline.storage.publishing import (
     TEMPORARY_SUFFIX,
@@ -30,10 +31,12 @@ from pipeline.storage.sources import InputVersion, ShardSource
 from pipeline.storage.urls import absolute, join_url, shard_id, shard_name, shown_text, shown_url
 
 __all__ = [
+    "MIN_READ_BYTES_PER_S",
     "READAHEAD_BYTES",
     "TEMPORARY_SUFFIX",
     "DigestingStream",
     "InputVersion",
+    "ReadLimits",
     "ShardSource",
     "Spool",
     "absolute",

@@ -33,6 +33,7 @@ PASSING_LOCAL_ERRORS = (errno.EINTR, errno.EIO, errno.ESTALE, errno.EAGAIN, errn
 _LASTING_STORE_ERRORS = re.compile(
     # 408: request timeout; 429: too many requests; 507: the store is full
     r"HTTP status (?:4(?!08|29)\d\d|507)"
+    r"|[Bb]ucket '[^']*' not found"
     r"|AWS Error (?:ACCESS_DENIED|INVALID_\w+|MISSING_\w+|NO_SUCH_\w+|RESOURCE_NOT_FOUND|MALFORMED_\w+"
     r"|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|OPT_IN_REQUIRED|REQUEST_EXPIRED|VALIDATION"
     r"|BUCKET_\w+|OBJECT_NOT_\w+|OBJECT_ALREADY_\w+|INCOMPLETE_SIGNATURE|NOT_IMPLEMENTED)\b"
