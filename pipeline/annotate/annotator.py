@@ -199,7 +199,8 @@ class ShardAnnotator:
 
     def _samples(self, shard: ShardSource, attempt: Attempt) -> Iterator[RawSample | SampleError]:
         """Yield the samples of a shard; it is opened here, so that it counts as being read from then on."""
-        with storage.open_shard(shard) as opened:
+        limits = storage.ReadLimits(self._config.run.min_read_bytes_per_s)
+        with storage.open_shard(shard, limits) as opened:
             stream = storage.DigestingStream(opened)
             samples = read_samples(
                 stream,

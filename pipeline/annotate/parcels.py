@@ -21,6 +21,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from pipeline.errors import ScratchError
+
 # what `Parcels` raises where the other process has gone; any other OSError is a lack of something here
 ENDS_OF_CONNECTION = (EOFError, ConnectionError)
 # up to so many bytes, a copy through the connection costs less than a file
@@ -126,15 +128,8 @@ class Parcels:
             number = min(fitting, key=lambda each: len(self._outgoing[each]))
             self._free.discard(number)
             return number, None
-        new_file = _anonymous_file()
-        try:
-            # a quarter more, since the next chunk may be a little larger
-            file_bytes = max(size_bytes + size_bytes // 4, _SMALLEST_FILE_BYTES)
-            os.ftruncate(new_file, file_bytes)
-            memory = memoryview(mmap.mmap(new_file, file_bytes))
-        except BaseException:
-            os.close(new_file)
-            raise
+        # a quarter more, since the next chunk may be a little larger
+        new_file, memory = _mapped_file(max(size_bytes + size_bytes // 4, _SMALLEST_FILE_BYTES))
         if self._free:
             # one that is too small makes way
             number = self._free.pop()
@@ -143,6 +138,27 @@ class Parcels:
             number = len(self._outgoing)
             self._outgoing.append(memory)
         return number, new_file
+
+
+def _mapped_file(size_bytes: int) -> tuple[int, memoryview]:
+    """Return the descriptor of a new anonymous file, and its content as memory.
+
+    Raises:
+        ScratchError: this machine has no room for it.
+    """
+    try:
+        new_file = _anonymous_file()
+        try:
+            os.ftruncate(new_file, size_bytes)
+            return new_file, memoryview(mmap.mmap(new_file, size_bytes))
+        except BaseException:
+            os.close(new_file)
+            raise
+    except OSError as error:
+        raise ScratchError(
+            f"{size_bytes:,} bytes of memory for samples cannot be had on this machine: "
+            f"{error.strerror or error}; free memory there, or lower run.lookahead_bytes"
+        ) from error
 
 
 def _anonymous_file() -> int:

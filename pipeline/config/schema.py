@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_
 from pipeline.config.classes import ClassEntry, Template, class_entries
 from pipeline.config.masks import MasksConfig
 from pipeline.config.section import Count, FieldSpec, Line, Section, Text
+from pipeline.storage import MIN_READ_BYTES_PER_S
 
 MEBIBYTE = 1 << 20
 # names of models that are addresses: of a repository on a hub, or of a folder
@@ -325,6 +326,13 @@ class RunConfig(Section):
         le=LONGEST_WAIT_S,
         description="Seconds in which shards that are nearly done are finished when a run ends early: after "
         "SIGTERM, when the error budget is used up, or on a machine that Ray drains.",
+    )
+    min_read_bytes_per_s: float | None = Field(
+        MIN_READ_BYTES_PER_S,
+        ge=0,
+        le=10**9,
+        description="Smallest rate in bytes per second at which a shard must arrive while a worker waits for "
+        "it, measured over 60 s of waiting. Below it the attempt at the shard fails. 0 or null: no limit.",
     )
     progress_interval_s: float = Field(
         10.0, gt=0, le=LONGEST_WAIT_S, description="Seconds between two progress lines in a log."

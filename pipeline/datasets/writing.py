@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -113,7 +112,7 @@ def write_shards(
     conversion = _start(dataset, dest, limits, resume=resume, overwrite=overwrite)
     keys: set[str] = {sample_key(name) for name in dataset.image_names[: conversion.images_read]}
     while conversion.images_read < conversion.images:
-        with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
+        with storage.Spool() as spool:
             samples = _fill_shard(dataset, conversion, keys, spool, limits)
             conversion.omitted = dict(+dataset.skipped.counts)
             conversion.omitted_names = dict(dataset.skipped.names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Literal
@@ -110,7 +109,7 @@ def merge_parts(dest: str, shard_ids: Iterable[str], class_names: Mapping[int, s
     """
     names = list(shard_ids)
     categories = dict(class_names) or {WITHOUT_CLASS_ID: WITHOUT_CLASS_NAME}
-    with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
+    with storage.Spool() as spool:
         spool.write(b'{"info": {"description": "LeGrad pseudo-masks"}, "licenses": [], "images": [')
         _write_all(spool, dest, names, "images")
         spool.write(b'], "annotations": [')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,7 +40,7 @@ class WebDatasetExport:
         """
         del number
         written = 0
-        with tempfile.SpooledTemporaryFile(storage.IN_MEMORY_BYTES) as spool:
+        with storage.Spool() as spool:
             # nothing of the machine or the hour: a second export writes the same bytes
             with webdataset.TarWriter(spool, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
                 for sample in samples:

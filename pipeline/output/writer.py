@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.errors import ScratchError
 from pipeline.output.counts import ShardCounts, sample_outcome
 from pipeline.output.folder import ANNOTATIONS, DAMAGED, ERRORS, OutputFolder, new_run_id
 from pipeline.output.records import LAYOUT, counts_as_metadata
@@ -30,13 +30,13 @@ ROWS_SCHEMA = ANNOTATION_SCHEMA.remove(_SHARD_COLUMN)
 
 
 class _TableSpool:
-    """A Parquet file under construction, in memory up to IN_MEMORY_BYTES."""
+    """A Parquet file under construction."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
-        self.file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=storage.IN_MEMORY_BYTES))  # noqa: SIM115 (the writer closes it)
+        self.file = storage.Spool()
         dictionary_columns = [name for name in ("shard", "prompt") if name in schema.names]
         self._writer = pq.ParquetWriter(
             self.file,
@@ -64,11 +64,12 @@ class _TableSpool:
             self._flush(self._waiting_rows)
         self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(metadata)})
         self._writer.close()
-        return self.file
+        self.file.flush()
+        return cast(IO[bytes], self.file)
 
     def close(self) -> None:
         # the writer first: it would write its footer into a closed file when it is collected
-        with suppress(OSError):
+        with suppress(ScratchError):
             self._writer.close()
         self.file.close()
 
@@ -120,6 +121,9 @@ class ShardWriter:
             rows: their annotation rows, of ROWS_SCHEMA.
             errors: their error rows, and perhaps errors that belong to no sample.
             outcomes: how many of them are `annotated`, `empty` and `failed`, and how many `dropped_prompts`.
+
+        Raises:
+            ScratchError: this machine's disk for temporary files is full.
         """
         self._tally.update(outcomes)
         self._tally["rows"] += rows.num_rows
@@ -176,6 +180,7 @@ class ShardWriter:
 
         Raises:
             OutputError: a file cannot be written.
+            ScratchError: this machine's disk for temporary files is full.
         """
         folder = OutputFolder(output_dir, str(self._metadata.get("run") or new_run_id()))
         counts, shard_id = self.counts(), self._shard.shard_id

@@ -4,9 +4,9 @@ Local paths, ``s3://`` and ``gs://`` can be read and written; ``http://`` and ``
 """
 
 from pipeline.storage.filesystems import check_folder, resolve
+from pipeline.storage.limits import MIN_READ_BYTES_PER_S, ReadLimits
 from pipeline.storage.listing import find_shards, list_shards
 from pipeline.storage.publishing import (
-    IN_MEMORY_BYTES,
     TEMPORARY_SUFFIX,
     exists,
     list_names,
@@ -26,16 +26,19 @@ from pipeline.storage.reading import (
     require_unchanged,
     version_now,
 )
+from pipeline.storage.scratch import Spool, scratch_errors
 from pipeline.storage.sources import InputVersion, ShardSource
 from pipeline.storage.urls import absolute, join_url, shard_id, shard_name, shown_text, shown_url
 
 __all__ = [
-    "IN_MEMORY_BYTES",
+    "MIN_READ_BYTES_PER_S",
     "READAHEAD_BYTES",
     "TEMPORARY_SUFFIX",
     "DigestingStream",
     "InputVersion",
+    "ReadLimits",
     "ShardSource",
+    "Spool",
     "absolute",
     "check_folder",
     "exists",
@@ -53,6 +56,7 @@ __all__ = [
     "remove_staging",
     "require_unchanged",
     "resolve",
+    "scratch_errors",
     "shard_id",
     "shard_name",
     "shown_text",

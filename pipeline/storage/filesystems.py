@@ -28,6 +28,10 @@ SILENCE_TIMEOUT_S = 60
 # the wait before the n-th retry is random, below 2^(n-1) s and 20 s: about half a minute in all
 S3_ATTEMPTS = 8
 GCS_RETRY_TIME = timedelta(minutes=2)
+# for requests that are repeated here as well: a silent store costs one of them a minute at most
+BRIEF_SILENCE_TIMEOUT_S = 30
+BRIEF_S3_ATTEMPTS = 2
+BRIEF_GCS_RETRY_TIME = timedelta(seconds=20)
 S3_OPTIONS = ("region", "scheme", "endpoint_override")
 GCS_OPTIONS = ("scheme", "endpoint_override")
 ANONYMOUS = "anonymous"
@@ -48,14 +52,19 @@ def resolve(url: str) -> tuple[pafs.FileSystem, str]:
         return resolved(url)
 
 
-def resolved(url: str) -> tuple[pafs.FileSystem, str]:
-    """Do what `resolve` does, but raise an OSError if a store does not answer."""
+def resolved(url: str, *, brief: bool = False) -> tuple[pafs.FileSystem, str]:
+    """Do what `resolve` does, but raise an OSError if a store does not answer.
+
+    Args:
+        url: local path, s3 or gs.
+        brief: whether the filesystem gives up soon, because the caller repeats what fails.
+    """
     check_folder(url)
     if is_local(url):
         return pafs.LocalFileSystem(), str(local_path(url))
     parts = split_url(url)
     root = parts._replace(path="", fragment="")
-    return _object_filesystem(root), f"{host_of(parts)}{parts.path}"
+    return _object_filesystem(root, brief), f"{host_of(parts)}{parts.path}"
 
 
 def check_folder(url: str) -> None:
@@ -89,8 +98,8 @@ def _check_utf8(path: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _object_filesystem(root: SplitResult) -> pafs.FileSystem:
-    return _s3(root) if root.scheme == "s3" else _gcs(root)
+def _object_filesystem(root: SplitResult, brief: bool) -> pafs.FileSystem:
+    return _s3(root, brief) if root.scheme == "s3" else _gcs(root, brief)
 
 
 def forget_filesystems() -> None:
@@ -102,7 +111,7 @@ def forget_filesystems() -> None:
 atexit.register(forget_filesystems)
 
 
-def _s3(root: SplitResult) -> pafs.S3FileSystem:
+def _s3(root: SplitResult, brief: bool) -> pafs.S3FileSystem:
     options = _options(root, S3_OPTIONS)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
@@ -112,13 +121,13 @@ def _s3(root: SplitResult) -> pafs.S3FileSystem:
     if root.username:
         options["access_key"] = unquote(root.username)
         options["secret_key"] = unquote(root.password or "")
-    attempts = os.environ.get("AWS_MAX_ATTEMPTS") or str(S3_ATTEMPTS)
+    attempts = os.environ.get("AWS_MAX_ATTEMPTS") or str(BRIEF_S3_ATTEMPTS if brief else S3_ATTEMPTS)
     if not attempts.isdecimal():
         raise UserError(f"AWS_MAX_ATTEMPTS: expected a whole number, got {attempts!r}")
     return pafs.S3FileSystem(
         **options,
         connect_timeout=CONNECT_TIMEOUT_S,
-        request_timeout=SILENCE_TIMEOUT_S,
+        request_timeout=BRIEF_SILENCE_TIMEOUT_S if brief else SILENCE_TIMEOUT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=int(attempts)),
         # one request for a small file, instead of the three of an upload in parts
         allow_delayed_open=True,
@@ -127,7 +136,7 @@ def _s3(root: SplitResult) -> pafs.S3FileSystem:
     )
 
 
-def _gcs(root: SplitResult) -> pafs.GcsFileSystem:
+def _gcs(root: SplitResult, brief: bool) -> pafs.GcsFileSystem:
     if root.username not in (None, ANONYMOUS):
         raise UserError(
             f"{short_url(root.geturl())}: credentials come from the environment, never from a URL"
@@ -135,7 +144,7 @@ def _gcs(root: SplitResult) -> pafs.GcsFileSystem:
     return pafs.GcsFileSystem(
         **_options(root, GCS_OPTIONS),
         anonymous=root.username == ANONYMOUS,
-        retry_time_limit=GCS_RETRY_TIME,
+        retry_time_limit=BRIEF_GCS_RETRY_TIME if brief else GCS_RETRY_TIME,
     )
 
 

@@ -11,17 +11,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from pipeline.errors import UserError
 from pipeline.storage import web
+from pipeline.storage.attempts import request
 from pipeline.storage.filesystems import resolve
 from pipeline.storage.globs import LocalGlob, fits, has_glob
 from pipeline.storage.patterns import PatternExpansion
 from pipeline.storage.pipes import is_command
-from pipeline.storage.sources import ShardSource
+from pipeline.storage.sources import InputVersion, ShardSource
 from pipeline.storage.urls import (
     LONG_ID_DIGITS,
     OBJECT_SCHEMES,
@@ -39,6 +41,8 @@ from pipeline.storage.urls import (
 )
 
 REQUESTS_AT_ONCE = 32
+# of a web server, in a row
+MOST_UNANSWERED = 16
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,11 @@ def list_shards(
 
 
 def find_shards(
-    patterns: str | Sequence[str], *, allow_commands: bool = False, check_inputs: bool = True
+    patterns: str | Sequence[str],
+    *,
+    allow_commands: bool = False,
+    check_inputs: bool = True,
+    size_timeout_s: float = web.SIZE_TIMEOUT_S,
 ) -> ShardListing:
     """Expand shard patterns to a sorted list that has each file once.
 
@@ -71,6 +79,8 @@ def find_shards(
             A path that exists as it is written is that file, whatever characters it has.
         allow_commands: whether ``pipe:COMMAND`` is accepted; it is run when the shard is opened.
         check_inputs: whether web servers are asked for the size and version of each object.
+        size_timeout_s: seconds in which a web server must answer that; one that leaves several such requests
+            in a row unanswered is not asked about its other objects.
 
     Raises:
         UserError: the patterns name no shard, nothing matches one of them, one is a command and commands are
@@ -84,8 +94,9 @@ def find_shards(
         found.take(pattern)
     if not found.sources:
         raise UserError(f"input.shards: names no shard: {', '.join(map(short_url, given[:4]))}")
-    shards = _with_unique_ids(_asked_for(found, check_inputs))
-    return ShardListing(shards, found.warnings(spelled.repeated))
+    servers = _WebServers(size_timeout_s)
+    shards = _with_unique_ids(_asked_for(found, check_inputs, servers))
+    return ShardListing(shards, (*found.warnings(spelled.repeated), *servers.warnings()))
 
 
 def _with_unique_ids(shards: Iterable[ShardSource]) -> list[ShardSource]:
@@ -239,13 +250,14 @@ def _key(url: str) -> str:
 
 def _matching_objects(pattern: str) -> list[tuple[str, pafs.FileInfo]]:
     """Return the objects that match a glob with their URLs, from one listing of the folder above it."""
-    filesystem, path = resolve(pattern)
+    _, path = resolve(pattern)
     folder, slash, below = _cut_before_glob(path)
     if not slash:
         raise UserError(f"input.shards: {short_url(pattern)}: expected the name of a bucket, got a glob")
     selector = pafs.FileSelector(folder or "/", recursive="/" in below, allow_not_found=True)
     with raised_as(UserError, pattern, "cannot be listed"):
-        infos = [info for info in filesystem.get_file_info(selector) if info.is_file]
+        listed = request(pattern, lambda filesystem, _: filesystem.get_file_info(selector))
+    infos = [info for info in listed if info.is_file]
     literal = [info for info in infos if info.path == path]
     matching = literal or [info for info in infos if fits(info.path, path)]
     return [(_url_like(pattern, info.path), info) for info in matching]
@@ -264,24 +276,65 @@ def _url_like(pattern: str, path: str) -> str:
     return f"{parts.scheme}://{parts.netloc}/{key}" + (f"?{parts.query}" if parts.query else "")
 
 
-def _asked_for(found: _Found, check_inputs: bool) -> Iterator[ShardSource]:
+class _WebServers:
+    """Asks web servers for the versions of objects, until one of them no longer answers.
+
+    Args:
+        timeout_s: seconds in which a request must be answered.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._unanswered: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
+
+    def version(self, url: str) -> InputVersion:
+        """Return the version of an object; an empty one if its server refuses or does not answer."""
+        host = host_of(split_url(url))
+        if self._unanswered[host] >= MOST_UNANSWERED:
+            self._skipped[host] += 1
+            return InputVersion()
+        try:
+            found = web.ask(url, timeout_s=self._timeout_s)
+        except TimeoutError:
+            self._unanswered[host] += 1
+            return InputVersion()
+        self._unanswered[host] = 0
+        return found
+
+    def warnings(self) -> list[str]:
+        """Return a line for each server that was not asked about all of its objects."""
+        return [
+            f"input.shards: {host} did not answer {self._unanswered[host]} requests in a row within "
+            f"{self._timeout_s:g} s each, so the sizes and versions of {skipped:,} further shard(s) were not "
+            "requested; whether they have changed is not checked"
+            for host, skipped in sorted(self._skipped.items())
+        ]
+
+
+def _asked_for(found: _Found, check_inputs: bool, servers: _WebServers) -> Iterator[ShardSource]:
     """Return the shards; ask servers for the size and version of those that were named one by one."""
     unasked = [found.sources[name] for name in found.unasked]
     if not check_inputs:
         unasked = [shard for shard in unasked if split_url(shard.url).scheme not in WEB_SCHEMES]
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        asked = {shard.canonical_url: shard for shard in pool.map(_asked, unasked)}
+    pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
+    try:
+        asked = {shard.canonical_url: shard for shard in pool.map(partial(_asked, servers), unasked)}
+    finally:
+        # one error ends the listing: the others are not waited for
+        pool.shutdown(cancel_futures=True)
     _check_buckets(shard.url for shard in asked.values() if shard.size_bytes is None)
     return (asked.get(name, shard) for name, shard in found.sources.items())
 
 
-def _asked(shard: ShardSource) -> ShardSource:
+def _asked(servers: _WebServers, shard: ShardSource) -> ShardSource:
     if split_url(shard.url).scheme in WEB_SCHEMES:
-        found = web.ask(shard.url)
+        found = servers.version(shard.url)
         return replace(shard, size_bytes=found.size_bytes, mtime_ns=found.mtime_ns, etag=found.etag)
-    filesystem, path = resolve(shard.url)
+    # an invalid option or region of the URL is named as that
+    resolve(shard.url)
     with raised_as(UserError, shard.url, "cannot be looked up"):
-        info = filesystem.get_file_info(path)
+        info = request(shard.url, lambda filesystem, path: filesystem.get_file_info(path))
     return replace(shard, size_bytes=info.size, mtime_ns=info.mtime_ns)
 
 
@@ -289,8 +342,12 @@ def _check_buckets(urls: Iterable[str]) -> None:
     """Raise a UserError for a bucket that does not exist; a missing object is an error of its shard."""
     objects = [url for url in urls if split_url(url).scheme in OBJECT_SCHEMES]
     for url in {split_url(url).netloc: url for url in objects}.values():
-        filesystem, path = resolve(url)
-        bucket = path.partition("/")[0]
+        _, path = resolve(url)
         with raised_as(UserError, url, "its bucket cannot be looked up"):
-            if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
-                raise UserError(f"{short_url(url)}: the bucket {bucket!r} does not exist")
+            _check_bucket(url, path.partition("/")[0])
+
+
+def _check_bucket(url: str, bucket: str) -> None:
+    info = request(url, lambda filesystem, _: filesystem.get_file_info(bucket))
+    if info.type == pafs.FileType.NotFound:
+        raise UserError(f"{short_url(url)}: the bucket {bucket!r} does not exist")

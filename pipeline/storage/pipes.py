@@ -14,16 +14,20 @@ import shlex
 import signal
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
 from posixpath import basename
 from types import TracebackType
 from urllib.parse import urlsplit
 
 from pipeline.errors import ShardError, UserError
+from pipeline.storage.limits import RateMeter, ReadLimits, TooSlowError
+from pipeline.storage.scratch import scratch_errors
 from pipeline.text import printable
 
 COMMAND_PREFIX = "pipe:"
-SILENCE_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 300.0
+DEFAULT_LIMITS = ReadLimits()
 SHOWN_STDERR_BYTES = 2000
 _TAR_NAME = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst)\b", re.IGNORECASE)
 
@@ -73,17 +77,29 @@ class CommandOutput:
     Args:
         url: the command, with its prefix.
         canonical_url: the shard's name in errors.
-        silence_timeout_s: seconds after which a command that writes nothing is an error.
+        limits: the smallest rate at which it must write, once it has written something.
+        start_timeout_s: seconds in which it must write its first bytes, and end after its last.
 
     Raises:
         OSError: the command cannot be started.
+        ScratchError: there is no room for its error messages.
     """
 
-    def __init__(self, url: str, canonical_url: str, *, silence_timeout_s: float = SILENCE_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        canonical_url: str,
+        limits: ReadLimits = DEFAULT_LIMITS,
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
         self._words = _words(url)
         self._canonical_url = canonical_url
-        self._silence_timeout_s = silence_timeout_s
-        self._stderr_file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the command)
+        self._limits = limits
+        self._start_timeout_s = start_timeout_s
+        self._meter: RateMeter | None = None
+        with scratch_errors():
+            self._stderr_file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the command)
         try:
             self._process = subprocess.Popen(  # noqa: S603 (the user's own command, allowed by the configuration)
                 self._words,
@@ -105,18 +121,32 @@ class CommandOutput:
         """Return up to so many bytes; none at the end, if the command has succeeded.
 
         Raises:
-            ShardError: the exit code is not 0, or the command has written nothing for too long.
+            ShardError: the exit code is not 0, or the command writes nothing or too slowly.
         """
-        if not self._readable.poll(1000 * self._silence_timeout_s):
-            raise self._failure(f"the command wrote nothing for {self._silence_timeout_s:g} s")
+        started_s, meter = time.monotonic(), self._meter
+        patience_s = self._start_timeout_s if meter is None else meter.patience_s
+        if not self._readable.poll(1000 * patience_s):
+            nothing = f"the command wrote nothing for {self._start_timeout_s:g} s"
+            raise self._failure(nothing if meter is None else str(meter.too_slow()))
         data = self._output.read(size_bytes)
         if not data:
             self._check_exit_code()
+        self._count(time.monotonic() - started_s, len(data))
         return data
+
+    def _count(self, waited_s: float, received_bytes: int) -> None:
+        if self._meter is not None:
+            try:
+                self._meter.add(waited_s, received_bytes)
+            except TooSlowError as error:
+                raise self._failure(str(error)) from None
+        elif self._limits.min_bytes_per_s:
+            # a command may take its time to start
+            self._meter = RateMeter(self._limits)
 
     def _check_exit_code(self) -> None:
         try:
-            code = self._process.wait(self._silence_timeout_s)
+            code = self._process.wait(self._start_timeout_s)
         except subprocess.TimeoutExpired:
             raise self._failure("the command closed its output but does not end") from None
         if code:

@@ -19,12 +19,13 @@ from typing import IO
 import pyarrow.fs as pafs
 
 from pipeline.errors import OutputError
+from pipeline.storage.attempts import request
 from pipeline.storage.filesystems import resolve, resolved
-from pipeline.storage.urls import join_url, raised_as
+from pipeline.storage.scratch import IN_MEMORY_BYTES
+from pipeline.storage.urls import is_local, join_url, local_path, raised_as
 
 TEMPORARY_SUFFIX = ".part"
 BLOCK_BYTES = 4 << 20
-IN_MEMORY_BYTES = 64 << 20
 # four of pyarrow's parts; it keeps a copy of what has not been sent
 UPLOAD_BYTES_AT_ONCE = 40 << 20
 
@@ -36,8 +37,10 @@ def list_names(folder_url: str) -> set[str]:
         OutputError: the folder cannot be listed.
     """
     with raised_as(OutputError, folder_url, "cannot be listed"):
-        filesystem, path = resolved(folder_url)
-        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        infos = request(
+            folder_url,
+            lambda filesystem, path: filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)),
+        )
     return {
         info.base_name for info in infos if info.is_file and not info.base_name.endswith(TEMPORARY_SUFFIX)
     }
@@ -50,8 +53,13 @@ def list_paths(folder_url: str) -> set[str]:
         OutputError: the folder cannot be listed.
     """
     with raised_as(OutputError, folder_url, "cannot be listed"):
-        filesystem, path = resolved(folder_url)
-        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+        path, infos = request(
+            folder_url,
+            lambda filesystem, path: (
+                path,
+                filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True)),
+            ),
+        )
     start = len(path.rstrip("/")) + 1
     return {
         info.path[start:] for info in infos if info.is_file and not info.base_name.endswith(TEMPORARY_SUFFIX)
@@ -63,7 +71,8 @@ def publish(
 ) -> None:
     """Make a file appear under its final name, whole or not at all; replace an earlier one.
 
-    Local: a temporary file, fsync, rename. Object stores: one completed upload.
+    Local: a temporary file, fsync, rename. Object stores: one completed upload. What fails for a passing
+    reason is repeated for about a minute; a full disk or a refusal is an error at once.
 
     Args:
         folder_url: folder of the file.
@@ -74,16 +83,20 @@ def publish(
 
     Raises:
         OutputError: the file cannot be written; the message has the path and the cause.
+        ScratchError: what is left to write of a `Spool` does not fit this machine's temporary disk.
     """
     stream = io.BytesIO(content) if isinstance(content, bytes) else content
-    stream.seek(0)
     with raised_as(OutputError, join_url(folder_url, name), "cannot be written"):
-        filesystem, folder = resolved(folder_url)
-        if isinstance(filesystem, pafs.LocalFileSystem):
-            staging = None if staging_url is None else Path(resolved(staging_url)[1])
-            _publish_local(Path(folder), name, stream, staging)
-        else:
-            _publish_object(filesystem, posixpath.join(folder, name), _in_one_piece(stream))
+        staging = None if staging_url is None or not is_local(staging_url) else local_path(staging_url)
+
+        def put(filesystem: pafs.FileSystem, folder: str) -> None:
+            stream.seek(0)
+            if isinstance(filesystem, pafs.LocalFileSystem):
+                _publish_local(Path(folder), name, stream, staging)
+            else:
+                _publish_object(filesystem, posixpath.join(folder, name), _in_one_piece(stream))
+
+        request(folder_url, put)
 
 
 def _in_one_piece(stream: IO[bytes]) -> bytes | mmap.mmap:
@@ -170,37 +183,47 @@ def move(folder_url: str, name: str, to_folder_url: str, to_name: str) -> bool:
         OutputError: the file cannot be moved.
     """
     with raised_as(OutputError, join_url(folder_url, name), "cannot be moved"):
-        filesystem, folder = resolved(folder_url)
         _, to_folder = resolved(to_folder_url)
-        source, target = posixpath.join(folder, name), posixpath.join(to_folder, to_name)
-        # another job may move it in between
-        with suppress(FileNotFoundError):
-            if filesystem.get_file_info(source).is_file:
+        target = posixpath.join(to_folder, to_name)
+
+        def move_once(filesystem: pafs.FileSystem, folder: str) -> bool:
+            source = posixpath.join(folder, name)
+            if not filesystem.get_file_info(source).is_file:
+                # perhaps moved by an attempt whose answer was lost
+                return bool(filesystem.get_file_info(target).is_file)
+            # another job may move it in between
+            with suppress(FileNotFoundError):
                 if isinstance(filesystem, pafs.LocalFileSystem):
                     Path(to_folder).mkdir(parents=True, exist_ok=True)
                     _rename(Path(source), Path(target))
                 else:
                     filesystem.move(source, target)
                 return True
-    return False
+            return False
+
+        return request(folder_url, move_once)
 
 
 def exists(folder_url: str, name: str) -> bool:
     """Return whether a file exists; raise OutputError if the store cannot be asked."""
     with raised_as(OutputError, join_url(folder_url, name), "cannot be looked up"):
-        filesystem, folder = resolved(folder_url)
-        return bool(filesystem.get_file_info(posixpath.join(folder, name)).is_file)
+        return request(
+            folder_url,
+            lambda filesystem, folder: bool(filesystem.get_file_info(posixpath.join(folder, name)).is_file),
+        )
 
 
 def remove(folder_url: str, name: str) -> None:
     """Delete a file if it exists; raise OutputError if that is not allowed."""
     with raised_as(OutputError, join_url(folder_url, name), "cannot be removed"):
-        filesystem, folder = resolved(folder_url)
-        path = posixpath.join(folder, name)
-        # another job may remove it in between
-        with suppress(FileNotFoundError):
-            if filesystem.get_file_info(path).is_file:
-                filesystem.delete_file(path)
+        request(folder_url, lambda filesystem, folder: _remove(filesystem, posixpath.join(folder, name)))
+
+
+def _remove(filesystem: pafs.FileSystem, path: str) -> None:
+    # another job may remove it in between
+    with suppress(FileNotFoundError):
+        if filesystem.get_file_info(path).is_file:
+            filesystem.delete_file(path)
 
 
 def sweep_staging(folder_url: str, *, idle_for_s: float) -> int:

@@ -6,13 +6,16 @@ import hashlib
 import io
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from http.client import HTTPException
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from pipeline.errors import ShardError, ShortReadError, UserError
 from pipeline.storage import web
+from pipeline.storage.attempts import request
 from pipeline.storage.filesystems import resolve, resolved
+from pipeline.storage.limits import ReadLimits, WatchedFile, within
 from pipeline.storage.pipes import CommandOutput, is_command
 from pipeline.storage.sources import InputVersion, ShardSource
 from pipeline.storage.urls import (
@@ -27,6 +30,7 @@ from pipeline.storage.urls import (
 
 READAHEAD_BYTES = 4 << 20
 MAX_TEXT_BYTES = 256 << 20
+DEFAULT_LIMITS = ReadLimits()
 
 
 class _CountedStream(io.RawIOBase):
@@ -79,26 +83,32 @@ class DigestingStream:
 
 
 @contextmanager
-def open_shard(shard: ShardSource) -> Iterator[BinaryIO]:
+def open_shard(shard: ShardSource, limits: ReadLimits = DEFAULT_LIMITS) -> Iterator[BinaryIO]:
     """Stream a shard from its first byte.
 
+    Args:
+        shard: the shard.
+        limits: how long a server, a disk or a command may take to answer, and the smallest rate at which
+            bytes must arrive while somebody waits for them.
+
     Raises:
-        ShardError: the shard cannot be opened or read.
+        ShardError: the shard cannot be opened or read, or arrives too slowly.
         ShortReadError: fewer bytes are received than the object has.
+        ScratchError: a command cannot be run for want of a temporary file.
     """
     with raised_as(ShardError, shard.url, "cannot be opened"):
-        stream, announced_bytes = _opened(shard)
-    with stream:
+        stream, announced_bytes = _opened(shard, limits)
+    with closing(stream):
         yield io.BufferedReader(_CountedStream(stream, shard, announced_bytes), READAHEAD_BYTES)
 
 
-def _opened(shard: ShardSource) -> tuple[Any, int]:
+def _opened(shard: ShardSource, limits: ReadLimits) -> tuple[Any, int]:
     """Return a stream, and the number of bytes that it must have at least."""
     listed_bytes = shard.size_bytes or 0
     if is_command(shard.url):
-        return CommandOutput(shard.url, shard.canonical_url), listed_bytes
+        return CommandOutput(shard.url, shard.canonical_url, limits), listed_bytes
     if split_url(shard.url).scheme in WEB_SCHEMES:
-        found = web.WebObject(shard.url)
+        found = web.WebObject(shard.url, limits)
         if not (found.has_known_end or listed_bytes):
             found.close()
             raise OSError(
@@ -106,15 +116,27 @@ def _opened(shard: ShardSource) -> tuple[Any, int]:
             )
         return found, max(listed_bytes, found.announced_bytes or 0)
     if is_local(shard.url):
-        local = local_path(shard.url)
-        mode = local.stat().st_mode
-        # a pipe may block for ever, and a device may never end
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise OSError("is no regular file")
-        # pyarrow takes no path that is not UTF-8
-        return local.open("rb", buffering=0), listed_bytes
-    filesystem, path = resolved(shard.url)
-    return filesystem.open_input_stream(path, buffer_size=READAHEAD_BYTES), listed_bytes
+        return WatchedFile(partial(_open_local, shard.url), limits, READAHEAD_BYTES), listed_bytes
+    return WatchedFile(partial(_open_object, shard.url), limits, READAHEAD_BYTES), listed_bytes
+
+
+def _open_local(url: str, position: int) -> BinaryIO:
+    path = local_path(url)
+    mode = path.stat().st_mode
+    # a pipe may block for ever, and a device may never end
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError("is no regular file")
+    # pyarrow takes no path that is not UTF-8
+    stream = path.open("rb", buffering=0)
+    stream.seek(position)
+    return cast(BinaryIO, stream)
+
+
+def _open_object(url: str, position: int) -> Any:
+    filesystem, path = resolved(url)
+    stream = filesystem.open_input_file(path)
+    stream.seek(position)
+    return stream
 
 
 def version_now(shard: ShardSource) -> InputVersion:
@@ -128,13 +150,16 @@ def version_now(shard: ShardSource) -> InputVersion:
     if is_command(shard.url) or split_url(shard.url).scheme in WEB_SCHEMES:
         return InputVersion()
     with raised_as(ShardError, shard.url, "cannot be looked up"), suppress(FileNotFoundError):
-        if is_local(shard.url):
-            found = local_path(shard.url).stat()
-            return InputVersion(found.st_size, found.st_mtime_ns)
-        filesystem, path = resolve(shard.url)
-        info = filesystem.get_file_info(path)
-        return InputVersion(info.size, info.mtime_ns)
+        return within(DEFAULT_LIMITS.total_s, _version, shard.url)
     return InputVersion()
+
+
+def _version(url: str) -> InputVersion:
+    if is_local(url):
+        found = local_path(url).stat()
+        return InputVersion(found.st_size, found.st_mtime_ns)
+    info = request(url, lambda filesystem, path: filesystem.get_file_info(path))
+    return InputVersion(info.size, info.mtime_ns)
 
 
 def require_unchanged(shard: ShardSource, before: InputVersion) -> None:

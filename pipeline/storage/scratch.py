@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pipeline.errors import ScratchError
@@ -31,6 +31,14 @@ class Spool(tempfile.SpooledTemporaryFile[bytes]):
         """Write out what is buffered."""
         with scratch_errors():
             super().flush()
+
+    def close(self) -> None:
+        """Delete the file; what cannot be written any more was not wanted either."""
+        with suppress(OSError):
+            super().close()
+
+    def __exit__(self, *ending: object) -> None:
+        self.close()
 
     def seek(self, *position: int) -> int:
         """Move to a position; what is buffered is written before."""

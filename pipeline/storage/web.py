@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import re
 import urllib.request
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
-from http.client import (
-    HTTPConnection,
-    HTTPException,
-    HTTPResponse,
-    HTTPSConnection,
-    IncompleteRead,
-    InvalidURL,
-)
+from http.client import HTTPException, HTTPResponse, IncompleteRead, InvalidURL
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import cast
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying
+from tenacity.stop import stop_base
 
+from pipeline.storage.attempts import ATTEMPTS, retrying
+from pipeline.storage.connections import Pace, opener
+from pipeline.storage.limits import ReadLimits, TooSlowError
 from pipeline.storage.sources import InputVersion
 from pipeline.text import printable
 
-SILENCE_TIMEOUT_S = 60.0
 SIZE_TIMEOUT_S = 20.0
-ATTEMPTS = 6
-LONGEST_WAIT_S = 60.0
+# a server that throttles answers, and is asked for longer than one that is silent
+THROTTLED_TOTAL_S = 300.0
+BLOCK_BYTES = 256 << 10
+# after so many bytes, a connection that becomes too slow is replaced once more
+PROGRESS_BYTES = 4 << 20
 THROTTLED_OR_DOWN = (408, 429, 500, 502, 503, 504)
 LONGEST_TAG = 256
-# of interim responses, headers or trailers
-MAX_LINES_IN_A_ROW = 1000
+DEFAULT_LIMITS = ReadLimits()
 RESERVED = "%/:?#[]@!$&'()*+,;=~"
 
 _DIGITS = re.compile("[0-9]{1,18}")
@@ -46,10 +42,11 @@ class WebObject:
 
     After a cut connection, reading resumes at the byte of the cut, if the server confirms by an ETag or a
     date that the object is the same. Waits between attempts grow, are random, and are at least as long as the
-    server asks for.
+    server asks for. A connection that is too slow is replaced once.
 
     Args:
         url: http or https; user info becomes basic authentication.
+        limits: how long it waits for an answer, and the smallest rate allowed.
 
     Attributes:
         announced_bytes: size of the object as the server announces it; None if it does not.
@@ -59,10 +56,12 @@ class WebObject:
         OSError, http.client.HTTPException: the server refuses, or cannot be reached for long.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, limits: ReadLimits = DEFAULT_LIMITS) -> None:
         self._url = url
+        self._limits = limits
         self._read_bytes = 0
-        self._response: HTTPResponse | None = _retrying()(_answer, url, "GET", SILENCE_TIMEOUT_S)
+        self._was_slow_at_byte: int | None = None
+        self._response: HTTPResponse | None = _retrying(limits)(_answer, url, "GET", limits)
         if self._response.status == 206:
             self.close()
             raise OSError("the server sent a part of the file, although the whole was asked for")
@@ -81,32 +80,45 @@ class WebObject:
         self.close()
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes, at most `size`; none at the end of the object.
+        """Return the next bytes as they arrive, at most `size`; none at the end of the object.
 
         Raises:
             OSError, http.client.HTTPException: the connection was cut, and reading could not be resumed.
+            TooSlowError: bytes arrive too slowly.
         """
         if self._validator is None:
             return self._read_once(size)
-        return _retrying()(self._read_once, size)
+        return _retrying(self._limits)(self._read_once, size)
 
     def _read_once(self, size: int) -> bytes:
         if self._response is None:
             self._response = self._resumed(self._validator or "")
+        missing_bytes = None if self.announced_bytes is None else self.announced_bytes - self._read_bytes
+        if missing_bytes == 0:
+            return b""
         try:
-            data = self._response.read(size)
-            missing_bytes = (self.announced_bytes or 0) - self._read_bytes
-            if not data and missing_bytes > 0:
+            data = self._response.read1(min(size, BLOCK_BYTES, missing_bytes or BLOCK_BYTES))
+            if not data and missing_bytes:
                 raise IncompleteRead(b"", missing_bytes)
+        except TooSlowError as error:
+            self.close()
+            if self._is_slow_again():
+                raise
+            # another connection may be faster
+            raise TimeoutError(str(error)) from None
         except (OSError, HTTPException):
             self.close()
             raise
         self._read_bytes += len(data)
         return data
 
+    def _is_slow_again(self) -> bool:
+        before, self._was_slow_at_byte = self._was_slow_at_byte, self._read_bytes
+        return before is not None and self._read_bytes - before < PROGRESS_BYTES
+
     def _resumed(self, validator: str) -> HTTPResponse:
         wanted = {"Range": f"bytes={self._read_bytes}-", "If-Range": validator}
-        response = _answer(self._url, "GET", SILENCE_TIMEOUT_S, wanted)
+        response = _answer(self._url, "GET", self._limits, wanted)
         sent = response.headers.get("Content-Range", "")
         if response.status == 206 and sent.startswith(f"bytes {self._read_bytes}-"):
             return response
@@ -122,12 +134,18 @@ class WebObject:
             self._response = None
 
 
-def ask(url: str) -> InputVersion:
-    """Ask for an object's size and version by one request; return an empty version if the server refuses."""
+def ask(url: str, *, timeout_s: float = SIZE_TIMEOUT_S) -> InputVersion:
+    """Ask for an object's size and version by one request; return an empty version if the server refuses.
+
+    Raises:
+        TimeoutError: the server has not answered in time.
+    """
     try:
-        with _answer(url, "HEAD", SIZE_TIMEOUT_S) as response:
+        with _answer(url, "HEAD", ReadLimits(answer_timeout_s=timeout_s)) as response:
             headers = response.headers
-    except (OSError, HTTPException):
+    except (OSError, HTTPException) as error:
+        if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
+            raise TimeoutError(f"no answer for {timeout_s:g} s") from None
         return InputVersion()
     return InputVersion(
         _whole_number(headers.get("Content-Length")),
@@ -165,8 +183,10 @@ def _validator(response: HTTPResponse) -> str | None:
 
 
 def _answer(
-    url: str, method: str, timeout_s: float, headers: Mapping[str, str] | None = None
+    url: str, method: str, limits: ReadLimits, headers: Mapping[str, str] | None = None
 ) -> HTTPResponse:
+    """Send a request and return the answer with its headers read, after redirects."""
+    pace = Pace(limits)
     parts = urlsplit(url)
     user_info, _, host = parts.netloc.rpartition("@")
     bare_url = quote(urlunsplit((parts.scheme, host, parts.path, parts.query, "")), safe=RESERVED)
@@ -176,92 +196,33 @@ def _answer(
         # not sent to the target of a redirect
         request.add_unredirected_header("Authorization", f"Basic {token}")
     try:
-        return cast(HTTPResponse, _opener().open(request, timeout=timeout_s))
+        response = cast(HTTPResponse, opener(pace).open(request, timeout=limits.answer_timeout_s))
     except HTTPError as error:
         error.close()  # it holds the connection
         raise
     except (ValueError, OverflowError) as error:
         # an invalid host or port, perhaps in the target of a redirect
         raise InvalidURL(f"not a valid web address: {error}") from None
+    pace.has_answer()
+    return response
 
 
-class _ResponseStream(io.BufferedReader):
-    """The bytes of a response, which http.client reads without limits if the server sends it to do so."""
-
-    _lines_in_a_row = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next bytes; refuse to read to the end, which a chunk of the size -1 would cause."""
-        if size is None or size < 0:
-            raise OSError("the server sent a chunk of a negative size")
-        self._lines_in_a_row = 0
-        return super().read(size)
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        """Return the next line; refuse headers or trailers without end."""
-        self._lines_in_a_row += 1
-        if self._lines_in_a_row > MAX_LINES_IN_A_ROW:
-            raise OSError(f"the server sent more than {MAX_LINES_IN_A_ROW:,} lines of headers")
-        return super().readline(size)
-
-
-class _BoundedResponse(HTTPResponse):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.fp = _ResponseStream(self.fp.detach())
-
-
-class _Connection(HTTPConnection):
-    response_class = _BoundedResponse
-
-
-class _SecureConnection(HTTPSConnection):
-    response_class = _BoundedResponse
-
-
-class _WebHandler(urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(_Connection, request)
-
-
-class _SecureWebHandler(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(_SecureConnection, request)
-
-
-class _RedirectHandler(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, request: urllib.request.Request, response: IO[bytes], *details: Any
-    ) -> urllib.request.Request | None:
-        # urllib would read the body into memory, whatever its size
-        response.close()
-        return super().redirect_request(request, response, *details)
-
-
-@lru_cache(maxsize=1)
-def _opener() -> urllib.request.OpenerDirector:
-    """Return an opener for http and https only: by default urllib follows redirects to FTP as well."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-        _WebHandler,
-        _SecureWebHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        _RedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
-def _retrying() -> Retrying:
-    return Retrying(
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=_wait_s,
-        retry=retry_if_exception(_may_pass),
-        reraise=True,
+def _retrying(limits: ReadLimits) -> Retrying:
+    return retrying(
+        _may_pass, attempts=ATTEMPTS, stop=_StopInTime(limits.total_s), asked_wait_s=_asked_wait_s
     )
+
+
+class _StopInTime(stop_base):
+    """Ends attempts after a time that is longer where the server answers."""
+
+    def __init__(self, total_s: float) -> None:
+        self._total_s = total_s
+
+    def __call__(self, state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome is not None else None
+        total_s = THROTTLED_TOTAL_S if isinstance(error, HTTPError) else self._total_s
+        return (state.seconds_since_start or 0) >= total_s
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -271,9 +232,6 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, passing) and not isinstance(error, InvalidURL)
 
 
-def _wait_s(state: RetryCallState) -> float:
-    own_s = float(wait_random_exponential(max=LONGEST_WAIT_S)(state))
-    error = state.outcome.exception() if state.outcome is not None else None
+def _asked_wait_s(error: BaseException) -> float:
     headers = error.headers if isinstance(error, HTTPError) else None
-    asked_s = _whole_number(headers.get("Retry-After")) if headers else None
-    return own_s if asked_s is None else max(own_s, min(float(asked_s), LONGEST_WAIT_S))
+    return float(_whole_number(headers.get("Retry-After")) or 0) if headers else 0.0

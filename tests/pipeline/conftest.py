@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.storage import filesystems, web
+from pipeline.storage import attempts, filesystems
 from tests.helpers.command_line import run_legrad
 from tests.helpers.object_servers import SECRET, Store
 
@@ -28,7 +28,7 @@ def only_loopback(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(attempts, "LONGEST_WAIT_S", 0.05)
     yield
     filesystems.forget_filesystems()
 

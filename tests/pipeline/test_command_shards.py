@@ -207,7 +207,7 @@ def test_a_command_that_falls_silent_is_ended_with_what_it_started(tar, tmp_path
         f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
         f"open({str(pid_file)!r}, 'w').write(str(child.pid)); time.sleep(600)"
     )
-    with CommandOutput(python(program, tar), "pipe:0.tar", silence_timeout_s=0.5) as output:
+    with CommandOutput(python(program, tar), "pipe:0.tar", start_timeout_s=0.5) as output:
         wait_until(lambda: pid_file.exists() and pid_file.read_text())
         with pytest.raises(ShardError, match=r"wrote nothing for 0\.5 s"):
             output.read(100)

@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.cli import main as cli
 from pipeline.config.load import load_config
 from pipeline.errors import OutputError, ShardError, UserError
-from pipeline.storage import filesystems, web
+from pipeline.storage import attempts, filesystems
 from tests.helpers.corpus import demo_job
 from tests.helpers.object_servers import Fault, FolderHandler, faulty_proxy, serving
 
@@ -244,7 +244,7 @@ def test_a_shard_on_a_web_server_is_read_whole_in_spite_of(fault, served):
 
 def test_the_wait_that_a_server_asks_for_is_kept(served, monkeypatch):
     handler, upstream_port = served
-    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.5)
+    monkeypatch.setattr(attempts, "LONGEST_WAIT_S", 0.5)
     asked = Fault("GET", status=503, headers={"Retry-After": "1"})
     with faulty_proxy(upstream_port, asked) as (port, _):
         (shard,) = storage.list_shards(f"http://127.0.0.1:{port}/0.tar")
@@ -281,7 +281,7 @@ def test_a_web_server_that_stays_down_is_a_shard_error_after_the_attempts_allowe
         (shard,) = storage.list_shards(f"http://127.0.0.1:{port}/0.tar")
         with pytest.raises(ShardError, match="cannot be opened: HTTP Error 503"):
             whole(shard)
-    assert len(hurt(log)) == web.ATTEMPTS
+    assert len(hurt(log)) == attempts.ATTEMPTS
 
 
 def test_a_server_whose_answer_may_be_cut_unnoticed_is_refused(tmp_path):
