@@ -307,8 +307,8 @@ class RunConfig(Section):
     )
     error_budget: Annotated[float, Field(ge=0, le=1)] = Field(
         0.2,
-        description="Largest share of failed samples in a complete job. A job that exceeds it is not complete "
-        "at its end, and stops early once 1000 samples are done and three shards exceed it too.",
+        description="Largest share of failed samples in a complete job. A job above it is not complete, and "
+        "stops early once 1000 samples are done and three shards are above it too.",
     )
     max_failed_shards: int | None = Field(
         None, ge=0, description="Largest number of failed shards; more of them stop the job; null: no limit."

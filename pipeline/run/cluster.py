@@ -14,13 +14,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import UserError
 from pipeline.process import exit_on_sigterm
 from pipeline.run.plan import MachineResources, no_devices_message, plan_workers
+from pipeline.run.tokens import check_token, no_token
 
 ADDRESS_TIMEOUT_S = 10.0
 MACHINE_TIMEOUT_S = 1.0
@@ -56,10 +57,12 @@ def ray_session() -> Iterator[Session]:
         What this process is connected to.
 
     Raises:
-        UserError: RAY_ADDRESS is malformed, nothing answers there, or Ray does not start.
+        UserError: RAY_ADDRESS is malformed, nothing answers there, the cluster refuses the token of this
+            process, or Ray does not start.
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
     check_address(address)
+    check_token(address)
     # Ray then leaves CUDA_VISIBLE_DEVICES of CPU workers unchanged, which will be its default
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -67,6 +70,8 @@ def ray_session() -> Iterator[Session]:
             _start_ray_here()
         else:
             ray.init(address=address, logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise no_token(os.environ) from error
     except (ConnectionError, RayError) as error:
         reason = _one_line(error)
         if address == "local":

@@ -23,6 +23,7 @@ class RayHead:
     address: str
     dashboard_url: str
     metrics_url: str
+    client_port: int
     environment: dict
 
 
@@ -79,7 +80,11 @@ def ray_head(*, dashboard, gpus=0):
         if dashboard:
             wait_until_jobs_are_taken(f"http://127.0.0.1:{web}", environment, process)
         yield RayHead(
-            f"127.0.0.1:{gcs}", f"http://127.0.0.1:{web}", f"http://127.0.0.1:{metrics}/metrics", environment
+            f"127.0.0.1:{gcs}",
+            f"http://127.0.0.1:{web}",
+            f"http://127.0.0.1:{metrics}/metrics",
+            client,
+            environment,
         )
     finally:
         process.terminate()
