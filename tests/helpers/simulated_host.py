@@ -242,6 +242,7 @@ class SimulatedHost:
         worker = self._workers.get(number)
         if worker is None:
             return
+        self.records.loads[worker.place] += 1
         faults = (fault.on_loading(worker.place) for fault in self._faults)
         effect = next((effect for effect in faults if effect is not None), LoadOutcome())
         if isinstance(effect, Dies):

@@ -60,6 +60,7 @@ class Records:
         puts: publications by shard id.
         takes: places at which a shard was begun, by shard id.
         started: workers started, by place.
+        loads: workers that began to load their model, by place.
         deaths: of workers that the dispatcher did not stop.
         work: samples that the devices have done.
     """
@@ -68,6 +69,7 @@ class Records:
     puts: dict[str, list[Put]] = field(default_factory=lambda: defaultdict(list))
     takes: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
     started: Counter[Place] = field(default_factory=Counter)
+    loads: Counter[Place] = field(default_factory=Counter)
     deaths: list[Death] = field(default_factory=list)
     work: WorkDone = field(default_factory=WorkDone)
 
