@@ -81,9 +81,9 @@ def annotate_with_config(
         PipelineError: as `prepare_job` and `run_job` do.
     """
     from pipeline.output.runs import recorded_run
-    from pipeline.run.runner import run_job
     from pipeline.run.job import prepare_job
     from pipeline.run.progress import SharedProgress, open_progress
+    from pipeline.run.runner import run_job
 
     job = prepare_job(config, moves)
     try:

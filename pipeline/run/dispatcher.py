@@ -118,9 +118,7 @@ class Dispatcher:
         self._progress = progress
         self._is_terminated = is_terminated
         self._queue = ShardQueue(shards, max_attempts=run.max_attempts, backoff_s=RETRY_BACKOFF_S)
-        self._workforce = Workforce(
-            run, host, progress, len(shards), cpus_only=cpus_only, can_grow=can_grow
-        )
+        self._workforce = Workforce(run, host, progress, len(shards), cpus_only=cpus_only, can_grow=can_grow)
         self._in_flight = 0
         self._failures_in_a_row = 0
         self._drain: _Drain | None = None

@@ -109,7 +109,7 @@ class Places:
         return record is not None and now_s < record.rests_until_s
 
     def is_in_question(self, place: Place) -> bool:
-        """Return whether so much was lost at a place that others should first try what was in flight there."""
+        """Return whether so much was lost at a place that others should first try those shards."""
         record = self._records.get(place)
         return record is not None and len(record.losses) >= STRIKES
 
@@ -136,7 +136,7 @@ class Places:
         return self._records[place].load_failures
 
     def worker_lost(self, place: Place, shards: Iterable[str], *, is_device_fault: bool = False) -> None:
-        """Record a lost worker with the shards in flight on it, or a fault of its machine that hit a shard."""
+        """Record a lost worker with the shards in flight on it, or a shard that its machine failed at."""
         record = self._records[place]
         names = frozenset(shards)
         record.done = 0

@@ -32,7 +32,7 @@ SPARE_THREADS = 4
 
 
 class LegradWorker:
-    """A worker as a Ray actor: it also reports its place, and answers while all its other threads are busy."""
+    """A worker as a Ray actor; it also reports its place, and answers while its other threads are busy."""
 
     def __init__(
         self, config: JobConfig, metadata: Mapping[str, Any], shape: WorkerShape, factory: AnnotatorFactory

@@ -24,7 +24,7 @@ class GivenUp:
 
 
 class ShardQueue:
-    """Queue of shards, largest first, that keeps count of attempts and of shards suspected of killing workers.
+    """Queue of shards, largest first, that counts attempts and knows which shards may have killed a worker.
 
     When a worker is lost, any shard in flight on it may be the cause, or its place. So all of them become
     suspects, and a suspect runs alone, on a worker at another place. A shard is given up after its attempts

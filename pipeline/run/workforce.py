@@ -283,7 +283,7 @@ class Workforce:
             self.end(worker)
 
     def end_superfluous(self, most_idle: int) -> None:
-        """Stop idle workers, but for some that may still be needed, so that the cluster can use their devices."""
+        """Stop idle workers but for some that may still be needed, so that others can use their devices."""
         idle = [worker for worker in self.ready if not worker.in_flight]
         for worker in idle[max(0, most_idle) :]:
             self.end(worker)

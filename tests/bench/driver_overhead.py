@@ -26,8 +26,8 @@ from pipeline.config.load import parse_config
 from pipeline.config.schema import JobConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME
 from pipeline.output.runs import RunState
-from pipeline.run.runner import run_job
 from pipeline.run.job import prepare_job
+from pipeline.run.runner import run_job
 
 PAGE_BYTES = resource.getpagesize()
 

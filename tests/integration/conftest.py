@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from pipeline.console import PrintableConsole
-from pipeline.run.runner import run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import open_progress
+from pipeline.run.runner import run_job
 from tests.helpers.accounts import audit
 from tests.helpers.corpus import demo_job, write_word_shards
 from tests.helpers.faults import annotate_all, struck_by

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.run.runner import run_job
 from pipeline.run.job import prepare_job
+from pipeline.run.runner import run_job
 from tests.helpers.corpus import demo_job
 from tests.helpers.light_annotator import light
 from tests.helpers.processes import python_path

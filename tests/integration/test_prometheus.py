@@ -6,10 +6,10 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.run.runner import run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import SharedProgress
 from pipeline.run.prometheus import COUNTERS, GAUGES
+from pipeline.run.runner import run_job
 from tests.helpers.corpus import demo_job
 from tests.helpers.light_annotator import slow
 from tests.helpers.ray_head import ray_head

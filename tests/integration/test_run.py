@@ -17,10 +17,10 @@ from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.console import PrintableConsole
 from pipeline.errors import OutputError, UserError
 from pipeline.output.status import read_status
-from pipeline.run.runner import run_job
-from pipeline.run.workforce import WorkersLost
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import open_progress
+from pipeline.run.runner import run_job
+from pipeline.run.workforce import WorkersLost
 from tests.helpers.accounts import audit
 from tests.helpers.corpus import demo_job, write_corpus
 from tests.helpers.light_annotator import LightAnnotator, dies_while_loading, light

@@ -5,11 +5,11 @@ import ray
 
 from pipeline.config.schema import RunConfig
 from pipeline.run import cluster
-from pipeline.run.runner import run_job
 from pipeline.run.job import prepare_job
 from pipeline.run.plan import WorkerPlan, WorkerShape, plan_workers
 from pipeline.run.precision import precision_of_workers
 from pipeline.run.progress import SharedProgress
+from pipeline.run.runner import run_job
 from tests.helpers.corpus import demo_job, write_corpus
 from tests.helpers.light_annotator import light
 from tests.helpers.ray_head import ray_head

@@ -8,8 +8,8 @@ import yaml
 from pipeline.cli.demo import demo_config
 from pipeline.output.counts import ShardCounts
 from pipeline.output.runs import RunState
-from pipeline.run.outcome import JobResult
 from pipeline.run.job import prepare_job
+from pipeline.run.outcome import JobResult
 from tests.helpers.corpus import demo_job, write_corpus
 
 
