@@ -60,6 +60,8 @@ def _is_refused(address: str, token: str) -> bool:
     try:
         server = canonicalize_bootstrap_address("auto") if address == "auto" else address
     except ConnectionError:
+        server = None
+    if not server:
         return False
     metadata = [("authorization", f"Bearer {token}")] if token else []
     with grpc.insecure_channel(server.rpartition("://")[2]) as channel:

@@ -96,7 +96,7 @@ def test_a_worker_that_rays_memory_monitor_kills_is_replaced(machines, word_comm
     assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
     assert marks(tmp_path / "marks") == {"b-middle": 1}
     log = (tmp_path / "log").read_text()
-    assert re.search(r"Worker lost \(.* killed due to the node running low on memory", log)
+    assert re.search(r"Worker on \S+ lost \(.* killed due to the node running low on memory", log)
     accounts = audit(tmp_path / "out", tars)
     assert accounts.shards_done == 4
     fault_table("ray's memory monitor kills a worker", "allocates until RAY_memory_usage_threshold", accounts)

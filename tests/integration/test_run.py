@@ -66,7 +66,7 @@ def test_a_poison_shard_among_good_ones_is_given_up_and_all_others_finish(run, t
     assert [url.rsplit("/", 1)[1] for url, _ in result.failed] == ["poison.tar"]
     assert (result.state.shards_done, result.state.shards_failed, result.state.shards_left) == (5, 1, 0)
     assert not result.complete
-    assert re.search(r"Worker lost \(.+\); restarting. Shards in flight: .*poison.tar", log)
+    assert re.search(r"Worker on \S+ lost \(.+\)\. Shards in flight: .*poison.tar", log)
     status = read_status(str(tmp_path / "out"))
     assert (len(status.done), len(status.failed), len(status.left)) == (5, 1, 0)
     assert "worker lost" in status.failed[0][1]
@@ -264,7 +264,7 @@ def test_a_worker_killed_in_mid_shard_costs_no_row_and_doubles_none(
     os.kill(pids[0], signal.SIGKILL)
     corpus.go.touch()
     assert begun.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
-    assert "Worker lost" in (tmp_path / "log").read_text()
+    assert re.search(r"Worker on \S+ lost", (tmp_path / "log").read_text())
     nothing_lost_or_doubled(out, "worker killed in mid-shard, real model", "SIGKILL to the worker")
 
 
