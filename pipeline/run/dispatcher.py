@@ -151,9 +151,11 @@ class Dispatcher:
                     self._handle(event)
                 self._check()
                 self._show_state()
+            # of the workers that the run had: those that it let go of at its end count too
+            state = self._state()
+            state = replace(state, workers_ready=state.workers_ready + self._workforce.released)
         finally:
             self._workforce.end_all()
-        state = self._state()
         self._progress.update(state)
         drain = self._drain
         stopped = drain.reason if drain else reason_to_stop(self._run, state)

@@ -140,6 +140,7 @@ class Workforce:
         workers: by number.
         places: what happened where.
         lost: workers lost so far.
+        released: workers that were stopped because nothing was left for them to do.
         measures_of_former: measures of the workers that have ended.
     """
 
@@ -155,7 +156,7 @@ class Workforce:
     ) -> None:
         self.workers: dict[int, Worker] = {}
         self.places = Places()
-        self.lost = 0
+        self.lost = self.released = 0
         self.measures_of_former = Measures()
         self.first_ready_s: float | None = None
         self._run = run
@@ -286,6 +287,7 @@ class Workforce:
         """Stop idle workers but for some that may still be needed, so that others can use their devices."""
         idle = [worker for worker in self.ready if not worker.in_flight]
         for worker in idle[max(0, most_idle) :]:
+            self.released += 1
             self.end(worker)
 
     def _stop_those_without_machine(self) -> None:

@@ -4,6 +4,7 @@ A `Fault` names the step, the shard and what happens there. Each occurrence leav
 a worker that replaces a lost one knows how many there were, and a test knows that they happened.
 """
 
+import errno
 import faulthandler
 import os
 import resource
@@ -33,19 +34,21 @@ class Fault:
     """What happens to a shard, and where.
 
     Attributes:
-        shard: stem of the tar.
-        point: "begin"; "middle": half of the samples done; "errors": the errors file half written under its
+        shard: stem of the tar; "*": any shard.
+        point: "load": before the worker is ready; "begin"; "middle": half of the samples done; "errors": the errors file half written under its
             temporary name; "between": errors published, annotations not; "annotations": these half written;
             "published": both files there, the driver does not know yet.
         action: a key of ACTIONS; "wait_for_go": until the file `go` is beside the marks folder;
             "wait_for_rival", only at "between": until another process has published the annotations.
         times: how often; later attempts succeed.
+        machine: process id of the machine's daemon, the parent of its workers; 0: on every machine.
     """
 
     shard: str
     point: str
     action: str
     times: int = 1
+    machine: int = 0
 
 
 def hog_memory():
@@ -65,6 +68,10 @@ def send(number, process_id=os.getpid):
     sleep_for_ever()
 
 
+def refuse(error):
+    raise error
+
+
 ACTIONS = {
     "kill": lambda: send(signal.SIGKILL),
     "segfault": lambda: send(signal.SIGSEGV),
@@ -73,6 +80,8 @@ ACTIONS = {
     "kill_machine": lambda: send(signal.SIGKILL, os.getppid),
     "hang": sleep_for_ever,
     "hog": hog_memory,
+    "raise": lambda: refuse(OSError(errno.EIO, os.strerror(errno.EIO))),
+    "full_disk_once": lambda: refuse(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     # from here on the kernel refuses to let any file of this process grow
     "file_size_limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY)),
     "not_root": lambda: os.seteuid(65534),
@@ -87,7 +96,9 @@ class Faults:
         self._marks = Path(marks)
 
     def strike(self, shard, point, before=lambda: None, rival=None):
-        fault = self._faults.get((shard, point))
+        fault = self._faults.get((shard, point)) or self._faults.get(("*", point))
+        if fault and fault.machine not in (0, os.getppid()):
+            return
         for blow in range(fault.times if fault else 0):
             mark = self._marks / f"{shard}-{point}-{blow}"
             try:
@@ -211,6 +222,8 @@ def row(key, sample_index, prompt_index, prompt):
 
 def _build(config, metadata, cpus, device, *, faults, marks_folder, seconds_per_sample):
     struck = Faults(faults, marks_folder)
+    struck.strike("*", "load")
+    struck.strike("*", "load")
     struck.watch_publishing()
     workers = Path(marks_folder).with_name("workers")
     workers.mkdir(exist_ok=True)
