@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.config.load import load_config
-from pipeline.run.plan import MachineResources, plan_workers
+from pipeline.run.plan import MachineResources, asks_wanted, plan_workers
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "configs" / "cluster"
@@ -93,6 +93,21 @@ def test_the_workers_fill_the_machine_and_fit_in_it(ray_job):
     assert store <= n_bytes(shared["emptyDir"]["sizeLimit"])
     assert len(plan.shapes) * run.lookahead_bytes + store < n_bytes(limits["memory"]) / 2
     assert "nvidia.com/gpu" not in head["resources"]["limits"]
+
+
+def test_machines_that_are_created_on_demand_are_those_that_the_job_asks_for(ray_job):
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    # what the head of the file says to change is there
+    assert cluster["enableInTreeAutoscaling"] is False
+    assert {"replicas", "minReplicas", "maxReplicas"} <= set(group)
+    _, worker = containers(ray_job)
+    limits, run = worker["resources"]["limits"], configured(ray_job).run
+    head = [MachineResources(int(cluster["headGroupSpec"]["rayStartParams"]["num-cpus"]), node_id="head")]
+    plan = plan_workers(run, head, shards=10_000)
+    assert plan.shapes == ()
+    assert asks_wanted(run, plan, 10_000) == 1
+    assert (plan.ask.cpus <= int(limits["cpu"]), plan.ask.gpus) == (True, 1)
 
 
 def test_every_mounted_volume_is_there_and_every_pod_serves_metrics(ray_job):

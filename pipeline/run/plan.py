@@ -191,21 +191,26 @@ def no_devices_message(
     if gpus:
         needs = f"{gpus:g} GPU (run.gpus_per_worker) and {needs}"
         way_out += ", or set run.gpus_per_worker=0 to compute on CPUs, slowly"
-    if run.cpus_per_worker and any(machine.gpus or not gpus for machine in there):
-        way_out = f"lower run.cpus_per_worker or leave it out, or {way_out}"
-    return f"no machine can hold a worker: a worker needs {needs}; {_found(there)}; {way_out}"
+    most_cpus = max((machine.cpus for machine in there if machine.gpus or not gpus), default=0)
+    if run.cpus_per_worker and most_cpus:
+        way_out = f"set run.cpus_per_worker to {most_cpus} or less, or {way_out}"
+    return f"no machine can hold a worker: a worker needs {needs}; the cluster has {_found(there)}; {way_out}"
 
 
 def _found(machines: Sequence[MachineResources]) -> str:
     if not machines:
-        return "the cluster has no machine for workers"
-    gpus = sum(machine.gpus for machine in machines)
-    cpus = _range_text([machine.cpus for machine in machines])
-    text = (
-        f"the cluster has {len(machines)} machine(s) with {cpus} CPU core(s) each and {gpus or 'no'} GPU(s)"
+        return "no machine for workers"
+    with_gpus = [machine for machine in machines if machine.gpus]
+    parts = (
+        _found_alike([machine for machine in machines if not machine.gpus], "no GPU"),
+        _found_alike(with_gpus, f"{_range_text([machine.gpus for machine in with_gpus] or [0])} GPU(s)"),
     )
-    with_gpus = [machine.cpus for machine in machines if machine.gpus]
-    return f"{text}, on machine(s) with {_range_text(with_gpus)} CPU core(s)" if with_gpus else text
+    return " and ".join(part for part in parts if part)
+
+
+def _found_alike(machines: Sequence[MachineResources], gpus_text: str) -> str:
+    cpus = [machine.cpus for machine in machines]
+    return f"{len(cpus)} machine(s) with {_range_text(cpus)} CPU core(s) and {gpus_text}" if cpus else ""
 
 
 def _shares(run: RunConfig, machines: Sequence[MachineResources], shards: int, gpus: float) -> list[_Share]:

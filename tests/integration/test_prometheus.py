@@ -43,7 +43,7 @@ def job(tmp_path):
             # one that is written again is another version of itself
             if not shard.exists():
                 shard.write_bytes(b"")
-        return prepare_job(demo_job(shards, tmp_path / "out", run={"workers": 1}))
+        return prepare_job(demo_job(shards, tmp_path / "out", run={"workers": 1, "gpus_per_worker": 0}))
 
     return make
 

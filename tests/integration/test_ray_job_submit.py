@@ -53,7 +53,13 @@ def job_folder(tmp_path):
     def make(shards=2, **run):
         folder = tmp_path / "uploaded"
         tars = write_corpus(folder / "shards", shards, SAMPLES)
-        settings = {"cpus_per_worker": 2, "batch_size": 4, "progress_interval_s": 0.5, **run}
+        settings = {
+            "gpus_per_worker": 0,
+            "cpus_per_worker": 2,
+            "batch_size": 4,
+            "progress_interval_s": 0.5,
+            **run,
+        }
         document = demo_job([], tmp_path / "out", run=settings).model_dump(mode="json")
         document["input"]["shards"] = "shards/*.tar"
         (folder / "job.yaml").write_text(yaml.safe_dump(document))

@@ -161,3 +161,11 @@ def test_published_bytes_are_those_of_both_files_on_disk(tmp_path):
     storage.publish(str(tmp_path / "errors"), "b.parquet", b"12345")
     assert published_bytes(str(tmp_path), ["a"]) == {"a": len(sink.getvalue()) + 5}
     assert published_bytes(str(tmp_path / "none"), ["a"]) == {"a": 0}
+
+
+def test_a_dry_run_looks_for_no_device_and_connects_to_no_cluster(tmp_path, monkeypatch):
+    # nothing answers there
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    tars = write_corpus(tmp_path / "in", shards=1, samples_per_shard=2)
+    sections = {"run": {"gpus_per_worker": 1}, "model": {"precision": "auto"}}
+    assert dry_run(demo_job(tars, tmp_path / "out", **sections)).probe.samples == 2

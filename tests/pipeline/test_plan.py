@@ -284,21 +284,21 @@ def test_the_cores_of_workers_are_shown_as_one_number_or_as_a_range():
             [(4,), (4,)],
             {"cpus_per_worker": 8, "gpus_per_worker": 0},
             "a worker needs 8 CPU core(s) (run.cpus_per_worker); the cluster has 2 machine(s) with 4 CPU "
-            "core(s) each and no GPU(s); lower run.cpus_per_worker or leave it out, or add such a machine",
+            "core(s) and no GPU; set run.cpus_per_worker to 4 or less, or add such a machine",
         ),
         (
-            [(64,), (4, 2)],
+            [(64,), (4, 2), (4, 8)],
             {"cpus_per_worker": 8},
             "a worker needs 1 GPU (run.gpus_per_worker) and 8 CPU core(s) (run.cpus_per_worker); the cluster "
-            "has 2 machine(s) with 4 to 64 CPU core(s) each and 2 GPU(s), on machine(s) with 4 CPU core(s); "
-            "lower run.cpus_per_worker or leave it out, or add such a machine, or set run.gpus_per_worker=0 "
-            "to compute on CPUs, slowly",
+            "has 1 machine(s) with 64 CPU core(s) and no GPU and 2 machine(s) with 4 CPU core(s) and 2 to 8 "
+            "GPU(s); set run.cpus_per_worker to 4 or less, or add such a machine, or set "
+            "run.gpus_per_worker=0 to compute on CPUs, slowly",
         ),
         (
             [(0,), (64,)],
-            {},
+            {"cpus_per_worker": 1},
             "a worker needs 1 GPU (run.gpus_per_worker) and 1 CPU core(s) (run.cpus_per_worker); the cluster "
-            "has 2 machine(s) with 0 to 64 CPU core(s) each and no GPU(s); add such a machine, or set "
+            "has 2 machine(s) with 0 to 64 CPU core(s) and no GPU; add such a machine, or set "
             "run.gpus_per_worker=0 to compute on CPUs, slowly",
         ),
         (
