@@ -88,6 +88,7 @@ def test_a_submitted_job_uploads_its_folder_and_ends_with_0(ray_job, job_folder,
     ended = submit(ray_job, folder, "complete")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "shards: 2 done" in ended.stdout
+    assert f"Results go to {tmp_path / 'out'}\n" in ended.stdout
     # job logs get plain lines
     assert re.search(r"^shards \d/2, .*\d left \| samples", ended.stdout, re.MULTILINE)
     status = read_status(str(tmp_path / "out"))
@@ -100,6 +101,22 @@ def test_a_caller_without_the_token_is_refused(ray_job, job_folder, tmp_path):
     ended = ray_job("submit", f"--working-dir={folder}", "--", "true", RAY_AUTH_TOKEN="f" * 64)
     assert ended.returncode != 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_relative_output_folder_is_refused_with_the_place_where_it_would_be(head, ray_job, job_folder):
+    folder, _ = job_folder()
+    ended = ray_job(
+        "submit",
+        "--submission-id=relative",
+        f"--working-dir={folder}",
+        *("--", "legrad", "annotate", "job.yaml", "output.dir=out/run-1"),
+    )
+    assert driver_exit_code(head, ray_job, "relative") == 1
+    assert re.search(
+        r"output.dir: out/run-1 is /\S+/_ray_pkg_\w+/out/run-1 in this submitted job, in the job's working "
+        r"directory, which Ray deletes; give an absolute path",
+        " ".join(ended.stdout.split()),
+    )
 
 
 @pytest.mark.parametrize(("overrides", "code"), [(["run.batchsize=3"], 1), (["input.shards=gone.tar"], 3)])
