@@ -119,6 +119,36 @@ def test_a_relative_output_folder_is_refused_with_the_place_where_it_would_be(he
     )
 
 
+WAITS_FOR_SIGTERM = """
+import pathlib, signal, sys, time
+def finish(*_):
+    # longer than the three seconds after which Ray kills a job by default
+    time.sleep(5)
+    pathlib.Path(sys.argv[1], "finished").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, finish)
+pathlib.Path(sys.argv[1], "begun").touch()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_stopped_job_has_the_time_that_it_was_submitted_with(ray_job, tmp_path, more):
+    (tmp_path / "waits.py").write_text(WAITS_FOR_SIGTERM)
+    name = f"waits-{more}"
+    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"} if more else {}}
+    begun = ray_job(
+        "submit",
+        *(f"--submission-id={name}", "--no-wait", f"--runtime-env-json={json.dumps(environment)}"),
+        *("--", "python", str(tmp_path / "waits.py"), str(tmp_path)),
+    )
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    wait_until((tmp_path / "begun").exists, lambda: ray_job("logs", name).stdout)
+    stopped = ray_job("stop", name)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert (tmp_path / "finished").exists() is more
+
+
 @pytest.mark.parametrize(("overrides", "code"), [(["run.batchsize=3"], 1), (["input.shards=gone.tar"], 3)])
 def test_the_drivers_own_exit_code_is_in_the_jobs_status(
     head, ray_job, job_folder, tmp_path, overrides, code
