@@ -1,5 +1,6 @@
 """The files for a cluster agree with each other, with the configuration and with the package."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 
 from pipeline.config.load import load_config
 from pipeline.run.plan import MachineResources, asks_wanted, plan_workers
+from pipeline.run.prometheus import COUNTERS, GAUGES
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "configs" / "cluster"
@@ -119,6 +121,73 @@ def test_every_mounted_volume_is_there_and_every_pod_serves_metrics(ray_job):
         assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
         ports = {port["name"]: str(port["containerPort"]) for port in container["ports"]}
         assert ports["metrics"] == group["rayStartParams"]["metrics-export-port"]
+
+
+@pytest.fixture(scope="module")
+def dashboard():
+    return json.loads((CLUSTER / "grafana-dashboard.json").read_text())
+
+
+def test_the_dashboard_has_what_grafana_needs_to_import_it(dashboard):
+    assert {"title", "uid", "schemaVersion", "panels", "templating", "time"} <= dashboard.keys()
+    assert "id" not in dashboard  # the number of a dashboard in another Grafana
+    source, output = dashboard["templating"]["list"]
+    assert (source["name"], source["type"], source["query"]) == ("datasource", "datasource", "prometheus")
+    assert (output["name"], output["type"], output["multi"]) == ("output", "query", True)
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    chosen = {"type": "prometheus", "uid": "${datasource}"}
+    assert output["datasource"] == chosen
+    for panel in dashboard["panels"]:
+        assert {"type", "title", "gridPos", "targets", "fieldConfig", "options"} <= panel.keys()
+        assert panel["datasource"] == chosen
+        references = [target["refId"] for target in panel["targets"]]
+        assert len(set(references)) == len(references)
+        assert all(target["datasource"] == chosen for target in panel["targets"])
+
+
+def test_no_two_panels_of_the_dashboard_overlap(dashboard):
+    taken = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_the_dashboard_shows_every_metric_under_its_name_on_the_endpoint(dashboard):
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    # Ray puts ray_ before each name, and Prometheus' format _total after that of a counter
+    served = {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{name}" for name in GAUGES}
+    assert set(re.findall(r"ray_\w+", " ".join(expressions))) == served
+    for expression in expressions:
+        selectors = re.findall(r"ray_\w+(\{[^}]*\})?", expression)
+        assert all('output=~"$output"' in selector for selector in selectors), expression
+        assert expression.count("(") == expression.count(")"), expression
+        for name, interval in re.findall(r"(ray_\w+)\{[^}]*\}(\[[^]]+\])?", expression):
+            # the total of workers lost is shown as it is
+            is_rate = name.endswith("_total") and name != "ray_legrad_workers_lost_total"
+            assert (interval == "[$__rate_interval]") is is_rate or interval == "[30m]", expression
+
+
+def test_the_dashboard_groups_by_labels_that_the_metrics_have(dashboard):
+    tags = {
+        **{f"ray_{name}_total": tag for name, (_, tag) in COUNTERS.items()},
+        **{f"ray_{name}": tag for name, (_, tag) in GAUGES.items()},
+    }
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            allowed = {"output", *(tags[name] for name in re.findall(r"ray_\w+", target["expr"]))}
+            grouped = re.findall(r"by \(([^)]*)\)", target["expr"])
+            for names in grouped:
+                assert set(names.split(", ")) <= allowed, target["expr"]
+            for name in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
+                assert name in grouped[0], target["expr"]
 
 
 def test_the_image_copies_what_is_there_and_what_its_builder_may_see(instructions):

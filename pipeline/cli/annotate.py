@@ -84,6 +84,7 @@ def annotate_with_config(
     from pipeline.run.job import prepare_job
     from pipeline.run.progress import SharedProgress, open_progress
     from pipeline.run.runner import run_job
+    from pipeline.storage import shown_url
 
     job = prepare_job(config, moves)
     try:
@@ -92,6 +93,7 @@ def annotate_with_config(
             recorded_run(job.folder) as recorder,
         ):
             progress = SharedProgress([shown, recorder])
+            progress.say(f"Results go to {shown_url(job.config.output.dir)}")
             for warning in job.warnings:
                 progress.say(f"warning: {warning}")
             result = run_job(job, progress, max_shards=max_shards)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,7 @@ from pipeline.output.schema import ShardRow
 from pipeline.output.survey import Survey, survey
 from pipeline.output.tables import shard_list_bytes
 from pipeline.prompts.sample_prompts import with_files_read
+from pipeline.run.destination import check_destination
 from pipeline.run.precision import precision_of_workers
 from pipeline.storage import ShardSource
 from pipeline.text import first_few
@@ -96,10 +98,12 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
         moves: OLD=NEW for each folder or file of shards that has moved.
 
     Raises:
-        UserError: no shard matches, the classes cannot be read, the folder has results of another
-            configuration or files that this package did not write, or no listed shard is in an OLD.
+        UserError: no shard matches, the classes cannot be read, the output folder would not outlive a
+            submitted job, or has results of another configuration or files that this package did not write,
+            or no listed shard is in an OLD.
         OutputError: the folder cannot be written.
     """
+    check_destination(config.output.dir, os.environ)
     config = as_run(config)
     listing = storage.find_shards(
         config.input.shards,

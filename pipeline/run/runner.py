@@ -10,6 +10,7 @@ from pipeline.output.survey import spread_evenly
 from pipeline.process import SIGTERM_EXIT_CODE, sigterm_noted
 from pipeline.run import cluster
 from pipeline.run import job as jobs
+from pipeline.run.destination import shared_folder_note
 from pipeline.run.dispatcher import Dispatcher
 from pipeline.run.job import Job
 from pipeline.run.outcome import JobResult, RunTally, concluded, first_state
@@ -66,7 +67,10 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
     run = job.config.run
     with cluster.ray_session() as session, sigterm_noted() as is_terminated:
         shards = spread_evenly(job.todo, max_shards)
-        cpus_only = cluster.cpus_only(session, cluster.machines_alive(), run)
+        machines = cluster.machines_alive()
+        if note := shared_folder_note(job.config.output.dir, len(machines)):
+            progress.say(note)
+        cpus_only = cluster.cpus_only(session, machines, run)
         check_precision(job, cpus_only=cpus_only)
         progress.say(
             f"Annotating {len(shards):,} shard(s), {first_state(job).shards_skipped:,} done before, "

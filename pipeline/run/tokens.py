@@ -63,6 +63,8 @@ def _is_refused(address: str, token: str) -> bool:
         server = None
     if not server:
         return False
+    if server is None:
+        return False
     metadata = [("authorization", f"Bearer {token}")] if token else []
     with grpc.insecure_channel(server.rpartition("://")[2]) as channel:
         try:

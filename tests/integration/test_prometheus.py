@@ -17,7 +17,8 @@ from tests.helpers.waiting import PATIENCE_S
 
 # a counter that has counted nothing, such as that of errors, is not shown
 SHOWN = {
-    *("ray_legrad_shards", "ray_legrad_workers", "ray_legrad_pace_set_by"),
+    *("ray_legrad_shards", "ray_legrad_workers", "ray_legrad_workers_wanted", "ray_legrad_pace_set_by"),
+    "ray_legrad_places_left_alone",
     *("ray_legrad_samples", "ray_legrad_rows", "ray_legrad_images_decoded"),
     *("ray_legrad_device_busy_seconds", "ray_legrad_worker_seconds"),
 }
@@ -83,6 +84,8 @@ def test_a_run_can_be_watched_by_prometheus(head, job, tmp_path):
     assert (annotated.name, annotated.labels["outcome"]) == ("ray_legrad_samples_total", "annotated")
     assert 1 <= annotated.value <= 10
     assert scraper.seen["ray_legrad_workers"].samples[0].value == 1
+    assert scraper.seen["ray_legrad_workers_wanted"].samples[0].value == 1
+    assert scraper.seen["ray_legrad_places_left_alone"].samples[0].value == 0
     assert scraper.seen["ray_legrad_images_decoded"].samples[0].value >= 1
     busy_s = scraper.seen["ray_legrad_device_busy_seconds"].samples[0].value
     assert 0 < busy_s <= scraper.seen["ray_legrad_worker_seconds"].samples[0].value

@@ -94,6 +94,7 @@ def test_a_submitted_job_uploads_its_folder_and_ends_with_0(ray_job, job_folder,
     ended = submit(ray_job, folder, "complete")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "shards: 2 done" in ended.stdout
+    assert f"Results go to {tmp_path / 'out'}\n" in ended.stdout
     # job logs get plain lines
     assert re.search(r"^shards \d/2, .*\d left \| samples", ended.stdout, re.MULTILINE)
     status = read_status(str(tmp_path / "out"))
@@ -106,6 +107,52 @@ def test_a_caller_without_the_token_is_refused(ray_job, job_folder, tmp_path):
     ended = ray_job("submit", f"--working-dir={folder}", "--", "true", RAY_AUTH_TOKEN="f" * 64)
     assert ended.returncode != 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_relative_output_folder_is_refused_with_the_place_where_it_would_be(head, ray_job, job_folder):
+    folder, _ = job_folder()
+    ended = ray_job(
+        "submit",
+        "--submission-id=relative",
+        f"--working-dir={folder}",
+        *("--", "legrad", "annotate", "job.yaml", "output.dir=out/run-1"),
+    )
+    assert driver_exit_code(head, ray_job, "relative") == 1
+    assert re.search(
+        r"output.dir: out/run-1 is /\S+/_ray_pkg_\w+/out/run-1 in this submitted job, in the job's working "
+        r"directory, which Ray deletes; give an absolute path",
+        " ".join(ended.stdout.split()),
+    )
+
+
+WAITS_FOR_SIGTERM = """
+import pathlib, signal, sys, time
+def finish(*_):
+    # longer than the three seconds after which Ray kills a job by default
+    time.sleep(5)
+    pathlib.Path(sys.argv[1], "finished").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, finish)
+pathlib.Path(sys.argv[1], "begun").touch()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_stopped_job_has_the_time_that_it_was_submitted_with(ray_job, tmp_path, more):
+    (tmp_path / "waits.py").write_text(WAITS_FOR_SIGTERM)
+    name = f"waits-{more}"
+    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"} if more else {}}
+    begun = ray_job(
+        "submit",
+        *(f"--submission-id={name}", "--no-wait", f"--runtime-env-json={json.dumps(environment)}"),
+        *("--", "python", str(tmp_path / "waits.py"), str(tmp_path)),
+    )
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    wait_until((tmp_path / "begun").exists, lambda: ray_job("logs", name).stdout)
+    stopped = ray_job("stop", name)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert (tmp_path / "finished").exists() is more
 
 
 @pytest.mark.parametrize(("overrides", "code"), [(["run.batchsize=3"], 1), (["input.shards=gone.tar"], 3)])

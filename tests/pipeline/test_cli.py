@@ -116,6 +116,7 @@ def test_annotate_ends_by_naming_the_workers_and_the_places_left_alone(legrad, c
     )
     monkeypatch.setattr("pipeline.run.runner.run_job", lambda job, progress, max_shards: JobResult(state))
     _, out, _ = legrad("annotate", config_file)
+    assert out.startswith("Results go to /")
     assert "workers: 6 of 8, 14 lost\n" in out
     assert "place left alone: 10.0.0.9: 3 workers lost\n... and 2 more; see legrad status" in out
 

@@ -1,0 +1,70 @@
+"""Check that a job's output folder outlives the job and can be shared by the machines of a cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.storage.urls import is_local
+
+# Ray sets it for the command of `ray job submit`
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def check_destination(output_dir: str, environ: Mapping[str, str]) -> None:
+    """Refuse a relative output folder in a submitted job, and one in a working directory that Ray deletes.
+
+    Args:
+        output_dir: as the configuration names it.
+        environ: environment variables.
+
+    Raises:
+        UserError: the results would be lost, or on a machine that the user did not choose.
+    """
+    job = _submitted_job(environ)
+    if job is None or not is_local(output_dir):
+        return
+    folder = storage.absolute(output_dir)
+    is_relative = not Path(output_dir).is_absolute() and folder == str(Path(output_dir).absolute())
+    is_deleted = bool(job.get("working_dir")) and _is_in_working_directory(folder)
+    if is_relative or is_deleted:
+        where = (
+            "in the job's working directory, which Ray deletes" if is_deleted else "on the driver's machine"
+        )
+        raise UserError(
+            f"output.dir: {output_dir} is {folder} in this submitted job, {where}; give an absolute path to "
+            "a folder that every machine of the cluster sees, or a URL such as s3://BUCKET/FOLDER"
+        )
+
+
+def _submitted_job(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the runtime environment of the submitted job that this process belongs to; None without one."""
+    try:
+        job = json.loads(environ[JOB_VARIABLE])
+        runtime_env = job["runtime_env"] or {}
+    except (KeyError, ValueError, TypeError):
+        return None
+    return runtime_env if isinstance(runtime_env, dict) else None
+
+
+def _is_in_working_directory(folder: str) -> bool:
+    return Path(folder).resolve().is_relative_to(Path().resolve())
+
+
+def shared_folder_note(output_dir: str, machines: int) -> str:
+    """Return what a local output folder requires of a cluster of several machines; empty otherwise.
+
+    Args:
+        output_dir: absolute path or URL.
+        machines: machines of the cluster.
+    """
+    if machines < 2 or not is_local(output_dir):
+        return ""
+    return (
+        f"{output_dir} must be the same folder on each of the {machines:,} machines, such as a network file "
+        "system: every worker writes there"
+    )
