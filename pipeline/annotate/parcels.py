@@ -10,6 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import socket
+import struct
 import tempfile
 import weakref
 from collections import deque
@@ -112,6 +114,20 @@ class Parcels:
         buffers = [view[start : start + size] for start, size in zip(_starts(parts), parts, strict=True)]
         del view
         return pickle.loads(pickled, buffers=buffers)  # noqa: S301
+
+    def limit_waits(self, timeout_s: float | None) -> None:
+        """Let calls of `send` and `receive` raise BlockingIOError where nothing moves for so long.
+
+        That holds in the middle of a message too, such as one whose length was written by a broken process.
+
+        Args:
+            timeout_s: seconds; None: they wait for ever.
+        """
+        seconds, fraction = divmod(timeout_s or 0.0, 1)
+        timeval = struct.pack("ll", int(seconds), int(fraction * 1e6))
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
     def has_arrived(self) -> bool:
         """Return whether an object, or the end of the connection, can be received without waiting."""

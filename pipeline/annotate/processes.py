@@ -22,7 +22,7 @@ from pipeline.annotate.parcels import ENDS_OF_CONNECTION, Parcels
 
 # kinds of messages; `sample_process` is the other end, and is imported there alone: it brings torch
 READY, DONE, FAILED, ROOM, ROOM_LEFT = "ready", "done", "failed", "room", "room left"
-FORK, EXIT_CODE = "fork", "exit code"
+FORK, EXIT_CODE, KILL = "fork", "exit code", "kill"
 # tasks of a sample process: methods of `SampleWork`
 PREPARE, FINISH = "prepare", "finish"
 # Ctrl-C reaches every process of a terminal, and is for the one that started the launcher
@@ -45,12 +45,17 @@ _EXIT_TIMEOUT_S = 10.0
 OOM_SCORE_FILE = Path("/proc/self/oom_score_adj")
 MOST_OOM_SCORE = 1000
 _OOM_SCORE_WITH_DEVICE = 900
+_START_TIMEOUT_S = 120.0
 _ATTEMPTS_TO_START = 3
 CLOSED = "the sample processes were closed"
 
 
 class ProcessDied(Exception):
     """A sample process ended before it answered; the message says how."""
+
+
+class ProcessTimedOut(ProcessDied):
+    """A sample process did not answer in time, and was killed."""
 
 
 class MemoryGate:
@@ -103,11 +108,14 @@ class SampleProcesses:
     Args:
         count: number of processes.
         max_room_bytes: memory that large images take at a time, over all processes.
+        timeout_s: seconds after which a process that has not answered is killed; it may wait longer for
+            memory. None: never.
     """
 
-    def __init__(self, count: int, max_room_bytes: int) -> None:
+    def __init__(self, count: int, max_room_bytes: int, timeout_s: float | None = None) -> None:
         _be_killed_after_sample_processes()
         self._gate = MemoryGate(max_room_bytes)
+        self._timeout_s = timeout_s
         self._closed = threading.Event()
         self._launcher = _Launcher(self._closed)
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
@@ -124,6 +132,7 @@ class SampleProcesses:
 
         Raises:
             ProcessDied: the process ended before it answered.
+            ProcessTimedOut: it did not answer in time.
             RuntimeError: no process can be started, or all were closed.
             Exception: whatever the task raised.
         """
@@ -141,6 +150,9 @@ class SampleProcesses:
                 raise
             if self._closed.is_set():
                 raise RuntimeError(CLOSED) from error
+            if isinstance(error, ProcessTimedOut):
+                limit = f"{self._timeout_s:g} s, the limit of run.sample_timeout_s"
+                raise ProcessTimedOut(f"did not finish within {limit}, and was killed") from error
             raise ProcessDied(_how_it_ended(code)) from error
         finally:
             self._idle.put(process)
@@ -173,7 +185,7 @@ class SampleProcesses:
         for _ in range(_ATTEMPTS_TO_START):
             process = _Process(*self._launcher.fork())
             try:
-                process.welcome(settings)
+                process.welcome(settings, self._timeout_s)
             except ProcessDied:
                 ending = _how_it_ended(process.end(self._launcher))
             except BaseException:
@@ -190,10 +202,13 @@ class _Process:
     def __init__(self, pid: int, parcels: Parcels) -> None:
         self._pid = pid
         self._parcels = parcels
+        self._is_hanging = False
 
-    def welcome(self, settings: Any) -> None:
-        """Send the settings, and wait until the process is ready."""
+    def welcome(self, settings: Any, timeout_s: float | None) -> None:
+        """Send the settings, wait until the process is ready, and limit the waits for later answers."""
+        self._parcels.limit_waits(_START_TIMEOUT_S)
         self._exchange(settings)
+        self._parcels.limit_waits(timeout_s)
 
     def ask(self, task: str, content: Any, gate: MemoryGate) -> tuple[str, Any]:
         """Run a task, and return DONE and its result, or FAILED and what it raised.
@@ -226,20 +241,26 @@ class _Process:
     def end(self, launcher: _Launcher) -> int | None:
         """End the process unless it has died, and return its exit code; None where it is not known."""
         self._parcels.close()
-        return launcher.exit_code(self._pid)
+        return launcher.exit_code(self._pid, kill=self._is_hanging)
 
     def _exchange(self, message: Any) -> Any:
-        try:
+        with self._deaths_raised():
             self._parcels.send(message)
-        except ENDS_OF_CONNECTION as error:
-            raise ProcessDied from error
         return self._next()
 
     def _next(self) -> Any:
-        try:
+        with self._deaths_raised():
             return self._parcels.receive()
+
+    @contextmanager
+    def _deaths_raised(self) -> Iterator[None]:
+        try:
+            yield
         except ENDS_OF_CONNECTION as error:
             raise ProcessDied from error
+        except BlockingIOError as error:
+            self._is_hanging = True
+            raise ProcessTimedOut from error
 
 
 class _Launcher:
@@ -267,11 +288,16 @@ class _Launcher:
                 self._start()
             raise RuntimeError(f"the launcher of sample processes ended {_ATTEMPTS_TO_START} times")
 
-    def exit_code(self, pid: int) -> int | None:
-        """Return the exit code of a process that is ending; None where the launcher has gone as well."""
+    def exit_code(self, pid: int, *, kill: bool = False) -> int | None:
+        """Return the exit code of a process that is ending; None where the launcher has gone as well.
+
+        Args:
+            pid: of the process.
+            kill: it would not end by itself.
+        """
         with self._lock:
             try:
-                self._requests.send((EXIT_CODE, pid))
+                self._requests.send((KILL if kill else EXIT_CODE, pid))
                 code: int | None = self._requests.receive()
             except (EOFError, OSError):
                 return None

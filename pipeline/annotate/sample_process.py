@@ -22,6 +22,7 @@ from pipeline.annotate.processes import (
     DONE,
     FAILED,
     FORK,
+    KILL,
     MOST_OOM_SCORE,
     OOM_SCORE_FILE,
     PREPARE,
@@ -54,7 +55,8 @@ def serve_launcher(descriptor: int) -> None:
                 children[child.pid or 0] = child
                 requests.send(child.pid)
             else:
-                requests.send(_exit_code(children.pop(pid, None)))
+                timeout_s = 0.0 if task == KILL else _JOIN_TIMEOUT_S
+                requests.send(_exit_code(children.pop(pid, None), timeout_s))
     except (EOFError, OSError):
         for child in children.values():
             child.kill()
@@ -67,10 +69,11 @@ def _forked(connection: Connection, requests: Connection) -> BaseProcess:
     return child
 
 
-def _exit_code(child: BaseProcess | None) -> int | None:
+def _exit_code(child: BaseProcess | None, timeout_s: float) -> int | None:
+    """Return the exit code of a process; kill it if it has not ended in time."""
     if child is None:
         return None
-    child.join(_JOIN_TIMEOUT_S)
+    child.join(timeout_s)
     if child.exitcode is None:
         child.kill()
         child.join()
