@@ -1,8 +1,8 @@
 """One stream of batches for all shards in flight.
 
 The thread of a shard reads it, a chunk of samples at a time, and waits until the last of them is written. In
-between, the chunks of all shards share the threads that prepare and finish them, the limits on what is in
-flight, and the batches. What threads hand over, wake and lock for is a chunk; what is counted is samples.
+between, the chunks of all shards share the threads that prepare and finish them, the limits on samples and
+bytes in flight, and the batches. Threads pass on whole chunks; limits and counts are of samples.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ CLOSED = "the stream of samples was closed"
 
 
 class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
-    """Takes samples of several shards through its steps, in batches that cross the shards' boundaries.
+    """Takes the samples of several shards through its steps; a batch may hold samples of several shards.
 
     A batch goes to the device when it is full, when nothing could join it before the device has worked, or
-    when a sample has waited too long. A batch that fails is tried again shard by shard, so that a sample at
-    fault fails its own shard alone.
+    when a sample has waited too long. A batch that fails is tried again shard by shard, so that only the shard
+    with the faulty sample fails.
 
     Args:
         steps: what is done with samples.
         limits: see `StreamLimits`.
-        batch_limit: most samples of a shape in one batch; asked anew for every batch.
+        batch_limit: most samples of a shape in one batch; called before every batch.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             self._count_finished(source)
 
     def _measure_again(self, chunk: Chunk[Prepared, Outcome]) -> None:
-        """Hold what prepared samples really take: what was held so far was the most that they might."""
+        """Replace the largest possible size of prepared samples by their real size."""
         measure = self._steps.prepared_bytes
         if measure is None:
             return
@@ -258,7 +258,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         return complete
 
     def _release(self, chunk: Chunk[Prepared, Outcome], position: int) -> None:
-        """Let a prepared sample go, and hold its bytes no longer."""
+        """Drop a prepared sample, and no longer count its bytes."""
         chunk.prepared[position] = None
         if chunk.source.error is None:
             self._hold(chunk.source, -chunk.sizes_bytes[position])
@@ -364,7 +364,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                     self._has_served_a_batch = True
                     self._on_device += 1
                     if self._waiting:
-                        # what woke this thread may be enough for another one
+                        # there may be enough samples for another batch
                         self._work_for_device.notify()
                     return batch
                 if may_want_readers and self._waits_for_readers():
@@ -382,7 +382,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         if self._preparing:
             return False
         if self._blocked_readers:
-            # they continue when something is written: soon, or only once the device has worked
+            # they continue once samples are written, which may need the device first
             return not self._finishing and not self._on_device
         return not self._readers
 

@@ -27,8 +27,8 @@ class SampleSteps(Generic[Raw, Prepared, Explained, Outcome]):
 
     Attributes:
         size_bytes: bytes that a sample takes at most, from when it was read until the device has it.
-        prepare: makes samples of one shard ready for the device; in the place of a sample of which nothing is
-            to be explained, it returns the outcome. Called by several threads.
+        prepare: makes samples of one shard ready for the device; for a sample that needs no explanation it
+            returns the outcome instead. Called by several threads.
         shape: of what `prepare` returned; samples of equal shape may share a batch. None: it is an outcome.
         explain: returns one result for each sample of a batch, in order.
         finish: turns results of one shard into one outcome; called by several threads.

@@ -1,4 +1,4 @@
-"""The work on samples in processes of their own: one that dies costs the sample that it died of."""
+"""The work on samples in sample processes; a process that dies or hangs costs one sample."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WorkInProcesses:
     something else costs nothing.
 
     Args:
-        processes: where the work is done; no other work is.
+        processes: do this work, and no other.
         settings: of the job.
         every_class: prompts of all classes, in their order; none where captions are the prompts.
     """
@@ -62,7 +62,7 @@ class WorkInProcesses:
 
     def _prepared_alone(self, item: RawSample | SampleError) -> list[PreparedSample | SampleRows]:
         if isinstance(item, SampleError):
-            # it takes no work, and must not be replaced by another error: it may be the shard's
+            # it needs no work, and must stay as it is: it may be an error of the whole shard
             return [outcome_of(item)]
         with suppress(*_DEATHS):
             return self._prepared([item])

@@ -19,7 +19,7 @@ HANG, STOP = (250, 0, 250), (250, 250, 250)
 
 
 def act(colour: tuple[int, int, int]) -> None:
-    """Do what a colour stands for; nothing for other colours."""
+    """Do what a colour means; nothing for other colours."""
     if colour == SEGFAULT:
         os.kill(os.getpid(), signal.SIGSEGV)
     if colour == KILL:
@@ -46,7 +46,7 @@ class DeadlyTransform(ImageTransform):
 
 
 class DiesWhenItArrives:
-    """Kills the process in which it is unpickled, or does there what another colour stands for."""
+    """Kills the process in which it is unpickled, or does there what another colour means."""
 
     def __init__(self, colour=SEGFAULT):
         self.colour = colour

@@ -1,4 +1,4 @@
-"""Faults of sample processes: what is raised, what is left, and who is to blame."""
+"""Faults of sample processes: which error is raised, and that nothing is left behind."""
 
 import gc
 import os
