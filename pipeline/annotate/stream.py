@@ -36,8 +36,8 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
     """Takes the samples of several shards through its steps; a batch may hold samples of several shards.
 
     A batch goes to the device when it is full, when nothing could join it before the device has worked, or
-    when a sample has waited too long. A batch that fails is tried again shard by shard, so that only the shard
-    with the faulty sample fails.
+    when a sample has waited too long. A batch that fails is tried again shard by shard, so that only
+    the shard with the faulty sample fails.
 
     Args:
         steps: what is done with samples.
