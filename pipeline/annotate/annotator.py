@@ -25,7 +25,8 @@ from pipeline.annotate.processes import MemoryGate, SampleProcesses
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.annotate.sample_work import SampleWork, WorkSettings
-from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
+from pipeline.annotate.stream import BatchStream
+from pipeline.annotate.stream_steps import SampleSteps, StreamLimits
 from pipeline.annotate.trial import TrialSamples
 from pipeline.annotate.work_in_processes import WorkInProcesses
 from pipeline.config.schema import InputConfig, JobConfig, RunConfig

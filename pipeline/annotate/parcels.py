@@ -1,8 +1,8 @@
 """Send objects between processes of one machine: what is large travels in anonymous shared files.
 
-Each end has a few files that it writes again and again, since fresh memory costs more than the copy. What
-arrives is not copied: its file is written again once the last array that views it has gone. The files have no
-name and are not in /dev/shm, which containers limit to 64 MB; they end with their last process.
+Each end reuses a few files, since fresh memory costs more than the copy. Received arrays are views of a file,
+which is reused once the last of them is deleted. The files have no name and are not in /dev/shm, which
+containers limit to 64 MB; the kernel frees them when the last process that has them open ends.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import socket
+import struct
 import tempfile
 import weakref
 from collections import deque
@@ -23,12 +25,12 @@ import numpy as np
 
 from pipeline.errors import ScratchError
 
-# what `Parcels` raises where the other process has gone; any other OSError is a lack of something here
+# what `Parcels` raises where the other process has ended; any other OSError is a fault of this machine
 ENDS_OF_CONNECTION = (EOFError, ConnectionError)
-# up to so many bytes, a copy through the connection costs less than a file
+# below this size, a copy through the connection costs less than a file
 INLINE_BYTES = 2**12
 _SMALLEST_FILE_BYTES = 2**20
-# vector instructions want it
+# vector instructions are faster on aligned memory
 _ALIGNMENT = 64
 
 
@@ -43,7 +45,7 @@ class Large:
 
 
 class Parcels:
-    """One end of a connection between two processes; one thread at a time may use it.
+    """One end of a connection between two processes; only one thread at a time may use it.
 
     Args:
         connection: to the other end.
@@ -54,14 +56,14 @@ class Parcels:
         self._outgoing: list[memoryview] = []
         self._free: set[int] = set()
         self._incoming: dict[int, mmap.mmap] = {}
-        # of the other end's files, those that no array here views any more
+        # numbers of the other end's files that no array here views any more
         self._returned: deque[int] = deque()
 
     def send(self, content: Any) -> None:
         """Send an object that can be pickled; arrays and what is `Large` are copied once.
 
         Raises:
-            ConnectionError: the other process has gone.
+            ConnectionError: the other process has ended.
             Exception: the object cannot be pickled; nothing was sent.
         """
         buffers: list[pickle.PickleBuffer] = []
@@ -90,10 +92,10 @@ class Parcels:
         """Wait for the next object; arrays in it are writable.
 
         Raises:
-            EOFError, ConnectionError: the other process has gone.
+            EOFError, ConnectionError: the other process has ended.
             Exception: the object cannot be unpickled.
         """
-        # from a process that this one started, or that started this one
+        # the bytes are from a process that this one started, or that started this one
         pickled, returned, parts, place = pickle.loads(self._connection.recv_bytes())  # noqa: S301
         self._free.update(returned)
         if place is None:
@@ -113,6 +115,20 @@ class Parcels:
         del view
         return pickle.loads(pickled, buffers=buffers)  # noqa: S301
 
+    def limit_waits(self, timeout_s: float | None) -> None:
+        """Let calls of `send` and `receive` raise BlockingIOError where nothing moves for so long.
+
+        That holds in the middle of a message too, such as one whose length was written by a broken process.
+
+        Args:
+            timeout_s: seconds; None: no limit.
+        """
+        seconds, fraction = divmod(timeout_s or 0.0, 1)
+        timeval = struct.pack("ll", int(seconds), int(fraction * 1e6))
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
     def has_arrived(self) -> bool:
         """Return whether an object, or the end of the connection, can be received without waiting."""
         return self._connection.poll()
@@ -131,7 +147,7 @@ class Parcels:
         # a quarter more, since the next chunk may be a little larger
         new_file, memory = _mapped_file(max(size_bytes + size_bytes // 4, _SMALLEST_FILE_BYTES))
         if self._free:
-            # one that is too small makes way
+            # replace one that is too small
             number = self._free.pop()
             self._outgoing[number] = memory
         else:

@@ -1,4 +1,4 @@
-"""Start sample processes, hand them work and survive their deaths; without Ray."""
+"""Sample processes: start them, send them work, and replace those that die or hang; without Ray."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from typing import Any
 
 from pipeline.annotate.parcels import ENDS_OF_CONNECTION, Parcels
 
-# kinds of messages; `sample_process` is the other end, and is imported there alone: it brings torch
+# Kinds of messages. `sample_process` is the other end; it imports torch, so it is not imported here.
 READY, DONE, FAILED, ROOM, ROOM_LEFT = "ready", "done", "failed", "room", "room left"
-FORK, EXIT_CODE = "fork", "exit code"
+FORK, EXIT_CODE, KILL = "fork", "exit code", "kill"
 # tasks of a sample process: methods of `SampleWork`
 PREPARE, FINISH = "prepare", "finish"
-# Ctrl-C reaches every process of a terminal, and is for the one that started the launcher
+# Ctrl-C is sent to every process of a terminal; only the process that started the launcher handles it
 _COMMAND = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import sys; sys.path[:] = {path!r}; "
     "from pipeline.annotate.sample_process import serve_launcher; serve_launcher({descriptor})"
 )
-# A process uses one thread, and no GPU. It keeps the memory of a few images: the C library would give it back
-# to the kernel after every image, and fresh pages cost as much as decoding.
+# A process uses one thread and no GPU. It keeps the memory of a few images: by default, the C library returns
+# it to the kernel after every image, and fresh pages cost as much as decoding.
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
@@ -41,10 +41,11 @@ _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 _EXIT_TIMEOUT_S = 10.0
-# Where memory runs out, the kernel kills the process with the highest score first; Ray gives workers 1000.
+# When memory runs out, the kernel kills the process with the highest score first; Ray sets 1000 for workers.
 OOM_SCORE_FILE = Path("/proc/self/oom_score_adj")
 MOST_OOM_SCORE = 1000
 _OOM_SCORE_WITH_DEVICE = 900
+_START_TIMEOUT_S = 120.0
 _ATTEMPTS_TO_START = 3
 CLOSED = "the sample processes were closed"
 
@@ -53,11 +54,15 @@ class ProcessDied(Exception):
     """A sample process ended before it answered; the message says how."""
 
 
+class ProcessTimedOut(ProcessDied):
+    """A sample process did not answer in time, and was killed."""
+
+
 class MemoryGate:
-    """Lets large images pass as long as their memory stays below a limit; a larger one passes alone.
+    """Limits the memory of large images that are decoded at a time; an image above the limit is alone.
 
     Args:
-        max_bytes: sum over all that have passed and not left.
+        max_bytes: sum over all that have entered and not left.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -67,7 +72,7 @@ class MemoryGate:
         self._held_bytes = 0
 
     def enter(self, size_bytes: int) -> None:
-        """Wait until there is room; those that wait enter in the order of their arrival."""
+        """Wait until there is room; callers enter in the order of their arrival."""
         ticket = object()
         with self._changed:
             self._waiting.append(ticket)
@@ -77,14 +82,14 @@ class MemoryGate:
             self._changed.notify_all()
 
     def leave(self, size_bytes: int) -> None:
-        """Give back what was taken."""
+        """Release memory that was taken by `enter`."""
         with self._changed:
             self._held_bytes -= size_bytes
             self._changed.notify_all()
 
     @contextmanager
     def room(self, size_bytes: int) -> Iterator[None]:
-        """Hold so much memory in the block."""
+        """Hold memory during the block."""
         self.enter(size_bytes)
         try:
             yield
@@ -96,18 +101,21 @@ class MemoryGate:
 
 
 class SampleProcesses:
-    """Processes that work on samples; each runs one task at a time, and one that dies is replaced.
+    """Processes that work on samples; each runs one task at a time, and is replaced when it dies.
 
     The launcher starts at once and imports what processes need; a process starts with its first task.
 
     Args:
         count: number of processes.
         max_room_bytes: memory that large images take at a time, over all processes.
+        timeout_s: seconds after which a process that has not answered is killed; it may wait longer for
+            memory. None: never.
     """
 
-    def __init__(self, count: int, max_room_bytes: int) -> None:
+    def __init__(self, count: int, max_room_bytes: int, timeout_s: float | None = None) -> None:
         _be_killed_after_sample_processes()
         self._gate = MemoryGate(max_room_bytes)
+        self._timeout_s = timeout_s
         self._closed = threading.Event()
         self._launcher = _Launcher(self._closed)
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
@@ -124,6 +132,7 @@ class SampleProcesses:
 
         Raises:
             ProcessDied: the process ended before it answered.
+            ProcessTimedOut: it did not answer in time.
             RuntimeError: no process can be started, or all were closed.
             Exception: whatever the task raised.
         """
@@ -134,13 +143,16 @@ class SampleProcesses:
             process = self._living(process) or self._started(settings)
             kind, value = process.ask(task, content, self._gate)
         except BaseException as error:
-            # after any other fault of the exchange, the next answer might be the one to this question
+            # after any fault, the next answer of this process might be the one to this task
             lost, process = process, None
             code = None if lost is None else lost.end(self._launcher)
             if not isinstance(error, ProcessDied):
                 raise
             if self._closed.is_set():
                 raise RuntimeError(CLOSED) from error
+            if isinstance(error, ProcessTimedOut):
+                limit = f"{self._timeout_s:g} s, the limit of run.sample_timeout_s"
+                raise ProcessTimedOut(f"did not finish within {limit}, and was killed") from error
             raise ProcessDied(_how_it_ended(code)) from error
         finally:
             self._idle.put(process)
@@ -157,23 +169,23 @@ class SampleProcesses:
                 idle.append(self._idle.get_nowait())
         for process in idle:
             if process is not None:
-                # where its launcher was killed, it lives on until its connection ends
+                # it outlives a launcher that was killed, until its connection is closed
                 process.end(self._launcher)
             self._idle.put(None)
 
     def _living(self, process: _Process | None) -> _Process | None:
-        """Return the process unless it died while it was idle, which is no task's fault."""
+        """Return the process, or None if it died while it was idle, which no task has caused."""
         if process is None or not process.has_ended():
             return process
         process.end(self._launcher)
         return None
 
     def _started(self, settings: Any) -> _Process:
-        # one may be killed while it starts, by what has killed others; one that cannot start never will
+        # a process may be killed while it starts; one that fails every time will never start
         for _ in range(_ATTEMPTS_TO_START):
             process = _Process(*self._launcher.fork())
             try:
-                process.welcome(settings)
+                process.welcome(settings, self._timeout_s)
             except ProcessDied:
                 ending = _how_it_ended(process.end(self._launcher))
             except BaseException:
@@ -190,15 +202,18 @@ class _Process:
     def __init__(self, pid: int, parcels: Parcels) -> None:
         self._pid = pid
         self._parcels = parcels
+        self._is_hanging = False
 
-    def welcome(self, settings: Any) -> None:
-        """Send the settings, and wait until the process is ready."""
+    def welcome(self, settings: Any, timeout_s: float | None) -> None:
+        """Send the settings, wait until the process is ready, and limit the waits for later answers."""
+        self._parcels.limit_waits(_START_TIMEOUT_S)
         self._exchange(settings)
+        self._parcels.limit_waits(timeout_s)
 
     def ask(self, task: str, content: Any, gate: MemoryGate) -> tuple[str, Any]:
         """Run a task, and return DONE and its result, or FAILED and what it raised.
 
-        Memory that the process asks for on the way comes from the gate.
+        Memory that the process asks for during the task is taken from the gate.
         """
         held_bytes = 0
         message: Any = (task, content)
@@ -219,34 +234,40 @@ class _Process:
                 gate.leave(held_bytes)
 
     def has_ended(self) -> bool:
-        """Return whether the process, which has nothing to do, has died."""
-        # it sends nothing unasked: only the end of the connection can be read
+        """Return whether the process, which is idle, has died."""
+        # an idle process sends nothing, so only the end of its connection can arrive
         return self._parcels.has_arrived()
 
     def end(self, launcher: _Launcher) -> int | None:
         """End the process unless it has died, and return its exit code; None where it is not known."""
         self._parcels.close()
-        return launcher.exit_code(self._pid)
+        return launcher.exit_code(self._pid, kill=self._is_hanging)
 
     def _exchange(self, message: Any) -> Any:
-        try:
+        with self._deaths_raised():
             self._parcels.send(message)
-        except ENDS_OF_CONNECTION as error:
-            raise ProcessDied from error
         return self._next()
 
     def _next(self) -> Any:
-        try:
+        with self._deaths_raised():
             return self._parcels.receive()
+
+    @contextmanager
+    def _deaths_raised(self) -> Iterator[None]:
+        try:
+            yield
         except ENDS_OF_CONNECTION as error:
             raise ProcessDied from error
+        except BlockingIOError as error:
+            self._is_hanging = True
+            raise ProcessTimedOut from error
 
 
 class _Launcher:
     """The process that forks sample processes; one that was killed is started again.
 
     Args:
-        closed: set once it is closed, also by the end of this Python: nothing is started any more.
+        closed: set once the launcher is closed or this Python ends; nothing is started after that.
     """
 
     def __init__(self, closed: threading.Event) -> None:
@@ -261,17 +282,22 @@ class _Launcher:
             for _ in range(_ATTEMPTS_TO_START):
                 with suppress(EOFError, OSError):
                     return self._forked()
-                # it was killed, perhaps just now
+                # the launcher was killed
                 self._finalizer.detach()
                 _end(self._popen, self._connection)
                 self._start()
             raise RuntimeError(f"the launcher of sample processes ended {_ATTEMPTS_TO_START} times")
 
-    def exit_code(self, pid: int) -> int | None:
-        """Return the exit code of a process that is ending; None where the launcher has gone as well."""
+    def exit_code(self, pid: int, *, kill: bool = False) -> int | None:
+        """Return the exit code of a process that is ending; None if the launcher has ended too.
+
+        Args:
+            pid: of the process.
+            kill: it would not end by itself.
+        """
         with self._lock:
             try:
-                self._requests.send((EXIT_CODE, pid))
+                self._requests.send((KILL if kill else EXIT_CODE, pid))
                 code: int | None = self._requests.receive()
             except (EOFError, OSError):
                 return None
@@ -313,7 +339,7 @@ class _Launcher:
         self._connection = here
         self._requests = Parcels(here)
         self._is_new = True
-        # it ends where this process ends, however that happens: its connection is closed then
+        # the launcher ends with this process, however that ends, because its connection is closed then
         self._finalizer = weakref.finalize(self, _close, self._closed, self._popen, here)
 
 

@@ -13,10 +13,10 @@ Item = TypeVar("Item")
 
 
 class WaitingSamples(Generic[Item]):
-    """Samples that wait for the device, grouped by shape; it has no threads and no clock of its own.
+    """Samples that wait for the device, grouped by shape; without threads or a clock.
 
     Args:
-        batch_limit: most samples of a shape in one batch; asked anew for every batch.
+        batch_limit: most samples of a shape in one batch; called before every batch.
         max_wait_s: a sample that has waited longer goes next, even in a batch that is not full.
     """
 

@@ -1,7 +1,7 @@
-"""The processes beside the one that holds the device: they decode images and make masks, one thread each.
+"""The code of sample processes, which decode images and make masks, and of the launcher that forks them.
 
-A launcher imports what they need once, and forks one whenever it is asked to: that takes a fraction of a
-second and shares the imported code, where a process that starts anew imports for seconds.
+The launcher imports the libraries once and forks a process on request: that takes a fraction of a second and
+shares the imported code, whereas a new Python process would import for seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipeline.annotate.processes import (
     DONE,
     FAILED,
     FORK,
+    KILL,
     MOST_OOM_SCORE,
     OOM_SCORE_FILE,
     PREPARE,
@@ -35,14 +36,14 @@ _JOIN_TIMEOUT_S = 10.0
 
 
 def serve_launcher(descriptor: int) -> None:
-    """Fork a process for each connection that arrives, until the process that started this one has gone.
+    """Fork a process for each connection that arrives, until the process that started this one ends.
 
     Args:
         descriptor: of a socket on which requests arrive.
     """
     connection = Connection(descriptor)
     requests = Parcels(connection)
-    # objects that are there already are then never copied only because they were looked at
+    # otherwise the garbage collector would touch, and so copy, the pages that children share
     gc.freeze()
     children: dict[int, BaseProcess] = {}
     try:
@@ -54,7 +55,8 @@ def serve_launcher(descriptor: int) -> None:
                 children[child.pid or 0] = child
                 requests.send(child.pid)
             else:
-                requests.send(_exit_code(children.pop(pid, None)))
+                timeout_s = 0.0 if task == KILL else _JOIN_TIMEOUT_S
+                requests.send(_exit_code(children.pop(pid, None), timeout_s))
     except (EOFError, OSError):
         for child in children.values():
             child.kill()
@@ -67,10 +69,11 @@ def _forked(connection: Connection, requests: Connection) -> BaseProcess:
     return child
 
 
-def _exit_code(child: BaseProcess | None) -> int | None:
+def _exit_code(child: BaseProcess | None, timeout_s: float) -> int | None:
+    """Return the exit code of a process; kill it if it has not ended in time."""
     if child is None:
         return None
-    child.join(_JOIN_TIMEOUT_S)
+    child.join(timeout_s)
     if child.exitcode is None:
         child.kill()
         child.join()
@@ -87,7 +90,7 @@ def _serve(connection: Connection, requests: Connection) -> None:
         work = SampleWork(parcels.receive(), _Rooms(parcels).room)
         parcels.send((READY, None))
         while True:
-            # nothing of the question is kept, so that its memory can be used again
+            # no reference to the task is kept, so that its memory can be used again
             _send_answer(parcels, _answer(work, *parcels.receive()))
 
 
@@ -97,7 +100,7 @@ def _send_answer(parcels: Parcels, answer: tuple[str, Any]) -> None:
     except ENDS_OF_CONNECTION:
         raise
     except Exception as error:
-        # a result that cannot be pickled is a bug, for which no sample is to blame
+        # a result that cannot be pickled is a bug, not the fault of a sample
         parcels.send(_failure(error))
 
 
@@ -111,7 +114,7 @@ def _answer(work: SampleWork, task: str, content: Any) -> tuple[str, Any]:
 
 
 def _failure(error: Exception) -> tuple[str, Exception]:
-    """Return the answer by which an error is raised where the task was asked for, with its place here."""
+    """Return the message that makes the caller raise an error, with the traceback of this process."""
     place = traceback.format_exc()
     words = traceback.format_exception_only(error)[0].strip()
     sent = error if _arrives(error) else RuntimeError(words)
@@ -120,7 +123,7 @@ def _failure(error: Exception) -> tuple[str, Exception]:
 
 
 def _arrives(error: Exception) -> bool:
-    """Return whether an error can be sent: some hold what cannot, or are not made of what they hold."""
+    """Return whether an error can be pickled and unpickled; not every exception can."""
     try:
         return type(pickle.loads(pickle.dumps(error))) is type(error)  # noqa: S301 (made here)
     except Exception:
@@ -128,14 +131,14 @@ def _arrives(error: Exception) -> bool:
 
 
 class _Rooms:
-    """Asks the process with the device for memory that large images take."""
+    """Asks the process with the device for the memory of large images."""
 
     def __init__(self, parcels: Parcels) -> None:
         self._parcels = parcels
 
     @contextmanager
     def room(self, size_bytes: int) -> Iterator[None]:
-        """Wait until so much memory may be taken, and give it back after the block."""
+        """Wait until the memory may be taken, and release it after the block."""
         self._parcels.send((ROOM, size_bytes))
         self._parcels.receive()
         try:

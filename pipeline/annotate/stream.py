@@ -1,8 +1,8 @@
 """One stream of batches for all shards in flight.
 
 The thread of a shard reads it, a chunk of samples at a time, and waits until the last of them is written. In
-between, the chunks of all shards share the threads that prepare and finish them, the limits on what is in
-flight, and the batches. What threads hand over, wake and lock for is a chunk; what is counted is samples.
+between, the chunks of all shards share the threads that prepare and finish them, the limits on samples and
+bytes in flight, and the batches. Threads pass on whole chunks; limits and counts are of samples.
 """
 
 from __future__ import annotations
@@ -10,154 +10,39 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar, cast
+from operator import itemgetter
+from typing import Generic, cast
 
+from pipeline.annotate.chunks import Chunk, Place, Source, chunks_read, parts_of_batch
 from pipeline.annotate.queues import TaskPool, WaitingSamples, started_threads
+from pipeline.annotate.stream_steps import (
+    Explained,
+    Outcome,
+    Prepared,
+    Raw,
+    SampleSteps,
+    StreamLimits,
+    one_each,
+)
 
 FINISH, PREPARE = 0, 1
 CLOSED = "the stream of samples was closed"
-# a slow shard's samples are passed on after so many seconds, though they are no full chunk yet
-CHUNK_S = 1.0
-
-Raw = TypeVar("Raw")
-Prepared = TypeVar("Prepared")
-Explained = TypeVar("Explained")
-Outcome = TypeVar("Outcome")
-
-
-def _nothing(_item: object) -> int:
-    return 0
-
-
-def _ignored(_seconds: float) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class SampleSteps(Generic[Raw, Prepared, Explained, Outcome]):
-    """What is done with samples on their way; `explain` alone runs on the device.
-
-    Attributes:
-        size_bytes: bytes that a sample takes at most, from when it was read until the device has it.
-        prepare: makes samples of one shard ready for the device; in the place of a sample of which nothing is
-            to be explained, it returns the outcome. Called by several threads.
-        shape: of what `prepare` returned; samples of equal shape may share a batch. None: it is an outcome.
-        explain: returns one result for each sample of a batch, in order.
-        finish: turns results of one shard into one outcome; called by several threads.
-        explained_bytes: bytes that a result takes until it is finished.
-        was_reading_s: called with the seconds that the reading of a chunk took.
-    """
-
-    size_bytes: Callable[[Raw], int]
-    prepare: Callable[[Sequence[Raw]], Sequence[Prepared | Outcome]]
-    shape: Callable[[Prepared | Outcome], Hashable | None]
-    explain: Callable[[Sequence[Prepared]], Sequence[Explained]]
-    finish: Callable[[Sequence[Explained]], Outcome]
-    prepared_bytes: Callable[[Prepared], int] | None = None
-    explained_bytes: Callable[[Explained], int] = _nothing
-    was_reading_s: Callable[[float], None] = _ignored
-
-
-@dataclass(frozen=True)
-class StreamLimits:
-    """How far reading may run ahead of writing, and other limits of a stream.
-
-    Attributes:
-        threads: number of threads that prepare and finish samples.
-        max_samples: samples in flight, from read to written.
-        device_threads: batches on the device at a time.
-        max_bytes: memory of the samples in flight: as read, prepared or explained, whichever they are. A
-            larger sample is alone. Half of it may be explained samples; the device waits for their masks.
-        max_readers: most shards that are asked for at a time because the device has run dry.
-        max_wait_s: longest time that a sample waits for others of its shape while the device is free.
-        chunk_samples: samples of a chunk, at most; a chunk takes a sixteenth of `max_bytes` at most.
-        part_bytes: explained samples that are finished together take no more.
-    """
-
-    threads: int
-    max_samples: int
-    device_threads: int = 1
-    max_bytes: int = 512 << 20
-    max_readers: int = 8
-    max_wait_s: float = 5.0
-    chunk_samples: int = 32
-    part_bytes: int = 32 << 20
-
-
-@dataclass(eq=False)
-class _Source(Generic[Prepared, Outcome]):
-    """A shard in flight: how many of its chunks were read, and how many of these are written.
-
-    What it holds and what is being done for it counts towards the stream's own sums until it fails.
-    """
-
-    key: Hashable
-    sink: Callable[[Sequence[Outcome]], None]
-    changed: threading.Condition
-    is_reading: bool = False
-    read: int = 0
-    batched: int = 0
-    written: int = 0
-    samples_in_flight: int = 0
-    bytes_in_flight: int = 0
-    explained_bytes: int = 0
-    preparing: int = 0
-    finishing: int = 0
-    prepared: dict[int, _Chunk[Prepared, Outcome]] = field(default_factory=dict)
-    complete: dict[int, _Chunk[Prepared, Outcome]] = field(default_factory=dict)
-    is_writing: bool = False
-    error: BaseException | None = None
-
-
-@dataclass(eq=False)
-class _Chunk(Generic[Prepared, Outcome]):
-    """Consecutive samples of a shard.
-
-    Attributes:
-        source: the shard.
-        number: ordinal of the chunk in its shard.
-        sizes_bytes: of each sample, until the device has it.
-        prepared: each sample, until it is explained; or its outcome.
-        outcomes: of its samples so far, with the position of the first one.
-        unfinished: samples without an outcome.
-    """
-
-    source: _Source[Prepared, Outcome]
-    number: int
-    sizes_bytes: list[int]
-    prepared: list[Prepared | Outcome | None] = field(default_factory=list)
-    outcomes: list[tuple[int, Outcome]] = field(default_factory=list)
-    unfinished: int = 0
-
-
-@dataclass(eq=False)
-class _Reading(Generic[Raw]):
-    """A chunk that is being read: its samples, their sizes, and since when."""
-
-    raws: list[Raw] = field(default_factory=list)
-    sizes_bytes: list[int] = field(default_factory=list)
-    started_s: float = field(default_factory=time.monotonic)
-
-
-# a sample that waits for the device: its chunk, and its position there
-_Place = tuple[_Chunk[Prepared, Outcome], int]
 
 
 class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
-    """Takes samples of several shards through its steps, in batches that cross the shards' boundaries.
+    """Takes the samples of several shards through its steps; a batch may hold samples of several shards.
 
     A batch goes to the device when it is full, when nothing could join it before the device has worked, or
-    when a sample has waited too long. A batch that fails is tried again shard by shard, so that a sample at
-    fault fails its own shard alone.
+    when a sample has waited too long. A batch that fails is tried again shard by shard, so that only
+    the shard with the faulty sample fails.
 
     Args:
         steps: what is done with samples.
         limits: see `StreamLimits`.
-        batch_limit: most samples of a shape in one batch; asked anew for every batch.
+        batch_limit: most samples of a shape in one batch; called before every batch.
     """
 
     def __init__(
@@ -171,11 +56,11 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._lock = threading.RLock()
         self._work_for_device = threading.Condition(self._lock)
         self._room_for_shard = threading.Condition(self._lock)
-        self._waiting = WaitingSamples[_Place[Prepared, Outcome]](batch_limit, limits.max_wait_s)
-        self._sources: set[_Source[Prepared, Outcome]] = set()
+        self._waiting = WaitingSamples[Place[Prepared, Outcome]](batch_limit, limits.max_wait_s)
+        self._sources: set[Source[Prepared, Outcome]] = set()
         self._readers = 0
         self._wanted_readers = min(2, limits.max_readers)
-        self._blocked_readers: deque[_Source[Prepared, Outcome]] = deque()
+        self._blocked_readers: deque[Source[Prepared, Outcome]] = deque()
         self._samples_in_flight = 0
         self._bytes_in_flight = 0
         self._explained_bytes = 0
@@ -201,9 +86,9 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         Raises:
             Exception: whatever reading, a step or the sink raised for this shard.
         """
-        source: _Source[Prepared, Outcome] = _Source(key, sink, threading.Condition(self._lock))
+        source: Source[Prepared, Outcome] = Source(key, sink, threading.Condition(self._lock))
         try:
-            with self._reading(source), closing(self._chunks(samples)) as chunks:
+            with self._reading(source), closing(chunks_read(samples, self._steps, self._limits)) as chunks:
                 for raws, sizes_bytes in chunks:
                     chunk = self._admitted(source, sizes_bytes)
                     self._pool.submit(PREPARE, partial(self._prepare, chunk, raws))
@@ -240,7 +125,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._pool.close()
 
     @contextmanager
-    def _reading(self, source: _Source[Prepared, Outcome]) -> Iterator[None]:
+    def _reading(self, source: Source[Prepared, Outcome]) -> Iterator[None]:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError(CLOSED)
@@ -252,7 +137,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         finally:
             self._stop_reading(source)
 
-    def _stop_reading(self, source: _Source[Prepared, Outcome]) -> None:
+    def _stop_reading(self, source: Source[Prepared, Outcome]) -> None:
         with self._lock:
             if source.is_reading:
                 source.is_reading = False
@@ -260,32 +145,9 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 self._room_for_shard.notify_all()
                 self._work_for_device.notify()
 
-    def _chunks(self, samples: Iterable[Raw]) -> Generator[tuple[list[Raw], list[int]], None, None]:
-        """Yield consecutive samples, and the size of each; the time between two yields is reading."""
-        most_samples = min(self._limits.chunk_samples, self._limits.max_samples)
-        most_bytes = self._limits.max_bytes // 16
-        chunk = _Reading[Raw]()
-        with closing(_as_generator(samples)) as items:
-            for raw in items:
-                size_bytes = self._steps.size_bytes(raw)
-                if chunk.raws and sum(chunk.sizes_bytes) + size_bytes > most_bytes:
-                    yield self._read(chunk)
-                    chunk = _Reading()
-                chunk.raws.append(raw)
-                chunk.sizes_bytes.append(size_bytes)
-                if len(chunk.raws) == most_samples or time.monotonic() - chunk.started_s > CHUNK_S:
-                    yield self._read(chunk)
-                    chunk = _Reading()
-        if chunk.raws:
-            yield self._read(chunk)
-
-    def _read(self, chunk: _Reading[Raw]) -> tuple[list[Raw], list[int]]:
-        self._steps.was_reading_s(time.monotonic() - chunk.started_s)
-        return chunk.raws, chunk.sizes_bytes
-
     def _admitted(
-        self, source: _Source[Prepared, Outcome], sizes_bytes: list[int]
-    ) -> _Chunk[Prepared, Outcome]:
+        self, source: Source[Prepared, Outcome], sizes_bytes: list[int]
+    ) -> Chunk[Prepared, Outcome]:
         samples, size_bytes = len(sizes_bytes), sum(sizes_bytes)
         with self._lock:
             self._blocked_readers.append(source)
@@ -301,7 +163,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 self._wake_reader()
             if source.error is not None:
                 raise source.error
-            chunk = _Chunk(source, source.read, sizes_bytes)
+            chunk = Chunk(source, source.read, sizes_bytes)
             source.read += 1
             source.samples_in_flight += samples
             self._samples_in_flight += samples
@@ -317,11 +179,11 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             and self._samples_in_flight + samples <= self._limits.max_samples
         )
 
-    def _hold(self, source: _Source[Prepared, Outcome], size_bytes: int) -> None:
+    def _hold(self, source: Source[Prepared, Outcome], size_bytes: int) -> None:
         source.bytes_in_flight += size_bytes
         self._bytes_in_flight += size_bytes
 
-    def _hold_explained(self, source: _Source[Prepared, Outcome], size_bytes: int) -> None:
+    def _hold_explained(self, source: Source[Prepared, Outcome], size_bytes: int) -> None:
         source.explained_bytes += size_bytes
         self._explained_bytes += size_bytes
 
@@ -331,22 +193,22 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         else:
             self._room_for_shard.notify_all()
 
-    def _wait_until_written(self, source: _Source[Prepared, Outcome]) -> None:
+    def _wait_until_written(self, source: Source[Prepared, Outcome]) -> None:
         with self._lock:
             source.changed.wait_for(lambda: source.error is not None or source.written == source.read)
             if source.error is not None:
                 raise source.error
 
-    def _leave(self, source: _Source[Prepared, Outcome]) -> None:
+    def _leave(self, source: Source[Prepared, Outcome]) -> None:
         with self._lock:
             source.changed.wait_for(lambda: not source.is_writing)
             self._sources.discard(source)
 
-    def _prepare(self, chunk: _Chunk[Prepared, Outcome], raws: Sequence[Raw]) -> None:
+    def _prepare(self, chunk: Chunk[Prepared, Outcome], raws: Sequence[Raw]) -> None:
         source = chunk.source
         try:
             if source.error is None:
-                chunk.prepared = list(_one_each(self._steps.prepare(raws), raws, "prepared"))
+                chunk.prepared = list(one_each(self._steps.prepare(raws), raws, "prepared"))
         except BaseException as error:
             self._fail(source, error)
         with self._lock:
@@ -361,8 +223,8 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             self._write(done)
             self._count_finished(source)
 
-    def _measure_again(self, chunk: _Chunk[Prepared, Outcome]) -> None:
-        """Hold what prepared samples really take: what was held so far was the most that they might."""
+    def _measure_again(self, chunk: Chunk[Prepared, Outcome]) -> None:
+        """Replace the largest possible size of prepared samples by their real size."""
         measure = self._steps.prepared_bytes
         if measure is None:
             return
@@ -376,7 +238,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         self._hold(chunk.source, sum(chunk.sizes_bytes) - held_bytes)
         self._wake_reader()
 
-    def _pass_on(self, source: _Source[Prepared, Outcome]) -> list[_Chunk[Prepared, Outcome]]:
+    def _pass_on(self, source: Source[Prepared, Outcome]) -> list[Chunk[Prepared, Outcome]]:
         """Queue prepared samples for the device in the order of their shard; return chunks that need none."""
         complete = []
         now_s = time.monotonic()
@@ -395,15 +257,15 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 complete.append(chunk)
         return complete
 
-    def _release(self, chunk: _Chunk[Prepared, Outcome], position: int) -> None:
-        """Let a prepared sample go, and hold its bytes no longer."""
+    def _release(self, chunk: Chunk[Prepared, Outcome], position: int) -> None:
+        """Drop a prepared sample, and no longer count its bytes."""
         chunk.prepared[position] = None
         if chunk.source.error is None:
             self._hold(chunk.source, -chunk.sizes_bytes[position])
 
     def _finish(
         self,
-        chunk: _Chunk[Prepared, Outcome],
+        chunk: Chunk[Prepared, Outcome],
         first: int,
         explained: list[Explained],
         size_bytes: int,
@@ -421,7 +283,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
 
     def _is_complete(
         self,
-        chunk: _Chunk[Prepared, Outcome],
+        chunk: Chunk[Prepared, Outcome],
         first: int,
         samples: int,
         outcome: Outcome,
@@ -435,18 +297,18 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             chunk.unfinished -= samples
             return not chunk.unfinished
 
-    def _count_finishing(self, source: _Source[Prepared, Outcome]) -> None:
+    def _count_finishing(self, source: Source[Prepared, Outcome]) -> None:
         source.finishing += 1
         self._finishing += 1
 
-    def _count_finished(self, source: _Source[Prepared, Outcome]) -> None:
+    def _count_finished(self, source: Source[Prepared, Outcome]) -> None:
         with self._lock:
             if source.error is None:
                 source.finishing -= 1
                 self._finishing -= 1
             self._work_for_device.notify()
 
-    def _write(self, chunk: _Chunk[Prepared, Outcome]) -> None:
+    def _write(self, chunk: Chunk[Prepared, Outcome]) -> None:
         """Pass the next chunks of a shard to its sink; a thread that does so already takes this one too."""
         source = chunk.source
         with self._lock:
@@ -458,13 +320,13 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
             source.is_writing = True
         while (following := self._next_to_write(source)) is not None:
             try:
-                source.sink([outcome for _, outcome in sorted(following.outcomes, key=_first)])
+                source.sink([outcome for _, outcome in sorted(following.outcomes, key=itemgetter(0))])
             except BaseException as error:
                 self._fail(source, error)
             with self._lock:
                 self._count_written(following)
 
-    def _next_to_write(self, source: _Source[Prepared, Outcome]) -> _Chunk[Prepared, Outcome] | None:
+    def _next_to_write(self, source: Source[Prepared, Outcome]) -> Chunk[Prepared, Outcome] | None:
         with self._lock:
             chunk = source.complete.pop(source.written, None)
             if chunk is None:
@@ -472,7 +334,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 source.changed.notify_all()
             return chunk
 
-    def _count_written(self, chunk: _Chunk[Prepared, Outcome]) -> None:
+    def _count_written(self, chunk: Chunk[Prepared, Outcome]) -> None:
         source, samples = chunk.source, len(chunk.sizes_bytes)
         source.written += 1
         if source.error is not None:
@@ -491,7 +353,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         except BaseException as error:
             self._close(error)
 
-    def _next_batch(self) -> list[_Place[Prepared, Outcome]]:
+    def _next_batch(self) -> list[Place[Prepared, Outcome]]:
         """Wait for a batch; empty where the stream was closed."""
         may_want_readers = self._has_served_a_batch
         with self._lock:
@@ -502,7 +364,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                     self._has_served_a_batch = True
                     self._on_device += 1
                     if self._waiting:
-                        # what woke this thread may be enough for another one
+                        # there may be enough samples for another batch
                         self._work_for_device.notify()
                     return batch
                 if may_want_readers and self._waits_for_readers():
@@ -512,7 +374,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 self._work_for_device.wait(self._waiting.longest_wait_s(now_s))
         return []
 
-    def _batch(self, now_s: float) -> list[_Place[Prepared, Outcome]]:
+    def _batch(self, now_s: float) -> list[Place[Prepared, Outcome]]:
         masks_are_behind = self._finishing and self._explained_bytes > self._limits.max_bytes // 2
         return [] if masks_are_behind else self._waiting.take(now_s, flush=self._nothing_can_join())
 
@@ -520,7 +382,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         if self._preparing:
             return False
         if self._blocked_readers:
-            # they continue when something is written: soon, or only once the device has worked
+            # they continue once samples are written, which may need the device first
             return not self._finishing and not self._on_device
         return not self._readers
 
@@ -528,12 +390,14 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         is_read_ahead = self._preparing or self._blocked_readers or self._on_device
         return not is_read_ahead and self._readers >= self._wanted_readers
 
-    def _explain(self, batch: Sequence[_Place[Prepared, Outcome]]) -> None:
+    def _explain(self, batch: Sequence[Place[Prepared, Outcome]]) -> None:
         try:
             prepared = [cast(Prepared, chunk.prepared[position]) for chunk, position in batch]
-            explained = list(_one_each(self._steps.explain(prepared), prepared, "explained"))
+            explained = list(one_each(self._steps.explain(prepared), prepared, "explained"))
             del prepared
-            parts = list(self._parts(batch, explained))
+            parts = list(
+                parts_of_batch(batch, explained, self._steps.explained_bytes, self._limits.part_bytes)
+            )
             del explained
         except BaseException as error:
             self._explain_apart(batch, error)
@@ -549,26 +413,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         for chunk, first, part, size_bytes in parts:
             self._pool.submit(FINISH, partial(self._finish, chunk, first, part, size_bytes))
 
-    def _parts(
-        self, batch: Sequence[_Place[Prepared, Outcome]], explained: Sequence[Explained]
-    ) -> Iterator[tuple[_Chunk[Prepared, Outcome], int, list[Explained], int]]:
-        """Share a batch out to its chunks: each with the position of the first sample, and the bytes."""
-        by_chunk: dict[_Chunk[Prepared, Outcome], list[tuple[int, Explained]]] = {}
-        for (chunk, position), result in zip(batch, explained, strict=True):
-            by_chunk.setdefault(chunk, []).append((position, result))
-        for chunk, results in by_chunk.items():
-            part: list[Explained] = []
-            first, part_bytes = results[0][0], 0
-            for position, result in results:
-                size_bytes = self._steps.explained_bytes(result)
-                if part and part_bytes + size_bytes > self._limits.part_bytes:
-                    yield chunk, first, part, part_bytes
-                    part, first, part_bytes = [], position, 0
-                part.append(result)
-                part_bytes += size_bytes
-            yield chunk, first, part, part_bytes
-
-    def _explain_apart(self, batch: Sequence[_Place[Prepared, Outcome]], error: BaseException) -> None:
+    def _explain_apart(self, batch: Sequence[Place[Prepared, Outcome]], error: BaseException) -> None:
         """Try the batch again shard by shard, so that only the shard at fault fails."""
         sources = list(dict.fromkeys(chunk.source for chunk, _ in batch))
         if len(sources) == 1:
@@ -577,7 +422,7 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
         for source in sources:
             self._explain([place for place in batch if place[0].source is source])
 
-    def _fail(self, source: _Source[Prepared, Outcome], error: BaseException) -> None:
+    def _fail(self, source: Source[Prepared, Outcome], error: BaseException) -> None:
         with self._lock:
             if source.error is not None:
                 return
@@ -603,20 +448,3 @@ class BatchStream(Generic[Raw, Prepared, Explained, Outcome]):
                 self._fail(source, error)
             self._work_for_device.notify_all()
             self._room_for_shard.notify_all()
-
-
-Item = TypeVar("Item")
-
-
-def _one_each(results: Sequence[Item], asked: Sequence[object], what: str) -> Sequence[Item]:
-    if len(results) != len(asked):
-        raise ValueError(f"expected {len(asked)} {what} samples, received {len(results)}")
-    return results
-
-
-def _first(outcome: tuple[int, Outcome]) -> int:
-    return outcome[0]
-
-
-def _as_generator(samples: Iterable[Raw]) -> Generator[Raw, None, None]:
-    yield from samples

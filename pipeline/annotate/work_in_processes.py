@@ -1,4 +1,4 @@
-"""The work on samples in processes of their own: one that dies costs the sample that it died of."""
+"""The work on samples in sample processes; a process that dies or hangs costs one sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.annotate import parcels
 from pipeline.annotate.chunk_rows import ChunkRows, joined, rows_of_chunk
 from pipeline.annotate.class_prompts import SentSample, with_classes
-from pipeline.annotate.processes import FINISH, PREPARE, ProcessDied, SampleProcesses
+from pipeline.annotate.processes import FINISH, PREPARE, ProcessDied, ProcessTimedOut, SampleProcesses
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.annotate.sample_work import WorkSettings, outcome_of
@@ -18,17 +18,18 @@ from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, SampleFields
 
 _DEATHS = (ProcessDied, MemoryError)
-PROCESS_DIED, OUT_OF_MEMORY = "process_died", "out_of_memory"
+PROCESS_DIED, OUT_OF_MEMORY, TIMED_OUT = "process_died", "out_of_memory", "timed_out"
 
 
 class WorkInProcesses:
     """Prepares samples and makes their rows as `SampleWork` does, a chunk at a time in the next idle process.
 
-    Where a process dies, or runs out of memory, the samples of its chunk are tried one by one. One that is
-    alone with two more deaths becomes an error row; a process killed by something else costs nothing.
+    Where a process dies, does not answer in time or runs out of memory, the samples of its chunk are tried
+    one by one. One that is alone with two more such failures becomes an error row; a process killed by
+    something else costs nothing.
 
     Args:
-        processes: where the work is done; no other work is.
+        processes: do this work, and no other.
         settings: of the job.
         every_class: prompts of all classes, in their order; none where captions are the prompts.
     """
@@ -61,7 +62,7 @@ class WorkInProcesses:
 
     def _prepared_alone(self, item: RawSample | SampleError) -> list[PreparedSample | SampleRows]:
         if isinstance(item, SampleError):
-            # it takes no work, and must not be replaced by another error: it may be the shard's
+            # it needs no work, and must stay as it is: it may be an error of the whole shard
             return [outcome_of(item)]
         with suppress(*_DEATHS):
             return self._prepared([item])
@@ -97,6 +98,8 @@ def _for_transport(item: RawSample | SampleError) -> RawSample | SampleError:
 
 def _error_of(sample: RawSample | ExplainedSample, stage: str, error: BaseException) -> SampleError:
     kind, message = PROCESS_DIED, f"the process that worked on the sample {error}"
+    if isinstance(error, ProcessTimedOut):
+        kind = TIMED_OUT
     if isinstance(error, MemoryError):
         kind, message = OUT_OF_MEMORY, "memory ran out while the sample was worked on"
     return SampleError(stage, kind, message, sample.key, sample.index)

@@ -271,7 +271,7 @@ class RunConfig(Section):
         "the model takes them, and as maps until they are masks. A larger sample is alone.",
     )
     shards_in_flight: Count = Field(
-        6,
+        7,
         description="Largest number of shards that a worker has begun and not published. If the worker is "
         "lost, these are annotated again. With too few, small shards leave the device without samples while "
         "others are opened and published.",
@@ -285,6 +285,14 @@ class RunConfig(Section):
         1024 * MEBIBYTE,
         description="Largest amount of memory in bytes that large images take at a time while they are "
         "decoded and masked, over all sample processes of a worker; a larger image is alone.",
+    )
+    sample_timeout_s: float | None = Field(
+        300.0,
+        gt=0,
+        le=LONGEST_WAIT_S,
+        description="Seconds after which a sample process that has not finished up to 32 samples is killed; "
+        "they are then tried one by one, and a sample that takes as long twice becomes an error of kind "
+        "timed_out. null: never. With run.decode_threads 0 there are no processes, and there is no limit.",
     )
     max_attempts: Count = Field(
         3, description="Number of attempts at a shard before it is recorded as failed."

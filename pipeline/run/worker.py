@@ -117,7 +117,7 @@ def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, d
         processes = None
         if config.run.decode_threads != 0:
             # before the model, so that both load at the same time
-            processes = SampleProcesses(threads, config.run.decode_bytes)
+            processes = SampleProcesses(threads, config.run.decode_bytes, config.run.sample_timeout_s)
             if_it_fails.callback(processes.close)
         explainer = load_explainer(config.model, device, expected_digest=metadata.get("weights_digest"))
         annotator = ShardAnnotator(

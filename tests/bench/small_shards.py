@@ -23,7 +23,8 @@ from environment import environment
 from shards_in_flight import work_through
 
 from pipeline.annotate.annotator import stream_limits
-from pipeline.annotate.stream import BatchStream, SampleSteps
+from pipeline.annotate.stream import BatchStream
+from pipeline.annotate.stream_steps import SampleSteps
 from pipeline.config.schema import RunConfig
 
 PREPARE_S = 0.002

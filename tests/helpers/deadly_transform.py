@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ from pipeline.shards.images import WHOLE_IMAGE
 from tests.helpers.corpus import demo_job
 
 SEGFAULT, KILL, EXIT, MEMORY, BUG = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)
+HANG, STOP = (250, 0, 250), (250, 250, 250)
 
 
 def act(colour: tuple[int, int, int]) -> None:
-    """Do what a colour stands for; nothing for other colours."""
+    """Do what a colour means; nothing for other colours."""
     if colour == SEGFAULT:
         os.kill(os.getpid(), signal.SIGSEGV)
     if colour == KILL:
@@ -26,6 +28,10 @@ def act(colour: tuple[int, int, int]) -> None:
         os._exit(7)
     if colour == MEMORY:
         raise MemoryError
+    if colour == HANG:
+        threading.Event().wait()
+    if colour == STOP:
+        os.kill(os.getpid(), signal.SIGSTOP)
     if colour == BUG:
         raise ZeroDivisionError("a bug")
 
@@ -40,10 +46,13 @@ class DeadlyTransform(ImageTransform):
 
 
 class DiesWhenItArrives:
-    """Kills the process in which it is unpickled."""
+    """Kills the process in which it is unpickled, or does there what another colour means."""
+
+    def __init__(self, colour=SEGFAULT):
+        self.colour = colour
 
     def __reduce__(self):
-        return act, (SEGFAULT,)
+        return act, (self.colour,)
 
 
 def settings_of(out="out", **sections):

@@ -3,7 +3,8 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
+from pipeline.annotate.stream import BatchStream
+from pipeline.annotate.stream_steps import SampleSteps, StreamLimits
 
 PATIENT_S = 3600.0
 SOON_S = 120.0

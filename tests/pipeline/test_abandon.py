@@ -215,8 +215,8 @@ def hang_while(place, hanging, shard, monkeypatch):
     opened = storage.open_shard
 
     @contextmanager
-    def open_shard(source):
-        with opened(source) as stream:
+    def open_shard(source, *arguments, **options):
+        with opened(source, *arguments, **options) as stream:
             if source != shard:
                 yield stream
             elif place == "opened":

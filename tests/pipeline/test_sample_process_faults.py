@@ -1,4 +1,4 @@
-"""Faults of sample processes: what is raised, what is left, and who is to blame."""
+"""Faults of sample processes: which error is raised, and that nothing is left behind."""
 
 import gc
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -226,6 +227,20 @@ def test_a_process_that_is_killed_while_it_waits_for_room_holds_none(own, settin
         assert isinstance(answer.exception(SOON_S), ProcessDied)
     assert processes._gate._held_bytes == 0
     process_of(run)
+
+
+def test_a_process_that_waits_for_memory_longer_than_the_limit_is_not_killed(settings):
+    processes = SampleProcesses(1, 2**20, timeout_s=1.0)
+    run = partial(asked, processes, settings)
+    first = process_of(run)
+    processes._gate.enter(2**20)
+    with ThreadPoolExecutor(1) as hands:
+        answer = hands.submit(run, made_there.process_id_in_room, 2**19)
+        wait_until(lambda: len(processes._gate._waiting) == 1, lambda: "nobody asks for room")
+        time.sleep(1.5)
+        processes._gate.leave(2**20)
+        assert int(answer.result(SOON_S)) == first
+    processes.close()
 
 
 def test_an_error_of_the_shard_survives_though_every_process_dies(settings):

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -36,6 +37,8 @@ from tests.helpers.deadly_transform import DeadlyTransform, DiesWhenItArrives
 from tests.helpers.waiting import wait_until
 
 SOON_S = 120.0
+# longer than a process takes for its samples, though other work keeps the machine busy
+HANG_LIMIT_S = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +62,14 @@ def plain_png(colour):
     return sink.getvalue()
 
 
-def annotated(explainer, config, *, in_processes, processes=2, while_running=None):
+def annotated(explainer, config, *, in_processes, processes=2, while_running=None, timeout_s=None):
     """Annotate the shards of a job, two at a time; returns rows, errors and counts by shard."""
     annotator = ShardAnnotator(
         config,
         explainer,
         decode_threads=processes,
         metadata={},
-        processes=SampleProcesses(processes, 2**30) if in_processes else None,
+        processes=SampleProcesses(processes, 2**30, timeout_s) if in_processes else None,
     )
     try:
         shards = storage.list_shards(config.input.shards)
@@ -166,10 +169,15 @@ def test_an_image_that_kills_its_decoder_costs_one_sample(deadly, tmp_path, colo
     assert (counts.annotated, counts.failed, counts.samples_in) == (17, 3, 20)
 
 
-def test_a_sample_whose_masks_kill_their_process_is_the_only_error_of_its_chunk(tmp_path, explainer):
+@pytest.mark.parametrize(
+    ("colour", "kind"), [(deadly_transform.SEGFAULT, "process_died"), (deadly_transform.HANG, "timed_out")]
+)
+def test_a_sample_whose_masks_end_or_stop_their_process_is_the_only_error_of_its_chunk(
+    tmp_path, explainer, colour, kind
+):
     config = demo_job([], tmp_path / "out")
     work = WorkInProcesses(
-        SampleProcesses(1, 2**20), WorkSettings(config, explainer.transform, WHOLE_IMAGE, None)
+        SampleProcesses(1, 2**20, HANG_LIMIT_S), WorkSettings(config, explainer.transform, WHOLE_IMAGE, None)
     )
     try:
         local = SampleWork(WorkSettings(config, explainer.transform, WHOLE_IMAGE, None))
@@ -178,14 +186,27 @@ def test_a_sample_whose_masks_kill_their_process_is_the_only_error_of_its_chunk(
             local.prepare([raw(index, plain_png((index, 90, 9))) for index in range(5)])
         )
         engine.close()
-        object.__setattr__(explained[2], "prompts", (DiesWhenItArrives(),))
+        object.__setattr__(explained[2], "prompts", (DiesWhenItArrives(colour),))
         rows = work.finish(explained)
         assert rows.outcomes == {"annotated": 4, "failed": 1}
-        assert [(error.sample_index, error.stage, error.kind) for error in rows.errors] == [
-            (2, "mask", "process_died")
-        ]
+        assert [(error.sample_index, error.stage, error.kind) for error in rows.errors] == [(2, "mask", kind)]
     finally:
         work.close()
+
+
+@pytest.mark.parametrize("colour", [deadly_transform.HANG, deadly_transform.STOP])
+def test_an_image_that_keeps_its_decoder_busy_for_ever_costs_one_sample(deadly, tmp_path, colour):
+    samples = [sample(f"k{index:02d}", index) for index in range(20)]
+    samples[4] = sample("k04", jpg=None, png=plain_png(colour))
+    path = write_shard(tmp_path / "a.tar", samples)
+    config = demo_job([path], tmp_path / "out", input={"image": "jpg;png", "resize": "exact"})
+    (rows,), (errors,), (counts,) = annotated(deadly, config, in_processes=True, timeout_s=HANG_LIMIT_S)
+    assert [row["sample_index"] for row in rows] == [index for index in range(20) if index != 4]
+    assert [(error["sample_index"], error["stage"], error["kind"]) for error in errors] == [
+        (4, "decode", "timed_out")
+    ]
+    assert f"{HANG_LIMIT_S:g} s, the limit of run.sample_timeout_s" in errors[0]["message"]
+    assert (counts.annotated, counts.failed, counts.samples_in) == (19, 1, 20)
 
 
 def test_processes_killed_from_outside_cost_nothing(explainer, tmp_path):
@@ -365,6 +386,28 @@ def test_memory_is_used_again_once_nothing_views_it_and_not_before():
     assert [set(array.tolist()) for array in (part, third, fourth)] == [{2}, {3}, {4}]
     sender.close()
     receiver.close()
+
+
+@pytest.mark.parametrize("length", [b"", struct.pack("!i", 2**30), struct.pack("!iq", -1, 2**40)])
+def test_a_message_that_never_ends_keeps_its_receiver_no_longer_than_the_limit(length):
+    here, there = socketpair()
+    with there:
+        parcels = Parcels(Connection(here.detach()))
+        parcels.limit_waits(0.05)
+        there.sendall(length)
+        with pytest.raises((BlockingIOError, MemoryError)):
+            parcels.receive()
+        parcels.close()
+
+
+def test_a_message_that_nobody_reads_keeps_its_sender_no_longer_than_the_limit():
+    here, there = socketpair()
+    with there:
+        parcels = Parcels(Connection(here.detach()))
+        parcels.limit_waits(0.05)
+        with pytest.raises(BlockingIOError):
+            parcels.send("x" * 2**24)
+        parcels.close()
 
 
 def test_an_end_that_has_gone_is_told_from_an_answer():

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.annotate.stream import BatchStream, SampleSteps, StreamLimits
+from pipeline.annotate.stream import BatchStream
+from pipeline.annotate.stream_steps import SampleSteps, StreamLimits
 from tests.helpers.stream_bench import SOON_S, Bench, explained, numbered, wait_until
 
 
