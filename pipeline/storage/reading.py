@@ -45,6 +45,10 @@ class _CountedStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def readall(self) -> bytes:
+        # by default in pieces of 8 KiB, each of which would be a request to an object store
+        return b"".join(iter(lambda: self.read(READAHEAD_BYTES) or b"", b""))
+
     def readinto(self, buffer: Any) -> int:
         with raised_as(ShardError, self._shard.url, f"cannot be read after byte {self._read_bytes}"):
             data = self._stream.read(len(buffer))
@@ -134,6 +138,8 @@ def _open_local(url: str, position: int) -> BinaryIO:
 
 def _open_object(url: str, position: int) -> Any:
     filesystem, path = resolved(url)
+    if not position:
+        return filesystem.open_input_stream(path)
     stream = filesystem.open_input_file(path)
     stream.seek(position)
     return stream
