@@ -343,7 +343,8 @@ class Dispatcher:
         self._tally.add_given_up(given_up)
 
     def _others(self, worker: Worker) -> frozenset[Place]:
-        return frozenset(other.place for other in self._workforce.ready) - {worker.place}
+        """Return the other places at which a shard can be tried, now or once a worker there is ready."""
+        return self._workforce.usable_places - {worker.place}
 
     def _count_failure(self, error: OutputError | ScratchError) -> None:
         """Count a failure that is no shard's; raise the error if nothing succeeded in between for long."""

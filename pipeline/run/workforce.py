@@ -181,6 +181,15 @@ class Workforce:
         return [worker for worker in self.workers.values() if worker.state == "ready"]
 
     @property
+    def usable_places(self) -> frozenset[Place]:
+        """Where shards are annotated, or will be once a worker is ready; no device where it is not known."""
+        return frozenset(
+            worker.place if worker.place.machine_id else Place(worker.shape.node_id)
+            for worker in self.workers.values()
+            if worker.machine_id and not (worker.takes_no_more or self.places.is_left_alone(worker.place))
+        )
+
+    @property
     def wanted(self) -> int:
         """Workers that the run is after."""
         return self._plan.wanted
