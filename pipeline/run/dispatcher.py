@@ -457,9 +457,8 @@ class Dispatcher:
         """Let other workers redo the shards that are not nearly done on machines that are drained."""
         now_s = self._host.now_s()
         for worker in workers:
-            speed = worker.bytes_per_s(now_s)
             for one in worker.in_flight.values():
-                expected_s = one.expected_s(now_s, speed)
+                expected_s = worker.expected_s(one, now_s)
                 if expected_s is not None and expected_s > self._run.drain_s and one.abandoned_s is None:
                     one.is_moved = True
                     self._abandon(worker, one)
@@ -486,9 +485,8 @@ class Dispatcher:
         if left_s <= 0:
             return True
         for worker in self._workforce.ready:
-            speed = worker.bytes_per_s(now_s)
             for one in worker.in_flight.values():
-                expected_s = one.expected_s(now_s, speed)
+                expected_s = worker.expected_s(one, now_s)
                 if expected_s is None or expected_s <= left_s:
                     return False
         return True
