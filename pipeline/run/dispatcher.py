@@ -345,7 +345,8 @@ class Dispatcher:
         self._tally.add_given_up(given_up)
 
     def _others(self, worker: Worker) -> frozenset[Place]:
-        return frozenset(other.place for other in self._workforce.ready) - {worker.place}
+        """Return the other places at which a shard can be tried, now or once a worker there is ready."""
+        return self._workforce.usable_places - {worker.place}
 
     def _count_failure(self, error: OutputError | ScratchError) -> None:
         """Count a failure that is no shard's; raise the error if nothing succeeded in between for long."""
@@ -458,9 +459,8 @@ class Dispatcher:
         """Let other workers redo the shards that are not nearly done on machines that are drained."""
         now_s = self._host.now_s()
         for worker in workers:
-            speed = worker.bytes_per_s(now_s)
             for one in worker.in_flight.values():
-                expected_s = one.expected_s(now_s, speed)
+                expected_s = worker.expected_s(one, now_s)
                 if expected_s is not None and expected_s > self._run.drain_s and one.abandoned_s is None:
                     one.is_moved = True
                     self._abandon(worker, one)
@@ -487,9 +487,8 @@ class Dispatcher:
         if left_s <= 0:
             return True
         for worker in self._workforce.ready:
-            speed = worker.bytes_per_s(now_s)
             for one in worker.in_flight.values():
-                expected_s = one.expected_s(now_s, speed)
+                expected_s = worker.expected_s(one, now_s)
                 if expected_s is None or expected_s <= left_s:
                     return False
         return True

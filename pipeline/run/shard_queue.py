@@ -12,6 +12,8 @@ from pipeline.storage import ShardSource
 
 # losing a machine is not a shard's fault, unless it happens to the same shard again and again
 MACHINES_LOST_BY_CHANCE = 5
+# a second place that never has a ready worker must not let a shard fail for ever
+MOST_ROUNDS_AT_ONE_PLACE = 3
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,8 @@ class ShardQueue:
         failed_at.append(place)
         if len(failed_at) < self._max_attempts:
             return False
+        if len(failed_at) >= MOST_ROUNDS_AT_ONE_PLACE * self._max_attempts:
+            return True
         known = {*failed_at, *others}
         if len({one.machine_id for one in known}) > 1:
             return len({one.machine_id for one in failed_at}) > 1

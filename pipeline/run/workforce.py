@@ -65,14 +65,10 @@ class ShardInFlight:
             self.progressed_s = now_s
         self.progress = progress
 
-    def expected_s(self, now_s: float, bytes_per_s: float | None) -> float | None:
+    def expected_s(self, now_s: float) -> float | None:
         """Return the seconds until it is finished, if it goes on as so far; None if that cannot be known."""
-        done, elapsed_s = self.progress.done_share, now_s - self.started_s
-        if done > 0:
-            return elapsed_s * (1 - done) / done
-        if bytes_per_s and self.shard.size_bytes:
-            return max(0.0, self.size_bytes / bytes_per_s - elapsed_s)
-        return None
+        done, taken_s = self.progress.done_share, self.progressed_s - self.started_s
+        return max(0.0, taken_s / done - (now_s - self.started_s)) if done > 0 else None
 
 
 @dataclass(eq=False)
@@ -118,6 +114,16 @@ class Worker:
         if self.shards_done < SHARDS_OF_A_KNOWN_SPEED or now_s <= self.ready_s:
             return None
         return self.bytes_done / (now_s - self.ready_s)
+
+    def expected_s(self, one: ShardInFlight, now_s: float) -> float | None:
+        """Return the seconds until a shard in flight is finished; None if that cannot be known.
+
+        A shard seems slow while it is opened, and while the device works on those that were begun before it.
+        So the time for all shards in flight, at the worker's usual speed, counts if that is less.
+        """
+        by_progress, load = one.expected_s(now_s), self.load(now_s)
+        by_speed = load.bytes_left / load.bytes_per_s if load.bytes_per_s else None
+        return min((time_s for time_s in (by_progress, by_speed) if time_s is not None), default=None)
 
     def load(self, now_s: float) -> Load:
         """Return what it still has to do."""
@@ -180,6 +186,15 @@ class Workforce:
     def ready(self) -> list[Worker]:
         """The workers that have loaded their model."""
         return [worker for worker in self.workers.values() if worker.state == "ready"]
+
+    @property
+    def usable_places(self) -> frozenset[Place]:
+        """Where shards are annotated, or will be once a worker is ready; no device where it is not known."""
+        return frozenset(
+            worker.place if worker.place.machine_id else Place(worker.shape.node_id)
+            for worker in self.workers.values()
+            if worker.machine_id and not (worker.takes_no_more or self.places.is_left_alone(worker.place))
+        )
 
     @property
     def wanted(self) -> int:

@@ -1,129 +1,240 @@
-"""Does one driver keep many workers busy? Its real loop, with Ray's calls answered by threads in its process.
+"""CPU time of the driver with Ray's real calls; few actors answer for many simulated workers, without files.
 
-    python tests/bench/driver_simulated_workers.py [--workers 64] [--shard-s 1.0] [--shards 3200]
+    python tests/bench/driver_simulated_workers.py [--workers 1000] [--shards 5000] [--shard-s 30]
+    python tests/bench/driver_simulated_workers.py --write
 
-Every simulated worker takes `shard-s` for a shard, one after the other, as a device does; the driver
-assigns shards, collects, counts and shows as in any run. Ray's own cost per call is not included (see
-driver_overhead.py), its latency is added: `call-s` from a call to its start. One JSON row:
+The dispatcher and its Ray host are the real ones, and every request to a worker and every answer is a call of
+a real actor, on this machine. Each of these actors answers for its part of the workers, in asynchronous
+methods: a worker has a device that annotates one shard after the other, for a time drawn from a lognormal
+distribution around `shard-s`, and room for two. Left out: processes of the workers, so that many fit on one
+machine, their machines (Ray sees one), and files (the tally counts in memory). One JSON row:
 
-    efficiency          shards x shard-s / (workers x time from the first shard's start to the last's end)
-    driver_busy_share   CPU time of the whole process over that time
+    driver_busy_share   CPU time of the driver's process, Ray's threads in it included, over the time, from
+                        the first shard's end until the last shards are begun
+    driver_ms_a_shard   the same CPU time for each shard
+    efficiency          shards' time on devices / (workers x time from the first worker's start to the end)
+
+`cluster_simulation.py` measures the dispatcher alone, on clusters that change.
 """
 
+from __future__ import annotations
+
 import argparse
+import asyncio
 import json
 import os
-import tempfile
+import random
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from driver_overhead import Observer, job_config, write_shards
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import ray
 from environment import environment
-from noop_annotator import SHARD_SECONDS, noop
+from published import publish, table
 
-from pipeline.run import cluster, dispatcher
-from pipeline.run.job import prepare_job
+from pipeline.annotate.annotator import ShardProgress, ShardReport
+from pipeline.output.counts import ShardCounts
+from pipeline.output.measures import Measures
+from pipeline.output.runs import RunState
+from pipeline.run import cluster
+from pipeline.run.dispatcher import Dispatcher
+from pipeline.run.outcome import RunTally
+from pipeline.run.plan import MachineResources, WorkerShape
+from pipeline.run.ray_host import RayHost, _Actor
+from pipeline.run.worker import Heartbeat, LoadOutcome, ShardOutcome
+from pipeline.storage import ShardSource
+from tests.helpers.simulated_job import simulated_job, simulated_shards
 
-NODE = "simulated"
+GPUS_OF_A_MACHINE = 8
+SAMPLES_PER_S = 100.0
+SHARDS_WITH_ROOM = 2
+WORKER_COUNTS = (64, 250, 1000)
+COLUMNS = ("workers", "shards", "seconds a shard", "driver busy", "driver, CPU ms a shard", "efficiency")
+
+
+class SimulatedWorkers:
+    """Answers for many workers; each has a device that annotates one shard after the other."""
+
+    def __init__(self) -> None:
+        self._devices: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._changed: defaultdict[int, asyncio.Condition] = defaultdict(asyncio.Condition)
+        self._in_flight: defaultdict[int, dict[str, float]] = defaultdict(dict)
+
+    async def where(self, worker: int) -> tuple[str, str]:
+        return f"m{worker // GPUS_OF_A_MACHINE}", str(worker % GPUS_OF_A_MACHINE)
+
+    async def load(self, worker: int) -> LoadOutcome:
+        return LoadOutcome()
+
+    async def annotate(self, worker: int, shard: ShardSource) -> ShardOutcome:
+        samples = (shard.size_bytes or 0) // 1000
+        in_flight, changed = self._in_flight[worker], self._changed[worker]
+        in_flight[shard.shard_id] = 0.0
+        async with self._devices[worker]:
+            in_flight[shard.shard_id] = time.monotonic()
+            await asyncio.sleep(samples / SAMPLES_PER_S)
+        del in_flight[shard.shard_id]
+        async with changed:
+            changed.notify_all()
+        counts = ShardCounts(annotated=samples, rows=samples)
+        return ShardOutcome("done", ShardReport(counts, samples / SAMPLES_PER_S))
+
+    async def wait_for_room(self, worker: int) -> None:
+        async with self._changed[worker]:
+            await self._changed[worker].wait_for(lambda: len(self._in_flight[worker]) < SHARDS_WITH_ROOM)
+
+    async def heartbeat(self, worker: int) -> Heartbeat:
+        now_s = time.monotonic()
+        progress = {
+            name: ShardProgress(
+                ShardCounts(annotated=int((now_s - begun_s) * SAMPLES_PER_S if begun_s else 0))
+            )
+            for name, begun_s in self._in_flight[worker].items()
+        }
+        return Heartbeat(progress, Measures(ready_s=1.0))
+
+    async def abandon(self, worker: int, shard: ShardSource) -> bool:
+        return False
 
 
 class Method:
-    """An actor's method: `remote` runs it on the actor's own threads."""
+    """A method of a shared actor, called for one worker."""
 
-    def __init__(self, threads: ThreadPoolExecutor, function: Any, call_s: float) -> None:
-        self._threads, self._function, self._call_s = threads, function, call_s
+    def __init__(self, method: Any, worker: int) -> None:
+        self._method, self._worker = method, worker
 
-    def remote(self, *arguments: Any) -> "Future[Any]":
-        return self._threads.submit(self._run, *arguments)
+    def options(self, **settings: Any) -> Method:
+        return Method(self._method.options(**settings), self._worker)
 
-    def _run(self, *arguments: Any) -> Any:
-        time.sleep(self._call_s)
-        return self._function(*arguments)
+    def remote(self, *arguments: Any) -> Any:
+        return self._method.remote(self._worker, *arguments)
 
 
-class Actor:
-    def __init__(self, instance: Any, concurrency: int, call_s: float) -> None:
-        self._instance, self._call_s = instance, call_s
-        self._threads = ThreadPoolExecutor(concurrency)
+class WorkerHandle:
+    """Looks like the handle of a worker's own actor."""
+
+    def __init__(self, actor: Any, worker: int) -> None:
+        self._actor, self._worker = actor, worker
 
     def __getattr__(self, name: str) -> Method:
-        function = (lambda: NODE) if name == "node_id" else getattr(self._instance, name)
-        return Method(self._threads, function, self._call_s)
+        return Method(getattr(self._actor, name), self._worker)
 
 
-class SimulatedRay:
-    """As much of Ray as the driver calls."""
+class SharedActorsHost(RayHost):
+    """A RayHost whose workers share a few actors, on machines that are only named."""
 
-    def __init__(self, workers: int, call_s: float) -> None:
-        self._workers, self._call_s = workers, call_s
-        self.util = SimpleNamespace()
+    def __init__(self, config: Any, actors: Sequence[Any], workers: int) -> None:
+        super().__init__(config, {}, "simulated", lambda *_: None)
+        self._shared = actors
+        machines = -(-workers // GPUS_OF_A_MACHINE)
+        self._machines = [MachineResources(32, GPUS_OF_A_MACHINE, f"m{number}") for number in range(machines)]
 
-    def nodes(self) -> list[dict[str, Any]]:
-        resources = {"CPU": float(self._workers)}
-        place = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": 1}
-        return [{"NodeID": NODE, "Alive": True, "Resources": resources, **place}]
+    def machines(self) -> Sequence[MachineResources]:
+        return self._machines
 
-    def remote(self, kind: type) -> Any:
-        def options(max_concurrency: int, **_options: Any) -> Any:
-            def build(*arguments: Any, **settings: Any) -> Actor:
-                return Actor(kind(*arguments, **settings), max_concurrency, self._call_s)
+    def start(self, worker: int, shape: WorkerShape) -> None:
+        handle = WorkerHandle(self._shared[worker % len(self._shared)], worker)
+        self._actors[worker] = _Actor(worker, handle)
+        self._call(self._actors[worker], "where", handle.where.remote())
 
-            return SimpleNamespace(remote=build)
+    def stop(self, worker: int) -> None:
+        self._actors.pop(worker, None)
 
-        return SimpleNamespace(options=options)
 
-    def wait(self, calls: Sequence["Future[Any]"], num_returns: int, timeout: float) -> Any:
-        done = wait(calls, timeout, FIRST_COMPLETED).done
-        ready = [call for call in calls if call in done][:num_returns]
-        return ready, []
+class Observer:
+    """Notes time and CPU time when the first shard is done, and when the last one has been begun."""
 
-    def get(self, call: "Future[Any]", timeout: float | None = None) -> Any:
-        return call.result(timeout)
+    def __init__(self, shards: int, workers: int) -> None:
+        self._last_start = shards - SHARDS_WITH_ROOM * workers
+        self.seen: list[tuple[int, float, float]] = []
 
-    def kill(self, actor: Actor) -> None:
-        pass
+    def update(self, state: RunState) -> None:
+        if 0 < state.shards_done <= self._last_start:
+            self.seen.append((state.shards_done, time.perf_counter(), time.process_time()))
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr)
 
 
 def main() -> None:
+    """Print the row of one number of workers, or of each number of the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workers", type=int, default=64)
-    parser.add_argument("--shard-s", type=float, default=1.0)
-    parser.add_argument("--shards", type=int, default=3200)
-    parser.add_argument("--call-s", type=float, default=0.002)
+    parser.add_argument("--workers", type=int, default=1000)
+    parser.add_argument("--shards", type=int, help="default: five a worker")
+    parser.add_argument("--shard-s", type=float, default=30.0, help="mean time of a shard on the device")
+    parser.add_argument("--actors", type=int, default=2, help="real actors that answer for the workers")
+    parser.add_argument("--write", action="store_true", help="replace the table of tests/bench/README.md")
     arguments = parser.parse_args()
-    os.environ[SHARD_SECONDS] = str(arguments.shard_s)
-    dispatcher.ray = cluster.ray = SimulatedRay(arguments.workers, arguments.call_s)
-    cluster.ray_session = nullcontext
-    observer = Observer(arguments.shards)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        write_shards(folder, arguments.shards)
-        job = prepare_job(job_config(folder, arguments.workers))
-        result = dispatcher.run_job(job, observer, noop)
-        assert result.state.shards_done == arguments.shards, result
-    assert observer.first is not None
-    first, last = observer.first, observer.last
-    elapsed_s = last[1] - first[1] + arguments.shard_s
-    print(
-        json.dumps(
-            {
-                "benchmark": "driver_simulated_workers",
-                **environment(),
-                "settings": vars(arguments),
-                "elapsed_s": round(elapsed_s, 2),
-                "efficiency": round(arguments.shards * arguments.shard_s / arguments.workers / elapsed_s, 4),
-                "driver_busy_share": round((last[2] - first[2]) / elapsed_s, 4),
-            }
+    rows = []
+    for workers in WORKER_COUNTS if arguments.write else [arguments.workers]:
+        shards = arguments.shards or 5 * workers
+        rows.append(measured(workers, shards, arguments.shard_s, arguments.actors))
+        print(json.dumps(rows[-1]), flush=True)
+    if arguments.write:
+        publish(Path(__file__).name, published(rows))
+
+
+def measured(workers: int, shards: int, shard_s: float, actors: int) -> dict[str, Any]:
+    """Return the row of a run."""
+    settings = {"workers": workers, "shards": shards, "shard_s": shard_s, "actors": actors}
+    head = {"benchmark": "driver_simulated_workers", **environment(), "settings": settings}
+    rng = random.Random(1)
+    # the mean of a lognormal distribution with this spread is 1.13 times its median
+    samples = [round(shard_s / 1.13 * SAMPLES_PER_S * rng.lognormvariate(0, 0.5)) for _ in range(shards)]
+    observer = Observer(shards, workers)
+    sources = simulated_shards(samples)
+    job = simulated_job(sources, lambda shard_id: False)
+    # actors import what they run from here
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(
+            None, [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
         )
     )
-    os._exit(0)  # the simulated workers' threads wait for shards for ever
+    with cluster.ray_session():
+        remote = ray.remote(SimulatedWorkers).options(num_cpus=0, max_concurrency=10 * workers)
+        host = SharedActorsHost(job.config, [remote.remote() for _ in range(actors)], workers)
+        end = Dispatcher(job.config.run, sources, host, RunTally(job, observer), observer).run()
+    if end.state.shards_done != shards:
+        raise RuntimeError(f"{end.state.shards_done} of {shards} shards are done")
+    first, last = observer.seen[0], observer.seen[-1]
+    elapsed_s, cpu_s = last[1] - first[1], last[2] - first[2]
+    return {
+        **head,
+        "elapsed_s": round(elapsed_s, 1),
+        "driver_busy_share": round(cpu_s / elapsed_s, 4),
+        "driver_ms_a_shard": round(1000 * cpu_s / (last[0] - first[0]), 2),
+        "efficiency": round(sum(samples) / SAMPLES_PER_S / workers / end.state.working_s, 3),
+    }
+
+
+def published(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table, headed by what it was measured with."""
+    first, load = rows[0], max(row["load_1min"] for row in rows)
+    head = (
+        f"Commit {first['commit']}, {first['processor']}, {first['cores']} cores, load at most {load} before "
+        f"a run, Ray {first['versions']['ray']}; {first['settings']['actors']} actors answer for all workers."
+    )
+    return [head, "", *table(COLUMNS, [cells_of(row) for row in rows])]
+
+
+def cells_of(row: dict[str, Any]) -> list[object]:
+    """Return the cells of a row, in the order of COLUMNS."""
+    settings = row["settings"]
+    return [
+        f"{settings['workers']:,}",
+        f"{settings['shards']:,}",
+        f"{settings['shard_s']:g}",
+        f"{row['driver_busy_share']:.3f}",
+        f"{row['driver_ms_a_shard']:.2f}",
+        f"{row['efficiency']:.3f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -105,7 +105,11 @@ def _spans(
 ) -> list[tuple[float, float, float]]:
     """Return of each machine when it begins and ends to work, and its samples a second."""
     spans = []
+    # where there are GPUs, machines without one get no worker
+    has_gpus = any(machine.gpus for machine in machines)
     for machine in machines:
+        if has_gpus and not machine.gpus:
+            continue
         devices = [str(gpu) for gpu in range(machine.gpus)] or [""]
         usable = sum(is_usable(Place(machine.node_id, machine.host, device)) for device in devices)
         begin_s = machine.joins_s + times.process_s + times.load_s

@@ -103,7 +103,7 @@ def scenarios(draw, faults):
 
 
 def check_accounts(run):
-    """Every shard has one end, the counts say so, and what was published twice was in flight on a lost worker."""
+    """Check that every shard has one end, that it is counted, and that only a loss lets it be published twice."""
     state = run.end.state
     shards = {f"s{number:06d}" for number in range(len(run.scenario.samples))}
     published, given_up = set(run.published), set(run.given_up)
