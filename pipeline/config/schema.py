@@ -333,7 +333,8 @@ class RunConfig(Section):
         ge=0,
         le=LONGEST_WAIT_S,
         description="Seconds in which shards that are nearly done are finished when a run ends early: after "
-        "SIGTERM, when the error budget is used up, or on a machine that Ray drains.",
+        "SIGTERM, when the error budget is used up, or on a machine that Ray drains. `ray job stop` leaves a "
+        "submitted job 3, unless the cluster was started with more in RAY_JOB_STOP_WAIT_TIME_S.",
     )
     min_read_bytes_per_s: float | None = Field(
         MIN_READ_BYTES_PER_S,

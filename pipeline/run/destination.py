@@ -13,6 +13,10 @@ from pipeline.storage.urls import is_local
 
 # Ray sets it for the command of `ray job submit`
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Ray's default
+RAY_JOB_STOP_WAIT_S = 3.0
+# for what follows: the workers are stopped, the record of the run is written
+ENDING_S = 2.0
 
 
 def check_destination(output_dir: str, environ: Mapping[str, str]) -> None:
@@ -39,6 +43,24 @@ def check_destination(output_dir: str, environ: Mapping[str, str]) -> None:
             f"output.dir: {output_dir} is {folder} in this submitted job, {where}; give an absolute path to "
             "a folder that every machine of the cluster sees, or a URL such as s3://BUCKET/FOLDER"
         )
+
+
+def drain_s_after_sigterm(drain_s: float, environ: Mapping[str, str]) -> float:
+    """Return how long a run may take to end after SIGTERM, in seconds.
+
+    `ray job stop` kills the command of a submitted job RAY_JOB_STOP_WAIT_TIME_S after its SIGTERM.
+
+    Args:
+        drain_s: `run.drain_s`.
+        environ: environment variables.
+    """
+    if _submitted_job(environ) is None:
+        return drain_s
+    try:
+        killed_after_s = float(environ.get("RAY_JOB_STOP_WAIT_TIME_S", RAY_JOB_STOP_WAIT_S))
+    except ValueError:
+        killed_after_s = RAY_JOB_STOP_WAIT_S
+    return max(0.0, min(drain_s, killed_after_s - ENDING_S))
 
 
 def _submitted_job(environ: Mapping[str, str]) -> dict[str, Any] | None:

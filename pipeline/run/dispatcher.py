@@ -98,6 +98,7 @@ class Dispatcher:
         cpus_only: whether workers compute on CPUs.
         can_grow: whether machines may join the cluster.
         is_terminated: returns whether the run was asked to end.
+        drain_s_after_sigterm: how long it may then take; None: `run.drain_s`.
     """
 
     def __init__(
@@ -111,12 +112,14 @@ class Dispatcher:
         cpus_only: bool = False,
         can_grow: bool = True,
         is_terminated: Callable[[], bool] = lambda: False,
+        drain_s_after_sigterm: float | None = None,
     ) -> None:
         self._run = run
         self._host = host
         self._tally = tally
         self._progress = progress
         self._is_terminated = is_terminated
+        self._drain_s_after_sigterm = run.drain_s if drain_s_after_sigterm is None else drain_s_after_sigterm
         self._queue = ShardQueue(shards, max_attempts=run.max_attempts, backoff_s=RETRY_BACKOFF_S)
         self._workforce = Workforce(run, host, progress, len(shards), cpus_only=cpus_only, can_grow=can_grow)
         self._in_flight = 0
@@ -473,11 +476,12 @@ class Dispatcher:
             reason = "terminated"
         if not reason:
             return
-        self._drain = _Drain(reason, self._host.now_s() + self._run.drain_s, terminated)
+        drain_s = self._drain_s_after_sigterm if terminated else self._run.drain_s
+        self._drain = _Drain(reason, self._host.now_s() + drain_s, terminated)
         self._next_heartbeat_s = 0.0
         self._progress.say(
             f"Ending ({reason}): no shard is begun any more; shards that are nearly done are finished "
-            f"within {self._run.drain_s:g} s (run.drain_s)"
+            f"within {drain_s:g} s (run.drain_s)"
         )
 
     def _is_drained(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ray.util import metrics as ray_metrics
 
 from pipeline import storage
@@ -10,7 +12,7 @@ from pipeline.output.survey import spread_evenly
 from pipeline.process import SIGTERM_EXIT_CODE, sigterm_noted
 from pipeline.run import cluster
 from pipeline.run import job as jobs
-from pipeline.run.destination import shared_folder_note
+from pipeline.run.destination import drain_s_after_sigterm, shared_folder_note
 from pipeline.run.dispatcher import Dispatcher
 from pipeline.run.job import Job
 from pipeline.run.outcome import JobResult, RunTally, concluded, first_state
@@ -89,6 +91,7 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
             cpus_only=cpus_only,
             can_grow=not session.is_own,
             is_terminated=is_terminated,
+            drain_s_after_sigterm=drain_s_after_sigterm(run.drain_s, os.environ),
         )
         ended = dispatcher.run()
     if ended.terminated:

@@ -35,7 +35,8 @@ class Fault:
 
     Attributes:
         shard: stem of the tar; "*": any shard.
-        point: "load": before the worker is ready; "begin"; "middle": half of the samples done; "errors": the errors file half written under its
+        point: "load": before the worker is ready; "begin";
+            "middle": half of the samples done; "errors": the errors file half written under its
             temporary name; "between": errors published, annotations not; "annotations": these half written;
             "published": both files there, the driver does not know yet.
         action: a key of ACTIONS; "wait_for_go": until the file `go` is beside the marks folder;

@@ -1,4 +1,4 @@
-"""One bad part of a cluster stops nothing: machines that kill workers, loads and puts that fail, a run's end."""
+"""One bad part of a cluster stops nothing: machines that kill workers, loads and puts that fail."""
 
 import re
 import signal

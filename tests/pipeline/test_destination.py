@@ -5,7 +5,12 @@ import json
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.run.destination import JOB_VARIABLE, check_destination, shared_folder_note
+from pipeline.run.destination import (
+    JOB_VARIABLE,
+    check_destination,
+    drain_s_after_sigterm,
+    shared_folder_note,
+)
 
 
 def submitted(**runtime_env):
@@ -61,3 +66,19 @@ def test_a_local_folder_on_several_machines_is_one_that_all_must_see():
         "/data/out must be the same folder on each of the 3 "
     )
     assert shared_folder_note("/data/out", 1) == shared_folder_note("s3://bucket/out", 3) == ""
+
+
+@pytest.mark.parametrize(
+    ("environ", "drain_s", "expected_s"),
+    [
+        ({}, 30.0, 30.0),
+        (UPLOADED, 30.0, 1.0),
+        (UPLOADED, 0.5, 0.5),
+        ({**UPLOADED, "RAY_JOB_STOP_WAIT_TIME_S": "62"}, 30.0, 30.0),
+        ({**UPLOADED, "RAY_JOB_STOP_WAIT_TIME_S": "12"}, 30.0, 10.0),
+        ({**UPLOADED, "RAY_JOB_STOP_WAIT_TIME_S": "1"}, 30.0, 0.0),
+        ({**UPLOADED, "RAY_JOB_STOP_WAIT_TIME_S": "soon"}, 30.0, 1.0),
+    ],
+)
+def test_a_submitted_job_ends_before_ray_job_stop_would_kill_it(environ, drain_s, expected_s):
+    assert drain_s_after_sigterm(drain_s, environ) == expected_s
