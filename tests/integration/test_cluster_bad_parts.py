@@ -10,7 +10,7 @@ from tests.helpers.accounts import audit
 from tests.helpers.faults import Fault, marks, workers_seen
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
-NAMES = [f"{number:02d}" for number in range(24)]
+NAMES = [f"{number:02d}" for number in range(90)]
 
 
 def daemon_of(machine):
