@@ -2,13 +2,14 @@
 
 import io
 import os
+import threading
 from datetime import timedelta
 
 import pytest
 
 from pipeline import storage
 from pipeline.errors import OutputError, ShardError, UserError
-from pipeline.storage import filesystems
+from pipeline.storage import attempts, filesystems, reading
 from tests.helpers.google_storage import google_handler
 from tests.helpers.object_servers import Fault, faulty_proxy, serving
 
@@ -62,6 +63,40 @@ def test_shards_are_listed_with_sizes_and_read_byte_for_byte(objects, url):
         whole(shards[2])
 
 
+def test_a_shard_whose_reads_hang_is_opened_again_where_it_was_left(objects, url, monkeypatch):
+    content = os.urandom(1000)
+    objects["bucket", "in/0.tar"] = content
+    opened, over = reading._open_object, threading.Event()
+
+    def hangs_first(where, position):
+        stream = opened(where, position)
+        return Hanging(stream, over) if position == 0 else stream
+
+    monkeypatch.setattr(reading, "_open_object", hangs_first)
+    (shard,) = storage.list_shards(url("in/0.tar"))
+    try:
+        with storage.open_shard(shard, storage.ReadLimits(min_bytes_per_s=200, window_s=1)) as stream:
+            assert stream.read() == content
+    finally:
+        over.set()
+
+
+class Hanging:
+    """Passes 100 bytes on, then hangs."""
+
+    def __init__(self, stream, over):
+        self.stream, self.over, self.reads = stream, over, 0
+
+    def read(self, size):
+        self.reads += 1
+        if self.reads > 1:
+            self.over.wait()
+        return self.stream.read(100)
+
+    def close(self):
+        self.stream.close()
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -111,7 +146,8 @@ def test_an_object_is_published_whole_in_spite_of(fault, objects, url):
 
 
 def test_an_upload_that_never_ends_leaves_the_earlier_object(objects, url, monkeypatch):
-    monkeypatch.setattr(filesystems, "GCS_RETRY_TIME", timedelta(seconds=1))
+    monkeypatch.setattr(filesystems, "BRIEF_GCS_RETRY_TIME", timedelta(seconds=1))
+    monkeypatch.setattr(attempts, "TOTAL_S", 0)
     objects["bucket", "out/x.bin"] = b"before"
     out = url("out", Fault("PUT", status=503, times=999))
     for name in ("x.bin", "new.bin"):
