@@ -43,8 +43,9 @@ MOST_ASSIGNMENTS_BY_WORKERS_PER_S = 10_000
 CHECK_INTERVAL_S = 1.0
 ABANDON_ANSWER_S = 10.0
 RETRY_BACKOFF_S = 2.0
-LONGEST_BACKOFF_S = 60.0
 LEAST_FAILURES_IN_A_ROW = 4
+# with the pauses between them, 30 s beyond the store's own repeated requests
+MOST_REFUSALS_IN_A_ROW = 5
 
 
 class Tally(Protocol):
@@ -124,6 +125,8 @@ class Dispatcher:
         self._workforce = Workforce(run, host, progress, len(shards), cpus_only=cpus_only, can_grow=can_grow)
         self._in_flight = 0
         self._failures_in_a_row = 0
+        self._refusals_in_a_row = 0
+        self._paused_until_s = 0.0
         self._drain: _Drain | None = None
         self._started_s = host.now_s()
         self._next_assignment_s = 0.0
@@ -189,7 +192,7 @@ class Dispatcher:
 
     def _assign(self) -> None:
         now_s, most = self._host.now_s(), self._run.shards_in_flight
-        if now_s < self._next_assignment_s:
+        if now_s < max(self._next_assignment_s, self._paused_until_s):
             return
         self._next_assignment_s = now_s + len(self._workforce.workers) / MOST_ASSIGNMENTS_BY_WORKERS_PER_S
         workers = [worker for worker in self._workforce.ready if not worker.takes_no_more]
@@ -307,13 +310,13 @@ class Dispatcher:
                 self._workforce.places.attempt_failed(worker.place, self._host.now_s())
                 self._failed_attempt(worker, shard, outcome.message)
             case "machine":
-                self._count_failure(ScratchError(f"{worker.place}: {outcome.message}"))
+                self._scratch_failed(ScratchError(f"{worker.place}: {outcome.message}"))
                 self._workforce.places.worker_lost(worker.place, [shard.shard_id])
                 self._failed_attempt(worker, shard, f"{outcome.message} (on {worker.place})")
             case "output":
-                self._count_failure(OutputError(outcome.message))
                 self._progress.say(f"{shard.canonical_url}: {outcome.message}; will be tried again")
-                self._put_back_later(worker, shard)
+                self._queue.put_back(shard, self._host.now_s(), avoided=worker.place)
+                self._output_refused(OutputError(outcome.message))
             case "abandoned":
                 self._queue.put_back(shard)
 
@@ -326,7 +329,7 @@ class Dispatcher:
     def _done(self, worker: Worker, in_flight: ShardInFlight, report: ShardReport | None) -> None:
         if report is None:
             raise TypeError("a shard that is done comes with a report")
-        self._failures_in_a_row = 0
+        self._failures_in_a_row = self._refusals_in_a_row = 0
         worker.shards_done += 1
         worker.bytes_done += in_flight.size_bytes
         self._tally.add_published(in_flight.shard, report.counts, report.damage)
@@ -351,15 +354,24 @@ class Dispatcher:
         """Return the other places at which a shard can be tried, now or once a worker there is ready."""
         return self._workforce.usable_places - {worker.place}
 
-    def _count_failure(self, error: OutputError | ScratchError) -> None:
-        """Count a failure that is no shard's; raise the error if nothing succeeded in between for long."""
+    def _scratch_failed(self, error: ScratchError) -> None:
+        """Count a failure of a machine; raise the error if nothing succeeded in between for long."""
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= max(LEAST_FAILURES_IN_A_ROW, 2 * len(self._workforce.ready)):
             raise error
 
-    def _put_back_later(self, worker: Worker, shard: ShardSource) -> None:
-        wait_s = min(LONGEST_BACKOFF_S, RETRY_BACKOFF_S * 2 ** min(self._failures_in_a_row - 1, 16))
-        self._queue.put_back(shard, self._host.now_s() + wait_s, avoided=worker.place)
+    def _output_refused(self, error: OutputError) -> None:
+        """Begin no shard for a moment, longer each time; raise the error after several times in a row.
+
+        What was begun before the pause says nothing new, however many shards that is.
+        """
+        now_s = self._host.now_s()
+        if now_s < self._paused_until_s:
+            return
+        self._refusals_in_a_row += 1
+        if self._refusals_in_a_row >= MOST_REFUSALS_IN_A_ROW:
+            raise error
+        self._paused_until_s = now_s + RETRY_BACKOFF_S * 2 ** (self._refusals_in_a_row - 1)
 
     def _lost(self, event: Lost) -> None:
         worker = self._workforce.remove_lost(event.worker)
