@@ -127,6 +127,8 @@ class Dispatcher:
         self._failures_in_a_row = 0
         self._refusals_in_a_row = 0
         self._paused_until_s = 0.0
+        # when each place last finished a shard
+        self._done_s: dict[Place, float] = {}
         self._drain: _Drain | None = None
         self._started_s = host.now_s()
         self._next_assignment_s = 0.0
@@ -316,7 +318,7 @@ class Dispatcher:
             case "output":
                 self._progress.say(f"{shard.canonical_url}: {outcome.message}; will be tried again")
                 self._queue.put_back(shard, self._host.now_s(), avoided=worker.place)
-                self._output_refused(OutputError(outcome.message))
+                self._output_refused(worker.place, in_flight, OutputError(outcome.message))
             case "abandoned":
                 self._queue.put_back(shard)
 
@@ -330,6 +332,7 @@ class Dispatcher:
         if report is None:
             raise TypeError("a shard that is done comes with a report")
         self._failures_in_a_row = self._refusals_in_a_row = 0
+        self._done_s[worker.place] = self._host.now_s()
         worker.shards_done += 1
         worker.bytes_done += in_flight.size_bytes
         self._tally.add_published(in_flight.shard, report.counts, report.damage)
@@ -360,12 +363,16 @@ class Dispatcher:
         if self._failures_in_a_row >= max(LEAST_FAILURES_IN_A_ROW, 2 * len(self._workforce.ready)):
             raise error
 
-    def _output_refused(self, error: OutputError) -> None:
+    def _output_refused(self, place: Place, in_flight: ShardInFlight, error: OutputError) -> None:
         """Begin no shard for a moment, longer each time; raise the error after several times in a row.
 
-        What was begun before the pause says nothing new, however many shards that is.
+        What was begun before the pause says nothing new, however many shards that is. Where other places
+        could write in the meantime, only this one gets no shard for a moment.
         """
         now_s = self._host.now_s()
+        if any(done_s > in_flight.started_s for other, done_s in self._done_s.items() if other != place):
+            self._workforce.places.attempt_failed(place, now_s)
+            return
         if now_s < self._paused_until_s:
             return
         self._refusals_in_a_row += 1
@@ -379,7 +386,7 @@ class Dispatcher:
             return
         if worker.state == "ready":
             self._take_back(worker, event.cause, machine_lost=event.machine_lost)
-        elif worker.state == "loading" and not event.machine_lost:
+        elif not event.machine_lost:
             self._workforce.load_failed(worker, f"worker lost: {event.cause}")
 
     def _take_back(

@@ -147,6 +147,8 @@ class Places:
     def attempt_failed(self, place: Place, now_s: float) -> None:
         """Record a shard that could not be read or annotated; a place where many in a row fail rests."""
         record = self._records[place]
+        if now_s < record.rests_until_s:
+            return  # begun before the rest
         record.attempts_failed += 1
         if record.attempts_failed > 1:
             record.rests_until_s = now_s + _rest_s(record.attempts_failed - 1)

@@ -72,10 +72,18 @@ class LegradWorker:
 
 @dataclass(eq=False)
 class _Actor:
-    """An actor that was requested and not stopped; `machine` is known once it runs."""
+    """An actor that was requested and not stopped.
+
+    Attributes:
+        number: of the worker.
+        handle: Ray's.
+        node_id: of the machine that it was requested for; empty: any.
+        machine: where it runs, once it does.
+    """
 
     number: int
     handle: Any
+    node_id: str
     machine: Machine | None = None
 
 
@@ -119,6 +127,7 @@ class RayHost:
         self._actor_class = as_actors(concurrency_groups={CONTROL: CONTROL_THREADS})(LegradWorker)
         self._actors: dict[int, _Actor] = {}
         self._answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
+        self._machines: dict[str, Machine] = {}
         self._deaths: list[_Death] = []
         self._refused: list[Ended] = []
         self._next_check_s = 0.0
@@ -143,7 +152,7 @@ class RayHost:
             max_task_retries=0,
             max_concurrency=threads,
         ).remote(self._config, self._metadata, shape, self._factory)
-        actor = _Actor(worker, handle)
+        actor = _Actor(worker, handle, shape.node_id)
         self._actors[worker] = actor
         self._call(actor, "where", handle.where.remote())
 
@@ -219,7 +228,9 @@ class RayHost:
         actor, number, shard = answer.actor, answer.actor.number, answer.shard
         if answer.kind == "where":
             node_id, device = value
-            actor.machine = cluster.find_machine(ray.nodes(), node_id)
+            if node_id not in self._machines:
+                self._machines[node_id] = cluster.find_machine(ray.nodes(), node_id)
+            actor.machine = self._machines[node_id]
             return Started(number, Place(node_id, actor.machine.host, device))
         if isinstance(value, LoadOutcome):
             return Loaded(number, value)
@@ -244,12 +255,19 @@ class RayHost:
             return []
         self._next_check_s = now_s + MACHINE_CHECK_INTERVAL_S
         nodes, lost, undecided = ray.nodes(), [], []
+        concerned = {_machine_of(death.actor) for death in self._deaths}
+        lost_machines = {machine for machine in concerned if cluster.machine_is_lost(nodes, machine)}
         for death in self._deaths:
-            machine = death.actor.machine
-            machine_lost = machine is not None and cluster.machine_is_lost(nodes, machine)
-            if machine_lost or machine is None or now_s >= death.decide_by_s:
+            machine = _machine_of(death.actor)
+            machine_lost = bool(machine.node_id) and machine in lost_machines
+            if machine_lost or death.actor.machine is None or now_s >= death.decide_by_s:
                 lost.append(Lost(death.actor.number, death.cause, machine_lost))
             else:
                 undecided.append(death)
         self._deaths = undecided
         return lost
+
+
+def _machine_of(actor: _Actor) -> Machine:
+    """Return where an actor runs, or should have run."""
+    return actor.machine or Machine(actor.node_id)

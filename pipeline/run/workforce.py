@@ -31,6 +31,7 @@ NO_WORKER_WARNING_S = 60.0
 LOAD_FAILURES_BEFORE_ANY_SUCCESS = 3
 SHARDS_OF_A_KNOWN_SPEED = 3
 MOST_TIMES_FORGIVEN = 2
+FIRST_ASK_PAUSE_S, LONGEST_ASK_PAUSE_S = 5.0, 600.0
 
 
 class WorkersLost(PipelineError):
@@ -176,7 +177,8 @@ class Workforce:
         self._notes: set[str] = set()
         self._machines: Sequence[MachineResources] = ()
         self._next_look_s = 0.0
-        self._useless_asks: frozenset[str] | None = None
+        self._useless_asks = 0
+        self._no_further_asks_until_s = 0.0
         self._load_failures = 0
         self._times_forgiven = 0
         self._without_machine_since_s: float | None = None
@@ -237,7 +239,10 @@ class Workforce:
         if now_s < self._next_look_s and not at_once:
             return []
         self._next_look_s = now_s + MACHINES_INTERVAL_S
-        self._machines = self._host.machines()
+        machines = self._host.machines()
+        if {one.node_id for one in machines} != {one.node_id for one in self._machines}:
+            self._useless_asks, self._no_further_asks_until_s = 0, 0.0
+        self._machines = machines
         usable = self._usable(self._machines)
         plan = plan_workers(self._run, usable, self._shards, cpus_only=self._cpus_only)
         self._plan = plan
@@ -348,12 +353,9 @@ class Workforce:
     def _request_asks(self, shards_unfinished: int) -> None:
         """Keep as many requests pending as workers are wanted that no machine has room for."""
         asks = [worker for worker in self.workers.values() if worker.is_ask]
-        alive = frozenset(one.node_id for one in self._machines)
-        if self._useless_asks == alive:
-            wanted = 0
-        else:
-            self._useless_asks = None
-            wanted = asks_wanted(self._run, self._plan, shards_unfinished, is_own_ray=not self._can_grow)
+        wanted = asks_wanted(self._run, self._plan, shards_unfinished, is_own_ray=not self._can_grow)
+        if self._host.now_s() < self._no_further_asks_until_s:
+            wanted = min(wanted, len(asks))
         for ask in asks[wanted:]:
             self.end(ask)
         for _ in range(wanted - len(asks)):
@@ -405,10 +407,8 @@ class Workforce:
             return
         worker.place = event.place
         if worker.is_ask and not self._becomes_worker(worker):
-            self._useless_asks = frozenset(one.node_id for one in self._machines)
             self.end(worker)
-            # the machine may have room for a worker with more of its cores
-            self._next_look_s = 0.0
+            self._ask_was_useless()
             return
         worker.is_ask = False
         if self._may_load_at(worker.place, self._host.now_s()):
@@ -416,6 +416,14 @@ class Workforce:
         else:
             # it holds the device, so that a worker that is started next gets another one
             worker.state = "held"
+
+    def _ask_was_useless(self) -> None:
+        """Wait before the next request: a machine has room that no worker of this run can use."""
+        pause_s = min(LONGEST_ASK_PAUSE_S, FIRST_ASK_PAUSE_S * 2.0 ** min(self._useless_asks, 16))
+        self._useless_asks += 1
+        self._no_further_asks_until_s = self._host.now_s() + pause_s
+        # the machine may have room for a worker with more of its cores
+        self._next_look_s = 0.0
 
     def _becomes_worker(self, ask: Worker) -> bool:
         machine_id = ask.place.machine_id
@@ -450,9 +458,10 @@ class Workforce:
             UserError, WorkersLost: no worker has ever loaded the model, and enough have tried.
         """
         self._load_failures += 1
-        left_alone = self.places.load_failed(worker.place, cause, self._host.now_s())
+        place = worker.place if worker.place.machine_id else Place(worker.shape.node_id)
+        left_alone = self.places.load_failed(place, cause, self._host.now_s())
         if self.places.has_loaded or not self._all_have_failed():
-            where = f" on {worker.place}" if worker.place.machine_id else ""
+            where = f" on {place}" if place.machine_id else ""
             self._progress.say(f"A worker{where} did not load the model ({cause}); trying again.")
             if left_alone is not None:
                 self.leave_alone(left_alone)
