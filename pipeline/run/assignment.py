@@ -1,44 +1,89 @@
-"""Decide how much a worker is given at a time: enough to keep it busy, and nothing that would end last."""
+"""Choose a shard for each worker that has room for one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+
+from pipeline.run.balance import Balance
+from pipeline.run.hosting import Place
+from pipeline.run.places import Places
+from pipeline.run.shard_queue import ShardQueue
+from pipeline.run.worker_handle import WorkerHandle
+from pipeline.storage import ShardSource
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a worker still has to do.
-
-    Attributes:
-        bytes_left: bytes of the shards in flight on it that are not finished.
-        bytes_per_s: its speed; None before it is known.
-    """
-
-    bytes_left: float
-    bytes_per_s: float | None = None
-
-
-class Balance:
-    """How the rest of a job would be divided among its workers at best.
-
-    Workers take the largest shards first. With a further shard, a worker must not end after the time at which
-    all workers would end if the rest of the job could be divided among them at will. So the worker with a
-    very large shard keeps to it, and the last shards go to those that are done first.
+class Assignments:
+    """One round of assignments.
 
     Args:
-        loads: of all workers that compute, or soon will.
-        bytes_in_queue: of the shards that no worker has.
+        queue: the shards that no worker has.
+        workers: those that are ready and may get shards.
+        balance: how the rest of the job would be divided at best.
+        places: what happened where.
+        most_in_flight: shards of a worker at a time.
+        now_s: the time.
     """
 
-    def __init__(self, loads: Iterable[Load], bytes_in_queue: float) -> None:
-        loads = list(loads)
-        known = [load.bytes_per_s for load in loads if load.bytes_per_s]
-        self._usual_bytes_per_s = sum(known) / len(known) if known else 1.0
-        bytes_per_s = sum(load.bytes_per_s or self._usual_bytes_per_s for load in loads)
-        bytes_left = bytes_in_queue + sum(load.bytes_left for load in loads)
-        self._time_left_s = bytes_left / bytes_per_s if loads else 0.0
+    queue: ShardQueue
+    workers: Sequence[WorkerHandle]
+    balance: Balance
+    places: Places
+    most_in_flight: int
+    now_s: float
 
-    def most_further_bytes(self, load: Load) -> float:
-        """Return the largest shard that a worker with a load may begin beside it; below 0: none."""
-        return self._time_left_s * (load.bytes_per_s or self._usual_bytes_per_s) - load.bytes_left
+    def __iter__(self) -> Iterator[tuple[WorkerHandle, ShardSource]]:
+        """Yield a worker and its shard; the caller adds the shard to those in flight before the next one."""
+        here = frozenset(worker.place for worker in self.workers)
+        # where every place is in doubt, none is better than another
+        sound = frozenset(place for place in here if self._is_sound(place)) or here
+        reserved = self._reserved_for_suspects(here, sound)
+        free = [one for one in self.workers if one.has_room and len(one.in_flight) < self.most_in_flight]
+        # every worker gets its first shard before any gets its second
+        for worker in sorted(free, key=lambda one: len(one.in_flight)):
+            is_sound = worker.place in sound
+            has_enough = bool(worker.in_flight) and (worker in reserved or not is_sound)
+            if has_enough or not (is_sound or self._may_try(worker.place)):
+                continue
+            shard = self._next_shard(worker, here, sound)
+            if shard is not None:
+                yield worker, shard
+
+    def _is_sound(self, place: Place) -> bool:
+        return not (self.places.is_on_probation(place) or self.places.rests(place, self.now_s))
+
+    def _may_try(self, place: Place) -> bool:
+        return not (self.places.is_in_question(place) or self.places.rests(place, self.now_s))
+
+    def _reserved_for_suspects(self, here: Collection[Place], sound: Collection[Place]) -> set[WorkerHandle]:
+        """Return the workers that get nothing further, so that suspects can run on them alone."""
+        reserved: set[WorkerHandle] = set()
+        if not self.queue.suspects:
+            return reserved
+        # the ones at sound places first, and those that are idle soonest
+        candidates = sorted(self.workers, key=lambda one: (one.place not in sound, len(one.in_flight)))
+        for shard in self.queue.suspects:
+            for worker in candidates:
+                others = {*here} - {worker.place}
+                if worker not in reserved and self.queue.may_run_at(shard, worker.place, others):
+                    reserved.add(worker)
+                    break
+        return reserved
+
+    def _next_shard(
+        self, worker: WorkerHandle, here: Collection[Place], sound: Collection[Place]
+    ) -> ShardSource | None:
+        most_bytes = None
+        if worker.in_flight:
+            most_bytes = self.balance.most_further_bytes(worker.load(self.now_s))
+            if most_bytes <= 0:
+                return None
+        return self.queue.take(
+            worker.place,
+            [one.shard for one in worker.in_flight.values()],
+            self.now_s,
+            others={*here} - {worker.place},
+            sound=sound,
+            most_bytes=most_bytes,
+        )

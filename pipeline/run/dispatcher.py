@@ -16,7 +16,9 @@ from pipeline.errors import OutputError, ScratchError
 from pipeline.output.counts import ShardCounts
 from pipeline.output.runs import RunState
 from pipeline.output.status import reason_to_stop
-from pipeline.run.assignment import Balance
+from pipeline.run.assignment import Assignments
+from pipeline.run.balance import Balance
+from pipeline.run.failures import FailuresInARow
 from pipeline.run.hosting import (
     Abandoned,
     Ended,
@@ -31,7 +33,8 @@ from pipeline.run.hosting import (
 )
 from pipeline.run.progress import Progress
 from pipeline.run.shard_queue import GivenUp, ShardQueue
-from pipeline.run.workforce import ShardInFlight, Worker, Workforce
+from pipeline.run.worker_handle import ShardInFlight, WorkerHandle
+from pipeline.run.workforce import Workforce
 from pipeline.storage import ShardSource
 
 WAIT_S = 0.5
@@ -43,9 +46,6 @@ MOST_ASSIGNMENTS_BY_WORKERS_PER_S = 10_000
 CHECK_INTERVAL_S = 1.0
 ABANDON_ANSWER_S = 10.0
 RETRY_BACKOFF_S = 2.0
-LEAST_FAILURES_IN_A_ROW = 4
-# with the pauses between them, 30 s beyond the store's own repeated requests
-MOST_REFUSALS_IN_A_ROW = 5
 
 
 class Tally(Protocol):
@@ -124,11 +124,7 @@ class Dispatcher:
         self._queue = ShardQueue(shards, max_attempts=run.max_attempts, backoff_s=RETRY_BACKOFF_S)
         self._workforce = Workforce(run, host, progress, len(shards), cpus_only=cpus_only, can_grow=can_grow)
         self._in_flight = 0
-        self._failures_in_a_row = 0
-        self._refusals_in_a_row = 0
-        self._paused_until_s = 0.0
-        # when each place last finished a shard
-        self._done_s: dict[Place, float] = {}
+        self._failures = FailuresInARow()
         self._drain: _Drain | None = None
         self._started_s = host.now_s()
         self._next_assignment_s = 0.0
@@ -190,72 +186,17 @@ class Dispatcher:
             loading_s=first_ready_s - self._started_s,
         )
 
-    # assigning
-
     def _assign(self) -> None:
-        now_s, most = self._host.now_s(), self._run.shards_in_flight
-        if now_s < max(self._next_assignment_s, self._paused_until_s):
+        now_s, workforce = self._host.now_s(), self._workforce
+        if not len(self._queue) or now_s < max(self._next_assignment_s, self._failures.paused_until_s):
             return
-        self._next_assignment_s = now_s + len(self._workforce.workers) / MOST_ASSIGNMENTS_BY_WORKERS_PER_S
-        workers = [worker for worker in self._workforce.ready if not worker.takes_no_more]
-        free = [worker for worker in workers if worker.has_room and len(worker.in_flight) < most]
-        if not (free and len(self._queue)):
+        self._next_assignment_s = now_s + len(workforce.workers) / MOST_ASSIGNMENTS_BY_WORKERS_PER_S
+        most = self._run.shards_in_flight
+        workers = [worker for worker in workforce.ready if not worker.takes_no_more]
+        if not any(worker.has_room and len(worker.in_flight) < most for worker in workers):
             return
-        places = frozenset(worker.place for worker in workers)
-        # where every place is in doubt, none is better than another
-        sound = frozenset(place for place in places if self._is_sound(place, now_s)) or places
-        balance = Balance(self._workforce.loads(now_s), self._queue.bytes_left)
-        reserved = self._reserved_for_suspects(workers, places, sound)
-        # every worker gets its first shard before any gets its second
-        for worker in sorted(free, key=_shards_in_flight):
-            if worker.place in sound or self._may_try(worker.place, now_s):
-                has_enough = bool(worker.in_flight) and (worker.place not in sound or worker in reserved)
-                if not has_enough:
-                    self._assign_next(worker, places, sound, balance)
-
-    def _is_sound(self, place: Place, now_s: float) -> bool:
-        places = self._workforce.places
-        return not (places.is_on_probation(place) or places.rests(place, now_s))
-
-    def _may_try(self, place: Place, now_s: float) -> bool:
-        places = self._workforce.places
-        return not (places.is_in_question(place) or places.rests(place, now_s))
-
-    def _reserved_for_suspects(
-        self, workers: Iterable[Worker], places: frozenset[Place], sound: frozenset[Place]
-    ) -> set[Worker]:
-        """Return the workers that get nothing further, so that suspects can run on them alone."""
-        if not self._queue.suspects:
-            return set()
-        reserved: set[Worker] = set()
-        # the ones at sound places first, and those that are idle soonest
-        candidates = sorted(workers, key=lambda one: (one.place not in sound, len(one.in_flight)))
-        for shard in self._queue.suspects:
-            for worker in candidates:
-                if worker not in reserved and self._queue.may_run_at(
-                    shard, worker.place, places - {worker.place}
-                ):
-                    reserved.add(worker)
-                    break
-        return reserved
-
-    def _assign_next(
-        self, worker: Worker, places: frozenset[Place], sound: frozenset[Place], balance: Balance
-    ) -> None:
-        now_s, most_bytes = self._host.now_s(), None
-        if worker.in_flight:
-            most_bytes = balance.most_further_bytes(worker.load(now_s))
-            if most_bytes <= 0:
-                return
-        shard = self._queue.take(
-            worker.place,
-            [one.shard for one in worker.in_flight.values()],
-            now_s,
-            others=places - {worker.place},
-            sound=sound,
-            most_bytes=most_bytes,
-        )
-        if shard is not None:
+        balance = Balance(workforce.loads(now_s), self._queue.bytes_left)
+        for worker, shard in Assignments(self._queue, workers, balance, workforce.places, most, now_s):
             size_bytes = self._queue.size_of(shard)
             worker.in_flight[shard.shard_id] = ShardInFlight(shard, size_bytes, now_s, now_s)
             self._in_flight += 1
@@ -312,27 +253,30 @@ class Dispatcher:
                 self._workforce.places.attempt_failed(worker.place, self._host.now_s())
                 self._failed_attempt(worker, shard, outcome.message)
             case "machine":
-                self._scratch_failed(ScratchError(f"{worker.place}: {outcome.message}"))
+                error = ScratchError(f"{worker.place}: {outcome.message}")
+                self._failures.machine_failed(error, len(self._workforce.ready))
                 self._workforce.places.worker_lost(worker.place, [shard.shard_id])
                 self._failed_attempt(worker, shard, f"{outcome.message} (on {worker.place})")
             case "output":
                 self._progress.say(f"{shard.canonical_url}: {outcome.message}; will be tried again")
                 self._queue.put_back(shard, self._host.now_s(), avoided=worker.place)
-                self._output_refused(worker.place, in_flight, OutputError(outcome.message))
+                if self._failures.output_refused(
+                    worker.place, in_flight.started_s, OutputError(outcome.message), self._host.now_s()
+                ):
+                    self._workforce.places.attempt_failed(worker.place, self._host.now_s())
             case "abandoned":
                 self._queue.put_back(shard)
 
-    def _no_longer_in_flight(self, worker: Worker, shard: ShardSource) -> ShardInFlight | None:
+    def _no_longer_in_flight(self, worker: WorkerHandle, shard: ShardSource) -> ShardInFlight | None:
         in_flight = worker.in_flight.pop(shard.shard_id, None)
         if in_flight is not None:
             self._in_flight -= 1
         return in_flight
 
-    def _done(self, worker: Worker, in_flight: ShardInFlight, report: ShardReport | None) -> None:
+    def _done(self, worker: WorkerHandle, in_flight: ShardInFlight, report: ShardReport | None) -> None:
         if report is None:
             raise TypeError("a shard that is done comes with a report")
-        self._failures_in_a_row = self._refusals_in_a_row = 0
-        self._done_s[worker.place] = self._host.now_s()
+        self._failures.shard_done(worker.place, self._host.now_s())
         worker.shards_done += 1
         worker.bytes_done += in_flight.size_bytes
         self._tally.add_published(in_flight.shard, report.counts, report.damage)
@@ -340,7 +284,7 @@ class Dispatcher:
             self._queue.forget_attempts_at(decision.place)
             self._workforce.leave_alone(decision)
 
-    def _failed_attempt(self, worker: Worker, shard: ShardSource, message: str) -> None:
+    def _failed_attempt(self, worker: WorkerHandle, shard: ShardSource, message: str) -> None:
         given_up = self._queue.attempt_failed(
             worker.place, shard, message, self._host.now_s(), self._others(worker)
         )
@@ -353,32 +297,9 @@ class Dispatcher:
         self._workforce.places.shard_given_up(given_up.shard.shard_id)
         self._tally.add_given_up(given_up)
 
-    def _others(self, worker: Worker) -> frozenset[Place]:
+    def _others(self, worker: WorkerHandle) -> frozenset[Place]:
         """Return the other places at which a shard can be tried, now or once a worker there is ready."""
         return self._workforce.usable_places - {worker.place}
-
-    def _scratch_failed(self, error: ScratchError) -> None:
-        """Count a failure of a machine; raise the error if nothing succeeded in between for long."""
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row >= max(LEAST_FAILURES_IN_A_ROW, 2 * len(self._workforce.ready)):
-            raise error
-
-    def _output_refused(self, place: Place, in_flight: ShardInFlight, error: OutputError) -> None:
-        """Begin no shard for a moment, longer each time; raise the error after several times in a row.
-
-        What was begun before the pause says nothing new, however many shards that is. Where other places
-        could write in the meantime, only this one gets no shard for a moment.
-        """
-        now_s = self._host.now_s()
-        if any(done_s > in_flight.started_s for other, done_s in self._done_s.items() if other != place):
-            self._workforce.places.attempt_failed(place, now_s)
-            return
-        if now_s < self._paused_until_s:
-            return
-        self._refusals_in_a_row += 1
-        if self._refusals_in_a_row >= MOST_REFUSALS_IN_A_ROW:
-            raise error
-        self._paused_until_s = now_s + RETRY_BACKOFF_S * 2 ** (self._refusals_in_a_row - 1)
 
     def _lost(self, event: Lost) -> None:
         worker = self._workforce.remove_lost(event.worker)
@@ -390,7 +311,7 @@ class Dispatcher:
             self._workforce.load_failed(worker, f"worker lost: {event.cause}")
 
     def _take_back(
-        self, worker: Worker, cause: str, *, machine_lost: bool = False, is_device_fault: bool = False
+        self, worker: WorkerHandle, cause: str, *, machine_lost: bool = False, is_device_fault: bool = False
     ) -> None:
         """Requeue the shards of a worker that is no longer there, but for those that it had published."""
         in_flight = [one.shard for one in worker.in_flight.values()]
@@ -446,11 +367,11 @@ class Dispatcher:
         if not len(self._queue):
             self._workforce.end_superfluous(self._in_flight)
 
-    def _abandon(self, worker: Worker, in_flight: ShardInFlight) -> None:
+    def _abandon(self, worker: WorkerHandle, in_flight: ShardInFlight) -> None:
         in_flight.abandoned_s = self._host.now_s()
         self._host.abandon(worker.number, in_flight.shard)
 
-    def _replace_silent(self, worker: Worker, in_flight: ShardInFlight) -> None:
+    def _replace_silent(self, worker: WorkerHandle, in_flight: ShardInFlight) -> None:
         self._workforce.end(worker)
         self._workforce.lost += 1
         cause = "does not answer" if in_flight.is_moved else self._stall_text()
@@ -477,7 +398,7 @@ class Dispatcher:
         self._workforce.places.attempt_failed(worker.place, self._host.now_s())
         self._failed_attempt(worker, event.shard, self._stall_text())
 
-    def _move(self, workers: Iterable[Worker]) -> None:
+    def _move(self, workers: Iterable[WorkerHandle]) -> None:
         """Let other workers redo the shards that are not nearly done on machines that are drained."""
         now_s = self._host.now_s()
         for worker in workers:
@@ -515,7 +436,3 @@ class Dispatcher:
                 if expected_s is None or expected_s <= left_s:
                     return False
         return True
-
-
-def _shards_in_flight(worker: Worker) -> int:
-    return len(worker.in_flight)

@@ -18,7 +18,9 @@ STRIKES_OF_A_DEVICE_FAULT = 2
 DEVICES_OF_A_BAD_MACHINE = 2
 LOAD_FAILURES = 3
 # a place that has finished so many shards since its last loss is not the cause of that loss
-FORGIVEN_AFTER_SHARDS = 20
+FORGIVEN_AFTER_SHARDS = 10
+# where workers are lost everywhere now and then, a place is at fault only if that happens there more often
+MUCH_WORSE = 3
 FIRST_REST_S = 2.0
 LONGEST_REST_S = 300.0
 
@@ -46,14 +48,12 @@ class _Loss:
 
     Attributes:
         shards: that were in flight.
-        off_device: those of them that no other device has finished yet.
-        off_machine: those of them that no other machine has finished yet.
+        unfinished: those of them that no other place has finished yet.
         is_device_fault: whether CUDA reported the fault.
     """
 
     shards: frozenset[str]
-    off_device: set[str]
-    off_machine: set[str]
+    unfinished: set[str]
     is_device_fault: bool
 
 
@@ -142,7 +142,7 @@ class Places:
         record.done = 0
         # the loss of a worker with the same shards again says nothing more about the place
         if names and not any(names <= loss.shards for loss in record.losses):
-            record.losses.append(_Loss(names, set(names), set(names), is_device_fault))
+            record.losses.append(_Loss(names, set(names), is_device_fault))
 
     def attempt_failed(self, place: Place, now_s: float) -> None:
         """Record a shard that could not be read or annotated; a place where many in a row fail rests."""
@@ -174,45 +174,32 @@ class Places:
                     # the place can do what it seemed to fail at
                     record.losses.remove(loss)
                     continue
-                loss.off_device.discard(shard_id)
-                if place.machine_id != finished_at.machine_id:
-                    loss.off_machine.discard(shard_id)
+                loss.unfinished.discard(shard_id)
             if concerned:
                 yield from self._judged(place)
 
     def _judged(self, place: Place) -> Iterator[LeftAlone]:
         if self.is_left_alone(place):
             return
-        strikes = [loss for loss in self._records[place].losses if not loss.off_device]
+        strikes = [loss for loss in self._records[place].losses if not loss.unfinished]
         faults = sum(loss.is_device_fault for loss in strikes)
-        if len(strikes) >= STRIKES or faults >= STRIKES_OF_A_DEVICE_FAULT:
+        is_worse = len(strikes) >= MUCH_WORSE * self._usual_losses(place)
+        if is_worse and (len(strikes) >= STRIKES or faults >= STRIKES_OF_A_DEVICE_FAULT):
             what = "CUDA failed" if faults == len(strikes) else "worker lost"
             yield self._leave_alone(place, f"{what} {len(strikes)} times with shards that others finished")
-        if machine := self._judged_machine(place):
-            yield machine
+            machine = _machine(place)
+            bad = [other for other in self._left_alone if _machine(other) == machine != other]
+            if len(bad) >= DEVICES_OF_A_BAD_MACHINE:
+                yield self._leave_alone(machine, f"{len(bad)} of its devices are left alone")
 
-    def _judged_machine(self, place: Place) -> LeftAlone | None:
-        """Leave a whole machine alone: two of its devices are bad, or workers die on several of them."""
-        machine = _machine(place)
-        if machine == place or self.is_left_alone(machine):
-            return None
-        devices = [other for other in self._records if _machine(other) == machine]
-        bad = [other for other in devices if other in self._left_alone]
-        if len(bad) >= DEVICES_OF_A_BAD_MACHINE:
-            return self._leave_alone(machine, f"{len(bad)} of its devices are left alone")
-        struck = [
-            loss
-            for other in devices
-            for loss in self._records[other].losses
-            if not (loss.off_machine or loss.is_device_fault)
+    def _usual_losses(self, place: Place) -> float:
+        """Return the mean number of losses that the other places are not forgiven."""
+        others = [
+            len(record.losses)
+            for other, record in self._records.items()
+            if other != place and not self.is_left_alone(other)
         ]
-        # several losses on one device are the device's
-        on_devices = sum(any(loss in self._records[other].losses for loss in struck) for other in devices)
-        if on_devices >= DEVICES_OF_A_BAD_MACHINE and len(struck) >= STRIKES:
-            return self._leave_alone(
-                machine, f"worker lost {len(struck)} times with shards that other machines finished"
-            )
-        return None
+        return sum(others) / len(others) if others else 0.0
 
     def shard_given_up(self, shard_id: str) -> None:
         """Take a shard that is given up for the cause of every loss that it took part in."""

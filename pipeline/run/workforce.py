@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
-from pipeline.annotate.annotator import ShardProgress
 from pipeline.config.schema import RunConfig
 from pipeline.errors import PipelineError, UserError
 from pipeline.output.counts import ShardCounts, total_counts
 from pipeline.output.measures import Measures
-from pipeline.run.assignment import Load
+from pipeline.run.balance import Load
 from pipeline.run.hosting import Loaded, Place, Started, WorkerHost
 from pipeline.run.places import LeftAlone, Places
 from pipeline.run.plan import (
@@ -24,112 +21,17 @@ from pipeline.run.plan import (
     plan_workers,
 )
 from pipeline.run.progress import Progress
-from pipeline.storage import ShardSource
+from pipeline.run.worker_handle import WorkerHandle
 
 MACHINES_INTERVAL_S = 2.0
 NO_WORKER_WARNING_S = 60.0
 LOAD_FAILURES_BEFORE_ANY_SUCCESS = 3
-SHARDS_OF_A_KNOWN_SPEED = 3
 MOST_TIMES_FORGIVEN = 2
 FIRST_ASK_PAUSE_S, LONGEST_ASK_PAUSE_S = 5.0, 600.0
 
 
 class WorkersLost(PipelineError):
     """No worker can be kept: they are lost or fail again and again before they have loaded their model."""
-
-
-@dataclass(eq=False)
-class ShardInFlight:
-    """A shard that a worker annotates.
-
-    Attributes:
-        shard: the shard.
-        size_bytes: its size, or the usual size if that is unknown.
-        started_s: when it was assigned.
-        progressed_s: when it last progressed.
-        progress: as last reported.
-        abandoned_s: when the worker was asked not to publish it; None: it was not.
-        is_moved: whether that was because its machine is drained, not because it does not progress.
-    """
-
-    shard: ShardSource
-    size_bytes: float
-    started_s: float
-    progressed_s: float
-    progress: ShardProgress = field(default_factory=lambda: ShardProgress(ShardCounts()))
-    abandoned_s: float | None = None
-    is_moved: bool = False
-
-    def reported(self, progress: ShardProgress, now_s: float) -> None:
-        """Take over what the worker reports."""
-        if progress.counts != self.progress.counts:
-            self.progressed_s = now_s
-        self.progress = progress
-
-    def expected_s(self, now_s: float) -> float | None:
-        """Return the seconds until it is finished, if it goes on as so far; None if that cannot be known."""
-        done, taken_s = self.progress.done_share, self.progressed_s - self.started_s
-        return max(0.0, taken_s / done - (now_s - self.started_s)) if done > 0 else None
-
-
-@dataclass(eq=False)
-class Worker:
-    """A worker of this run, from the request for its process to its end.
-
-    Attributes:
-        number: by which the host knows it.
-        shape: its resources.
-        is_ask: whether it was requested only to show the cluster what is wanted.
-        state: requested; held: it occupies a device that is not to be used; loading; ready.
-        place: where it runs, once it has started.
-        ready_s: when it had loaded its model.
-        has_room: whether it would begin another shard at once.
-        takes_no_more: whether it gets no further shard and ends after those in flight.
-        in_flight: shards assigned and not finished, by id.
-        bytes_done, shards_done: of the shards that it has finished.
-        measures: as last reported.
-        asked_s: when it was asked for its progress and has not answered; None: it is not asked.
-    """
-
-    number: int
-    shape: WorkerShape
-    is_ask: bool = False
-    state: Literal["requested", "held", "loading", "ready"] = "requested"
-    place: Place = field(default_factory=Place)
-    ready_s: float = 0.0
-    has_room: bool = False
-    takes_no_more: bool = False
-    in_flight: dict[str, ShardInFlight] = field(default_factory=dict)
-    bytes_done: float = 0.0
-    shards_done: int = 0
-    measures: Measures = field(default_factory=Measures)
-    asked_s: float | None = None
-
-    @property
-    def machine_id(self) -> str:
-        """The machine on which it runs, or is meant to run; empty: any."""
-        return self.place.machine_id or self.shape.node_id
-
-    def bytes_per_s(self, now_s: float) -> float | None:
-        """Return its speed since it is ready; None before it has finished a few shards."""
-        if self.shards_done < SHARDS_OF_A_KNOWN_SPEED or now_s <= self.ready_s:
-            return None
-        return self.bytes_done / (now_s - self.ready_s)
-
-    def expected_s(self, one: ShardInFlight, now_s: float) -> float | None:
-        """Return the seconds until a shard in flight is finished; None if that cannot be known.
-
-        A shard seems slow while it is opened, and while the device works on those that were begun before it.
-        So the time for all shards in flight, at the worker's usual speed, counts if that is less.
-        """
-        by_progress, load = one.expected_s(now_s), self.load(now_s)
-        by_speed = load.bytes_left / load.bytes_per_s if load.bytes_per_s else None
-        return min((time_s for time_s in (by_progress, by_speed) if time_s is not None), default=None)
-
-    def load(self, now_s: float) -> Load:
-        """Return what it still has to do."""
-        left = sum(one.size_bytes * (1 - one.progress.done_share) for one in self.in_flight.values())
-        return Load(left, self.bytes_per_s(now_s))
 
 
 class Workforce:
@@ -161,7 +63,7 @@ class Workforce:
         cpus_only: bool,
         can_grow: bool,
     ) -> None:
-        self.workers: dict[int, Worker] = {}
+        self.workers: dict[int, WorkerHandle] = {}
         self.places = Places()
         self.lost = self.released = 0
         self.measures_of_former = Measures()
@@ -185,7 +87,7 @@ class Workforce:
         self._next_warning_s = host.now_s() + NO_WORKER_WARNING_S
 
     @property
-    def ready(self) -> list[Worker]:
+    def ready(self) -> list[WorkerHandle]:
         """The workers that have loaded their model."""
         return [worker for worker in self.workers.values() if worker.state == "ready"]
 
@@ -221,7 +123,7 @@ class Workforce:
             if worker.state in ("ready", "loading") and not worker.takes_no_more:
                 yield worker.load(now_s)
 
-    def reconcile(self, shards_unfinished: int, *, at_once: bool = False) -> list[Worker]:
+    def reconcile(self, shards_unfinished: int, *, at_once: bool = False) -> list[WorkerHandle]:
         """Look at the machines, and start and stop workers so that they are what they should be.
 
         Args:
@@ -272,7 +174,7 @@ class Workforce:
             return list(machines)
         return usable
 
-    def _let_go_of(self, draining: frozenset[str]) -> list[Worker]:
+    def _let_go_of(self, draining: frozenset[str]) -> list[WorkerHandle]:
         """Give the workers on machines that are drained no further shard; return those that were working."""
         working = []
         for worker in tuple(self.workers.values()):
@@ -292,7 +194,7 @@ class Workforce:
             if (worker.takes_no_more and not worker.in_flight) or holds_nothing_bad:
                 self.end(worker)
 
-    def end(self, worker: Worker) -> None:
+    def end(self, worker: WorkerHandle) -> None:
         """Stop a worker, and let its resources go."""
         if self.workers.pop(worker.number, None) is not None:
             self._host.stop(worker.number)
@@ -347,7 +249,7 @@ class Workforce:
 
     def _start(self, shape: WorkerShape, *, is_ask: bool = False) -> None:
         self._numbers += 1
-        self.workers[self._numbers] = Worker(self._numbers, shape, is_ask)
+        self.workers[self._numbers] = WorkerHandle(self._numbers, shape, is_ask)
         self._host.start(self._numbers, shape)
 
     def _request_asks(self, shards_unfinished: int) -> None:
@@ -369,7 +271,7 @@ class Workforce:
     def _may_load_at(self, place: Place, now_s: float) -> bool:
         return not self.places.is_left_alone(place) and self._may_start_at(place, now_s)
 
-    def _load(self, worker: Worker) -> None:
+    def _load(self, worker: WorkerHandle) -> None:
         worker.state = "loading"
         self._host.load(worker.number)
 
@@ -425,7 +327,7 @@ class Workforce:
         # the machine may have room for a worker with more of its cores
         self._next_look_s = 0.0
 
-    def _becomes_worker(self, ask: Worker) -> bool:
+    def _becomes_worker(self, ask: WorkerHandle) -> bool:
         machine_id = ask.place.machine_id
         shapes = self._plan.shapes_by_machine.get(machine_id, ())
         missing = len(shapes) - self._counted()[machine_id]
@@ -451,7 +353,7 @@ class Workforce:
         self._next_warning_s = now_s + NO_WORKER_WARNING_S
         worker.state, worker.ready_s, worker.has_room = "ready", now_s, True
 
-    def load_failed(self, worker: Worker, cause: str, *, is_user_error: bool = False) -> None:
+    def load_failed(self, worker: WorkerHandle, cause: str, *, is_user_error: bool = False) -> None:
         """Count a worker that was lost or failed before it had loaded its model.
 
         Raises:
@@ -487,7 +389,7 @@ class Workforce:
         self._end_idle()
         self._next_look_s = 0.0
 
-    def remove_lost(self, number: int) -> Worker | None:
+    def remove_lost(self, number: int) -> WorkerHandle | None:
         """Forget a worker that was lost; return it, if it was still known."""
         worker = self.workers.pop(number, None)
         if worker is not None:

@@ -80,21 +80,23 @@ def test_a_fault_of_cuda_counts_more_against_its_device_and_not_against_the_mach
     assert not places.is_left_alone(BESIDE)
 
 
-def test_a_machine_is_left_alone_when_workers_die_on_several_of_its_devices():
+def test_a_machine_is_left_alone_when_two_of_its_devices_are():
     places = Places()
-    lose(places, BAD, "a", "b")
-    (decision,) = lose(places, BESIDE, "c")
+    lose(places, BAD, "a", "b", "c")
+    *_, decision = lose(places, BESIDE, "d", "e", "f")
     assert decision.place == Place("machine 1")
-    assert str(decision) == "10.0.0.1: worker lost 3 times with shards that other machines finished"
+    assert str(decision) == "10.0.0.1: 2 of its devices are left alone"
     assert places.is_left_alone(Place("machine 1", device="7"))
     assert not places.is_left_alone(GOOD)
 
 
-def test_shards_that_another_device_of_the_machine_finished_do_not_count_against_the_machine():
+def test_where_workers_are_lost_everywhere_now_and_then_no_place_is_at_fault():
     places = Places()
-    lose(places, BAD, "a", "b", at=BESIDE)
-    lose(places, BESIDE, "c", "d", at=BAD)
-    assert not places.is_left_alone(Place("machine 1", device="7"))
+    spots = [Place(f"machine {number}") for number in range(4)]
+    for round_ in range(10):
+        for number, spot in enumerate(spots):
+            assert lose(places, spot, f"{round_} {number}", at=spots[(number + 1) % 4]) == []
+    assert places.left_alone == ()
 
 
 def test_a_place_that_has_finished_many_shards_since_is_forgiven():

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.run.assignment import Balance, Load
+from pipeline.run.balance import Balance, Load
 
 
 def test_with_much_left_any_shard_may_be_begun():
