@@ -139,6 +139,11 @@ class PartRows:
         whole, rest = divmod(self.span.rows, ROWS_PER_VIRTUAL_GROUP)
         return [ROWS_PER_VIRTUAL_GROUP] * whole + ([rest] if rest else [])
 
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns, also of those that the schema does not know."""
+        return self.part.column_names
+
     def footer(self) -> FooterRecord:
         """Return the footer that the shard's own file had; raises DamagedFileError if it counts others."""
         counted = self.record.error_rows if self.part.table == "errors" else self.record.rows

@@ -73,6 +73,10 @@ class ShardTable(Protocol):
     def group_row_counts(self) -> list[int]:
         """Rows of each group that `read_group` reads."""
 
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns, also of those that the schema does not know."""
+
     def footer(self) -> FooterRecord:
         """Return what was counted when the shard was written; raises DamagedFileError."""
 

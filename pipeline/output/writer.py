@@ -24,6 +24,8 @@ from pipeline.storage import ShardSource
 from pipeline.text import printable
 
 ROWS_PER_GROUP = 1000
+# readers refuse groups of more than a gigabyte
+MAX_WAITING_BYTES = 128 << 20
 _SHARD_COLUMN = ANNOTATION_SCHEMA.get_field_index("shard")
 # what the annotator makes of samples, without knowing their shard
 ROWS_SCHEMA = ANNOTATION_SCHEMA.remove(_SHARD_COLUMN)
@@ -35,7 +37,7 @@ class TableSpool:
     def __init__(self, schema: pa.Schema, rows_per_group: int = ROWS_PER_GROUP) -> None:
         self._rows_per_group = rows_per_group
         self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
+        self._waiting_rows = self._waiting_bytes = 0
         self.file = storage.Spool()
         dictionary_columns = [name for name in ("shard", "prompt") if name in schema.names]
         self._writer = pq.ParquetWriter(
@@ -51,14 +53,18 @@ class TableSpool:
         """Add rows of the schema."""
         self._waiting.append(rows)
         self._waiting_rows += rows.num_rows
+        self._waiting_bytes += rows.nbytes
         if self._waiting_rows >= self._rows_per_group:
             self._flush(self._waiting_rows // self._rows_per_group * self._rows_per_group)
+        elif self._waiting_bytes >= MAX_WAITING_BYTES:
+            self._flush(self._waiting_rows)
 
     def _flush(self, rows: int) -> None:
         waiting = pa.concat_tables(self._waiting)
         self._writer.write_table(waiting.slice(0, rows), row_group_size=self._rows_per_group)
         self._waiting = [waiting.slice(rows)]
         self._waiting_rows -= rows
+        self._waiting_bytes = self._waiting[0].nbytes
 
     def finish(self, metadata: Mapping[str, Any]) -> IO[bytes]:
         """Write what is left and the footer, which gets the metadata; return the file."""
