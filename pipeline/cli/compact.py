@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,8 +48,8 @@ def compact(
     plan = plan_compaction(out, target_mib)
     if plan.shortfall and not incomplete:
         console.print(
-            f"{shown_url(out)}: not compacted, because the job is not complete: {plan.shortfall}. Complete it "
-            "with `legrad annotate`, or compact what is there with --incomplete",
+            f"{shown_url(out)}: not compacted, because the job is not complete: {plan.shortfall}. Complete "
+            "it with `legrad annotate`, or compact what is there with --incomplete",
             soft_wrap=True,
         )
         raise typer.Exit(INCOMPLETE)

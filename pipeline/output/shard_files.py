@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError
 from pipeline.output.footer_cache import FooterCache, FooterTexts
 from pipeline.output.records import FooterRecord
-from pipeline.output.tables import ShardTable, TableFile, damage, open_table
+from pipeline.output.tables import ShardTable, TableFile, open_table
 
 Tables = Literal["annotations", "errors"]
 PARQUET = ".parquet"
@@ -110,12 +112,14 @@ class SeparateFiles:
         cache = FooterCache.of(self.url) if is_cached else None
 
         def read(shard_id: str) -> ShardFooters | DamagedFileError:
-            known = cache.get(shard_id) if cache is not None else None
+            if cache is not None and (texts := cache.get(shard_id)) is not None:
+                with suppress(ValidationError):
+                    return _parsed(texts)
             try:
-                found = self._read(shard_id) if known is None else self._parsed(shard_id, known)
+                found = self._read(shard_id)
             except DamagedFileError as error:
                 return error
-            if cache is not None and known is None:
+            if cache is not None:
                 cache.add(shard_id, found.texts)
             return found
 
@@ -131,9 +135,9 @@ class SeparateFiles:
             errors, errors_text = file.footer(), file.metadata().decode()
         return ShardFooters(annotations, errors, FooterTexts(annotations_text, errors_text))
 
-    def _parsed(self, shard_id: str, texts: FooterTexts) -> ShardFooters:
-        with damage(self.file_url("annotations", shard_id)):
-            annotations = FooterRecord.model_validate_json(texts.annotations)
-            is_same = texts.errors == texts.annotations
-            errors = annotations if is_same else FooterRecord.model_validate_json(texts.errors)
-            return ShardFooters(annotations, errors, texts)
+
+def _parsed(texts: FooterTexts) -> ShardFooters:
+    annotations = FooterRecord.model_validate_json(texts.annotations)
+    is_same = texts.errors == texts.annotations
+    errors = annotations if is_same else FooterRecord.model_validate_json(texts.errors)
+    return ShardFooters(annotations, errors, texts)

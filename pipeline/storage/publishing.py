@@ -59,6 +59,11 @@ def list_entries(folder_url: str) -> set[str]:
     Raises:
         OutputError: the folder cannot be listed.
     """
+    with raised_as(OutputError, folder_url, "cannot be listed"):
+        filesystem, path = resolved(folder_url)
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            # pyarrow skips links to nowhere
+            return set(os.listdir(path)) if os.path.lexists(path) else set()  # noqa: PTH208
     return {info.base_name for info in _infos(folder_url)}
 
 
