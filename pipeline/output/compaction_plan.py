@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline import storage
+from pipeline.config.schema import RunConfig
 from pipeline.errors import DamagedFileError
 from pipeline.output.counts import total_counts
 from pipeline.output.folder import ANNOTATIONS, ERRORS, OutputFolder
@@ -95,6 +96,8 @@ def plan_compaction(out_dir: str, target_mib: int) -> Plan:
     """
     source = OutputFolder(storage.absolute(out_dir))
     job, listed = source.job(), source.shard_rows()
+    # read first: a folder whose configuration is invalid has no readers
+    run = source.config(job).run
     state = read_state(source, listed, job.config_hash, is_cached=True)
     shards = _planned(source, sorted([*state.done, *state.damaged]), target_mib * MIB)
     return Plan(
@@ -105,17 +108,17 @@ def plan_compaction(out_dir: str, target_mib: int) -> Plan:
         shards=shards,
         target_mib=target_mib,
         digest=_digest(shards, target_mib),
-        shortfall=_shortfall(source, job, state),
+        shortfall=_shortfall(run, state),
     )
 
 
-def _shortfall(source: OutputFolder, job: JobRecord, state: FolderState) -> str:
+def _shortfall(run: RunConfig, state: FolderState) -> str:
     counts = total_counts((state.counts or {}).values())
     if state.mismatched:
         return f"{len(state.mismatched):,} shard(s) are damaged: {first_few(list(state.mismatched.values()))}"
     if state.left or state.failed:
         return f"{len(state.left):,} shard(s) are left, {len(state.failed):,} failed"
-    return shortfall(source.config(job).run, counts, state)
+    return shortfall(run, counts, state)
 
 
 def _planned(source: OutputFolder, shard_ids: Sequence[str], target_bytes: int) -> list[PlannedShard]:
