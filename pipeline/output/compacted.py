@@ -165,7 +165,8 @@ class PartRows:
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Iterate over the rows as tables, a row group in memory at a time; raises DamagedFileError."""
         for group, start, stop in self._pieces(0, self.span.rows):
-            yield self.part.read_group(group, columns).slice(start, stop - start)
+            for table in self.part.tables(columns, [group]):
+                yield table.slice(start, stop - start)
 
     def read_group(
         self, number: int, columns: Sequence[str], offsets: Sequence[int] | None = None

@@ -7,7 +7,6 @@ the files that are missing.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -64,7 +63,8 @@ from pipeline.storage.urls import is_local
 from pipeline.text import printable
 
 INDEX_ROWS_PER_GROUP = 1000
-WRITERS = 4
+# files that are written at a time; each is read from shard by shard, which waits for a store most of the time
+WRITERS = 8
 _log = logging.getLogger(__name__)
 
 
@@ -111,6 +111,7 @@ def write_compaction(plan: Plan, new_dir: str, *, on_part: OnPart = lambda *_: N
     new = OutputFolder(storage.absolute(new_dir))
     _require_apart(plan.source.url, new.url)
     _claim(plan, new)
+    new.sweep()
     parts = tuple(
         Part(table, number, shards) for table in TABLES for number, shards in enumerate(plan.parts(table))
     )
@@ -180,7 +181,7 @@ def _require_own_folders(new: OutputFolder) -> None:
 
 
 def _write_parts(plan: Plan, new: OutputFolder, parts: Sequence[Part], on_part: OnPart) -> None:
-    with ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(WRITERS) as pool:
         pending = {pool.submit(_write_part, plan, new, part): part for part in parts}
         try:
             for done, future in enumerate(as_completed(pending), start=1):

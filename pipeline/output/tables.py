@@ -99,11 +99,13 @@ class TableFile:
     Attributes:
         url: the file.
         table: the table that its columns make.
-        file: the open file.
+        source: the open file.
+        file: the same, as Parquet.
     """
 
     url: str
     table: Table
+    source: pa.NativeFile
     file: pq.ParquetFile
 
     @property
@@ -156,10 +158,18 @@ class TableFile:
             for batch in self.file.iter_batches(rows_at_a_time, columns=list(columns), use_threads=False):
                 yield from checked_values(batch, self.table).to_pylist()
 
-    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Iterate over the rows as tables, a row group in memory at a time; raises as `rows` does."""
-        for number in range(self.file.metadata.num_row_groups):
-            yield self.read_group(number, columns)
+    def tables(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[pa.Table]:
+        """Iterate over the rows as tables, a row group in memory at a time; raises as `rows` does.
+
+        Args:
+            columns: the columns to read.
+            groups: numbers of the row groups to read; None: all.
+        """
+        with damage(self.url):
+            # few large requests to a store, instead of some for each column
+            file = _parquet(self.source, pre_buffer=True, metadata=self.file.metadata)
+            for number in range(self.file.metadata.num_row_groups) if groups is None else groups:
+                yield checked_values(file.read_row_group(number, columns=list(columns)), self.table)
 
     def read_group(
         self, number: int, columns: Sequence[str], offsets: Sequence[int] | None = None
@@ -248,16 +258,23 @@ def open_table(url: str, table: Table) -> Iterator[TableFile]:
         source = filesystem.open_input_file(path)
     with source:
         with damage(url):
-            file = pq.ParquetFile(
-                source,
-                buffer_size=READ_BUFFER_BYTES,
-                pre_buffer=False,
-                thrift_string_size_limit=MAX_FOOTER_BYTES,
-                page_checksum_verification=True,
-            )
+            file = _parquet(source, pre_buffer=False)
             _require_columns(file.schema_arrow, SCHEMAS[table])
             _require_bounded_groups(file.metadata)
-        yield TableFile(url, table, file)
+        yield TableFile(url, table, source, file)
+
+
+def _parquet(
+    source: pa.NativeFile, *, pre_buffer: bool, metadata: pq.FileMetaData | None = None
+) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        source,
+        metadata=metadata,
+        buffer_size=READ_BUFFER_BYTES,
+        pre_buffer=pre_buffer,
+        thrift_string_size_limit=MAX_FOOTER_BYTES,
+        page_checksum_verification=True,
+    )
 
 
 def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:

@@ -4,6 +4,9 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +43,7 @@ from tests.helpers.corpus import demo_job, image_bytes
 from tests.helpers.ground_truth_shards import label_map, scene_fields, write_shard
 from tests.helpers.hostile_outputs import HOSTILE_OUTPUTS, good_output, target_of
 from tests.helpers.output_readers import assert_all_readers_find
+from tests.helpers.processes import REPOSITORY
 from tests.helpers.report_jobs import error, row, varied_rows, write_job
 
 ROWS = 30 + 2300 + 12
@@ -318,6 +322,33 @@ def test_an_interrupted_compaction_is_no_output_of_a_job_and_is_resumed(
     assert {path: path.stat().st_ino for path in before} == before
     assert rows_by_shard(new) == rows_by_shard(out)
     assert read_status(str(new)) == read_status(str(out))
+
+
+@pytest.mark.medium
+def test_a_process_that_is_killed_while_it_writes_a_file_leaves_no_part_of_it_to_readers(
+    out, tmp_path, legrad
+):
+    new = tmp_path / "new"
+    killed = (
+        "import os, sys\n"
+        "from tests.helpers.compacted_jobs import compacted\n"
+        "calls = []\n"
+        "def sync(descriptor):\n"
+        "    calls.append(descriptor)\n"
+        "    if len(calls) == 3:\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "os.fsync = sync\n"
+        "compacted(*sys.argv[1:])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", killed, out, new], cwd=REPOSITORY, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert list((new / ".tmp").rglob("*.part"))
+    for path in new.rglob("*.parquet"):
+        pq.ParquetFile(path).read()
+    assert legrad("status", new)[0] == 1
+    assert legrad("compact", out, new)[0] == 0
+    assert rows_by_shard(new) == rows_by_shard(out)
+    assert_all_readers_find(new, ROWS)
 
 
 def test_a_finished_compaction_is_repeated_without_writing_rows(out, tmp_path, legrad):
