@@ -45,6 +45,7 @@ def compact(
     from pipeline.storage import shown_url
 
     console = open_console()
+    console.print(f"reading the footers in {shown_url(out)}", soft_wrap=True)
     plan = plan_compaction(out, target_mib)
     if plan.shortfall and not incomplete:
         console.print(

@@ -123,8 +123,11 @@ class SeparateFiles:
                 cache.add(shard_id, found.texts)
             return found
 
-        with ThreadPoolExecutor(FOOTER_READERS) as pool:
-            yield from pool.map(read, shard_ids)
+        if len(shard_ids) == 1:
+            yield read(shard_ids[0])
+        else:
+            with ThreadPoolExecutor(FOOTER_READERS) as pool:
+                yield from pool.map(read, shard_ids)
         if cache is not None:
             cache.save()
 
