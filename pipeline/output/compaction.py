@@ -148,6 +148,7 @@ def _place(url: str) -> str:
 
 def _claim(plan: Plan, new: OutputFolder) -> None:
     """Write compaction.json into an empty folder; refuse a folder that holds something else."""
+    _require_own_folders(new)
     present = storage.list_entries(new.url) - {STAGING}
     shown = storage.shown_url(new.url)
     if not present:
@@ -170,7 +171,6 @@ def _claim(plan: Plan, new: OutputFolder) -> None:
             f"{shown}: holds a compaction of {printable(earlier.source)} to files of {earlier.target_mib} "
             "MiB, and is not what this command would write: choose another folder, or delete this one"
         )
-    _require_own_folders(new)
 
 
 def _require_own_folders(new: OutputFolder) -> None:

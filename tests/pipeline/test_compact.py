@@ -435,7 +435,7 @@ def test_a_folder_that_holds_something_else_is_refused(out, tmp_path, legrad):
     for make in (
         lambda: (new / "notes.txt").write_text("mine"),
         (new / "annotations").mkdir,
-        lambda: (new / "annotations").symlink_to(out / "annotations"),
+        lambda: (new / "notes").symlink_to(out / "annotations"),
         lambda: (new / "job.json").symlink_to("/nowhere"),
     ):
         new.mkdir()
@@ -463,6 +463,11 @@ def test_nothing_is_written_through_links_in_an_unfinished_compaction(out, tmp_p
     code, _, shown = legrad("compact", out, new)
     assert code == 1
     assert "annotations is a link" in shown
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".tmp").symlink_to(elsewhere)
+    code, _, shown = legrad("compact", out, tmp_path / "other")
+    assert code == 1
+    assert ".tmp is a link" in shown
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_the_environment(out, tmp_path, legrad):
