@@ -37,3 +37,9 @@ def test_the_costs_of_sample_processes_are_measured():
     assert len(figures) == 9
     assert all(figure > 0 for figure in figures)
     assert row["used_process"]["private_mb"] < row["used_process"]["proportional_mb"]
+
+
+def test_the_status_of_a_folder_is_measured_with_and_without_a_cache_and_compacted():
+    row = row_of("status_of_many_shards.py", "--shards=5", "--rows=3", "--s3-shards=0")
+    assert list(row["local"]) == ["no cache", "cached", "compacted"]
+    assert all(figure["wall_s"] > 0 for figure in row["local"].values())

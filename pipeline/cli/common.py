@@ -20,7 +20,8 @@ def open_console(*, stderr: bool = False) -> PatientConsole:
     return PatientConsole(stderr=stderr)
 
 
-def _checked_folder(url: str) -> str:
+def checked_folder(url: str) -> str:
+    """Return the URL of a folder; raises UserError if it cannot be one that is read and written."""
     from pipeline import storage
 
     storage.check_folder(url)
@@ -32,7 +33,7 @@ OutputDir = Annotated[
     typer.Argument(
         metavar="OUT",
         help="Output folder of a job: local path, s3:// or gs://.",
-        callback=_checked_folder,
+        callback=checked_folder,
     ),
 ]
 Destination = Annotated[
@@ -40,6 +41,6 @@ Destination = Annotated[
     typer.Argument(
         metavar="DEST",
         help="Folder for the new files, which holds nothing else: local path, s3:// or gs://.",
-        callback=_checked_folder,
+        callback=checked_folder,
     ),
 ]

@@ -1,4 +1,4 @@
-"""The command line of `legrad`: annotate, status, report, evaluate, export, shards, explain, models, demo.
+"""The command line of `legrad`: one module for each command.
 
 Exit codes: 0 done; 1 invalid input or configuration; 2 environment error or bug; 3 finished, but shards are
 damaged, failed or left; 130 Ctrl-C; 143 SIGTERM.
@@ -17,6 +17,7 @@ import typer
 
 from pipeline.cli.annotate import annotate
 from pipeline.cli.common import ENVIRONMENT_ERROR, INVALID_INPUT, open_console
+from pipeline.cli.compact import compact
 from pipeline.cli.demo import demo
 from pipeline.cli.evaluate import evaluate
 from pipeline.cli.explain import explain
@@ -45,6 +46,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     report: "Write an HTML page with pictures and statistics.",
     evaluate: "Score masks and heat maps against ground truth.",
     export: "Convert masks to COCO, VOC or WebDataset.",
+    compact: "Copy a job's rows to fewer, larger files.",
     explain: "Draw heat maps of one image for some texts.",
     models: "List the open_clip models that can be explained.",
     demo: "Annotate and evaluate the bundled demo.",

@@ -98,7 +98,7 @@ def collect_written_masks(
             except DamagedFileError as error:
                 damaged.append(str(error))
             except RleError as error:
-                damaged.append(f"{storage.shown_url(folder.file_url(ANNOTATIONS, shard_id))}: {error}")
+                damaged.append(f"{storage.shown_url(folder.files.file_url(ANNOTATIONS, shard_id))}: {error}")
             else:
                 scenes += own_scenes
                 rows_without_scene += left_over

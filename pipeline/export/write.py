@@ -123,7 +123,7 @@ def export_job(
         OutputError: something cannot be written.
     """
     export = _opened(storage.absolute(out_dir), storage.absolute(dest), options)
-    pairing = pair_shards(export.out, shards)
+    pairing = pair_shards(export.folder.url, shards)
     _claim(export, [pair.annotations_id for pair in pairing.pairs])
     done = storage.list_names(storage.join_url(export.dest, RECORDS_FOLDER))
     records: dict[str, ShardRecord] = {}
@@ -148,7 +148,7 @@ def export_job(
 
 @dataclass(frozen=True)
 class _Export:
-    out: str
+    folder: OutputFolder
     dest: str
     options: ExportOptions
     settings: InputConfig
@@ -156,7 +156,8 @@ class _Export:
 
 
 def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
-    config = OutputFolder(out).config()
+    folder = OutputFolder(out)
+    config = folder.config()
     listed = config.prompts.classes
     if options.classes_file is not None:
         classes = read_class_list(options.classes_file)
@@ -168,13 +169,13 @@ def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
             f"{options.format}: expected class ids up to {LARGEST_LABEL}, which fit a byte beside 255 for "
             f"ignored pixels, got {largest}; export as coco, or give a classes file with fewer classes"
         )
-    return _Export(out, dest, options, config.input, classes)
+    return _Export(folder, dest, options, config.input, classes)
 
 
 def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     settings, shard_id = export.settings, pair.annotations_id
     fields = frozenset(settings.image.lower().split(";"))
-    source = Source(export.out, fields, settings.max_member_bytes, refuse_mismatches=True)
+    source = Source(export.folder, fields, settings.max_member_bytes, refuse_mismatches=True)
     joins, counts, class_names = Counter[str](), Counter[str](), dict[int, str]()
     class_ids = {entry.name.lower(): entry.class_id for entry in export.classes} or None
     joined = source.read(Share(pair), lambda outcome, count: joins.update({outcome: count}))
@@ -183,7 +184,7 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
         written = _exporter(export.dest, export.options).export_shard(number, shard_id, samples)
     except UserError as error:
         raise UserError(f"{pair.shard.canonical_url}: {error}") from error
-    record = ShardRecord(_attempt(export.out, shard_id), written, dict(counts + joins), class_names)
+    record = ShardRecord(export.folder.footer(shard_id).attempt, written, dict(counts + joins), class_names)
     folder = storage.join_url(export.dest, RECORDS_FOLDER)
     storage.publish(folder, f"{shard_id}.json", json.dumps(asdict(record)).encode())
     return record
@@ -216,10 +217,10 @@ def _noting_classes(samples: Iterable[ExportSample], class_names: dict[int, str]
 
 def _claim(export: _Export, shard_ids: Sequence[str]) -> None:
     """Record in DEST what it holds; refuse a folder that holds something else."""
-    what = [asdict(export.options), export.out, sorted(shard_ids)]
+    what = [asdict(export.options), export.folder.url, sorted(shard_ids)]
     own = {
         "format": export.options.format,
-        "job": storage.shown_url(export.out),
+        "job": storage.shown_url(export.folder.url),
         "fingerprint": hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16],
     }
     where, shown_dest = storage.join_url(export.dest, EXPORT_FILE), storage.shown_url(export.dest)
@@ -248,11 +249,7 @@ def _earlier(export: _Export, shard_id: str) -> ShardRecord | None:
         record = TypeAdapter(ShardRecord).validate_json(storage.read_text(url))
     except ValidationError:
         return None
-    return record if record.attempt == _attempt(export.out, shard_id) else None
-
-
-def _attempt(out: str, shard_id: str) -> str:
-    return OutputFolder(out).footer(shard_id).attempt
+    return record if record.attempt == export.folder.footer(shard_id).attempt else None
 
 
 def _totals(

@@ -11,16 +11,17 @@ import os
 import re
 import uuid
 from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import IO, Literal, cast
 
 from pipeline import storage
 from pipeline.config.load import parse_config
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, MismatchError, UserError
+from pipeline.output.compacted import COMPACTED_FILE, COMPACTION_FILE, CompactedFiles
 from pipeline.output.records import (
     LAYOUT,
     DamageRecord,
@@ -30,12 +31,12 @@ from pipeline.output.records import (
     SuccessRecord,
 )
 from pipeline.output.schema import SHARDS_SCHEMA, ShardRow
-from pipeline.output.tables import TableFile, damage, open_table, read_record
+from pipeline.output.shard_files import SeparateFiles, ShardFiles, ShardFooters, Tables
+from pipeline.output.tables import ShardTable, damage, open_table, read_record
 from pipeline.storage import InputVersion
 from pipeline.storage.urls import is_local, local_path, split_url
 from pipeline.text import printable
 
-Tables = Literal["annotations", "errors"]
 Subfolder = Literal["annotations", "errors", "failed", "damaged"]
 ANNOTATIONS: Literal["annotations"] = "annotations"
 ERRORS: Literal["errors"] = "errors"
@@ -50,7 +51,6 @@ SUFFIXES: dict[Subfolder, str] = {
 }
 JOB_FILE, SHARDS_FILE, SUCCESS_FILE = "job.json", "shards.parquet", "_SUCCESS"
 IDLE_RUN_S = 3600.0
-FOOTER_READERS = 16
 MAX_SHARDS = 10_000_000
 SHARD_LIST_BATCH = 10_000
 # characters of a shard id, so that it names a file and nothing else
@@ -111,6 +111,12 @@ class OutputFolder:
     url: str
     run_id: str = field(default_factory=new_run_id)
 
+    @cached_property
+    def files(self) -> ShardFiles:
+        """Where the rows of shards are; raises OutputError if the store cannot be asked."""
+        is_compacted = storage.exists(self.url, COMPACTED_FILE)
+        return CompactedFiles(self.url) if is_compacted else SeparateFiles(self.url)
+
     def job(self) -> JobRecord:
         """Read OUT/job.json.
 
@@ -119,9 +125,15 @@ class OutputFolder:
             DamagedFileError: it is damaged or foreign.
         """
         url = storage.join_url(self.url, JOB_FILE)
-        if JOB_FILE not in storage.list_names(self.url):
+        names = storage.list_names(self.url)
+        if JOB_FILE not in names:
             if _is_there(url):
                 raise DamagedFileError(storage.shown_url(url), "is no regular file")
+            if COMPACTION_FILE in names:
+                raise UserError(
+                    f"{storage.shown_url(self.url)}: holds an unfinished compaction; run the same "
+                    "`legrad compact` command again to resume"
+                )
             problem = (
                 f"holds no {JOB_FILE}" if _is_there(self.url) or not is_local(self.url) else "does not exist"
             )
@@ -174,11 +186,11 @@ class OutputFolder:
 
     def failure(self, shard_id: str) -> FailureRecord:
         """Read OUT/failed/SHARD.json; raises DamagedFileError if it is missing, damaged or foreign."""
-        return read_record(self.file_url(FAILED, shard_id), FailureRecord)
+        return read_record(self._record_url(FAILED, shard_id), FailureRecord)
 
     def damage(self, shard_id: str) -> DamageRecord:
         """Read OUT/damaged/SHARD.json; raises DamagedFileError if it is missing, damaged or foreign."""
-        return read_record(self.file_url(DAMAGED, shard_id), DamageRecord)
+        return read_record(self._record_url(DAMAGED, shard_id), DamageRecord)
 
     def failure_reason(self, shard_id: str) -> str:
         """Return the last error of a shard that was given up, or why its record cannot be read."""
@@ -195,7 +207,14 @@ class OutputFolder:
             return f"its record cannot be read: {error}"
 
     def ids(self, subfolder: Subfolder) -> frozenset[str]:
-        """Return the ids of shards with a file in a subfolder; raises OutputError if it cannot be listed."""
+        """Return the ids of shards that have rows or a file in a subfolder.
+
+        Raises:
+            OutputError: the subfolder cannot be listed.
+            DamagedFileError: the folder is compacted, and its index is damaged or foreign.
+        """
+        if subfolder in (ANNOTATIONS, ERRORS):
+            return self.files.ids(subfolder)
         suffix = SUFFIXES[subfolder]
         names = storage.list_names(storage.join_url(self.url, subfolder))
         return frozenset(name.removesuffix(suffix) for name in names if name.endswith(suffix))
@@ -219,7 +238,7 @@ class OutputFolder:
         Raises:
             OutputError: the folder cannot be listed.
         """
-        own = {f"{shard_id}{SUFFIXES[ANNOTATIONS]}" for shard_id in listed_ids}
+        own = self.files.annotation_names(listed_ids)
         found = storage.list_paths(storage.join_url(self.url, ANNOTATIONS)) - own
         return tuple(
             path
@@ -227,13 +246,9 @@ class OutputFolder:
             if ".parquet" in path.lower() and not any(part.startswith((".", "_")) for part in path.split("/"))
         )
 
-    def file_url(self, subfolder: Subfolder, shard_id: str) -> str:
-        """Return the URL of a shard's file in a subfolder."""
-        return storage.join_url(self.url, subfolder, f"{shard_id}{SUFFIXES[subfolder]}")
-
-    def open(self, table: Tables, shard_id: str) -> AbstractContextManager[TableFile]:
+    def open(self, table: Tables, shard_id: str) -> AbstractContextManager[ShardTable]:
         """Open the annotations or errors of a shard; raises DamagedFileError as `open_table` does."""
-        return open_table(self.file_url(table, shard_id), table)
+        return self.files.open(table, shard_id)
 
     def footer(self, shard_id: str, table: Tables = ANNOTATIONS) -> FooterRecord:
         """Read the footer of a shard's annotations or errors; raises DamagedFileError."""
@@ -251,12 +266,10 @@ class OutputFolder:
             DamagedFileError: one of the files cannot be read, or has other rows than its footer counts.
             MismatchError: the files are of different attempts, or of another configuration.
         """
-        footer, errors = (self.footer(shard_id, table) for table in (ANNOTATIONS, ERRORS))
-        if footer.attempt != errors.attempt:
-            raise self._mismatch(shard_id, "is not of the same attempt as its errors file")
-        if footer.config_hash != config_hash:
-            raise self._mismatch(shard_id, "is of another configuration than the job")
-        return footer
+        (found,) = self.files.footers([shard_id])
+        if isinstance(found, DamagedFileError):
+            raise found
+        return self._own(shard_id, found, config_hash)
 
     def checked_footer(self, row: ShardRow, config_hash: str) -> FooterRecord:
         """Read the footer of a shard's annotations, and check that both its files are of the listed shard.
@@ -270,35 +283,50 @@ class OutputFolder:
             MismatchError: as `own_footer` raises; or the files are of another shard, or of another version of
                 the input than the one listed.
         """
-        footer = self.own_footer(row["shard_id"], config_hash)
-        if footer.shard not in (row["shard"], row["moved_from"]):
-            raise self._mismatch(row["shard_id"], f"holds the rows of another shard: {footer.shard}")
-        if not _is_of_listed_version(footer, row):
-            raise self._mismatch(row["shard_id"], "is of another version of its input than is listed")
-        return footer
+        (found,) = self.files.footers([row["shard_id"]])
+        return self.checked(row, found, config_hash).annotations
 
     def checked_footers(
-        self, rows: Collection[ShardRow], config_hash: str
+        self, rows: Sequence[ShardRow], config_hash: str, *, is_cached: bool = False
     ) -> dict[str, FooterRecord | DamagedFileError]:
         """Read the footers of published shards concurrently.
 
         Args:
             rows: rows of OUT/shards.parquet.
             config_hash: of the job.
+            is_cached: whether footers of unchanged files are kept in the user's cache folder between calls.
 
         Returns:
             By shard id the footer of its annotations, or why its two files are not what the job wrote.
         """
-
-        def checked(row: ShardRow) -> FooterRecord | DamagedFileError:
+        checked: dict[str, FooterRecord | DamagedFileError] = {}
+        footers = self.files.footers([row["shard_id"] for row in rows], is_cached=is_cached)
+        for row, found in zip(rows, footers, strict=True):
             try:
-                return self.checked_footer(row, config_hash)
+                checked[row["shard_id"]] = self.checked(row, found, config_hash).annotations
             except DamagedFileError as error:
-                return error
+                checked[row["shard_id"]] = error
+        return checked
 
-        with ThreadPoolExecutor(FOOTER_READERS) as pool:
-            ids = [row["shard_id"] for row in rows]
-            return dict(zip(ids, pool.map(checked, rows), strict=True))
+    def checked(
+        self, row: ShardRow, found: ShardFooters | DamagedFileError, config_hash: str
+    ) -> ShardFooters:
+        """Return footers that are of the listed shard and of the job; raises as `checked_footer` does."""
+        if isinstance(found, DamagedFileError):
+            raise found
+        footer = self._own(row["shard_id"], found, config_hash)
+        if footer.shard not in (row["shard"], row["moved_from"]):
+            raise self._mismatch(row["shard_id"], f"holds the rows of another shard: {footer.shard}")
+        if not _is_of_listed_version(footer, row):
+            raise self._mismatch(row["shard_id"], "is of another version of its input than is listed")
+        return found
+
+    def _own(self, shard_id: str, found: ShardFooters, config_hash: str) -> FooterRecord:
+        if found.annotations.attempt != found.errors.attempt:
+            raise self._mismatch(shard_id, "is not of the same attempt as its errors file")
+        if found.annotations.config_hash != config_hash:
+            raise self._mismatch(shard_id, "is of another configuration than the job")
+        return found.annotations
 
     def publish(self, name: str, content: IO[bytes] | bytes, subfolder: str = "") -> None:
         """Make a file appear whole, or not at all; raises OutputError if it cannot be written."""
@@ -330,7 +358,10 @@ class OutputFolder:
         storage.remove_staging(storage.join_url(self.url, STAGING, self.run_id))
 
     def _mismatch(self, shard_id: str, problem: str) -> MismatchError:
-        return MismatchError(storage.shown_url(self.file_url(ANNOTATIONS, shard_id)), problem)
+        return MismatchError(storage.shown_url(self.files.file_url(ANNOTATIONS, shard_id)), problem)
+
+    def _record_url(self, subfolder: Subfolder, shard_id: str) -> str:
+        return storage.join_url(self.url, subfolder, f"{shard_id}{SUFFIXES[subfolder]}")
 
     def _subfolder_url(self, subfolder: str) -> str:
         return storage.join_url(self.url, subfolder) if subfolder else self.url

@@ -13,11 +13,11 @@ from pipeline import storage
 from pipeline.config.row_keys import describe_differences
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, UserError
+from pipeline.output.compacted import COMPACTION_FILE
 from pipeline.output.folder import (
     ANNOTATIONS,
     DAMAGED,
     FAILED,
-    FOOTER_READERS,
     JOB_FILE,
     SUCCESS_FILE,
     SUFFIXES,
@@ -27,6 +27,7 @@ from pipeline.output.folder import (
 )
 from pipeline.output.records import LAYOUT, JobRecord, JobStamp
 from pipeline.output.schema import ShardRow
+from pipeline.output.shard_files import FOOTER_READERS
 from pipeline.text import first_few
 
 NAMED_FILES = 5
@@ -75,7 +76,13 @@ def former_job(folder: OutputFolder, ids: FolderIds) -> JobRecord | None:
     Raises:
         UserError: it is unknown which job made them.
     """
-    if JOB_FILE not in storage.list_names(folder.url):
+    names = storage.list_names(folder.url)
+    if COMPACTION_FILE in names:
+        raise UserError(
+            f"{storage.shown_url(folder.url)}: holds a compacted copy of a job, in which no job can be "
+            "resumed: set output.dir to the folder that was compacted"
+        )
+    if JOB_FILE not in names:
         _refuse_results_without_job(folder, ids)
         return None
     return folder.job() if ids.all else None

@@ -181,14 +181,14 @@ class Source:
     """Reads the joined samples of a job.
 
     Attributes:
-        out_dir: output folder of the job.
+        folder: output folder of the job.
         fields: the fields of a sample that are kept.
         max_member_bytes: samples with a larger field count as damaged.
         skip_unreadable: whether a shard that cannot be read is skipped, instead of an error.
         refuse_mismatches: whether a shard whose files do not belong together is an error, instead of skipped.
     """
 
-    out_dir: str
+    folder: OutputFolder
     fields: frozenset[str]
     max_member_bytes: int
     skip_unreadable: bool = False
@@ -214,7 +214,7 @@ class Source:
             _log.warning("skipping the unreadable rest of a shard: %s", error)
 
     def _read(self, share: Share[ShardPair], count: Count) -> Iterator[JoinedSample]:
-        pair, folder = share.shard, OutputFolder(self.out_dir)
+        pair, folder = share.shard, self.folder
         try:
             footer = folder.checked_footer(pair.listed, pair.config_hash)
             require_annotated_version(pair.shard, footer)

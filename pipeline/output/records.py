@@ -106,6 +106,52 @@ class FooterRecord(CountsRecord):
         return InputVersion(self.input.size, self.input.mtime_ns, self.input.etag)
 
 
+class PartRecord(Record):
+    """The footer of a file of a compacted folder.
+
+    Attributes:
+        layout: version of the files of the folder.
+        plan: digest of what the compaction writes into which file.
+        part: number of the file.
+    """
+
+    layout: int
+    plan: str
+    part: Count
+
+
+class CompactedRecord(Record):
+    """The footer of OUT/compacted.parquet.
+
+    Attributes:
+        layout: version of the files of the folder.
+        plan: digest of what the compaction wrote into which file.
+        annotations_parts: number of files in `annotations/`.
+        errors_parts: number of files in `errors/`.
+    """
+
+    layout: int
+    plan: str
+    annotations_parts: Count
+    errors_parts: Count
+
+
+class CompactionRecord(Record):
+    """OUT/compaction.json, the first file of a compacted folder.
+
+    Attributes:
+        source: the folder that is compacted, without credentials.
+        plan: digest of what is written into which file.
+        target_mib: the size of files that was asked for.
+        started: when the compaction began.
+    """
+
+    source: str
+    plan: str
+    target_mib: Count
+    started: str = "unknown"
+
+
 class SuccessRecord(CountsRecord):
     """OUT/_SUCCESS."""
 

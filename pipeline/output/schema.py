@@ -68,6 +68,34 @@ class ShardRow(TypedDict):
     moved_from: Annotated[str | None, pa.string()]
 
 
+class CompactedRow(TypedDict):
+    """A row of OUT/compacted.parquet: which parts of a compacted folder hold the rows of a shard, and where.
+
+    Parts are numbers of files; `footer` is the metadata in the footer of the shard's own files, as it was.
+    """
+
+    shard_id: Annotated[str, pa.string()]
+    annotations_part: Annotated[int, pa.int32()]
+    annotations_first_row: Annotated[int, pa.int64()]
+    rows: Annotated[int, pa.int64()]
+    errors_part: Annotated[int, pa.int32()]
+    errors_first_row: Annotated[int, pa.int64()]
+    error_rows: Annotated[int, pa.int64()]
+    footer: Annotated[str, pa.string()]
+
+
+class FootersRow(TypedDict):
+    """A row of the cache of `legrad status`: the footers of a shard's two files, and the versions of both."""
+
+    shard_id: Annotated[str, pa.string()]
+    annotations_size_bytes: Annotated[int, pa.int64()]
+    annotations_mtime_ns: Annotated[int, pa.int64()]
+    errors_size_bytes: Annotated[int, pa.int64()]
+    errors_mtime_ns: Annotated[int, pa.int64()]
+    annotations_footer: Annotated[str, pa.string()]
+    errors_footer: Annotated[str, pa.string()]
+
+
 def _schema_of(row_type: type) -> pa.Schema:
     columns = get_type_hints(row_type, include_extras=True).items()
     return pa.schema([pa.field(name, column.__metadata__[0]) for name, column in columns])
@@ -79,10 +107,11 @@ def _required_columns(row_type: type) -> frozenset[str]:
     )
 
 
-ANNOTATION_SCHEMA, ERROR_SCHEMA, SHARDS_SCHEMA = map(_schema_of, (AnnotationRow, ErrorRow, ShardRow))
+_ROWS = (AnnotationRow, ErrorRow, ShardRow, CompactedRow, FootersRow)
+ANNOTATION_SCHEMA, ERROR_SCHEMA, SHARDS_SCHEMA, COMPACTED_SCHEMA, FOOTERS_SCHEMA = map(_schema_of, _ROWS)
 # columns in which every row has a value
-ANNOTATION_REQUIRED, ERROR_REQUIRED, SHARDS_REQUIRED = map(
-    _required_columns, (AnnotationRow, ErrorRow, ShardRow)
+ANNOTATION_REQUIRED, ERROR_REQUIRED, SHARDS_REQUIRED, COMPACTED_REQUIRED, FOOTERS_REQUIRED = map(
+    _required_columns, _ROWS
 )
 
 # statuses of annotation rows; every other status is the name of the filter that rejected the prompt

@@ -50,7 +50,12 @@ class FolderState:
 
 
 def read_state(
-    folder: OutputFolder, rows: Sequence[ShardRow], config_hash: str, *, max_footers: int | None = None
+    folder: OutputFolder,
+    rows: Sequence[ShardRow],
+    config_hash: str,
+    *,
+    max_footers: int | None = None,
+    is_cached: bool = False,
 ) -> FolderState:
     """Read the state of every shard of a job; nothing is changed.
 
@@ -60,6 +65,7 @@ def read_state(
         config_hash: of the job.
         max_footers: if more shards are published, their footers are not read, so that mismatched files count
             as done and samples are not counted. None: no limit.
+        is_cached: whether footers of unchanged files are kept in the user's cache folder between calls.
 
     Raises:
         OutputError: the folder cannot be listed.
@@ -70,7 +76,7 @@ def read_state(
     counts: dict[str, ShardCounts] | None = None
     mismatched: dict[str, str] = {}
     if max_footers is None or len(published) <= max_footers:
-        found = folder.checked_footers(published, config_hash)
+        found = folder.checked_footers(published, config_hash, is_cached=is_cached)
         footers = {name: footer for name, footer in found.items() if isinstance(footer, FooterRecord)}
         mismatched = {
             name: str(error) for name, error in found.items() if isinstance(error, DamagedFileError)
@@ -133,7 +139,7 @@ def read_status(output_dir: str) -> OutputStatus:
     """
     folder = OutputFolder(output_dir)
     job = folder.job()
-    state = read_state(folder, folder.shard_rows(), job.config_hash)
+    state = read_state(folder, folder.shard_rows(), job.config_hash, is_cached=True)
     counts = total_counts((state.counts or {}).values())
     return OutputStatus(
         shards_total=len(state.listed),

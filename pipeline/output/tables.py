@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,22 +35,61 @@ MAX_REASON_CHARACTERS = 300
 READ_BUFFER_BYTES = 1 << 20
 ROWS_AT_A_TIME = 256
 
-Table = Literal["annotations", "errors", "shards"]
+Table = Literal["annotations", "errors", "shards", "compacted", "footers"]
 SCHEMAS: dict[Table, pa.Schema] = {
     "annotations": schema.ANNOTATION_SCHEMA,
     "errors": schema.ERROR_SCHEMA,
     "shards": schema.SHARDS_SCHEMA,
+    "compacted": schema.COMPACTED_SCHEMA,
+    "footers": schema.FOOTERS_SCHEMA,
 }
 REQUIRED: dict[Table, frozenset[str]] = {
     "annotations": schema.ANNOTATION_REQUIRED,
     "errors": schema.ERROR_REQUIRED,
     "shards": schema.SHARDS_REQUIRED,
+    "compacted": schema.COMPACTED_REQUIRED,
+    "footers": schema.FOOTERS_REQUIRED,
 }
 _AT_LEAST = {"sample_index": 0, "prompt_index": 0, "image_height": 1, "image_width": 1, "area": 0}
-_AT_LEAST |= {"size_bytes": 0, "heatmap_height": 0, "heatmap_width": 0}
+_AT_LEAST |= {"size_bytes": 0, "heatmap_height": 0, "heatmap_width": 0, "rows": 0, "error_rows": 0}
+_AT_LEAST |= {f"{table}_{name}": 0 for table in ("annotations", "errors") for name in ("part", "first_row")}
 
 Model = TypeVar("Model", bound=BaseModel)
 Row = dict[str, Any]
+
+
+class ShardTable(Protocol):
+    """The annotations or errors of one shard, whichever file holds them."""
+
+    @property
+    def url(self) -> str:
+        """The file, for messages."""
+
+    @property
+    def row_count(self) -> int:
+        """Rows of the shard."""
+
+    @property
+    def group_row_counts(self) -> list[int]:
+        """Rows of each group that `read_group` reads."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns, also of those that the schema does not know."""
+
+    def footer(self) -> FooterRecord:
+        """Return what was counted when the shard was written; raises DamagedFileError."""
+
+    def rows(self, columns: Sequence[str], rows_at_a_time: int = ROWS_AT_A_TIME) -> Iterator[Row]:
+        """Iterate over the rows as dictionaries, a few in memory at a time; raises DamagedFileError."""
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Iterate over the rows as tables, a row group in memory at a time; raises DamagedFileError."""
+
+    def read_group(
+        self, number: int, columns: Sequence[str], offsets: Sequence[int] | None = None
+    ) -> pa.Table:
+        """Read columns of a group: all rows, or those at the offsets; raises DamagedFileError."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +99,13 @@ class TableFile:
     Attributes:
         url: the file.
         table: the table that its columns make.
-        file: the open file.
+        source: the open file.
+        file: the same, as Parquet.
     """
 
     url: str
     table: Table
+    source: pa.NativeFile
     file: pq.ParquetFile
 
     @property
@@ -78,17 +119,30 @@ class TableFile:
         groups = range(self.file.metadata.num_row_groups)
         return [self.file.metadata.row_group(number).num_rows for number in groups]
 
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns, also of those that the schema does not know."""
+        return list(self.file.schema_arrow.names)
+
+    def metadata(self) -> bytes:
+        """Return this package's metadata in the footer: JSON, not yet checked.
+
+        Raises:
+            DamagedFileError: the file was not written by this package.
+        """
+        found = self.file.metadata.metadata or {}
+        if schema.METADATA_KEY not in found:
+            raise DamagedFileError(storage.shown_url(self.url), "its footer is not of this package")
+        return bytes(found[schema.METADATA_KEY])
+
     def footer(self) -> FooterRecord:
-        """Return this package's metadata in the footer.
+        """Return this package's metadata in the footer of a shard's file.
 
         Raises:
             DamagedFileError: the file was not written by this package, or has other rows than counted.
         """
         with damage(self.url):
-            metadata = self.file.metadata.metadata or {}
-            if schema.METADATA_KEY not in metadata:
-                raise ValueError("its footer is not of this package")
-            footer = FooterRecord.model_validate_json(metadata[schema.METADATA_KEY])
+            footer = FooterRecord.model_validate_json(self.metadata())
             counted = footer.error_rows if self.table == "errors" else footer.rows
             if self.row_count != counted:
                 raise ValueError(f"has {self.row_count} rows; its footer counts {counted}")
@@ -102,7 +156,20 @@ class TableFile:
         """
         with damage(self.url):
             for batch in self.file.iter_batches(rows_at_a_time, columns=list(columns), use_threads=False):
-                yield from _checked(batch, self.table).to_pylist()
+                yield from checked_values(batch, self.table).to_pylist()
+
+    def tables(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[pa.Table]:
+        """Iterate over the rows as tables, a row group in memory at a time; raises as `rows` does.
+
+        Args:
+            columns: the columns to read.
+            groups: numbers of the row groups to read; None: all.
+        """
+        with damage(self.url):
+            # few large requests to a store, instead of some for each column
+            file = _parquet(self.source, pre_buffer=True, metadata=self.file.metadata)
+            for number in range(self.file.metadata.num_row_groups) if groups is None else groups:
+                yield checked_values(file.read_row_group(number, columns=list(columns)), self.table)
 
     def read_group(
         self, number: int, columns: Sequence[str], offsets: Sequence[int] | None = None
@@ -110,7 +177,7 @@ class TableFile:
         """Read columns of one row group: all rows, or those at the offsets; raises as `rows` does."""
         with damage(self.url):
             table = self.file.read_row_group(number, columns=list(columns))
-            return _checked(table if offsets is None else table.take(list(offsets)), self.table)
+            return checked_values(table if offsets is None else table.take(list(offsets)), self.table)
 
 
 @contextmanager
@@ -191,16 +258,23 @@ def open_table(url: str, table: Table) -> Iterator[TableFile]:
         source = filesystem.open_input_file(path)
     with source:
         with damage(url):
-            file = pq.ParquetFile(
-                source,
-                buffer_size=READ_BUFFER_BYTES,
-                pre_buffer=False,
-                thrift_string_size_limit=MAX_FOOTER_BYTES,
-                page_checksum_verification=True,
-            )
+            file = _parquet(source, pre_buffer=False)
             _require_columns(file.schema_arrow, SCHEMAS[table])
             _require_bounded_groups(file.metadata)
-        yield TableFile(url, table, file)
+        yield TableFile(url, table, source, file)
+
+
+def _parquet(
+    source: pa.NativeFile, *, pre_buffer: bool, metadata: pq.FileMetaData | None = None
+) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        source,
+        metadata=metadata,
+        buffer_size=READ_BUFFER_BYTES,
+        pre_buffer=pre_buffer,
+        thrift_string_size_limit=MAX_FOOTER_BYTES,
+        page_checksum_verification=True,
+    )
 
 
 def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:
@@ -235,7 +309,7 @@ def _require_bounded_groups(metadata: pq.FileMetaData) -> None:
             )
 
 
-def _checked(batch: pa.RecordBatch | pa.Table, table: Table) -> pa.RecordBatch | pa.Table:
+def checked_values(batch: pa.RecordBatch | pa.Table, table: Table) -> pa.RecordBatch | pa.Table:
     """Return the same rows if all their values are possible; raises ValueError otherwise."""
     for name in batch.schema.names:
         column = batch.column(name)

@@ -24,18 +24,20 @@ from pipeline.storage import ShardSource
 from pipeline.text import printable
 
 ROWS_PER_GROUP = 1000
+# readers refuse groups of more than a gigabyte
+MAX_WAITING_BYTES = 128 << 20
 _SHARD_COLUMN = ANNOTATION_SCHEMA.get_field_index("shard")
 # what the annotator makes of samples, without knowing their shard
 ROWS_SCHEMA = ANNOTATION_SCHEMA.remove(_SHARD_COLUMN)
 
 
-class _TableSpool:
+class TableSpool:
     """A Parquet file under construction."""
 
-    def __init__(self, schema: pa.Schema) -> None:
-        self._schema = schema
+    def __init__(self, schema: pa.Schema, rows_per_group: int = ROWS_PER_GROUP) -> None:
+        self._rows_per_group = rows_per_group
         self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
+        self._waiting_rows = self._waiting_bytes = 0
         self.file = storage.Spool()
         dictionary_columns = [name for name in ("shard", "prompt") if name in schema.names]
         self._writer = pq.ParquetWriter(
@@ -48,18 +50,24 @@ class _TableSpool:
         )
 
     def add(self, rows: pa.Table) -> None:
+        """Add rows of the schema."""
         self._waiting.append(rows)
         self._waiting_rows += rows.num_rows
-        if self._waiting_rows >= ROWS_PER_GROUP:
-            self._flush(self._waiting_rows // ROWS_PER_GROUP * ROWS_PER_GROUP)
+        self._waiting_bytes += rows.nbytes
+        if self._waiting_rows >= self._rows_per_group:
+            self._flush(self._waiting_rows // self._rows_per_group * self._rows_per_group)
+        elif self._waiting_bytes >= MAX_WAITING_BYTES:
+            self._flush(self._waiting_rows)
 
     def _flush(self, rows: int) -> None:
         waiting = pa.concat_tables(self._waiting)
-        self._writer.write_table(waiting.slice(0, rows), row_group_size=ROWS_PER_GROUP)
+        self._writer.write_table(waiting.slice(0, rows), row_group_size=self._rows_per_group)
         self._waiting = [waiting.slice(rows)]
         self._waiting_rows -= rows
+        self._waiting_bytes = self._waiting[0].nbytes
 
     def finish(self, metadata: Mapping[str, Any]) -> IO[bytes]:
+        """Write what is left and the footer, which gets the metadata; return the file."""
         if self._waiting_rows:
             self._flush(self._waiting_rows)
         self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(metadata)})
@@ -68,6 +76,7 @@ class _TableSpool:
         return cast(IO[bytes], self.file)
 
     def close(self) -> None:
+        """Delete the file."""
         # the writer first: it would write its footer into a closed file when it is collected
         with suppress(ScratchError):
             self._writer.close()
@@ -98,8 +107,8 @@ class ShardWriter:
     def __init__(self, shard: ShardSource, metadata: Mapping[str, Any]) -> None:
         self._shard = shard
         self._metadata = metadata
-        self._annotations = _TableSpool(ANNOTATION_SCHEMA)
-        self._errors = _TableSpool(ERROR_SCHEMA)
+        self._annotations = TableSpool(ANNOTATION_SCHEMA)
+        self._errors = TableSpool(ERROR_SCHEMA)
         self._tally: Counter[str] = Counter()
         self._errors_by_kind: Counter[str] = Counter()
         self._error_examples: dict[str, str] = {}

@@ -22,6 +22,7 @@ from pipeline.errors import OutputError
 from pipeline.storage.attempts import request
 from pipeline.storage.filesystems import resolve, resolved
 from pipeline.storage.scratch import IN_MEMORY_BYTES
+from pipeline.storage.sources import InputVersion
 from pipeline.storage.urls import is_local, join_url, local_path, raised_as
 
 TEMPORARY_SUFFIX = ".part"
@@ -36,14 +37,43 @@ def list_names(folder_url: str) -> set[str]:
     Raises:
         OutputError: the folder cannot be listed.
     """
+    return set(list_versions(folder_url))
+
+
+def list_versions(folder_url: str) -> dict[str, InputVersion]:
+    """Return size and time of change of the files in a folder, by name, as `list_names` lists them.
+
+    Raises:
+        OutputError: the folder cannot be listed.
+    """
+    return {
+        info.base_name: InputVersion(info.size, info.mtime_ns)
+        for info in _infos(folder_url)
+        if info.is_file and not info.base_name.endswith(TEMPORARY_SUFFIX)
+    }
+
+
+def list_entries(folder_url: str) -> set[str]:
+    """Return the names of everything in a folder: files, links and folders; none if there is no such folder.
+
+    Raises:
+        OutputError: the folder cannot be listed.
+    """
     with raised_as(OutputError, folder_url, "cannot be listed"):
-        infos = request(
+        filesystem, path = resolved(folder_url)
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            # pyarrow skips links to nowhere
+            return set(os.listdir(path)) if os.path.lexists(path) else set()  # noqa: PTH208
+    return {info.base_name for info in _infos(folder_url)}
+
+
+def _infos(folder_url: str) -> list[pafs.FileInfo]:
+    with raised_as(OutputError, folder_url, "cannot be listed"):
+        found: list[pafs.FileInfo] = request(
             folder_url,
             lambda filesystem, path: filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)),
         )
-    return {
-        info.base_name for info in infos if info.is_file and not info.base_name.endswith(TEMPORARY_SUFFIX)
-    }
+    return found
 
 
 def list_paths(folder_url: str) -> set[str]:

@@ -99,11 +99,12 @@ class MaskDataset(IterableDataset[Sample]):
         _check(target, similarity_range, rank, world_size)
         out = storage.absolute(os.fspath(out_dir))
         pairing = pair_shards(out, [shards] if isinstance(shards, str) else shards)
-        self._settings = OutputFolder(out).config().input
+        folder = OutputFolder(out)
+        self._settings = folder.config().input
         self._pairs = pairing.pairs
         self.omitted = pairing.omitted
         self._source = Source(
-            out, _fields(self._settings, target), self._settings.max_member_bytes, skip_unreadable
+            folder, _fields(self._settings, target), self._settings.max_member_bytes, skip_unreadable
         )
         self._target, self._class_ids, self._similarity_range = target, class_ids, similarity_range
         self._transform = transform
@@ -155,7 +156,7 @@ class MaskDataset(IterableDataset[Sample]):
         return worker * world_size + rank, workers * world_size, worker
 
     def _refuse_fork(self) -> None:
-        urls = (self._source.out_dir, *(pair.shard.url for pair in self._pairs))
+        urls = (self._source.folder.url, *(pair.shard.url for pair in self._pairs))
         is_forked = self._made_by not in (None, os.getpid())
         if is_forked and any(split_url(url).scheme in OBJECT_SCHEMES for url in urls):
             raise UserError(

@@ -6,6 +6,7 @@ INPUTS = {
     "caption": 600,
     "RLE": 1500,
     "footers and records": 250,
+    "compacted folder": 150,
     "config": 200,
     "list file": 250,
     "COCO JSON": 200,

@@ -48,6 +48,7 @@ from pipeline.shards.samples import RawSample, read_samples
 from tests.fuzz.counts import FAULTS
 from tests.fuzz.mutations import as_json, mutated, mutated_text, mutated_tree, with_other_chunk
 from tests.helpers import hostile_outputs
+from tests.helpers.compacted_jobs import compacted
 from tests.helpers.dataset_trees import box_polygon, coco_object, write_coco
 from tests.helpers.hostile_shards import (
     END,
@@ -369,6 +370,42 @@ def read_output(spoiled: tuple[str, bytes], folder: Path) -> bool:
     return all(row["key"] is not None or place == "errors" for row in rows)
 
 
+# ---------------------------------------------------------------- compacted folders
+
+COMPACTED_PLACES = ("compacted.parquet", "compacted.parquet", "annotations", "errors")
+
+
+@cache
+def compacted_output() -> Path:
+    """The good output folder, compacted."""
+    return compacted(output(), output().parent / "compacted")
+
+
+def make_compacted(rng: random.Random) -> tuple[str, bytes]:
+    place = rng.choice(COMPACTED_PLACES)
+    path = hostile_outputs.target_of(compacted_output(), place)
+    if rng.random() < 0.3:
+        return place, with_other_footer(rng, path)
+    data = path.read_bytes()
+    cut = max(0, len(data) - rng.choice((64, 512, 4096, len(data))))
+    return place, data[:cut] + mutated(rng, data[cut:])
+
+
+def read_compacted(spoiled: tuple[str, bytes], folder: Path) -> bool:
+    place, data = spoiled
+    out = folder / "out"
+    shutil.copytree(compacted_output(), out)
+    hostile_outputs.target_of(out, place).write_bytes(data)
+    job = OutputFolder(str(out))
+    for shard_id in sorted(job.ids("annotations")):
+        job.own_footer(shard_id, job.job().config_hash)
+        for table, schema in (("annotations", ANNOTATION_SCHEMA), ("errors", ERROR_SCHEMA)):
+            with job.open(table, shard_id) as file:
+                if len(list(file.rows(schema.names))) != file.row_count:
+                    return False
+    return True
+
+
 # ---------------------------------------------------------------- configurations and classes
 
 YAML_TOKENS = (
@@ -593,6 +630,7 @@ TARGETS = {
     "caption": Target(make_caption, read_caption, (SampleFailure,)),
     "RLE": Target(make_rle, read_rle, (RleError,)),
     "footers and records": Target(make_record, read_output, (PipelineError,)),
+    "compacted folder": Target(make_compacted, read_compacted, (PipelineError,)),
     "config": Target(make_config, read_config, (UserError,)),
     "list file": Target(make_list, read_list, (UserError,)),
     "COCO JSON": Target(make_coco, read_coco, (UserError,)),
@@ -602,5 +640,5 @@ TARGETS = {
 
 def warm_up() -> None:
     """Load and write what inputs have in common, so that no input pays for it."""
-    for make in (tars, images, captions, tokenizer, finder, masks, output, yaml_texts, coco):
+    for make in (tars, images, captions, tokenizer, finder, masks, compacted_output, yaml_texts, coco):
         make()
