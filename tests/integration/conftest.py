@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from pipeline.console import PrintableConsole
+from pipeline.output import footer_cache
 from pipeline.run.job import prepare_job
 from pipeline.run.progress import open_progress
 from pipeline.run.runner import run_job
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent == HERE and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TEST_PATIENCE_S))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_of_the_user():
+    """Keep nothing of the tests' folders in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footer_cache, "SETTLED_AFTER_S", float("inf"))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

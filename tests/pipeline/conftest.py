@@ -2,9 +2,18 @@
 
 import pytest
 
+from pipeline.output import footer_cache
 from pipeline.storage import attempts, filesystems
 from tests.helpers.command_line import run_legrad
 from tests.helpers.object_servers import SECRET, Store
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_of_the_user():
+    """Keep nothing of the tests' folders in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footer_cache, "SETTLED_AFTER_S", float("inf"))
+        yield
 
 
 @pytest.fixture

@@ -8,8 +8,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.output import footer_cache
 from pipeline.output.status import read_status
 from tests.helpers.report_jobs import varied_rows, write_job
+
+
+@pytest.fixture(autouse=True)
+def _as_for_users(monkeypatch):
+    monkeypatch.setattr(footer_cache, "SETTLED_AFTER_S", 60)
 
 
 @pytest.fixture
