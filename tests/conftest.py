@@ -37,6 +37,7 @@ MEDIUM = (
     "tests/pipeline/test_contact_sheet.py",
     "tests/pipeline/test_demo_assets.py",
     "tests/pipeline/test_device_step.py",
+    "tests/pipeline/test_dispatcher_",
     "tests/pipeline/test_engine.py",
     "tests/pipeline/test_evaluate.py",
     "tests/pipeline/test_google_storage.py",

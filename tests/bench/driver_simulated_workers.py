@@ -186,8 +186,8 @@ def measured(workers: int, shards: int, shard_s: float, actors: int) -> dict[str
     settings = {"workers": workers, "shards": shards, "shard_s": shard_s, "actors": actors}
     head = {"benchmark": "driver_simulated_workers", **environment(), "settings": settings}
     rng = random.Random(1)
-    # the mean of a lognormal distribution with this spread is 1.13 times its median
-    samples = [round(shard_s / 1.13 * SAMPLES_PER_S * rng.lognormvariate(0, 0.5)) for _ in range(shards)]
+    # the mean of a lognormal distribution with this spread is 1.03 times its median
+    samples = [round(shard_s / 1.03 * SAMPLES_PER_S * rng.lognormvariate(0, 0.25)) for _ in range(shards)]
     observer = Observer(shards, workers)
     sources = simulated_shards(samples)
     job = simulated_job(sources, lambda shard_id: False)
