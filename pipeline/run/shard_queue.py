@@ -14,6 +14,7 @@ from pipeline.storage import ShardSource
 MACHINES_LOST_BY_CHANCE = 5
 # a second place that never has a ready worker must not let a shard fail for ever
 MOST_ROUNDS_AT_ONE_PLACE = 3
+LONGEST_BACKOFF_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class ShardQueue:
     Args:
         shards: the shards to annotate; of equal sizes, the first ones come first.
         max_attempts: attempts at one shard before it is given up.
-        backoff_s: wait before a shard's second attempt; doubled for each further one.
+        backoff_s: wait before a shard's second attempt; doubled for each further one, up to
+            LONGEST_BACKOFF_S.
     """
 
     def __init__(self, shards: Iterable[ShardSource], *, max_attempts: int, backoff_s: float) -> None:
@@ -97,7 +99,8 @@ class ShardQueue:
             return None
         if not in_flight:
             better = set() if place in sound else {*sound} - {place}
-            for shard in self._suspects:
+            # what has not failed here first: it shows whether the shard or the place is at fault
+            for shard in sorted(self._suspects, key=lambda one: self._has_failed_at(one, place)):
                 if self.may_run_at(shard, place, others) and not any(
                     self.may_run_at(shard, other, {*others, place} - {other}) for other in better
                 ):
@@ -125,6 +128,9 @@ class ShardQueue:
         if any(other.machine_id not in machines for other in others):
             return False
         return place not in avoided or all(other in avoided for other in others)
+
+    def _has_failed_at(self, shard: ShardSource, place: Place) -> bool:
+        return place in self._avoided.get(shard.shard_id, ())
 
     def worker_lost(
         self, place: Place, in_flight: Sequence[ShardSource], message: str, others: Collection[Place] = ()
@@ -184,7 +190,8 @@ class ShardQueue:
         """
         if self._is_last_attempt(shard, place, others):
             return GivenUp(shard, self._attempts(shard), message)
-        self.put_back(shard, now_s + self._backoff_s * 2 ** (self._attempts(shard) - 1))
+        wait_s = min(LONGEST_BACKOFF_S, self._backoff_s * 2 ** (self._attempts(shard) - 1))
+        self.put_back(shard, now_s + wait_s)
         return None
 
     def put_back(

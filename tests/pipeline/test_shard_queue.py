@@ -227,3 +227,21 @@ def test_a_shard_that_is_put_back_counts_no_attempt_and_is_tried_elsewhere_first
     assert queue.take(ELSEWHERE, [], 4.9, others=[HERE]) is None
     assert queue.take(HERE, [], 5.0, others=[ELSEWHERE]) is None
     assert queue.take(ELSEWHERE, [], 5.0, others=[HERE]) == shard
+
+
+def test_the_wait_between_attempts_is_bounded():
+    queue = queue_of(1, max_attempts=100)
+    now_s = 0.0
+    for _ in range(20):
+        shard = queue.take(HERE, [], now_s)
+        assert queue.attempt_failed(HERE, shard, "unreadable", now_s) is None
+        now_s += 60.0
+
+
+def test_a_place_takes_the_suspect_that_did_not_fail_there():
+    queue = queue_of(2)
+    first, second = queue.take(HERE, [], 0.0), queue.take(ELSEWHERE, [], 0.0)
+    queue.worker_lost(HERE, [first], "killed")
+    queue.worker_lost(ELSEWHERE, [second], "killed")
+    assert queue.take(HERE, [], 0.0) == second
+    assert queue.take(ELSEWHERE, [], 0.0) == first
