@@ -64,6 +64,7 @@ bench-pipeline: $(STAMP)  ## benchmarks of the pipeline: a worker without its de
 	$(BIN)/python tests/bench/annotate_throughput.py
 	$(BIN)/python tests/bench/memory_by_shard_size.py
 	$(BIN)/python tests/bench/driver_overhead.py
+	$(BIN)/python tests/bench/cluster_simulation.py
 	$(BIN)/python tests/bench/driver_simulated_workers.py
 
 demo-model: $(STAMP)  ## train the demo model and render its shards again (needs npm; see pipeline/demo/README.md)

@@ -42,7 +42,7 @@ class WorkerTimes:
     publish_s: float = 0.5
     samples_per_s: float = 100.0
     lookahead_samples: int = 200
-    shards_in_flight: int = 4
+    shards_in_flight: int = 7
     is_fair: bool = True
 
 
