@@ -231,8 +231,14 @@ class Workforce:
     def _start_missing(self, shards_unfinished: int, now_s: float) -> None:
         counted = self._counted()
         room = min(self._plan.wanted, shards_unfinished) - counted.total()
+        # a worker that holds a bad device leaves one place fewer: a further one would wait there for ever
+        holding = Counter(
+            worker.machine_id
+            for worker in self.workers.values()
+            if worker.state == "held" and self.places.is_left_alone(worker.place)
+        )
         for machine_id, shapes in self._plan.shapes_by_machine.items():
-            for shape in shapes[counted[machine_id] :]:
+            for shape in shapes[counted[machine_id] + holding[machine_id] :]:
                 if room > 0 and (shape.gpus or self._may_start_at(Place(machine_id), now_s)):
                     self._start(shape)
                     room -= 1

@@ -14,6 +14,7 @@ from tests.helpers.cluster_scenarios import (
     run_scenario,
 )
 from tests.helpers.simulated_faults import Dies, FailsAttempt, FailsToLoad, KillsWorker, at
+from tests.helpers.simulated_machines import SimulatedMachine
 from tests.helpers.simulated_worker import WorkerTimes
 
 QUICK = WorkerTimes(process_s=1.0, load_s=2.0)
@@ -159,3 +160,11 @@ def test_a_slow_machine_holds_the_others_up_no_longer_than_its_last_shard():
     run = run_scenario(Scenario([400] * 200, machines, times=QUICK))
     assert len(run.published) == 200
     assert run.efficiency > 0.85
+
+
+def test_the_last_shards_do_not_wait_for_a_machine_whose_devices_are_all_left_alone():
+    faults = [FailsToLoad(at("m0"), outcome=Dies(1.0, "SIGKILL")), poison("s000039", after_s=0.3)]
+    machines = [*gpu_machines(1, 2), SimulatedMachine("m1", 4, 1)]
+    run = run_scenario(Scenario([400] * 40, machines, faults, times=QUICK))
+    assert len(run.published) == 39
+    assert run.given_up == ["s000039"]
