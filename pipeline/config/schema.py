@@ -326,7 +326,7 @@ class RunConfig(Section):
         gt=0,
         le=LONGEST_WAIT_S,
         description="Seconds after which a shard of which no further sample was finished is tried on another "
-        "worker; null: never. It counts as a failed attempt.",
+        "worker; null: never. It counts as a failed attempt. A worker may take as long to load its model.",
     )
     drain_s: float = Field(
         30.0,

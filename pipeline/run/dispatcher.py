@@ -40,7 +40,7 @@ from pipeline.storage import ShardSource
 WAIT_S = 0.5
 HEARTBEAT_INTERVAL_S = 2.0
 # heartbeats of very many workers must not take all of the driver's time
-MOST_HEARTBEATS_PER_S = 200
+MOST_HEARTBEATS_PER_S = 100
 # a round of assignments looks at all workers; many workers wait a moment for the next one
 MOST_ASSIGNMENTS_BY_WORKERS_PER_S = 10_000
 CHECK_INTERVAL_S = 1.0

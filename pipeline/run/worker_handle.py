@@ -66,7 +66,8 @@ class WorkerHandle:
         in_flight: shards assigned and not finished, by id.
         bytes_done, shards_done: of the shards that it has finished.
         measures: as last reported.
-        asked_s: when it was asked for its progress and has not answered; None: it is not asked.
+        asked_s: when it was asked to load its model, or for its progress, and has not answered; None: it is
+            not asked.
     """
 
     number: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -155,6 +156,7 @@ class Workforce:
         drained = self._let_go_of(frozenset(one.node_id for one in self._machines if one.drains))
         self._end_idle()
         self._stop_those_without_machine()
+        self._end_those_that_hang(now_s)
         self._start_missing(shards_unfinished, now_s)
         self._request_asks(shards_unfinished)
         self._load_held(now_s)
@@ -231,17 +233,26 @@ class Workforce:
     def _start_missing(self, shards_unfinished: int, now_s: float) -> None:
         counted = self._counted()
         room = min(self._plan.wanted, shards_unfinished) - counted.total()
-        # a worker that holds a bad device leaves one place fewer: a further one would wait there for ever
-        holding = Counter(
-            worker.machine_id
-            for worker in self.workers.values()
-            if worker.state == "held" and self.places.is_left_alone(worker.place)
-        )
         for machine_id, shapes in self._plan.shapes_by_machine.items():
-            for shape in shapes[counted[machine_id] + holding[machine_id] :]:
+            most = self._most_at(machine_id, shapes[0]) if shapes[0].gpus else len(shapes)
+            missing = min(len(shapes), most) - counted[machine_id]
+            for shape in shapes[len(shapes) - max(0, missing) :]:
                 if room > 0 and (shape.gpus or self._may_start_at(Place(machine_id), now_s)):
                     self._start(shape)
                     room -= 1
+
+    def _most_at(self, machine_id: str, shape: WorkerShape) -> int:
+        """Return how many workers a machine has GPUs and CPU cores for, beside those that hold a bad GPU."""
+        held = sum(
+            worker.state == "held"
+            and worker.machine_id == machine_id
+            and self.places.is_left_alone(worker.place)
+            for worker in self.workers.values()
+        )
+        machine = next(one for one in self._machines if one.node_id == machine_id)
+        # 1 / 0.1 must be 10
+        by_gpus = math.floor(machine.gpus / shape.gpus + 1e-9)
+        return min(by_gpus, machine.cpus // shape.cpus) - held
 
     def _may_start_at(self, place: Place, now_s: float) -> bool:
         if self.places.rests(place, now_s):
@@ -278,8 +289,20 @@ class Workforce:
         return not self.places.is_left_alone(place) and self._may_start_at(place, now_s)
 
     def _load(self, worker: WorkerHandle) -> None:
-        worker.state = "loading"
+        worker.state, worker.asked_s = "loading", self._host.now_s()
         self._host.load(worker.number)
+
+    def _end_those_that_hang(self, now_s: float) -> None:
+        """End workers that take too long to load the model, and count each as a failed attempt."""
+        timeout_s = self._run.stall_timeout_s
+        for worker in tuple(self.workers.values()):
+            asked_s = worker.asked_s if worker.state == "loading" else None
+            if timeout_s and asked_s is not None and now_s - asked_s > timeout_s:
+                self.end(worker)
+                self.lost += 1
+                self.load_failed(
+                    worker, f"not loaded after {timeout_s:g} s, the limit of run.stall_timeout_s"
+                )
 
     def _require_a_machine(self, now_s: float) -> None:
         if self._plan.shapes or self.ready:
@@ -357,7 +380,7 @@ class Workforce:
         self._load_failures = 0
         self.first_ready_s = now_s if self.first_ready_s is None else self.first_ready_s
         self._next_warning_s = now_s + NO_WORKER_WARNING_S
-        worker.state, worker.ready_s, worker.has_room = "ready", now_s, True
+        worker.state, worker.ready_s, worker.has_room, worker.asked_s = "ready", now_s, True, None
 
     def load_failed(self, worker: WorkerHandle, cause: str, *, is_user_error: bool = False) -> None:
         """Count a worker that was lost or failed before it had loaded its model.

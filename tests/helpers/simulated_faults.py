@@ -69,7 +69,7 @@ class Fault:
     times: int | None = None
     struck: int = field(default=0, init=False)
 
-    def on_loading(self, place: Place) -> LoadOutcome | Dies | None:
+    def on_loading(self, place: Place) -> LoadOutcome | Dies | Hangs | None:
         """Return what happens instead of a loaded model; None: nothing."""
         return None
 
@@ -140,9 +140,9 @@ class RefusesPuts(Fault):
 
 @dataclass
 class FailsToLoad(Fault):
-    """A worker cannot load its model, or is killed while it does."""
+    """A worker cannot load its model, is killed while it does, or never ends."""
 
-    outcome: LoadOutcome | Dies = field(default_factory=lambda: LoadOutcome("simulated"))
+    outcome: LoadOutcome | Dies | Hangs = field(default_factory=lambda: LoadOutcome("simulated"))
 
-    def on_loading(self, place: Place) -> LoadOutcome | Dies | None:
+    def on_loading(self, place: Place) -> LoadOutcome | Dies | Hangs | None:
         return self.outcome if self.strikes(place) else None

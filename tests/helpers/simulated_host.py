@@ -247,7 +247,7 @@ class SimulatedHost:
         effect = next((effect for effect in faults if effect is not None), LoadOutcome())
         if isinstance(effect, Dies):
             self._clock.after(effect.after_s, lambda: self._die(number, effect.cause))
-        else:
+        elif isinstance(effect, LoadOutcome):
             self._clock.after(self._times.load_s, lambda: self._loaded(worker, effect))
 
     def _loaded(self, worker: SimulatedWorker, outcome: LoadOutcome) -> None:

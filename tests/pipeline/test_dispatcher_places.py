@@ -13,7 +13,7 @@ from tests.helpers.cluster_scenarios import (
     one_bad_machine_of_four,
     run_scenario,
 )
-from tests.helpers.simulated_faults import Dies, FailsAttempt, FailsToLoad, KillsWorker, at
+from tests.helpers.simulated_faults import Dies, FailsAttempt, FailsToLoad, Hangs, KillsWorker, at
 from tests.helpers.simulated_machines import SimulatedMachine
 from tests.helpers.simulated_worker import WorkerTimes
 
@@ -81,11 +81,11 @@ def test_a_bad_machine_and_poison_shards_are_told_apart():
 
 
 def test_a_worker_that_dies_now_and_then_is_replaced_and_its_place_kept():
-    faults = [KillsWorker(shards=frozenset({f"s{n:06d}"}), times=1, after_s=2.0) for n in range(0, 400, 100)]
+    faults = [KillsWorker(shards=frozenset({f"s{n:06d}"}), times=1, after_s=2.0) for n in range(0, 400, 40)]
     run = run_scenario(Scenario([400] * 400, gpu_machines(2, 2), faults, times=QUICK))
     assert len(run.published) == 400 and run.given_up == []
     assert run.end.state.left_alone == ()
-    assert run.end.state.workers_lost == 4
+    assert run.end.state.workers_lost == 10
 
 
 def test_a_fault_of_cuda_counts_against_the_device():
@@ -168,3 +168,19 @@ def test_the_last_shards_do_not_wait_for_a_machine_whose_devices_are_all_left_al
     run = run_scenario(Scenario([400] * 40, machines, faults, times=QUICK))
     assert len(run.published) == 39
     assert run.given_up == ["s000039"]
+
+
+def test_a_worker_whose_model_never_loads_is_replaced_and_its_place_left_alone():
+    fault = FailsToLoad(at("m0", "1"), outcome=Hangs(0.0))
+    settings = {"stall_timeout_s": 60.0}
+    run = run_scenario(Scenario([400] * 200, gpu_machines(2, 2), [fault], times=QUICK, run=settings))
+    assert len(run.published) == 200
+    (place,) = run.end.state.left_alone
+    assert "GPU 1: the model could not be loaded 3 times: not loaded after 60 s" in place
+
+
+def test_a_number_of_workers_is_reached_beside_a_bad_gpu():
+    fault = KillsWorker(at("m0", "0"), after_s=1.0)
+    settings = {"workers": 3, "cpus_per_worker": 1}
+    run = run_scenario(Scenario([400] * 200, gpu_machines(1, 8), [fault], times=QUICK, run=settings))
+    assert (len(run.published), run.given_up, run.end.state.workers_ready) == (200, [], 3)
