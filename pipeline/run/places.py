@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from statistics import median_low
 
 from pipeline.run.hosting import Place
 
@@ -83,6 +84,12 @@ class Places:
         self._records: defaultdict[Place, _Record] = defaultdict(_Record)
         self._left_alone: dict[Place, LeftAlone] = {}
         self._has_loaded = False
+        self._done_since_forgiven = 0
+
+    @property
+    def done_since_forgiven(self) -> int:
+        """Shards finished since every place got another chance."""
+        return self._done_since_forgiven
 
     @property
     def left_alone(self) -> tuple[LeftAlone, ...]:
@@ -97,6 +104,10 @@ class Places:
     def is_left_alone(self, place: Place) -> bool:
         """Return whether a device, or its machine, gets no worker any more."""
         return place in self._left_alone or _machine(place) in self._left_alone
+
+    def devices_left_alone(self, machine_id: str) -> int:
+        """Return how many devices of a machine get no worker any more."""
+        return sum(bool(place.device) and place.machine_id == machine_id for place in self._left_alone)
 
     def is_on_probation(self, place: Place) -> bool:
         """Return whether losses at a place are not explained yet; until then it gets one shard at a time."""
@@ -160,6 +171,7 @@ class Places:
             The places that are left alone from now on, because others have finished what they failed at.
         """
         here = self._records[place]
+        self._done_since_forgiven += 1
         here.done += 1
         here.attempts_failed = 0
         if here.done >= FORGIVEN_AFTER_SHARDS:
@@ -192,14 +204,14 @@ class Places:
             if len(bad) >= DEVICES_OF_A_BAD_MACHINE:
                 yield self._leave_alone(machine, f"{len(bad)} of its devices are left alone")
 
-    def _usual_losses(self, place: Place) -> float:
-        """Return the mean number of losses that the other places are not forgiven."""
+    def _usual_losses(self, place: Place) -> int:
+        """Return the median number of losses that the other places are not forgiven; bad ones may be many."""
         others = [
             len(record.losses)
             for other, record in self._records.items()
             if other != place and not self.is_left_alone(other)
         ]
-        return sum(others) / len(others) if others else 0.0
+        return median_low(others) if others else 0
 
     def shard_given_up(self, shard_id: str) -> None:
         """Take a shard that is given up for the cause of every loss that it took part in."""
@@ -210,6 +222,7 @@ class Places:
         """Give every place another chance, because no other place is there any more."""
         self._left_alone.clear()
         self._records.clear()
+        self._done_since_forgiven = 0
 
     def _leave_alone(self, place: Place, reason: str) -> LeftAlone:
         decision = LeftAlone(place, reason)

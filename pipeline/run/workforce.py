@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import PipelineError, UserError
@@ -12,7 +12,7 @@ from pipeline.output.counts import ShardCounts, total_counts
 from pipeline.output.measures import Measures
 from pipeline.run.balance import Load
 from pipeline.run.hosting import Loaded, Place, Started, WorkerHost
-from pipeline.run.places import LeftAlone, Places
+from pipeline.run.places import FORGIVEN_AFTER_SHARDS, LeftAlone, Places
 from pipeline.run.plan import (
     MachineResources,
     WorkerPlan,
@@ -146,9 +146,7 @@ class Workforce:
         if {one.node_id for one in machines} != {one.node_id for one in self._machines}:
             self._useless_asks, self._no_further_asks_until_s = 0, 0.0
         self._machines = machines
-        usable = self._usable(self._machines)
-        plan = plan_workers(self._run, usable, self._shards, cpus_only=self._cpus_only)
-        self._plan = plan
+        self._plan = plan = self._planned()
         for note in plan.notes:
             if note not in self._notes:
                 self._notes.add(note)
@@ -164,17 +162,38 @@ class Workforce:
         self._warn_if_none_is_ready(now_s)
         return drained
 
-    def _usable(self, machines: Sequence[MachineResources]) -> list[MachineResources]:
-        usable = [one for one in machines if not self.places.is_left_alone(Place(one.node_id))]
-        if machines and not usable and not self.ready:
-            if self._times_forgiven >= MOST_TIMES_FORGIVEN:
-                reasons = "; ".join(map(str, self.places.left_alone))
-                raise WorkersLost(f"every machine of the cluster is left alone: {reasons}")
-            self._times_forgiven += 1
-            self._progress.say("Every machine of the cluster is left alone; each gets another chance.")
-            self.places.forgive_all()
-            return list(machines)
-        return usable
+    def _planned(self) -> WorkerPlan:
+        """Plan workers; where every machine that could hold one is left alone, all are forgiven."""
+        usable = [left for one in self._machines if (left := self._without_bad_devices(one)) is not None]
+        plan = self._plan_for(usable)
+        if plan.shapes or self.ready or not self.places.left_alone:
+            return plan
+        everywhere = self._plan_for(self._machines)
+        if everywhere.shapes:
+            self._forgive_all()
+            return everywhere
+        return plan
+
+    def _plan_for(self, machines: Sequence[MachineResources]) -> WorkerPlan:
+        return plan_workers(self._run, machines, self._shards, cpus_only=self._cpus_only)
+
+    def _without_bad_devices(self, machine: MachineResources) -> MachineResources | None:
+        """Return what workers can use of a machine; a device that is left alone keeps its share of cores."""
+        bad = self.places.devices_left_alone(machine.node_id)
+        gpus = machine.gpus - bad
+        if self.places.is_left_alone(Place(machine.node_id)) or (bad and gpus <= 0):
+            return None
+        return replace(machine, cpus=machine.cpus * gpus // machine.gpus, gpus=gpus) if bad else machine
+
+    def _forgive_all(self) -> None:
+        if self.places.done_since_forgiven >= FORGIVEN_AFTER_SHARDS:
+            self._times_forgiven = 0
+        if self._times_forgiven >= MOST_TIMES_FORGIVEN:
+            reasons = "; ".join(map(str, self.places.left_alone))
+            raise WorkersLost(f"every machine of the cluster is left alone: {reasons}")
+        self._times_forgiven += 1
+        self._progress.say("Every machine of the cluster is left alone; each gets another chance.")
+        self.places.forgive_all()
 
     def _let_go_of(self, draining: frozenset[str]) -> list[WorkerHandle]:
         """Give the workers on machines that are drained no further shard; return those that were working."""
@@ -234,25 +253,10 @@ class Workforce:
         counted = self._counted()
         room = min(self._plan.wanted, shards_unfinished) - counted.total()
         for machine_id, shapes in self._plan.shapes_by_machine.items():
-            most = self._most_at(machine_id, shapes[0]) if shapes[0].gpus else len(shapes)
-            missing = min(len(shapes), most) - counted[machine_id]
-            for shape in shapes[len(shapes) - max(0, missing) :]:
+            for shape in shapes[counted[machine_id] :]:
                 if room > 0 and (shape.gpus or self._may_start_at(Place(machine_id), now_s)):
                     self._start(shape)
                     room -= 1
-
-    def _most_at(self, machine_id: str, shape: WorkerShape) -> int:
-        """Return how many workers a machine has GPUs and CPU cores for, beside those that hold a bad GPU."""
-        held = sum(
-            worker.state == "held"
-            and worker.machine_id == machine_id
-            and self.places.is_left_alone(worker.place)
-            for worker in self.workers.values()
-        )
-        machine = next(one for one in self._machines if one.node_id == machine_id)
-        # 1 / 0.1 must be 10
-        by_gpus = math.floor(machine.gpus / shape.gpus + 1e-9)
-        return min(by_gpus, machine.cpus // shape.cpus) - held
 
     def _may_start_at(self, place: Place, now_s: float) -> bool:
         if self.places.rests(place, now_s):
@@ -381,6 +385,8 @@ class Workforce:
         self.first_ready_s = now_s if self.first_ready_s is None else self.first_ready_s
         self._next_warning_s = now_s + NO_WORKER_WARNING_S
         worker.state, worker.ready_s, worker.has_room, worker.asked_s = "ready", now_s, True, None
+        # that may have been decided while it loaded
+        worker.takes_no_more |= self.places.is_left_alone(worker.place)
 
     def load_failed(self, worker: WorkerHandle, cause: str, *, is_user_error: bool = False) -> None:
         """Count a worker that was lost or failed before it had loaded its model.
