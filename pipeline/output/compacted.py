@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.errors import DamagedFileError
@@ -31,6 +32,8 @@ ROWS_PER_VIRTUAL_GROUP = 1000
 INDEX_ROWS_AT_A_TIME = 1000
 PLACE_COLUMNS = tuple(name for name in COMPACTED_SCHEMA.names if name != "footer")
 PART_NAME = re.compile(r"part-(\d{5,7})\.parquet")
+
+Data = TypeVar("Data", pa.RecordBatch, pa.Table)
 
 
 def part_name(number: int) -> str:
@@ -109,6 +112,11 @@ def _group_of(row_counts: Sequence[int], row: int) -> tuple[int, int]:
     raise ValueError(f"has no row {row}")
 
 
+def _with_shard(columns: Sequence[str]) -> list[str]:
+    """Return columns to read: those wanted, and the one that says whose rows they are."""
+    return list(dict.fromkeys([*columns, "shard"]))
+
+
 @dataclass(frozen=True)
 class PartRows:
     """The rows of one shard in a part: a `ShardTable`.
@@ -157,16 +165,17 @@ class PartRows:
         with damage(self.url):
             for group, start, stop in self._pieces(0, self.span.rows):
                 batches = self.part.file.iter_batches(
-                    rows_at_a_time, row_groups=[group], columns=list(columns), use_threads=False
+                    rows_at_a_time, row_groups=[group], columns=_with_shard(columns), use_threads=False
                 )
                 for batch in _within(batches, start, stop):
-                    yield from checked_values(batch, self.part.table).to_pylist()
+                    yield from self._own(checked_values(batch, self.part.table), columns).to_pylist()
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Iterate over the rows as tables, a row group in memory at a time; raises DamagedFileError."""
-        for group, start, stop in self._pieces(0, self.span.rows):
-            for table in self.part.tables(columns, [group]):
-                yield table.slice(start, stop - start)
+        with damage(self.url):
+            for group, start, stop in self._pieces(0, self.span.rows):
+                for table in self.part.tables(_with_shard(columns), [group]):
+                    yield self._own(table.slice(start, stop - start), columns)
 
     def read_group(
         self, number: int, columns: Sequence[str], offsets: Sequence[int] | None = None
@@ -176,11 +185,20 @@ class PartRows:
             first = number * ROWS_PER_VIRTUAL_GROUP
             last = min(first + ROWS_PER_VIRTUAL_GROUP, self.span.rows)
             pieces = [
-                self.part.read_group(group, columns).slice(start, stop - start)
+                self.part.read_group(group, _with_shard(columns)).slice(start, stop - start)
                 for group, start, stop in self._pieces(first, last)
             ]
-            table = pa.concat_tables(pieces)
+            table = self._own(pa.concat_tables(pieces), columns)
             return table if offsets is None else table.take(list(offsets))
+
+    def _own(self, data: Data, columns: Sequence[str]) -> Data:
+        """Return the columns that were wanted; raises ValueError if the rows are of another shard."""
+        others = set(pc.unique(data.column("shard")).to_pylist()) - {self.record.shard}
+        if others:
+            raise ValueError(
+                f"has rows of {sorted(map(str, others))[0]} where those of {self.record.shard} should be"
+            )
+        return data if "shard" in columns else data.drop_columns(["shard"])
 
     def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """Iterate over the row groups that hold rows of the shard: each with a range of its rows."""

@@ -401,7 +401,8 @@ def read_compacted(spoiled: tuple[str, bytes], folder: Path) -> bool:
         job.own_footer(shard_id, job.job().config_hash)
         for table, schema in (("annotations", ANNOTATION_SCHEMA), ("errors", ERROR_SCHEMA)):
             with job.open(table, shard_id) as file:
-                if len(list(file.rows(schema.names))) != file.row_count:
+                rows = list(file.rows(schema.names))
+                if len(rows) != file.row_count or {row["shard"] for row in rows} - {file.footer().shard}:
                     return False
     return True
 

@@ -610,3 +610,18 @@ def test_what_was_written_is_read_back_before_the_folder_counts_as_complete(out,
     with pytest.raises(OutputError, match="differs from"):
         compacted(out, tmp_path / "new")
     assert not (tmp_path / "new" / "_SUCCESS").exists()
+
+
+def test_rows_of_another_shard_are_refused(tmp_path):
+    new = compacted(complete_job(tmp_path), tmp_path / "new")
+    table = pq.read_table(new / "compacted.parquet")
+    rows = table.to_pylist()
+    by_count = {row["rows"]: row for row in rows}
+    spoiled = by_count[12]
+    spoiled["annotations_first_row"] = by_count[30]["annotations_first_row"]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), new / "compacted.parquet")
+    folder = OutputFolder(str(new))
+    with folder.open("annotations", spoiled["shard_id"]) as file:
+        for read in (file.rows, file.tables, lambda columns: [file.read_group(0, columns)]):
+            with pytest.raises(DamagedFileError, match="has rows of .* where those of .* should be"):
+                list(read(["key"]))
