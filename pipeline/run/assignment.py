@@ -36,25 +36,28 @@ class Assignments:
     def __iter__(self) -> Iterator[tuple[WorkerHandle, ShardSource]]:
         """Yield a worker and its shard; the caller adds the shard to those in flight before the next one."""
         here = frozenset(worker.place for worker in self.workers)
+        awake = self._awake(here)
+        sound = frozenset(place for place in awake if not self.places.is_on_probation(place))
         # where every place is in doubt, none is better than another
-        sound = frozenset(place for place in here if self._is_sound(place)) or here
-        reserved = self._reserved_for_suspects(here, sound)
+        usable = sound or awake
+        reserved = self._reserved_for_suspects(here, usable)
         free = [one for one in self.workers if one.has_room and len(one.in_flight) < self.most_in_flight]
         # every worker gets its first shard before any gets its second
         for worker in sorted(free, key=lambda one: len(one.in_flight)):
-            is_sound = worker.place in sound
-            has_enough = bool(worker.in_flight) and (worker in reserved or not is_sound)
-            if has_enough or not (is_sound or self._may_try(worker.place)):
+            is_doubtful = worker.place not in usable or self.places.fails_in_a_row(worker.place)
+            has_enough = bool(worker.in_flight) and (worker in reserved or is_doubtful)
+            if has_enough or worker.place not in awake:
                 continue
-            shard = self._next_shard(worker, here, sound)
-            if shard is not None:
-                yield worker, shard
+            if worker.place in usable or not self.places.is_in_question(worker.place):
+                shard = self._next_shard(worker, here, sound)
+                if shard is not None:
+                    yield worker, shard
 
-    def _is_sound(self, place: Place) -> bool:
-        return not (self.places.is_on_probation(place) or self.places.rests(place, self.now_s))
-
-    def _may_try(self, place: Place) -> bool:
-        return not (self.places.is_in_question(place) or self.places.rests(place, self.now_s))
+    def _awake(self, here: Collection[Place]) -> frozenset[Place]:
+        awake = frozenset(place for place in here if self.places.may_try(place, self.now_s))
+        return awake or frozenset(
+            place for place in here if self.places.may_try(place, self.now_s, all_rest=True)
+        )
 
     def _reserved_for_suspects(self, here: Collection[Place], sound: Collection[Place]) -> set[WorkerHandle]:
         """Return the workers that get nothing further, so that suspects can run on them alone."""

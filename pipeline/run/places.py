@@ -24,6 +24,8 @@ FORGIVEN_AFTER_SHARDS = 10
 MUCH_WORSE = 3
 FIRST_REST_S = 2.0
 LONGEST_REST_S = 300.0
+# a minute in all: a store of shards that is down for a moment must not use up the attempts
+RESTS_OF_ALL_PLACES = 5
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class _Record:
         done: shards finished since the last loss.
         load_failures: in a row.
         attempts_failed: attempts at shards that failed in a row without the loss of a worker.
+        loads_after_s: until then no worker loads its model there.
         rests_until_s: until then the place gets neither a worker nor a shard.
     """
 
@@ -74,6 +77,7 @@ class _Record:
     done: int = 0
     load_failures: int = 0
     attempts_failed: int = 0
+    loads_after_s: float = 0.0
     rests_until_s: float = 0.0
 
 
@@ -110,14 +114,34 @@ class Places:
         return sum(bool(place.device) and place.machine_id == machine_id for place in self._left_alone)
 
     def is_on_probation(self, place: Place) -> bool:
-        """Return whether losses at a place are not explained yet; until then it gets one shard at a time."""
+        """Return whether losses at a place are not explained yet, or attempts there failed in a row.
+
+        Until then it gets one shard at a time, and none that failed and that a sound place may try.
+        """
         record = self._records.get(place)
-        return record is not None and bool(record.losses)
+        return record is not None and (bool(record.losses) or self.fails_in_a_row(place))
+
+    def fails_in_a_row(self, place: Place) -> bool:
+        """Return whether the last attempts at a place failed without the loss of a worker."""
+        record = self._records.get(place)
+        return record is not None and record.attempts_failed > 1
 
     def rests(self, place: Place, now_s: float) -> bool:
-        """Return whether a place gets nothing for a moment, after failures in a row."""
+        """Return whether a place gets no worker for a moment, after failures in a row."""
         record = self._records.get(place)
-        return record is not None and now_s < record.rests_until_s
+        return record is not None and now_s < max(record.rests_until_s, record.loads_after_s)
+
+    def may_try(self, place: Place, now_s: float, *, all_rest: bool = False) -> bool:
+        """Return whether a place gets shards now, or rests after attempts that failed in a row.
+
+        Args:
+            place: the place.
+            now_s: the time.
+            all_rest: whether every place rests. If that lasts, the shards are at fault.
+        """
+        record = self._records.get(place)
+        is_awake = record is None or now_s >= record.rests_until_s
+        return is_awake or (all_rest and record is not None and record.attempts_failed > RESTS_OF_ALL_PLACES)
 
     def is_in_question(self, place: Place) -> bool:
         """Return whether so much was lost at a place that others should first try those shards."""
@@ -137,7 +161,7 @@ class Places:
         """
         record = self._records[place]
         record.load_failures += 1
-        record.rests_until_s = now_s + _rest_s(record.load_failures)
+        record.loads_after_s = now_s + _rest_s(record.load_failures)
         if record.load_failures < LOAD_FAILURES or not self._has_loaded:
             return None
         return self._leave_alone(place, f"the model could not be loaded {LOAD_FAILURES} times: {cause}")

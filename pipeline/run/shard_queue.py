@@ -92,24 +92,34 @@ class ShardQueue:
             in_flight: the shards that the worker is annotating.
             now_s: a monotonic clock, in seconds.
             others: the other places at which workers are ready.
-            sound: places that are not in doubt; where one of them may try a suspect, no other place does.
+            sound: places that are not in doubt; where one of them may try a suspect, or a shard that failed,
+                no other place does.
             most_bytes: largest size of a shard that no attempt was made at; None: any.
         """
         if any(shard.shard_id in self._tried_alone for shard in in_flight):
             return None
+        better = set() if place in sound else {*sound} - {place}
+
+        def may_run_here(shard: ShardSource) -> bool:
+            return self.may_run_at(shard, place, others) and not any(
+                self.may_run_at(shard, other, {*others, place} - {other})
+                for other in better
+                if shard.shard_id in self._avoided
+            )
+
         if not in_flight:
-            better = set() if place in sound else {*sound} - {place}
             # what has not failed here first: it shows whether the shard or the place is at fault
             for shard in sorted(self._suspects, key=lambda one: self._has_failed_at(one, place)):
-                if self.may_run_at(shard, place, others) and not any(
-                    self.may_run_at(shard, other, {*others, place} - {other}) for other in better
-                ):
+                if may_run_here(shard):
                     self._suspects.remove(shard)
                     self._tried_alone.add(shard.shard_id)
                     return self._taken(shard)
+        if place not in sound and (fresh := self._take_fresh(most_bytes)):
+            # it shows whether the place or the shards are at fault, without a second failure of a shard
+            return fresh
         for waiting in self._waiting:
             until_s, shard = waiting
-            if until_s <= now_s and self.may_run_at(shard, place, others):
+            if until_s <= now_s and may_run_here(shard):
                 self._waiting.remove(waiting)
                 return self._taken(shard)
         return self._take_fresh(most_bytes)

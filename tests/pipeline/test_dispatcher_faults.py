@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tests.helpers.cluster_scenarios import Scenario, gpu_machines, run_scenario
-from tests.helpers.simulated_faults import Fault, KillsWorker, at
+from tests.helpers.simulated_faults import FailsAttempt, Fault, KillsWorker, at
 from tests.helpers.simulated_machines import SimulatedMachine
 from tests.helpers.simulated_worker import WorkerTimes
 
@@ -68,3 +68,31 @@ def test_two_bad_machines_of_three_are_both_left_alone():
     assert len(run.published) == 240 and run.given_up == []
     assert len(run.end.state.left_alone) == 2
     assert run.efficiency > 0.95
+
+
+def test_machines_whose_every_attempt_fails_do_not_use_up_the_attempts_at_a_shard():
+    """Before: they took the shards from each other, since the sound one was busy, and 5 were given up."""
+    scenario = Scenario(
+        [400] * 400,
+        gpu_machines(4, 1),
+        [FailsAttempt(on("m1", "m2", "m3"), after_s=0.2)],
+        times=QUICK,
+        is_usable=on("m0"),
+    )
+    run = run_scenario(scenario)
+    assert len(run.published) == 400 and run.given_up == []
+    assert run.efficiency > 0.95
+
+
+def test_a_store_of_shards_that_is_down_for_a_moment_costs_no_shard():
+    """Before: 1,896 of 2,000 shards were given up within 80 s."""
+    fault = UntilTime(fault=FailsAttempt(after_s=0.2), until_s=100.0)
+    run = run_scenario(Scenario([400] * 2000, gpu_machines(4, 1), [fault], times=QUICK))
+    assert len(run.published) == 2000 and run.given_up == []
+
+
+def test_a_job_whose_shards_all_fail_ends_soon():
+    scenario = Scenario([400] * 500, gpu_machines(4, 1), [FailsAttempt(after_s=0.2)], times=QUICK)
+    run = run_scenario(scenario)
+    assert len(run.given_up) == 500
+    assert run.duration_s < 300
