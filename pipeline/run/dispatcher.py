@@ -144,8 +144,7 @@ class Dispatcher:
         try:
             while len(self._queue) or self._in_flight:
                 self._move(self._workforce.reconcile(len(self._queue) + self._in_flight))
-                if self._drain is None:
-                    self._begin_drain_if_needed()
+                self._begin_drain_if_needed()
                 if self._drain is None:
                     self._assign()
                 elif self._is_drained():
@@ -254,18 +253,25 @@ class Dispatcher:
                 self._failed_attempt(worker, shard, outcome.message)
             case "machine":
                 error = ScratchError(f"{worker.place}: {outcome.message}")
-                self._failures.machine_failed(error, len(self._workforce.ready))
+                self._failures.machine_failed(
+                    worker.place, self._machines_at_work(), error, len(self._workforce.ready)
+                )
                 self._workforce.places.worker_lost(worker.place, [shard.shard_id])
                 self._failed_attempt(worker, shard, f"{outcome.message} (on {worker.place})")
             case "output":
                 self._progress.say(f"{shard.canonical_url}: {outcome.message}; will be tried again")
                 self._queue.put_back(shard, self._host.now_s(), avoided=worker.place)
+                refusal = OutputError(outcome.message)
                 if self._failures.output_refused(
-                    worker.place, in_flight.started_s, OutputError(outcome.message), self._host.now_s()
+                    worker.place, self._machines_at_work(), in_flight.started_s, refusal, self._host.now_s()
                 ):
                     self._workforce.places.attempt_failed(worker.place, self._host.now_s())
             case "abandoned":
-                self._queue.put_back(shard)
+                # this may arrive before the worker's answer to the request
+                self._gave_way(worker, in_flight)
+
+    def _machines_at_work(self) -> set[str]:
+        return {worker.machine_id for worker in self._workforce.ready if worker.in_flight}
 
     def _no_longer_in_flight(self, worker: WorkerHandle, shard: ShardSource) -> ShardInFlight | None:
         in_flight = worker.in_flight.pop(shard.shard_id, None)
@@ -280,7 +286,10 @@ class Dispatcher:
         worker.shards_done += 1
         worker.bytes_done += in_flight.size_bytes
         self._tally.add_published(in_flight.shard, report.counts, report.damage)
-        for decision in self._workforce.places.shard_done(worker.place, in_flight.shard.shard_id):
+        self._was_published_at(worker.place, in_flight.shard)
+
+    def _was_published_at(self, place: Place, shard: ShardSource) -> None:
+        for decision in self._workforce.places.shard_done(place, shard.shard_id):
             self._queue.forget_attempts_at(decision.place)
             self._workforce.leave_alone(decision)
 
@@ -317,7 +326,11 @@ class Dispatcher:
         in_flight = [one.shard for one in worker.in_flight.values()]
         self._in_flight -= len(in_flight)
         worker.in_flight.clear()
-        shards = [shard for shard in in_flight if not self._tally.add_if_published(shard)]
+        published = {shard.shard_id for shard in in_flight if self._tally.add_if_published(shard)}
+        shards = [shard for shard in in_flight if shard.shard_id not in published]
+        for shard in in_flight:
+            if shard.shard_id in published:
+                self._was_published_at(worker.place, shard)
         names = ", ".join(shard.canonical_url for shard in shards) or "none"
         if machine_lost:
             self._progress.say(
@@ -385,18 +398,25 @@ class Dispatcher:
         in_flight = worker.in_flight.get(event.shard.shard_id) if worker else None
         if worker is None or in_flight is None:
             return
-        if not event.will_not_publish:
-            # it is being published
-            in_flight.abandoned_s, in_flight.progressed_s = None, self._host.now_s()
-            return
-        self._no_longer_in_flight(worker, event.shard)
-        if in_flight.is_moved:
-            self._queue.put_back(event.shard)
+        if event.will_not_publish:
+            self._no_longer_in_flight(worker, event.shard)
+            self._gave_way(worker, in_flight)
+        elif in_flight.was_publishing:
+            # for all of run.stall_timeout_s
+            self._replace_silent(worker, in_flight)
+        else:
+            in_flight.was_publishing, in_flight.abandoned_s = True, None
+            in_flight.progressed_s = self._host.now_s()
+
+    def _gave_way(self, worker: WorkerHandle, in_flight: ShardInFlight) -> None:
+        """Let another worker redo a shard that a worker will not publish."""
+        if in_flight.is_moved or in_flight.abandoned_s is None:
+            self._queue.put_back(in_flight.shard)
             return
         # a thread of the worker may hang for ever
         worker.takes_no_more = True
         self._workforce.places.attempt_failed(worker.place, self._host.now_s())
-        self._failed_attempt(worker, event.shard, self._stall_text())
+        self._failed_attempt(worker, in_flight.shard, self._stall_text())
 
     def _move(self, workers: Iterable[WorkerHandle]) -> None:
         """Let other workers redo the shards that are not nearly done on machines that are drained."""
@@ -411,13 +431,17 @@ class Dispatcher:
     # the end
 
     def _begin_drain_if_needed(self) -> None:
-        reason, terminated = reason_to_stop(self._run, self._tally.state), self._is_terminated()
-        if terminated:
-            reason = "terminated"
+        terminated = self._is_terminated()
+        if self._drain and (self._drain.terminated or not terminated):
+            return
+        reason = "terminated" if terminated else reason_to_stop(self._run, self._tally.state)
         if not reason:
             return
         drain_s = self._drain_s_after_sigterm if terminated else self._run.drain_s
-        self._drain = _Drain(reason, self._host.now_s() + drain_s, terminated)
+        until_s = self._host.now_s() + drain_s
+        self._drain = _Drain(
+            reason, min(until_s, self._drain.until_s) if self._drain else until_s, terminated
+        )
         self._next_heartbeat_s = 0.0
         self._progress.say(
             f"Ending ({reason}): no shard is begun any more; shards that are nearly done are finished "

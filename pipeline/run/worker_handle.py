@@ -28,6 +28,7 @@ class ShardInFlight:
         progress: as last reported.
         abandoned_s: when the worker was asked not to publish it; None: it was not.
         is_moved: whether that was because its machine is drained, not because it does not progress.
+        was_publishing: whether the worker answered that it is publishing it.
     """
 
     shard: ShardSource
@@ -37,6 +38,7 @@ class ShardInFlight:
     progress: ShardProgress = field(default_factory=lambda: ShardProgress(ShardCounts()))
     abandoned_s: float | None = None
     is_moved: bool = False
+    was_publishing: bool = False
 
     def reported(self, progress: ShardProgress, now_s: float) -> None:
         """Take over what the worker reports."""

@@ -77,7 +77,7 @@ class Fault:
         """Return what will happen to an attempt that begins; None: nothing."""
         return None
 
-    def on_publishing(self, place: Place, shard: ShardSource, now_s: float) -> Fails | None:
+    def on_publishing(self, place: Place, shard: ShardSource, now_s: float) -> Fails | Hangs | None:
         """Return what happens instead of publishing; None: nothing."""
         return None
 
@@ -136,6 +136,14 @@ class RefusesPuts(Fault):
     def on_publishing(self, place: Place, shard: ShardSource, now_s: float) -> Fails | None:
         refuses = self.from_s <= now_s < self.until_s and self.strikes(place, shard)
         return Fails(0.0, "output", self.message) if refuses else None
+
+
+@dataclass
+class HangsPublishing(Fault):
+    """The output store never answers."""
+
+    def on_publishing(self, place: Place, shard: ShardSource, now_s: float) -> Hangs | None:
+        return Hangs(0.0) if self.strikes(place, shard) else None
 
 
 @dataclass

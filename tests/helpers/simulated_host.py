@@ -296,6 +296,8 @@ class SimulatedHost:
         shard, work, now_s = attempt.shard, self.records.work, self._clock.now_s
         faults = (fault.on_publishing(worker.place, shard, now_s) for fault in self._faults)
         refused = next((refused for refused in faults if refused is not None), None)
+        if isinstance(refused, Hangs):
+            return
         if refused is not None:
             work.repeated += attempt.samples
             self._end_attempt(worker, attempt, ShardOutcome(refused.status, message=refused.message))

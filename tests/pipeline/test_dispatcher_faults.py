@@ -1,9 +1,21 @@
 """Faults that last for a while, that several machines have, or that are hard to tell apart, simulated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pytest
+
+from pipeline.run.hosting import Abandoned, Ended
+from pipeline.run.worker import ShardOutcome
 from tests.helpers.cluster_scenarios import Scenario, gpu_machines, run_scenario
-from tests.helpers.simulated_faults import FailsAttempt, Fault, KillsWorker, at
+from tests.helpers.simulated_faults import (
+    FailsAttempt,
+    Fault,
+    HangsAttempt,
+    HangsPublishing,
+    KillsWorker,
+    RefusesPuts,
+    at,
+)
 from tests.helpers.simulated_machines import SimulatedMachine
 from tests.helpers.simulated_worker import WorkerTimes
 
@@ -96,3 +108,83 @@ def test_a_job_whose_shards_all_fail_ends_soon():
     run = run_scenario(scenario)
     assert len(run.given_up) == 500
     assert run.duration_s < 300
+
+
+@pytest.mark.parametrize("bad", [["m1"], ["m1", "m2"]])
+def test_machines_that_cannot_write_the_output_do_not_end_a_run_while_another_one_is_at_work(bad):
+    """Before: OutputError after five refusals, while the sound machine did a large shard."""
+    scenario = Scenario([100_000, *[400] * 50], gpu_machines(3, 1), [RefusesPuts(on(*bad))], times=QUICK)
+    run = run_scenario(scenario)
+    assert run.error is None
+    assert len(run.published) == 51 and run.given_up == []
+
+
+def test_machines_with_full_temporary_disks_do_not_end_a_run_while_another_one_is_at_work():
+    """Before: ScratchError after four seconds."""
+    fault = FailsAttempt(on("m1", "m2"), status="machine", after_s=0.5)
+    run = run_scenario(Scenario([10_000] * 20, gpu_machines(3, 1), [fault], times=QUICK, is_usable=on("m0")))
+    assert run.error is None
+    assert len(run.published) == 20 and run.given_up == []
+    assert run.efficiency > 0.95
+
+
+class EndsAttemptFirst:
+    """A host whose workers end an abandoned attempt before they answer the request."""
+
+    def __init__(self, host):
+        self._host = host
+
+    def __getattr__(self, name):
+        return getattr(self._host, name)
+
+    def events(self, timeout_s):
+        for event in self._host.events(timeout_s):
+            if isinstance(event, Abandoned) and event.will_not_publish:
+                yield Ended(event.worker, event.shard, ShardOutcome("abandoned"))
+            yield event
+
+
+def test_a_shard_that_always_hangs_is_given_up_in_whatever_order_its_worker_answers():
+    """Before: an attempt that ended before the answer did not count, and the run never ended."""
+    fault = HangsAttempt(shards=frozenset({"s000003"}))
+    scenario = Scenario(
+        [400] * 40,
+        gpu_machines(2, 2),
+        [fault],
+        times=QUICK,
+        run={"stall_timeout_s": 60.0},
+        time_limit_s=5000.0,
+    )
+    run = run_scenario(scenario, EndsAttemptFirst)
+    assert run.given_up == ["s000003"] and len(run.published) == 39
+    assert len(run.host.records.takes["s000003"]) == 3
+
+
+def test_a_worker_whose_publication_hangs_is_replaced():
+    """Before: it answered for ever that it was publishing, and the run never ended."""
+    scenario = Scenario(
+        [400] * 40,
+        gpu_machines(2, 1),
+        [HangsPublishing(shards=frozenset({"s000003"}), times=1)],
+        times=QUICK,
+        run={"stall_timeout_s": 60.0},
+        time_limit_s=5000.0,
+    )
+    run = run_scenario(scenario)
+    assert len(run.published) == 40 and run.given_up == []
+
+
+def test_a_request_to_end_also_counts_while_a_run_ends_for_another_reason():
+    """Before: the run took all of run.drain_s, and its exit code did not say that it was asked to end."""
+    failed_share = {f"s{number:06d}": 1.0 for number in range(10)}
+    scenario = Scenario(
+        [*[10_000] * 10, *[5_000] * 190],
+        gpu_machines(2, 2),
+        times=QUICK,
+        failed_share=failed_share,
+        run={"drain_s": 600.0},
+    )
+    ended_s = run_scenario(scenario).duration_s
+    run = run_scenario(replace(scenario, terminated_s=ended_s - 30.0))
+    assert run.end.terminated
+    assert run.duration_s <= ended_s + 1.0
