@@ -153,8 +153,16 @@ class Places:
         self._has_loaded = True
         self._records[place].load_failures = 0
 
-    def load_failed(self, place: Place, cause: str, now_s: float) -> LeftAlone | None:
+    def load_failed(
+        self, place: Place, cause: str, now_s: float, *, others_work: bool = False
+    ) -> LeftAlone | None:
         """Record that a worker was lost or failed while it loaded its model.
+
+        Args:
+            place: where.
+            cause: why, in one line.
+            now_s: the time.
+            others_work: whether workers of this run are ready there: the place may have no room for another.
 
         Returns:
             The place, if it is left alone from now on: where others have loaded the model.
@@ -162,7 +170,7 @@ class Places:
         record = self._records[place]
         record.load_failures += 1
         record.loads_after_s = now_s + _rest_s(record.load_failures)
-        if record.load_failures < LOAD_FAILURES or not self._has_loaded:
+        if record.load_failures < LOAD_FAILURES or others_work or not self._has_loaded:
             return None
         return self._leave_alone(place, f"the model could not be loaded {LOAD_FAILURES} times: {cause}")
 

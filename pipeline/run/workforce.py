@@ -396,7 +396,8 @@ class Workforce:
         """
         self._load_failures += 1
         place = worker.place if worker.place.machine_id else Place(worker.shape.node_id)
-        left_alone = self.places.load_failed(place, cause, self._host.now_s())
+        others_work = any(one.place == place for one in self.ready)
+        left_alone = self.places.load_failed(place, cause, self._host.now_s(), others_work=others_work)
         if self.places.has_loaded or not self._all_have_failed():
             where = f" on {place}" if place.machine_id else ""
             self._progress.say(f"A worker{where} did not load the model ({cause}); trying again.")

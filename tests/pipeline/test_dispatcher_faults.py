@@ -1,11 +1,11 @@
 """Faults that last for a while, that several machines have, or that are hard to tell apart, simulated."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from pipeline.run.hosting import Abandoned, Ended
-from pipeline.run.worker import ShardOutcome
+from pipeline.run.worker import LoadOutcome, ShardOutcome
 from tests.helpers.cluster_scenarios import Scenario, gpu_machines, run_scenario
 from tests.helpers.simulated_faults import (
     FailsAttempt,
@@ -188,3 +188,28 @@ def test_a_request_to_end_also_counts_while_a_run_ends_for_another_reason():
     run = run_scenario(replace(scenario, terminated_s=ended_s - 30.0))
     assert run.end.terminated
     assert run.duration_s <= ended_s + 1.0
+
+
+@dataclass
+class HasMemoryForOne(Fault):
+    """Only the first worker at each place can load its model."""
+
+    full: set = field(default_factory=set)
+
+    def on_loading(self, place):
+        if place in self.full:
+            return LoadOutcome("CUDA out of memory", is_device_fault=True)
+        self.full.add(place)
+        return None
+
+
+def test_a_gpu_that_has_memory_for_one_of_two_workers_is_used_by_that_one():
+    """Before: each GPU was left alone with the worker that had loaded, and the run ended without a result."""
+    scenario = Scenario(
+        [400] * 200, gpu_machines(2, 2), [HasMemoryForOne()], times=QUICK, run={"gpus_per_worker": 0.5}
+    )
+    run = run_scenario(scenario)
+    assert run.error is None
+    assert len(run.published) == 200 and run.given_up == []
+    assert run.end.state.left_alone == ()
+    assert run.efficiency > 0.9
