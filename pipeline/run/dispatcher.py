@@ -228,9 +228,11 @@ class Dispatcher:
         if worker is None:
             return
         worker.asked_s, worker.measures = None, event.heartbeat.measures
+        now_s = self._host.now_s()
         for shard_id, progress in event.heartbeat.progress.items():
-            if in_flight := worker.in_flight.get(shard_id):
-                in_flight.reported(progress, self._host.now_s())
+            in_flight = worker.in_flight.get(shard_id)
+            if in_flight and in_flight.reported(progress, now_s):
+                worker.progressed(in_flight, now_s)
 
     def _attempt_ended(self, event: Ended) -> None:
         worker, shard, outcome = self._workforce.workers.get(event.worker), event.shard, event.outcome
@@ -271,7 +273,11 @@ class Dispatcher:
                 self._gave_way(worker, in_flight)
 
     def _machines_at_work(self) -> set[str]:
-        return {worker.machine_id for worker in self._workforce.ready if worker.in_flight}
+        return {
+            worker.machine_id
+            for worker in self._workforce.workers.values()
+            if worker.in_flight or worker.state == "loading"
+        }
 
     def _no_longer_in_flight(self, worker: WorkerHandle, shard: ShardSource) -> ShardInFlight | None:
         in_flight = worker.in_flight.pop(shard.shard_id, None)
@@ -283,6 +289,7 @@ class Dispatcher:
         if report is None:
             raise TypeError("a shard that is done comes with a report")
         self._failures.shard_done(worker.place, self._host.now_s())
+        worker.progressed(in_flight, self._host.now_s())
         worker.shards_done += 1
         worker.bytes_done += in_flight.size_bytes
         self._tally.add_published(in_flight.shard, report.counts, report.damage)

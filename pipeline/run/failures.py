@@ -41,7 +41,7 @@ class FailuresInARow:
 
         Args:
             place: where it failed.
-            at_work: the machines with shards in flight.
+            at_work: the machines with shards in flight, or on which a worker loads its model.
             error: the failure.
             workers: number of workers that are ready.
 
@@ -63,14 +63,14 @@ class FailuresInARow:
 
         Args:
             place: where it was annotated.
-            at_work: the machines with shards in flight.
+            at_work: the machines with shards in flight, or on which a worker loads its model.
             begun_s: when it was assigned.
             error: why it could not be published.
             now_s: the time.
 
         Returns:
             Whether only this place is concerned, because another one has published a shard since then, or a
-            machine is at work whose shards have not been refused yet.
+            machine is at work that has not been refused yet.
 
         Raises:
             OutputError: the error, after several pauses without a success.

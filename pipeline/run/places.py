@@ -121,6 +121,12 @@ class Places:
         record = self._records.get(place)
         return record is not None and (bool(record.losses) or self.fails_in_a_row(place))
 
+    def is_machine_in_doubt(self, machine_id: str) -> bool:
+        """Return whether losses on a machine, at any of its devices, are not explained yet."""
+        return any(
+            place.machine_id == machine_id and bool(record.losses) for place, record in self._records.items()
+        )
+
     def fails_in_a_row(self, place: Place) -> bool:
         """Return whether the last attempts at a place failed without the loss of a worker."""
         record = self._records.get(place)

@@ -24,7 +24,7 @@ class ShardInFlight:
         shard: the shard.
         size_bytes: its size, or the usual size if that is unknown.
         started_s: when it was assigned.
-        progressed_s: when it last progressed.
+        progressed_s: when it last progressed, or one that was begun before it on this worker.
         progress: as last reported.
         abandoned_s: when the worker was asked not to publish it; None: it was not.
         is_moved: whether that was because its machine is drained, not because it does not progress.
@@ -40,11 +40,13 @@ class ShardInFlight:
     is_moved: bool = False
     was_publishing: bool = False
 
-    def reported(self, progress: ShardProgress, now_s: float) -> None:
-        """Take over what the worker reports."""
-        if progress.counts != self.progress.counts:
+    def reported(self, progress: ShardProgress, now_s: float) -> bool:
+        """Take over what the worker reports; return whether it has finished samples since the last report."""
+        has_progressed = progress.counts != self.progress.counts
+        if has_progressed:
             self.progressed_s = now_s
         self.progress = progress
+        return has_progressed
 
     def expected_s(self, now_s: float) -> float | None:
         """Return the seconds until it is finished, if it goes on as so far; None if that cannot be known."""
@@ -106,6 +108,12 @@ class WorkerHandle:
         by_progress, load = one.expected_s(now_s), self.load(now_s)
         by_speed = load.bytes_left / load.bytes_per_s if load.bytes_per_s else None
         return min((time_s for time_s in (by_progress, by_speed) if time_s is not None), default=None)
+
+    def progressed(self, one: ShardInFlight, now_s: float) -> None:
+        """Let the shards that were begun later, and whose turn has not come, wait no longer than from now."""
+        for other in self.in_flight.values():
+            if other.started_s >= one.started_s and not other.progress.counts.samples_in:
+                other.progressed_s = now_s
 
     def load(self, now_s: float) -> Load:
         """Return what it still has to do."""

@@ -166,6 +166,11 @@ class Workforce:
         """Plan workers; where every machine that could hold one is left alone, all are forgiven."""
         usable = [left for one in self._machines if (left := self._without_bad_devices(one)) is not None]
         plan = self._plan_for(usable)
+        if self._run.workers:
+            # where other machines can hold them all, losses on one may be explained there
+            sound = [one for one in usable if not self.places.is_machine_in_doubt(one.node_id)]
+            without = self._plan_for(sound)
+            plan = without if len(without.shapes) == len(plan.shapes) else plan
         if plan.shapes or self.ready or not self.places.left_alone:
             return plan
         everywhere = self._plan_for(self._machines)

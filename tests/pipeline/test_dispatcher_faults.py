@@ -213,3 +213,40 @@ def test_a_gpu_that_has_memory_for_one_of_two_workers_is_used_by_that_one():
     assert len(run.published) == 200 and run.given_up == []
     assert run.end.state.left_alone == ()
     assert run.efficiency > 0.9
+
+
+def test_one_wanted_worker_moves_to_another_machine_when_it_is_lost():
+    """Before: each replacement was started on the same bad GPU, and all shards were given up."""
+    scenario = Scenario(
+        [400] * 40,
+        gpu_machines(4, 1),
+        [KillsWorker(at("m0"))],
+        times=QUICK,
+        run={"workers": 1},
+        is_usable=on("m1"),
+    )
+    run = run_scenario(scenario)
+    assert len(run.published) == 40 and run.given_up == []
+    assert run.loads_at(at("m0")) == 1
+    assert run.efficiency > 0.9
+
+
+def test_a_shard_that_waits_behind_a_large_one_on_a_slow_device_is_not_taken_for_one_that_hangs():
+    """Before: it counted as a failed attempt and its worker was replaced, for every large shard."""
+    scenario = Scenario(
+        [2000] * 12,
+        [replace(gpu_machines(1, 1)[0], speed=0.2)],
+        times=replace(QUICK, is_fair=False, lookahead_samples=1900),
+        run={"stall_timeout_s": 60.0},
+    )
+    run = run_scenario(scenario)
+    assert len(run.published) == 12 and run.given_up == []
+    assert run.host.records.work.repeated == 0
+
+
+def test_a_machine_that_fails_while_the_others_still_load_does_not_end_the_run():
+    machines = [*gpu_machines(1, 1), SimulatedMachine("late", 4, 1, joins_s=2.5)]
+    fault = FailsAttempt(at("m0"), status="machine", after_s=0.05)
+    run = run_scenario(Scenario([400] * 40, machines, [fault], times=replace(QUICK, load_s=5.0)))
+    assert run.error is None
+    assert len(run.published) == 40 and run.given_up == []
