@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,7 +163,8 @@ class WordAnnotator:
 
     def annotate(self, shard):
         stem, started_s = stem_of(shard.shard_id), time.monotonic()
-        with self._log.open("a") as log:
+        # a fault may have taken the right to write from this process
+        with suppress(OSError), self._log.open("a") as log:
             log.write(f"{stem}\n")
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         try:

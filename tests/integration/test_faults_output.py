@@ -47,7 +47,9 @@ def annotate_here(tmp_path):
             job.metadata,
             cpus=1,
             device="cpu",
-            factory=lambda config, metadata, cpus, device: WordAnnotator(config, metadata, no_faults),
+            factory=lambda config, metadata, cpus, device: WordAnnotator(
+                config, metadata, no_faults, 0.0, tmp_path / "begun"
+            ),
         )
         worker.load()
         outcomes = [worker.annotate(shard) for shard in job.todo]
@@ -138,6 +140,9 @@ def test_a_worker_that_may_not_write_stops_the_job_with_path_and_cause_and_a_rer
 ):
     if action == "not_root" and os.geteuid():
         pytest.skip("only root can give up its rights")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        # what may not be written may still be read
+        folder.chmod(0o755)
     machines()
     with pytest.raises(OutputError, match=rf"{tmp_path}/out.*({message})"):
         struck_job([*"abc"], Fault("b", "middle", action), workers=1)

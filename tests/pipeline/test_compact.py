@@ -625,5 +625,5 @@ def test_rows_of_another_shard_are_refused(tmp_path):
     folder = OutputFolder(str(new))
     with folder.open("annotations", spoiled["shard_id"]) as file:
         for read in (file.rows, file.tables, lambda columns: [file.read_group(0, columns)]):
-            with pytest.raises(DamagedFileError, match="has rows of .* where those of .* should be"):
+            with pytest.raises(DamagedFileError, match=r"has rows of .* where those of .* should be"):
                 list(read(["key"]))
