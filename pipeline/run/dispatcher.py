@@ -46,6 +46,8 @@ MOST_ASSIGNMENTS_BY_WORKERS_PER_S = 10_000
 CHECK_INTERVAL_S = 1.0
 ABANDON_ANSWER_S = 10.0
 RETRY_BACKOFF_S = 2.0
+# a shard is taken from a slow worker only if an idle one would save much time with it
+MUCH_SLOWER, SAVED_BY_A_MOVE_S = 2.0, 30.0
 
 
 class Tally(Protocol):
@@ -385,6 +387,7 @@ class Dispatcher:
                 elif timeout_s and now_s - one.progressed_s > timeout_s:
                     self._abandon(worker, one)
         if not len(self._queue):
+            self._move_from_slow_devices(now_s)
             self._workforce.end_superfluous(self._in_flight)
 
     def _abandon(self, worker: WorkerHandle, in_flight: ShardInFlight) -> None:
@@ -418,12 +421,27 @@ class Dispatcher:
     def _gave_way(self, worker: WorkerHandle, in_flight: ShardInFlight) -> None:
         """Let another worker redo a shard that a worker will not publish."""
         if in_flight.is_moved or in_flight.abandoned_s is None:
-            self._queue.put_back(in_flight.shard)
+            self._queue.put_back(in_flight.shard, self._host.now_s(), avoided=worker.place)
             return
         # a thread of the worker may hang for ever
         worker.takes_no_more = True
         self._workforce.places.attempt_failed(worker.place, self._host.now_s())
         self._failed_attempt(worker, in_flight.shard, self._stall_text())
+
+    def _move_from_slow_devices(self, now_s: float) -> None:
+        """Let idle workers redo the last shards where that ends much sooner: a device may be far too slow."""
+        idle = [
+            speed
+            for worker in self._workforce.ready
+            if not (worker.in_flight or worker.takes_no_more) and (speed := worker.bytes_per_s(now_s))
+        ]
+        for worker in self._workforce.ready if idle and self._drain is None else ():
+            for one in worker.in_flight.values():
+                expected_s = worker.expected_s(one, now_s) or 0.0
+                redone_s = one.size_bytes / max(idle)
+                if expected_s > MUCH_SLOWER * redone_s + SAVED_BY_A_MOVE_S and one.abandoned_s is None:
+                    one.is_moved = True
+                    self._abandon(worker, one)
 
     def _move(self, workers: Iterable[WorkerHandle]) -> None:
         """Let other workers redo the shards that are not nearly done on machines that are drained."""

@@ -27,7 +27,8 @@ class ShardInFlight:
         progressed_s: when it last progressed, or one that was begun before it on this worker.
         progress: as last reported.
         abandoned_s: when the worker was asked not to publish it; None: it was not.
-        is_moved: whether that was because its machine is drained, not because it does not progress.
+        is_moved: whether that was so that another worker does it, on a machine that stays or sooner, and not
+            because it does not progress.
         was_publishing: whether the worker answered that it is publishing it.
     """
 

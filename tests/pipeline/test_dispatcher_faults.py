@@ -251,3 +251,14 @@ def test_a_machine_that_fails_while_the_others_still_load_does_not_end_the_run()
     run = run_scenario(Scenario([400] * 40, machines, [fault], times=replace(QUICK, load_s=5.0)))
     assert run.error is None
     assert len(run.published) == 40 and run.given_up == []
+
+
+def test_the_last_shards_are_taken_from_a_device_that_is_far_too_slow():
+    """Before: efficiency 0.3, because one of the largest shards took 20 times as long as elsewhere."""
+    machines = gpu_machines(4, 1)
+    machines[0] = replace(machines[0], speed=0.05)
+    samples = [20_000, 20_000, 20_000, 20_000, *[1000] * 120]
+    run = run_scenario(Scenario(samples, machines, times=QUICK))
+    assert len(run.published) == 124 and run.given_up == []
+    assert all(len(puts) == 1 for puts in run.host.records.puts.values())
+    assert run.efficiency > 0.7
