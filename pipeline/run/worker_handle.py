@@ -94,6 +94,11 @@ class WorkerHandle:
         """The machine on which it runs, or is meant to run; empty: any."""
         return self.place.machine_id or self.shape.node_id
 
+    @property
+    def is_holder(self) -> bool:
+        """Whether it only occupies a bad device, without any core, so that others get the good ones."""
+        return not self.shape.cpus
+
     def bytes_per_s(self, now_s: float) -> float | None:
         """Return its speed since it is ready; None before it has finished a few shards."""
         if self.shards_done < SHARDS_OF_A_KNOWN_SPEED or now_s <= self.ready_s:

@@ -98,7 +98,8 @@ class Workforce:
         return frozenset(
             worker.place if worker.place.machine_id else Place(worker.shape.node_id)
             for worker in self.workers.values()
-            if worker.machine_id and not (worker.takes_no_more or self.places.is_left_alone(worker.place))
+            if worker.machine_id
+            and not (worker.takes_no_more or worker.is_holder or self.places.is_left_alone(worker.place))
         )
 
     @property
@@ -155,6 +156,7 @@ class Workforce:
         self._end_idle()
         self._stop_those_without_machine()
         self._end_those_that_hang(now_s)
+        self._release_cores()
         self._start_missing(shards_unfinished, now_s)
         self._request_asks(shards_unfinished)
         self._load_held(now_s)
@@ -250,16 +252,24 @@ class Workforce:
         return Counter(
             worker.machine_id
             for worker in self.workers.values()
-            if not (worker.is_ask or worker.takes_no_more)
+            if not (worker.is_ask or worker.takes_no_more or worker.is_holder)
             and not (worker.state == "held" and self.places.is_left_alone(worker.place))
         )
 
     def _start_missing(self, shards_unfinished: int, now_s: float) -> None:
         counted = self._counted()
         room = min(self._plan.wanted, shards_unfinished) - counted.total()
+        # first the bad devices are occupied again
+        waits = {
+            one.machine_id for one in self.workers.values() if one.is_holder and one.state == "requested"
+        }
         for machine_id, shapes in self._plan.shapes_by_machine.items():
             for shape in shapes[counted[machine_id] :]:
-                if room > 0 and (shape.gpus or self._may_start_at(Place(machine_id), now_s)):
+                if (
+                    room > 0
+                    and machine_id not in waits
+                    and (shape.gpus or self._may_start_at(Place(machine_id), now_s))
+                ):
                     self._start(shape)
                     room -= 1
 
@@ -291,8 +301,17 @@ class Workforce:
 
     def _load_held(self, now_s: float) -> None:
         for worker in self.workers.values():
-            if worker.state == "held" and self._may_load_at(worker.place, now_s):
+            if worker.state == "held" and not worker.is_holder and self._may_load_at(worker.place, now_s):
                 self._load(worker)
+
+    def _release_cores(self) -> None:
+        """Let what holds a bad device keep no core that the worker at a good one needs."""
+        for worker in tuple(self.workers.values()):
+            is_bad = self.places.is_left_alone(worker.place)
+            if worker.state == "held" and worker.is_holder != is_bad:
+                self.end(worker)
+                if is_bad:
+                    self._start(replace(worker.shape, cpus=0))
 
     def _may_load_at(self, place: Place, now_s: float) -> bool:
         return not self.places.is_left_alone(place) and self._may_start_at(place, now_s)
@@ -351,7 +370,7 @@ class Workforce:
             self._ask_was_useless()
             return
         worker.is_ask = False
-        if self._may_load_at(worker.place, self._host.now_s()):
+        if self._may_load_at(worker.place, self._host.now_s()) and not worker.is_holder:
             self._load(worker)
         else:
             # it holds the device, so that a worker that is started next gets another one

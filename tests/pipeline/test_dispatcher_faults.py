@@ -9,6 +9,7 @@ from pipeline.run.worker import LoadOutcome, ShardOutcome
 from tests.helpers.cluster_scenarios import Scenario, gpu_machines, run_scenario
 from tests.helpers.simulated_faults import (
     FailsAttempt,
+    FailsToLoad,
     Fault,
     HangsAttempt,
     HangsPublishing,
@@ -262,3 +263,20 @@ def test_the_last_shards_are_taken_from_a_device_that_is_far_too_slow():
     assert len(run.published) == 124 and run.given_up == []
     assert all(len(puts) == 1 for puts in run.host.records.puts.values())
     assert run.efficiency > 0.7
+
+
+@pytest.mark.parametrize("gpus_per_worker", [1, 0.5])
+def test_a_bad_gpu_does_not_keep_the_cores_that_the_worker_at_the_good_one_needs(gpus_per_worker):
+    """Before: the worker that held the bad GPU had all CPU cores of the machine, and the run never ended."""
+    fault = FailsToLoad(at("m0", "0"), outcome=LoadOutcome("ECC", is_device_fault=True))
+    machines = [*gpu_machines(1, 2), SimulatedMachine("first", 8, 2, leaves_s=40.0)]
+    scenario = Scenario(
+        [400] * 60,
+        machines,
+        [fault],
+        times=QUICK,
+        run={"workers": 1, "gpus_per_worker": gpus_per_worker},
+        time_limit_s=5000.0,
+    )
+    run = run_scenario(scenario)
+    assert len(run.published) == 60 and run.given_up == []
