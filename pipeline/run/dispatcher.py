@@ -439,7 +439,9 @@ class Dispatcher:
             for one in worker.in_flight.values():
                 expected_s = worker.expected_s(one, now_s) or 0.0
                 redone_s = one.size_bytes / max(idle)
-                if expected_s > MUCH_SLOWER * redone_s + SAVED_BY_A_MOVE_S and one.abandoned_s is None:
+                is_too_slow = expected_s > MUCH_SLOWER * redone_s + SAVED_BY_A_MOVE_S
+                # once only: what failed elsewhere would come back
+                if is_too_slow and one.abandoned_s is None and self._queue.may_run_anywhere(one.shard):
                     one.is_moved = True
                     self._abandon(worker, one)
 

@@ -124,6 +124,10 @@ class ShardQueue:
                 return self._taken(shard)
         return self._take_fresh(most_bytes)
 
+    def may_run_anywhere(self, shard: ShardSource) -> bool:
+        """Return whether a shard has neither failed nor been taken from a worker."""
+        return shard.shard_id not in self._avoided
+
     def may_run_at(self, shard: ShardSource, place: Place, others: Collection[Place]) -> bool:
         """Return whether a shard may be tried at a place: it failed elsewhere, or there is no better place.
 

@@ -280,3 +280,11 @@ def test_a_bad_gpu_does_not_keep_the_cores_that_the_worker_at_the_good_one_needs
     )
     run = run_scenario(scenario)
     assert len(run.published) == 60 and run.given_up == []
+
+
+def test_a_shard_that_failed_at_the_fast_machine_is_not_taken_from_the_slow_one():
+    machines = gpu_machines(2, 1)
+    machines[1] = replace(machines[1], speed=0.05)
+    fault = FailsAttempt(at("m0"), shards=frozenset({"s000000"}))
+    run = run_scenario(Scenario([5000, *[500] * 40], machines, [fault], times=QUICK, time_limit_s=5000.0))
+    assert len(run.published) == 41 and run.given_up == []
