@@ -45,7 +45,9 @@ def run(tmp_path):
 
     def start(*names, factory=light, **settings):
         shards = named_shards(tmp_path / "in", *names)
-        config = demo_job(shards, tmp_path / "out", run={"progress_interval_s": 0.1, **settings})
+        config = demo_job(
+            shards, tmp_path / "out", run={"progress_interval_s": 0.1, "drain_s": 1.0, **settings}
+        )
         with (
             (tmp_path / "log").open("w") as log,
             open_progress(PrintableConsole(file=log, width=200), 0.1) as progress,
@@ -198,7 +200,7 @@ def annotate(corpus, out):
         corpus.shards,
         out,
         input={"allow_commands": True},
-        run={"workers": 1, "batch_size": 4, "progress_interval_s": 0.5},
+        run={"workers": 1, "batch_size": 4, "progress_interval_s": 0.5, "drain_s": 1.0},
     )
     path = out.parent / f"{out.name}.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
