@@ -6,6 +6,7 @@ retries are off because they would hide which shard killed a worker, and at whic
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -46,6 +47,7 @@ MOST_ASSIGNMENTS_BY_WORKERS_PER_S = 10_000
 CHECK_INTERVAL_S = 1.0
 ABANDON_ANSWER_S = 10.0
 RETRY_BACKOFF_S = 2.0
+MOST_REFUSALS_OF_A_SHARD = 10
 # a shard is taken from a slow worker only if an idle one would save much time with it
 MUCH_SLOWER, SAVED_BY_A_MOVE_S = 2.0, 30.0
 
@@ -127,6 +129,7 @@ class Dispatcher:
         self._workforce = Workforce(run, host, progress, len(shards), cpus_only=cpus_only, can_grow=can_grow)
         self._in_flight = 0
         self._failures = FailuresInARow()
+        self._refusals: Counter[str] = Counter()
         self._drain: _Drain | None = None
         self._started_s = host.now_s()
         self._next_assignment_s = 0.0
@@ -263,16 +266,24 @@ class Dispatcher:
                 self._workforce.places.worker_lost(worker.place, [shard.shard_id])
                 self._failed_attempt(worker, shard, f"{outcome.message} (on {worker.place})")
             case "output":
-                self._progress.say(f"{shard.canonical_url}: {outcome.message}; will be tried again")
-                self._queue.put_back(shard, self._host.now_s(), avoided=worker.place)
-                refusal = OutputError(outcome.message)
-                if self._failures.output_refused(
-                    worker.place, self._machines_at_work(), in_flight.started_s, refusal, self._host.now_s()
-                ):
-                    self._workforce.places.attempt_failed(worker.place, self._host.now_s())
+                self._not_written(worker, in_flight, outcome.message)
             case "abandoned":
                 # this may arrive before the worker's answer to the request
                 self._gave_way(worker, in_flight)
+
+    def _not_written(self, worker: WorkerHandle, in_flight: ShardInFlight, message: str) -> None:
+        """Try a shard elsewhere that could not be published; give it up if no other shard has the trouble."""
+        shard, now_s = in_flight.shard, self._host.now_s()
+        self._refusals[shard.shard_id] += 1
+        if self._refusals[shard.shard_id] >= MOST_REFUSALS_OF_A_SHARD:
+            self._give_up(GivenUp(shard, self._refusals[shard.shard_id], message))
+        else:
+            self._progress.say(f"{shard.canonical_url}: {message}; will be tried again")
+            self._queue.put_back(shard, now_s, avoided=worker.place)
+        if self._failures.output_refused(
+            worker.place, self._machines_at_work(), in_flight.started_s, OutputError(message), now_s
+        ):
+            self._workforce.places.attempt_failed(worker.place, now_s)
 
     def _machines_at_work(self) -> set[str]:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pipeline.config.schema import RunConfig
-from pipeline.errors import DamagedFileError, UserError
+from pipeline.errors import DamagedFileError, OutputError, UserError
 from pipeline.output.counts import ShardCounts, total_counts
 from pipeline.output.folder import ANNOTATIONS, SUCCESS_FILE
 from pipeline.output.runs import RunState
@@ -112,7 +112,8 @@ class RunTally:
         folder, shard_id = self._job.folder, shard.shard_id
         try:
             footer = folder.checked_footer(self._listed[shard_id], self._job.stamp.config_hash)
-        except DamagedFileError:
+        except (DamagedFileError, OutputError):
+            # redone where it cannot be read either
             return False
         damage = folder.damage_reason(shard_id) if footer.state == "damaged" else ""
         self.add_published(shard, footer.counts(), damage)

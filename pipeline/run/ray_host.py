@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from pipeline.storage import ShardSource
 MACHINE_CHECK_S = 2.0
 UNREACHABLE_MACHINE_CHECK_S = 30.0
 MACHINE_CHECK_INTERVAL_S = 0.5
+logger = logging.getLogger(__name__)
+
 # group of the methods that have threads of their own: one may wait for room, the others answer at once
 CONTROL = "control"
 CONTROL_THREADS = 4
@@ -214,8 +217,10 @@ class RayHost:
             return None  # it was stopped, or lost a moment ago
         error = answer.future.exception()
         if isinstance(error, RayTaskError):
-            # a bug: workers return failures as values
-            raise error
+            # a bug, or a process out of memory or threads: workers return failures as values
+            logger.error("worker %d: %s", number, error)
+            self._note_death(actor, cluster.loss_cause(error.cause))
+            return None
         if isinstance(error, RayError):
             # not only RayActorError: Ray's memory monitor kills a worker with an OutOfMemoryError
             self._note_death(actor, cluster.loss_cause(error))

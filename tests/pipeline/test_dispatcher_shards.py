@@ -136,3 +136,10 @@ def test_nothing_is_published_twice_by_attempts_at_the_same_time():
     run = run_scenario(scenario)
     assert len(run.published) + len(run.given_up) == 40
     assert all(len(puts) == 1 for puts in run.host.records.puts.values())
+
+
+def test_a_shard_that_alone_cannot_be_published_is_given_up_in_the_end():
+    fault = RefusesPuts(shards=frozenset({"s000003"}))
+    run = run_scenario(Scenario([400] * 200, gpu_machines(2, 2), [fault], times=QUICK))
+    assert (len(run.published), run.given_up) == (199, ["s000003"])
+    assert run.error is None
