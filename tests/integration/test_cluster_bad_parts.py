@@ -78,6 +78,7 @@ def test_one_put_that_fails_is_tried_again_elsewhere(machines, word_command, fin
     fault_table("one file cannot be written, once", "ENOSPC at its fsync", accounts)
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_is_nearly_done_and_begins_nothing(
     machines, word_command, finished, tmp_path, fault_table
 ):

@@ -66,6 +66,7 @@ def test_a_wrong_token_is_named_by_its_variable(connect, with_token):
     )
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_named_by_its_file(connect, with_token, tmp_path):
     path = tmp_path / "token"
     path.write_text(OTHER)
@@ -85,6 +86,7 @@ def test_a_cluster_that_requires_a_token_says_how_to_give_one(connect, with_toke
     )
 
 
+@pytest.mark.slow
 def test_a_token_that_cannot_be_read_or_sent_is_reported(connect, with_token, tmp_path):
     gone = tmp_path / "gone"
     printed = connect(with_token, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(gone))

@@ -90,6 +90,7 @@ def test_a_rerun_does_only_what_is_left_and_then_the_job_succeeds(run, tmp_path)
     assert yaml.safe_load((tmp_path / "out" / "_SUCCESS").read_text())["annotated"] == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_job_with_the_cause(run):
     with pytest.raises(OutputError, match="No space left on device"):
         run("a", "full", workers=1)
@@ -107,6 +108,7 @@ def test_more_errors_than_the_budget_allows_stop_the_job_early(run, tmp_path):
     assert result.state.shards_left > 0
 
 
+@pytest.mark.slow
 def test_one_shard_of_errors_at_the_front_does_not_keep_a_job_from_the_others(run, tmp_path):
     result, _ = run("errors", "a", "b", "c", workers=1, error_budget=0.5)
     assert {"a.tar", "b.tar", "c.tar"} <= set(published(tmp_path / "out"))

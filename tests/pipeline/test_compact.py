@@ -141,7 +141,9 @@ def exported(folder):
     }
 
 
-@pytest.mark.parametrize("form", ["coco", "voc", "webdataset"])
+@pytest.mark.parametrize(
+    "form", [*(pytest.param(form, marks=pytest.mark.slow) for form in ("coco", "voc")), "webdataset"]
+)
 def test_exports_are_the_same_byte_for_byte(form, out, new, tmp_path, legrad):
     classes = tmp_path / "classes.txt"
     classes.write_text("\n".join(f"thing number {number}" for number in range(30)))
@@ -153,6 +155,7 @@ def test_exports_are_the_same_byte_for_byte(form, out, new, tmp_path, legrad):
     assert exported(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_an_export_of_the_compacted_folder_is_resumed(new, tmp_path, legrad):
     assert legrad("export", new, tmp_path / "a", "--format", "coco")[0] == 0
     code, printed, _ = legrad("export", new, tmp_path / "a", "--format", "coco")
@@ -291,7 +294,10 @@ def made_of(folder, outcomes):
 # interruptions
 
 
-@pytest.mark.parametrize("published", range(9))
+@pytest.mark.parametrize(
+    "published",
+    [pytest.param(number, marks=() if number % 4 == 0 else pytest.mark.slow) for number in range(9)],
+)
 def test_an_interrupted_compaction_is_no_output_of_a_job_and_is_resumed(
     published, out, tmp_path, monkeypatch, legrad
 ):
@@ -324,6 +330,7 @@ def test_an_interrupted_compaction_is_no_output_of_a_job_and_is_resumed(
     assert read_status(str(new)) == read_status(str(out))
 
 
+@pytest.mark.slow
 @pytest.mark.medium
 def test_a_process_that_is_killed_while_it_writes_a_file_leaves_no_part_of_it_to_readers(
     out, tmp_path, legrad
@@ -494,7 +501,7 @@ def test_a_column_that_this_version_does_not_know_is_not_dropped(tmp_path, legra
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if number % 4 == 0 else pytest.mark.slow)
+        pytest.param(name, marks=() if number % 12 == 0 else pytest.mark.slow)
         for number, name in enumerate(HOSTILE_OUTPUTS)
     ],
 )
@@ -577,7 +584,13 @@ SPOILT_COPIES = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILT_COPIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if number % 4 == 0 else pytest.mark.slow)
+        for number, name in enumerate(SPOILT_COPIES)
+    ],
+)
 def test_a_damaged_compacted_folder_never_counts_as_complete(name, new, tmp_path, legrad):
     copy = damaged_copy(new, tmp_path, SPOILT_COPIES[name])
     code, printed, shown = legrad("status", copy)

@@ -119,6 +119,7 @@ def test_a_question_that_cannot_be_sent_is_raised_and_leaves_nothing_behind(run,
     assert len(children_of(launcher)) == 1
 
 
+@pytest.mark.slow
 def test_settings_that_cannot_be_sent_leave_no_process_behind(settings):
     processes = SampleProcesses(1, 2**20)
     try:
@@ -187,6 +188,7 @@ def start_dawdling(run, folder, seconds):
     return answer
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_costs_no_task_whether_it_starts_or_waits_or_a_task_runs(own, tmp_path):
     processes, run = own
     os.kill(processes._launcher._popen.pid, signal.SIGKILL)
@@ -215,6 +217,7 @@ def test_closing_ends_a_call_that_would_take_for_ever_and_later_calls_are_refuse
     processes.close()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_waits_for_room_holds_none(own, settings):
     processes, run = own
     processes._gate.enter(2**20)
@@ -229,6 +232,7 @@ def test_a_process_that_is_killed_while_it_waits_for_room_holds_none(own, settin
     process_of(run)
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_memory_longer_than_the_limit_is_not_killed(settings):
     processes = SampleProcesses(1, 2**20, timeout_s=1.0)
     run = partial(asked, processes, settings)

@@ -123,6 +123,7 @@ def test_rows_and_errors_are_the_same_in_processes_and_in_threads(explainer, tmp
     assert [counts.samples_in for counts in found[0][2]] == [40, 40, 12]
 
 
+@pytest.mark.slow
 def test_classes_are_the_same_too_though_they_are_not_sent_with_every_sample(explainer, tmp_path):
     paths = write_corpus(tmp_path / "in", 1, 20)
     prompts = {
@@ -145,13 +146,14 @@ def test_classes_are_the_same_too_though_they_are_not_sent_with_every_sample(exp
     ("colour", "kind", "words"),
     [
         (deadly_transform.SEGFAULT, "process_died", "was killed by SIGSEGV"),
-        (
+        pytest.param(
             deadly_transform.KILL,
             "process_died",
             "was killed by SIGKILL, as the kernel does where memory runs out",
+            marks=pytest.mark.slow,
         ),
-        (deadly_transform.EXIT, "process_died", "ended with exit code 7"),
-        (deadly_transform.MEMORY, "out_of_memory", "memory ran out"),
+        pytest.param(deadly_transform.EXIT, "process_died", "ended with exit code 7", marks=pytest.mark.slow),
+        pytest.param(deadly_transform.MEMORY, "out_of_memory", "memory ran out", marks=pytest.mark.slow),
     ],
 )
 def test_an_image_that_kills_its_decoder_costs_one_sample(deadly, tmp_path, colour, kind, words):
@@ -170,7 +172,11 @@ def test_an_image_that_kills_its_decoder_costs_one_sample(deadly, tmp_path, colo
 
 
 @pytest.mark.parametrize(
-    ("colour", "kind"), [(deadly_transform.SEGFAULT, "process_died"), (deadly_transform.HANG, "timed_out")]
+    ("colour", "kind"),
+    [
+        (deadly_transform.SEGFAULT, "process_died"),
+        pytest.param(deadly_transform.HANG, "timed_out", marks=pytest.mark.slow),
+    ],
 )
 def test_a_sample_whose_masks_end_or_stop_their_process_is_the_only_error_of_its_chunk(
     tmp_path, explainer, colour, kind
@@ -194,7 +200,9 @@ def test_a_sample_whose_masks_end_or_stop_their_process_is_the_only_error_of_its
         work.close()
 
 
-@pytest.mark.parametrize("colour", [deadly_transform.HANG, deadly_transform.STOP])
+@pytest.mark.parametrize(
+    "colour", [deadly_transform.HANG, pytest.param(deadly_transform.STOP, marks=pytest.mark.slow)]
+)
 def test_an_image_that_keeps_its_decoder_busy_for_ever_costs_one_sample(deadly, tmp_path, colour):
     samples = [sample(f"k{index:02d}", index) for index in range(20)]
     samples[4] = sample("k04", jpg=None, png=plain_png(colour))
@@ -229,6 +237,7 @@ def test_processes_killed_from_outside_cost_nothing(explainer, tmp_path):
     assert errors == [[], [], []]
 
 
+@pytest.mark.slow
 def test_a_launcher_that_was_killed_is_started_again(tmp_path, explainer):
     config = demo_job([], tmp_path / "out")
     settings = WorkSettings(config, explainer.transform, WHOLE_IMAGE, None)
@@ -257,6 +266,7 @@ def test_a_bug_is_raised_as_what_it_was_with_the_place_where_it_happened(tmp_pat
         processes.close()
 
 
+@pytest.mark.slow
 def test_settings_that_no_process_can_take_are_no_reason_to_blame_samples(tmp_path):
     processes = SampleProcesses(1, 2**20)
     try:
@@ -419,6 +429,7 @@ def test_an_end_that_has_gone_is_told_from_an_answer():
     sender.close()
 
 
+@pytest.mark.slow
 def test_how_a_process_ended_is_said_in_words(tmp_path, explainer):
     settings = WorkSettings(demo_job([], tmp_path / "out"), explainer.transform, WHOLE_IMAGE, None)
     processes = SampleProcesses(1, 2**20)
@@ -430,6 +441,7 @@ def test_how_a_process_ended_is_said_in_words(tmp_path, explainer):
         processes.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="scores are Linux's")
 def test_where_memory_runs_out_sample_processes_are_killed_before_the_one_with_the_device():
     program = (
