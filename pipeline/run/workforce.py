@@ -218,8 +218,7 @@ class Workforce:
 
     def _end_idle(self) -> None:
         for worker in tuple(self.workers.values()):
-            holds_nothing_bad = worker.state == "held" and self.places.is_left_alone(Place(worker.machine_id))
-            if (worker.takes_no_more and not worker.in_flight) or holds_nothing_bad:
+            if worker.takes_no_more and not worker.in_flight:
                 self.end(worker)
 
     def end(self, worker: WorkerHandle) -> None:
@@ -305,13 +304,17 @@ class Workforce:
                 self._load(worker)
 
     def _release_cores(self) -> None:
-        """Let what holds a bad device keep no core that the worker at a good one needs."""
+        """Let what holds a bad device keep no cores that the worker at a good one needs."""
         for worker in tuple(self.workers.values()):
             is_bad = self.places.is_left_alone(worker.place)
-            if worker.state == "held" and worker.is_holder != is_bad:
+            if worker.state != "held":
+                continue
+            if worker.is_holder and not is_bad:
                 self.end(worker)
-                if is_bad:
-                    self._start(replace(worker.shape, cpus=0))
+            # where nothing else runs, cores need not be released
+            elif is_bad and worker.shape.cpus > 1 and worker.machine_id in self._plan.shapes_by_machine:
+                self.end(worker)
+                self._start(replace(worker.shape, cpus=0, node_id=worker.machine_id))
 
     def _may_load_at(self, place: Place, now_s: float) -> bool:
         return not self.places.is_left_alone(place) and self._may_start_at(place, now_s)
@@ -365,7 +368,8 @@ class Workforce:
         if worker is None:
             return
         worker.place = event.place
-        if worker.is_ask and not self._becomes_worker(worker):
+        is_bad = self.places.is_left_alone(worker.place)
+        if worker.is_ask and not is_bad and not self._becomes_worker(worker):
             self.end(worker)
             self._ask_was_useless()
             return
@@ -373,7 +377,7 @@ class Workforce:
         if self._may_load_at(worker.place, self._host.now_s()) and not worker.is_holder:
             self._load(worker)
         else:
-            # it holds the device, so that a worker that is started next gets another one
+            # it holds the device, so that what is started next gets another one, perhaps on another machine
             worker.state = "held"
 
     def _ask_was_useless(self) -> None:
