@@ -139,7 +139,7 @@ class SharedActorsHost(RayHost):
 
     def start(self, worker: int, shape: WorkerShape) -> None:
         handle = WorkerHandle(self._shared[worker % len(self._shared)], worker)
-        self._actors[worker] = _Actor(worker, handle)
+        self._actors[worker] = _Actor(worker, handle, shape.node_id)
         self._call(self._actors[worker], "where", handle.where.remote())
 
     def stop(self, worker: int) -> None:
