@@ -132,10 +132,10 @@ class SharedActorsHost(RayHost):
         super().__init__(config, {}, "simulated", lambda *_: None)
         self._shared = actors
         machines = -(-workers // GPUS_OF_A_MACHINE)
-        self._machines = [MachineResources(32, GPUS_OF_A_MACHINE, f"m{number}") for number in range(machines)]
+        self._simulated_machines = [MachineResources(32, GPUS_OF_A_MACHINE, f"m{number}") for number in range(machines)]
 
     def machines(self) -> Sequence[MachineResources]:
-        return self._machines
+        return self._simulated_machines
 
     def start(self, worker: int, shape: WorkerShape) -> None:
         handle = WorkerHandle(self._shared[worker % len(self._shared)], worker)
