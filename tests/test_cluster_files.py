@@ -87,7 +87,7 @@ def test_the_workers_fill_the_machine_and_fit_in_it(ray_job):
     machines += [MachineResources(cpus, gpus, f"worker {number}") for number in range(group["replicas"])]
     run = configured(ray_job).run
     plan = plan_workers(run, machines, shards=10_000)
-    assert ([shape.gpus for shape in plan.shapes], plan.device) == (8 * [1], "cuda")
+    assert ([shape.gpus for shape in plan.shapes], plan.ask.device) == (8 * [1], "cuda")
     assert sum(shape.cpus for shape in plan.shapes) == group["replicas"] * cpus
     assert not [note for note in plan.notes if "get no worker" in note]
     store = int(group["rayStartParams"]["object-store-memory"])

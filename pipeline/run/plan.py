@@ -81,16 +81,6 @@ class WorkerPlan:
         """The workers of all machines."""
         return tuple(shape for shapes in self.shapes_by_machine.values() for shape in shapes)
 
-    @property
-    def device(self) -> str:
-        """Torch device of all workers."""
-        return self.ask.device
-
-    @property
-    def cpus_text(self) -> str:
-        """The CPU cores of a worker, for display: one number, or the smallest and the largest."""
-        return _range_text([shape.cpus for shape in self.shapes] or [self.ask.cpus])
-
 
 @dataclass(frozen=True)
 class _Share:

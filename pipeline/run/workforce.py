@@ -125,22 +125,21 @@ class Workforce:
             if worker.state in ("ready", "loading") and not worker.takes_no_more:
                 yield worker.load(now_s)
 
-    def reconcile(self, shards_unfinished: int, *, at_once: bool = False) -> list[WorkerHandle]:
+    def reconcile(self, shards_unfinished: int) -> list[WorkerHandle]:
         """Look at the machines, and start and stop workers so that they are what they should be.
 
         Args:
             shards_unfinished: shards that are neither published nor given up; more workers have no use.
-            at_once: look now, not only once some time has passed since the last time.
 
         Returns:
-            Workers that got machines that are drained: the caller moves their shards.
+            The workers with shards in flight on machines that Ray has begun to drain; the caller moves these.
 
         Raises:
             UserError: no machine with what a worker needs joined for `run.wait_for_devices_s`.
             WorkersLost: every machine is left alone.
         """
         now_s = self._host.now_s()
-        if now_s < self._next_look_s and not at_once:
+        if now_s < self._next_look_s:
             return []
         self._next_look_s = now_s + MACHINES_INTERVAL_S
         machines = self._host.machines()

@@ -132,7 +132,9 @@ class SharedActorsHost(RayHost):
         super().__init__(config, {}, "simulated", lambda *_: None)
         self._shared = actors
         machines = -(-workers // GPUS_OF_A_MACHINE)
-        self._simulated_machines = [MachineResources(32, GPUS_OF_A_MACHINE, f"m{number}") for number in range(machines)]
+        self._simulated_machines = [
+            MachineResources(32, GPUS_OF_A_MACHINE, f"m{number}") for number in range(machines)
+        ]
 
     def machines(self) -> Sequence[MachineResources]:
         return self._simulated_machines

@@ -230,8 +230,7 @@ def test_a_machine_that_drains_gets_no_worker():
 def test_without_a_gpu_the_plan_is_empty_and_asks_for_a_worker_with_one():
     plan = planned([(0,), (64,)])
     assert (plan.shapes, plan.wanted, plan.ask) == ((), 0, WorkerShape(1, 1.0))
-    assert plan.device == "cuda"
-    assert plan.cpus_text == "1"
+    assert (plan.ask.device, plan.ask.cpus) == ("cuda", 1)
     assert planned([], cpus_per_worker=4, gpus_per_worker=0.5).ask == WorkerShape(4, 0.5)
 
 
@@ -268,13 +267,8 @@ def test_no_more_workers_than_shards_are_planned():
 
 
 def test_the_device_follows_the_plan():
-    assert planned([EIGHT_GPUS], shards=1).device == "cuda"
-    assert planned([(2,)], shards=1, cpus_only=True).device == "cpu"
-
-
-def test_the_cores_of_workers_are_shown_as_one_number_or_as_a_range():
-    assert planned([EIGHT_GPUS]).cpus_text == "8"
-    assert planned([(16, 8), (64, 1)]).cpus_text == "2 to 32"
+    assert planned([EIGHT_GPUS], shards=1).ask.device == "cuda"
+    assert planned([(2,)], shards=1, cpus_only=True).ask.device == "cpu"
 
 
 @pytest.mark.parametrize(
