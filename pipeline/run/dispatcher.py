@@ -245,8 +245,7 @@ class Dispatcher:
             return
         worker.measures = outcome.measures
         if outcome.status == "device":
-            self._workforce.end(worker)
-            self._workforce.lost += 1
+            self._workforce.end_as_lost(worker)
             self._take_back(worker, outcome.message, is_device_fault=True)
             return
         in_flight = self._no_longer_in_flight(worker, shard)
@@ -346,11 +345,12 @@ class Dispatcher:
         in_flight = [one.shard for one in worker.in_flight.values()]
         self._in_flight -= len(in_flight)
         worker.in_flight.clear()
-        published = {shard.shard_id for shard in in_flight if self._tally.add_if_published(shard)}
-        shards = [shard for shard in in_flight if shard.shard_id not in published]
+        shards = []
         for shard in in_flight:
-            if shard.shard_id in published:
+            if self._tally.add_if_published(shard):
                 self._was_published_at(worker.place, shard)
+            else:
+                shards.append(shard)
         names = ", ".join(shard.canonical_url for shard in shards) or "none"
         if machine_lost:
             self._progress.say(
@@ -406,8 +406,7 @@ class Dispatcher:
         self._host.abandon(worker.number, in_flight.shard)
 
     def _replace_silent(self, worker: WorkerHandle, in_flight: ShardInFlight) -> None:
-        self._workforce.end(worker)
-        self._workforce.lost += 1
+        self._workforce.end_as_lost(worker)
         cause = "does not answer" if in_flight.is_moved else self._stall_text()
         self._take_back(worker, cause)
 

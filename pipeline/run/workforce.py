@@ -226,6 +226,11 @@ class Workforce:
             self._host.stop(worker.number)
             self.measures_of_former += worker.measures
 
+    def end_as_lost(self, worker: WorkerHandle) -> None:
+        """Stop a worker that is of no use any more, and count it as lost."""
+        self.end(worker)
+        self.lost += 1
+
     def end_all(self) -> None:
         """Stop every worker."""
         for worker in tuple(self.workers.values()):
@@ -328,8 +333,7 @@ class Workforce:
         for worker in tuple(self.workers.values()):
             asked_s = worker.asked_s if worker.state == "loading" else None
             if timeout_s and asked_s is not None and now_s - asked_s > timeout_s:
-                self.end(worker)
-                self.lost += 1
+                self.end_as_lost(worker)
                 self.load_failed(
                     worker, f"not loaded after {timeout_s:g} s, the limit of run.stall_timeout_s"
                 )

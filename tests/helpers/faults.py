@@ -254,6 +254,11 @@ def workers_seen(tmp_path):
     ]
 
 
+def daemon_of(machine):
+    """The process id of the daemon of a machine, the parent of its workers."""
+    return machine.all_processes["raylet"][0].process.pid
+
+
 def struck_by(*faults, marks_folder, seconds_per_sample=0.0):
     """A factory of annotators whose workers suffer these faults."""
     return partial(

@@ -7,15 +7,10 @@ import pytest
 
 from pipeline.output.status import read_status
 from tests.helpers.accounts import audit
-from tests.helpers.faults import Fault, marks, workers_seen
+from tests.helpers.faults import Fault, daemon_of, marks, workers_seen
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 NAMES = [f"{number:02d}" for number in range(90)]
-
-
-def daemon_of(machine):
-    """The process id of the daemon of a machine, the parent of its workers."""
-    return machine.all_processes["raylet"][0].process.pid
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.helpers.accounts import audit
-from tests.helpers.faults import Fault, workers_seen
+from tests.helpers.faults import Fault, daemon_of, workers_seen
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 NAMES = [f"{number:02d}" for number in range(10)]
@@ -40,11 +40,6 @@ def finish(tmp_path, log):
         return workers_seen(tmp_path)
 
     return go
-
-
-def daemon_of(machine):
-    """The process id of the daemon of a machine, the parent of its workers."""
-    return machine.all_processes["raylet"][0].process.pid
 
 
 def test_a_job_that_starts_before_its_machines_uses_all_that_join(machines, word_command, wait_for, finish):
