@@ -84,32 +84,32 @@ def _strongest_other(
 def text_distances(
     unit_rows: Float[Tensor, "*leading texts embed_dim"], centre: Float[Tensor, " embed_dim"] | None = None
 ) -> Float[Tensor, "*leading texts texts"]:
-    """Compute how far texts are apart, from 0 (equal) to 1 (nothing in common).
+    """Compute how far texts are apart, from 0 (equal) to 1 (as far as from texts of all kinds, or farther).
 
-    These are weights for `contrasted_grids`:
+    These are weights for `contrasted_grids`. For unit rows p and q, and the mean c of many other unit rows:
 
-        a, b = row p - centre, row q - centre
-        distance[p, q] = |a - b|^2 / (|a|^2 + |b|^2), at most 1
+        distance[p, q] = min(1, |p - q|^2 / mean of r(p) and r(q)),   r(p) = 2 - 2 <p, c>
 
-    That is 1 less the cosine of rows that are equally far from the centre. A text tower puts all texts into
-    one narrow cone, so without a centre all distances are small. One text that contains the other ("a dog",
-    "a dog and a cat") is near it, and takes little of its grid.
+    r(p) is the mean of |p - t|^2 over the rows t whose mean is c. A text tower puts all texts into one narrow
+    cone, so distances count in comparison with these. One text that contains the other ("a dog", "a dog and
+    a cat") is near it, and takes little of its grid.
 
     Args:
         unit_rows: unit text embeddings of an image's texts.
-        centre: mean embedding of texts of all kinds; None: the origin.
+        centre: mean embedding of texts of all kinds; None: the origin, as if these had nothing in common with
+            the image's texts.
 
     Returns:
         Symmetric distances in float32, zero on the diagonal.
     """
     # in float64, so that a batch's size, which changes the order of sums, does not change the rounded result
     rows = unit_rows.double()
-    if centre is not None:
-        rows = rows - centre
     products = rows @ rows.mT
-    squared = products.diagonal(dim1=-2, dim2=-1)
-    total = squared[..., :, None] + squared[..., None, :]
-    return ((total - 2 * products) / total.clamp(min=1e-12)).clamp_(0, 1).float()
+    apart = (1 - products).clamp(min=0)
+    to_others = torch.ones_like(rows[..., 0]) if centre is None else 1 - rows @ centre.double()
+    usual = (to_others[..., :, None] + to_others[..., None, :]) / 2
+    distances = (apart / usual.clamp(min=1e-12)).clamp(max=1).float()
+    return distances.masked_fill(torch.eye(rows.shape[-2], dtype=torch.bool, device=rows.device), 0)
 
 
 def contrasted_by_image(
