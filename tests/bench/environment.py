@@ -32,7 +32,7 @@ def changed_files(paths: Iterable[str]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor, the number of cores that this process may use, and the load of the last minute."""
+    """Return the processor, the cores that this process may use, and the load of the last minute."""
     return {
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,4 +1,4 @@
-"""The layout of each region of figures on the pages: columns, order and format; values are in the data files."""
+"""The layout of each region of figures on the pages: columns and formats; data files have the values."""
 
 from __future__ import annotations
 
