@@ -87,7 +87,9 @@ def recording(
         "program": path,
         "command": _command(path),
         "needs": needs,
-        "settings": {key: value for key, value in vars(arguments).items() if key not in OPTIONS},
+        "settings": {
+            key: value for key, value in vars(arguments).items() if key not in OPTIONS and value is not None
+        },
         **head,
         "is_clean": is_clean,
         "date": datetime.now(UTC).date().isoformat(),
