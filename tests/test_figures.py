@@ -1,0 +1,128 @@
+"""Published figures are what programs wrote: pages are made from data files, and show all of them."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.documents import PAGES, name_of, prose
+from tests.helpers.processes import REPOSITORY
+
+BENCH = REPOSITORY / "tests" / "bench"
+sys.path.append(str(BENCH))
+
+import figure_values  # noqa: E402
+import figures  # noqa: E402
+import layouts  # noqa: E402
+import measured_files  # noqa: E402
+
+PROGRAMS = sorted(
+    path
+    for path in BENCH.glob("*.py")
+    if "argparse" in path.read_text() or "figure_parser(" in path.read_text()
+)
+ON_EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=name_of)
+TABLE = re.compile(r"^\|.*\n\|[-|: ]+\n(?:\|.*\n?)+", re.MULTILINE)
+# a cell that is a figure: a number, perhaps signed, with a unit or an interval
+NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(e-?\d+)?( ?(±|/|to|%|ms|s|GB|MB|MiB|kB) ?[\d.,e-]*)*")
+# headers of tables whose numbers are no measurements of programs here
+NOT_MEASURED_HERE = {
+    "| codebase |": "",
+}
+
+
+def tables_outside_of_regions(text):
+    """Return the tables of a page that no program wrote."""
+    return TABLE.findall(figures.REGION.sub("", text))
+
+
+def is_of_figures(table):
+    """Whether some cells of a table are nothing but numbers."""
+    cells = [cell.strip() for line in table.splitlines()[2:] for cell in line.split("|")[2:-1]]
+    return sum(bool(NUMBER.fullmatch(cell)) for cell in cells) > 1
+
+
+@ON_EACH_PAGE
+def test_regions_of_figures_are_what_the_data_files_make(page):
+    text = page.read_text(encoding="utf-8")
+    assert figures.with_figures(text) == text, "run python tests/bench/figures.py --pages"
+
+
+@ON_EACH_PAGE
+def test_every_table_of_figures_is_made_from_a_data_file(page):
+    found = [
+        table.splitlines()[0] for table in tables_outside_of_regions(prose(page)) if is_of_figures(table)
+    ]
+    assert [header for header in found if header not in NOT_MEASURED_HERE] == []
+
+
+def test_a_figure_that_is_edited_by_hand_is_found():
+    page = BENCH / "README.md"
+    text = page.read_text(encoding="utf-8")
+    edited = re.sub(r"\| 1\.000 \|", "| 1.001 |", text, count=1)
+    assert edited == text or figures.with_figures(edited) != edited
+
+
+def test_a_table_of_numbers_outside_of_a_region_is_found():
+    table = "| a | b |\n|---|---|\n| x | 1.5 |\n| y | 2.5 ±.1 |\n"
+    region = f"<!-- figures: cluster_simulation begin -->\n{table}<!-- figures: cluster_simulation end -->"
+    assert [is_of_figures(each) for each in tables_outside_of_regions(table)] == [True]
+    assert tables_outside_of_regions(region) == []
+
+
+def test_every_region_has_a_layout_and_every_data_file_a_region():
+    shown = {
+        match[1] for page in PAGES for match in figures.REGION.finditer(page.read_text(encoding="utf-8"))
+    }
+    shown = {
+        name for page in PAGES for _, name, *_ in figures.REGION.findall(page.read_text(encoding="utf-8"))
+    }
+    assert shown == layouts.REGIONS.keys()
+    read = {region.figure for region in layouts.REGIONS.values()}
+    assert set(figure_values.names_of_figures()) <= read
+
+
+@pytest.mark.parametrize("name", figure_values.names_of_figures())
+def test_a_data_file_names_its_program_commit_and_files(name):
+    document = figure_values.read_figure(name).document
+    assert (REPOSITORY / document["program"]).exists()
+    assert document["commit"] and document["date"] and document["command"]
+    assert document["program"] in document["files"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+@pytest.mark.medium
+def test_every_program_explains_itself(program):
+    shown = subprocess.check_output([sys.executable, program, "--help"], text=True)
+    assert shown.startswith("usage:")
+
+
+def test_comments_and_docstrings_change_no_digest(tmp_path):
+    def digest_of(text):
+        path = tmp_path / "code.py"
+        path.write_text(text)
+        return measured_files.digest(path)
+
+    first = digest_of('"""What it does."""\n\ndef f(x):\n    """Return x."""\n    return x + 1\n')
+    assert digest_of('# why\ndef f(x):\n    """Else."""\n    return x + 1  # because\n') == first
+    assert digest_of("def f(x):\n    return x + 2\n") != first
+
+
+def test_files_are_measured_that_a_program_imports_through_others():
+    files = measured_files.measured_files(
+        ["tests/bench/rows_agreement.py"], ["pipeline/demo/shards/newartist-*.tar"]
+    )
+    assert {
+        "tests/bench/rows_agreement.py",
+        "tests/helpers/row_agreement.py",
+        "pipeline/annotate/rows.py",
+        "legrad/masks/rle.py",
+        "pipeline/demo/shards/newartist-000000.tar",
+    } <= files.keys()
+    assert not any("published" in path or "making" in path for path in files)
+
+
+def test_a_pattern_without_files_is_an_error():
+    with pytest.raises(FileNotFoundError, match="no file matches 'nothing/"):
+        measured_files.measured_files([], ["nothing/*.tar"])
