@@ -17,7 +17,7 @@ MAX_VALUES = 2**24
 
 def contrasted_grids(
     relevance_grids: Float[Tensor, "*leading texts grid_height grid_width"],
-    weights: Float[Tensor, "*leading texts texts"] | None = None,
+    weights: Float[Tensor, "... texts texts"] | None = None,
     *,
     share: float = 0.5,
 ) -> Float[Tensor, "*leading texts grid_height grid_width"]:
@@ -66,7 +66,7 @@ def _less_strongest(grids: Tensor, strongest: Tensor, share: float) -> Tensor:
 
 def _strongest_other(
     grids: Float[Tensor, "*leading texts grid_height grid_width"],
-    weights: Float[Tensor, "*leading texts texts"],
+    weights: Float[Tensor, "... texts texts"],
 ) -> Float[Tensor, "*leading texts grid_height grid_width"]:
     """Return, for each text and cell, the highest weighted relevance of another text, at least 0."""
     # NaN * 0 is NaN
