@@ -19,7 +19,7 @@ def contrasted_grids(
     relevance_grids: Float[Tensor, "*leading texts grid_height grid_width"],
     weights: Float[Tensor, "... texts texts"] | None = None,
     *,
-    share: float = 0.5,
+    share: float = 0.6,
 ) -> Float[Tensor, "*leading texts grid_height grid_width"]:
     """Subtract from each text's grid a share of the strongest other text's grid, clipped at 0.
 
@@ -117,7 +117,7 @@ def contrasted_by_image(
     image_index: Int[Tensor, " maps"],
     unit_rows: Float[Tensor, "maps embed_dim"],
     *,
-    share: float = 0.5,
+    share: float = 0.6,
     centre: Float[Tensor, " embed_dim"] | None = None,
     takes: Bool[Tensor, " maps"] | None = None,
     loses: Bool[Tensor, " maps"] | None = None,

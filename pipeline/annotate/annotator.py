@@ -116,7 +116,7 @@ class ShardAnnotator:
             batches_at_once=batches_at_once,
             companions=companions,
             views=views,
-            grid_steps=grid_steps_of(config.masks),
+            grid_steps=grid_steps_of(config.masks, config.contrast_share),
             refinement=refinement_of(config.masks, explainer.patch_size),
             cut=device_cut_of(config.masks, explainer.device),
         )

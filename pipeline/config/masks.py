@@ -49,19 +49,21 @@ class MasksConfig(Section):
         "raises above the threshold is background.",
     )
     smooth: float = Field(
-        0.0,
+        0.6,
         ge=0,
         le=100,
         description="Standard deviation of the Gaussian that smooths relevance grids, in patches, before "
         "masks.contrast and masks.refine; 0: none.",
     )
-    contrast: float = Field(
-        0.0,
+    contrast: float | None = Field(
+        None,
         ge=0,
         le=1,
         description="Contrast between the texts of an image: share of the strongest other text's grid that "
-        "is subtracted from each prompt's grid, less where two texts are alike; 0: none. A prompt without "
-        "any other text is not changed, and neither are the columns peak and heatmap.",
+        "is subtracted from each prompt's grid, less where two texts are alike; 0: none; null: 0.6 if "
+        "prompts are captions or classes that a sample mentions, else 0, because classes that an image does "
+        "not show would take from those that it shows. A prompt without any other text is not changed, and "
+        "neither are the columns peak and heatmap.",
     )
     contrast_with: Literal["all", "background"] = Field(
         "all",

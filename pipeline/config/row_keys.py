@@ -165,7 +165,7 @@ def _some_class(config: JobConfig, has: Callable[[ClassEntry], object]) -> bool:
 def backgrounds_act(config: JobConfig) -> bool:
     """Return whether there are background texts, and anything that they change."""
     masks = config.masks
-    acts = masks.combine == "argmax" or masks.contrast > 0 or masks.min_lead not in (None, -2)
+    acts = masks.combine == "argmax" or config.contrast_share > 0 or masks.min_lead not in (None, -2)
     return acts and bool(_background(config))
 
 
@@ -193,7 +193,7 @@ def _has_several_prompts(config: JobConfig) -> bool:
 
 def _contrasts(config: JobConfig) -> bool:
     by_prompts = config.masks.contrast_with == "all" and _has_several_prompts(config)
-    return config.masks.contrast > 0 and (by_prompts or bool(_background(config)))
+    return config.contrast_share > 0 and (by_prompts or bool(_background(config)))
 
 
 def _limits_leads(config: JobConfig) -> bool:
@@ -290,6 +290,7 @@ _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
     "prompts.classes": _class_rows,
     "prompts.mentioned_in": lambda config: _field(config.prompts.mentioned_in),
     "prompts.background": _background,
+    "masks.contrast": lambda config: config.contrast_share,
     "masks.refine_sharpness": _unit_sharpness,
     # nothing falls short of these
     "masks.min_similarity": lambda config: (

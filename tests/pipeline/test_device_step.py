@@ -55,7 +55,7 @@ FILTERS = {"min_similarity": 0.1, "min_peak": 0.1, "min_foreground_contrast": 0.
 
 @pytest.mark.parametrize(("limits", "launches"), [({}, 50), (FILTERS, 150)], ids=["alone", "with filters"])
 def test_smoothing_and_contrast_never_wait_and_launch_as_often_for_any_batch(limits, launches):
-    steps = grid_steps_of(MasksConfig(smooth=0.6, contrast=0.5, combine="argmax", **limits))
+    steps = grid_steps_of(MasksConfig(smooth=0.6, combine="argmax", **limits), 0.5)
     found = []
     for counts in ([1, 3, 5], [5] * 30):
         chosen = [ImageMaps(np.arange(own), np.arange(own), np.arange(own + 2), 2) for own in counts]
