@@ -105,7 +105,8 @@ def text_distances(
     # in float64, so that a batch's size, which changes the order of sums, does not change the rounded result
     rows = unit_rows.double()
     products = rows @ rows.mT
-    apart = (1 - products).clamp(min=0)
+    squared = products.diagonal(dim1=-2, dim2=-1)
+    apart = ((squared[..., :, None] + squared[..., None, :]) / 2 - products).clamp(min=0)
     to_others = torch.ones_like(rows[..., 0]) if centre is None else 1 - rows @ centre.double()
     usual = (to_others[..., :, None] + to_others[..., None, :]) / 2
     distances = (apart / usual.clamp(min=1e-12)).clamp(max=1).float()

@@ -15,9 +15,14 @@ from legrad.masks.contrast import contrasted_by_image, contrasted_grids, text_di
 GRID, DIM = (3, 4), 6
 
 
-def oracle(grids, images, rows, share, *, centre=None, takes=None, loses=None):
+def oracle(grids, images, rows, share, *, others=None, takes=None, loses=None):
     """The formula, text by text and cell by cell."""
-    grids, rows = grids.double().numpy(), rows.double().numpy() - (0 if centre is None else centre.numpy())
+    grids, rows = grids.double().numpy(), rows.double().numpy()
+    others = None if others is None else others.double().numpy()
+    # without other texts, that of unit rows at a right angle
+    usual = [
+        2.0 if others is None else np.mean([((row - text) ** 2).sum() for text in others]) for row in rows
+    ]
     result = grids.copy()
     for p in range(len(grids)):
         if loses is not None and not loses[p]:
@@ -27,7 +32,7 @@ def oracle(grids, images, rows, share, *, centre=None, takes=None, loses=None):
             if q == p or images[q] != images[p] or (takes is not None and not takes[q]):
                 continue
             squared = ((rows[p] - rows[q]) ** 2).sum()
-            weight = min(1.0, squared / max((rows[p] ** 2).sum() + (rows[q] ** 2).sum(), 1e-12))
+            weight = min(1.0, squared / max((usual[p] + usual[q]) / 2, 1e-12))
             strongest = np.maximum(strongest, weight * grids[q])
         result[p] = np.maximum(0, grids[p] - share * strongest)
     return result
@@ -56,15 +61,16 @@ def flags(generator, count):
 def test_each_text_loses_a_share_of_the_strongest_other_text_of_its_image(counts, seed, share, values):
     grids, images, rows = batch_of(counts, seed)
     generator = np.random.default_rng(seed)
+    others = F.normalize(torch.from_numpy(generator.normal(size=(5, DIM))), dim=1)
     options = {
-        "centre": 0.3 * torch.randn(DIM).double(),
         "takes": flags(generator, len(grids)),
         "loses": flags(generator, len(grids)),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contrast, "MAX_VALUES", values)
-        found = contrasted_by_image(grids, images, rows, share=share, **options)
-    np.testing.assert_allclose(found, oracle(grids, images, rows, share, **options), atol=1e-6)
+        found = contrasted_by_image(grids, images, rows, share=share, centre=others.mean(0), **options)
+    expected = oracle(grids, images, rows, share, others=others, **options)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @settings(max_examples=40)

@@ -256,7 +256,12 @@ CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
         ({}, {"masks": {"min_similarity": -1, "min_peak": 0, "min_foreground_contrast": 0}}),
         ({}, {"views": {"tile_zoom": 3, "tile_overlap": 0.5, "max_tiles": 3}}),
         ({}, {"prompts": {"max_per_sample": 3, "embed_synonyms": True, "neutral_threshold": 0.1}}),
-        ({}, {"prompts": {"background": "default", "max_background": 2}}),
+        (
+            {"masks": {"contrast": 0}},
+            {"masks": {"contrast": 0, "contrast_with": "background"}, "prompts": {"background": "default"}},
+        ),
+        ({}, {"masks": {"contrast": 0.6, "contrast_with": "background"}, "prompts": {"max_background": 2}}),
+        ({"prompts": CLASSES_JOB}, {"prompts": CLASSES_JOB, "masks": {"contrast": 0}}),
         ({}, {"output": {"rows": "all"}}),
         ({}, {"input": {"caption": "TXT", "shards": "b.tar", "allow_commands": True}}),
         ({}, {"run": {"batch_size": 3}}),
