@@ -10,14 +10,14 @@ EXPLAIN_SPEED = {
     "precision": "{precision}",
     "layers": "{layers}",
     "prompts": "{prompts}",
-    "ours": "{median_s[ours]:.3g} s",
-    "authors": "{median_s[authors]:.3g} s",
-    "ratio": "{ratio[authors]:.2f}",
-    "forward pass": "{median_s[forward]:.3g} s",
-    "torchcam": "{median_s[torchcam]:.3g} s",
-    "GradCAM": "{median_s[grad_cam]:.3g} s",
-    "peak memory, ours / authors / forward": "{peak_mib[ours]:,.0f} / {peak_mib[authors]:,.0f} / "
-    "{peak_mib[forward]:,.0f} MiB",
+    "ours, s": "{median_s[ours]:.3g}",
+    "forward pass, s": "{median_s[forward]:.3g}",
+    "authors, s": "{median_s[authors]:.3g}",
+    "authors / ours": "{ratio[authors]:.2f}",
+    "torchcam, s": "{median_s[torchcam]:.3g}",
+    "GradCAM, s": "{median_s[grad_cam]:.3g}",
+    "peak memory, ours / authors / forward, MiB": "{peak_mib[ours]:,.0f} / {peak_mib[authors]:,.0f} / "
+    "{peak_mib[forward]:,.0f}",
     "largest difference from the authors' maps": "{largest_difference_from_authors:.1e}",
 }
 GPU_FORWARD = {
@@ -185,7 +185,7 @@ THROUGHPUT = {
 SHARD_SIZES = {
     "samples in the shard": "{samples:,}",
     "peak memory": "{peak_mib:,.0f} MiB",
-    "of these before the shard": "{before_mib:,.0f} MiB",
+    "MiB of these before the shard": "{before_mib:,.0f}",
 }
 DRIVER = {
     "shards": "{shards:,}",

@@ -51,15 +51,17 @@ def head(figure: Figure) -> str:
         *([f"load up to {machine['load_1min']}"] if isinstance(machine["load_1min"], float) else []),
         *([machine["device"]] if isinstance(machine["device"], str) else []),
     ]
-    shown = ", ".join(part for part in parts if isinstance(part, str))
+    shown = ", ".join(part for part in parts if isinstance(part, str) and part)
     needs = f" Needs {document['needs']}." if isinstance(document["needs"], str) else ""
     copied = " Copied from this page as it was before data files." if document["is_copied"] is True else ""
     return f"`{document['command']}`: {shown}.{needs}{copied}"
 
 
 def table(rows: Iterable[Row], columns: Columns) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table; a sentence where there is no row."""
     cells = [[form.format_map(row) for form in columns.values()] for row in rows]
+    if not cells:
+        return f"Not measured by that run: {', '.join(list(columns)[1:])}."
     return "\n".join([_line(list(columns)), "|---" * len(columns) + "|", *map(_line, cells)])
 
 
