@@ -26,16 +26,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval."""
+    """A value with its 95 % interval; figures copied from a page may lack the interval."""
 
     value: float
-    low: float
-    high: float
-
-    @property
-    def half(self) -> float:
-        """Half the width of the interval."""
-        return (self.high - self.low) / 2
+    low: float | None = None
+    high: float | None = None
 
     @property
     def short(self) -> str:
@@ -43,14 +38,22 @@ class Interval:
         return _short(self.value)
 
     @property
+    def half(self) -> str:
+        """Half the width of the interval."""
+        return "" if self.low is None or self.high is None else f"±{_short((self.high - self.low) / 2)}"
+
+    @property
     def short_half(self) -> str:
         """The value and half the interval."""
-        return f"{_short(self.value)} ±{_short(self.half)}"
+        return f"{self.short} {self.half}".strip()
 
     @property
     def span(self) -> str:
         """The value and both ends of its interval."""
-        return f"{_short(self.value)} ({_short(self.low)} to {_short(self.high)})"
+        ends = (
+            "" if self.low is None or self.high is None else f" ({_short(self.low)} to {_short(self.high)})"
+        )
+        return f"{self.short}{ends}"
 
     @property
     def percent(self) -> str:
@@ -60,12 +63,15 @@ class Interval:
     @property
     def percent_half(self) -> str:
         """The value and half the interval, in per cent."""
-        return f"{self.percent} ±{100 * self.half:.1f}"
+        return f"{self.percent}{self._percent_of_half()}"
 
     @property
     def signed_percent_half(self) -> str:
         """A difference and half the interval, in per cent."""
-        return f"{100 * self.value:+.1f} ±{100 * self.half:.1f}"
+        return f"{100 * self.value:+.1f}{self._percent_of_half()}"
+
+    def _percent_of_half(self) -> str:
+        return "" if self.low is None or self.high is None else f" ±{50 * (self.high - self.low):.1f}"
 
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)

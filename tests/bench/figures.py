@@ -81,9 +81,7 @@ def account_of(figure: Figure, changed: list[str]) -> list[str]:
     """Return lines on the age of a figure, and how it is renewed."""
     document = figure.document
     days = (datetime.now(UTC).date() - date.fromisoformat(document["date"])).days
-    state = (
-        f"OLDER: {len(changed)} of {len(document['files'])} measured files changed" if changed else "current"
-    )
+    state = f"OLDER: {len(changed)} measured files changed, are new or are gone" if changed else "current"
     took = document["took_s"]
     minutes = f"took {took / 60:.1f} minutes" if isinstance(took, int) else "time not recorded"
     needs = f"; needs {document['needs']}" if isinstance(document["needs"], str) else ""

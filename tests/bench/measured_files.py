@@ -22,7 +22,10 @@ import grimp
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("legrad", "pipeline", "tests")
-RECORDING = ("environment", "figure_values", "figures", "layouts", "measured_files", "published")
+RECORDING = (
+    *("cost_layouts", "environment", "figure_values", "figures", "layout_parts", "layouts"),
+    *("mask_layouts", "measured_files", "published"),
+)
 DIGITS = 12
 # fields of a syntax tree that differ between versions of Python, or repeat what other fields say
 _IGNORED_FIELDS = {"ctx", "kind", "type_comment", "type_params"}

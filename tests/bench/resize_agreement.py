@@ -137,7 +137,7 @@ def pixel_rows() -> Iterator[dict[str, Any]]:
             off = np.abs(np.stack(exact).astype(int) - np.stack(fast))
             yield {
                 "size": f"{width}x{height}",
-                "file_bytes": int(np.mean([len(data) for data in files])),
+                "file_kb": np.mean([len(data) for data in files]) / 1000,
                 "levels_mean": round(float(off.mean()), 4),
                 "levels_max": int(off.max()),
                 **costs(files),
