@@ -116,8 +116,24 @@ def split_mask(
     frame = _working_frame((mask.shape[0], mask.shape[1]), grid_size)
     small_mask, small_heat = _shrunk(mask, frame), _resized(heat, frame)
     smooth = _smoothed(np.where(small_mask, small_heat, 0), grid_size, splitting.smooth)
-    labels = spread_labels(_basins(smooth, small_mask, splitting), mask)
-    return _by_score(labels, _resized(heat, (mask.shape[0], mask.shape[1])))
+    return instances_of_labels(_basins(smooth, small_mask, splitting), mask, heat)
+
+
+def instances_of_labels(
+    labels: UInt8[np.ndarray, "rows columns"],
+    mask: Bool[np.ndarray, "height width"],
+    heat: Float32[np.ndarray, "map_rows map_columns"],
+) -> InstanceLabels:
+    """Return the instances of a mask that labels in another frame show; see `split_mask`.
+
+    Args:
+        labels: 0 or the number of an instance; the mask's pixels without a label go to the nearest one.
+        mask: the mask.
+        heat: heat map in any frame, from 0 to 1.
+    """
+    if not mask.any():
+        return InstanceLabels(np.zeros(mask.shape, np.uint8), np.zeros(0, np.float32))
+    return _by_score(spread_labels(labels, mask), _resized(heat, (mask.shape[0], mask.shape[1])))
 
 
 def spread_labels(
