@@ -90,7 +90,7 @@ def test_without_instances_in_the_truth_nothing_is_scored():
 
 def raw(instances: bytes) -> RawSample:
     fields = scene_fields(LABELS, ["dogs", "a car"], [7, 9])
-    return RawSample("a", 0, {**fields, "inst.png": instances})
+    return RawSample(0, "a", {**fields, "inst.png": instances})
 
 
 def test_the_instance_map_of_a_sample_is_read():
