@@ -96,6 +96,11 @@ VALUES = {
         "contrast_with": st.sampled_from(["all", "background"]),
         "min_component": st.sampled_from([0.0, 0.1]),
         "max_hole": st.sampled_from([0.0, 0.1]),
+        "instances": st.sampled_from(["none", "none", "watershed"]),
+        "min_peak_drop": st.sampled_from([0.05, 0.5]),
+        "segmenter": st.sampled_from([None, None, "some/sam"]),
+        "segmenter_revision": st.sampled_from([None, "main"]),
+        "segmenter_min_iou": st.sampled_from([0.1, 0.5]),
     },
     "output": {
         "dir": st.sampled_from(["out", "elsewhere"]),
@@ -303,6 +308,20 @@ def test_the_weights_are_named_where_their_digest_differs_and_only_there():
         "the model's files (weights, configuration or tokenizer): openai (w) before, laion400m_e32 (v) now"
     )
     assert "nothing in the configuration" in described(job(), tag)
+
+
+def test_the_segmenter_is_named_where_its_digest_differs_and_its_place_does_not_count():
+    before = of_place("some/sam")
+    earlier = {**written(before), "segmenter_digest": "s1"}
+    moved = of_place("/elsewhere/sam")
+    assert config_hash(before, "w", "s1") == config_hash(moved, "w", "s1") != config_hash(before, "w", "s2")
+    assert config_hash(before, "w", "s1") != config_hash(of_place(None), "w")
+    report = describe_differences(earlier, moved, "w", "s2")
+    assert report == "the segmenter's files: some/sam (s1) before, /elsewhere/sam (s2) now"
+
+
+def of_place(segmenter):
+    return demo_job(["a.tar"], "out", masks={"rule": "fixed", "segmenter": segmenter})
 
 
 def test_a_secret_and_a_control_character_in_a_value_are_not_shown():
