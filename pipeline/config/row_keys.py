@@ -274,6 +274,7 @@ def _field(spec: str | None) -> str | None:
 # when a key does something; keys that are not here always do
 _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
     "input.caption": lambda config: not _by_classes(config),
+    "model.affinity": lambda config: config.model.affinity != "none",
     "views.tile_zoom": _tiles,
     "views.tile_overlap": _tiles,
     "views.max_tiles": _tiles,

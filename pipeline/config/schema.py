@@ -80,6 +80,12 @@ class ModelConfig(Section):
     layers: Count | Literal["all"] = Field(
         2, description="Number of last transformer blocks whose relevance is added up, or all."
     )
+    affinity: Literal["none", "keys"] = Field(
+        "none",
+        description="Whether relevance is spread over the patches of an image that look alike to the model. "
+        "keys: the relevance of a patch becomes the mean over all patches, weighted by the likeness of their "
+        "keys in the last blocks.",
+    )
     image_size: Count | tuple[Count, Count] | None = Field(
         None,
         description="Size of the model's input in pixels: side, or [height, width]; null: the model's own.",

@@ -51,6 +51,7 @@ VALUES = {
         "pretrained": st.sampled_from(["openai", "laion400m_e32"]),
         "precision": st.sampled_from(["fp32", "bf16"]),
         "layers": st.sampled_from([2, 3, "all"]),
+        "affinity": st.sampled_from(["none", "keys"]),
         "image_size": st.sampled_from([None, 32, [32, 32], [32, 64]]),
         "fit": st.sampled_from(["stretch", "keep", "tile"]),
     },
