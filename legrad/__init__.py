@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from legrad.heatmaps import heatmaps_of, minmax_normalise, upsample_grid
     from legrad.images import ImageTransform
     from legrad.masks.cleaning import Cleaning
+    from legrad.masks.contrast import contrasted_grids, text_distances
     from legrad.masks.grids import ImageMasks, grid_to_masks
     from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
     from legrad.masks.rle import Rle, decode_rle, encode_rle, mask_area, mask_bbox_xywh
+    from legrad.masks.smoothing import smoothed_grids
     from legrad.masks.thresholds import MaskRule, otsu_threshold
     from legrad.method.trace import LayerTrace, Trace
     from legrad.pictures import overlay
@@ -62,6 +64,7 @@ __all__ = [
     "Trace",
     "UnsupportedModelError",
     "Views",
+    "contrasted_grids",
     "decode_rle",
     "dilations_for_patch",
     "encode_rle",
@@ -75,7 +78,9 @@ __all__ = [
     "otsu_threshold",
     "overlay",
     "refine_heatmaps",
+    "smoothed_grids",
     "supported_models",
+    "text_distances",
     "upsample_grid",
     "view_relevance",
 ]
@@ -97,9 +102,11 @@ _MODULES = {
     "legrad.heatmaps": ["heatmaps_of", "minmax_normalise", "upsample_grid"],
     "legrad.images": ["ImageTransform"],
     "legrad.masks.cleaning": ["Cleaning"],
+    "legrad.masks.contrast": ["contrasted_grids", "text_distances"],
     "legrad.masks.grids": ["ImageMasks", "grid_to_masks"],
     "legrad.masks.refine": ["Refinement", "dilations_for_patch", "refine_heatmaps"],
     "legrad.masks.rle": ["Rle", "decode_rle", "encode_rle", "mask_area", "mask_bbox_xywh"],
+    "legrad.masks.smoothing": ["smoothed_grids"],
     "legrad.masks.thresholds": ["MaskRule", "otsu_threshold"],
     "legrad.method.trace": ["LayerTrace", "Trace"],
     "legrad.pictures": ["overlay"],

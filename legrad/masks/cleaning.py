@@ -1,13 +1,12 @@
-"""Clean heat maps and masks: smooth maps, drop small components, fill small holes.
+"""Clean masks: drop small components, then fill small holes.
 
-Source: scipy.ndimage (`gaussian_filter`, `label`), in the usual order: smooth, threshold, drop components,
-fill holes.
+Source: scipy.ndimage (`label`), in the usual order.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool
 
 from legrad.errors import MaskError
 
@@ -16,10 +15,11 @@ EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Cleaning of heat maps before they are thresholded and of masks afterwards; none by default.
+    """Smoothing of relevance grids, and cleaning of the masks that are made from them; none by default.
 
     Attributes:
-        smooth: standard deviation of the Gaussian that smooths relevance grids, in patches; at least 0.
+        smooth: standard deviation of the Gaussian that smooths relevance grids, in patches, at least 0; see
+            `legrad.smoothed_grids`.
         min_component: share of the frame in [0, 1]; connected components of a mask below it are dropped.
         max_hole: share of the frame in [0, 1]; holes in a mask up to it are filled.
 
@@ -41,29 +41,11 @@ class Cleaning:
 
     @property
     def changes_masks(self) -> bool:
-        """Whether masks are changed, not only heat maps."""
+        """Whether masks are changed, not only grids."""
         return self.min_component > 0 or self.max_hole > 0
 
 
 NO_CLEANING = Cleaning()
-
-
-def smooth_map(
-    heat: Float32[np.ndarray, "height width"], sigma_height: float, sigma_width: float
-) -> Float32[np.ndarray, "height width"]:
-    """Smooth a map with a Gaussian; the map is mirrored at its edges.
-
-    Args:
-        heat: of any range.
-        sigma_height: standard deviation along the height, in cells of the map.
-        sigma_width: standard deviation along the width, in cells of the map.
-    """
-    if not (sigma_height or sigma_width):
-        return heat
-    from scipy import ndimage
-
-    smooth: np.ndarray = ndimage.gaussian_filter(heat, (sigma_height, sigma_width))
-    return smooth
 
 
 def clean_mask(

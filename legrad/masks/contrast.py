@@ -1,3 +1,216 @@
-"""The published contrasts of the refinement kernels; kept apart from `refine`, which needs torch."""
+"""Contrast between the texts of an image: what other texts explain better is taken from a text's grid."""
 
-PUBLISHED_CONTRAST = {"pamr": 0.1, "par": 0.3}
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor
+
+from legrad.errors import InputError
+from legrad.memory import uploaded
+
+# bound on the values of a temporary tensor, about 64 MB in float32
+MAX_VALUES = 2**24
+
+
+def contrasted_grids(
+    relevance_grids: Float[Tensor, "*leading texts grid_height grid_width"],
+    weights: Float[Tensor, "*leading texts texts"] | None = None,
+    *,
+    share: float = 0.5,
+) -> Float[Tensor, "*leading texts grid_height grid_width"]:
+    """Subtract from each text's grid a share of the strongest other text's grid, clipped at 0.
+
+        contrasted[p] = max(0, grid[p] - share * max over q of (weights[p, q] * grid[q]))
+
+    Relevance of one text contains what all texts have in common: a text's map is high wherever the image
+    shows anything. What remains is where the text explains the image better than the others do. Apply it to
+    raw grids, which texts have in one unit, before any normalisation.
+
+    Args:
+        relevance_grids: raw relevance of all texts of an image, as `LeGrad.relevance` returns them for a
+            batch. A grid with NaN or infinity takes nothing from others.
+        weights: weight from 0 to 1 with which text q, the last index, takes from text p; see
+            `text_distances`. A text that takes nothing has a column of zeros, one that loses nothing a row of
+            zeros. What a text would take from itself does not count. None: all weights are 1.
+        share: share from 0 to 1 of the strongest other grid; at 0 the grids are returned as they are.
+
+    Returns:
+        Grids in float32, or in float64 if the given ones are, in the unit of the given ones. A text from
+        which nothing is taken keeps its grid to the bit; one that others explain better everywhere has zeros.
+
+    Raises:
+        InputError: the share is out of range.
+
+    Source: this project; measured in tests/bench/README.md. The idea that classes compete on unnormalised
+        maps is that of CLIP-ES (arXiv:2212.09506), section 3.2, where a softmax over classes acts on scores.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"share: expected a value from 0 to 1, received {share!r}")
+    texts = relevance_grids.shape[-3]
+    if not share or texts < 2:
+        return relevance_grids
+    grids = relevance_grids if relevance_grids.dtype == torch.float64 else relevance_grids.float()
+    others = torch.ones(texts, texts, dtype=grids.dtype, device=grids.device).fill_diagonal_(0)
+    if weights is not None:
+        others = others * weights
+    return _less_strongest(grids, _strongest_other(grids, others), share)
+
+
+def _less_strongest(grids: Tensor, strongest: Tensor, share: float) -> Tensor:
+    """Return max(0, grids - share * strongest), but a grid from which nothing is taken to the bit."""
+    return grids - torch.minimum(grids.clamp(min=0), strongest * share)
+
+
+def _strongest_other(
+    grids: Float[Tensor, "*leading texts grid_height grid_width"],
+    weights: Float[Tensor, "*leading texts texts"],
+) -> Float[Tensor, "*leading texts grid_height grid_width"]:
+    """Return, for each text and cell, the highest weighted relevance of another text, at least 0."""
+    # NaN * 0 is NaN
+    is_finite = (grids - grids).sum((-2, -1), keepdim=True) == 0
+    takers = torch.where(is_finite, grids, 0)[..., None, :, :, :]
+    strongest = torch.zeros_like(grids)
+    at_once = max(1, MAX_VALUES // max(1, grids.numel()))
+    for start in range(0, grids.shape[-3], at_once):
+        block = slice(start, start + at_once)
+        taken = takers[..., block, :, :] * weights[..., block, None, None]
+        strongest = torch.maximum(strongest, taken.amax(dim=-3))
+    return strongest
+
+
+def text_distances(
+    unit_rows: Float[Tensor, "*leading texts embed_dim"], centre: Float[Tensor, " embed_dim"] | None = None
+) -> Float[Tensor, "*leading texts texts"]:
+    """Compute how far texts are apart, from 0 (equal) to 1 (nothing in common).
+
+    These are weights for `contrasted_grids`:
+
+        a, b = row p - centre, row q - centre
+        distance[p, q] = |a - b|^2 / (|a|^2 + |b|^2), at most 1
+
+    That is 1 less the cosine of rows that are equally far from the centre. A text tower puts all texts into
+    one narrow cone, so without a centre all distances are small. One text that contains the other ("a dog",
+    "a dog and a cat") is near it, and takes little of its grid.
+
+    Args:
+        unit_rows: unit text embeddings of an image's texts.
+        centre: mean embedding of texts of all kinds; None: the origin.
+
+    Returns:
+        Symmetric distances in float32, zero on the diagonal.
+    """
+    # in float64, so that a batch's size, which changes the order of sums, does not change the rounded result
+    rows = unit_rows.double()
+    if centre is not None:
+        rows = rows - centre
+    products = rows @ rows.mT
+    squared = products.diagonal(dim1=-2, dim2=-1)
+    total = squared[..., :, None] + squared[..., None, :]
+    return ((total - 2 * products) / total.clamp(min=1e-12)).clamp_(0, 1).float()
+
+
+def contrasted_by_image(
+    relevance_grids: Float[Tensor, "maps grid_height grid_width"],
+    image_index: Int[Tensor, " maps"],
+    unit_rows: Float[Tensor, "maps embed_dim"],
+    *,
+    share: float = 0.5,
+    centre: Float[Tensor, " embed_dim"] | None = None,
+    takes: Bool[Tensor, " maps"] | None = None,
+    loses: Bool[Tensor, " maps"] | None = None,
+) -> Float[Tensor, "maps grid_height grid_width"]:
+    """Apply `contrasted_grids` to images with different numbers of texts, weighted by `text_distances`.
+
+    The device is not waited for, and the result of an image does not depend on the other images.
+
+    Args:
+        relevance_grids: raw relevance of one text of one image each, on any device.
+        image_index: for each grid the row of its image, on the CPU.
+        unit_rows: unit embedding of each grid's text.
+        share: see `contrasted_grids`.
+        centre: see `text_distances`.
+        takes: for each grid whether its text takes from others; None: all do.
+        loses: for each grid whether others take from it; None: all do.
+
+    Returns:
+        Contrasted grids in float32, or in float64 if the given ones are.
+
+    Raises:
+        InputError: the share is out of range.
+    """
+    _, height, width = relevance_grids.shape
+    index = image_index.numpy()
+    if not share or np.bincount(index, minlength=1).max() < 2:
+        return relevance_grids
+    order = index.argsort(kind="stable")
+    groups = _groups(order, index[order], height * width + unit_rows.shape[1], relevance_grids.device)
+    contrasted: list[Tensor] = []
+    for group in groups:
+        is_weighed = group.is_text[:, None, :]
+        if takes is not None:
+            is_weighed = is_weighed & takes[group.rows][:, None, :]
+        if loses is not None:
+            is_weighed = is_weighed & loses[group.rows][:, :, None]
+        weights = text_distances(unit_rows[group.rows], centre) * is_weighed
+        of_images = contrasted_grids(relevance_grids[group.rows], weights, share=share)
+        contrasted.append(of_images.flatten(0, 1).index_select(0, group.places))
+    in_order = torch.cat(contrasted)
+    if (order[1:] > order[:-1]).all():
+        return in_order
+    return in_order[uploaded(torch.from_numpy(order.argsort()), in_order.device)]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Images whose texts are padded to one number, on the device of their grids.
+
+    Attributes:
+        rows: for each text the row of its grid; in the places of padding, that of the image's last text.
+        is_text: whether a place is that of a text.
+        places: places of the texts, counted through all images.
+    """
+
+    rows: Int64[Tensor, "images most_texts"]
+    is_text: Bool[Tensor, "images most_texts"]
+    places: Int64[Tensor, " maps"]
+
+
+def _groups(
+    order: Int64[np.ndarray, " maps"],
+    images: Int64[np.ndarray, " maps"],
+    values_a_text: int,
+    device: torch.device,
+) -> Iterator[_Group]:
+    """Divide images into groups of consecutive ones, mostly a single group, so that memory is bounded.
+
+    Args:
+        order: rows of the grids, image by image.
+        images: image of each of these rows.
+        values_a_text: values that a text takes beside its weights.
+        device: of the grids.
+    """
+    _, starts, counts = np.unique(images, return_index=True, return_counts=True)
+    for group in _groups_within(counts.tolist(), values_a_text):
+        of_group = counts[group][:, None]
+        column = np.arange(of_group.max())
+        rows = order[starts[group][:, None] + np.minimum(column, of_group - 1)]
+        is_text = column < of_group
+        parts = [rows.ravel(), is_text.ravel(), np.flatnonzero(is_text)]
+        packed = uploaded(torch.from_numpy(np.concatenate(parts).astype(np.int64)), device)
+        on_device = torch.split(packed, [len(part) for part in parts])
+        yield _Group(on_device[0].view(rows.shape), on_device[1].view(rows.shape).bool(), on_device[2])
+
+
+def _groups_within(counts: Sequence[int], values_a_text: int) -> Iterator[slice]:
+    """Divide images into consecutive groups that take at most `MAX_VALUES`, but at least one image each."""
+    start, most = 0, 0
+    for image, count in enumerate(counts):
+        most = max(most, count)
+        if image > start and (image + 1 - start) * most * (values_a_text + most) > MAX_VALUES:
+            yield slice(start, image)
+            start, most = image, count
+    if start < len(counts):
+        yield slice(start, len(counts))

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from legrad.errors import MaskError
 from legrad.heatmaps import Normalisation, heatmap_columns
-from legrad.masks.cleaning import NO_CLEANING, Cleaning, clean_mask, smooth_map
+from legrad.masks.cleaning import NO_CLEANING, Cleaning, clean_mask
 from legrad.masks.rle import Rle, encode_changes, encode_columns, measure_encoded
 from legrad.masks.runs import MAX_CHUNK_PIXELS, MapRuns, cut_maps, cuts_on_device
+from legrad.masks.smoothing import smoothed_grids
 from legrad.masks.thresholds import MaskRule, cuts_of
 
 
@@ -47,8 +48,6 @@ class HeatmapStack:
         height: rows of the mask frame, usually the original image's.
         width: columns of the mask frame.
         normalisation: see `heatmaps_of`; None: the maps are in [0, 1] already, and only resized.
-        smooth: standard deviations of a Gaussian along height and width, in cells of `maps`. It is applied
-            before maps are resized, which is cheaper and looks the same.
 
     Raises:
         MaskError: a map holds NaN or infinity.
@@ -58,7 +57,6 @@ class HeatmapStack:
     height: int
     width: int
     normalisation: Normalisation | None = "upsampled"
-    smooth: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         is_finite = np.isfinite(self.maps)
@@ -71,8 +69,7 @@ class HeatmapStack:
     def columns(self) -> Iterator[Float32[np.ndarray, "width height"]]:
         """Yield the heat maps in order, each one column by column."""
         for each in self.maps:
-            smooth = smooth_map(each, *self.smooth)
-            yield heatmap_columns(smooth, self.height, self.width, self.normalisation)
+            yield heatmap_columns(each, self.height, self.width, self.normalisation)
 
 
 def grid_to_masks(
@@ -89,8 +86,8 @@ def grid_to_masks(
 
     Args:
         relevance_grids: raw grids, one for each prompt, as `LeGrad.relevance` returns them for one image.
-            On a GPU they are cut there, unless the rule is `quantile`, there is a cleaning, or a mask has
-            more than 2**24 pixels.
+            On a GPU they are cut there, unless the rule is `quantile`, masks are cleaned, or a mask has more
+            than 2**24 pixels.
         height: rows of the mask frame, usually the original image's.
         width: columns of the mask frame.
         rule: rule for the threshold.
@@ -107,14 +104,14 @@ def grid_to_masks(
 
     Source: thresholded heat maps as pseudo-masks: CAM (arXiv:1512.04150), section 4.1; see also `MaskRule`.
     """
+    relevance_grids = smoothed_grids(relevance_grids, cleaning.smooth)
     has_room = min(height, width) > 0 and height * width <= MAX_CHUNK_PIXELS
     if relevance_grids.is_cuda and has_room and cuts_on_device(rule, cleaning):
         frames = [(height, width)] * len(relevance_grids)
         cut = cut_maps(relevance_grids, frames, rule, normalisation, max_chunk_pixels=max_chunk_pixels)
         return masks_of_runs(cut.runs(), height, width)
-    smooth = (cleaning.smooth, cleaning.smooth)
     grids = relevance_grids.detach().float().cpu().numpy()
-    stack = HeatmapStack(grids, height, width, normalisation, smooth)
+    stack = HeatmapStack(grids, height, width, normalisation)
     return independent_masks(stack, rule, cleaning)
 
 
@@ -124,7 +121,7 @@ def independent_masks(stack: HeatmapStack, rule: MaskRule, cleaning: Cleaning = 
     Args:
         stack: the heat maps.
         rule: rule for the threshold.
-        cleaning: cleaning of the masks; `smooth` is ignored, as the stack smooths.
+        cleaning: cleaning of the masks; `smooth` is ignored, as it is meant for grids.
     """
     rles: list[Rle] = []
     ignores: list[Rle] = []

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int, Shaped
 from torch import Tensor
 
 from legrad.errors import InputError
-from legrad.masks.contrast import PUBLISHED_CONTRAST
+from legrad.masks.sharpness import PUBLISHED_SHARPNESS
 from legrad.triton_kernel import TritonKernel
 
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
@@ -45,12 +45,12 @@ class Refinement:
     """Parameters of the refinement of heat maps.
 
     Attributes:
-        kernel: weight of a neighbour by its colour. "pamr": exp(-|difference| / (contrast * deviation)), with
-            the mean over the channels in the exponent; "par": the square of that ratio in the exponent, plus
-            a term that depends on the distance in the frame only.
+        kernel: weight of a neighbour by its colour. "pamr": exp(-|difference| / (sharpness * deviation)),
+            with the mean over the channels in the exponent; "par": the square of that ratio in the exponent,
+            plus a term that depends on the distance in the frame only.
         iterations: number of times that every pixel is replaced by the mean of its neighbours, at least 1.
         dilations: distances in pixels, each to eight neighbours; see `dilations_for_patch`.
-        contrast: unit of colour distance, as a share of the neighbours' standard deviation, above 0; smaller
+        sharpness: unit of colour distance, as a share of the neighbours' standard deviation, above 0; smaller
             is sharper. None: the authors' choice, 0.1 for "pamr" and 0.3 for "par".
         position_weight: weight of the term by distance relative to that by colour, at least 0; "par" only.
 
@@ -65,11 +65,11 @@ class Refinement:
     kernel: str = "par"
     iterations: int = 8
     dilations: tuple[int, ...] = (4, 8, 16, 32)
-    contrast: float | None = None
+    sharpness: float | None = None
     position_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.kernel not in PUBLISHED_CONTRAST:
+        if self.kernel not in PUBLISHED_SHARPNESS:
             raise InputError(f"kernel: expected 'pamr' or 'par', received {self.kernel!r}")
         if self.iterations < 1:
             raise InputError(f"iterations: expected at least 1, received {self.iterations}")
@@ -77,15 +77,15 @@ class Refinement:
             raise InputError(
                 f"dilations: expected different steps of at least 1 px, received {self.dilations}"
             )
-        if not self.unit_contrast > 0:
-            raise InputError(f"contrast: expected more than 0, received {self.contrast}")
+        if not self.unit_sharpness > 0:
+            raise InputError(f"sharpness: expected more than 0, received {self.sharpness}")
         if not self.position_weight >= 0:
             raise InputError(f"position_weight: expected at least 0, received {self.position_weight}")
 
     @property
-    def unit_contrast(self) -> float:
-        """The contrast that is used: `contrast`, or the authors' choice."""
-        return PUBLISHED_CONTRAST[self.kernel] if self.contrast is None else self.contrast
+    def unit_sharpness(self) -> float:
+        """The sharpness that is used: `sharpness`, or the authors' choice."""
+        return PUBLISHED_SHARPNESS[self.kernel] if self.sharpness is None else self.sharpness
 
 
 def refine_heatmaps(
@@ -240,7 +240,7 @@ def _affinities(
     dilations = refinement.dilations
     padded = _padded(pixels, dilations)
     inverse_unit = (
-        _local_deviation(pixels, padded, dilations) * refinement.unit_contrast + _TINY
+        _local_deviation(pixels, padded, dilations) * refinement.unit_sharpness + _TINY
     ).reciprocal_()
     images, _, height, width = pixels.shape
     exponents = pixels.new_empty((8 * len(dilations), images, 1, height, width))
@@ -259,7 +259,7 @@ def nearness_weights(refinement: Refinement) -> Float32[Tensor, " neighbours"]:
     """Return the weights of neighbours by distance alone, on the CPU; they sum to 1."""
     steps = torch.tensor([(down, right) for down, right in DIRECTIONS], dtype=torch.float32).norm(dim=1)
     distances = torch.cat([steps * dilation for dilation in refinement.dilations])
-    unit = refinement.unit_contrast * distances.std(correction=0) + _TINY
+    unit = refinement.unit_sharpness * distances.std(correction=0) + _TINY
     return torch.softmax(-((distances / unit) ** 2), dim=0)
 
 

@@ -80,7 +80,7 @@ def _affinity_kernel(  # noqa: PLR0917
     channels,
     height,
     width,
-    contrast,
+    sharpness,
     DILATIONS: tl.constexpr,
     NEARNESS: tl.constexpr,
     POSITION_WEIGHT: tl.constexpr,
@@ -110,7 +110,7 @@ def _affinity_kernel(  # noqa: PLR0917
         mean = tl.div_rn(tl.sum(tl.where(is_neighbour, differences, 0.0), axis=0), 8.0 * RINGS)
         centred = tl.where(is_neighbour, differences - mean[None, :], 0.0)
         deviation = tl.sqrt(tl.sum(centred * centred, axis=0) / (8 * RINGS))
-        ratios = differences * (1.0 / (deviation * contrast + TINY))[None, :]
+        ratios = differences * (1.0 / (deviation * sharpness + TINY))[None, :]
         exponents += ratios * ratios if IS_SQUARED else tl.abs(ratios)
     exponents = tl.where(is_neighbour, exponents / channels, float("inf"))
     weights = tl.exp(tl.min(exponents, axis=0)[None, :] - exponents)
@@ -203,7 +203,7 @@ class _Kernels:
             images.shape[1],
             self.height,
             self.width,
-            self.refinement.unit_contrast,
+            self.refinement.unit_sharpness,
             NEARNESS=self.nearness,
             POSITION_WEIGHT=self.refinement.position_weight if self.refinement.kernel == "par" else 0.0,
             IS_SQUARED=self.refinement.kernel == "par",

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int32
 from torch import Tensor
 
 from legrad.heatmaps import Normalisation, minmax_normalise
-from legrad.masks.cleaning import NO_CLEANING, Cleaning
+from legrad.masks.cleaning import Cleaning
 from legrad.masks.flat import FlatLayout, HeightWidth, interpolated
 from legrad.masks.thresholds import OTSU_BINS, MaskRule, on_scale, otsu_of_counts
 
@@ -86,7 +86,7 @@ class MapRuns:
 
 def cuts_on_device(rule: MaskRule, cleaning: Cleaning) -> bool:
     """Return whether `cut_maps` makes the masks that a rule and a cleaning ask for."""
-    return rule.rule in RULES_ON_DEVICE and cleaning == NO_CLEANING
+    return rule.rule in RULES_ON_DEVICE and not cleaning.changes_masks
 
 
 def cost_pixels(frame: HeightWidth, map_rows: int) -> int:

@@ -174,10 +174,10 @@ def otsu_of_counts(counts: Int[Tensor, "maps bins"]) -> Float64[Tensor, " maps"]
 
 
 def _histograms(unit_values: Float[Tensor, "maps pixels"]) -> Int[Tensor, "maps bins"]:
-    bins = (unit_values * OTSU_BINS).clamp_(max=OTSU_BINS - 1).to(torch.uint8)
-    # One map at a time: a single count over all maps needs indices of four bytes and takes twice the time.
-    counts = [torch.bincount(map_bins, minlength=OTSU_BINS) for map_bins in bins]
-    return torch.stack(counts)
+    # bincount would make the CPU wait for a GPU; a map that is not finite must not reach beyond its bins
+    bins = (unit_values * OTSU_BINS).nan_to_num_(0).clamp_(0, OTSU_BINS - 1).long()
+    counts = torch.zeros(len(bins), OTSU_BINS, dtype=torch.int64, device=bins.device)
+    return counts.scatter_add_(1, bins, counts.new_ones(1, 1).expand_as(bins))
 
 
 def _between_class_variance(
@@ -210,7 +210,7 @@ def quantile_threshold(
     return values.kthvalue(rank, dim=-1).values
 
 
-def relevance_contrast(
+def foreground_contrast(
     relevance_grids: Float[Tensor, "prompts grid_height grid_width"],
 ) -> Float[Tensor, " prompts"]:
     """Compute the contrast of each raw grid: mean above its Otsu threshold minus mean below it.

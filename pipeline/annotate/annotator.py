@@ -18,6 +18,7 @@ from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
 from pipeline.annotate.chunk_rows import ChunkRows, add_chunk
 from pipeline.annotate.cutting import device_cut_of
 from pipeline.annotate.engine import Engine
+from pipeline.annotate.grid_steps import grid_steps_of
 from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.meter import Meter
 from pipeline.annotate.model import views_wanted
@@ -33,7 +34,7 @@ from pipeline.config.schema import InputConfig, JobConfig, RunConfig
 from pipeline.output.counts import ShardCounts
 from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
-from pipeline.prompts.sample_prompts import Prompt, SamplePrompts, companions_of
+from pipeline.prompts.sample_prompts import Prompt, SamplePrompts, job_companions
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
@@ -101,7 +102,7 @@ class ShardAnnotator:
         tokenizer = picklable_tokenizer(explainer.tokenizer)
         settings = WorkSettings(config, explainer.transform, views, tokenizer)
         self._work = _work_of(settings, processes, sample_prompts.every_class)
-        companions = companions_of(config.prompts)
+        companions = job_companions(config)
         trial = TrialSamples(
             explainer.transform,
             views,
@@ -115,6 +116,7 @@ class ShardAnnotator:
             batches_at_once=batches_at_once,
             companions=companions,
             views=views,
+            grid_steps=grid_steps_of(config.masks),
             refinement=refinement_of(config.masks, explainer.patch_size),
             cut=device_cut_of(config.masks, explainer.device),
         )

@@ -28,13 +28,13 @@ class DeviceCut:
 def device_cut_of(masks: MasksConfig, device: torch.device) -> DeviceCut | None:
     """Return how a job's masks are cut on the device; None where that is done on the CPU.
 
-    | device | masks.combine | masks.rule | smooth, min_component, max_hole | cut on   | leaves the device |
-    |--------|---------------|------------|---------------------------------|----------|-------------------|
-    | CPU    | any           | any        | any                             | CPU      | float32 maps      |
-    | GPU    | argmax        | any        | any                             | CPU      | float16 maps      |
-    | GPU    | independent   | quantile   | any                             | CPU      | float16 maps      |
-    | GPU    | independent   | any        | one of them above 0             | CPU      | float16 maps      |
-    | GPU    | independent   | other      | all 0                           | the GPU  | runs of masks     |
+    | device | masks.combine | masks.rule | min_component, max_hole | cut on   | leaves the device |
+    |--------|---------------|------------|-------------------------|----------|-------------------|
+    | CPU    | any           | any        | any                     | CPU      | float32 maps      |
+    | GPU    | argmax        | any        | any                     | CPU      | float16 maps      |
+    | GPU    | independent   | quantile   | any                     | CPU      | float16 maps      |
+    | GPU    | independent   | any        | one of them above 0     | CPU      | float16 maps      |
+    | GPU    | independent   | other      | both 0                  | the GPU  | runs of masks     |
 
     Without refinement, the maps that leave a GPU are relevance grids, in float32. Of an image whose mask does
     not fit into a chunk (`legrad.masks.runs.MAX_CHUNK_PIXELS`) maps leave the GPU in any case.
@@ -54,5 +54,5 @@ def mask_rule(masks: MasksConfig) -> MaskRule:
 
 
 def cleaning_of(masks: MasksConfig) -> Cleaning:
-    """Return how maps are smoothed, and specks and holes removed from masks."""
-    return Cleaning(masks.smooth, masks.min_component, masks.max_hole)
+    """Return how specks and holes are removed from masks."""
+    return Cleaning(min_component=masks.min_component, max_hole=masks.max_hole)

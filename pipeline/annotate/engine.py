@@ -24,6 +24,7 @@ from pipeline.annotate.batch_limits import BatchLimits
 from pipeline.annotate.cutting import DeviceCut
 from pipeline.annotate.device_clock import device_clock
 from pipeline.annotate.device_memory import Streams, sent
+from pipeline.annotate.grid_steps import NO_STEPS, GridSteps, GridTexts, with_centre
 from pipeline.annotate.maps import MapSettings, sample_maps
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps
 from pipeline.annotate.texts import (
@@ -51,6 +52,7 @@ class Engine:
         batches_at_once: while one computes, others are put together; further threads wait.
         companions: texts explained beside every sample's own.
         views: of every image, whose relevance is merged; the similarity is the first one's.
+        grid_steps: what is done to grids before they are normalised; a contrast gets its centre here.
         refinement: how heat maps are made to follow the pixels; None: not at all.
         cut: how masks are cut on the device; None: that is done later, on the CPU.
 
@@ -68,21 +70,23 @@ class Engine:
         batches_at_once: int = 1,
         companions: Companions = NO_COMPANIONS,
         views: Views = WHOLE_IMAGE,
+        grid_steps: GridSteps = NO_STEPS,
         refinement: Refinement | None = None,
         cut: DeviceCut | None = None,
     ) -> None:
         self._explainer = explainer
         self._views = views
+        self._max_background = companions.max_background
+        self._max_prompts_per_sample = max_prompts_per_sample
+        embedder = TextEmbedder(explainer)
         self._map_settings = MapSettings(
             explainer.tower.normalisation,
             None if companions.neutral is None else companions.neutral_threshold,
+            with_centre(grid_steps, companions.centre, embedder),
             refinement,
             cut,
         )
-        self._max_background = companions.max_background
-        self._max_prompts_per_sample = max_prompts_per_sample
-        within = equal_within(explainer.dtype)
-        self._texts = BatchTextEmbedder(TextEmbedder(explainer), companions, within)
+        self._texts = BatchTextEmbedder(embedder, companions, equal_within(explainer.dtype))
         self._streams = Streams(explainer.device)
         self._turns = threading.Semaphore(batches_at_once)
         self._memory_lock = threading.Lock()
@@ -228,7 +232,15 @@ class Engine:
             grids = merged_relevance(
                 explainer, trace, canvases, prompts, views=self._views, images_at_once=images_at_once
             ).float()
-            maps = sample_maps(grids, canvases[0], chosen, self._map_settings, image_sizes)
+            grid_texts = GridTexts(prompts.unit_rows, _similarities_of_maps(chosen, similarities))
+            maps = sample_maps(
+                grids,
+                chosen,
+                grid_texts,
+                self._map_settings,
+                pixels=canvases[0],
+                image_sizes=image_sizes,
+            )
         return [
             _explained(sample, own_maps, _explained_prompts(sample, choice, rows, cosines, texts))
             for sample, choice, own_maps, rows, cosines in zip(
@@ -255,6 +267,11 @@ def _prompts_of_maps(chosen: Sequence[ImageMaps], unit_rows: torch.Tensor) -> Ra
     )
     one_by_one = len(images) == len(chosen) and all(len(maps.text_rows) == 1 for maps in chosen)
     return ragged_unit_rows(unit_rows[text_rows], image_index, one_by_one=one_by_one)
+
+
+def _similarities_of_maps(chosen: Sequence[ImageMaps], similarities: np.ndarray) -> np.ndarray:
+    of_images = zip(similarities, chosen, strict=True)
+    return np.concatenate([cosines[maps.text_rows] for cosines, maps in of_images])
 
 
 def _explained(

@@ -10,15 +10,17 @@ import numpy as np
 import torch
 
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise
-from legrad.inputs import neutral_patches
 from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
 from legrad.masks.runs import MAX_CHUNK_PIXELS, CutMaps, MapRuns, cost_pixels, cut_maps
 from legrad.masks.thresholds import MaskRule
 from pipeline.annotate.cutting import DeviceCut
+from pipeline.annotate.grid_steps import NO_STEPS, BatchGrids, GridSteps, GridTexts, batch_grids
 from pipeline.annotate.sample_states import SampleMaps
-from pipeline.annotate.texts import ImageMaps, images_of_maps
+from pipeline.annotate.texts import ImageMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.output.label_map import mask_frame
+
+CUT_TENSORS = ("changes", "counts", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,15 @@ class MapSettings:
 
     Attributes:
         normalisation: when the model family's maps are brought to [0, 1].
-        neutral_threshold: grids are zeroed where the neutral text's own grid, brought to [0, 1], exceeds
-            this; None: there is no neutral text.
+        neutral_threshold: see `batch_grids`.
+        grid_steps: what is done to grids before they are normalised.
         refinement: how heat maps are made to follow the pixels; None: not at all.
         cut: how masks are cut on the device; None: that is done later, on the CPU.
     """
 
     normalisation: Normalisation
     neutral_threshold: float | None = None
+    grid_steps: GridSteps = NO_STEPS
     refinement: Refinement | None = None
     cut: DeviceCut | None = None
 
@@ -52,46 +55,46 @@ def refinement_of(masks: MasksConfig, patch_pixels: int) -> Refinement | None:
         masks.refine,
         masks.refine_iterations,
         tuple(masks.refine_dilations or dilations_for_patch(patch_pixels)),
-        masks.refine_contrast,
+        masks.refine_sharpness,
     )
 
 
 def sample_maps(
     grids: torch.Tensor,
-    pixels: torch.Tensor,
     chosen: Sequence[ImageMaps],
+    texts: GridTexts,
     settings: MapSettings,
+    *,
+    pixels: torch.Tensor,
     image_sizes: Sequence[tuple[int, int]],
 ) -> list[SampleMaps]:
-    """Zero, refine and cut the maps of a batch on their device, and share them out on the CPU.
+    """Filter, contrast, refine and cut the maps of a batch on their device, and share them out on the CPU.
 
     Args:
         grids: raw relevance, float32 [maps, grid_height, grid_width], image by image in the order of
             `ImageMaps`.
-        pixels: first canvas of each image, uint8 [images, height, width, 3], on the device of the grids.
         chosen: of each image, which of the grids are its own.
+        texts: of the grids.
         settings: what is done to the grids.
+        pixels: first canvas of each image, uint8 [images, height, width, 3], on the device of the grids.
         image_sizes: height and width of each original image in pixels.
     """
-    owners = images_of_maps(chosen)
-    mask_maps = grids
-    if settings.neutral_threshold is not None:
-        grids, mask_maps, owners = _without_claimed_patches(grids, owners, settings.neutral_threshold)
-    peaks = mask_maps.amax((1, 2))
+    batch = batch_grids(grids, chosen, texts, settings.grid_steps, settings.neutral_threshold)
+    mask_maps = batch.mask_grids
     normalisation: Normalisation | None = settings.normalisation
     if settings.refinement is not None:
-        mask_maps = refined_maps(pixels, mask_maps, owners, settings.refinement, settings.normalisation)
+        mask_maps = refined_maps(pixels, mask_maps, batch.owners, settings.refinement, settings.normalisation)
         normalisation = None
     cut = None
     if settings.cut is not None:
         side = settings.cut.max_side
         of_images = [mask_frame(height, width, side) for height, width in image_sizes]
-        frames = [of_images[image] for image in owners.tolist()]
+        frames = [of_images[image] for image in batch.owners.tolist()]
         cut = _cut_those_that_fit(mask_maps, frames, settings.cut.rule, normalisation)
-    batch = _on_the_cpu(grids, peaks, mask_maps, cut, is_refined=settings.refinement is not None)
-    ends = np.cumsum([0, *(maps.prompt_maps + maps.backgrounds for maps in chosen)]).tolist()
+    on_cpu = _on_the_cpu(batch, mask_maps, cut, is_refined=settings.refinement is not None)
+    ends = np.searchsorted(batch.owners.numpy(), np.arange(len(chosen) + 1)).tolist()
     return [
-        batch.of_sample(start, end, maps, normalisation)
+        on_cpu.of_sample(start, end, maps, normalisation)
         for (start, end), maps in zip(itertools.pairwise(ends), chosen, strict=True)
     ]
 
@@ -124,6 +127,7 @@ class _BatchMaps:
 
     relevance_grids: np.ndarray
     peaks: np.ndarray
+    rejections: np.ndarray | None
     mask_maps: np.ndarray | None
     runs: Sequence[MapRuns | None] | None
 
@@ -137,6 +141,7 @@ class _BatchMaps:
         return SampleMaps(
             self.relevance_grids[start:end],
             self.peaks[start:end],
+            None if self.rejections is None else self.rejections[start:end],
             None if has_runs or self.mask_maps is None else self.mask_maps[start:end],
             maps.map_of_prompt,
             maps.prompt_maps,
@@ -146,25 +151,23 @@ class _BatchMaps:
 
 
 def _on_the_cpu(
-    grids: torch.Tensor,
-    peaks: torch.Tensor,
-    mask_maps: torch.Tensor,
-    cut: _DeviceMasks | None,
-    *,
-    is_refined: bool,
+    batch: BatchGrids, mask_maps: torch.Tensor, cut: _DeviceMasks | None, *, is_refined: bool
 ) -> _BatchMaps:
     """Bring to the CPU what the rows of a batch need, by a single copy."""
-    tensors = [grids, peaks, *([] if cut is None else cut.masks.tensors)]
-    if mask_maps is not grids and (cut is None or not all(cut.is_cut)):
+    tensors = {"raw": batch.raw, "peaks": batch.peaks}
+    if cut is not None:
+        tensors |= dict(zip(CUT_TENSORS, cut.masks.tensors, strict=True))
+    if mask_maps is not batch.raw and (cut is None or not all(cut.is_cut)):
         # half precision moves a value from 0 to 1 by 2**-12 at most
-        tensors.append(mask_maps.half() if is_refined and mask_maps.is_cuda else mask_maps)
-    own_grids, own_peaks, *others = in_one_trip(tensors)
+        tensors["mask_maps"] = mask_maps.half() if is_refined and mask_maps.is_cuda else mask_maps
+    if batch.rejections is not None:
+        tensors["rejections"] = batch.rejections
+    arrays = dict(zip(tensors, in_one_trip(list(tensors.values())), strict=True))
     runs: list[MapRuns | None] | None = None
     if cut is not None:
-        found = iter(cut.masks.runs_of(*others[:3]))
+        found = iter(cut.masks.runs_of(*(arrays[name] for name in CUT_TENSORS)))
         runs = [next(found) if is_cut else None for is_cut in cut.is_cut]
-        others = others[3:]
-    return _BatchMaps(own_grids, own_peaks, others[0] if others else None, runs)
+    return _BatchMaps(arrays["raw"], arrays["peaks"], arrays.get("rejections"), arrays.get("mask_maps"), runs)
 
 
 def refined_maps(
@@ -191,18 +194,6 @@ def refined_maps(
     refined = refine_heatmaps(images, heatmaps_of(grids, height, width, normalisation), owners, refinement)
     # the mean of neighbours lowers a peak, and a fixed cut is meant for maps that reach 1
     return minmax_normalise(refined)
-
-
-def _without_claimed_patches(
-    grids: torch.Tensor, owners: torch.Tensor, threshold: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the grids but the neutral ones; the same, zeroed where the neutral one is high; their owners."""
-    neutral = torch.bincount(owners).cumsum(0) - 1  # the last map of each image
-    claimed = neutral_patches(grids[neutral.to(grids.device)][:, None], threshold)
-    kept = torch.ones(len(owners), dtype=torch.bool).index_fill(0, neutral, False).nonzero().flatten()
-    owners = owners[kept]
-    grids = grids[kept.to(grids.device)]
-    return grids, grids.masked_fill(claimed[owners.to(grids.device)], 0), owners
 
 
 def in_one_trip(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:

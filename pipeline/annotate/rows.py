@@ -12,19 +12,14 @@ import torch
 from legrad.masks.competition import Contestants, competing_masks
 from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks, masks_of_runs
 from legrad.masks.rle import Rle
-from legrad.masks.thresholds import relevance_contrast
 from pipeline.annotate.cutting import cleaning_of, mask_rule
+from pipeline.annotate.filters import STATUSES
 from pipeline.annotate.sample_states import ExplainedSample, SampleMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
 from pipeline.output.label_map import mask_frame
 from pipeline.output.schema import ACCEPTED, EMPTY_MASK, OK, AnnotationRow
 from pipeline.shards.sample_error import SampleError
-
-# A sample's neighbours in its batch move a score by a rounding error; a score that misses a limit by no more
-# than that is always within it.
-SIMILARITY_ROUNDING = 1e-5
-RELATIVE_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -70,21 +65,12 @@ class _Frame:
 
     def of_maps(self, numbers: Sequence[int]) -> Contestants:
         """Return the heat maps of some of the maps, and the peaks of their grids."""
-        maps, smooth = self.explained.maps, self.config.smooth
+        maps = self.explained.maps
         kept = _rows_at(maps.cut_maps, numbers)
-        rows_per_cell, columns_per_cell = (
-            pixels / cells
-            for pixels, cells in zip(kept.shape[1:], maps.relevance_grids.shape[1:], strict=True)
-        )
         if kept.dtype == np.float16:
             # NumPy takes fifteen times as long; copied, as torch wants arrays that it may write to
             kept = torch.from_numpy(kept.copy()).float().numpy()
-        heatmaps = HeatmapStack(
-            kept,
-            *self.size,
-            normalisation=maps.normalisation,
-            smooth=(smooth * rows_per_cell, smooth * columns_per_cell),
-        )
+        heatmaps = HeatmapStack(kept, *self.size, normalisation=maps.normalisation)
         return Contestants(heatmaps, maps.peaks[list(numbers)])
 
 
@@ -124,20 +110,21 @@ def sample_rows(explained: ExplainedSample, config: JobConfig) -> SampleRows:
 def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[AnnotationRow]:
     """Turn the maps of a sample into rows, in the order of its prompts; those without finite maps have none.
 
-    Prompts rejected by similarity, peak or contrast get no mask and no threshold, and do not compete. The
-    pixels won by a prompt that is then rejected for its area go to the others. Accepted prompts without a
+    Prompts that a filter rejected on the device get no mask and no threshold, and do not compete. The pixels
+    won by a prompt that is then rejected for its area go to the others. Accepted prompts without a
     pixel are `empty_mask`: they have a mask of zeros.
 
     Args:
         explained: the sample after the device step.
-        config: `masks` says how masks are made and which are rejected; `output` what the rows hold.
+        config: `masks` says how masks are made and which are too small; `output` what the rows hold.
     """
-    scores = _scores_of_maps(explained.maps, with_contrast=config.masks.min_contrast is not None)
-    map_of_prompt: list[int] = explained.maps.map_of_prompt.tolist()
+    maps = explained.maps
+    peaks = _finite_peaks(maps)
+    map_of_prompt: list[int] = maps.map_of_prompt.tolist()
     status_by_position = {
-        position: _status(config.masks, explained.prompts[position].similarity, scores[number])
+        position: OK if maps.rejections is None else STATUSES[maps.rejections[number]]
         for position, number in enumerate(map_of_prompt)
-        if number in scores
+        if number in peaks
     }
     contestants = [position for position, status in status_by_position.items() if status == OK]
     frame = _Frame(explained, config.masks)
@@ -150,7 +137,7 @@ def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[Annot
             explained,
             position,
             status,
-            scores[map_of_prompt[position]].peak,
+            peaks[map_of_prompt[position]],
             masks.get(position, NO_MASK),
             with_heatmap=config.output.heatmap,
         )
@@ -159,23 +146,11 @@ def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[Annot
     ]
 
 
-@dataclass(frozen=True)
-class _Score:
-    """Maximum and contrast of a relevance grid; contrast 0 where no limit is set for it."""
-
-    peak: float
-    contrast: float
-
-
-def _scores_of_maps(maps: SampleMaps, *, with_contrast: bool) -> dict[int, _Score]:
-    """Return the scores of the maps whose grids are finite, by their number."""
+def _finite_peaks(maps: SampleMaps) -> dict[int, float]:
+    """Return the maximum of each raw grid that is finite, by the number of its map."""
     finite = _finite_maps(maps)
-    grids = _rows_at(maps.relevance_grids, finite)
-    peaks: list[float] = grids.max(axis=(1, 2)).tolist()
-    contrasts: list[float] = [0.0] * len(peaks)
-    if with_contrast:
-        contrasts = relevance_contrast(torch.from_numpy(grids.copy())).tolist()
-    return dict(zip(finite, map(_Score, peaks, contrasts), strict=True))
+    peaks: list[float] = _rows_at(maps.relevance_grids, finite).max(axis=(1, 2)).tolist()
+    return dict(zip(finite, peaks, strict=True))
 
 
 def _finite_maps(maps: SampleMaps) -> list[int]:
@@ -190,16 +165,6 @@ def _finite_maps(maps: SampleMaps) -> list[int]:
 def _rows_at(array: np.ndarray, rows: Sequence[int]) -> np.ndarray:
     """Return some rows of an array, without a copy where these are all rows."""
     return array if list(rows) == list(range(len(array))) else array[list(rows)]
-
-
-def _status(masks: MasksConfig, similarity: float, score: _Score) -> str:
-    if masks.min_similarity is not None and similarity < masks.min_similarity - SIMILARITY_ROUNDING:
-        return "rejected_similarity"
-    if masks.min_peak is not None and score.peak < masks.min_peak * (1 - RELATIVE_ROUNDING):
-        return "rejected_peak"
-    if masks.min_contrast is not None and score.contrast < masks.min_contrast * (1 - RELATIVE_ROUNDING):
-        return "rejected_contrast"
-    return OK
 
 
 def _independent(frame: _Frame, positions: Sequence[int]) -> tuple[dict[int, _Mask], list[int]]:

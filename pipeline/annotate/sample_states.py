@@ -66,16 +66,18 @@ class ExplainedPrompt:
 
 @dataclass(frozen=True)
 class SampleMaps:
-    """The maps of a sample on the CPU: first those of its prompts, then those of its background texts.
+    """The maps of a sample on the CPU: those of its prompts, then those of background texts that compete.
 
     The arrays are contiguous slices of the arrays of a batch, so that sharing out a batch copies nothing.
 
     Attributes:
         relevance_grids: raw relevance, float32 [maps, grid_height, grid_width].
         peaks: maximum of each grid outside the patches that a neutral text claims, float32 [maps].
-        mask_maps: what masks are cut from, [maps, rows, columns]: float32 grids with the patches zeroed that
-            a neutral text claims, or refined heat maps in [0, 1] in the frame of the model's input, float32,
-            or float16 from a GPU. None: masks are cut from `relevance_grids`.
+        rejections: which filter rejects each map's text, as a position in
+            `pipeline.annotate.filters.STATUSES`, uint8 [maps]; None: there is no filter.
+        mask_maps: what masks are cut from, [maps, rows, columns]: float32 grids, after the neutral text,
+            smoothing and contrast between texts; or heat maps in [0, 1] refined from these, in the frame of
+            the model's input, float32, or float16 from a GPU. None: masks are cut from `relevance_grids`.
         map_of_prompt: for each prompt, which of the maps is its own, int64 [prompts]; equal prompts share
             one.
         prompt_maps: how many of the maps belong to prompts.
@@ -85,6 +87,7 @@ class SampleMaps:
 
     relevance_grids: np.ndarray
     peaks: np.ndarray
+    rejections: np.ndarray | None
     mask_maps: np.ndarray | None
     map_of_prompt: np.ndarray
     prompt_maps: int

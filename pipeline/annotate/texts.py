@@ -28,6 +28,9 @@ MOST_ROWS_TRIED = 4096
 # Error of such a product of two unit rows, at most: that of TF32, in which a GPU may compute it.
 PRODUCT_ERROR = 2e-3
 
+# what the text of a map is
+PROMPT, BACKGROUND, NEUTRAL = range(3)
+
 # row of a text: the rows of the others that are equal to it
 EqualRows = Mapping[int, frozenset[int]]
 
@@ -176,6 +179,16 @@ class BatchTextEmbedder:
         equal = equal_rows(self._embedder.embed_ensembles(ensembles).unit_rows, self._within)
         firsts = first_of_equal(np.arange(len(ensembles)), equal).tolist()
         return [ensembles[row] for row in dict.fromkeys(firsts)]
+
+
+def kinds_of_maps(chosen: Sequence[ImageMaps]) -> np.ndarray:
+    """Return what the text of each map of a batch is: PROMPT, BACKGROUND or NEUTRAL, int64 [maps]."""
+    counts = [
+        (prompts, maps.backgrounds, len(maps.text_rows) - prompts - maps.backgrounds)
+        for maps in chosen
+        for prompts in [maps.prompt_maps]
+    ]
+    return np.repeat(np.tile([PROMPT, BACKGROUND, NEUTRAL], len(chosen)), np.concatenate(counts))
 
 
 def images_of_maps(chosen: Sequence[ImageMaps]) -> torch.Tensor:

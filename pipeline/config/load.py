@@ -25,6 +25,10 @@ REPORTED_PROBLEMS = 20
 # more than `received` shows
 SHOWN_ITEMS = 10
 URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
+RENAMED_KEYS = {
+    "masks.min_contrast": "masks.min_foreground_contrast",
+    "masks.refine_contrast": "masks.refine_sharpness",
+}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
@@ -119,6 +123,8 @@ def _problem_line(problem: Any) -> str:
     # deeper parts name alternatives of a type, not keys
     location = [printable(str(part))[:80] for part in problem["loc"]][:2]
     dotted = ".".join(location) or "config"
+    if dotted in RENAMED_KEYS:
+        return f"  {dotted}: this key is now called {RENAMED_KEYS[dotted]}"
     if problem["type"] == "extra_forbidden":
         return f"  {dotted}: unknown key{_suggestion(location)}"
     if problem["type"] == "missing":

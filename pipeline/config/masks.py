@@ -48,6 +48,27 @@ class MasksConfig(Section):
         "overlap. argmax: the prompts and the background texts compete for each pixel; a pixel that no map "
         "raises above the threshold is background.",
     )
+    smooth: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="Standard deviation of the Gaussian that smooths relevance grids, in patches, before "
+        "masks.contrast and masks.refine; 0: none.",
+    )
+    contrast: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Contrast between the texts of an image: share of the strongest other text's grid that "
+        "is subtracted from each prompt's grid, less where two texts are alike; 0: none. A prompt without "
+        "any other text is not changed, and neither are the columns peak and heatmap.",
+    )
+    contrast_with: Literal["all", "background"] = Field(
+        "all",
+        description="Which other texts masks.contrast means. all: the background texts, and the prompts that "
+        "neither masks.min_similarity, min_peak, min_foreground_contrast nor min_lead rejects. background: "
+        "the background texts alone.",
+    )
     refine: Literal["none", "pamr", "par"] = Field(
         "par",
         description="Whether heat maps are made to follow the edges of the image, at the model's input size: "
@@ -64,7 +85,7 @@ class MasksConfig(Section):
         description="Distances of the neighbours, eight at each, in pixels of the model's input; null: a "
         "quarter of a patch, half a patch, one and two patches.",
     )
-    refine_contrast: float | None = Field(
+    refine_sharpness: float | None = Field(
         None,
         gt=0,
         description="Share of the neighbours' standard deviation that is one unit of colour distance; "
@@ -78,13 +99,27 @@ class MasksConfig(Section):
         ge=-1,
         le=1,
         description="Smallest cosine of image and prompt; below it a prompt gets the status "
-        "rejected_similarity. A value that misses this, masks.min_peak or masks.min_contrast by a rounding "
-        "error (1e-5) is accepted.",
+        "rejected_similarity. A value that misses this or another limit by a rounding error (1e-5) is "
+        "accepted.",
     )
     min_peak: float | None = Field(
         None,
         ge=0,
         description="Smallest maximum of a raw map; below it a prompt gets the status rejected_peak.",
+    )
+    min_foreground_contrast: float | None = Field(
+        None,
+        ge=0,
+        description="Smallest contrast within a raw map, in the unit of the peak: the mean above the map's "
+        "own Otsu threshold minus the mean below it. Below it a prompt gets the status rejected_contrast.",
+    )
+    min_lead: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="Smallest lead of a prompt: its similarity to the image less that of the image's most "
+        "similar other text, among the background texts and the prompts that the limits above do not reject. "
+        "Below it a prompt gets the status rejected_lead; one without any other text is accepted.",
     )
     min_area: float | None = Field(
         None,
@@ -92,18 +127,6 @@ class MasksConfig(Section):
         le=1,
         description="Smallest share of the image that a mask covers; below it a prompt gets the status "
         "rejected_area.",
-    )
-    min_contrast: float | None = Field(
-        None,
-        ge=0,
-        description="Smallest contrast of a raw map, in the unit of the peak: the mean above the map's own "
-        "Otsu threshold minus the mean below it. Below it a prompt gets the status rejected_contrast.",
-    )
-    smooth: float = Field(
-        0.0,
-        ge=0,
-        le=100,
-        description="Standard deviation of the Gaussian that smooths heat maps, in patches; 0: none.",
     )
     min_component: float = Field(
         0.0,

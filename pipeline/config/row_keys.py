@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from legrad.masks.contrast import PUBLISHED_CONTRAST
+from legrad.masks.sharpness import PUBLISHED_SHARPNESS
 from pipeline import storage
 from pipeline.config.classes import ClassEntry
 from pipeline.config.masks import RULE_KEYS
@@ -162,9 +162,11 @@ def _some_class(config: JobConfig, has: Callable[[ClassEntry], object]) -> bool:
     return _by_classes(config) and (classes is None or any(has(entry) for entry in classes))
 
 
-def _competes(config: JobConfig) -> bool:
-    """Return whether there are background texts that compete, which they do under argmax only."""
-    return config.masks.combine == "argmax" and bool(_background(config))
+def backgrounds_act(config: JobConfig) -> bool:
+    """Return whether there are background texts, and anything that they change."""
+    masks = config.masks
+    acts = masks.combine == "argmax" or masks.contrast > 0 or masks.min_lead not in (None, -2)
+    return acts and bool(_background(config))
 
 
 def _background(config: JobConfig) -> str | list[str]:
@@ -176,7 +178,29 @@ def _background(config: JobConfig) -> str | list[str]:
 
 def _backgrounds_are_chosen(config: JobConfig) -> bool:
     listed = _background(config)
-    return _competes(config) and (isinstance(listed, str) or len(listed) > config.prompts.max_background)
+    return backgrounds_act(config) and (
+        isinstance(listed, str) or len(listed) > config.prompts.max_background
+    )
+
+
+def _has_several_prompts(config: JobConfig) -> bool:
+    """Return whether an image may have more than one prompt."""
+    if config.prompts.source == "caption" or config.prompts.max_per_sample == 1:
+        return False
+    classes = _classes(config)
+    return classes is None or len(classes) > 1
+
+
+def _contrasts(config: JobConfig) -> bool:
+    by_prompts = config.masks.contrast_with == "all" and _has_several_prompts(config)
+    return config.masks.contrast > 0 and (by_prompts or bool(_background(config)))
+
+
+def _limits_leads(config: JobConfig) -> bool:
+    """Return whether a prompt may fall short of `masks.min_lead`; no lead is below -2."""
+    return config.masks.min_lead not in (None, -2) and (
+        bool(_background(config)) or _has_several_prompts(config)
+    )
 
 
 def _prompts_are_chosen(config: JobConfig) -> bool:
@@ -204,16 +228,16 @@ def _class_rows(config: JobConfig) -> Any:
     classes, prompts = _classes(config), config.prompts
     if classes is None:
         return prompts.classes
-    is_looked_for = prompts.mentioned_in is not None or _competes(config)
+    is_looked_for = prompts.mentioned_in is not None or backgrounds_act(config)
     unused = set() if is_looked_for else {"plurals"}
     if not (is_looked_for or prompts.embed_synonyms):
         unused.add("synonyms")
     return [entry.model_dump(mode="json", exclude=unused) for entry in classes]
 
 
-def _unit_contrast(config: JobConfig) -> float:
-    own = config.masks.refine_contrast
-    return PUBLISHED_CONTRAST[config.masks.refine] if own is None else own
+def _unit_sharpness(config: JobConfig) -> float:
+    own = config.masks.refine_sharpness
+    return PUBLISHED_SHARPNESS[config.masks.refine] if own is None else own
 
 
 def _image_size(config: JobConfig) -> list[int] | None:
@@ -237,16 +261,22 @@ _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
     "prompts.classes": _by_classes,
     "prompts.mentioned_in": _by_classes,
     "prompts.templates": lambda config: (
-        not _by_classes(config) or _competes(config) or _some_class(config, lambda entry: not entry.templates)
+        not _by_classes(config)
+        or backgrounds_act(config)
+        or _contrasts(config)
+        or _some_class(config, lambda entry: not entry.templates)
     ),
     "prompts.embed_synonyms": lambda config: _some_class(config, lambda entry: entry.synonyms),
-    "prompts.background": _competes,
+    "prompts.background": backgrounds_act,
     "prompts.max_background": _backgrounds_are_chosen,
     "prompts.neutral_threshold": lambda config: config.prompts.neutral is not None,
     **{f"masks.{key}": _rule_reads(key) for keys in RULE_KEYS.values() for key in keys},
+    "masks.contrast": _contrasts,
+    "masks.contrast_with": lambda config: _contrasts(config) and _has_several_prompts(config),
+    "masks.min_lead": _limits_leads,
     "masks.refine_iterations": _refines,
     "masks.refine_dilations": _refines,
-    "masks.refine_contrast": _refines,
+    "masks.refine_sharpness": _refines,
 }
 
 # the value that counts, where several mean the same
@@ -260,13 +290,13 @@ _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
     "prompts.classes": _class_rows,
     "prompts.mentioned_in": lambda config: _field(config.prompts.mentioned_in),
     "prompts.background": _background,
-    "masks.refine_contrast": _unit_contrast,
+    "masks.refine_sharpness": _unit_sharpness,
     # nothing falls short of these
     "masks.min_similarity": lambda config: (
         None if config.masks.min_similarity == -1 else config.masks.min_similarity
     ),
     "masks.min_peak": lambda config: config.masks.min_peak or None,
-    "masks.min_contrast": lambda config: config.masks.min_contrast or None,
+    "masks.min_foreground_contrast": lambda config: config.masks.min_foreground_contrast or None,
     "masks.min_area": lambda config: config.masks.min_area or None,
     "output.rows": lambda config: config.rows_written,
 }

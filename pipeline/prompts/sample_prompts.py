@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Literal, TypeVar
 
 from pipeline.config.classes import read_class_list
+from pipeline.config.row_keys import backgrounds_act
 from pipeline.config.schema import JobConfig, PromptsConfig
 from pipeline.errors import SampleFailure
 from pipeline.prompts.mentions import MentionFinder
@@ -47,22 +48,20 @@ class Companions:
     """Texts that are explained for every sample beside its own prompts.
 
     Attributes:
-        background: background texts that compete with the prompts for pixels, each as the texts averaged.
+        background: background texts, each as the texts averaged: they compete with the prompts for pixels,
+            take relevance from them, and count for their lead, as the configuration's masks say.
         max_background: number of background texts that get a map: those most similar to the image.
         neutral: a text that names nothing; None: grids are not corrected.
         neutral_threshold: grids are zeroed where the min-maxed grid of the neutral text exceeds this, in
             [0, 1].
+        centre: texts of all kinds, whose mean embedding is the centre for distances between texts.
     """
 
     background: tuple[Ensemble, ...] = ()
     max_background: int = 4
     neutral: str | None = None
     neutral_threshold: float = 0.8
-
-    @property
-    def most_maps(self) -> int:
-        """Most maps that an image has beside those of its prompts."""
-        return min(len(self.background), self.max_background) + (self.neutral is not None)
+    centre: tuple[Ensemble, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,6 +165,16 @@ def default_background() -> tuple[str, ...]:
     return tuple(listed.splitlines())
 
 
+def job_companions(config: JobConfig) -> Companions:
+    """Return the texts explained for every sample of a job, without background texts that change nothing.
+
+    Raises:
+        UserError: the classes file cannot be read, or is invalid.
+    """
+    companions = companions_of(config.prompts)
+    return companions if backgrounds_act(config) else replace(companions, background=())
+
+
 def companions_of(prompts: PromptsConfig) -> Companions:
     """Return the texts explained for every sample: backgrounds that name no class, and the neutral text.
 
@@ -177,11 +186,14 @@ def companions_of(prompts: PromptsConfig) -> Companions:
     if texts and settings.source == "classes":
         finder = MentionFinder(_listed(settings.classes))
         texts = [text for text in texts if not finder.names_a_class(text)]
+    templates = _listed(settings.templates)
     return Companions(
-        tuple(in_templates([text], _listed(settings.templates)) for text in texts),
+        tuple(in_templates([text], templates) for text in texts),
         settings.max_background,
         settings.neutral,
         settings.neutral_threshold,
+        # the same for every job, whatever its prompts and backgrounds
+        tuple(in_templates([text], templates) for text in default_background()),
     )
 
 

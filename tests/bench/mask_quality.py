@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 
 import legrad
 from legrad.masks.rle import decode_rle
-from legrad.masks.thresholds import relevance_contrast
+from legrad.masks.thresholds import foreground_contrast
 from legrad.quality.metrics import bootstrap_mean, bootstrap_statistic
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps
@@ -107,14 +107,14 @@ def explain(
     )
     own = torch.cat([grids[: len(shown)], grids[-1:]])
     peaks = own.amax((1, 2)).numpy()
-    maps = SampleMaps(own.numpy(), peaks, None, np.arange(len(shown)), len(shown), "upsampled")
+    maps = SampleMaps(own.numpy(), peaks, None, None, np.arange(len(shown)), len(shown), "upsampled")
     return Explained(
         scene,
         ExplainedSample(index, scene.key, image.image_height, image.image_width, prompts, maps),
         {
             "similarity": similarities[:-1].numpy(),
             "peak": grids[:-1].amax((1, 2)).numpy(),
-            "contrast": relevance_contrast(grids[:-1]).numpy(),
+            "contrast": foreground_contrast(grids[:-1]).numpy(),
         },
         np.arange(len(rows) - 1) < len(shown),
     )

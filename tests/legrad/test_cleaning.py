@@ -1,4 +1,4 @@
-"""Smoothing and cleaning against scikit-image, and by hand."""
+"""Cleaning against scikit-image, and by hand."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from skimage.filters import gaussian
 from skimage.measure import label
 
 from legrad.errors import MaskError
-from legrad.masks.cleaning import Cleaning, clean_mask, smooth_map
+from legrad.masks.cleaning import Cleaning, clean_mask
 from legrad.masks.grids import grid_to_masks
 from legrad.masks.rle import decode_rle
 from legrad.masks.thresholds import MaskRule
@@ -48,18 +47,6 @@ def test_parts_that_touch_at_a_corner_are_one_and_what_reaches_the_border_is_no_
     mask = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1]], bool)
     tidy = clean_mask(mask, Cleaning(min_component=3 / 16, max_hole=1.0))
     assert tidy.astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
-
-
-@given(st.integers(0, 1000), st.floats(0.2, 3))
-def test_smoothing_is_a_gaussian_that_mirrors_at_the_edges(seed, sigma):
-    heat = np.random.default_rng(seed).random((7, 9), dtype=np.float32)
-    expected = gaussian(heat, sigma=(sigma, 2 * sigma), mode="reflect")
-    np.testing.assert_allclose(smooth_map(heat, sigma, 2 * sigma), expected, atol=1e-5)
-
-
-def test_a_map_that_is_not_smoothed_stays_as_it_is():
-    heat = np.random.default_rng(0).random((3, 4), dtype=np.float32)
-    np.testing.assert_array_equal(smooth_map(heat, 0.0, 0.0), heat)
 
 
 def test_masks_are_cut_from_smoothed_maps_and_cleaned_afterwards():

@@ -42,6 +42,7 @@ def test_the_public_names_are_these():
         "Trace",
         "UnsupportedModelError",
         "Views",
+        "contrasted_grids",
         "decode_rle",
         "dilations_for_patch",
         "encode_rle",
@@ -55,7 +56,9 @@ def test_the_public_names_are_these():
         "otsu_threshold",
         "overlay",
         "refine_heatmaps",
+        "smoothed_grids",
         "supported_models",
+        "text_distances",
         "upsample_grid",
         "view_relevance",
     ]

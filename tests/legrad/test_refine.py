@@ -37,12 +37,12 @@ def naive_refinement(image, heatmap, refinement):
     for row in range(height):
         for column in range(width):
             colours = np.stack([at(image, row + down, column + right) for down, right in offsets])
-            unit = refinement.contrast * colours.std(axis=0) + 1e-8
+            unit = refinement.sharpness * colours.std(axis=0) + 1e-8
             ratios = np.abs(colours - image[:, row, column]) / unit
             if refinement.kernel == "pamr":
                 weights = softmax(-ratios.mean(axis=1))
             else:
-                near = softmax(-((distances / (refinement.contrast * distances.std() + 1e-8)) ** 2))
+                near = softmax(-((distances / (refinement.sharpness * distances.std() + 1e-8)) ** 2))
                 weights = softmax(-(ratios**2).mean(axis=1)) + refinement.position_weight * near
             affinities[row, column] = weights / weights.sum()
     for _ in range(refinement.iterations):
@@ -67,7 +67,7 @@ def scenes(seed, images, maps, height=9, width=12):
 @pytest.mark.parametrize(("height", "width", "dilations"), [(5, 7, (1, 2)), (4, 3, (1, 6)), (1, 4, (2,))])
 def test_every_pixel_is_what_the_papers_formulas_say(kernel, height, width, dilations):
     images, heatmaps = scenes(1, 1, 1, height, width)
-    refinement = Refinement(kernel, iterations=3, dilations=dilations, contrast=0.4, position_weight=0.2)
+    refinement = Refinement(kernel, iterations=3, dilations=dilations, sharpness=0.4, position_weight=0.2)
     refined = refine_heatmaps(images, heatmaps, refinement=refinement)
     expected = naive_refinement(images[0].double().numpy(), heatmaps[0].double().numpy(), refinement)
     np.testing.assert_allclose(refined[0].numpy(), expected, atol=2e-5)
@@ -209,8 +209,8 @@ def test_what_does_not_fit_is_refused_by_name(heatmaps, index, message):
         ("dilations", ()),
         ("dilations", (0, 1)),
         ("dilations", (2, 2)),
-        ("contrast", 0.0),
-        ("contrast", math.nan),
+        ("sharpness", 0.0),
+        ("sharpness", math.nan),
         ("position_weight", -0.1),
     ],
 )

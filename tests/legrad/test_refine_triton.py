@@ -22,7 +22,7 @@ from legrad.triton_kernel import TritonKernel
 from tests.legrad.test_kernels import needs_cuda, needs_triton
 from tests.legrad.test_refine import scenes
 
-SMALL = Refinement(iterations=2, dilations=(1, 2), contrast=0.4)
+SMALL = Refinement(iterations=2, dilations=(1, 2), sharpness=0.4)
 MAX_BYTES = 2**28
 # Between refined maps from 0 to 1: float16 rounds a weight by at most 5e-4 of itself, here up and there down.
 TOLERANCE = 2e-4

@@ -11,7 +11,7 @@ from legrad.errors import MaskError
 from legrad.heatmaps import minmax_normalise
 from legrad.masks.grids import HeatmapStack, grid_to_masks
 from legrad.masks.rle import decode_rle
-from legrad.masks.thresholds import MaskRule, cuts_of, otsu_threshold, quantile_threshold, relevance_contrast
+from legrad.masks.thresholds import MaskRule, cuts_of, foreground_contrast, otsu_threshold, quantile_threshold
 
 unit_maps = hnp.arrays(
     np.float32,
@@ -90,14 +90,14 @@ def test_contrast_is_the_difference_of_the_means_above_and_below_otsus_threshold
     grid = torch.zeros(3, 4, 5)
     grid[0, :2, :2], grid[1, :2, :2] = 8.0, 0.5
     grid[1] += 3
-    assert relevance_contrast(grid).tolist() == [8.0, 0.5, 0.0]
+    assert foreground_contrast(grid).tolist() == [8.0, 0.5, 0.0]
 
 
 @given(unit_maps, st.floats(0.01, 100))
 def test_contrast_has_the_unit_of_relevance(maps, unit):
     grids = torch.from_numpy(maps)
     np.testing.assert_allclose(
-        relevance_contrast(grids * unit), relevance_contrast(grids) * unit, rtol=0.05, atol=1e-4 * unit
+        foreground_contrast(grids * unit), foreground_contrast(grids) * unit, rtol=0.05, atol=1e-4 * unit
     )
 
 

@@ -145,7 +145,7 @@ def test_masks_of_maps_in_half_precision_are_those_of_the_rounded_values(explain
         ({"rule": "band"}, CUDA, True),
         ({"rule": "quantile"}, CUDA, False),
         ({"combine": "argmax"}, CUDA, False),
-        ({"smooth": 1.0}, CUDA, False),
+        ({"smooth": 1.0, "contrast": 0.5}, CUDA, True),
         ({"min_component": 0.1}, CUDA, False),
         ({"max_hole": 0.1}, CUDA, False),
     ],

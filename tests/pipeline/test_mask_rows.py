@@ -20,6 +20,7 @@ from legrad.masks.rle import decode_rle
 from legrad.masks.thresholds import RULES, MaskRule, cuts_of, otsu_threshold
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.filters import filters_of, rejections
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, SampleMaps
 from pipeline.config.load import load_config
@@ -55,6 +56,7 @@ def explained(*names, similarities=None, grids=None, backgrounds=None, claimed=N
     maps = SampleMaps(
         every.numpy(),
         zeroed.amax((1, 2)).numpy(),
+        None,
         (zeroed if refined is None else refined).numpy(),
         np.arange(len(names)),
         len(names),
@@ -65,7 +67,25 @@ def explained(*names, similarities=None, grids=None, backgrounds=None, claimed=N
 
 def rows_of(explained_sample, rows="all", heatmap=False, **masks):
     config = demo_job(["a.tar"], "out", masks=masks, output={"rows": rows, "heatmap": heatmap})
-    return annotation_rows(explained_sample, config)
+    return annotation_rows(filtered(explained_sample, filters_of(config.masks)), config)
+
+
+def filtered(explained_sample, filters):
+    """The sample with what the device step says of its filters."""
+    if not filters.reject:
+        return explained_sample
+    maps = explained_sample.maps
+    backgrounds = len(maps.relevance_grids) - maps.prompt_maps
+    rejected = rejections(
+        filters,
+        torch.from_numpy(maps.relevance_grids.copy()),
+        torch.tensor(
+            [prompt.similarity for prompt in explained_sample.prompts] + [0.0] * backgrounds
+        ).double(),
+        torch.zeros(len(maps.relevance_grids), dtype=torch.int64),
+        torch.arange(len(maps.relevance_grids)) >= maps.prompt_maps,
+    )
+    return replace(explained_sample, maps=replace(maps, rejections=rejected.numpy()))
 
 
 def mask_of(row, column="mask"):
@@ -80,9 +100,12 @@ def mask_of(row, column="mask"):
     [
         ({"min_similarity": 0.25}, ["ok", "ok", "rejected_similarity"]),
         ({"min_peak": 3.0}, ["ok", "ok", "rejected_peak"]),
-        ({"min_contrast": 3.5}, ["ok", "rejected_contrast", "rejected_contrast"]),
+        ({"min_foreground_contrast": 3.5}, ["ok", "rejected_contrast", "rejected_contrast"]),
         ({"min_area": 0.3, "rule": "fixed"}, ["ok", "ok", "rejected_area"]),
-        ({"min_similarity": 0.25, "min_contrast": 1e6}, ["rejected_contrast"] * 2 + ["rejected_similarity"]),
+        (
+            {"min_similarity": 0.25, "min_foreground_contrast": 1e6},
+            ["rejected_contrast"] * 2 + ["rejected_similarity"],
+        ),
     ],
 )
 @pytest.mark.parametrize("combine", ["independent", "argmax"])
@@ -94,11 +117,11 @@ def test_a_prompt_below_a_limit_is_rejected_by_its_name(masks, statuses, combine
             assert (row["area"], row["mask"], row["bbox_xywh"], row["ignore"]) == (0, None, None, None)
 
 
-@pytest.mark.parametrize("limit", ["min_similarity", "min_peak", "min_contrast"])
+@pytest.mark.parametrize("limit", ["min_similarity", "min_peak", "min_foreground_contrast"])
 @pytest.mark.parametrize(("rounding", "status"), [(-1e-6, "ok"), (1e-6, "ok"), (-1e-3, "rejected")])
 def test_a_score_that_is_at_its_limit_but_for_rounding_is_within_it(limit, rounding, status):
     similarity = 0.25 * (1 + rounding)
-    at_limit = {"min_similarity": 0.25, "min_peak": 9.0, "min_contrast": 7.1666665}
+    at_limit = {"min_similarity": 0.25, "min_peak": 9.0, "min_foreground_contrast": 7.1666665}
     grids = GRIDS[LEFT][None] * (1 + rounding)
     (row,) = rows_of(explained(LEFT, similarities=[similarity], grids=grids), **{limit: at_limit[limit]})
     assert row["status"].split("_")[0] == status
@@ -108,7 +131,7 @@ def test_contrast_separates_noise_from_an_object_where_min_maxed_maps_do_not():
     noise = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.1
     thing = torch.full((1, 6, 6), 0.1)
     thing[0, 1:4, 1:4] = 5.0
-    rows = rows_of(explained("noise", "thing", grids=torch.cat([noise, thing])), min_contrast=1.0)
+    rows = rows_of(explained("noise", "thing", grids=torch.cat([noise, thing])), min_foreground_contrast=1.0)
     assert [row["status"] for row in rows] == ["rejected_contrast", "ok"]
 
 
@@ -132,14 +155,15 @@ def test_under_argmax_masks_are_disjoint_and_have_no_threshold():
 
 
 @pytest.mark.parametrize(
-    "limit", [{"min_similarity": 0.25}, {"min_peak": 3.0}, {"min_area": 0.3}, {"min_contrast": 2.9}]
+    "limit",
+    [{"min_similarity": 0.25}, {"min_peak": 3.0}, {"min_area": 0.3}, {"min_foreground_contrast": 2.9}],
 )
 def test_a_rejected_prompt_takes_no_pixel_from_the_others(limit):
     masks = {"combine": "argmax", "rule": "fixed", "value": 0.3}
     alone = rows_of(explained(RIGHT), **masks)[0]
     contested = rows_of(explained(RIGHT, LAST), **masks)[0]
     both = rows_of(explained(RIGHT, LAST, similarities=[0.3, 0.2]), **(masks | limit))
-    if limit == {"min_contrast": 2.9}:
+    if limit == {"min_foreground_contrast": 2.9}:
         assert [row["status"] for row in both] == ["ok", "rejected_contrast"]
     assert both[1]["status"].startswith("rejected")
     assert both[0]["mask"] == alone["mask"]
@@ -281,15 +305,6 @@ def test_refined_maps_take_the_place_of_grids_and_the_backgrounds_come_after_the
     assert mask_of(competing[0])[:, 17:21].all()
 
 
-def test_smoothing_acts_alike_on_grids_and_on_refined_maps():
-    grid = torch.zeros(1, 6, 10)
-    grid[0, 2:4, 3:6] = 1.0
-    fine = heatmaps_of(grid, 12, 20, "upsampled")
-    by_grid = mask_of(rows_of(explained(LEFT, grids=grid), smooth=1.0, rule="otsu")[0])
-    by_map = mask_of(rows_of(explained(LEFT, grids=grid, refined=fine), smooth=1.0, rule="otsu")[0])
-    assert (by_grid & by_map).sum() / (by_grid | by_map).sum() > 0.85
-
-
 def test_a_prompt_that_is_not_finite_has_no_row_and_shifts_no_other():
     grids = torch.stack([torch.full((3, 5), torch.nan), GRIDS[RIGHT]])
     (row,) = rows_of(explained(LEFT, RIGHT, grids=grids), combine="argmax")
@@ -303,7 +318,7 @@ def test_maps_in_memory_that_must_not_be_written_to_give_the_same_rows(dtype, co
     refined = torch.rand(2, 12, 20, generator=torch.Generator().manual_seed(0))
     sample = explained(LEFT, RIGHT, refined=refined)
     sample = replace(sample, maps=replace(sample.maps, mask_maps=sample.maps.mask_maps.astype(dtype)))
-    masks = {"combine": combine, "rule": "otsu", "min_contrast": 0.1, "smooth": 0.5}
+    masks = {"combine": combine, "rule": "otsu", "min_foreground_contrast": 0.1}
     expected = rows_of(sample, heatmap=True, **masks)
     for array in (sample.maps.relevance_grids, sample.maps.peaks, sample.maps.mask_maps):
         array.flags.writeable = False
@@ -322,7 +337,7 @@ def test_maps_in_memory_that_must_not_be_written_to_give_the_same_rows(dtype, co
         (["masks.quantile=1.2"], "masks.quantile.*1.2"),
         (["masks.band_center=mean"], "masks.band_center.*'mean'"),
         (["masks.combine=sum"], "masks.combine.*'sum'"),
-        (["masks.min_contrast=-1"], "masks.min_contrast.*-1"),
+        (["masks.min_foreground_contrast=-1"], "masks.min_foreground_contrast.*-1"),
         (["masks.smooth=-0.5"], "masks.smooth.*-0.5"),
         (["masks.min_component=2"], "masks.min_component.*2"),
         (["masks.max_hole=-1"], "masks.max_hole.*-1"),

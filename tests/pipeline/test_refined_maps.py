@@ -177,7 +177,7 @@ def test_prompts_of_equal_texts_share_one_map(explainer, demo_scenes):
 def test_steps_follow_the_patch_unless_they_are_given():
     assert refinement_of(MasksConfig(refine="none"), 16) is None
     assert refinement_of(MasksConfig(refine="pamr"), 16).dilations == (4, 8, 16, 32)
-    given = MasksConfig(refine="pamr", refine_dilations=[1, 5], refine_contrast=0.7, refine_iterations=3)
+    given = MasksConfig(refine="pamr", refine_dilations=[1, 5], refine_sharpness=0.7, refine_iterations=3)
     assert refinement_of(given, 16) == legrad.Refinement("pamr", 3, (1, 5), 0.7)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from legrad.canvases import Views, canvas_grids, views_of
 from legrad.images import ImageTransform
 from legrad.text_cache import EmbeddedTexts
+from pipeline.annotate.grid_steps import GridTexts, grid_steps_of, with_centre
 from pipeline.annotate.maps import MapSettings, refinement_of, sample_maps
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample
@@ -19,7 +20,7 @@ from pipeline.annotate.texts import BatchTextEmbedder, choose_maps
 from pipeline.config.load import config_hash, known_keys, parse_config
 from pipeline.config.row_keys import describe_differences, row_keys
 from pipeline.errors import SampleFailure, UserError
-from pipeline.prompts.sample_prompts import SamplePrompts, companions_of, with_files_read
+from pipeline.prompts.sample_prompts import SamplePrompts, job_companions, with_files_read
 
 GRID = (3, 4)
 PATCH = 4
@@ -83,13 +84,16 @@ VALUES = {
         "refine": st.sampled_from(["none", "par", "pamr"]),
         "refine_iterations": st.sampled_from([1, 2]),
         "refine_dilations": st.sampled_from([None, [1], [1, 2]]),
-        "refine_contrast": st.sampled_from([None, 0.1, 0.3, 0.7]),
+        "refine_sharpness": st.sampled_from([None, 0.1, 0.3, 0.7]),
         "max_side": st.sampled_from([None, 8, 1000]),
         "min_similarity": st.sampled_from([None, -1.0, 0.0, 0.5]),
         "min_peak": st.sampled_from([None, 0.0, 0.9]),
         "min_area": st.sampled_from([None, 0.0, 0.3]),
-        "min_contrast": st.sampled_from([None, 0.0, 0.4]),
+        "min_foreground_contrast": st.sampled_from([None, 0.0, 0.4]),
+        "min_lead": st.sampled_from([None, -2.0, 0.0, 0.3]),
         "smooth": st.sampled_from([0.0, 1.0]),
+        "contrast": st.sampled_from([0.0, 0.5]),
+        "contrast_with": st.sampled_from(["all", "background"]),
         "min_component": st.sampled_from([0.0, 0.1]),
         "max_hole": st.sampled_from([0.0, 0.1]),
     },
@@ -140,7 +144,7 @@ def rows_of(config):
         return [seen, str(failure).lower()]
     if not prompts:
         return seen
-    companions = companions_of(config.prompts)
+    companions = job_companions(config)
     embedder = BatchTextEmbedder(Embedder(), companions, within=1e-9)
     batch = embedder.embed([prompts])
     texts, similarities = embedder.resolve(batch, batch.unit_rows.T[:1])
@@ -154,7 +158,9 @@ def rows_of(config):
     ).float()
     pixels = torch.from_numpy(noise("image").integers(0, 256, (1, 12, 16, 3), dtype=np.uint8))
     neutral_threshold = None if companions.neutral is None else companions.neutral_threshold
-    settings = MapSettings("upsampled", neutral_threshold, refinement_of(config.masks, PATCH))
+    steps = with_centre(grid_steps_of(config.masks), companions.centre, Embedder())
+    map_settings = MapSettings("upsampled", neutral_threshold, steps, refinement_of(config.masks, PATCH))
+    grid_texts = GridTexts(texts.unit_rows[chosen.text_rows], cosines[chosen.text_rows])
     sample = ExplainedSample(
         index=0,
         key="a",
@@ -170,7 +176,7 @@ def rows_of(config):
             )
             for position in chosen.prompts.tolist()
         ),
-        maps=sample_maps(grids, pixels, [chosen], settings, [(20, 30)])[0],
+        maps=sample_maps(grids, [chosen], grid_texts, map_settings, pixels=pixels, image_sizes=[(20, 30)])[0],
         dropped_prompts=len(prompts) - len(chosen.prompts),
     )
     return [seen, sample.dropped_prompts, annotation_rows(sample, config)]
@@ -245,9 +251,9 @@ CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
         ({}, {"masks": {"low": 0.1, "high": 0.9, "band_center": "otsu"}}),
         ({"masks": {"rule": "otsu"}}, {"masks": {"rule": "otsu", "value": 0.1}}),
         ({"masks": {"refine": "none"}}, {"masks": {"refine": "none", "refine_iterations": 3}}),
-        ({}, {"masks": {"refine_contrast": 0.3}}),
+        ({}, {"masks": {"refine_sharpness": 0.3}}),
         ({}, {"masks": {"min_area": 0}}),
-        ({}, {"masks": {"min_similarity": -1, "min_peak": 0, "min_contrast": 0}}),
+        ({}, {"masks": {"min_similarity": -1, "min_peak": 0, "min_foreground_contrast": 0}}),
         ({}, {"views": {"tile_zoom": 3, "tile_overlap": 0.5, "max_tiles": 3}}),
         ({}, {"prompts": {"max_per_sample": 3, "embed_synonyms": True, "neutral_threshold": 0.1}}),
         ({}, {"prompts": {"background": "default", "max_background": 2}}),
@@ -303,7 +309,7 @@ def test_a_secret_and_a_control_character_in_a_value_are_not_shown():
 
 
 def test_at_most_ten_keys_are_reported_and_the_rest_is_counted():
-    limits = ("min_similarity", "min_peak", "min_area", "min_contrast", "smooth", "max_hole")
+    limits = ("min_similarity", "min_peak", "min_area", "min_foreground_contrast", "smooth", "max_hole")
     changed = job(
         masks={**dict.fromkeys(limits, 0.1), "min_component": 0.1, "combine": "argmax", "rule": "otsu"},
         views={"flip": True},

@@ -39,7 +39,12 @@ CASES = {
     },
     "limits, each prompt by itself": {
         "prompts": {**CLASSES, "max_per_sample": 8, "templates": ["a {}", "the {}"]},
-        "masks": {"combine": "independent", "rule": "otsu", "min_similarity": 0.1, "min_contrast": 1e-5},
+        "masks": {
+            "combine": "independent",
+            "rule": "otsu",
+            "min_similarity": 0.1,
+            "min_foreground_contrast": 1e-5,
+        },
         "views": {"scales": [1.0]},
         "output": {"rows": "all"},
     },
