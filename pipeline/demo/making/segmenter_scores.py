@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from legrad.quality.label_metrics import (
@@ -19,7 +20,7 @@ from legrad.quality.label_metrics import (
     tabulate_overlaps,
 )
 from legrad.quality.metrics import Estimate
-from pipeline.demo.making.segmenter import Segmenter
+from pipeline.demo.making.segmenter import PixelScores, Segmenter
 from pipeline.output.label_map import BACKGROUND_LABEL, IGNORED_LABEL
 from pipeline.training import MaskDataset, collate
 
@@ -94,15 +95,31 @@ def predict(
         tags: classes that each image is known to show; None: the segmenter has to find them out.
     """
     segmenter.eval()
+    every_class = range(1, 1 + len(segmenter.texts))
     found = {}
     for batch in DataLoader(images, batch_size=32, collate_fn=_images_and_keys):
-        for key, scores in zip(batch["key"], segmenter(batch["image"]), strict=True):
-            if tags is not None:
-                absent = np.setdiff1d(np.arange(1, len(scores)), tags[key])
-                scores[torch.from_numpy(absent)] = -torch.inf
-            pixels = F.interpolate(scores[None], size=truth[key].shape, mode="bilinear", align_corners=False)
-            found[key] = pixels[0].argmax(dim=0).numpy().astype(np.uint8)
+        scores = _mean_of_mirrored(segmenter, batch["image"])
+        for key, foreground, classes in zip(batch["key"], *scores, strict=True):
+            allowed = every_class if tags is None else tags[key]
+            found[key] = _label_map(foreground, classes, allowed, truth[key].shape)
     return found
+
+
+def _mean_of_mirrored(segmenter: Segmenter, images: Tensor) -> PixelScores:
+    straight, mirrored = segmenter(images), segmenter(images.flip(-1))
+    return PixelScores(*((one + other.flip(-1)) / 2 for one, other in zip(straight, mirrored, strict=True)))
+
+
+def _label_map(
+    foreground: Tensor, classes: Tensor, allowed: Sequence[int], size: tuple[int, ...]
+) -> np.ndarray:
+    """Return the most likely of the allowed classes where foreground is more likely than background."""
+    labels = torch.tensor(allowed, dtype=torch.uint8)
+    shown, scores = (
+        F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+        for maps in (foreground, classes[labels.long() - 1])
+    )
+    return torch.where(shown[0] > 0, labels[scores.argmax(dim=0)], BACKGROUND_LABEL).numpy()
 
 
 def _images_and_keys(samples: Sequence[dict[str, object]]) -> dict[str, object]:

@@ -22,26 +22,33 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from jaxtyping import Float, UInt8
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from legrad.quality.metrics import Estimate
 from pipeline.config.load import load_config
 from pipeline.config.schema import JobConfig
 from pipeline.console import PrintableConsole
 from pipeline.demo import assets
-from pipeline.demo.making.segmenter import INPUT_SIDE, Segmenter, make_segmenter
+from pipeline.demo.making.segmenter import PixelScores, Segmenter, TowerFeatures, make_segmenter
 from pipeline.demo.making.segmenter_scenes import SceneSplit, scene_split
 from pipeline.demo.making.segmenter_scores import Scores, predict, read_label_maps, score
-from pipeline.training import MaskDataset, collate, pixel_weights
+from pipeline.demo.making.segmenter_views import (
+    GROUND_TRUTH,
+    PSEUDO_MASKS,
+    Views,
+    ViewTransform,
+    make_views,
+    whole_image_transform,
+)
+from pipeline.output.label_map import BACKGROUND_LABEL, IGNORED_LABEL
+from pipeline.training import MaskDataset
 
 CONFIG = Path(__file__).parent / "train_demo.yaml"
 TARGET_SHARE = 0.8
+NO_CLASS = -100
 TRAINED_ON, WITHOUT_BAND = "masks", "masks-without-band"
 STUDENT, SUPERVISED = "student", "supervised twin"
 MASKS, BAND_MASKS = "pseudo-masks, classes known", "pseudo-masks with a band, classes known"
@@ -52,13 +59,14 @@ class Plan:
     """All settings of the training, except the masks."""
 
     scenes: int = 3000
-    steps: int = 360
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    tower_learning_rate: float = 2e-4
+    views_per_scene: int = 3
+    steps: int = 1200
+    batch_size: int = 16
+    learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup_share: float = 0.1
-    smallest_crop: float = 0.6
+    smallest_crop: float = 0.5
+    class_weight: float = 0.3
     seed: int = 1
 
     def scaled(self, scale: float) -> Plan:
@@ -70,85 +78,73 @@ class Plan:
         )
 
 
-def train(plan: Plan, dataset: MaskDataset, console: PrintableConsole, what: str) -> Segmenter:
-    """Train a segmenter on the label maps of a dataset; start and schedule depend on the plan only.
+def train(plan: Plan, views: Views, teacher: str, console: PrintableConsole, what: str) -> Segmenter:
+    """Train a segmenter on the label maps of a teacher; start and schedule depend on the plan only.
 
     Args:
         plan: the schedule and its seed.
-        dataset: images and label maps, transformed to one size.
+        views: of the training scenes.
+        teacher: PSEUDO_MASKS or GROUND_TRUTH.
         console: takes the loss now and then.
         what: is trained, for the console.
     """
     torch.manual_seed(plan.seed)
-    segmenter = make_segmenter(plan.seed).train()
-    tower = [value for value in segmenter.tower.parameters() if value.requires_grad]
-    others = [value for name, value in segmenter.named_parameters() if not name.startswith("tower.")]
-    rates = [plan.tower_learning_rate, plan.learning_rate]
-    optimizer = torch.optim.AdamW(
-        [{"params": tower, "lr": rates[0]}, {"params": others, "lr": rates[1]}],
-        weight_decay=plan.weight_decay,
-    )
+    segmenter = make_segmenter(plan.seed)
+    decoder = segmenter.decoder.train()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rates, total_steps=plan.steps, pct_start=plan.warmup_share
+        optimizer, plan.learning_rate, total_steps=plan.steps, pct_start=plan.warmup_share
     )
     losses = []
-    for step, batch in enumerate(islice(_batches(plan, dataset), plan.steps), start=1):
-        loss = _loss(segmenter, batch)
+    for step, chosen in enumerate(islice(_batches(plan, len(views.images)), plan.steps), start=1):
+        batch = Views(*(part[chosen] for part in views))
+        scores = decoder(batch.images.float(), TowerFeatures(batch.grids, batch.similarities))
+        loss = pixel_loss(scores, getattr(batch, teacher), plan.class_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        if step % 50 == 0 or step == plan.steps:
-            console.print(f"{what}: step {step} of {plan.steps}, loss {np.mean(losses[-50:]):.3f}")
+        if step % 100 == 0 or step == plan.steps:
+            console.print(f"{what}: step {step} of {plan.steps}, loss {np.mean(losses[-100:]):.3f}")
     return segmenter.eval()
 
 
-def _batches(plan: Plan, dataset: MaskDataset) -> Iterator[dict[str, Any]]:
-    loader = DataLoader(
-        dataset, batch_size=plan.batch_size, num_workers=1, collate_fn=collate, persistent_workers=True
-    )
-
-    def pass_of(epoch: int) -> Iterator[dict[str, Any]]:
-        dataset.set_epoch(epoch)
-        return iter(loader)
-
-    return chain.from_iterable(pass_of(epoch) for epoch in count())
-
-
-def _loss(segmenter: Segmenter, batch: Mapping[str, Tensor]) -> Tensor:
-    scores = segmenter(batch["image"])
-    # every fourth pixel, a row and a column apart: the scores have half the resolution
-    row, column = torch.randint(2, (2,)).tolist()
-    labels = batch["label_map"][:, row::2, column::2]
-    losses = F.cross_entropy(scores, labels.long(), ignore_index=255, reduction="none")
-    if "label_weights" in batch:
-        losses = losses * pixel_weights(labels, batch["label_weights"])
-    return losses.sum() / (labels != 255).sum().clamp(min=1)
-
-
-def train_transform(plan: Plan) -> v2.Transform:
-    """Augment an image and its label map by crops, mirroring and colours."""
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop((INPUT_SIDE, INPUT_SIDE), scale=(plan.smallest_crop, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-            *_to_input(),
-        ]
+def _batches(plan: Plan, views: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(plan.seed)
+    size = min(plan.batch_size, views)
+    return chain.from_iterable(
+        torch.randperm(views, generator=generator)[: views // size * size].split(size) for _ in count()
     )
 
 
-def heldout_transform() -> v2.Transform:
-    """Return the whole image, stretched to the input size."""
-    return v2.Compose([v2.Resize((INPUT_SIDE, INPUT_SIDE), antialias=True), *_to_input()])
+def pixel_loss(
+    scores: PixelScores, labels: UInt8[Tensor, "batch side side"], class_weight: float
+) -> Float[Tensor, ""]:
+    """Return the loss of foreground against background, and of the class where there is one.
+
+    Args:
+        scores: of a segmenter.
+        labels: 0 background, class ids, 255 ignored, at the size of the segmenter's input.
+        class_weight: of the classes' part.
+    """
+    fine, coarse = _some_pixels(labels, 2), _some_pixels(labels, 4)
+    counts, is_class = fine != IGNORED_LABEL, (coarse != BACKGROUND_LABEL) & (coarse != IGNORED_LABEL)
+    shown = F.binary_cross_entropy_with_logits(
+        scores.foreground[:, 0], (fine != BACKGROUND_LABEL).float(), reduction="none"
+    )
+    classes = F.interpolate(scores.classes, size=coarse.shape[1:], mode="bilinear", align_corners=False)
+    targets = torch.where(is_class, coarse.long() - 1, NO_CLASS)
+    which = F.cross_entropy(classes, targets, ignore_index=NO_CLASS, reduction="sum")
+    return (shown * counts).sum() / counts.sum().clamp(min=1) + class_weight * which / is_class.sum().clamp(
+        min=1
+    )
 
 
-def _to_input() -> list[v2.Transform]:
-    return [
-        v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-        v2.Normalize(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
-    ]
+def _some_pixels(labels: UInt8[Tensor, "batch _ _"], stride: int) -> UInt8[Tensor, "batch _ _"]:
+    """Return every stride-th row and column, from random first ones."""
+    row, column = torch.randint(stride, (2,)).tolist()
+    return labels[:, row::stride, column::stride]
 
 
 def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole) -> dict[str, Any]:
@@ -168,13 +164,12 @@ def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole
     with _timed("annotating", times, console):
         annotate(masks_keys(split, out))
         annotate(masks_without_band_keys(split, out))
+    with _timed("drawing views", times, console):
+        views = draw_views(plan, out / TRAINED_ON, split)
     segmenters = {}
-    for what, target in ((STUDENT, "label_map"), (SUPERVISED, "ground_truth")):
+    for what, teacher in ((STUDENT, PSEUDO_MASKS), (SUPERVISED, GROUND_TRUTH)):
         with _timed(f"training the {what}", times, console):
-            dataset = _dataset(
-                out / TRAINED_ON, split.train, target, transform=train_transform(plan), seed=plan.seed
-            )
-            segmenters[what] = train(plan, dataset, console, what)
+            segmenters[what] = train(plan, views, teacher, console, what)
         save_file(segmenters[what].state_dict(), out / f"{what.replace(' ', '-')}.safetensors")
     with _timed("scoring", times, console):
         scores = score_all(out, split, segmenters)
@@ -183,6 +178,16 @@ def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole
     console.print(_table(scores, split))
     _print_comparison(result, console)
     return result
+
+
+def draw_views(plan: Plan, masks: Path, split: SceneSplit) -> Views:
+    """Return views of the training scenes, with the annotated label maps and the ground truth."""
+    torch.manual_seed(plan.seed)
+    transform = ViewTransform(
+        read_label_maps(_dataset(masks, split.train, "label_map", shuffle=False)), plan.smallest_crop
+    )
+    scenes = _dataset(masks, split.train, "ground_truth", transform=transform, shuffle=False)
+    return make_views(scenes, make_segmenter(plan.seed), plan.views_per_scene)
 
 
 def masks_keys(split: SceneSplit, out: Path) -> list[str]:
@@ -226,7 +231,9 @@ def score_all(out: Path, split: SceneSplit, segmenters: Mapping[str, Segmenter])
         for name, folder in ((MASKS, out / WITHOUT_BAND), (BAND_MASKS, banded))
     }
     for what, segmenter in segmenters.items():
-        images = _dataset(banded, split.heldout, "ground_truth", transform=heldout_transform(), shuffle=False)
+        images = _dataset(
+            banded, split.heldout, "ground_truth", transform=whole_image_transform(), shuffle=False
+        )
         found[what] = score(predict(segmenter, images, truth), truth)
         found[f"{what}, classes known"] = score(predict(segmenter, images, truth, tags), truth)
     return found
