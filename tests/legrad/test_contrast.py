@@ -158,6 +158,11 @@ def test_a_text_that_contains_another_takes_little_of_its_grid_though_all_texts_
     assert found[2, 0, 0] == 0
 
 
+def test_a_text_at_the_centre_and_equal_texts_there_have_finite_distances():
+    rows = F.normalize(torch.ones(2, DIM), dim=1)
+    assert text_distances(rows, rows[0].double()).tolist() == [[0, 0], [0, 0]]
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_out_of_range_is_refused(share):
     with pytest.raises(InputError, match=r"share: expected .* from 0 to 1"):

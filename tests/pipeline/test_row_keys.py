@@ -247,6 +247,7 @@ def described(before, now, digest_now="w"):
     return describe_differences(written(before), now, digest_now)
 
 
+CAPTIONS = {"input": {"caption": "json:captions"}, "prompts": {"source": "captions"}}
 CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
 
 
@@ -267,6 +268,15 @@ CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
             {"masks": {"contrast": 0, "contrast_with": "background"}, "prompts": {"background": "default"}},
         ),
         ({}, {"masks": {"contrast": 0.6, "contrast_with": "background"}, "prompts": {"max_background": 2}}),
+        ({}, {"masks": {"contrast": 0.5, "contrast_with": "background", "min_lead": 0.1}}),
+        (
+            {**CAPTIONS, "masks": {"contrast": 0}},
+            {**CAPTIONS, "masks": {"contrast": 0, "contrast_with": "background", "min_lead": -2}},
+        ),
+        (
+            {**CAPTIONS, "masks": {"contrast": 0.3, "contrast_with": "background"}},
+            {**CAPTIONS, "masks": {"contrast": 0.5, "contrast_with": "background"}},
+        ),
         ({"prompts": CLASSES_JOB}, {"prompts": CLASSES_JOB, "masks": {"contrast": 0}}),
         ({}, {"output": {"rows": "all"}}),
         ({}, {"input": {"caption": "TXT", "shards": "b.tar", "allow_commands": True}}),
@@ -288,6 +298,12 @@ def test_finished_work_stays_valid_where_only_idle_keys_changed(before, now):
     [
         ({}, {"views": {"flip": True}}, "views.flip: false before, true now"),
         ({}, {"masks": {"value": 0.4, "quantile": 0.1}}, "masks.value: 0.5 before, 0.4 now"),
+        (CAPTIONS, {**CAPTIONS, "masks": {"min_lead": 0.1}}, "masks.min_lead: null before, 0.1 now"),
+        (
+            {"masks": {"contrast": 0.5}},
+            {"masks": {"contrast": 0.5}, "prompts": {"background": ["sky"]}},
+            'prompts.background: [] before, ["sky"] now',
+        ),
         ({}, {"masks": {"rule": "otsu"}}, "masks.rule: fixed before, otsu now"),
         ({}, {"output": {"rows": "accepted"}}, "output.rows: null before, accepted now"),
         (
