@@ -1,5 +1,6 @@
 """Published figures are what programs wrote: pages are made from data files, and show all of them."""
 
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import figure_values  # noqa: E402
 import figures  # noqa: E402
 import layouts  # noqa: E402
 import measured_files  # noqa: E402
+import published  # noqa: E402
 
 PROGRAMS = sorted(
     path for path in BENCH.glob("*.py") if "__main__" in path.read_text() and path.name != "explain_server.py"
@@ -129,3 +131,63 @@ def test_files_are_measured_that_a_program_imports_through_others():
 def test_a_pattern_without_files_is_an_error():
     with pytest.raises(FileNotFoundError, match="no file matches 'nothing/"):
         measured_files.measured_files([], ["nothing/*.tar"])
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Return a function that records a row with some options, and returns the data file."""
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    monkeypatch.setattr(figures, "renew_pages", list)
+
+    def record_with(*options, row):
+        arguments = published.figure_parser("").parse_args(options)
+        with published.recording(str(BENCH / "small_shards.py"), arguments, name="trial") as record:
+            record("rows", row)
+        return json.loads((tmp_path / "trial.json").read_text())
+
+    return record_with
+
+
+def test_a_data_file_has_values_and_what_they_were_measured_with(written, monkeypatch):
+    monkeypatch.setattr(published, "changed_files", lambda paths: [])
+    found = written(
+        "--write", row={"iou": figure_values.Interval(1 / 3, 0.2, 0.4), "images": 3, "cpu_s": 2 / 3}
+    )
+    assert found["tables"]["rows"] == [
+        {"iou": {"value": 0.333333, "low": 0.2, "high": 0.4}, "images": 3, "cpu_s": 0.666667}
+    ]
+    assert found["is_clean"] and found["program"] in found["files"] and found["machine"]["processor"]
+
+
+def test_figures_of_changed_files_are_written_only_on_request(written, monkeypatch):
+    monkeypatch.setattr(published, "changed_files", lambda paths: ["legrad/text.py"])
+    with pytest.raises(SystemExit, match=r"1 measured files differ .* legrad/text.py"):
+        written("--write", row={"images": 3})
+    assert not written("--write", "--allow-dirty", row={"images": 3})["is_clean"]
+
+
+def test_a_figure_is_older_once_a_measured_file_differs(written, monkeypatch):
+    monkeypatch.setattr(published, "changed_files", lambda paths: [])
+    document = written("--write", row={"images": 3})
+    assert figures.changes_since(figure_values.Figure("trial", document)) == []
+    changed = document["files"] | {"legrad/text.py": "0" * 12, "legrad/gone.py": "0" * 12}
+    older = figure_values.Figure("trial", document | {"files": changed})
+    assert figures.changes_since(older) == ["legrad/gone.py", "legrad/text.py"]
+
+
+@pytest.mark.parametrize(
+    ("form", "shown"),
+    [
+        ("{short_half}", ".913 ±.030"),
+        ("{span}", ".913 (.880 to .940)"),
+        ("{percent_half}", "91.3 ±3.0"),
+        ("{signed_percent_half}", "+91.3 ±3.0"),
+    ],
+)
+def test_an_interval_is_shown_in_the_forms_of_the_pages(form, shown):
+    interval = figure_values.Interval(0.9125, 0.88, 0.94)
+    assert form.replace("{", "{0.").format(interval) == shown
+
+
+def test_what_was_not_measured_is_shown_as_a_dash():
+    assert "{0[forward][median_ms]:.3g} {0.share.short}".format(figure_values.Missing()) == "- -"
