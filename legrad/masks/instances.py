@@ -235,7 +235,8 @@ def _basins(
     # but equal peaks twice.
     lowered = np.maximum(unit_heat - np.float32(splitting.min_peak_drop), 0)
     plateaus = reconstruction(lowered, unit_heat)  # type: ignore[no-untyped-call]
-    seeds, _ = ndimage.label(local_maxima(plateaus), structure=EIGHT_NEIGHBOURS)
+    is_peak = local_maxima(plateaus)  # type: ignore[no-untyped-call]
+    seeds, _ = ndimage.label(is_peak, structure=EIGHT_NEIGHBOURS)
     seeds *= mask
     seeds = _highest(seeds, unit_heat, splitting.most)
     flood = partial(watershed, mask=mask, connectivity=2)

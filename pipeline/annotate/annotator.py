@@ -277,4 +277,5 @@ def _prepared_bytes(sample: PreparedSample) -> int:
 
 def _explained_bytes(sample: ExplainedSample) -> int:
     maps = sample.maps
-    return maps.relevance_grids.nbytes + (0 if maps.mask_maps is None else maps.mask_maps.nbytes)
+    arrays = (maps.relevance_grids, maps.mask_maps, maps.instance_labels)
+    return sum(array.nbytes for array in arrays if array is not None)

@@ -59,7 +59,7 @@ def _instances(rle: Rle, number: int, maps: SampleMaps, splitting: Splitting) ->
 
 def _heatmap(maps: SampleMaps, number: int) -> Float32[np.ndarray, "rows columns"]:
     """Return a map from 0 to 1, in a frame that is fine enough to be split."""
-    kept = maps.cut_maps[number].astype(np.float32)
+    kept: np.ndarray = maps.cut_maps[number].astype(np.float32)
     if maps.normalisation is None:
         return kept
     height, width = (CELLS_PER_PATCH * cells for cells in kept.shape)

@@ -83,21 +83,19 @@ def sample_maps(
         image_sizes: height and width of each original image in pixels.
     """
     batch = batch_grids(grids, chosen, texts, settings.grid_steps, settings.neutral_threshold)
-    mask_maps = batch.mask_grids
+    ends = np.searchsorted(batch.owners.numpy(), np.arange(len(chosen) + 1)).tolist()
+    mask_maps, labels = batch.mask_grids, None
     normalisation: Normalisation | None = settings.normalisation
     if settings.refinement is not None:
         mask_maps = refined_maps(pixels, mask_maps, batch.owners, settings.refinement, settings.normalisation)
         normalisation = None
-    ends = np.searchsorted(batch.owners.numpy(), np.arange(len(chosen) + 1)).tolist()
-    labels: np.ndarray | None = None
     if settings.sharpener is not None:
         if normalisation is not None:
             mask_maps = heatmaps_of(mask_maps, pixels.shape[1], pixels.shape[2], normalisation)
-            normalisation = None
-        wanted = _accepted_maps(batch, chosen, ends)
-        grid_size = (grids.shape[1], grids.shape[2])
-        sharp = settings.sharpener.sharpened(pixels, mask_maps, wanted, grid_size)
-        mask_maps, labels = sharp.heatmaps, sharp.instance_labels
+        sharp = settings.sharpener.sharpened(
+            pixels, mask_maps, _accepted_maps(batch, chosen, ends), (grids.shape[1], grids.shape[2])
+        )
+        mask_maps, labels, normalisation = sharp.heatmaps, sharp.instance_labels, None
     cut = None
     if settings.cut is not None:
         side = settings.cut.max_side
