@@ -1,9 +1,10 @@
 """Train the demo model from image-caption pairs alone, and export it: `python -m pipeline.demo.making.train`.
 
-Five minutes on a GPU with 16 cores to render beside it; an estimated hour and a half on two cores alone,
-which `--scale` shortens. Steps are scheduled and all is seeded, so load changes only the time taken. An
-interrupted run goes on from its last checkpoint. No mask is ever rendered here: masks are what is evaluated
-later.
+It goes on from the weights of a first training, which knew things alone, and teaches stuff as well: about
+an hour of one core. `--from-scratch` runs the first training instead: five minutes on a GPU with 16 cores to
+render beside it. `--scale` shortens either. Steps are scheduled and all is seeded, so load changes only the
+time taken. An interrupted run goes on from its last checkpoint. No mask is ever rendered here: masks are what
+is evaluated later.
 """
 
 from __future__ import annotations
