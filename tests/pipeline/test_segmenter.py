@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ from torchvision import tv_tensors
 from pipeline.config.load import load_config
 from pipeline.demo import assets
 from pipeline.demo.making import segmenter_scenes
-from pipeline.demo.making.segmenter import INPUT_SIDE, make_segmenter
+from pipeline.demo.making.segmenter import INPUT_SIDE, PixelScores, make_segmenter
+from pipeline.demo.making.segmenter_profile import ErrorProfile, error_profile
 from pipeline.demo.making.segmenter_scenes import scene_split
-from pipeline.demo.making.segmenter_scores import score
-from pipeline.demo.making.train_segmenter import CONFIG, Plan, masks_keys, train_transform
+from pipeline.demo.making.segmenter_scores import WINDOWED_SIDE, predict, score
+from pipeline.demo.making.segmenter_views import ViewTransform
+from pipeline.demo.making.train_segmenter import CONFIG, masks_keys, pixel_loss
 
 
 def random_label_maps(seed, labels=(0, 1, 2, 3)):
@@ -46,19 +50,70 @@ def test_a_scene_without_prediction_is_all_background_and_so_is_what_a_predictio
 def test_the_twins_start_from_the_same_weights_and_another_seed_from_others():
     first, second, other = (make_segmenter(seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["embed.weight"], other["embed.weight"])
+    name = "decoder.stem.0.0.weight"
+    assert not torch.equal(first[name], other[name])
     assert torch.equal(first["tower.class_embedding"], other["tower.class_embedding"])
 
 
-def test_a_segmenter_scores_every_label_and_learns_in_all_parts_but_the_frozen_ones():
+def test_a_segmenter_scores_outlines_and_classes_and_all_of_its_decoder_learns():
     segmenter = make_segmenter(1)
     scores = segmenter(torch.rand(2, 3, INPUT_SIDE, INPUT_SIDE))
-    assert scores.shape == (2, 65, INPUT_SIDE // 2, INPUT_SIDE // 2)
-    scores.square().mean().backward()
-    without_gradient = {name for name, value in segmenter.named_parameters() if value.grad is None}
-    frozen = {name for name, value in segmenter.named_parameters() if not value.requires_grad}
-    assert without_gradient == frozen
-    assert {name.split(".")[3] for name in frozen if "resblocks" in name} == {"0", "1", "2"}
+    assert scores.foreground.shape == (2, 1, INPUT_SIDE // 2, INPUT_SIDE // 2)
+    assert scores.classes.shape == (2, 64, 12, 12)
+    pixel_loss(scores, torch.randint(0, 65, (2, INPUT_SIDE, INPUT_SIDE), dtype=torch.uint8), 1.0).backward()
+    learns = {name for name, value in segmenter.named_parameters() if value.grad is not None}
+    assert learns == {name for name, _ in segmenter.named_parameters() if name.startswith("decoder.")}
+
+
+def perfect_scores(labels, sureness=20.0):
+    """Scores whose outlines and classes are those of label maps with one label for each 8 x 8 pixels."""
+    foreground = torch.where(labels[:, None, ::2, ::2] > 0, sureness, -sureness)
+    classes = torch.nn.functional.one_hot(labels[:, ::8, ::8].long().clamp(max=64), 65)[..., 1:]
+    return PixelScores(foreground, sureness * classes.permute(0, 3, 1, 2).float())
+
+
+def coarse_labels(labels=(0, 7, 64)):
+    half = torch.full((1, INPUT_SIDE, INPUT_SIDE // 2), labels[0], dtype=torch.uint8)
+    return torch.cat([half, torch.full_like(half, labels[1])], dim=2)
+
+
+def test_the_loss_is_small_where_outlines_and_classes_are_right_and_large_where_either_is_wrong():
+    labels, other_class = coarse_labels((0, 7)), coarse_labels((0, 8))
+    assert pixel_loss(perfect_scores(labels), labels, 1.0) < 1e-3
+    assert pixel_loss(perfect_scores(other_class), labels, 1.0) > 1
+    assert pixel_loss(perfect_scores(other_class), labels, 0.0) < 1e-3
+    assert pixel_loss(perfect_scores(coarse_labels((7, 0))), labels, 0.0) > 1
+
+
+def test_nothing_is_learnt_from_ignored_pixels():
+    right, wrong = perfect_scores(coarse_labels((0, 7))), perfect_scores(coarse_labels((0, 8)))
+    half_ignored, all_ignored = coarse_labels((0, 255)), coarse_labels((255, 255))
+    assert pixel_loss(right, half_ignored, 1.0) == pixel_loss(wrong, half_ignored, 1.0)
+    assert pixel_loss(wrong, all_ignored, 1.0) == 0
+
+
+class Painter(torch.nn.Module):
+    """A segmenter that sees class 7 in dark pixels, a little less of class 9, background in bright ones."""
+
+    texts = torch.zeros(64, 1)
+
+    def forward(self, images):
+        classes = torch.zeros(len(images), 64, 12, 12)
+        classes[:, 6], classes[:, 8] = 2.0, 1.0
+        return PixelScores(-images[:, :1, ::2, ::2], classes)
+
+
+def test_known_classes_change_the_classes_of_a_prediction_but_not_its_outlines():
+    image = torch.ones(3, WINDOWED_SIDE, WINDOWED_SIDE)
+    image[:, :, : WINDOWED_SIDE // 4] = -1
+    truth = {"a": np.zeros((INPUT_SIDE, 2 * INPUT_SIDE), np.uint8)}
+    samples = [{"image": tv_tensors.Image(image), "key": "a"}]
+    found, known = (labels["a"] for labels in predict(Painter(), samples, truth, {"a": [9, 30]}))
+    assert found.shape == truth["a"].shape
+    assert set(np.unique(found)) == {0, 7}
+    assert set(np.unique(known)) == {0, 9}
+    np.testing.assert_array_equal(found > 0, known > 0)
+    assert (found > 0).mean() == pytest.approx(0.25, abs=0.02)
 
 
 def test_without_sprites_a_part_of_the_shipped_scenes_is_trained_on_and_the_rest_is_held_out(
@@ -84,19 +139,63 @@ def test_masks_are_made_of_the_classes_that_captions_mention_for_training_and_co
     assert (config.prompts.source, config.prompts.mentioned_in) == ("classes", "json:caption")
 
 
-def test_training_images_come_at_the_size_of_the_input_with_labels_that_stay_labels():
-    labels = torch.randint(0, 2, (40, 60), dtype=torch.uint8) * 200
-    sample = {
-        "image": tv_tensors.Image(torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)),
-        "label_map": tv_tensors.Mask(labels),
+def square(label, side=60, start=20, stop=40):
+    labels = np.zeros((side, side), np.uint8)
+    labels[start:stop, start:stop] = label
+    return labels
+
+
+def test_a_profile_tells_errors_at_outlines_from_those_inside_objects_and_outside():
+    truth = {"a": square(7)}
+    none = ErrorProfile(
+        at_outlines=0,
+        missed=0,
+        confused=0,
+        invented=0,
+        small_iou=pytest.approx(np.nan, nan_ok=True),
+        large_iou=1,
+    )
+    assert error_profile(truth, truth) == none
+    assert error_profile({}, truth) == replace(none, at_outlines=ANY, missed=1, large_iou=0)
+    assert error_profile({"a": square(8)}, truth) == replace(none, at_outlines=ANY, confused=1, large_iou=0)
+    larger = error_profile({"a": square(7, start=18, stop=42)}, truth)
+    assert larger == replace(none, at_outlines=ANY, large_iou=pytest.approx(20**2 / 24**2))
+    assert 0 < larger.at_outlines < 0.5
+    everywhere = error_profile({"a": np.full((60, 60), 7, np.uint8)}, truth)
+    assert everywhere == replace(none, at_outlines=ANY, invented=1, large_iou=pytest.approx(1 / 9))
+
+
+def test_small_objects_are_scored_apart_and_ignored_pixels_not_at_all():
+    truth = {"a": square(7, start=20, stop=24), "b": square(7), "c": square(255)}
+    found = {"a": square(0), "b": square(7), "c": square(9)}
+    profile = error_profile(found, truth)
+    assert (profile.small_iou, profile.large_iou, profile.confused) == (0, 1, 0)
+
+
+def a_scene(height=40, width=60):
+    labels = np.zeros((height, width), np.uint8)
+    labels[height // 4 : height // 2, : width // 2] = 200
+    return {
+        "image": tv_tensors.Image(torch.randint(0, 256, (3, height, width), dtype=torch.uint8)),
+        "label_map": tv_tensors.Mask(torch.from_numpy(labels)),
         "key": "a",
     }
-    found = train_transform(Plan())(sample)
-    assert found["image"].shape == (3, INPUT_SIDE, INPUT_SIDE)
-    assert found["image"].dtype == torch.float32
-    assert found["label_map"].shape == (INPUT_SIDE, INPUT_SIDE)
-    assert set(found["label_map"].unique().tolist()) <= {0, 200}
-    assert found["key"] == "a"
+
+
+def test_a_view_has_the_size_of_the_input_and_the_same_part_of_both_label_maps():
+    scene = a_scene()
+    view = ViewTransform({"a": np.asarray(scene["label_map"]) // 2}, smallest_crop=0.3)(scene)
+    assert view["image"].shape == (3, INPUT_SIDE, INPUT_SIDE)
+    assert view["image"].dtype == torch.float32
+    assert view["label_map"].shape == (INPUT_SIDE, INPUT_SIDE)
+    assert set(view["label_map"].unique().tolist()) <= {0, 200}
+    assert torch.equal(view["label_map"] // 2, view["pseudo_masks"])
+
+
+def test_all_of_a_scene_without_pseudo_masks_is_ignored():
+    view = ViewTransform({}, smallest_crop=1.0)(a_scene())
+    assert set(view["pseudo_masks"].unique().tolist()) == {255}
+    assert set(view["label_map"].unique().tolist()) == {0, 200}
 
 
 @pytest.mark.slow

@@ -20,9 +20,12 @@ from legrad.quality.label_metrics import (
     tabulate_overlaps,
 )
 from legrad.quality.metrics import Estimate
-from pipeline.demo.making.segmenter import PixelScores, Segmenter
+from pipeline.demo.making.segmenter import INPUT_SIDE, PixelScores, Segmenter
 from pipeline.output.label_map import BACKGROUND_LABEL, IGNORED_LABEL
 from pipeline.training import MaskDataset, collate
+
+# images are also seen through windows of the input's size: smaller objects, finer outlines
+WINDOWED_SIDE = 128
 
 LabelMaps = Mapping[str, np.ndarray]
 
@@ -81,33 +84,67 @@ def read_label_maps(samples: Iterable[Mapping[str, object]]) -> dict[str, np.nda
 
 @torch.no_grad()
 def predict(
-    segmenter: Segmenter,
-    images: MaskDataset,
-    truth: LabelMaps,
-    tags: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, np.ndarray]:
-    """Return label maps of a segmenter, at the size of the ground truth.
+    segmenter: Segmenter, images: MaskDataset, truth: LabelMaps, tags: Mapping[str, Sequence[int]]
+) -> tuple[LabelMaps, LabelMaps]:
+    """Return label maps of a segmenter by itself, and with the classes known; at the size of the truth.
 
     Args:
         segmenter: trained.
-        images: what to segment; its transform brings images to the input.
+        images: what to segment, stretched to WINDOWED_SIDE.
         truth: ground truth, whose sizes the label maps get.
-        tags: classes that each image is known to show; None: the segmenter has to find them out.
+        tags: classes that each image is known to show, which only rules classes out.
     """
     segmenter.eval()
     every_class = range(1, 1 + len(segmenter.texts))
-    found = {}
+    alone, told = {}, {}
     for batch in DataLoader(images, batch_size=32, collate_fn=_images_and_keys):
-        scores = _mean_of_mirrored(segmenter, batch["image"])
-        for key, foreground, classes in zip(batch["key"], *scores, strict=True):
-            allowed = every_class if tags is None else tags[key]
-            found[key] = _label_map(foreground, classes, allowed, truth[key].shape)
-    return found
+        for key, foreground, classes in zip(
+            batch["key"], *windowed_scores(segmenter, batch["image"]), strict=True
+        ):
+            size = truth[key].shape
+            alone[key] = _label_map(foreground, classes, every_class, size)
+            told[key] = _label_map(foreground, classes, tags[key], size)
+    return alone, told
 
 
-def _mean_of_mirrored(segmenter: Segmenter, images: Tensor) -> PixelScores:
-    straight, mirrored = segmenter(images), segmenter(images.flip(-1))
-    return PixelScores(*((one + other.flip(-1)) / 2 for one, other in zip(straight, mirrored, strict=True)))
+def windowed_scores(segmenter: Segmenter, images: Tensor) -> PixelScores:
+    """Return the mean scores of the whole image, shrunk to the input, and of a window in each corner.
+
+    Args:
+        segmenter: trained.
+        images: normalised [batch, 3, WINDOWED_SIDE, WINDOWED_SIDE].
+    """
+    corners = (0, WINDOWED_SIDE - INPUT_SIDE)
+    whole = segmenter(F.interpolate(images, size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear", antialias=True))
+    windows = {
+        (top, left): segmenter(images[..., top : top + INPUT_SIDE, left : left + INPUT_SIDE])
+        for top in corners
+        for left in corners
+    }
+    return PixelScores(
+        *(
+            (_enlarged(maps) + _stitched({place: scores[part] for place, scores in windows.items()})) / 2
+            for part, maps in enumerate(whole)
+        )
+    )
+
+
+def _enlarged(maps: Tensor) -> Tensor:
+    side = maps.shape[-1] * WINDOWED_SIDE // INPUT_SIDE
+    return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def _stitched(windows: Mapping[tuple[int, int], Tensor]) -> Tensor:
+    """Return the mean of the windows that cover a pixel; places are those in the image."""
+    first = next(iter(windows.values()))
+    side = first.shape[-1]
+    total = first.new_zeros(*first.shape[:2], *[side * WINDOWED_SIDE // INPUT_SIDE] * 2)
+    covered = torch.zeros_like(total[:1, :1])
+    for place, maps in windows.items():
+        row, column = (start * side // INPUT_SIDE for start in place)
+        total[..., row : row + side, column : column + side] += maps
+        covered[..., row : row + side, column : column + side] += 1
+    return total / covered
 
 
 def _label_map(

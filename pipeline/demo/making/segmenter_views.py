@@ -66,9 +66,9 @@ class ViewTransform:
         return view
 
 
-def whole_image_transform() -> v2.Transform:
-    """Return the whole image, stretched to the input size."""
-    return v2.Compose([v2.Resize((INPUT_SIDE, INPUT_SIDE), antialias=True), *_to_input()])
+def whole_image_transform(side: int) -> v2.Transform:
+    """Return the whole image, stretched to a square, normalised."""
+    return v2.Compose([v2.Resize((side, side), antialias=True), *_to_input()])
 
 
 def _to_input() -> list[v2.Transform]:
