@@ -7,7 +7,7 @@ and its masks as written are compared with the ground truth. A variant is the co
 (default masks; captions as prompts) with a few keys changed. One JSON row a set and variant:
 
     mean_iou            over the classes of the set, without background
-    difference          of mean_iou to the variant `default`, scenes resampled in pairs
+    difference          of mean_iou to the variant `without smoothing and contrast`, scenes resampled in pairs
     precision, recall   of the pixels in masks, of the pixels of objects; ignored pixels count as missed
     coverage            share of the pixels that are not ignored
     boundary_f          F-measure of the boundary of a row's mask, within .75 % of the diagonal
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from cut_map_scores import caught_maps, cut_map_scores
-from demo_inputs import PUBLISHED_SETS, SETS, WEIGHTS, demo_files, demo_job
+from demo_inputs import SETS, WEIGHTS, demo_files, demo_job
 from proc import children_of, cpu_s_of
 from published import figure_parser, recording
 from shards_in_flight import work_through
@@ -51,43 +51,49 @@ from pipeline.run.worker import build_annotator
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 
 CONFIG = Path(__file__).with_name("ablation.yaml")
-BASELINE, DEMO = "default", "the demo's configuration"
-PLAIN = ("masks.refine=none",)
-BACKGROUND = ("prompts.background=default", "masks.combine=argmax")
-CLEANED = ("masks.smooth=0.5", "masks.min_component=0.01", "masks.max_hole=0.01")
+BASELINE, DEMO = "without smoothing and contrast", "the demo's configuration"
+ALONE = ("masks.smooth=0", "masks.contrast=0")
+PLAIN = (*ALONE, "masks.refine=none")
+COMPETING = ("prompts.background=default", "masks.combine=argmax")
+TWO_SIZES = ("views.scales=[1.0, 0.75]",)
+# the settings for several captions and background texts, in one forward pass
+ONE_PASS = ("prompts.background=default", "masks.value=0.4", "model.layers=3")
 # Changes of `ablation.yaml`, one line a variant; SIZE*x is x times the model's input, in whole patches.
 VARIANTS: dict[str, Sequence[str]] = {
-    BASELINE: (),
+    BASELINE: ALONE,
+    "default masks": (),
     DEMO: (),
-    "layers 1": ("model.layers=1",),
-    "layers 2": ("model.layers=2",),
-    "layers 3": ("model.layers=3",),
-    "layers all": ("model.layers=all",),
-    "cut at 0.4": ("masks.value=0.4",),
-    "cut at 0.6": ("masks.value=0.6",),
+    "smoothing": ("masks.contrast=0",),
+    "contrast": ("masks.smooth=0",),
+    "contrast with the background alone": ("prompts.background=default", "masks.contrast_with=background"),
+    "background": ("prompts.background=default",),
+    "one pass": ONE_PASS,
+    "one pass, argmax": (*ONE_PASS, "masks.combine=argmax"),
+    "one pass, layers 2": (*ONE_PASS, "model.layers=2"),
+    "one pass, layers 4": (*ONE_PASS, "model.layers=4"),
+    "one pass, contrast 0": (*ONE_PASS, "masks.contrast=0"),
+    "one pass, contrast 0.3": (*ONE_PASS, "masks.contrast=0.3"),
+    "one pass, contrast 0.5": (*ONE_PASS, "masks.contrast=0.5"),
+    "one pass, contrast 0.8": (*ONE_PASS, "masks.contrast=0.8"),
+    "one pass, cut at 0.5": (*ONE_PASS, "masks.value=0.5"),
+    "one pass, smooth 0.4": (*ONE_PASS, "masks.smooth=0.4"),
+    "one pass, smooth 1": (*ONE_PASS, "masks.smooth=1"),
+    "one pass, keys": (*ONE_PASS, "model.affinity=keys"),
+    "one pass, neutral": (*ONE_PASS, "prompts.neutral=a photo of a"),
+    "one pass, not refined": (*ONE_PASS, "masks.refine=none"),
+    "two sizes, argmax": (*ONE_PASS, *TWO_SIZES, "masks.combine=argmax"),
+    "two sizes, argmax, mirrored": (*ONE_PASS, *TWO_SIZES, "masks.combine=argmax", "views.flip=true"),
+    "two sizes, argmax, smooth 0.5": (*ONE_PASS, *TWO_SIZES, "masks.combine=argmax", "masks.smooth=0.5"),
+    "argmax, background, without smoothing and contrast": (*ALONE, *COMPETING),
+    "argmax, background, two sizes, without smoothing and contrast": (*ALONE, *COMPETING, *TWO_SIZES),
+    "keys, without smoothing and contrast": (*ALONE, "model.affinity=keys"),
     "otsu": ("masks.rule=otsu",),
     "band around otsu": ("masks.rule=band", "masks.band_center=otsu"),
     "refined by pamr": ("masks.refine=pamr",),
-    "smooth 0.5": ("masks.smooth=0.5",),
-    "cleaned": CLEANED,
-    "argmax": ("masks.combine=argmax",),
-    "background": BACKGROUND,
-    "background, layers 2": ("model.layers=2", *BACKGROUND),
-    "background, smooth 0.5": ("masks.smooth=0.5", *BACKGROUND),
-    "background, neutral": ("prompts.neutral=a photo of a", *BACKGROUND),
-    "background, scales 1, 0.75": ("views.scales=[1.0, 0.75]", *BACKGROUND),
-    "background, scales 1, 0.75, 1.5": ("views.scales=[1.0, 0.75, 1.5]", *BACKGROUND),
-    "neutral": ("prompts.neutral=a photo of a",),
-    "templates": ("prompts.templates=simple-imagenet",),
-    "mirrored too": ("views.flip=true",),
-    "scales 1, 0.75, 1.5": ("views.scales=[1.0, 0.75, 1.5]",),
-    "input of 3/2": ("model.image_size=SIZE*1.5",),
-    "plain": PLAIN,
-    "plain, otsu": (*PLAIN, "masks.rule=otsu"),
-    "plain, band 0.25 to 0.75": (*PLAIN, "masks.rule=band"),
-    "plain, cleaned": (*PLAIN, *CLEANED),
-    "plain, background": (*PLAIN, *BACKGROUND),
+    "plain maps": PLAIN,
+    "plain maps, otsu": (*PLAIN, "masks.rule=otsu"),
 }
+ABLATION_SETS = ("heldout", "newartist", "thirdartist", "stuff")
 INPUT_SIDE, PATCH_SIDE = 96, 8
 # a worker writes these to the footers of its files, and readers refuse files without
 METADATA = {"config_hash": "ablation"}
@@ -124,7 +130,7 @@ def options() -> argparse.Namespace:
     """Return the command line's options."""
     parser = figure_parser(__doc__)
     parser.add_argument("--weights", choices=WEIGHTS, default="new", help="weights of the demo's model")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=PUBLISHED_SETS, help="sets of scenes")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=ABLATION_SETS, help="sets of scenes")
     parser.add_argument("--only", default="", help="regular expression; the default always runs")
     parser.add_argument("--rounds", type=int, default=1, help="annotations of a set by each variant")
     return parser.parse_args()

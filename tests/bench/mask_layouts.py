@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from layout_parts import Region, columns_of, sentence, sets_side_by_side
 
-HELDOUT, NEWARTIST = "heldout", "newartist"
+HELDOUT, NEWARTIST, THIRDARTIST, STUFF = "heldout", "newartist", "thirdartist", "stuff"
 
 
 def both(figure: str) -> str:
@@ -20,12 +20,15 @@ def percent(figure: str, set_name: str) -> str:
 GLANCED_MAPS = (
     *("LeGrad, last 4", "GradCAM, last block", "CLS attention", "patch-text similarity", "centre prior"),
 )
-GLANCED_VARIANTS = (*("plain", "plain, otsu", "default", "background", "the demo's configuration"),)
+GLANCED_VARIANTS = (
+    *("plain maps", "without smoothing and contrast", "default masks"),
+    *("one pass", "one pass, argmax", "the demo's configuration"),
+)
 GLANCE = {
     "variant": "{variant}",
     "`heldout`": percent("mean_iou", HELDOUT),
     "`newartist`": percent("mean_iou", NEWARTIST),
-    "over the default": f"{{{HELDOUT}[difference].signed_percent_half}} / "
+    "difference": f"{{{HELDOUT}[difference].signed_percent_half}} / "
     f"{{{NEWARTIST}[difference].signed_percent_half}}",
     "CPU ms an image": "{heldout[cpu_ms_an_image]:.0f} / {newartist[cpu_ms_an_image]:.0f}",
 }
@@ -42,6 +45,15 @@ ABLATION = {
     "difference ": f"{{{NEWARTIST}[difference].signed_percent_half}}",
     "AP of the maps ": "{newartist[map_average_precision].short}",
     "CPU ms an image": "{heldout[cpu_ms_an_image]:.0f} / {newartist[cpu_ms_an_image]:.0f}",
+}
+FURTHER = {
+    "variant": "{variant}",
+    "`thirdartist`: mIoU": percent("mean_iou", THIRDARTIST),
+    "difference": f"{{{THIRDARTIST}[difference].signed_percent_half}}",
+    "AP of the maps": "{thirdartist[map_average_precision].short}",
+    "`stuff`: mIoU": percent("mean_iou", STUFF),
+    "difference ": f"{{{STUFF}[difference].signed_percent_half}}",
+    "AP of the maps ": "{stuff[map_average_precision].short}",
 }
 MAPS = {
     "map": "{map}",
@@ -115,6 +127,11 @@ def by_weights(weights: str) -> dict[str, Region]:
         f"demo-perturbation-{weights}": of_scores(sets_side_by_side("perturbation", "map", PERTURBATION)),
         f"ablation-{weights}": Region(
             f"ablation-{weights}", [sets_side_by_side("variants", "variant", ABLATION)], ablation
+        ),
+        f"ablation-further-{weights}": Region(
+            f"ablation-{weights}",
+            [sets_side_by_side("variants", "variant", FURTHER, GLANCED_VARIANTS)],
+            ablation,
         ),
         f"presence-{weights}": Region(
             f"presence_filters-{weights}", [sets_side_by_side("scores", "score", PRESENCE)], presence
