@@ -95,6 +95,13 @@ PERTURBATION = {
     "least first ": "{heldout[insertion_negative][cosine_area].short} / "
     "{newartist[insertion_negative][cosine_area].short}",
 }
+NESTED = {
+    "contrast": "{way}",
+    "`heldout`: single captions": percent("single", HELDOUT),
+    "joined caption": percent("joined", HELDOUT),
+    "`newartist`: single captions": percent("single", NEWARTIST),
+    "joined caption ": percent("joined", NEWARTIST),
+}
 PRESENCE = {
     "score": "{score}",
     "`heldout`": "{heldout[auroc].span}",
@@ -109,9 +116,9 @@ LABEL_MAPS = {
 
 def by_weights(weights: str) -> dict[str, Region]:
     """Return the regions of figures that are measured with old and with new weights."""
-    scores, ablation, presence = (
+    scores, ablation, nested, presence = (
         f"python tests/bench/{program}.py --weights {weights} --write"
-        for program in ("demo_scores", "ablation", "presence_filters")
+        for program in ("demo_scores", "ablation", "nested_captions", "presence_filters")
     )
 
     def of_scores(*parts: object) -> Region:
@@ -132,6 +139,9 @@ def by_weights(weights: str) -> dict[str, Region]:
             f"ablation-{weights}",
             [sets_side_by_side("variants", "variant", FURTHER, GLANCED_VARIANTS)],
             ablation,
+        ),
+        f"nested-{weights}": Region(
+            f"nested_captions-{weights}", [sets_side_by_side("ways", "way", NESTED)], nested
         ),
         f"presence-{weights}": Region(
             f"presence_filters-{weights}", [sets_side_by_side("scores", "score", PRESENCE)], presence
