@@ -198,7 +198,7 @@ def test_a_map_of_which_nothing_is_left_is_an_empty_mask(where, refinement, rule
         torch.stack([weak, 2 * weak + 1]),
         [ImageMaps(np.arange(2), np.arange(2), np.arange(2), 0)],
         GridTexts(torch.eye(2), np.full(2, 0.3)),
-        MapSettings("upsampled", None, steps_of(**masks), refinement, cut),
+        MapSettings("upsampled", None, steps_of(**masks), refinement, cut=cut),
         pixels=torch.from_numpy(samples()[0].canvases[0])[None],
         image_sizes=[(120, 90)],
     )
