@@ -1,13 +1,13 @@
 """Quality and CPU time of masks by what makes them, on the demo's scenes; left out: Ray, and time to load.
 
-    python tests/bench/ablation.py [--weights new|old] [--sets heldout newartist] [--only PATTERN] [--write]
+    python tests/bench/ablation.py [--weights new|old] [--sets heldout ...] [--only PATTERN] [--write]
 
 Every variant annotates a set into a temporary folder as a worker does (tar, decoding, model, masks, Parquet),
 and its masks as written are compared with the ground truth. A variant is the configuration `ablation.yaml`
-(default masks; captions as prompts) with a few keys changed. One JSON row a set and variant:
+(refined maps, cut at 0.5; captions as prompts) with a few keys changed. One JSON row a set and variant:
 
     mean_iou            over the classes of the set, without background
-    difference          of mean_iou to the variant `default`, scenes resampled in pairs
+    difference          of mean_iou to the variant `refined`, scenes resampled in pairs
     precision, recall   of the pixels in masks, of the pixels of objects; ignored pixels count as missed
     coverage            share of the pixels that are not ignored
     boundary_f          F-measure of the boundary of a row's mask, within .75 % of the diagonal
@@ -31,13 +31,14 @@ from typing import Any
 
 import torch
 from cut_map_scores import caught_maps, cut_map_scores
-from demo_inputs import PUBLISHED_SETS, SETS, WEIGHTS, demo_files, demo_job
+from demo_inputs import SETS, WEIGHTS, demo_files, demo_job
 from proc import children_of, cpu_s_of
 from published import figure_parser, recording
 from shards_in_flight import work_through
 
 from legrad.quality.metrics import Estimate
 from pipeline import storage
+from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
 from pipeline.evaluation.mask_scores import (
     SummedMetric,
@@ -51,42 +52,50 @@ from pipeline.run.worker import build_annotator
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 
 CONFIG = Path(__file__).with_name("ablation.yaml")
-BASELINE, DEMO = "default", "the demo's configuration"
+BASELINE, DEMO = "refined", "the demo's configuration"
+DEFAULTS = (f"masks.smooth={MasksConfig().smooth}", "masks.contrast=null")
+TEXTS = ("prompts.background=default",)
+CONTRAST = ("masks.smooth=0.6", "masks.contrast=0.6", *TEXTS)
+ARGMAX = ("masks.combine=argmax",)
+BACKGROUND = (*TEXTS, *ARGMAX)
 PLAIN = ("masks.refine=none",)
-BACKGROUND = ("prompts.background=default", "masks.combine=argmax")
 CLEANED = ("masks.smooth=0.5", "masks.min_component=0.01", "masks.max_hole=0.01")
+TWO_SCALES = ("views.scales=[1.0, 0.75]",)
 # Changes of `ablation.yaml`, one line a variant; SIZE*x is x times the model's input, in whole patches.
 VARIANTS: dict[str, Sequence[str]] = {
     BASELINE: (),
+    "default": DEFAULTS,
     DEMO: (),
     "layers 1": ("model.layers=1",),
     "layers 2": ("model.layers=2",),
-    "layers 3": ("model.layers=3",),
     "layers all": ("model.layers=all",),
     "cut at 0.4": ("masks.value=0.4",),
-    "cut at 0.6": ("masks.value=0.6",),
     "otsu": ("masks.rule=otsu",),
     "band around otsu": ("masks.rule=band", "masks.band_center=otsu"),
     "refined by pamr": ("masks.refine=pamr",),
-    "smooth 0.5": ("masks.smooth=0.5",),
-    "cleaned": CLEANED,
-    "argmax": ("masks.combine=argmax",),
-    "background": BACKGROUND,
-    "background, layers 2": ("model.layers=2", *BACKGROUND),
-    "background, smooth 0.5": ("masks.smooth=0.5", *BACKGROUND),
-    "background, neutral": ("prompts.neutral=a photo of a", *BACKGROUND),
-    "background, scales 1, 0.75": ("views.scales=[1.0, 0.75]", *BACKGROUND),
-    "background, scales 1, 0.75, 1.5": ("views.scales=[1.0, 0.75, 1.5]", *BACKGROUND),
+    "smooth 0.6": ("masks.smooth=0.6",),
+    "key affinity": ("model.affinity=keys",),
     "neutral": ("prompts.neutral=a photo of a",),
-    "templates": ("prompts.templates=simple-imagenet",),
     "mirrored too": ("views.flip=true",),
     "scales 1, 0.75, 1.5": ("views.scales=[1.0, 0.75, 1.5]",),
-    "input of 3/2": ("model.image_size=SIZE*1.5",),
+    "argmax": ARGMAX,
+    "background": BACKGROUND,
+    "background, scales 1, 0.75": (*TWO_SCALES, *BACKGROUND),
+    "contrast between captions": ("masks.smooth=0.6", "masks.contrast=0.6"),
+    "contrast": CONTRAST,
+    "contrast with backgrounds alone": (*CONTRAST, "masks.contrast_with=background"),
+    "contrast 0.3": (*CONTRAST, "masks.contrast=0.3"),
+    "contrast 0.9": (*CONTRAST, "masks.contrast=0.9"),
+    "contrast, cut at 0.4": (*CONTRAST, "masks.value=0.4"),
+    "contrast, layers 3": (*CONTRAST, "model.layers=3"),
+    "contrast, cut at 0.4, layers 3": (*CONTRAST, "masks.value=0.4", "model.layers=3"),
+    "contrast, argmax": (*CONTRAST, *ARGMAX),
+    "contrast, argmax, scales 1, 0.75": (*CONTRAST, *ARGMAX, *TWO_SCALES),
+    "contrast, key affinity": (*CONTRAST, "model.affinity=keys"),
     "plain": PLAIN,
     "plain, otsu": (*PLAIN, "masks.rule=otsu"),
-    "plain, band 0.25 to 0.75": (*PLAIN, "masks.rule=band"),
     "plain, cleaned": (*PLAIN, *CLEANED),
-    "plain, background": (*PLAIN, *BACKGROUND),
+    "plain, contrast": (*PLAIN, *CONTRAST),
 }
 INPUT_SIDE, PATCH_SIDE = 96, 8
 # a worker writes these to the footers of its files, and readers refuse files without
@@ -124,14 +133,14 @@ def options() -> argparse.Namespace:
     """Return the command line's options."""
     parser = figure_parser(__doc__)
     parser.add_argument("--weights", choices=WEIGHTS, default="new", help="weights of the demo's model")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=PUBLISHED_SETS, help="sets of scenes")
-    parser.add_argument("--only", default="", help="regular expression; the default always runs")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="sets of scenes")
+    parser.add_argument("--only", default="", help="regular expression; `refined` always runs")
     parser.add_argument("--rounds", type=int, default=1, help="annotations of a set by each variant")
     return parser.parse_args()
 
 
 def rows_of_set(set_name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the row of each chosen variant, the default first."""
+    """Yield the row of each chosen variant, the baseline first."""
     baseline: Mapping[str, SummedMetric] = {}
     for variant, changes in VARIANTS.items():
         if variant != BASELINE and not re.search(arguments.only, variant):

@@ -19,7 +19,7 @@ WEIGHTS = {
     "old": "tests/bench/weights/legrad_demo_clip-1.safetensors",
 }
 OLD_WEIGHTS_SHA256 = "ada1843379f478af64886ca1732c39ca05d1c475e9a3240acdb30adad1acd3d1"
-SETS = assets.SHARD_SETS
+SETS = (*assets.SHARD_SETS, *assets.FURTHER_SHARD_SETS)
 # sets whose figures are published side by side
 PUBLISHED_SETS = ("heldout", "newartist")
 
@@ -32,7 +32,7 @@ def demo_files(*sets: str, weights: str = "new") -> list[str]:
         "pipeline/demo/classes.txt",
         "pipeline/prompts/background.txt",
         WEIGHTS[weights],
-        *(f"pipeline/demo/shards/{name}-*.tar" for name in sets),
+        *(f"{assets.demo_shard_folder(name).relative_to(ROOT)}/{name}-*.tar" for name in sets),
     ]
 
 
