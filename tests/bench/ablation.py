@@ -1,13 +1,13 @@
 """Quality and CPU time of masks by what makes them, on the demo's scenes; left out: Ray, and time to load.
 
-    python tests/bench/ablation.py [--weights new|old] [--sets heldout newartist] [--only PATTERN] [--write]
+    python tests/bench/ablation.py [--weights new|old] [--sets heldout ...] [--only PATTERN] [--write]
 
 Every variant annotates a set into a temporary folder as a worker does (tar, decoding, model, masks, Parquet),
 and its masks as written are compared with the ground truth. A variant is the configuration `ablation.yaml`
-(default masks; captions as prompts) with a few keys changed. One JSON row a set and variant:
+(refined maps, cut at 0.5; captions as prompts) with a few keys changed. One JSON row a set and variant:
 
     mean_iou            over the classes of the set, without background
-    difference          of mean_iou to the variant `without smoothing and contrast`, scenes resampled in pairs
+    difference          of mean_iou to the variant `refined`, scenes resampled in pairs
     precision, recall   of the pixels in masks, of the pixels of objects; ignored pixels count as missed
     coverage            share of the pixels that are not ignored
     boundary_f          F-measure of the boundary of a row's mask, within .75 % of the diagonal
@@ -38,6 +38,7 @@ from shards_in_flight import work_through
 
 from legrad.quality.metrics import Estimate
 from pipeline import storage
+from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
 from pipeline.evaluation.mask_scores import (
     SummedMetric,
@@ -51,49 +52,52 @@ from pipeline.run.worker import build_annotator
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 
 CONFIG = Path(__file__).with_name("ablation.yaml")
-BASELINE, DEMO = "without smoothing and contrast", "the demo's configuration"
-ALONE = ("masks.smooth=0", "masks.contrast=0")
-PLAIN = (*ALONE, "masks.refine=none")
-COMPETING = ("prompts.background=default", "masks.combine=argmax")
+BASELINE, DEMO = "refined", "the demo's configuration"
+DEFAULTS = (f"masks.smooth={MasksConfig().smooth}", "masks.contrast=null")
+TEXTS = ("prompts.background=default",)
+ARGMAX = ("masks.combine=argmax",)
+PLAIN = ("masks.refine=none",)
 TWO_SIZES = ("views.scales=[1.0, 0.75]",)
 # the settings for several captions and background texts, in one forward pass
-ONE_PASS = ("prompts.background=default", "masks.value=0.4", "model.layers=3")
+ONE_PASS = (*DEFAULTS, *TEXTS, "masks.value=0.4", "model.layers=3")
 # Changes of `ablation.yaml`, one line a variant; SIZE*x is x times the model's input, in whole patches.
 VARIANTS: dict[str, Sequence[str]] = {
-    BASELINE: ALONE,
-    "default masks": (),
+    BASELINE: (),
+    "default": DEFAULTS,
     DEMO: (),
-    "smoothing": ("masks.contrast=0",),
-    "contrast": ("masks.smooth=0",),
-    "contrast with the background alone": ("prompts.background=default", "masks.contrast_with=background"),
-    "background": ("prompts.background=default",),
-    "one pass": ONE_PASS,
-    "one pass, argmax": (*ONE_PASS, "masks.combine=argmax"),
-    "one pass, layers 2": (*ONE_PASS, "model.layers=2"),
-    "one pass, layers 4": (*ONE_PASS, "model.layers=4"),
-    "one pass, contrast 0": (*ONE_PASS, "masks.contrast=0"),
-    "one pass, contrast 0.3": (*ONE_PASS, "masks.contrast=0.3"),
-    "one pass, contrast 0.5": (*ONE_PASS, "masks.contrast=0.5"),
-    "one pass, contrast 0.8": (*ONE_PASS, "masks.contrast=0.8"),
-    "one pass, cut at 0.5": (*ONE_PASS, "masks.value=0.5"),
-    "one pass, smooth 0.4": (*ONE_PASS, "masks.smooth=0.4"),
-    "one pass, smooth 1": (*ONE_PASS, "masks.smooth=1"),
-    "one pass, keys": (*ONE_PASS, "model.affinity=keys"),
-    "one pass, neutral": (*ONE_PASS, "prompts.neutral=a photo of a"),
-    "one pass, not refined": (*ONE_PASS, "masks.refine=none"),
-    "two sizes, argmax": (*ONE_PASS, *TWO_SIZES, "masks.combine=argmax"),
-    "two sizes, argmax, mirrored": (*ONE_PASS, *TWO_SIZES, "masks.combine=argmax", "views.flip=true"),
-    "two sizes, argmax, smooth 0.5": (*ONE_PASS, *TWO_SIZES, "masks.combine=argmax", "masks.smooth=0.5"),
-    "argmax, background, without smoothing and contrast": (*ALONE, *COMPETING),
-    "argmax, background, two sizes, without smoothing and contrast": (*ALONE, *COMPETING, *TWO_SIZES),
-    "keys, without smoothing and contrast": (*ALONE, "model.affinity=keys"),
+    "layers 2": ("model.layers=2",),
+    "layers all": ("model.layers=all",),
+    "cut at 0.4": ("masks.value=0.4",),
     "otsu": ("masks.rule=otsu",),
     "band around otsu": ("masks.rule=band", "masks.band_center=otsu"),
     "refined by pamr": ("masks.refine=pamr",),
-    "plain maps": PLAIN,
-    "plain maps, otsu": (*PLAIN, "masks.rule=otsu"),
+    "smooth 0.6": ("masks.smooth=0.6",),
+    "contrast 0.6": ("masks.contrast=0.6",),
+    "key affinity": ("model.affinity=keys",),
+    "neutral": ("prompts.neutral=a photo of a",),
+    "mirrored too": ("views.flip=true",),
+    "background, argmax": (*TEXTS, *ARGMAX),
+    "background, argmax, two sizes": (*TEXTS, *ARGMAX, *TWO_SIZES),
+    "default, background": (*DEFAULTS, *TEXTS),
+    "default, background, contrast with it alone": (*DEFAULTS, *TEXTS, "masks.contrast_with=background"),
+    "one pass": ONE_PASS,
+    "one pass, argmax": (*ONE_PASS, *ARGMAX),
+    "one pass, layers 2": (*ONE_PASS, "model.layers=2"),
+    "one pass, layers 4": (*ONE_PASS, "model.layers=4"),
+    "one pass, cut at 0.5": (*ONE_PASS, "masks.value=0.5"),
+    "one pass, contrast 0": (*ONE_PASS, "masks.contrast=0"),
+    "one pass, contrast 0.3": (*ONE_PASS, "masks.contrast=0.3"),
+    "one pass, contrast 0.8": (*ONE_PASS, "masks.contrast=0.8"),
+    "one pass, smooth 0.4": (*ONE_PASS, "masks.smooth=0.4"),
+    "one pass, smooth 1": (*ONE_PASS, "masks.smooth=1"),
+    "one pass, key affinity": (*ONE_PASS, "model.affinity=keys"),
+    "one pass, neutral": (*ONE_PASS, "prompts.neutral=a photo of a"),
+    "one pass, not refined": (*ONE_PASS, *PLAIN),
+    "two sizes, argmax": (*ONE_PASS, *ARGMAX, *TWO_SIZES),
+    "two sizes, argmax, smooth 0.5": (*ONE_PASS, *ARGMAX, *TWO_SIZES, "masks.smooth=0.5"),
+    "plain": PLAIN,
+    "plain, otsu": (*PLAIN, "masks.rule=otsu"),
 }
-ABLATION_SETS = ("heldout", "newartist", "thirdartist", "stuff")
 INPUT_SIDE, PATCH_SIDE = 96, 8
 # a worker writes these to the footers of its files, and readers refuse files without
 METADATA = {"config_hash": "ablation"}
@@ -130,14 +134,14 @@ def options() -> argparse.Namespace:
     """Return the command line's options."""
     parser = figure_parser(__doc__)
     parser.add_argument("--weights", choices=WEIGHTS, default="new", help="weights of the demo's model")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=ABLATION_SETS, help="sets of scenes")
-    parser.add_argument("--only", default="", help="regular expression; the default always runs")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="sets of scenes")
+    parser.add_argument("--only", default="", help="regular expression; `refined` always runs")
     parser.add_argument("--rounds", type=int, default=1, help="annotations of a set by each variant")
     return parser.parse_args()
 
 
 def rows_of_set(set_name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the row of each chosen variant, the default first."""
+    """Yield the row of each chosen variant, the baseline first."""
     baseline: Mapping[str, SummedMetric] = {}
     for variant, changes in VARIANTS.items():
         if variant != BASELINE and not re.search(arguments.only, variant):

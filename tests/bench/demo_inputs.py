@@ -32,7 +32,7 @@ def demo_files(*sets: str, weights: str = "new") -> list[str]:
         "pipeline/demo/classes.txt",
         "pipeline/prompts/background.txt",
         WEIGHTS[weights],
-        *(f"pipeline/demo/*shards/{name}-*.tar" for name in sets),
+        *(f"{assets.demo_shard_folder(name).relative_to(ROOT)}/{name}-*.tar" for name in sets),
     ]
 
 

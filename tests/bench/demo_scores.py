@@ -15,6 +15,7 @@ Annotates the sets with the demo's configuration and evaluates them, as `legrad 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,7 @@ def options() -> argparse.Namespace:
 def annotate(arguments: argparse.Namespace, out: str) -> None:
     """Run `legrad annotate`."""
     shards = demo_job(arguments.sets).input.shards
-    changes = [f"input.shards={shards}", f"output.dir={out}"]
+    changes = [f"input.shards={json.dumps(shards)}", f"output.dir={out}"]
     if arguments.weights != "new":
         changes.append(f"model.pretrained={weights_path(arguments.weights)}")
     command = [sys.executable, "-m", "pipeline", "annotate", str(assets.demo_config_path()), *changes]
@@ -70,10 +71,11 @@ def annotate(arguments: argparse.Namespace, out: str) -> None:
 
 def evaluated(arguments: argparse.Namespace, out: str, set_name: str) -> EvaluationResult:
     """Evaluate one set of scenes."""
+    things = set_name in assets.SHARD_SETS
     return evaluate_output(
         out,
         assets.demo_shard_paths(set_name),
-        assets.demo_classes_path(),
+        assets.demo_classes_path() if things else assets.demo_classes_with_stuff_path(),
         perturbed_scenes=arguments.perturbed_scenes,
         pretrained=None if arguments.weights == "new" else str(weights_path(arguments.weights)),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from layout_parts import Region, columns_of, sentence, sets_side_by_side
 
-HELDOUT, NEWARTIST, THIRDARTIST, STUFF = "heldout", "newartist", "thirdartist", "stuff"
+HELDOUT, NEWARTIST = "heldout", "newartist"
 
 
 def both(figure: str) -> str:
@@ -21,14 +21,14 @@ GLANCED_MAPS = (
     *("LeGrad, last 4", "GradCAM, last block", "CLS attention", "patch-text similarity", "centre prior"),
 )
 GLANCED_VARIANTS = (
-    *("plain maps", "without smoothing and contrast", "default masks"),
-    *("one pass", "one pass, argmax", "the demo's configuration"),
+    *("plain", "refined", "background, argmax", "default", "one pass", "one pass, argmax"),
+    "the demo's configuration",
 )
 GLANCE = {
     "variant": "{variant}",
     "`heldout`": percent("mean_iou", HELDOUT),
     "`newartist`": percent("mean_iou", NEWARTIST),
-    "difference": f"{{{HELDOUT}[difference].signed_percent_half}} / "
+    "over `refined`": f"{{{HELDOUT}[difference].signed_percent_half}} / "
     f"{{{NEWARTIST}[difference].signed_percent_half}}",
     "CPU ms an image": "{heldout[cpu_ms_an_image]:.0f} / {newartist[cpu_ms_an_image]:.0f}",
 }
@@ -45,15 +45,6 @@ ABLATION = {
     "difference ": f"{{{NEWARTIST}[difference].signed_percent_half}}",
     "AP of the maps ": "{newartist[map_average_precision].short}",
     "CPU ms an image": "{heldout[cpu_ms_an_image]:.0f} / {newartist[cpu_ms_an_image]:.0f}",
-}
-FURTHER = {
-    "variant": "{variant}",
-    "`thirdartist`: mIoU": percent("mean_iou", THIRDARTIST),
-    "difference": f"{{{THIRDARTIST}[difference].signed_percent_half}}",
-    "AP of the maps": "{thirdartist[map_average_precision].short}",
-    "`stuff`: mIoU": percent("mean_iou", STUFF),
-    "difference ": f"{{{STUFF}[difference].signed_percent_half}}",
-    "AP of the maps ": "{stuff[map_average_precision].short}",
 }
 MAPS = {
     "map": "{map}",
@@ -84,16 +75,37 @@ RECOGNITION = {
     "mAP": "{mean_average_precision.short_half}",
     "AUROC present / absent": "{auroc.short_half}",
 }
-PERTURBATION = {
-    "map": "{map}",
-    "deletion, most relevant first": "{heldout[deletion_positive][cosine_area].short} / "
-    "{newartist[deletion_positive][cosine_area].short}",
-    "least first": "{heldout[deletion_negative][cosine_area].short} / "
-    "{newartist[deletion_negative][cosine_area].short}",
-    "insertion, most relevant first": "{heldout[insertion_positive][cosine_area].short} / "
-    "{newartist[insertion_positive][cosine_area].short}",
-    "least first ": "{heldout[insertion_negative][cosine_area].short} / "
-    "{newartist[insertion_negative][cosine_area].short}",
+ORDERS = {
+    "deletion, most relevant first": "deletion_positive",
+    "deletion, least first": "deletion_negative",
+    "insertion, most relevant first": "insertion_positive",
+    "insertion, least first": "insertion_negative",
+}
+
+
+def areas(figure: str, title: str) -> dict[str, str]:
+    """Return the columns of a table of areas under an output of the model."""
+    return {
+        title: "{map}",
+        **{
+            order: f"{{{HELDOUT}[{test}][{figure}].short}} / {{{NEWARTIST}[{test}][{figure}].short}}"
+            for order, test in ORDERS.items()
+        },
+    }
+
+
+FURTHER_SETS = ("stuff", "thirdartist", "duplicates")
+FURTHER = {
+    "variant": "{variant}",
+    **{
+        f"`{name}`{what}": form.format(name)
+        for name in FURTHER_SETS
+        for what, form in (
+            (": mIoU", "{{{}[mean_iou].percent_half}}"),
+            (", difference", "{{{}[difference].signed_percent_half}}"),
+            (", AP of the maps", "{{{}[map_average_precision].short}}"),
+        )
+    },
 }
 NESTED = {
     "contrast": "{way}",
@@ -131,13 +143,16 @@ def by_weights(weights: str) -> dict[str, Region]:
         ),
         f"demo-masks-{weights}": of_scores(columns_of("masks", MASKS)),
         f"demo-recognition-{weights}": of_scores(columns_of("recognition", RECOGNITION)),
-        f"demo-perturbation-{weights}": of_scores(sets_side_by_side("perturbation", "map", PERTURBATION)),
-        f"ablation-{weights}": Region(
-            f"ablation-{weights}", [sets_side_by_side("variants", "variant", ABLATION)], ablation
+        f"demo-perturbation-{weights}": of_scores(
+            sets_side_by_side("perturbation", "map", areas("cosine_area", "similarity")),
+            sets_side_by_side("perturbation", "map", areas("accuracy_area", "accuracy")),
         ),
-        f"ablation-further-{weights}": Region(
+        f"ablation-{weights}": Region(
             f"ablation-{weights}",
-            [sets_side_by_side("variants", "variant", FURTHER, GLANCED_VARIANTS)],
+            [
+                sets_side_by_side("variants", "variant", ABLATION),
+                sets_side_by_side("variants", "variant", FURTHER),
+            ],
             ablation,
         ),
         f"nested-{weights}": Region(

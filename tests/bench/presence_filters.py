@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import legrad
-from legrad.masks.thresholds import relevance_contrast
+from legrad.masks.thresholds import foreground_contrast
 from legrad.quality.metrics import Estimate, bootstrap_statistic
 from pipeline.config.schema import InputConfig
 from pipeline.demo import assets
@@ -32,7 +32,7 @@ from pipeline.shards.images import decode_image
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "similarity": lambda grids, similarities: similarities,
     "peak": lambda grids, similarities: grids.amax((1, 2)),
-    "foreground contrast": lambda grids, similarities: relevance_contrast(grids),
+    "foreground contrast": lambda grids, similarities: foreground_contrast(grids),
     "lead in similarity": lambda grids, similarities: lead(similarities),
     "lead in relevance": lambda grids, similarities: lead(grids).amax((1, 2)),
 }
