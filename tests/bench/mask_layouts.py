@@ -83,6 +83,13 @@ PERTURBATION = {
     "least first ": "{heldout[insertion_negative][cosine_area].short} / "
     "{newartist[insertion_negative][cosine_area].short}",
 }
+ACCURACY_UNDER_PERTURBATION = {
+    "map": "{map}",
+    "deletion, most relevant first": both("deletion_positive"),
+    "least first": both("deletion_negative"),
+    "insertion, most relevant first": both("insertion_positive"),
+    "least first ": both("insertion_negative"),
+}
 PRESENCE = {
     "score": "{score}",
     "`heldout`": "{heldout[auroc].span}",
@@ -116,6 +123,14 @@ def by_weights(weights: str) -> dict[str, Region]:
         f"ablation-{weights}": Region(
             f"ablation-{weights}", [sets_side_by_side("variants", "variant", ABLATION)], ablation
         ),
+        **{
+            f"perturbation-{table}-{weights}": Region(
+                f"perturbation-{weights}",
+                [sets_side_by_side(table, "map", ACCURACY_UNDER_PERTURBATION)],
+                f"python tests/bench/perturbation.py --weights {weights} --write",
+            )
+            for table in ("target", "predicted")
+        },
         f"presence-{weights}": Region(
             f"presence_filters-{weights}", [sets_side_by_side("scores", "score", PRESENCE)], presence
         ),
