@@ -14,7 +14,7 @@ UNITS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/integrat
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test test-fast test-all check fix bench bench-gpu bench-pipeline demo-model train-demo clean
+.PHONY: help setup demo test test-fast test-all check fix figures bench bench-gpu bench-pipeline demo-model train-demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ bench-pipeline: $(STAMP)  ## benchmarks of the pipeline: a worker without its de
 	$(BIN)/python tests/bench/driver_overhead.py
 	$(BIN)/python tests/bench/cluster_simulation.py
 	$(BIN)/python tests/bench/driver_simulated_workers.py
+
+figures: $(STAMP)  ## list the published figures that are older than what they measure; RUN=NAME measures one again
+	$(BIN)/python tests/bench/figures.py $(if $(RUN),--run $(RUN))
 
 demo-model: $(STAMP)  ## train the demo model and render its shards again (needs npm; see pipeline/demo/README.md)
 	$(BIN)/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[train-demo-model]'

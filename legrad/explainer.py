@@ -19,6 +19,7 @@ from legrad.inputs import (
     Options,
     RaggedPrompts,
     as_ragged,
+    check_affinity,
     check_image_size,
     check_images,
     check_layers,
@@ -31,6 +32,7 @@ from legrad.inputs import (
 )
 from legrad.loading import load_model
 from legrad.memory import is_out_of_memory
+from legrad.method.affinity import Affinity, spread_along_keys
 from legrad.method.relevance import relevance_grids
 from legrad.method.trace import Trace, trace_images
 from legrad.text import embed_texts, require_tokenizer
@@ -74,6 +76,7 @@ class LeGrad:
         tokenizer: Tokenizer | None = None,
         layers: int | Literal["all"] = 2,
         pool: Literal["reference", "model"] = "reference",
+        affinity: Affinity = "none",
         image_size: int | tuple[int, int] | None = None,
         fit: Fit = "stretch",
         compile: bool = False,
@@ -87,6 +90,11 @@ class LeGrad:
             pool: how a layer is scored. "reference": as the authors do, by the mean over all tokens, or with
                 the block's tokens fed directly to the attentional pooler; "model": with the model's own norm,
                 pooling and head.
+            affinity: "keys": the relevance of each patch becomes the mean over the patches of its image,
+                weighted by the likeness of their keys in the last two blocks, see `legrad.method.affinity`.
+                Costs N x N x (2 x width + prompts) multiply-adds for N patches, no attention matrix, and N
+                x 2 x width numbers in the trace, which must be made by an explainer with `affinity="keys"`.
+                "none": the relevance of each patch is its own.
             image_size: size of the model's input, (height, width) or one number for both, in pixels;
                 multiples of the patch size. None: the model's own size, rounded down to whole patches (378
                 for a model of 384 pixels with patches of 14).
@@ -107,7 +115,7 @@ class LeGrad:
         self.model = model
         self.tokenizer = tokenizer
         self._compile = compile
-        self._options = Options(layers, check_pool(pool), image_size, fit)
+        self._options = Options(layers, check_pool(pool), check_affinity(affinity), image_size, fit)
         self._own_transform: ImageTransform | None = None
         self._describe()
 
@@ -164,7 +172,8 @@ class LeGrad:
         """Return an explainer of the same model that scores layers as the authors' package does."""
         self._follow_changes()
         other = copy.copy(self)
-        other._options, other.scoring = replace(self._options, pool="authors"), self.tower.authors
+        other._options = replace(self._options, pool="authors", affinity="none")
+        other.scoring = self.tower.authors
         return other
 
     @classmethod
@@ -175,6 +184,7 @@ class LeGrad:
         *,
         layers: int | Literal["all"] = 2,
         pool: Literal["reference", "model"] = "reference",
+        affinity: Affinity = "none",
         device: str | torch.device | None = None,
         precision: str = "fp32",
         image_size: int | tuple[int, int] | None = None,
@@ -194,6 +204,7 @@ class LeGrad:
                 `hf-hub:` or `local-dir:` name; for a plain name RANDOM weights, whose maps mean nothing.
             layers: see `LeGrad`.
             pool: see `LeGrad`.
+            affinity: see `LeGrad`.
             device: None: CUDA if available, otherwise CPU.
             precision: of both towers: fp32, fp16, bf16, pure_fp16 or pure_bf16, as in open_clip; or auto,
                 which is bf16 on a GPU that computes it, otherwise fp32.
@@ -217,6 +228,7 @@ class LeGrad:
             tokenizer=loaded.tokenizer,
             layers=layers,
             pool=pool,
+            affinity=affinity,
             image_size=image_size,
             fit=fit,
             compile=compile,
@@ -299,7 +311,13 @@ class LeGrad:
         self._follow_changes()
         check_images(self.tower, images)
         with self._failures_described():
-            trace = trace_images(self.tower, images, self._layers, self.scoring)
+            trace = trace_images(
+                self.tower,
+                images,
+                self._layers,
+                self.scoring,
+                keep_keys=self._options.affinity == "keys",
+            )
         return replace(trace, structure=self._snapshot.identity)
 
     def relevance(
@@ -348,6 +366,8 @@ class LeGrad:
                 one_by_one=prompts.one_by_one,
             )
         merged = grids if per_layer else grids.sum(dim=0)
+        if self._options.affinity == "keys" and trace.unit_keys is not None:
+            merged = spread_along_keys(merged, trace.unit_keys, prompts.image_index)
         return merged.reshape(*merged.shape[:-3], *prompts.leading, *merged.shape[-2:])
 
     def heatmaps(
@@ -370,9 +390,10 @@ class LeGrad:
                 min-max normalised map of this text exceeds `neutral_threshold`, every prompt's grid is set to
                 zero before it is normalised. None: no correction.
             neutral_threshold: threshold in [0, 1] for the neutral text's map.
-            as_authors: compute the map of the authors' package, regardless of `pool`. SigLIP: without a
-                `neutral_embedding` the text "a photo of a" is used, which needs the tokenizer. PE-Core:
-                tokens enter the pooler without the final norm. All other families: the default map.
+            as_authors: compute the map of the authors' package, regardless of `pool` and `affinity`.
+                SigLIP: without a `neutral_embedding` the text "a photo of a" is used, which needs the
+                tokenizer. PE-Core: tokens enter the pooler without the final norm. All other families: the
+                default map.
 
         Returns:
             [batch, prompts, height, width], or with `image_index` [prompts, height, width]. A constant map
@@ -431,5 +452,7 @@ class LeGrad:
 
     def _as_trace(self, images: Float[Tensor, "batch 3 height width"] | Trace) -> Trace:
         if isinstance(images, Trace):
-            return check_trace(images, self.tower, self.scoring, self._snapshot.identity)
+            return check_trace(
+                images, self.tower, self.scoring, self._snapshot.identity, self._options.affinity
+            )
         return self.encode(images)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from legrad.errors import InputError
 from legrad.heatmaps import minmax_normalise
 from legrad.images import Fit, ImageTransform
+from legrad.method.affinity import Affinity
 from legrad.method.stages import accumulation_dtype
 from legrad.method.towers import Scoring, Tower
 from legrad.method.trace import Pool, Trace, pool_of
@@ -24,6 +25,7 @@ class Options:
 
     layers: int | Literal["all"]
     pool: Pool
+    affinity: Affinity
     image_size: int | tuple[int, int] | None
     fit: Fit
 
@@ -179,6 +181,13 @@ def check_pool(pool: str) -> Literal["reference", "model"]:
     return "reference" if pool == "reference" else "model"
 
 
+def check_affinity(affinity: str) -> Affinity:
+    """Return `affinity` if it is a choice; otherwise raise an InputError."""
+    if affinity not in ("none", "keys"):
+        raise InputError(f"affinity: expected 'none' or 'keys', received {affinity!r}")
+    return "keys" if affinity == "keys" else "none"
+
+
 def check_resize(resize: str) -> None:
     """Raise an InputError if `resize` is not a public choice."""
     if resize not in ("exact", "fast"):
@@ -276,7 +285,9 @@ def _unit_features(image_features: Float[Tensor, "batch embed_dim"]) -> Float[Te
     return F.normalize(image_features.to(accumulation_dtype(image_features.dtype)), dim=-1)
 
 
-def check_trace(trace: Trace, tower: Tower, scoring: Scoring, structure: int) -> Trace:
+def check_trace(
+    trace: Trace, tower: Tower, scoring: Scoring, structure: int, affinity: Affinity = "none"
+) -> Trace:
     """Return a trace if it was made by this tower for this scoring; otherwise raise an InputError.
 
     Args:
@@ -284,11 +295,17 @@ def check_trace(trace: Trace, tower: Tower, scoring: Scoring, structure: int) ->
         tower: description of the tower.
         scoring: how its layers are scored.
         structure: identity of the tower's modules.
+        affinity: what spreads the relevance, for which the trace must hold the keys.
     """
     if trace.structure not in (None, structure):
         raise InputError(
             "trace: made by another model, or before modules of this one were replaced; encode the "
             "images again"
+        )
+    if affinity == "keys" and trace.unit_keys is None:
+        raise InputError(
+            "trace: expected one with the keys of the last blocks, for affinity='keys'; encode the images "
+            "with this explainer"
         )
     expected = pool_of(tower, scoring)
     # Without a pooler a trace is the same for every way of scoring.

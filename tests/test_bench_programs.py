@@ -1,4 +1,4 @@
-"""Benchmarks that replace parts of the pipeline still run, and print the keys that their page names."""
+"""Benchmarks run, and their rows have what the layouts of their figures show."""
 
 import json
 import subprocess
@@ -13,17 +13,19 @@ BENCH = REPOSITORY / "tests" / "bench"
 pytestmark = pytest.mark.slow
 
 
-def row_of(program, *options):
-    """Run a program of tests/bench, and return the JSON row that it prints."""
+def rows_of(program, *options):
+    """Run a program of tests/bench, and return the rows that it prints after its head."""
     printed = subprocess.check_output([sys.executable, BENCH / program, *options], text=True)
-    return json.loads(printed)
+    head, *rows = map(json.loads, printed.splitlines())
+    assert head["program"] == f"tests/bench/{program}"
+    return rows
 
 
-@pytest.mark.parametrize("processes", [0, 1])
-def test_a_worker_without_its_device_is_measured_beside_its_floor(processes):
-    row = row_of(
+@pytest.mark.parametrize("workers", ["1:0", "1:1"])
+def test_a_worker_without_its_device_is_measured_beside_its_floor(workers):
+    (row,) = rows_of(
         "host_ceiling.py",
-        *("--side=64x48", "--cores=1", f"--processes={processes}"),
+        *("--images", "64x48:1", "--workers", workers),
         *("--shards=2", "--samples=200", "--rounds=1"),
     )
     names = ["samples_per_s", "cpu_ms_per_sample", "device_process_cpu_ms_per_sample", "floor_ms_per_sample"]
@@ -32,7 +34,7 @@ def test_a_worker_without_its_device_is_measured_beside_its_floor(processes):
 
 
 def test_the_costs_of_sample_processes_are_measured():
-    row = row_of("process_costs.py", "--side=64x48", "--rounds=1")
+    (row,) = rows_of("process_costs.py", "--side=64x48", "--rounds=1")
     figures = [figure for name, figure in row.items() if name.endswith(("_s", "_ms", "_us"))]
     assert len(figures) == 9
     assert all(figure > 0 for figure in figures)
@@ -40,6 +42,12 @@ def test_the_costs_of_sample_processes_are_measured():
 
 
 def test_the_status_of_a_folder_is_measured_with_and_without_a_cache_and_compacted():
-    row = row_of("status_of_many_shards.py", "--shards=5", "--rows=3", "--s3-shards=0")
-    assert list(row["local"]) == ["no cache", "cached", "compacted"]
-    assert all(figure["wall_s"] > 0 for figure in row["local"].values())
+    (row,) = rows_of("status_of_many_shards.py", "--shards=5", "--rows=3", "--s3-shards=0")
+    assert all(row[name]["wall_s"] > 0 for name in ("without_cache", "cached", "compacted"))
+
+
+def test_a_variant_of_the_masks_is_scored_beside_the_default():
+    default, plain = rows_of("ablation.py", "--sets=newartist", "--only=^plain$")
+    assert default["difference"]["value"] == 0
+    assert plain["mean_iou"]["value"] < default["mean_iou"]["value"]
+    assert plain["map_average_precision"]["value"] < default["map_average_precision"]["value"]

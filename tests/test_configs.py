@@ -7,9 +7,12 @@ import open_clip
 import pytest
 
 from pipeline.config.load import load_config
+from pipeline.evaluation.sweep import read_sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-JOBS = sorted(path for path in CONFIGS.rglob("*.yaml") if "cluster" not in path.parts)
+SWEEP = CONFIGS / "protocol" / "sweep.yaml"
+JOBS = sorted(path for path in CONFIGS.rglob("*.yaml") if "cluster" not in path.parts and path != SWEEP)
+PROTOCOL = [path for path in JOBS if "protocol" in path.parts]
 
 
 def opening(path):
@@ -38,10 +41,25 @@ def test_a_shipped_configuration_opens_with_its_command_and_what_was_measured(pa
     assert re.search(r"not measured|Measured|\d+ to \d+ s", text)
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "protocol").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PROTOCOL, ids=lambda path: path.stem)
 def test_the_papers_protocol_is_a_map_for_each_class_in_the_image_cut_at_a_half(path):
     config = load_config(path)
     assert (config.masks.rule, config.masks.value, config.masks.refine) == ("fixed", 0.5, "none")
     assert (config.prompts.source, config.input.caption) == ("captions", "json:captions")
     assert config.prompts.templates == ("a photo of a {}.",)
     assert config.model.image_size == 448
+
+
+def test_the_sweep_loads_for_every_model_of_the_protocol_and_opens_with_its_command():
+    assert "python -m pipeline.cli.sweep configs/protocol/sweep.yaml --voc" in opening(SWEEP)
+    assert "not measured" in opening(SWEEP)
+    variants = read_sweep(SWEEP, ["a.tar"], "out")
+    assert {each.model for each in variants} == {path.stem for path in PROTOCOL}
+    assert len({each.config.output.dir for each in variants}) == len(variants)
+    of_one = [each for each in variants if each.model == "vit-b-16"]
+    contrasts = {
+        (each.config.masks.contrast, each.config.masks.value) for each in of_one if "keys" not in each.name
+    }
+    assert contrasts >= {(share, value) for share in (0.3, 0.5, 0.7) for value in (0.4, 0.5)}
+    assert {each.baseline for each in of_one} == {None, "NACLIP", "MaskCLIP"}
+    assert "keys" in {each.config.model.affinity for each in of_one}

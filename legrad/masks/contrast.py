@@ -17,9 +17,9 @@ MAX_VALUES = 2**24
 
 def contrasted_grids(
     relevance_grids: Float[Tensor, "*leading texts grid_height grid_width"],
-    weights: Float[Tensor, "*leading texts texts"] | None = None,
+    weights: Float[Tensor, "... texts texts"] | None = None,
     *,
-    share: float = 0.5,
+    share: float = 0.6,
 ) -> Float[Tensor, "*leading texts grid_height grid_width"]:
     """Subtract from each text's grid a share of the strongest other text's grid, clipped at 0.
 
@@ -66,7 +66,7 @@ def _less_strongest(grids: Tensor, strongest: Tensor, share: float) -> Tensor:
 
 def _strongest_other(
     grids: Float[Tensor, "*leading texts grid_height grid_width"],
-    weights: Float[Tensor, "*leading texts texts"],
+    weights: Float[Tensor, "... texts texts"],
 ) -> Float[Tensor, "*leading texts grid_height grid_width"]:
     """Return, for each text and cell, the highest weighted relevance of another text, at least 0."""
     # NaN * 0 is NaN
@@ -84,32 +84,33 @@ def _strongest_other(
 def text_distances(
     unit_rows: Float[Tensor, "*leading texts embed_dim"], centre: Float[Tensor, " embed_dim"] | None = None
 ) -> Float[Tensor, "*leading texts texts"]:
-    """Compute how far texts are apart, from 0 (equal) to 1 (nothing in common).
+    """Compute how far texts are apart, from 0 (equal) to 1 (as far as from texts of all kinds, or farther).
 
-    These are weights for `contrasted_grids`:
+    These are weights for `contrasted_grids`. For unit rows p and q, and the mean c of many other unit rows:
 
-        a, b = row p - centre, row q - centre
-        distance[p, q] = |a - b|^2 / (|a|^2 + |b|^2), at most 1
+        distance[p, q] = min(1, |p - q|^2 / mean of r(p) and r(q)),   r(p) = 2 - 2 <p, c>
 
-    That is 1 less the cosine of rows that are equally far from the centre. A text tower puts all texts into
-    one narrow cone, so without a centre all distances are small. One text that contains the other ("a dog",
-    "a dog and a cat") is near it, and takes little of its grid.
+    r(p) is the mean of |p - t|^2 over the rows t whose mean is c. A text tower puts all texts into one narrow
+    cone, so distances count in comparison with these. One text that contains the other ("a dog", "a dog and
+    a cat") is near it, and takes little of its grid.
 
     Args:
         unit_rows: unit text embeddings of an image's texts.
-        centre: mean embedding of texts of all kinds; None: the origin.
+        centre: mean embedding of texts of all kinds; None: the origin, as if these had nothing in common with
+            the image's texts.
 
     Returns:
         Symmetric distances in float32, zero on the diagonal.
     """
     # in float64, so that a batch's size, which changes the order of sums, does not change the rounded result
     rows = unit_rows.double()
-    if centre is not None:
-        rows = rows - centre
     products = rows @ rows.mT
     squared = products.diagonal(dim1=-2, dim2=-1)
-    total = squared[..., :, None] + squared[..., None, :]
-    return ((total - 2 * products) / total.clamp(min=1e-12)).clamp_(0, 1).float()
+    apart = ((squared[..., :, None] + squared[..., None, :]) / 2 - products).clamp(min=0)
+    to_others = torch.ones_like(rows[..., 0]) if centre is None else 1 - rows @ centre.double()
+    usual = (to_others[..., :, None] + to_others[..., None, :]) / 2
+    distances = (apart / usual.clamp(min=1e-12)).clamp(max=1).float()
+    return distances.masked_fill(torch.eye(rows.shape[-2], dtype=torch.bool, device=rows.device), 0)
 
 
 def contrasted_by_image(
@@ -117,7 +118,7 @@ def contrasted_by_image(
     image_index: Int[Tensor, " maps"],
     unit_rows: Float[Tensor, "maps embed_dim"],
     *,
-    share: float = 0.5,
+    share: float = 0.6,
     centre: Float[Tensor, " embed_dim"] | None = None,
     takes: Bool[Tensor, " maps"] | None = None,
     loses: Bool[Tensor, " maps"] | None = None,

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from legrad.method.affinity import KEY_BLOCKS, joined_keys, unit_patch_keys
 from legrad.method.precision import full_precision_convolutions
 from legrad.method.stages import run_stages
 from legrad.method.towers import Block, Scoring, Tower
@@ -51,6 +52,7 @@ class Trace:
         rotary: the rotary position embedding that the blocks used, or None.
         pool: the choice of `pool` that the trace was made for; "authors" for `as_authors`, if that differs.
         structure: identifies the modules that made the trace; None in a copy or if it is not known.
+        unit_keys: keys of the patches in the last blocks, see `legrad.method.affinity`; None: not kept.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -60,6 +62,7 @@ class Trace:
     rotary: Tensor | None = None
     pool: Pool = "reference"
     structure: int | None = None
+    unit_keys: Float[Tensor, "batch patches keys_width"] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -73,7 +76,12 @@ class Trace:
 
 @torch.no_grad()
 def trace_images(
-    tower: Tower, images: Float[Tensor, "batch 3 height width"], layers: int, scoring: Scoring
+    tower: Tower,
+    images: Float[Tensor, "batch 3 height width"],
+    layers: int,
+    scoring: Scoring,
+    *,
+    keep_keys: bool = False,
 ) -> Trace:
     """Encode images once, and store what the last blocks computed.
 
@@ -85,17 +93,21 @@ def trace_images(
         images: preprocessed images; both sides multiples of the patch size.
         layers: number of last blocks to store.
         scoring: how a layer is scored; its pooler, if any, is run on the tokens of each stored block.
+        keep_keys: store the keys of the patches in the last blocks, which are computed once more for it.
 
     Returns:
         The trace, in the dtype of the tower's parameters.
     """
     first_kept = len(tower.blocks) - layers
     kept: list[LayerTrace] = []
+    keys: list[Tensor] = []
     with torch.autocast(images.device.type, enabled=False):
         with full_precision_convolutions(images.dtype):
             embedded = tower.embed(images)
         tokens = embedded.tokens
         for index, block in enumerate(tower.blocks):
+            if keep_keys and index >= len(tower.blocks) - KEY_BLOCKS:
+                keys.append(unit_patch_keys(block, tokens, tower.prefix_tokens))
             layer = run_block(block, tokens, embedded.rotary, index)
             tokens = layer.outputs
             if index >= first_kept:
@@ -105,7 +117,15 @@ def trace_images(
         features = F.normalize(score_features(tower.own, tokens), dim=-1)
     height, width = images.shape[-2:]
     grid_height, grid_width = height // tower.patch_size, width // tower.patch_size
-    return Trace(tuple(kept), features, grid_height, grid_width, embedded.rotary, pool_of(tower, scoring))
+    return Trace(
+        tuple(kept),
+        features,
+        grid_height,
+        grid_width,
+        embedded.rotary,
+        pool_of(tower, scoring),
+        unit_keys=joined_keys(keys) if keys else None,
+    )
 
 
 def pool_of(tower: Tower, scoring: Scoring) -> Pool:

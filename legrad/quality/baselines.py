@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from legrad.errors import InputError
-from legrad.method.stages import run_stages
-from legrad.method.towers import Block, Scoring, Tower
-from legrad.method.trace import Trace, run_block, run_normed_block, score_features
+from legrad.method.towers import Block, Tower
+from legrad.method.trace import Trace, run_normed_block, score_features
+from legrad.quality.dense_baselines import DENSE_BASELINES, last_block_input, token_text_cosines
 
 CENTRE_PRIOR_SIGMA = 0.25  # standard deviation of the centre prior, as a share of each side
 
@@ -51,6 +51,9 @@ def baseline_grids(
     return {
         "GradCAM, last block": gradcam(tower, trace, text_embeddings, image_index),
         "patch-text similarity": patch_text_similarity(tower, trace, text_embeddings, image_index),
+        **{
+            name: dense(tower, trace, text_embeddings, image_index) for name, dense in DENSE_BASELINES.items()
+        },
         "mean-query attention": mean_query_attention(tower, trace)[image_index],
         **{name: grids[image_index] for name, grids in _pooling_attention(tower, trace, images).items()},
         "centre prior": centre_prior(*grid).to(device).expand(len(image_index), *grid),
@@ -151,12 +154,11 @@ def patch_text_similarity(
     """Return the cosine of the text and each output patch token after the model's final norm and projection.
 
     Source: the unmodified dense features that Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022,
-        start from; their method also changes the last attention.
+        start from; their method (`legrad.quality.dense_baselines`) also changes the last attention.
     """
     with torch.no_grad():
-        features = _token_features(tower.own, trace.layers[-1].block_outputs)
-    unit_features = F.normalize(features.float(), dim=-1)[image_index]
-    return _patch_grid(torch.einsum("ptd,pd->pt", unit_features, text_embeddings.float()), tower, trace)
+        tokens = trace.layers[-1].block_outputs
+        return token_text_cosines(tower, trace, tokens, text_embeddings, image_index)
 
 
 def gradcam(
@@ -175,7 +177,7 @@ def gradcam(
         vision transformers (Gildenblat et al., pytorch-grad-cam).
     """
     block = tower.blocks[-1]
-    residual = _last_block_input(trace)[image_index]
+    residual = last_block_input(trace)[image_index]
     with torch.enable_grad():
         activations = block.norm(residual).detach().requires_grad_()
         layer = run_normed_block(block, residual, activations, trace.rotary)
@@ -187,19 +189,8 @@ def gradcam(
     return _patch_grid(weighted_sum.relu(), tower, trace)
 
 
-def _token_features(
-    scoring: Scoring, tokens: Float[Tensor, "batch tokens width"]
-) -> Float[Tensor, "batch tokens embed_dim"]:
-    """Return the feature that the model computes from each token on its own."""
-    if scoring.pooler is not None:
-        pooled = run_block(scoring.pooler, tokens.flatten(0, 1)[:, None], None).outputs
-        tokens = torch.unflatten(pooled[:, 0], 0, tokens.shape[:2])
-    normed, _ = run_stages(scoring.token_stages, tokens)
-    return run_stages(scoring.head, normed)[0]
-
-
 def _last_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch queries keys"]:
-    return _attention(tower.blocks[-1], _last_block_input(trace), trace.rotary)
+    return _attention(tower.blocks[-1], last_block_input(trace), trace.rotary)
 
 
 @torch.no_grad()
@@ -213,12 +204,6 @@ def _attention(
     weights = (logits if bias is None else logits + bias.float()).softmax(dim=-1)
     mean_of_heads: Tensor = weights.mean(dim=1)
     return mean_of_heads
-
-
-def _last_block_input(trace: Trace) -> Float[Tensor, "batch tokens width"]:
-    if len(trace.layers) < 2:
-        raise InputError(f"baselines: expected a trace of at least 2 blocks, received {len(trace.layers)}")
-    return trace.layers[-2].block_outputs
 
 
 def _patch_grid(

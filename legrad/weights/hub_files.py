@@ -61,14 +61,16 @@ def hub_file_sha256(repository: str, filenames: Sequence[str]) -> str:
     return path.name if path.parent.name == "blobs" and _is_sha256(path.name) else file_sha256(path)
 
 
-def hub_folder(repository: str, patterns: Sequence[str]) -> Path:
+def hub_folder(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """Return a local folder with at least the files of a repository that match the patterns.
 
     Raises:
         LocalEntryNotFoundError: the hub cannot be reached, and nothing is in the cache.
         HfHubHTTPError: the hub answers with an error, and nothing is in the cache.
     """
-    return Path(snapshot_download(repository, allow_patterns=list(patterns), tqdm_class=_NoBar))
+    return Path(
+        snapshot_download(repository, revision=revision, allow_patterns=list(patterns), tqdm_class=_NoBar)
+    )
 
 
 def file_sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ from pipeline.annotate.processes import MemoryGate, SampleProcesses
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
 from pipeline.annotate.sample_work import SampleWork, WorkSettings
+from pipeline.annotate.segmenting import MapSharpener
 from pipeline.annotate.stream import BatchStream
 from pipeline.annotate.stream_steps import SampleSteps, StreamLimits
 from pipeline.annotate.trial import TrialSamples
@@ -82,6 +83,7 @@ class ShardAnnotator:
         decode_threads: samples that are decoded or masked at a time, by one thread each.
         metadata: written into the footer of every file beside the counts: config hash, versions and so on.
         batches_at_once: batches on the device; with two, one computes while the other is put together.
+        sharpener: makes masks anew with the segmenter that the configuration names.
         processes: one for each of these threads, so that Python does not make them take turns, and an image
             that kills its decoder costs one sample. They end with the annotator. None: threads are used.
     """
@@ -94,6 +96,7 @@ class ShardAnnotator:
         decode_threads: int,
         metadata: Mapping[str, Any],
         batches_at_once: int = 1,
+        sharpener: MapSharpener | None = None,
         processes: SampleProcesses | None = None,
     ) -> None:
         self._config = config
@@ -116,8 +119,9 @@ class ShardAnnotator:
             batches_at_once=batches_at_once,
             companions=companions,
             views=views,
-            grid_steps=grid_steps_of(config.masks),
+            grid_steps=grid_steps_of(config.masks, config.contrast_share),
             refinement=refinement_of(config.masks, explainer.patch_size),
+            sharpener=sharpener,
             cut=device_cut_of(config.masks, explainer.device),
         )
         if explainer.device.type != "cpu":
@@ -159,7 +163,7 @@ class ShardAnnotator:
         started_s, before = time.monotonic(), storage.version_now(shard)
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         with (
-            ShardWriter(shard, metadata) as writer,
+            ShardWriter(shard, metadata, with_instances=self._config.masks.has_instances) as writer,
             self._in_flight.begun(shard, writer.counts) as attempt,
         ):
             self._stream.run(self._samples(shard, attempt), partial(add_chunk, writer), attempt)
@@ -273,4 +277,5 @@ def _prepared_bytes(sample: PreparedSample) -> int:
 
 def _explained_bytes(sample: ExplainedSample) -> int:
     maps = sample.maps
-    return maps.relevance_grids.nbytes + (0 if maps.mask_maps is None else maps.mask_maps.nbytes)
+    arrays = (maps.relevance_grids, maps.mask_maps, maps.instance_labels)
+    return sum(array.nbytes for array in arrays if array is not None)

@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from pipeline.annotate.rows import SampleRows
 from pipeline.output.counts import sample_outcome
-from pipeline.output.writer import ROWS_SCHEMA, ShardWriter
+from pipeline.output.schema import INSTANCES
+from pipeline.output.writer import ROWS_SCHEMA, ShardWriter, rows_schema
 from pipeline.shards.sample_error import SampleError
 
 
@@ -35,8 +36,9 @@ def rows_of_chunk(samples: Sequence[SampleRows]) -> ChunkRows:
     rows = [row for sample in samples for row in sample.rows]
     outcomes = Counter(sample_outcome(each.rows, each.errors) for each in samples if each.is_sample)
     outcomes["dropped_prompts"] = sum(sample.dropped_prompts for sample in samples)
+    schema = rows_schema(with_instances=any(INSTANCES in row for row in rows))
     return ChunkRows(
-        (_as_ipc(pa.RecordBatch.from_pylist(rows, schema=ROWS_SCHEMA)),) if rows else (),
+        (_as_ipc(pa.RecordBatch.from_pylist(rows, schema=schema)),) if rows else (),
         tuple(error for sample in samples for error in sample.errors),
         outcomes,
     )
@@ -76,7 +78,7 @@ def _as_ipc(batch: pa.RecordBatch) -> bytes:
 
 
 def _in_order(batches: Sequence[pa.RecordBatch]) -> pa.Table:
-    table = pa.Table.from_batches(batches, schema=ROWS_SCHEMA)
+    table = pa.Table.from_batches(batches, schema=batches[0].schema if batches else ROWS_SCHEMA)
     indices = table["sample_index"].to_numpy()
     if (indices[1:] >= indices[:-1]).all():
         return table

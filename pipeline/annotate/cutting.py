@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from legrad.masks.cleaning import Cleaning
+from legrad.masks.instances import Splitting
 from legrad.masks.runs import cuts_on_device
 from legrad.masks.thresholds import MaskRule
 from pipeline.config.masks import MasksConfig
@@ -32,6 +33,7 @@ def device_cut_of(masks: MasksConfig, device: torch.device) -> DeviceCut | None:
     |--------|---------------|------------|-------------------------|----------|-------------------|
     | CPU    | any           | any        | any                     | CPU      | float32 maps      |
     | GPU    | argmax        | any        | any                     | CPU      | float16 maps      |
+    | GPU    | independent, masks.instances not none | any | any    | CPU      | float16 maps      |
     | GPU    | independent   | quantile   | any                     | CPU      | float16 maps      |
     | GPU    | independent   | any        | one of them above 0     | CPU      | float16 maps      |
     | GPU    | independent   | other      | both 0                  | the GPU  | runs of masks     |
@@ -44,13 +46,19 @@ def device_cut_of(masks: MasksConfig, device: torch.device) -> DeviceCut | None:
         device: of the model.
     """
     rule = mask_rule(masks)
-    is_wanted = device.type == "cuda" and masks.combine == "independent"
+    # instances need the maps beside the masks
+    is_wanted = device.type == "cuda" and masks.combine == "independent" and not masks.has_instances
     return DeviceCut(rule, masks.max_side) if is_wanted and cuts_on_device(rule, cleaning_of(masks)) else None
 
 
 def mask_rule(masks: MasksConfig) -> MaskRule:
     """Return where heat maps are cut."""
     return MaskRule(masks.rule, masks.value, masks.quantile, masks.low, masks.high, masks.band_center)
+
+
+def splitting_of(masks: MasksConfig) -> Splitting | None:
+    """Return how masks are split into instances; None where they are not."""
+    return Splitting(min_peak_drop=masks.min_peak_drop) if masks.has_instances else None
 
 
 def cleaning_of(masks: MasksConfig) -> Cleaning:

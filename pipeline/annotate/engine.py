@@ -27,6 +27,7 @@ from pipeline.annotate.device_memory import Streams, sent
 from pipeline.annotate.grid_steps import NO_STEPS, GridSteps, GridTexts, with_centre
 from pipeline.annotate.maps import MapSettings, sample_maps
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps
+from pipeline.annotate.segmenting import MapSharpener
 from pipeline.annotate.texts import (
     BatchTextEmbedder,
     BatchTexts,
@@ -54,6 +55,7 @@ class Engine:
         views: of every image, whose relevance is merged; the similarity is the first one's.
         grid_steps: what is done to grids before they are normalised; a contrast gets its centre here.
         refinement: how heat maps are made to follow the pixels; None: not at all.
+        sharpener: makes masks anew with a segmenter; None: there is none.
         cut: how masks are cut on the device; None: that is done later, on the CPU.
 
     Attributes:
@@ -72,6 +74,7 @@ class Engine:
         views: Views = WHOLE_IMAGE,
         grid_steps: GridSteps = NO_STEPS,
         refinement: Refinement | None = None,
+        sharpener: MapSharpener | None = None,
         cut: DeviceCut | None = None,
     ) -> None:
         self._explainer = explainer
@@ -84,6 +87,7 @@ class Engine:
             None if companions.neutral is None else companions.neutral_threshold,
             with_centre(grid_steps, companions.centre, embedder),
             refinement,
+            sharpener,
             cut,
         )
         self._texts = BatchTextEmbedder(embedder, companions, equal_within(explainer.dtype))

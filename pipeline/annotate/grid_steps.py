@@ -56,9 +56,14 @@ class GridSteps:
 NO_STEPS = GridSteps()
 
 
-def grid_steps_of(masks: MasksConfig) -> GridSteps:
-    """Return the steps that a configuration asks for."""
-    contrast = Contrast(masks.contrast, masks.contrast_with == "all") if masks.contrast else None
+def grid_steps_of(masks: MasksConfig, contrast_share: float) -> GridSteps:
+    """Return the steps that a configuration asks for.
+
+    Args:
+        masks: the configuration's section.
+        contrast_share: `masks.contrast`, with null resolved.
+    """
+    contrast = Contrast(contrast_share, masks.contrast_with == "all") if contrast_share else None
     return GridSteps(filters_of(masks), masks.smooth, contrast, masks.combine == "argmax")
 
 

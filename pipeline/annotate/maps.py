@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from legrad.masks.thresholds import MaskRule
 from pipeline.annotate.cutting import DeviceCut
 from pipeline.annotate.grid_steps import NO_STEPS, BatchGrids, GridSteps, GridTexts, batch_grids
 from pipeline.annotate.sample_states import SampleMaps
+from pipeline.annotate.segmenting import MapSharpener
 from pipeline.annotate.texts import ImageMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.output.label_map import mask_frame
@@ -32,6 +33,7 @@ class MapSettings:
         neutral_threshold: see `batch_grids`.
         grid_steps: what is done to grids before they are normalised.
         refinement: how heat maps are made to follow the pixels; None: not at all.
+        sharpener: makes masks anew with a segmenter; None: there is none.
         cut: how masks are cut on the device; None: that is done later, on the CPU.
     """
 
@@ -39,6 +41,7 @@ class MapSettings:
     neutral_threshold: float | None = None
     grid_steps: GridSteps = NO_STEPS
     refinement: Refinement | None = None
+    sharpener: MapSharpener | None = None
     cut: DeviceCut | None = None
 
 
@@ -80,22 +83,42 @@ def sample_maps(
         image_sizes: height and width of each original image in pixels.
     """
     batch = batch_grids(grids, chosen, texts, settings.grid_steps, settings.neutral_threshold)
-    mask_maps = batch.mask_grids
+    ends = np.searchsorted(batch.owners.numpy(), np.arange(len(chosen) + 1)).tolist()
+    mask_maps, labels = batch.mask_grids, None
     normalisation: Normalisation | None = settings.normalisation
     if settings.refinement is not None:
         mask_maps = refined_maps(pixels, mask_maps, batch.owners, settings.refinement, settings.normalisation)
         normalisation = None
+    if settings.sharpener is not None:
+        if normalisation is not None:
+            mask_maps = heatmaps_of(mask_maps, pixels.shape[1], pixels.shape[2], normalisation)
+        sharp = settings.sharpener.sharpened(
+            pixels, mask_maps, _accepted_maps(batch, chosen, ends), (grids.shape[1], grids.shape[2])
+        )
+        mask_maps, labels, normalisation = sharp.heatmaps, sharp.instance_labels, None
     cut = None
     if settings.cut is not None:
         side = settings.cut.max_side
         of_images = [mask_frame(height, width, side) for height, width in image_sizes]
         frames = [of_images[image] for image in batch.owners.tolist()]
         cut = _cut_those_that_fit(mask_maps, frames, settings.cut.rule, normalisation)
-    on_cpu = _on_the_cpu(batch, mask_maps, cut, is_refined=settings.refinement is not None)
-    ends = np.searchsorted(batch.owners.numpy(), np.arange(len(chosen) + 1)).tolist()
+    on_cpu = replace(
+        _on_the_cpu(batch, mask_maps, cut, is_refined=normalisation is None), instance_labels=labels
+    )
     return [
         on_cpu.of_sample(start, end, maps, normalisation)
         for (start, end), maps in zip(itertools.pairwise(ends), chosen, strict=True)
+    ]
+
+
+def _accepted_maps(batch: BatchGrids, chosen: Sequence[ImageMaps], ends: Sequence[int]) -> list[list[int]]:
+    """Return for each image the numbers of the maps of prompts that no filter rejects."""
+    rejected = np.zeros(len(batch.raw), bool)
+    if batch.rejections is not None:
+        rejected = batch.rejections.cpu().numpy() > 0
+    return [
+        [number for number in range(start, start + maps.prompt_maps) if not rejected[number]]
+        for start, maps in zip(ends, chosen, strict=False)
     ]
 
 
@@ -130,6 +153,7 @@ class _BatchMaps:
     rejections: np.ndarray | None
     mask_maps: np.ndarray | None
     runs: Sequence[MapRuns | None] | None
+    instance_labels: np.ndarray | None = None
 
     def of_sample(
         self, start: int, end: int, maps: ImageMaps, normalisation: Normalisation | None
@@ -147,6 +171,7 @@ class _BatchMaps:
             maps.prompt_maps,
             normalisation,
             own_runs if has_runs else None,
+            None if self.instance_labels is None else self.instance_labels[start:end],
         )
 
 

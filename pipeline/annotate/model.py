@@ -58,6 +58,7 @@ def load_explainer(
             loaded.model,
             tokenizer=loaded.tokenizer,
             layers=model.layers,
+            affinity=model.affinity,
             image_size=model.image_size,
             fit="stretch" if model.fit == "tile" else model.fit,
         )

@@ -12,8 +12,9 @@ import torch
 from legrad.masks.competition import Contestants, competing_masks
 from legrad.masks.grids import HeatmapStack, ImageMasks, independent_masks, masks_of_runs
 from legrad.masks.rle import Rle
-from pipeline.annotate.cutting import cleaning_of, mask_rule
+from pipeline.annotate.cutting import cleaning_of, mask_rule, splitting_of
 from pipeline.annotate.filters import STATUSES
+from pipeline.annotate.instance_rows import with_instances
 from pipeline.annotate.sample_states import ExplainedSample, SampleMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
@@ -132,18 +133,25 @@ def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[Annot
     masks, too_small = make(frame, contestants)
     empty = [position for position, mask in masks.items() if not mask.area]
     status_by_position |= dict.fromkeys(empty, EMPTY_MASK) | dict.fromkeys(too_small, "rejected_area")
-    return [
+    written = {
+        position: status
+        for position, status in status_by_position.items()
+        if status in ACCEPTED or config.rows_written == "all"
+    }
+    numbers = [map_of_prompt[position] for position in written]
+    rows = [
         _row(
             explained,
             position,
             status,
-            peaks[map_of_prompt[position]],
+            peaks[number],
             masks.get(position, NO_MASK),
             with_heatmap=config.output.heatmap,
         )
-        for position, status in status_by_position.items()
-        if status in ACCEPTED or config.rows_written == "all"
+        for (position, status), number in zip(written.items(), numbers, strict=True)
     ]
+    splitting = splitting_of(config.masks)
+    return rows if splitting is None else with_instances(rows, numbers, maps, splitting)
 
 
 def _finite_peaks(maps: SampleMaps) -> dict[int, float]:

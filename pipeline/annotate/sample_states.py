@@ -83,6 +83,8 @@ class SampleMaps:
         prompt_maps: how many of the maps belong to prompts.
         normalisation: how mask maps are brought to [0, 1]; None: they are refined, and in [0, 1] already.
         runs: masks of the maps that were cut on the device; None: masks are still to be cut from the maps.
+        instance_labels: where a segmenter has cut out instances, its label maps in the frame of `mask_maps`:
+            0, or i + 1 at instance i, uint8 [maps, rows, columns]; None: instances are still to be found.
     """
 
     relevance_grids: np.ndarray
@@ -93,6 +95,7 @@ class SampleMaps:
     prompt_maps: int
     normalisation: Normalisation | None
     runs: tuple[MapRuns, ...] | None = None
+    instance_labels: np.ndarray | None = None
 
     @property
     def cut_maps(self) -> np.ndarray:

@@ -24,6 +24,8 @@ from pipeline.shards.samples import RawSample
 
 # of a mask's frame, a pixel: heat maps, comparisons and masks of two texts that compete
 _MASK_BYTES = 20
+# and labels, distances and the nearest label of each pixel where masks are split
+_INSTANCE_BYTES = 30
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ class SampleWork:
         return rows_of_chunk([self._rows(sample) for sample in explained])
 
     def _rows(self, sample: ExplainedSample) -> SampleRows:
-        height, width = mask_frame(
-            sample.image_height, sample.image_width, self._settings.config.masks.max_side
-        )
-        with room_for(_MASK_BYTES * height * width, self._room):
+        masks = self._settings.config.masks
+        height, width = mask_frame(sample.image_height, sample.image_width, masks.max_side)
+        bytes_per_pixel = _MASK_BYTES + (_INSTANCE_BYTES if masks.has_instances else 0)
+        with room_for(bytes_per_pixel * height * width, self._room):
             return sample_rows(sample, self._settings.config)
 
     def close(self) -> None:

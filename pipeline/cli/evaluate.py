@@ -15,7 +15,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="SHARDS...",
-            help="The annotated shards, with ground truth in seg.png: paths, URLs, patterns.",
+            help="The annotated shards, with ground truth in seg.png, and in inst.png for instances: paths, "
+            "URLs, patterns.",
         ),
     ],
     classes: Annotated[

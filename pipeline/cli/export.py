@@ -25,6 +25,10 @@ MEANINGS = {
     "rows_without_class": "rows skipped: the prompt is not the name of a class",
     "rows_without_sample": "rows skipped: the shard has no such sample",
 }
+INSTANCES_TEXTS = {
+    "column": "instances: those of the column `instances`, by masks.instances of the job",
+    "connected parts": "instances: connected parts of masks, because masks.instances of the job is none",
+}
 
 
 def export(
@@ -53,7 +57,10 @@ def export(
     split: Annotated[str, typer.Option(help="voc: name of the subfolder in img_dir and ann_dir.")] = "train",
     kind: Annotated[
         Literal["stuff", "instances"],
-        typer.Option(help="coco: write one annotation for each mask, or for each connected part of it."),
+        typer.Option(
+            help="coco: write one annotation for each mask, or for each of its instances. These are its "
+            "connected parts where masks.instances of the job is none."
+        ),
     ] = "stuff",
     images: Annotated[bool, typer.Option(help="coco: write the images too.")] = True,
     merged: Annotated[bool, typer.Option(help="coco: also join all shards in annotations.json.")] = True,
@@ -89,8 +96,10 @@ def export_lines(totals: ExportTotals, options: ExportOptions, dest: str) -> lis
     incomplete = [f"incomplete: {missing} of {total} shard(s) are not exported"] if missing else []
     skipped = [f"shard skipped: {shard_id}: {why}" for shard_id, why in sorted(totals.omitted.items())]
     damaged = [f"shard skipped, damaged: {why}" for _, why in sorted(totals.damaged.items())]
+    instances = [INSTANCES_TEXTS[totals.instances]] if totals.instances else []
     return [
         *counts,
+        *instances,
         *skipped,
         *damaged,
         f"{totals.written:,} {unit} of {len(totals.class_names)} class(es) in {shown_url(dest)}: "

@@ -79,17 +79,20 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobCo
         raise UserError(f"{storage.shown_url(where)}: is nested too deeply for a configuration") from None
 
 
-def config_hash(config: JobConfig, weights_digest: str) -> str:
+def config_hash(config: JobConfig, weights_digest: str, segmenter_digest: str | None = None) -> str:
     """Hash the keys that change the rows, and the digest of the weights.
 
     Args:
         config: the job's configuration, with the content of the files that it names.
         weights_digest: digest of the model's weights.
+        segmenter_digest: digest of the segmenter's files; None: there is none.
 
     Returns:
         16 hexadecimal digits.
     """
     relevant = {**row_keys(config), "weights": weights_digest}
+    if segmenter_digest is not None:
+        relevant["segmenter"] = segmenter_digest
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 

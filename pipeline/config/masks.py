@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from pipeline.config.section import Count, Section
+from pipeline.config.section import Count, Section, Text
 
 # Which keys each rule reads. The section stays flat instead of being a union of sections, one for each
 # rule: job.json records all keys, those of other rules included, and must still be read.
@@ -49,19 +49,21 @@ class MasksConfig(Section):
         "raises above the threshold is background.",
     )
     smooth: float = Field(
-        0.0,
+        0.6,
         ge=0,
         le=100,
         description="Standard deviation of the Gaussian that smooths relevance grids, in patches, before "
         "masks.contrast and masks.refine; 0: none.",
     )
-    contrast: float = Field(
-        0.0,
+    contrast: float | None = Field(
+        None,
         ge=0,
         le=1,
         description="Contrast between the texts of an image: share of the strongest other text's grid that "
-        "is subtracted from each prompt's grid, less where two texts are alike; 0: none. A prompt without "
-        "any other text is not changed, and neither are the columns peak and heatmap.",
+        "is subtracted from each prompt's grid, less where two texts are alike; 0: none; null: 0.6 if "
+        "prompts are captions or classes that a sample mentions, else 0, because classes that an image does "
+        "not show would take from those that it shows. A prompt without any other text is not changed, and "
+        "neither are the columns peak and heatmap.",
     )
     contrast_with: Literal["all", "background"] = Field(
         "all",
@@ -140,6 +142,51 @@ class MasksConfig(Section):
         le=1,
         description="Largest hole in a mask that is filled, as a share of the image.",
     )
+
+    instances: Literal["none", "watershed"] = Field(
+        "none",
+        description="Whether the mask of a prompt is split into instances, which makes the column instances. "
+        "watershed: one for each peak of the heat map, divided along the valleys between them; needs the "
+        "extra instances.",
+    )
+    min_peak_drop: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="Depth of the valley between two peaks that makes them two instances, as a share of the "
+        "highest peak, after the map was smoothed by half a patch.",
+    )
+    segmenter: Text | None = Field(
+        None,
+        description="Model of the SAM family that sharpens masks: a folder, or a repository on the Hugging "
+        "Face hub such as facebook/sam-vit-base; null: none. It gets the peaks of a heat map and the box of "
+        "its mask: one prompt for each instance under masks.instances watershed, otherwise one for each "
+        "mask. Needs the extra sam, and encodes every image a second time, by a far larger model.",
+    )
+    segmenter_revision: Text | None = Field(
+        None, description="Commit, tag or branch of the segmenter's repository; null: its main branch."
+    )
+    segmenter_min_iou: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Smallest IoU of the map's own mask and the best of the segmenter's candidates; below it "
+        "the own mask stays.",
+    )
+
+    @property
+    def has_instances(self) -> bool:
+        """Whether masks are split into instances."""
+        return self.instances != "none"
+
+    @field_validator("segmenter")
+    @classmethod
+    def _rule_has_fixed_threshold(cls, segmenter: str | None, info: ValidationInfo) -> str | None:
+        rule = info.data.get("rule")
+        centre = info.data.get("band_center")
+        if segmenter is not None and (rule not in ("fixed", "band") or (rule, centre) == ("band", "otsu")):
+            raise ValueError("needs masks.rule fixed, or band with masks.band_center half")
+        return segmenter
 
     @field_validator("high")
     @classmethod

@@ -21,7 +21,10 @@ from pipeline.text import printable
 # other keys count, unless they do nothing in a configuration: see _ACTS_IF
 NEVER_COUNT_SECTIONS = ("run",)
 # weights count by their digest, wherever their file is
-NEVER_COUNT = ("input.shards", "input.allow_commands", "model.pretrained", "output.dir", "output.on_mismatch")
+NEVER_COUNT = (
+    *("input.shards", "input.allow_commands", "model.pretrained", "output.dir", "output.on_mismatch"),
+    *("masks.segmenter", "masks.segmenter_revision"),
+)
 MAX_KEYS_NAMED = 10
 MAX_VALUE_CHARACTERS = 80
 _NEXT_LINE = "\n           "
@@ -49,7 +52,12 @@ def row_keys(config: JobConfig) -> dict[str, Any]:
 
 
 def describe_differences(
-    earlier: Mapping[str, Any], config: JobConfig, weights_digest: str, *, most: int = MAX_KEYS_NAMED
+    earlier: Mapping[str, Any],
+    config: JobConfig,
+    weights_digest: str,
+    segmenter_digest: str | None = None,
+    *,
+    most: int = MAX_KEYS_NAMED,
 ) -> str:
     """Describe why the rows of an earlier configuration are not those of this one.
 
@@ -57,6 +65,7 @@ def describe_differences(
         earlier: the content of a folder's job.json, which may be damaged, or written by another version.
         config: the configuration now, with the content of the files that it names.
         weights_digest: digest of its weights.
+        segmenter_digest: digest of its segmenter's files, if it has one.
         most: largest number of keys that are named.
 
     Returns:
@@ -65,6 +74,7 @@ def describe_differences(
     """
     lines = [
         *_weights_line(earlier, config, weights_digest),
+        *_segmenter_line(earlier, config, segmenter_digest),
         *_changed_key_lines(earlier.get("config"), config),
     ]
     if not lines:
@@ -94,6 +104,16 @@ def _weights_line(earlier: Mapping[str, Any], config: JobConfig, digest: str) ->
             "the model's files (weights, configuration or tokenizer): "
             f"{_shown(pretrained)} ({_shown(before)}) before, "
             f"{_shown(config.model.pretrained)} ({_shown(digest)}) now"
+        )
+
+
+def _segmenter_line(earlier: Mapping[str, Any], config: JobConfig, digest: str | None) -> Iterator[str]:
+    before = earlier.get("segmenter_digest")
+    if before != digest:
+        named = _at(earlier, "config", "masks", "segmenter")
+        yield (
+            f"the segmenter's files: {_shown(named)} ({_shown(before)}) before, "
+            f"{_shown(config.masks.segmenter)} ({_shown(digest)}) now"
         )
 
 
@@ -165,7 +185,7 @@ def _some_class(config: JobConfig, has: Callable[[ClassEntry], object]) -> bool:
 def backgrounds_act(config: JobConfig) -> bool:
     """Return whether there are background texts, and anything that they change."""
     masks = config.masks
-    acts = masks.combine == "argmax" or masks.contrast > 0 or masks.min_lead not in (None, -2)
+    acts = masks.combine == "argmax" or config.contrast_share > 0 or masks.min_lead not in (None, -2)
     return acts and bool(_background(config))
 
 
@@ -193,7 +213,7 @@ def _has_several_prompts(config: JobConfig) -> bool:
 
 def _contrasts(config: JobConfig) -> bool:
     by_prompts = config.masks.contrast_with == "all" and _has_several_prompts(config)
-    return config.masks.contrast > 0 and (by_prompts or bool(_background(config)))
+    return config.contrast_share > 0 and (by_prompts or bool(_background(config)))
 
 
 def _limits_leads(config: JobConfig) -> bool:
@@ -254,6 +274,7 @@ def _field(spec: str | None) -> str | None:
 # when a key does something; keys that are not here always do
 _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
     "input.caption": lambda config: not _by_classes(config),
+    "model.affinity": lambda config: config.model.affinity != "none",
     "views.tile_zoom": _tiles,
     "views.tile_overlap": _tiles,
     "views.max_tiles": _tiles,
@@ -274,6 +295,9 @@ _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
     "masks.contrast": _contrasts,
     "masks.contrast_with": lambda config: _contrasts(config) and _has_several_prompts(config),
     "masks.min_lead": _limits_leads,
+    "masks.instances": lambda config: config.masks.has_instances,
+    "masks.min_peak_drop": lambda config: config.masks.has_instances or config.masks.segmenter is not None,
+    "masks.segmenter_min_iou": lambda config: config.masks.segmenter is not None,
     "masks.refine_iterations": _refines,
     "masks.refine_dilations": _refines,
     "masks.refine_sharpness": _refines,
@@ -290,6 +314,7 @@ _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
     "prompts.classes": _class_rows,
     "prompts.mentioned_in": lambda config: _field(config.prompts.mentioned_in),
     "prompts.background": _background,
+    "masks.contrast": lambda config: config.contrast_share,
     "masks.refine_sharpness": _unit_sharpness,
     # nothing falls short of these
     "masks.min_similarity": lambda config: (

@@ -18,6 +18,8 @@ ADDRESS_PREFIXES = ("hf-hub:", "local-dir:")
 SMALLEST_GPU_SHARE = 0.01
 # a thread can wait for at most about 300 years
 LONGEST_WAIT_S = 10**9
+# chosen on the demo's heldout set, confirmed on newartist: tests/bench/README.md
+DEFAULT_CONTRAST = 0.6
 
 
 class InputConfig(Section):
@@ -77,6 +79,12 @@ class ModelConfig(Section):
     )
     layers: Count | Literal["all"] = Field(
         2, description="Number of last transformer blocks whose relevance is added up, or all."
+    )
+    affinity: Literal["none", "keys"] = Field(
+        "none",
+        description="Whether relevance is spread over the patches of an image that look alike to the model. "
+        "keys: the relevance of a patch becomes the mean over all patches, weighted by the likeness of their "
+        "keys in the last blocks.",
     )
     image_size: Count | tuple[Count, Count] | None = Field(
         None,
@@ -377,6 +385,14 @@ class JobConfig(Section):
                 f"got {self.input.caption!r}"
             )
         return self
+
+    @property
+    def contrast_share(self) -> float:
+        """Share of `masks.contrast`, with null resolved."""
+        if self.masks.contrast is not None:
+            return self.masks.contrast
+        shows_all_prompts = self.prompts.source != "classes" or self.prompts.mentioned_in is not None
+        return DEFAULT_CONTRAST if shows_all_prompts else 0.0
 
     @property
     def rows_written(self) -> Literal["all", "accepted"]:

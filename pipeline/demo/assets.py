@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 DEMO_MODEL_NAME = "legrad_demo_clip"
+# The sets that `legrad demo` annotates, and further ones to judge by.
 SHARD_SETS = ("heldout", "newartist")
+FURTHER_SHARD_SETS = ("stuff", "thirdartist", "duplicates")
 
 _FOLDER = Path(__file__).parent
 
@@ -22,24 +24,28 @@ def demo_weights_path() -> Path:
     return _FOLDER / f"{DEMO_MODEL_NAME}.safetensors"
 
 
-def demo_shard_folder() -> Path:
-    """Return the folder of the sample shards."""
-    return _FOLDER / "shards"
+def demo_shard_folder(set_name: str | None = None) -> Path:
+    """Return the folder of the shards of a set; without a name, of those that `legrad demo` annotates."""
+    return _FOLDER / ("further_shards" if set_name in FURTHER_SHARD_SETS else "shards")
 
 
-def demo_shard_paths(set_name: str) -> list[Path]:
+def demo_shard_paths(set_name: str | None = None) -> list[Path]:
     """Return the paths of the sample shards of a set, in order.
 
     Args:
         set_name: "heldout" (artists of the training, new backgrounds) or "newartist" (an artist never
-            trained on as well).
+            trained on as well); "stuff" (backgrounds that captions name), "thirdartist" (yet another artist)
+            or "duplicates" (several objects of a concept). Without a name, "heldout" and "newartist".
 
     Raises:
         ValueError: There is no such set.
     """
-    if set_name not in SHARD_SETS:
-        raise ValueError(f"unknown set of demo shards {set_name!r}; expected one of {', '.join(SHARD_SETS)}")
-    return sorted(demo_shard_folder().glob(f"{set_name}-*.tar"))
+    if set_name is None:
+        return [path for name in SHARD_SETS for path in demo_shard_paths(name)]
+    known = (*SHARD_SETS, *FURTHER_SHARD_SETS)
+    if set_name not in known:
+        raise ValueError(f"unknown set of demo shards {set_name!r}; expected one of {', '.join(known)}")
+    return sorted(demo_shard_folder(set_name).glob(f"{set_name}-*.tar"))
 
 
 def demo_config_path() -> Path:
@@ -57,6 +63,11 @@ def demo_classes() -> list[str]:
     return demo_classes_path().read_text(encoding="utf-8").splitlines()
 
 
+def demo_classes_with_stuff_path() -> Path:
+    """Return the path of the class names of things and stuff, one a line; line 1 is class id 1."""
+    return _FOLDER / "classes_with_stuff.txt"
+
+
 def demo_checksums_path() -> Path:
     """Return the path of the recorded SHA-256 digests of weights and shards."""
     return _FOLDER / "checksums.json"
@@ -64,7 +75,8 @@ def demo_checksums_path() -> Path:
 
 def actual_checksums() -> dict[str, str]:
     """Compute the SHA-256 digests of weights and shards on disk, by path relative to this folder."""
-    files = [demo_weights_path(), *(path for name in SHARD_SETS for path in demo_shard_paths(name))]
+    names = (*SHARD_SETS, *FURTHER_SHARD_SETS)
+    files = [demo_weights_path(), *(path for name in names for path in demo_shard_paths(name))]
     return {
         path.relative_to(_FOLDER).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files

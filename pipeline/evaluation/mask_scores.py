@@ -24,10 +24,12 @@ from legrad.quality.metrics import Estimate, bootstrap_statistic, presence_auroc
 from pipeline import storage
 from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError
+from pipeline.evaluation.instance_scores import score_instances
 from pipeline.evaluation.result import WrittenMaskScores
 from pipeline.evaluation.scene_masks import SceneScores, score_scene
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import match_annotations, require_annotated_version
+from pipeline.output.schema import INSTANCES
 from pipeline.shards.ground_truth import Scene, read_scenes
 from pipeline.storage import ShardSource
 
@@ -93,7 +95,7 @@ def collect_written_masks(
                     folder.own_footer(shard_id, config_hash)
                 with folder.open(ANNOTATIONS, shard_id) as table:
                     require_annotated_version(shard, table.footer())
-                    rows = list(table.rows(COLUMNS))
+                    rows = list(table.rows([*COLUMNS, *({INSTANCES} & set(table.column_names))]))
                 own_scenes, left_over = _score_shard(shard, rows, settings, prompt_source)
             except DamagedFileError as error:
                 damaged.append(str(error))
@@ -187,6 +189,7 @@ def score_written_masks(written: WrittenMasks, *, seed: int = 0) -> WrittenMaskS
         objects_without_row=counts["objects_without_row"],
         shards_without_annotations=written.shards_without_annotations,
         damaged_files=written.damaged_files,
+        instances=score_instances([scene.instances for scene in written.scenes], seed),
     )
 
 

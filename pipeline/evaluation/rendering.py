@@ -15,7 +15,13 @@ from rich.text import Text
 
 from legrad.quality.metrics import Estimate
 from pipeline.evaluation.map_scores import THRESHOLDS
-from pipeline.evaluation.result import EvaluationResult, MapScores, RecognitionScores, WrittenMaskScores
+from pipeline.evaluation.result import (
+    EvaluationResult,
+    InstanceScores,
+    MapScores,
+    RecognitionScores,
+    WrittenMaskScores,
+)
 
 CURVES_PER_LINE = 3
 # Tol's muted colours, which most eyes distinguish
@@ -36,7 +42,7 @@ def render_evaluation(result: EvaluationResult) -> RenderableType:
     """Return the result as tables for a terminal."""
     parts: list[RenderableType] = []
     if result.written is not None:
-        parts += [*_written_parts(result.written), Text()]
+        parts += [*_written_parts(result.written), *_instance_parts(result.written.instances), Text()]
     parts += _map_tables(result)
     if result.perturbation:
         parts += [Text(), *_perturbation_tables(result)]
@@ -119,6 +125,16 @@ def _written_parts(written: WrittenMaskScores) -> list[RenderableType]:
             interval = f"{_short(estimate.low)} to {_short(estimate.high)}"
             table.add_row(name, _short(estimate.value), interval, meaning)
     return [table, _account(written)]
+
+
+def _instance_parts(instances: Sequence[InstanceScores]) -> list[RenderableType]:
+    if not instances:
+        return []
+    table = _table(f"Instances: {instances[0].truth} in the ground truth", ("kind", "found", "AP", "AP50"))
+    for scores in instances:
+        cells = (_cell(scores.average_precision), _cell(scores.average_precision_50))
+        table.add_row(scores.kind, f"{scores.found:,}", *cells)
+    return [Text(), table]
 
 
 def _written_scores(written: WrittenMaskScores) -> list[tuple[str, Estimate | None, str]]:

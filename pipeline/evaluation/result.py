@@ -106,6 +106,25 @@ class RecognitionScores:
 
 
 @dataclass(frozen=True)
+class InstanceScores:
+    """Scores of one kind of instances against ground truth, as COCO computes them for masks.
+
+    Attributes:
+        kind: instances: those of the column `instances`; connected parts: the parts of masks.
+        average_precision: mean over classes and over IoU from .5 to .95 in steps of .05.
+        average_precision_50: at IoU .5, mean over classes.
+        truth: number of instances in the ground truth.
+        found: number of instances of the job in the same scenes.
+    """
+
+    kind: str
+    average_precision: Estimate
+    average_precision_50: Estimate
+    truth: int
+    found: int
+
+
+@dataclass(frozen=True)
 class WrittenMaskScores:
     """Scores of the masks that a job wrote, and counts of all rows and objects.
 
@@ -138,6 +157,7 @@ class WrittenMaskScores:
         objects_without_row: objects in the given shards for which the job wrote no row.
         shards_without_annotations: given shards without an annotations file in the output folder.
         damaged_files: annotations files that are skipped, and why.
+        instances: scores of instances, where the ground truth has some.
     """
 
     iou: Estimate | None
@@ -164,6 +184,7 @@ class WrittenMaskScores:
     objects_without_row: int
     shards_without_annotations: tuple[str, ...]
     damaged_files: tuple[str, ...] = ()
+    instances: tuple[InstanceScores, ...] = ()
 
 
 @dataclass(frozen=True)

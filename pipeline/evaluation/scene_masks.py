@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from legrad.masks.rle import decode_rle
 from legrad.quality.label_metrics import Overlap, boundary_f, label_overlap, pixel_tally, point_overlap
 from legrad.quality.metrics import foreground_iou
+from pipeline.evaluation.instance_scores import SceneInstances, scene_instances
 from pipeline.output.label_map import BACKGROUND_LABEL, IGNORED_LABEL, label_map, mask_at_size
 from pipeline.shards.ground_truth import Scene
 
@@ -36,6 +38,7 @@ class SceneScores:
         similarities: cosine of every row whose object is known to be present or absent.
         present: whether it is present.
         counts: number of rows by outcome, and of objects without a row.
+        instances: of the truth and of the rows; None where the truth has none.
     """
 
     ious: tuple[float, ...]
@@ -47,6 +50,7 @@ class SceneScores:
     similarities: tuple[float, ...]
     present: tuple[bool, ...]
     counts: Mapping[str, int]
+    instances: SceneInstances | None = None
 
 
 def score_scene(scene: Scene, rows: Sequence[Row], prompt_source: str) -> SceneScores:
@@ -85,6 +89,14 @@ def score_scene(scene: Scene, rows: Sequence[Row], prompt_source: str) -> SceneS
         similarities=tuple(similarity for similarity, _ in presence),
         present=tuple(present for _, present in presence),
         counts=counts,
+        instances=None
+        if scene.instance_map is None
+        else scene_instances(
+            scene,
+            rows,
+            partial(row_class, scene, prompt_source=prompt_source),
+            _truth_labels(scene, prompt_source),
+        ),
     )
 
 

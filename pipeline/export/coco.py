@@ -12,11 +12,12 @@ from jaxtyping import Bool
 from scipy import ndimage
 
 from legrad.masks.cleaning import EIGHT_NEIGHBOURS
-from legrad.masks.rle import encode_rle, mask_area, mask_bbox_xywh
+from legrad.masks.rle import Rle, encode_rle, mask_area, mask_bbox_xywh
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.export.export_samples import ExportSample
 from pipeline.output.label_map import mask_at_size
+from pipeline.output.schema import INSTANCES
 
 PARTS_FOLDER, MERGED_FILE = "annotations", "annotations.json"
 # a JSON number is exact up to 2**53, so there is room for 2**21 shards of 2**32 annotations
@@ -30,12 +31,14 @@ Kind = Literal["stuff", "instances"]
 class CocoExport:
     """DEST/annotations/SHARD.json, each complete by itself, with ids that are unique over all of them.
 
-    Every annotation also holds `prompt` and `score` (the cosine of image and text). Rows without a class
-    share one category, `prompt`. Ignored pixels have no place in this format: they are background.
+    Every annotation also holds `prompt` and `score`: the cosine of image and text, times the instance's own
+    score where it is one of the column `instances`. Rows without a class share one category, `prompt`.
+    Ignored pixels have no place in this format: they are background.
 
     Attributes:
         dest: folder: local path, s3:// or gs://.
-        kind: stuff: one annotation a mask; instances: one for each connected part of it.
+        kind: stuff: one annotation a mask; instances: one for each of its instances, or for each connected
+            part of it where the job has not split masks.
         images: whether the images are written too, as DEST/images/SHARD/NAME.jpg.
     """
 
@@ -83,12 +86,14 @@ class CocoExport:
 
     def _annotations(self, sample: ExportSample) -> Iterator[dict[str, Any]]:
         for row in sample.rows:
-            mask = mask_at_size(row["mask"], sample.height, sample.width)
-            parts = _connected(mask) if self.kind == "instances" else [mask]
+            scores: list[float] = []
+            rles: list[Rle] = []
             # one after the other: a ragged mask has thousands of parts
-            rles = [encode_rle(part[None])[0] for part in parts]
-            figures = zip(rles, mask_area(rles).tolist(), mask_bbox_xywh(rles).tolist(), strict=True)
-            for rle, area, bbox_xywh in figures:
+            for part, share in self._parts(row, sample.height, sample.width):
+                rles.append(encode_rle(part[None])[0])
+                scores.append(row["similarity"] * share)
+            figures = zip(rles, mask_area(rles).tolist(), mask_bbox_xywh(rles).tolist(), scores, strict=True)
+            for rle, area, bbox_xywh, score in figures:
                 if area:
                     yield {
                         "category_id": _category_of(row)[0],
@@ -97,8 +102,20 @@ class CocoExport:
                         "bbox": bbox_xywh,
                         "iscrowd": 0,
                         "prompt": row["prompt"],
-                        "score": row["similarity"],
+                        "score": score,
                     }
+
+    def _parts(
+        self, row: Mapping[str, Any], height: int, width: int
+    ) -> Iterator[tuple[Bool[np.ndarray, "height width"], float]]:
+        """Yield the masks of a row that get annotations, and what their score is multiplied by."""
+        if self.kind == "instances" and row.get(INSTANCES) is not None:
+            for instance in row[INSTANCES]:
+                yield mask_at_size(instance["mask"], height, width), float(instance["score"])
+            return
+        mask = mask_at_size(row["mask"], height, width)
+        for part in _connected(mask) if self.kind == "instances" else [mask]:
+            yield part, 1.0
 
 
 def merge_parts(dest: str, shard_ids: Iterable[str], class_names: Mapping[int, str]) -> None:

@@ -19,7 +19,7 @@ from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure
 from pipeline.output.joining import JoinedSample
 from pipeline.output.label_map import check_masks_of_image, label_map
-from pipeline.output.schema import has_pixels
+from pipeline.output.schema import INSTANCES, has_pixels
 from pipeline.shards.fields import find_field
 from pipeline.shards.images import open_image, upright_transpose
 
@@ -93,6 +93,7 @@ def export_samples(
             continue
         try:
             masks = [row[column] for row in rows for column in ("mask", "ignore") if row[column] is not None]
+            masks += [instance["mask"] for row in rows for instance in row.get(INSTANCES) or ()]
             check_masks_of_image(masks, height, width)
         except RleError as error:
             _log.warning("%s: sample %s skipped: %s", sample.shard, sample.raw.key, error)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol, assert_never
 
 from pydantic import TypeAdapter, ValidationError
@@ -25,6 +25,8 @@ from pipeline.output.joining import ShardPair, Share, Source, pair_shards
 
 EXPORT_FILE, RECORDS_FOLDER, CLASSES_FILE = "export.json", "export", "classes.txt"
 LARGEST_LABEL = 254
+# what instances are
+COLUMN, PARTS = "column", "connected parts"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class ExportOptions:
         format: coco, voc or webdataset.
         classes_file: gives prompts that are a class's name that class, where rows have none of their own.
         split: voc: name of the subfolder.
-        kind: coco: an annotation for each mask (stuff), or for each connected part (instances).
+        kind: coco: an annotation for each mask (stuff), or for each of its instances; these are connected
+            parts where the job has not split masks.
         images: coco: whether images are written too; the other formats always have them.
         merged: coco: whether all shards are joined in one file as well.
     """
@@ -77,6 +80,7 @@ class ExportTotals:
         omitted: shards of the job that are not part of it, and why.
         class_names: of the classes that occur.
         damaged: shards of which the job's own files cannot be read, and why.
+        instances: what instances are: `column`, or `connected parts`; None where masks were written whole.
     """
 
     written: int
@@ -86,6 +90,7 @@ class ExportTotals:
     omitted: Mapping[str, str]
     class_names: Mapping[int, str]
     damaged: Mapping[str, str] = field(default_factory=dict)
+    instances: str | None = None
 
 
 class Exporter(Protocol):
@@ -143,7 +148,13 @@ def export_job(
         records[shard_id] = record
     totals = _totals(records.values(), written_now, pairing.omitted, damaged)
     _finish(export, records, {entry.class_id: entry.name for entry in export.classes} or totals.class_names)
-    return totals
+    return replace(totals, instances=_kind_of_instances(export))
+
+
+def _kind_of_instances(export: _Export) -> str | None:
+    if (export.options.format, export.options.kind) != ("coco", "instances"):
+        return None
+    return COLUMN if export.has_instances else PARTS
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,7 @@ class _Export:
     options: ExportOptions
     settings: InputConfig
     classes: tuple[ClassEntry, ...]
+    has_instances: bool
 
 
 def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
@@ -169,13 +181,19 @@ def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
             f"{options.format}: expected class ids up to {LARGEST_LABEL}, which fit a byte beside 255 for "
             f"ignored pixels, got {largest}; export as coco, or give a classes file with fewer classes"
         )
-    return _Export(folder, dest, options, config.input, classes)
+    return _Export(folder, dest, options, config.input, classes, config.masks.has_instances)
 
 
 def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     settings, shard_id = export.settings, pair.annotations_id
     fields = frozenset(settings.image.lower().split(";"))
-    source = Source(export.folder, fields, settings.max_member_bytes, refuse_mismatches=True)
+    source = Source(
+        export.folder,
+        fields,
+        settings.max_member_bytes,
+        refuse_mismatches=True,
+        with_instances=export.options.kind == "instances",
+    )
     joins, counts, class_names = Counter[str](), Counter[str](), dict[int, str]()
     class_ids = {entry.name.lower(): entry.class_id for entry in export.classes} or None
     joined = source.read(Share(pair), lambda outcome, count: joins.update({outcome: count}))

@@ -56,6 +56,7 @@ from pipeline.output.tables import (
     open_table,
     read_record,
     require_regular,
+    schema_with,
     shard_list_bytes,
 )
 from pipeline.output.writer import TableSpool
@@ -195,7 +196,7 @@ def _write_parts(plan: Plan, new: OutputFolder, parts: Sequence[Part], on_part: 
 def _write_part(plan: Plan, new: OutputFolder, part: Part) -> None:
     """Write a file, unless an interrupted compaction has written it, and check how many rows it has."""
     if not _is_written(plan, new, part):
-        spool = TableSpool(SCHEMAS[part.table], ROWS_PER_GROUP)
+        spool = TableSpool(_schema_of(plan, part), ROWS_PER_GROUP)
         with closing(spool):
             for shard in part.shards:
                 _copy_rows(plan.source, part.table, shard, spool)
@@ -220,9 +221,17 @@ def _is_written(plan: Plan, new: OutputFolder, part: Part) -> bool:
         return False
 
 
+def _schema_of(plan: Plan, part: Part) -> pa.Schema:
+    """Return the columns of a file: those of its shards, which are all of one job."""
+    if not part.shards:
+        return SCHEMAS[part.table]
+    with plan.source.open(part.table, part.shards[0].shard_id) as file:
+        return schema_with(part.table, file.column_names)
+
+
 def _copy_rows(source: OutputFolder, table: Tables, shard: PlannedShard, spool: TableSpool) -> None:
-    schema = SCHEMAS[table]
     with source.open(table, shard.shard_id) as file:
+        schema = schema_with(table, file.column_names)
         if (file.footer().attempt, file.row_count) != (shard.attempt, shard.rows[table]):
             raise MismatchError(
                 storage.shown_url(file.url), "changed while it was compacted: run the same command again"

@@ -97,10 +97,12 @@ def is_to_be_deleted(folder: OutputFolder, former: JobRecord, config: JobConfig,
     if former.config_hash == stamp.config_hash:
         return False
     if config.output.on_mismatch == "refuse":
+        digests = (stamp.weights_digest, stamp.segmenter_digest)
+        changes = describe_differences(former.model_dump(), config, *digests)
         raise UserError(
             f"{storage.shown_url(folder.url)}: holds results of another configuration "
             f"({former.config_hash}, now {stamp.config_hash}).\n"
-            f"  changed: {describe_differences(former.model_dump(), config, stamp.weights_digest)}\n"
+            f"  changed: {changes}\n"
             f"  choose another output.dir, or set output.on_mismatch=overwrite to delete what is there"
         )
     return True

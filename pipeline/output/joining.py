@@ -14,7 +14,7 @@ from pipeline import storage
 from pipeline.errors import DamagedFileError, MismatchError, ShardError, UserError
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import locate_shards, require_annotated_version
-from pipeline.output.schema import ShardRow
+from pipeline.output.schema import INSTANCES, ShardRow
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
@@ -185,6 +185,7 @@ class Source:
         fields: the fields of a sample that are kept.
         max_member_bytes: samples with a larger field count as damaged.
         skip_unreadable: whether a shard that cannot be read is skipped, instead of an error.
+        with_instances: whether rows have the column `instances`, where their file has it.
         refuse_mismatches: whether a shard whose files do not belong together is an error, instead of skipped.
     """
 
@@ -193,6 +194,7 @@ class Source:
     max_member_bytes: int
     skip_unreadable: bool = False
     refuse_mismatches: bool = False
+    with_instances: bool = False
 
     def read(self, share: Share[ShardPair], count: Count) -> Iterator[JoinedSample]:
         """Iterate over the samples of a shard that have annotation rows, joined by ordinal and key.
@@ -225,7 +227,9 @@ class Source:
             _log.warning("skipping a shard that must be annotated again: %s", error)
             return
         with folder.open(ANNOTATIONS, pair.annotations_id) as table, storage.open_shard(pair.shard) as stream:
-            rows = groupby(table.rows(ROW_COLUMNS), lambda row: int(row["sample_index"]))
+            has_instances = self.with_instances and INSTANCES in table.column_names
+            columns = [*ROW_COLUMNS, *([INSTANCES] if has_instances else [])]
+            rows = groupby(table.rows(columns), lambda row: int(row["sample_index"]))
             groups = ((index, tuple(group)) for index, group in rows)
             yield from join(pair.shard.canonical_url, self._samples(stream), groups, share, count)
 

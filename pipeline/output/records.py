@@ -40,6 +40,7 @@ class JobRecord(Record):
         config_hash: hash of the settings that change the rows.
         config: the configuration, to be parsed by `pipeline.config.load.parse_config`.
         weights_digest: digest of the model's weights.
+        segmenter_digest: digest of the segmenter's files; None: there is none.
         versions: versions of the installed packages.
         started: start of the newest run.
         precision_is_auto: whether the newest run asked for `model.precision: auto`; the configuration holds
@@ -51,6 +52,7 @@ class JobRecord(Record):
     config_hash: str
     config: dict[str, Any]
     weights_digest: str = "unknown"
+    segmenter_digest: str | None = None
     versions: dict[str, str] = {}
     started: str = "unknown"
     precision_is_auto: bool = False
@@ -186,15 +188,17 @@ class JobStamp:
         config_hash: hash of the settings that change the rows.
         weights_digest: digest of the model's weights.
         versions: installed versions; recorded, but not part of the hash.
+        segmenter_digest: digest of the segmenter's files; None: there is none, and it is not recorded.
     """
 
     config_hash: str
     weights_digest: str
     versions: Mapping[str, str]
+    segmenter_digest: str | None = None
 
     def as_metadata(self) -> dict[str, Any]:
         """Return the stamp as it is written in Parquet footers."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def installed_versions() -> dict[str, str]:

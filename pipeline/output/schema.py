@@ -9,6 +9,16 @@ import pyarrow as pa
 
 RLE_TYPE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 
+INSTANCES = "instances"
+_INSTANCE_TYPE = pa.struct(
+    [
+        ("area", pa.int64()),
+        ("bbox_xywh", pa.list_(pa.float32(), 4)),
+        ("score", pa.float32()),
+        ("mask", RLE_TYPE),
+    ]
+)
+
 # key of this package's part of a Parquet file's footer
 METADATA_KEY = b"legrad"
 
@@ -40,6 +50,25 @@ class AnnotationRow(TypedDict):
     heatmap: Annotated[bytes | None, pa.binary()]
     heatmap_height: Annotated[int | None, pa.int16()]
     heatmap_width: Annotated[int | None, pa.int16()]
+
+
+class InstanceRow(TypedDict):
+    """An element of the column `instances`: a part of a row's mask that is an object of its own."""
+
+    area: int
+    bbox_xywh: list[float]
+    score: float
+    mask: Mapping[str, Any]
+
+
+class SplitAnnotationRow(AnnotationRow):
+    """A row of OUT/annotations/SHARD.parquet in jobs that split masks into instances.
+
+    They are disjoint, their union is the mask, and those with the highest scores come first. A row without a
+    mask has none (null).
+    """
+
+    instances: Annotated[list[InstanceRow] | None, pa.list_(_INSTANCE_TYPE)]
 
 
 class ErrorRow(TypedDict):
@@ -109,10 +138,17 @@ def _required_columns(row_type: type) -> frozenset[str]:
 
 _ROWS = (AnnotationRow, ErrorRow, ShardRow, CompactedRow, FootersRow)
 ANNOTATION_SCHEMA, ERROR_SCHEMA, SHARDS_SCHEMA, COMPACTED_SCHEMA, FOOTERS_SCHEMA = map(_schema_of, _ROWS)
+SPLIT_ANNOTATION_SCHEMA = _schema_of(SplitAnnotationRow)
 # columns in which every row has a value
 ANNOTATION_REQUIRED, ERROR_REQUIRED, SHARDS_REQUIRED, COMPACTED_REQUIRED, FOOTERS_REQUIRED = map(
     _required_columns, _ROWS
 )
+
+
+def annotation_schema(*, with_instances: bool) -> pa.Schema:
+    """Return the columns of annotations files; only jobs that split masks have the column `instances`."""
+    return SPLIT_ANNOTATION_SCHEMA if with_instances else ANNOTATION_SCHEMA
+
 
 # statuses of annotation rows; every other status is the name of the filter that rejected the prompt
 OK = "ok"

@@ -58,6 +58,18 @@ Model = TypeVar("Model", bound=BaseModel)
 Row = dict[str, Any]
 
 
+def schema_with(table: Table, column_names: Sequence[str]) -> pa.Schema:
+    """Return the columns of a table with these columns: jobs that split masks have one more than others.
+
+    Args:
+        table: the table.
+        column_names: of a file.
+    """
+    if table == "annotations":
+        return schema.annotation_schema(with_instances=schema.INSTANCES in column_names)
+    return SCHEMAS[table]
+
+
 class ShardTable(Protocol):
     """The annotations or errors of one shard, whichever file holds them."""
 
@@ -259,7 +271,7 @@ def open_table(url: str, table: Table) -> Iterator[TableFile]:
     with source:
         with damage(url):
             file = _parquet(source, pre_buffer=False)
-            _require_columns(file.schema_arrow, SCHEMAS[table])
+            _require_columns(file.schema_arrow, schema_with(table, file.schema_arrow.names))
             _require_bounded_groups(file.metadata)
         yield TableFile(url, table, source, file)
 

@@ -18,7 +18,13 @@ from pipeline.errors import ScratchError
 from pipeline.output.counts import ShardCounts, sample_outcome
 from pipeline.output.folder import ANNOTATIONS, DAMAGED, ERRORS, OutputFolder, new_run_id
 from pipeline.output.records import LAYOUT, counts_as_metadata
-from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA, METADATA_KEY, AnnotationRow
+from pipeline.output.schema import (
+    ANNOTATION_SCHEMA,
+    ERROR_SCHEMA,
+    METADATA_KEY,
+    AnnotationRow,
+    annotation_schema,
+)
 from pipeline.shards.sample_error import SampleError
 from pipeline.storage import ShardSource
 from pipeline.text import printable
@@ -27,8 +33,14 @@ ROWS_PER_GROUP = 1000
 # readers refuse groups of more than a gigabyte
 MAX_WAITING_BYTES = 128 << 20
 _SHARD_COLUMN = ANNOTATION_SCHEMA.get_field_index("shard")
-# what the annotator makes of samples, without knowing their shard
-ROWS_SCHEMA = ANNOTATION_SCHEMA.remove(_SHARD_COLUMN)
+
+
+def rows_schema(*, with_instances: bool = False) -> pa.Schema:
+    """Return the columns that the annotator makes of samples, without knowing their shard."""
+    return annotation_schema(with_instances=with_instances).remove(_SHARD_COLUMN)
+
+
+ROWS_SCHEMA = rows_schema()
 
 
 class TableSpool:
@@ -102,12 +114,16 @@ class ShardWriter:
     Args:
         shard: its URL is written into every row, and its version into both footers.
         metadata: written into both footers with the counts: config hash, versions, ids of run and attempt.
+        with_instances: whether rows have the column `instances`.
     """
 
-    def __init__(self, shard: ShardSource, metadata: Mapping[str, Any]) -> None:
+    def __init__(
+        self, shard: ShardSource, metadata: Mapping[str, Any], *, with_instances: bool = False
+    ) -> None:
         self._shard = shard
         self._metadata = metadata
-        self._annotations = TableSpool(ANNOTATION_SCHEMA)
+        self._annotations = TableSpool(annotation_schema(with_instances=with_instances))
+        self._rows_schema = rows_schema(with_instances=with_instances)
         self._errors = TableSpool(ERROR_SCHEMA)
         self._tally: Counter[str] = Counter()
         self._errors_by_kind: Counter[str] = Counter()
@@ -127,7 +143,7 @@ class ShardWriter:
         """Add some samples.
 
         Args:
-            rows: their annotation rows, of ROWS_SCHEMA.
+            rows: their annotation rows, of `rows_schema`.
             errors: their error rows, and perhaps errors that belong to no sample.
             outcomes: how many of them are `annotated`, `empty` and `failed`, and how many `dropped_prompts`.
 
@@ -145,7 +161,7 @@ class ShardWriter:
         self, rows: Sequence[AnnotationRow], errors: Sequence[SampleError], dropped_prompts: int = 0
     ) -> None:
         """Add a sample: annotated if it has rows, failed if it has only errors, empty if it has neither."""
-        table = pa.Table.from_pylist(list(rows), schema=ROWS_SCHEMA)
+        table = pa.Table.from_pylist(list(rows), schema=self._rows_schema)
         self.add(table, errors, {sample_outcome(rows, errors): 1, "dropped_prompts": dropped_prompts})
 
     def add_error(self, error: SampleError) -> None:

@@ -33,8 +33,9 @@ STATUS_WORDS = {
     EMPTY_MASK: "accepted: empty mask",
     "rejected_similarity": "rejected: similarity",
     "rejected_peak": "rejected: peak",
+    "rejected_contrast": "rejected: foreground contrast",
+    "rejected_lead": "rejected: lead",
     "rejected_area": "rejected: area",
-    "rejected_contrast": "rejected: contrast",
 }
 
 

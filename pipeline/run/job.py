@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.annotate.model import check_model, resolved, weights_digest
+from pipeline.annotate.segmenting import digest_of_segmenter, resolved_segmenter
 from pipeline.config.load import config_hash
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, UserError
@@ -131,7 +132,8 @@ def as_run(config: JobConfig) -> JobConfig:
     # workers on a cluster have another working directory than this process
     output = config.output.model_copy(update={"dir": storage.absolute(config.output.dir)})
     model, prompts = resolved(config.model), with_files_read(config.prompts)
-    return config.model_copy(update={"output": output, "model": model, "prompts": prompts})
+    masks = resolved_segmenter(config.masks)
+    return config.model_copy(update={"output": output, "model": model, "prompts": prompts, "masks": masks})
 
 
 def _resolved(config: JobConfig, former: JobRecord | None) -> tuple[JobConfig, JobStamp]:
@@ -165,9 +167,9 @@ def _with_precision(config: JobConfig, precision: str) -> JobConfig:
 
 
 def stamp_of(config: JobConfig) -> JobStamp:
-    """Return what identifies the results of a configuration; raises UserError if the weights are missing."""
-    digest = weights_digest(config.model)
-    return JobStamp(config_hash(config, digest), digest, installed_versions())
+    """Return what identifies the results of a configuration; raises UserError if weights are missing."""
+    digest, segmenter = weights_digest(config.model), digest_of_segmenter(config.masks)
+    return JobStamp(config_hash(config, digest, segmenter), digest, installed_versions(), segmenter)
 
 
 def listed_earlier(folder: OutputFolder) -> list[ShardRow]:

@@ -17,6 +17,7 @@ from legrad.memory import is_out_of_memory
 from pipeline.annotate.annotator import ShardAnnotator, ShardProgress, ShardReport
 from pipeline.annotate.model import check_device, load_explainer
 from pipeline.annotate.processes import SampleProcesses
+from pipeline.annotate.segmenting import load_sharpener
 from pipeline.config.schema import JobConfig
 from pipeline.errors import OutputError, ScratchError, ShardAbandoned, ShardError, UserError
 from pipeline.output.measures import Measures
@@ -120,9 +121,16 @@ def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, d
             processes = SampleProcesses(threads, config.run.decode_bytes, config.run.sample_timeout_s)
             if_it_fails.callback(processes.close)
         explainer = load_explainer(config.model, device, expected_digest=metadata.get("weights_digest"))
+        sharpener = load_sharpener(
+            config.masks,
+            device,
+            config.model.precision,
+            expected_digest=metadata.get("segmenter_digest"),
+        )
         annotator = ShardAnnotator(
             config,
             explainer,
+            sharpener=sharpener,
             decode_threads=threads,
             metadata=metadata,
             batches_at_once=batches_at_once,

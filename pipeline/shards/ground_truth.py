@@ -10,6 +10,9 @@ one or both of two forms of truth:
   image's width and height, from 0 to 1. Open Images V7 has such labels; its third answer, "unsure", is
   omitted.
 
+Beside a label map there may be ``inst.png``, of its size: a map of 8 bits, 0 for background, the number of an
+instance, and 255 where nothing counts. The class of an instance is its most frequent one in the label map.
+
 Class ids are from 1 on.
 """
 
@@ -36,6 +39,7 @@ from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource, list_shards, open_shard
 
 LABEL_MAP_FIELD = "seg.png"
+INSTANCE_MAP_FIELD = "inst.png"
 IGNORED_LABEL = 255
 IGNORED_LABEL_16_BIT = 65535
 MAX_POINTS = 100_000
@@ -80,6 +84,8 @@ class Scene:
         label_map: 0 background, class ids, and `ignored_label`; at the image's own size. None where the truth
             is points alone.
         points: point labels, if any.
+        instance_map: 0 background, numbers of instances, 255 ignored; of the size of the label map. None
+            where the truth has no instances.
     """
 
     key: str
@@ -89,6 +95,7 @@ class Scene:
     class_ids: tuple[int, ...]
     label_map: LabelMap | None
     points: tuple[PointLabel, ...] = ()
+    instance_map: UInt8[np.ndarray, "height width"] | None = None
 
     @property
     def labels(self) -> LabelMap:
@@ -155,7 +162,7 @@ def read_scenes(shard: ShardSource, settings: InputConfig) -> Iterator[Scene | S
         ShardError: the tar cannot be opened or read.
     """
     with open_shard(shard) as stream:
-        wanted = [*settings.image.split(";"), LABEL_MAP_FIELD, "json"]
+        wanted = [*settings.image.split(";"), LABEL_MAP_FIELD, INSTANCE_MAP_FIELD, "json"]
         samples = read_samples(stream, max_member_bytes=settings.max_member_bytes, wanted_fields=wanted)
         for sample in samples:
             yield sample if isinstance(sample, SampleError) else scene_of(sample, settings.image)
@@ -175,18 +182,32 @@ def scene_of(sample: RawSample, image_fields: str) -> Scene | SampleError:
             message = f"sample has no field `{LABEL_MAP_FIELD}`, and its JSON field has no points"
             raise SampleFailure("read", "no_ground_truth", f"{message}{describe_fields(sample.fields)}")
         captions, class_ids = _objects(document)
-        label_map = sample.fields.get(LABEL_MAP_FIELD)
+        data = sample.fields.get(LABEL_MAP_FIELD)
+        label_map = None if data is None else read_label_map(data)
         return Scene(
             key=sample.key,
             sample_index=sample.index,
             image=find_field(sample.fields, image_fields),
             captions=captions,
             class_ids=class_ids,
-            label_map=None if label_map is None else read_label_map(label_map),
+            label_map=label_map,
             points=points,
+            instance_map=_instance_map(sample.fields.get(INSTANCE_MAP_FIELD), label_map),
         )
     except SampleFailure as failure:
         return SampleError(failure.stage, failure.kind, failure.message, sample.key, sample.index)
+
+
+def _instance_map(data: bytes | None, label_map: LabelMap | None) -> UInt8[np.ndarray, "height width"] | None:
+    if data is None or label_map is None:
+        return None
+    instances = read_label_map(data, INSTANCE_MAP_FIELD)
+    if instances.dtype != np.uint8 or instances.shape != label_map.shape:
+        raise _bad_truth(
+            f"{INSTANCE_MAP_FIELD}: expected 8 bits and the size of {LABEL_MAP_FIELD}, {label_map.shape}; "
+            f"received {instances.dtype} and {instances.shape}"
+        )
+    return instances
 
 
 def _document(fields: Mapping[str, bytes]) -> dict[str, Any]:
@@ -253,8 +274,13 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def read_label_map(data: bytes) -> LabelMap:
-    """Decode a label map; raises SampleFailure, kind `bad_ground_truth`, for other bytes."""
+def read_label_map(data: bytes, field: str = LABEL_MAP_FIELD) -> LabelMap:
+    """Decode a label map; raises SampleFailure, kind `bad_ground_truth`, for other bytes.
+
+    Args:
+        data: bytes of a PNG.
+        field: name of the field, for the message.
+    """
     try:
         check_png(data)
         with Image.open(io.BytesIO(png_without_texts(data)), formats=("PNG",)) as image:
@@ -266,10 +292,10 @@ def read_label_map(data: bytes) -> LabelMap:
                 return np.array(image).astype(np.uint16)
             mode = image.mode
     except SampleFailure as failure:
-        raise _bad_truth(f"{LABEL_MAP_FIELD}: {failure.message}") from failure
+        raise _bad_truth(f"{field}: {failure.message}") from failure
     # decoders raise about any type on crafted bytes
     except Exception as error:
-        raise _bad_truth(f"{LABEL_MAP_FIELD} is unreadable: {error}") from error
+        raise _bad_truth(f"{field} is unreadable: {error}") from error
     raise _bad_truth(f"expected a grey or palette PNG of 8 or 16 bits as label map, received {mode}")
 
 

@@ -1,31 +1,45 @@
-"""What each choice adds in mask quality and costs in time, on a shipped set of scenes.
+"""Quality and CPU time of masks by what makes them, on the demo's scenes; left out: Ray, and time to load.
 
-    python tests/bench/ablation.py [--set heldout|newartist] [--only PATTERN] [--rounds 1] [--out FILE.jsonl]
+    python tests/bench/ablation.py [--weights new|old] [--sets heldout ...] [--only PATTERN] [--write]
 
-Every variant annotates the set into a temporary folder as a worker does (tar, decoding, model, masks, files;
-no ray), and its masks as written are held against the ground truth. Differences are to the row `fixed 0.5`,
-scenes resampled in pairs. Seconds an image are those of the annotation, the model loaded beforehand, the
-fastest of the rounds. Prints a Markdown table; with --out also one JSON row a variant.
+Every variant annotates a set into a temporary folder as a worker does (tar, decoding, model, masks, Parquet),
+and its masks as written are compared with the ground truth. A variant is the configuration `ablation.yaml`
+(refined maps, cut at 0.5; captions as prompts) with a few keys changed. One JSON row a set and variant:
+
+    mean_iou            over the classes of the set, without background
+    difference          of mean_iou to the variant `refined`, scenes resampled in pairs
+    precision, recall   of the pixels in masks, of the pixels of objects; ignored pixels count as missed
+    coverage            share of the pixels that are not ignored
+    boundary_f          F-measure of the boundary of a row's mask, within .75 % of the diagonal
+    map_pointing        share of the maps that masks are cut from whose maximum lies on the object
+    map_average_precision    of these maps as a ranking of the pixels
+    cpu_ms_an_image     CPU time of the annotation, sample processes included, least of the rounds
 """
 
+from __future__ import annotations
+
 import argparse
-import json
+import itertools
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from environment import environment
+from cut_map_scores import caught_maps, cut_map_scores
+from demo_inputs import SETS, WEIGHTS, demo_files, demo_job
+from proc import children_of, cpu_s_of
+from published import figure_parser, recording
 from shards_in_flight import work_through
 
 from legrad.quality.metrics import Estimate
 from pipeline import storage
-from pipeline.config.load import load_config
+from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
-from pipeline.demo import assets
 from pipeline.evaluation.mask_scores import (
     SummedMetric,
     WrittenMasks,
@@ -33,82 +47,61 @@ from pipeline.evaluation.mask_scores import (
     score_written_masks,
     summed_metrics,
 )
+from pipeline.output.folder import OutputFolder
 from pipeline.run.worker import build_annotator
-from pipeline.shards.ground_truth import list_truth_shards
+from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
 
-BASELINE = "fixed 0.5"
-COMMON = (
-    *("masks.rule=fixed", "masks.value=0.5", "masks.refine=none", "masks.combine=independent"),
-    *("prompts.background=none", "views.scales=[1.0]", "model.layers=4", "output.heatmap=false"),
-)
-CLEANED = ("masks.smooth=0.5", "masks.min_component=0.01", "masks.max_hole=0.01")
-BACKGROUND = ("prompts.background=default", "masks.combine=argmax")
-OTSU = ("masks.rule=otsu",)
-SCALES = ("views.scales=[1.0, 0.75, 1.5]",)
-# Overrides of the demo's configuration and COMMON; one line a variant.
-VARIANTS: dict[str, tuple[str, ...]] = {
+CONFIG = Path(__file__).with_name("ablation.yaml")
+BASELINE, DEMO = "refined", "the demo's configuration"
+DEFAULTS = (f"masks.smooth={MasksConfig().smooth}", "masks.contrast=null")
+TEXTS = ("prompts.background=default",)
+ARGMAX = ("masks.combine=argmax",)
+PLAIN = ("masks.refine=none",)
+TWO_SIZES = ("views.scales=[1.0, 0.75]",)
+# the settings for several captions and background texts, in one forward pass
+ONE_PASS = (*DEFAULTS, *TEXTS, "masks.value=0.4", "model.layers=3")
+# Changes of `ablation.yaml`, one line a variant; SIZE*x is x times the model's input, in whole patches.
+VARIANTS: dict[str, Sequence[str]] = {
     BASELINE: (),
-    "layers 1": ("model.layers=1",),
+    "default": DEFAULTS,
+    DEMO: (),
     "layers 2": ("model.layers=2",),
     "layers all": ("model.layers=all",),
-    "fixed 0.4": ("masks.value=0.4",),
-    "fixed 0.6": ("masks.value=0.6",),
-    "otsu": OTSU,
-    "quantile 0.8": ("masks.rule=quantile",),
-    "band 0.25-0.75": ("masks.rule=band",),
-    "band 0.4-0.6": ("masks.rule=band", "masks.low=0.4", "masks.high=0.6"),
+    "cut at 0.4": ("masks.value=0.4",),
+    "otsu": ("masks.rule=otsu",),
     "band around otsu": ("masks.rule=band", "masks.band_center=otsu"),
-    "argmax": ("masks.combine=argmax",),
-    "otsu, argmax": (*OTSU, "masks.combine=argmax"),
-    "background": BACKGROUND,
-    "otsu, background": (*OTSU, *BACKGROUND),
+    "refined by pamr": ("masks.refine=pamr",),
+    "smooth 0.6": ("masks.smooth=0.6",),
+    "contrast 0.6": ("masks.contrast=0.6",),
+    "key affinity": ("model.affinity=keys",),
     "neutral": ("prompts.neutral=a photo of a",),
-    "templates": ("prompts.templates=simple-imagenet",),
-    "refine pamr": ("masks.refine=pamr",),
-    "refine par": ("masks.refine=par",),
-    "otsu, pamr": (*OTSU, "masks.refine=pamr"),
-    "otsu, par": (*OTSU, "masks.refine=par"),
-    "flip": ("views.flip=true",),
-    "scales 1, 1.5": ("views.scales=[1.0, 1.5]",),
-    "scales 1, 2": ("views.scales=[1.0, 2.0]",),
-    "scales 1, 0.75, 1.5": SCALES,
-    "tile": ("model.fit=tile",),
-    "keep": ("model.fit=keep",),
-    "par, layers 2": ("masks.refine=par", "model.layers=2"),
-    "par, layers all": ("masks.refine=par", "model.layers=all"),
-    "par, fixed 0.4": ("masks.refine=par", "masks.value=0.4"),
-    "par, argmax": ("masks.refine=par", "masks.combine=argmax"),
-    "par, background": ("masks.refine=par", *BACKGROUND),
-    "par, background, layers 2": ("masks.refine=par", "model.layers=2", *BACKGROUND),
-    "par, background, scales 1, 0.75": ("masks.refine=par", "views.scales=[1.0, 0.75]", *BACKGROUND),
-    "par, background, scales 1, 0.75, 1.5": ("masks.refine=par", *SCALES, *BACKGROUND),
-    "par, background, smooth 0.5": ("masks.refine=par", "masks.smooth=0.5", *BACKGROUND),
-    "par, background, neutral": ("masks.refine=par", "prompts.neutral=a photo of a", *BACKGROUND),
-    "par, band around otsu": ("masks.refine=par", "masks.rule=band", "masks.band_center=otsu"),
-    "par, cleaned": ("masks.refine=par", *CLEANED),
-    "par, flip": ("masks.refine=par", "views.flip=true"),
-    "par, scales 1, 0.75, 1.5": ("masks.refine=par", *SCALES),
-    "size 3/4": ("model.image_size=SIZE*0.75",),
-    "size 3/2": ("model.image_size=SIZE*1.5",),
-    "size 2": ("model.image_size=SIZE*2",),
-    "cleaned": CLEANED,
-    "otsu, cleaned": (*OTSU, *CLEANED),
-    "otsu, par, cleaned": (*OTSU, "masks.refine=par", *CLEANED),
-    "otsu, par, flip": (*OTSU, "masks.refine=par", "views.flip=true"),
-    "otsu, flip": (*OTSU, "views.flip=true"),
-    "otsu, scales 1, 1.5": (*OTSU, "views.scales=[1.0, 1.5]"),
-    "otsu, scales 1, 0.75, 1.5": (*OTSU, *SCALES),
-    "otsu, par, scales 1, 0.75, 1.5": (*OTSU, "masks.refine=par", *SCALES),
-    "argmax, par": ("masks.combine=argmax", "masks.refine=par"),
-    "otsu, argmax, par": (*OTSU, "masks.combine=argmax", "masks.refine=par"),
-    "otsu, argmax, par, flip": (*OTSU, "masks.combine=argmax", "masks.refine=par", "views.flip=true"),
-    "background, par": (*BACKGROUND, "masks.refine=par"),
-    "all classes": ("prompts.source=classes", "prompts.classes=CLASSES", "prompts.max_per_sample=64"),
-    "otsu, size 3/2": (*OTSU, "model.image_size=SIZE*1.5"),
-    "otsu, size 3/2, par": (*OTSU, "model.image_size=SIZE*1.5", "masks.refine=par"),
+    "mirrored too": ("views.flip=true",),
+    "background, argmax": (*TEXTS, *ARGMAX),
+    "background, argmax, two sizes": (*TEXTS, *ARGMAX, *TWO_SIZES),
+    "default, background": (*DEFAULTS, *TEXTS),
+    "default, background, contrast with it alone": (*DEFAULTS, *TEXTS, "masks.contrast_with=background"),
+    "one pass": ONE_PASS,
+    "one pass, argmax": (*ONE_PASS, *ARGMAX),
+    "one pass, layers 2": (*ONE_PASS, "model.layers=2"),
+    "one pass, layers 4": (*ONE_PASS, "model.layers=4"),
+    "one pass, cut at 0.5": (*ONE_PASS, "masks.value=0.5"),
+    "one pass, contrast 0": (*ONE_PASS, "masks.contrast=0"),
+    "one pass, contrast 0.3": (*ONE_PASS, "masks.contrast=0.3"),
+    "one pass, contrast 0.8": (*ONE_PASS, "masks.contrast=0.8"),
+    "one pass, smooth 0.4": (*ONE_PASS, "masks.smooth=0.4"),
+    "one pass, smooth 1": (*ONE_PASS, "masks.smooth=1"),
+    "one pass, key affinity": (*ONE_PASS, "model.affinity=keys"),
+    "one pass, neutral": (*ONE_PASS, "prompts.neutral=a photo of a"),
+    "one pass, not refined": (*ONE_PASS, *PLAIN),
+    "two sizes, argmax": (*ONE_PASS, *ARGMAX, *TWO_SIZES),
+    "two sizes, argmax, smooth 0.5": (*ONE_PASS, *ARGMAX, *TWO_SIZES, "masks.smooth=0.5"),
+    "plain": PLAIN,
+    "plain, otsu": (*PLAIN, "masks.rule=otsu"),
 }
-FIGURES = ("mean_iou", "iou", "boundary_f", "precision", "recall", "coverage")
-SHOWN = (*FIGURES, "presence_auroc")
+INPUT_SIDE, PATCH_SIDE = 96, 8
+# a worker writes these to the footers of its files, and readers refuse files without
+METADATA = {"config_hash": "ablation"}
+METRICS = ("mean_iou", "iou", "boundary_f", "precision", "recall", "coverage")
 
 
 @dataclass(frozen=True)
@@ -116,105 +109,100 @@ class Trial:
     """What one configuration gave.
 
     Attributes:
-        written: every scene's scores.
-        seconds_per_image: of the annotation.
+        written: the scores of every scene.
+        map_scores: of the maps that masks are cut from.
+        cpu_s: CPU time of the annotation of all scenes, least of the rounds.
     """
 
     written: WrittenMasks
-    seconds_per_image: float
+    map_scores: dict[str, Estimate]
+    cpu_s: float
+
+
+def main() -> None:
+    """Measure the chosen variants on the chosen sets."""
+    arguments = options()
+    data = [*demo_files(*arguments.sets, weights=arguments.weights), "tests/bench/ablation.yaml"]
+    name = f"ablation-{arguments.weights}"
+    with recording(__file__, arguments, name=name, data=data) as record:
+        for set_name in arguments.sets:
+            for row in rows_of_set(set_name, arguments):
+                record("variants", row)
+
+
+def options() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = figure_parser(__doc__)
+    parser.add_argument("--weights", choices=WEIGHTS, default="new", help="weights of the demo's model")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="sets of scenes")
+    parser.add_argument("--only", default="", help="regular expression; `refined` always runs")
+    parser.add_argument("--rounds", type=int, default=1, help="annotations of a set by each variant")
+    return parser.parse_args()
+
+
+def rows_of_set(set_name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the row of each chosen variant, the baseline first."""
+    baseline: Mapping[str, SummedMetric] = {}
+    for variant, changes in VARIANTS.items():
+        if variant != BASELINE and not re.search(arguments.only, variant):
+            continue
+        config = variant_config(set_name, variant, arguments.weights)
+        trial = try_config(config, arguments.rounds)
+        metrics = summed_metrics(trial.written)
+        baseline = baseline or metrics
+        scores, images = score_written_masks(trial.written), len(trial.written.scenes)
+        yield {
+            "set": set_name,
+            "variant": variant,
+            "changes": list(changes),
+            "difference": metrics["mean_iou"].difference(baseline["mean_iou"], seed=0),
+            **{name: getattr(scores, name) for name in METRICS},
+            **trial.map_scores,
+            "cpu_ms_an_image": 1000 * trial.cpu_s / images,
+        }
+
+
+def variant_config(set_name: str, variant: str, weights: str = "new") -> JobConfig:
+    """Return the configuration of a variant for one set of scenes."""
+    changes = [with_size(change) for change in VARIANTS[variant]]
+    return demo_job([set_name], changes, weights=weights, config=None if variant == DEMO else CONFIG)
+
+
+def with_size(change: str) -> str:
+    """Return a change with a side in pixels in place of `SIZE*x`."""
+    key, found, factor = change.partition("SIZE*")
+    return f"{key}{round(INPUT_SIDE * float(factor) / PATCH_SIDE) * PATCH_SIDE}" if found else change
 
 
 def try_config(config: JobConfig, rounds: int = 1) -> Trial:
     """Annotate the configuration's shards into a temporary folder and score the masks as written there."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     shards = storage.list_shards(config.input.shards)
-    seconds = []
+    truth = list_truth_shards([shard.url for shard in shards])
+    cpu_s = []
     for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as out:
-            here = config.model_copy(update={"output": config.output.model_copy(update={"dir": out})})
-            annotator = build_annotator(here, {}, len(os.sched_getaffinity(0)), device)
-            seconds.append(work_through(shards, annotator.annotate, annotator.wait_for_room))
-            annotator.close()
-            written = collect_written_masks(
-                out, list_truth_shards([s.url for s in shards]), config.input, config.prompts.source
-            )
-    return Trial(written, min(seconds) / len(written.scenes))
+        with tempfile.TemporaryDirectory() as out, caught_maps() as caught:
+            cpu_s.append(annotate(config, out, shards))
+            written = collect_written_masks(OutputFolder(out), truth, config.input, config.prompts.source)
+            if written.damaged_files or written.shards_without_annotations:
+                raise RuntimeError(f"shards without scores, so the figures mean nothing: {written}"[:1000])
+    found = itertools.chain.from_iterable(read_scenes(shard, config.input) for shard in truth)
+    scenes = [scene for scene in found if isinstance(scene, Scene)]
+    return Trial(written, cut_map_scores(caught, scenes), min(cpu_s))
 
 
-def variant_config(set_name: str, overrides: tuple[str, ...]) -> JobConfig:
-    """The demo's configuration on one set of scenes, with overrides.
-
-    SIZE*x stands for x times the model's input in whole patches, CLASSES for the shipped list of classes.
-    """
-    shards = [str(path) for path in assets.demo_shard_paths(set_name)]
-    found = [_filled_in(override) for override in (*COMMON, *overrides)]
-    return load_config(assets.demo_config_path(), [f"input.shards={json.dumps(shards)}", *found])
-
-
-def _filled_in(override: str) -> str:
-    key, times, factor = override.replace("CLASSES", str(assets.demo_classes_path())).partition("SIZE*")
-    if not times:
-        return key
-    vision = json.loads(Path(assets.demo_config_path()).with_name("legrad_demo_clip.json").read_text())[
-        "vision_cfg"
-    ]
-    patch = vision["patch_size"]
-    return f"{key}{round(vision['image_size'] * float(factor) / patch) * patch}"
-
-
-def measured(set_name: str, pattern: str, rounds: int) -> Iterator[tuple[str, JobConfig, Trial, Mapping]]:
-    """Every chosen variant, the baseline first, with its figures' differences to the baseline."""
-    baseline: dict[str, SummedMetric] = {}
-    for name, overrides in VARIANTS.items():
-        if name != BASELINE and not re.search(pattern, name):
-            continue
-        config = variant_config(set_name, overrides)
-        trial = try_config(config, rounds)
-        figures = summed_metrics(trial.written)
-        baseline = baseline or figures
-        differences = {key: figures[key].difference(baseline[key], seed=0) for key in FIGURES}
-        yield name, config, trial, differences
-
-
-def shown(estimate: Estimate | None, *, signed: bool = False) -> str:
-    """Percent with half the interval."""
-    if estimate is None:
-        return "-"
-    half = 50 * (estimate.high - estimate.low)
-    return f"{100 * estimate.value:{'+' if signed else ''}.1f} ±{half:.1f}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--set", default="heldout", choices=("heldout", "newartist"))
-    parser.add_argument("--only", default="", help="regular expression; the baseline always runs")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    head = {"benchmark": "ablation", **environment(), "set": arguments.set, "rounds": arguments.rounds}
-    columns = ["variant", "mIoU", "difference", *SHOWN[1:], "ms/image"]
-    print("| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), sep="\n")
-    for name, config, trial, differences in measured(arguments.set, arguments.only, arguments.rounds):
-        scores = asdict(score_written_masks(trial.written))
-        estimates = {name: value and Estimate(**value) for name, value in scores.items() if name in SHOWN}
-        cells = [name, shown(estimates["mean_iou"]), shown(differences["mean_iou"], signed=True)]
-        cells += [shown(estimates[key]) for key in SHOWN[1:]]
-        print("| " + " | ".join([*cells, f"{1000 * trial.seconds_per_image:.0f}"]) + " |", flush=True)
-        if arguments.out:
-            row = {
-                **head,
-                "variant": name,
-                "config": config.model_dump(mode="json", include={"model", "views", "prompts", "masks"}),
-                "seconds_per_image": trial.seconds_per_image,
-                "scores": scores,
-                "difference_to_baseline": {
-                    key: value and asdict(value) for key, value in differences.items()
-                },
-            }
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+def annotate(config: JobConfig, out: str, shards: Sequence[storage.ShardSource]) -> float:
+    """Annotate shards into a folder; return the CPU time of this process and its sample processes."""
+    here = config.model_copy(update={"output": config.output.model_copy(update={"dir": out})})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    annotator = build_annotator(here, METADATA, len(os.sched_getaffinity(0)), device)
+    before_s = time.process_time()
+    work_through(shards, annotator.annotate, annotator.wait_for_room)
+    own_s = time.process_time() - before_s
+    # their parent imports libraries in the meantime, which is no part of the work
+    processes = [each for parent in children_of(os.getpid()) for each in children_of(parent)]
+    cpu_s = own_s + sum(map(cpu_s_of, processes))
+    annotator.close()
+    return cpu_s
 
 
 if __name__ == "__main__":

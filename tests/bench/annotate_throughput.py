@@ -1,23 +1,22 @@
-"""Samples/s of the shard annotator beside the bare engine on the same images in memory, in one run.
+"""Samples/s of the shard annotator beside the bare engine on the same images in memory; left out: Ray.
 
-    python tests/bench/annotate_throughput.py [--rounds 5]
+    python tests/bench/annotate_throughput.py [--rounds 5] [--write]
 
-The engine: decoded images in memory, text embedding included, relevance grids out; one batch at a time, with
-all cores. The annotator, as a worker builds it: tar, decoding, engine, masks, RLE, Parquet, published on the
-local disk, the next shard begun when there is room; no ray. Rounds alternate after one warm-up of each;
-medians. Prints one JSON row.
+The engine: decoded images in memory, text embedding included, relevance grids of one view out; one batch at
+a time, with all cores. The annotator, as a worker builds it: tar, decoding, all that the demo's configuration
+asks of the device (two views, background texts, refinement), masks, RLE, Parquet, published on the local
+disk, the next shard begun when there is room. Rounds alternate after one warm-up of each; medians. Prints one
+JSON row.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
-from environment import environment
+from demo_inputs import PUBLISHED_SETS, demo_files, demo_job
+from published import figure_parser, recording
 from shards_in_flight import work_through
 
 import legrad
@@ -25,7 +24,6 @@ from pipeline import storage
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer
 from pipeline.annotate.sample_states import PreparedSample
-from pipeline.cli.demo import demo_config
 from pipeline.config.schema import JobConfig
 from pipeline.prompts.sample_prompts import Prompt
 from pipeline.run.worker import build_annotator
@@ -77,45 +75,29 @@ def annotator_seconds(config: JobConfig, cores: int, device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure both in turn."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    config = demo_config(Path("unused"))
+    arguments = parser.parse_args()
+    config = demo_job(PUBLISHED_SETS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cores = len(os.sched_getaffinity(0))
     explainer = load_explainer(config.model, device)
     samples = samples_in_memory(config, explainer)
-    engine_s, annotator_s = [], []
-    for round_number in range(rounds + 1):
-        timings = (
-            engine_seconds(config, explainer, samples, cores),
-            annotator_seconds(config, cores, device),
-        )
-        if round_number:
-            engine_s.append(timings[0])
-            annotator_s.append(timings[1])
-    engine_rate, annotator_rate = (
-        len(samples) / statistics.median(seconds) for seconds in (engine_s, annotator_s)
-    )
-    print(
-        json.dumps(
-            {
-                "benchmark": "annotate_throughput",
-                **environment(),
-                "device": device,
-                "model": config.model.model_dump(),
-                "batch_size": config.run.batch_size,
-                "samples": len(samples),
-                "prompts": sum(len(sample.prompts) for sample in samples),
-                "rounds": rounds,
-                "engine_samples_per_s": round(engine_rate, 1),
-                "annotator_samples_per_s": round(annotator_rate, 1),
-                "annotator_over_engine": round(annotator_rate / engine_rate, 3),
-            }
-        )
-    )
+    timings = []
+    with recording(__file__, arguments, data=demo_files(*PUBLISHED_SETS)) as record:
+        for _ in range(arguments.rounds + 1):
+            engine_s = engine_seconds(config, explainer, samples, cores)
+            timings.append((engine_s, annotator_seconds(config, cores, device)))
+        engine_s, annotator_s = map(statistics.median, zip(*timings[1:], strict=True))
+        row = {
+            "samples": len(samples),
+            "prompts": sum(len(sample.prompts) for sample in samples),
+            "engine_samples_per_s": len(samples) / engine_s,
+            "annotator_samples_per_s": len(samples) / annotator_s,
+            "annotator_over_engine": engine_s / annotator_s,
+        }
+        record("rates", row)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Efficiency and CPU time of the dispatcher on simulated clusters; left out: Ray itself and all files.
 
-    python tests/bench/cluster_simulation.py [--scenario NAME] [--write]
+    python tests/bench/cluster_simulation.py [--scenarios NAME ...] [--write]
 
 The dispatcher is the real one. The cluster has a virtual clock; workers, devices and faults are simulated
 (tests/helpers/simulated_host.py, cluster_scenarios.py). What the dispatcher computes passes on that clock as
@@ -17,24 +17,19 @@ by `driver_simulated_workers.py`. Prints one JSON row a scenario:
     driver_ms_a_shard   CPU time of the dispatcher for each shard, what the simulation takes subtracted
     driver_busy_share   that CPU time over the simulated time
     duration_s          simulated time
-
-`--write` measures all scenarios and replaces the table in tests/bench/README.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from environment import environment
-from published import publish, table
+from published import figure_parser, recording
 
 from tests.helpers import cluster_scenarios as scenarios
 from tests.helpers.simulated_host import SimulatedHost
@@ -62,15 +57,6 @@ SCENARIOS: dict[str, tuple[str, Callable[[], scenarios.Scenario]]] = {
         scenarios.many_workers,
     ),
 }
-COLUMNS = (
-    "cluster and job",
-    "efficiency",
-    "good shards given up",
-    "workers started at bad places",
-    "driver, CPU ms a shard",
-    "driver busy",
-    "duration, simulated",
-)
 
 
 class Meter:
@@ -108,20 +94,13 @@ class Meter:
 
 
 def main() -> None:
-    """Print the rows of the scenarios, and write them into the table where that is asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scenario", choices=SCENARIOS, help="default: all")
-    parser.add_argument("--write", action="store_true", help="replace the table of tests/bench/README.md")
+    """Measure the chosen scenarios."""
+    parser = figure_parser(__doc__)
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     arguments = parser.parse_args()
-    names = [arguments.scenario] if arguments.scenario and not arguments.write else list(SCENARIOS)
-    rows = []
-    for name in names:
-        rows.append(measured(name))
-        print(json.dumps(rows[-1]), flush=True)
-    if arguments.write:
-        publish(Path(__file__).name, published(rows))
+    with recording(__file__, arguments) as record:
+        for name in arguments.scenarios:
+            record("scenarios", measured(name))
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -133,13 +112,13 @@ def measured(name: str) -> dict[str, Any]:
         meters.append(Meter(host))
         return meters[0]
 
-    head = {"benchmark": "cluster_simulation", **environment(), "scenario": name}
     run = scenarios.run_scenario(scenario, observed)
     if run.error is not None:
         raise run.error
     cpu_s = meters[0].driver_cpu_s
     return {
-        **head,
+        "scenario": name,
+        "what": SCENARIOS[name][0],
         "workers_most": max(1, sum(machine.gpus for machine in scenario.machines)),
         "shards": len(scenario.samples),
         "efficiency": round(run.efficiency, 4),
@@ -150,26 +129,6 @@ def measured(name: str) -> dict[str, Any]:
         "driver_busy_share": round(cpu_s / run.duration_s, 4),
         "duration_s": round(run.duration_s, 2),
     }
-
-
-def published(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table, headed by what it was measured with."""
-    first, load = rows[0], max(row["load_1min"] for row in rows)
-    head = f"Commit {first['commit']}, {first['processor']}, load at most {load} before a scenario."
-    return [head, "", *table(COLUMNS, [cells_of(row) for row in rows])]
-
-
-def cells_of(row: dict[str, Any]) -> list[object]:
-    """Return the cells of a scenario, in the order of COLUMNS."""
-    return [
-        SCENARIOS[row["scenario"]][0],
-        f"{row['efficiency']:.3f}",
-        row["given_up"],
-        row["started_at_bad"],
-        f"{row['driver_ms_a_shard']:.2f}",
-        f"{row['driver_busy_share']:.3f}",
-        f"{row['duration_s']:,.0f} s",
-    ]
 
 
 if __name__ == "__main__":

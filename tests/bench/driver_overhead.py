@@ -1,6 +1,6 @@
-"""What the driver costs a shard, whether its memory grows, and how long listing and resuming take.
+"""The driver's time a shard, its memory, and the time of listing and resuming; left out: models and images.
 
-    python tests/bench/driver_overhead.py [--shards 100000] [--workers 2]
+    python tests/bench/driver_overhead.py [--shards 100000] [--workers 2] [--write]
 
 A real local Ray, real workers, and an annotator that publishes one row for each shard. In a row:
 listing (`prepare_job` on a fresh folder), the run, resuming (`prepare_job` where every shard but one is done)
@@ -10,17 +10,16 @@ and concluding (the footers of all shards, and _SUCCESS). One JSON row:
     rss_mib                                   of the driver, by share of the shards done
 """
 
-import argparse
-import json
 import os
 import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from environment import environment
 from noop_annotator import noop
+from published import figure_parser, recording
 
 from pipeline.config.load import parse_config
 from pipeline.config.schema import JobConfig
@@ -82,9 +81,8 @@ def write_shards(folder: Path, shards: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure one run."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
@@ -92,40 +90,39 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
     )
-    observer = Observer(arguments.shards)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_shards(folder, arguments.shards)
-        config = job_config(folder, arguments.workers)
-        seconds = {"before": time.perf_counter()}
-        job = prepare_job(config)
-        seconds["listing_s"] = time.perf_counter()
-        result = run_job(job, observer, noop)
-        seconds["run_with_start_and_conclusion_s"] = time.perf_counter()
-        assert result.state.shards_done == arguments.shards, result
-        next((folder / "out" / "annotations").iterdir()).unlink()
-        (folder / "out" / "_SUCCESS").unlink(missing_ok=True)
-        left = prepare_job(config)
-        seconds["resuming_s"] = time.perf_counter()
-        assert len(left.todo) == 1
-    durations = {
-        name: round(end - start, 2)
-        for (name, end), start in zip(list(seconds.items())[1:], seconds.values(), strict=False)
-    }
+    with recording(__file__, arguments) as record, tempfile.TemporaryDirectory() as name:
+        record("runs", measured(Path(name), arguments.shards, arguments.workers))
+
+
+def measured(folder: Path, shards: int, workers: int) -> dict[str, Any]:
+    """Return the figures of a run."""
+    observer = Observer(shards)
+    write_shards(folder, shards)
+    config = job_config(folder, workers)
+    seconds = {"before": time.perf_counter()}
+    job = prepare_job(config)
+    seconds["listing_s"] = time.perf_counter()
+    result = run_job(job, observer, noop)
+    seconds["run_with_start_and_conclusion_s"] = time.perf_counter()
+    if result.state.shards_done != shards:
+        raise RuntimeError(f"the job ended with {result.state.shards_done} of {shards} shards done")
+    next((folder / "out" / "annotations").iterdir()).unlink()
+    (folder / "out" / "_SUCCESS").unlink(missing_ok=True)
+    left = prepare_job(config)
+    seconds["resuming_s"] = time.perf_counter()
+    if len(left.todo) != 1:
+        raise RuntimeError(f"{len(left.todo)} shards are left, expected 1")
+    starts = list(seconds.values())
+    durations = {name: end - starts[i] for i, (name, end) in enumerate(list(seconds.items())[1:])}
     wall_ms, cpu_ms = observer.ms_a_shard()
-    print(
-        json.dumps(
-            {
-                "benchmark": "driver_overhead",
-                **environment(),
-                "settings": vars(arguments),
-                **durations,
-                "wall_ms_a_shard": wall_ms,
-                "driver_cpu_ms_a_shard": cpu_ms,
-                "rss_mib_by_share_done": observer.rss_by_share,
-            }
-        )
-    )
+    return {
+        "shards": shards,
+        "workers": workers,
+        **durations,
+        "wall_ms_a_shard": wall_ms,
+        "driver_cpu_ms_a_shard": cpu_ms,
+        "rss_mib_by_share_done": observer.rss_by_share,
+    }
 
 
 if __name__ == "__main__":

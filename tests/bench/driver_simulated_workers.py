@@ -1,7 +1,6 @@
 """CPU time of the driver with Ray's real calls; few actors answer for many simulated workers, without files.
 
-    python tests/bench/driver_simulated_workers.py [--workers 1000] [--shards 4000] [--shard-s 30]
-    python tests/bench/driver_simulated_workers.py --write
+    python tests/bench/driver_simulated_workers.py [--workers 64 1000] [--shard-s 30] [--write]
 
 The dispatcher and its Ray host are the real ones, and every request to a worker and every answer is a call of
 a real actor, on this machine. Each of these actors answers for its part of the workers, in asynchronous
@@ -19,9 +18,7 @@ machine, their machines (Ray sees one), and files (the tally counts in memory). 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import random
 import sys
@@ -34,8 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import ray
-from environment import environment
-from published import publish, table
+from published import figure_parser, recording
 
 from pipeline.annotate.annotator import ShardProgress, ShardReport
 from pipeline.output.counts import ShardCounts
@@ -53,8 +49,6 @@ from tests.helpers.simulated_job import simulated_job, simulated_shards
 GPUS_OF_A_MACHINE = 8
 SAMPLES_PER_S = 100.0
 SHARDS_WITH_ROOM = 2
-WORKER_COUNTS = (64, 1000)
-COLUMNS = ("workers", "shards", "seconds a shard", "driver busy", "driver, CPU ms a shard", "efficiency")
 
 
 class SimulatedWorkers:
@@ -164,29 +158,22 @@ class Observer:
 
 
 def main() -> None:
-    """Print the row of one number of workers, or of each number of the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workers", type=int, default=1000)
-    parser.add_argument("--shards", type=int, help="default: four a worker")
+    """Measure the driver with each number of workers."""
+    parser = figure_parser(__doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[64, 1000])
+    parser.add_argument("--shards-a-worker", type=int, default=4)
     parser.add_argument("--shard-s", type=float, default=30.0, help="mean time of a shard on the device")
     parser.add_argument("--actors", type=int, default=2, help="real actors that answer for the workers")
-    parser.add_argument("--write", action="store_true", help="replace the table of tests/bench/README.md")
     arguments = parser.parse_args()
-    rows = []
-    for workers in WORKER_COUNTS if arguments.write else [arguments.workers]:
-        shards = arguments.shards or 4 * workers
-        rows.append(measured(workers, shards, arguments.shard_s, arguments.actors))
-        print(json.dumps(rows[-1]), flush=True)
-    if arguments.write:
-        publish(Path(__file__).name, published(rows))
+    with recording(__file__, arguments) as record:
+        for workers in arguments.workers:
+            shards = arguments.shards_a_worker * workers
+            record("runs", measured(workers, shards, arguments.shard_s, arguments.actors))
 
 
 def measured(workers: int, shards: int, shard_s: float, actors: int) -> dict[str, Any]:
     """Return the row of a run."""
     settings = {"workers": workers, "shards": shards, "shard_s": shard_s, "actors": actors}
-    head = {"benchmark": "driver_simulated_workers", **environment(), "settings": settings}
     rng = random.Random(1)
     # the mean of a lognormal distribution with this spread is 1.03 times its median
     samples = [round(shard_s / 1.03 * SAMPLES_PER_S * rng.lognormvariate(0, 0.25)) for _ in range(shards)]
@@ -208,35 +195,12 @@ def measured(workers: int, shards: int, shard_s: float, actors: int) -> dict[str
     first, last = observer.seen[0], observer.seen[-1]
     elapsed_s, cpu_s = last[1] - first[1], last[2] - first[2]
     return {
-        **head,
+        **settings,
         "elapsed_s": round(elapsed_s, 1),
         "driver_busy_share": round(cpu_s / elapsed_s, 4),
         "driver_ms_a_shard": round(1000 * cpu_s / (last[0] - first[0]), 2),
         "efficiency": round(sum(samples) / SAMPLES_PER_S / workers / end.state.working_s, 3),
     }
-
-
-def published(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table, headed by what it was measured with."""
-    first, load = rows[0], max(row["load_1min"] for row in rows)
-    head = (
-        f"Commit {first['commit']}, {first['processor']}, {first['cores']} cores, load at most {load} before "
-        f"a run, Ray {first['versions']['ray']}; {first['settings']['actors']} actors answer for all workers."
-    )
-    return [head, "", *table(COLUMNS, [cells_of(row) for row in rows])]
-
-
-def cells_of(row: dict[str, Any]) -> list[object]:
-    """Return the cells of a row, in the order of COLUMNS."""
-    settings = row["settings"]
-    return [
-        f"{settings['workers']:,}",
-        f"{settings['shards']:,}",
-        f"{settings['shard_s']:g}",
-        f"{row['driver_busy_share']:.3f}",
-        f"{row['driver_ms_a_shard']:.2f}",
-        f"{row['efficiency']:.3f}",
-    ]
 
 
 if __name__ == "__main__":

@@ -1,35 +1,71 @@
-"""What a figure was measured with: the head of every benchmark's JSON row."""
+"""What a figure is measured with: commit, machine and versions."""
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.output.records import installed_versions
 
+UNKNOWN_COMMIT = "unknown"
+
 
 def environment() -> dict[str, Any]:
-    """Commit, machine and versions."""
+    """Return the commit, the machine and the versions of the packages."""
+    return {"commit": commit(), "machine": machine(), "versions": versions()}
+
+
+def commit() -> str:
+    """Return the short name of the current commit; `unknown` outside a git checkout."""
+    try:
+        return _git("rev-parse", "--short", "HEAD").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN_COMMIT
+
+
+def changed_files(paths: Iterable[str]) -> list[str]:
+    """Return those of some paths that differ from the current commit, or are not in it."""
+    lines = _git("status", "--porcelain", "--untracked-files=all", "-z").split("\0")
+    return sorted({line[3:] for line in lines} & set(paths))
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, the cores that this process may use, and the load of the last minute."""
     return {
-        "commit": _git("describe", "--always") + ("-dirty" if _is_changed() else ""),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "load_1min": round(os.getloadavg()[0], 1),
-        "versions": installed_versions(),
+        "load_1min": load_1min(),
+        "device": _device(),
     }
 
 
-def _is_changed() -> bool:
-    # documents do not count, since programs write their tables into one
-    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)*.md"))
+def load_1min() -> float:
+    """Return the load of the machine in the last minute."""
+    return round(os.getloadavg()[0], 1)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **installed_versions()}
+
+
+def processor_name() -> str:
+    """Return the name of the processor, as the kernel knows it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _device() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _git(*words: str) -> str:
-    return subprocess.check_output(["git", *words], text=True, cwd=Path(__file__).parent).strip()
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return subprocess.check_output(
+        ["git", *words], text=True, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL
+    )

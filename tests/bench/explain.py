@@ -1,6 +1,6 @@
 """Seconds, and memory, of explaining images on the CPU, beside other packages and a forward pass alone.
 
-    python tests/bench/explain.py                   what the targets need: half an hour or more on two cores
+    python tests/bench/explain.py [--write]     half an hour or more on two cores
     python tests/bench/explain.py --models ViT-B-16:224 --prompts 1,4,16,64 --layers 2,all --batches 1,8 \
         --ways ours,forward,authors,torchcam,grad_cam --rounds 5
 
@@ -13,7 +13,6 @@ maps.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from published import figure_parser, recording
 
 ROOT = Path(__file__).parents[2]
 OTHERS = ROOT / ".cache" / "bench" / "others"
@@ -85,10 +85,6 @@ def has_bf16_instructions() -> bool:
 
 def processor_flags() -> list[str]:
     return next(line.split() for line in _processor_lines() if line.startswith("flags"))
-
-
-def processor_name() -> str:
-    return next(line.split(":")[1].strip() for line in _processor_lines() if line.startswith("model name"))
 
 
 def _processor_lines() -> list[str]:
@@ -188,15 +184,9 @@ def largest_difference(servers: dict[str, Server]) -> float:
     return float(np.abs(maps[0] - maps[1]).max())
 
 
-def commit() -> str:
-    described = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure the default cases, or those that the options describe."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--models", help="name:size, comma-separated; without it the default cases run")
     parser.add_argument("--prompts", default="1,4")
     parser.add_argument("--layers", default="2")
@@ -210,17 +200,10 @@ def main() -> None:
     cases = chosen_cases(arguments) if arguments.models else default_cases()
     if any(way in IN_OTHERS for case in cases for way in case.ways):
         make_others_environment()
-    common = {
-        "commit": commit(),
-        "processor": processor_name(),
-        "bf16_instructions": has_bf16_instructions(),
-        "python": platform.python_version(),
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-    }
-    for case in cases:
-        row = measure(case, arguments.rounds, arguments.threads)
-        print(json.dumps(common | asdict(case) | row), flush=True)
+    also = ["tests/bench/explain_server.py", "tests/golden/recipe.py"]
+    with recording(__file__, arguments, also=also) as record:
+        for case in cases:
+            record("cases", asdict(case) | measure(case, arguments.rounds, arguments.threads))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """On a CUDA device: what a prompt costs over the forward pass, and what the kernel gains over its fallback.
 
-    python tests/bench/explain_gpu.py [--model ViT-B-16] [--batches 64,256] [--precision bf16]
+    python tests/bench/explain_gpu.py [--model ViT-B-16] [--batches 64 256] [--precision bf16] [--write]
 
 Prints one JSON row a measurement as soon as it is known; about a minute. Times are medians of runs between
 device events. A failed measurement is a row with its error, and the others go on.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,12 +15,20 @@ from typing import Any
 
 import open_clip
 import torch
+from published import figure_parser, recording
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import legrad
 from legrad.method import kernels, kernels_triton
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# precision, prompts, images, tokens
+KERNEL_CASES = (
+    ("bf16", 64, 1, 197),
+    ("bf16", 64, 64, 197),
+    ("bf16", 64, 8, 785),
+    ("fp32", 64, 8, 197),
+)
 # (query_block, key_block, warps, stages); None: the kernel's own choice
 KERNEL_SETTINGS = (
     None,
@@ -52,14 +57,12 @@ def milliseconds(run: Callable[[], object], repeats: int = 20) -> dict[str, floa
     return {"median_ms": round(quartiles[1], 4), "quartiles_ms": [round(q, 4) for q in quartiles[::2]]}
 
 
-def report(common: dict[str, Any], what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Measure, print the row, and return it; an error becomes part of the row."""
+def found_or_error(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what is measured; an error becomes the row."""
     try:
-        row = measure()
+        return measure()
     except Exception as error:  # one failed measurement must not cost the others
-        row = {"error": f"{type(error).__name__}: {error}"[:500]}
-    print(json.dumps({"what": what} | row | common), flush=True)
-    return row
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def matrix_product_rate(dtype: torch.dtype) -> dict[str, Any]:
@@ -128,8 +131,6 @@ def over_forward(explainer: legrad.LeGrad, batch: int, prompts: int, tflops: flo
     }
     rate = forward_flops(explainer, batch) / floor["median_ms"] / 1e9
     return {
-        "batch": batch,
-        "prompts": prompts,
         "forward": floor,
         "ours": ours,
         **parts,
@@ -172,39 +173,34 @@ def device_time_by_kernel(explainer: legrad.LeGrad, batch: int) -> dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure the matrix product, the kernel, and the method over a forward pass."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--model", default="ViT-B-16")
-    parser.add_argument("--batches", default="64,256")
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
-    parser.add_argument("--commit", default="", help="where the working copy is no git checkout")
     arguments = parser.parse_args()
-    described = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()
-    common = {
-        "commit": arguments.commit or found or "unknown",
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "open_clip": open_clip.__version__,
-        "model": arguments.model,
-        "precision": arguments.precision,
-    }
     dtype = DTYPES[arguments.precision]
-    rate = report(common, "matrix product", lambda: matrix_product_rate(dtype)).get("tflops", float("nan"))
-    for prompts, images, tokens in ((64, 1, 197), (64, 64, 197)):
-        name = f"kernel, {prompts} prompts, {images} images, {tokens} tokens"
-        report(common, name, partial(kernel_against_fallback, prompts, images, dtype, tokens))
+    with recording(__file__, arguments, needs="a CUDA device") as record:
+        product = found_or_error(lambda: matrix_product_rate(dtype))
+        record("matrix_product", product)
+        for precision, prompts, images, tokens in KERNEL_CASES:
+            case = {"precision": precision, "prompts": prompts, "images": images, "tokens": tokens}
+            measure = partial(kernel_against_fallback, prompts, images, DTYPES[precision], tokens)
+            record("kernels", case | found_or_error(measure))
+        explainer = random_explainer(arguments.model, dtype)
+        for batch, prompts in [*((batch, 1) for batch in arguments.batches), (arguments.batches[0], 4)]:
+            rate = product.get("tflops", float("nan"))
+            measure = partial(over_forward, explainer, batch, prompts, rate)
+            record("over_forward", {"batch": batch, "prompts": prompts} | found_or_error(measure))
+        measure = partial(device_time_by_kernel, explainer, arguments.batches[0])
+        record("profile", found_or_error(measure))
+
+
+def random_explainer(model: str, dtype: torch.dtype) -> legrad.LeGrad:
+    """Return an explainer of a model with random weights on the device."""
     with torch.device("cuda"):
-        model = open_clip.create_model(arguments.model).to("cuda").to(dtype).eval()
-    explainer = legrad.LeGrad(model, layers=2)
-    for batch in (int(entry) for entry in arguments.batches.split(",")):
-        name = f"one prompt over forward, batch {batch}"
-        report(common, name, partial(over_forward, explainer, batch, 1, rate))
-    report(common, "kernels of relevance", lambda: device_time_by_kernel(explainer, 64))
-    report(common, "four prompts over forward", lambda: over_forward(explainer, 64, 4, rate))
-    report(common, "kernel, 448 px", lambda: kernel_against_fallback(64, 8, dtype, 785))
-    report(common, "kernel, fp32", lambda: kernel_against_fallback(64, 8, torch.float32, 197))
+        made = open_clip.create_model(model).to("cuda").to(dtype).eval()
+    return legrad.LeGrad(made, layers=2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One device step of the pipeline on a GPU: maps a second, launches, waits, and the same beside mask threads.
 
-    python tests/bench/gpu_step.py [--model ViT-B-16] [--precision bf16] [--batches 64,256] [--mask-threads 8]
+    python tests/bench/gpu_step.py [--model ViT-B-16] [--precision bf16] [--batches 64 256] [--write]
 
 Everything that `Engine.explain` does is measured: copies, text, similarities, relevance, refinement, and maps
 brought to the CPU. No two captions are equal. Weights are random. Reading, decoding and masks are not part of
@@ -9,7 +9,6 @@ a failed one is a row with its error. Without a GPU it runs one small case, whic
 """
 
 import argparse
-import json
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
+from published import figure_parser, recording
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import legrad
@@ -39,51 +38,46 @@ IMAGE_HEIGHT, IMAGE_WIDTH = 375, 500
 
 
 def main() -> None:
-    """Print one JSON row for each case."""
-    options = _options()
+    """Measure each case."""
+    arguments = options()
     is_cuda = torch.cuda.is_available()
     explainer = legrad.LeGrad.from_open_clip(
-        options.model, precision=options.precision, device="cuda" if is_cuda else "cpu"
+        arguments.model, precision=arguments.precision, device="cuda" if is_cuda else "cpu"
     )
-    head = {
-        "bench": "gpu_step",
-        **environment(),
-        "device": torch.cuda.get_device_name() if is_cuda else "cpu",
-        "model": options.model,
-        "precision": options.precision,
-    }
-    sizes = [int(size) for size in options.batches.split(",")] if is_cuda else [2]
+    sizes = arguments.batches if is_cuda else [2]
     cases = list(product(sizes, [1, 4] if is_cuda else [1], ["none", "par"]))
-    for images, prompts, refine in cases:
-        step = Step(explainer, images, prompts, refine)
-        common = head | {"images": images, "prompts": prompts, "refine": refine}
-        loads = [0, options.mask_threads] if refine == "par" and prompts == 1 else [0]
-        for threads, at_once in product(loads, [1, 2]):
-            row = common | {"mask_threads": threads, "batches_at_once": at_once}
-            with masks_beside(threads):
-                report(row, partial(step.rate, options.repeats, at_once))
-        if is_cuda:
-            report(common, step.waits)
-            report(common, step.launches)
+    with recording(__file__, arguments, needs="a CUDA device") as record:
+        for images, prompts, refine in cases:
+            case = {"images": images, "prompts": prompts, "refine": refine}
+            step = Step(explainer, images, prompts, refine)
+            loads = [0, arguments.mask_threads] if refine == "par" and prompts == 1 else [0]
+            for threads, at_once in product(loads, [1, 2]):
+                load = {"mask_threads": threads, "batches_at_once": at_once}
+                with masks_beside(threads):
+                    found = found_or_error(partial(step.rate, arguments.repeats, at_once))
+                record("steps", case | load | found)
+            if is_cuda:
+                record("waits", case | found_or_error(step.waits))
+                record("launches", case | found_or_error(step.launches))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def options() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--model", default="ViT-B-16", help="of open_clip; weights are random")
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--batches", default="64,256", help="images in a step, separated by commas")
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256], help="images in a step")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--mask-threads", type=int, default=8)
     return parser.parse_args()
 
 
-def report(common: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
-    """Measure, and print the row; an error becomes part of the row."""
+def found_or_error(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what is measured; an error becomes the row."""
     try:
-        row = measure()
+        return measure()
     except Exception as error:  # one failed measurement must not cost the others
-        row = {"error": f"{type(error).__name__}: {error}"[:500]}
-    print(json.dumps(row | common), flush=True)
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 class Step:

@@ -1,27 +1,23 @@
 """Measure samples/s of a worker without its device: model, text tower, PAR and device copies are skipped.
 
-    python tests/bench/host_ceiling.py [--side 500x375] [--prompts 1] [--cores 2] [--processes 2]
-    python tests/bench/host_ceiling.py --write
+    python tests/bench/host_ceiling.py [--images 500x375:1 500x375:4] [--workers 1:1 2:2 2:0] [--write]
 
 Everything else is what a worker does: tar, JPEG, captions and CLIP's tokenizer, batches put together in
 memory that is used again (as page-locked memory is), masks from refined maps of 224 x 224 in half precision,
 RLE, Parquet on the local disk, the next shard begun as soon as there is room. Image features, text rows,
-relevance grids and refined maps are ready-made (`ready_made.py`). The worker runs on `--cores` cores, with
-`--processes` sample processes; with 0 of them, in as many threads as cores.
+relevance grids and refined maps are ready-made (`ready_made.py`). `--workers` are cores and sample processes;
+with 0 processes, the work is done in as many threads as cores.
 
 The floor is what pixels and masks alone need, measured in the same run on one thread: torchvision's
 decode_jpeg and its antialiased bicubic resize on uint8 to 224 x 224, and for each prompt OpenCV's bilinear
 resize of one float map to the image and pycocotools' encoding of one uint8 mask.
 
-Prints one JSON row, medians of rounds after a warm-up:
+Prints one JSON row a case, medians of rounds after a warm-up:
 
     samples_per_s                      of the whole worker
     cpu_ms_per_sample                  CPU time of all its processes
     device_process_cpu_ms_per_sample   CPU time of the process that would hold the device
     floor_ms_per_sample, ratio         the floor, and cpu_ms_per_sample over it
-
-`--write` measures the cases of the table in tests/bench/README.md, each in a process of its own, and replaces
-the table.
 """
 
 from __future__ import annotations
@@ -46,10 +42,9 @@ import open_clip
 import ready_made
 import torch
 import torchvision
-from environment import environment
 from made_shards import jpeg, write_shards
 from proc import cpu_s_of
-from published import publish, table
+from published import figure_parser, recording
 from pycocotools import mask as coco
 from shards_in_flight import work_through
 from torchvision.transforms.v2 import InterpolationMode, functional
@@ -62,104 +57,73 @@ from pipeline.config.schema import JobConfig
 
 INPUT_SIDE = 224
 IMAGES = 64
-# of the published table: (side, prompts), and (cores, processes)
+# (side, prompts), and (cores, processes)
 IMAGE_CASES = (("500x375", 1), ("500x375", 4), ("64x48", 1), ("1600x1200", 1))
 WORKER_CASES = ((1, 1), (2, 2), (2, 0))
-COLUMNS = (
-    "images",
-    "prompts",
-    "cores",
-    "sample processes",
-    "samples/s",
-    "CPU ms a sample",
-    "of these, in the process with the device",
-    "floor, ms",
-    "ratio",
-)
 
 
 def main() -> None:
-    """Print the row of one case, or of every case of the table."""
+    """Measure the chosen cases; each in a process of its own, which keeps to its cores."""
     arguments = options()
-    if arguments.write:
-        rows = list(rows_of_table(arguments))
-        publish(Path(__file__).name, published(rows))
-    else:
+    if arguments.one_case:
         print(json.dumps(measured(arguments)), flush=True)
+        return
+    with recording(__file__, arguments) as record:
+        for side, prompts in arguments.images:
+            for cores, processes in arguments.workers:
+                case = {"side": side, "prompts": prompts, "cores": cores, "processes": processes}
+                record("cases", case | in_own_process(arguments, case))
 
 
 def options() -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = figure_parser(__doc__)
+    parser.add_argument(
+        "--images", nargs="+", type=_image_case, default=IMAGE_CASES, help="WIDTHxHEIGHT:PROMPTS of each case"
     )
-    parser.add_argument("--side", default="500x375", help="WIDTHxHEIGHT of the images")
-    parser.add_argument("--prompts", type=int, default=1, help="captions of a sample")
-    parser.add_argument("--cores", type=int, default=2, help="CPU cores that the worker may use")
-    parser.add_argument("--processes", type=int, help="sample processes; default: as many as cores")
+    parser.add_argument(
+        "--workers", nargs="+", type=_worker_case, default=WORKER_CASES, help="CORES:PROCESSES of each case"
+    )
     parser.add_argument("--resize", default="fast", help="input.resize")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=500, help="samples of a shard")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds after the warm-up")
-    parser.add_argument("--write", action="store_true", help="replace the table of tests/bench/README.md")
+    parser.add_argument("--samples", type=int, default=250, help="samples of a shard")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds after the warm-up")
+    parser.add_argument("--one-case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.processes is None:
-        arguments.processes = arguments.cores
+    vars(arguments).update(arguments.one_case or {})
     return arguments
 
 
-def rows_of_table(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Run every case of the table in a process of its own, print its row and yield it."""
-    for side, prompts in IMAGE_CASES:
-        for cores, processes in WORKER_CASES:
-            case = {"side": side, "prompts": prompts, "cores": cores, "processes": processes}
-            settings = {name: value for name, value in vars(arguments).items() if name != "write"} | case
-            words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-            line = subprocess.check_output([sys.executable, __file__, *words], text=True)
-            print(line, end="", flush=True)
-            yield json.loads(line)
+def _image_case(text: str) -> tuple[str, int]:
+    side, _, prompts = text.partition(":")
+    return side, int(prompts or 1)
 
 
-def published(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the table, headed by what it was measured with."""
-    first, load = rows[0], max(row["load_1min"] for row in rows)
-    settings = first["settings"]
-    head = (
-        f"Commit {first['commit']}, {first['processor']}, load at most {load} before a case; batches of "
-        f"{settings['batch_size']}, {settings['shards']} shards of {settings['samples']} samples, "
-        f"`input.resize: {settings['resize']}`, medians of {settings['rounds']} rounds after a warm-up."
-    )
-    return [head, "", *table(COLUMNS, [cells_of(row) for row in rows])]
+def _worker_case(text: str) -> tuple[int, int]:
+    cores, _, processes = text.partition(":")
+    return int(cores), int(processes or cores)
 
 
-def cells_of(row: dict[str, Any]) -> list[object]:
-    """Return the cells of a case, in the order of COLUMNS."""
-    settings = row["settings"]
-    return [
-        settings["side"],
-        settings["prompts"],
-        settings["cores"],
-        settings["processes"] or "none: threads",
-        f"{row['samples_per_s']:,.0f}",
-        f"{row['cpu_ms_per_sample']:.2f}",
-        f"{row['device_process_cpu_ms_per_sample']:.2f}",
-        f"{row['floor_ms_per_sample']:.2f}",
-        f"{row['ratio']:.2f}",
-    ]
+def in_own_process(arguments: argparse.Namespace, case: dict[str, Any]) -> dict[str, float]:
+    """Measure one case in a process of its own."""
+    kept = ("resize", "batch_size", "shards", "samples", "rounds")
+    settings = {name: getattr(arguments, name) for name in kept} | case
+    command = [sys.executable, __file__, f"--one-case={json.dumps(settings)}"]
+    found: dict[str, float] = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+    return found
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the row of one case."""
+def measured(arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the figures of one case."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
-    head = {"benchmark": "host_ceiling", **environment(), "settings": vars(arguments)}
     width, height = map(int, arguments.side.split("x"))
     images = [jpeg(seed, width, height) for seed in range(IMAGES)]
     rounds = rounds_of_worker(arguments, images)
     row = {name: round(statistics.median(each[name] for each in rounds), 3) for name in rounds[0]}
     floor = round(floor_ms(images, arguments.prompts, width, height), 3)
     ratio = round(row["cpu_ms_per_sample"] / floor, 2)
-    return {**head, **row, "floor_ms_per_sample": floor, "ratio": ratio}
+    return {**row, "floor_ms_per_sample": floor, "ratio": ratio}
 
 
 def rounds_of_worker(arguments: argparse.Namespace, images: Sequence[bytes]) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """Size of the import graph: modules, top-level units, and imports between units.
 
-    python tests/bench/import_graph.py [REVISION...]
+    python tests/bench/import_graph.py [REVISION...] [--write]
 
 A unit is a direct child of `pipeline` or `legrad`: a package, or a module that is in none. One JSON row for
 each git revision (the working tree without one) and package:
@@ -11,10 +11,8 @@ each git revision (the working tree without one) and package:
     arrows_up        the fewest arrows without which the units would be in layers
 """
 
-import argparse
 import importlib
 import io
-import json
 import subprocess
 import sys
 import tarfile
@@ -22,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import grimp
+from published import figure_parser, recording
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("legrad", "pipeline")
@@ -29,19 +28,15 @@ PACKAGES = ("legrad", "pipeline")
 
 def main() -> None:
     """Print the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = figure_parser(__doc__)
     parser.add_argument("revisions", nargs="*", metavar="REVISION", help="git revisions to read")
-    for revision in parser.parse_args().revisions or [None]:
-        with tempfile.TemporaryDirectory() as folder:
-            tree = ROOT if revision is None else unpacked(revision, Path(folder))
-            for package in PACKAGES:
-                print(
-                    json.dumps(
-                        {"bench": "import_graph", "revision": revision or "working tree"} | row(tree, package)
-                    )
-                )
+    arguments = parser.parse_args()
+    with recording(__file__, arguments, also=["legrad/**/*.py", "pipeline/**/*.py"]) as record:
+        for revision in arguments.revisions or [None]:
+            with tempfile.TemporaryDirectory() as folder:
+                tree = ROOT if revision is None else unpacked(revision, Path(folder))
+                for package in PACKAGES:
+                    record("packages", {"revision": revision or "working tree", **row(tree, package)})
 
 
 def unpacked(revision: str, folder: Path) -> Path:

@@ -1,11 +1,12 @@
 """Peak memory of annotating one shard: does it grow with the shard?
 
-    python tests/bench/memory_by_shard_size.py [--sizes 100 10000] [--rounds 3]
+    python tests/bench/memory_by_shard_size.py [--sizes 100 10000] [--rounds 3] [--write]
 
 Every run is a process of its own: it loads the demo model (small input and one layer, since only what is held
 matters), annotates one shard with heat maps and all masks stored, and reports its peak resident memory, and
 what it had before the shard. Shards repeat the demo's images under new keys with captions of their own, so
-that no cache helps. Rounds alternate; medians. Prints one JSON row.
+that no cache helps. Rounds alternate; medians. Prints one JSON row
+a size.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from environment import environment
+from demo_inputs import demo_files
+from published import figure_parser, recording
 
 from pipeline import storage
 from pipeline.config.load import parse_config
@@ -51,7 +53,7 @@ def child(shard: str, out: str) -> None:
             "output": {"dir": out, "heatmap": True},
         }
     )
-    annotator = build_annotator(config, {}, cpus=2, device="cpu")
+    annotator = build_annotator(config, {"config_hash": "memory"}, cpus=2, device="cpu")
     before = peak_mib()
     report = annotator.annotate(storage.list_shards([shard])[0])
     print(json.dumps({"before_mib": before, "peak_mib": peak_mib(), "rows": report.counts.rows}))
@@ -62,43 +64,34 @@ def peak_mib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", type=int, nargs=2, default=[100, 10_000])
+    """Measure both sizes in turn."""
+    parser = figure_parser(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 10_000], help="samples in a shard")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=2, metavar=("SHARD", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(*arguments.child)
         return
-    measured: dict[int, list[dict[str, float]]] = {size: [] for size in arguments.sizes}
-    with tempfile.TemporaryDirectory() as folder:
-        shards = {size: Path(folder) / f"{size}.tar" for size in arguments.sizes}
-        for size, path in shards.items():
-            write_shard(path, size)
-        for _ in range(arguments.rounds):
+    runs: dict[int, list[dict[str, float]]] = {size: [] for size in arguments.sizes}
+    with recording(__file__, arguments, data=demo_files("heldout")) as record:
+        with tempfile.TemporaryDirectory() as folder:
+            shards = {size: Path(folder) / f"{size}.tar" for size in arguments.sizes}
             for size, path in shards.items():
-                command = [sys.executable, __file__, "--child", str(path), str(Path(folder) / "out")]
-                measured[size].append(
-                    json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
-                )
-    medians = {
-        size: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-        for size, runs in measured.items()
-    }
-    small, large = (medians[size]["peak_mib"] for size in arguments.sizes)
-    print(
-        json.dumps(
-            {
-                "benchmark": "memory_by_shard_size",
-                **environment(),
-                "rounds": arguments.rounds,
-                "by_samples": medians,
-                "peak_large_over_small": round(large / small, 3),
-            }
-        )
-    )
+                write_shard(path, size)
+            for _ in range(arguments.rounds):
+                for size, path in shards.items():
+                    runs[size].append(in_own_process(path, Path(folder) / "out"))
+        for size, found in runs.items():
+            medians = {name: statistics.median(run[name] for run in found) for name in found[0]}
+            record("sizes", {"samples": size, **medians})
+
+
+def in_own_process(shard: Path, out: Path) -> dict[str, float]:
+    """Annotate a shard in a process of its own, and return its memory."""
+    command = [sys.executable, __file__, "--child", str(shard), str(out)]
+    found: dict[str, float] = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+    return found
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
 """How near half precision stays to single: every family on seeded weights, and the demo model on its scenes.
 
-    python tests/bench/precision_agreement.py [--device cuda] [--scenes 64] [--models ViT-B-32 ...]
+    python tests/bench/precision_agreement.py [--device cuda] [--scenes 64] [--models ViT-B-32 ...] [--write]
 
 Seeded weights make maps that look like noise, the hard case: none stands out. `relative_error` is the
 Frobenius norm of the difference of raw relevance over that of single precision; `correlation` is Pearson's,
 of heat maps, averaged over prompts; `mask_iou` is between masks cut at 0.5, averaged over prompts.
 """
 
-import argparse
 import copy
 import importlib.util
 import io
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from environment import environment
+from demo_inputs import demo_files
 from PIL import Image
+from published import figure_parser, recording
 from torch import Tensor
 
 import legrad
@@ -47,22 +46,19 @@ BATCH, PROMPTS, LAYERS = 2, 4, 2
 
 
 def main() -> None:
-    """Print one JSON row for each model and precision."""
-    options = _options()
-    head = {"bench": "precision_agreement", **environment(), "device": options.device, "layers": LAYERS}
-    for name in options.models:
-        for row in _seeded(name, options.device):
-            print(json.dumps(head | row), flush=True)
-    for row in _demo(options.scenes, options.device):
-        print(json.dumps(head | row), flush=True)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Measure each model and precision."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scenes", type=int, default=64, help="held-out demo scenes")
     parser.add_argument("--models", nargs="*", default=MODELS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    also = ["tests/golden/recipe.py"]
+    with recording(__file__, arguments, data=demo_files("heldout"), also=also) as record:
+        for name in arguments.models:
+            for row in _seeded(name, arguments.device):
+                record("models", row)
+        for row in _demo(arguments.scenes, arguments.device):
+            record("models", row)
 
 
 def _seeded(name: str, device: str) -> Iterator[dict[str, Any]]:
@@ -137,9 +133,9 @@ def _agreement(single: Tensor, half: Tensor) -> dict[str, Any]:
     return {
         "prompts": len(single),
         "relative_error": float((half - single).norm() / single.norm()),
-        "correlation": round(float(correlations.mean()), 6),
-        "lowest_correlation": round(float(correlations.min()), 6),
-        "mask_iou": round(float(ious.double().mean()), 4),
+        "correlation": float(correlations.mean()),
+        "lowest_correlation": float(correlations.min()),
+        "mask_iou": float(ious.double().mean()),
     }
 
 

@@ -17,15 +17,11 @@ Prints one JSON row, medians where something is repeated:
     raw_sent_us, raw_received_us, pixels_sent_us, pixels_received_us
                         CPU time a sample to send and receive a chunk of 32: JPEGs and captions to a sample
                         process, pixels of 224 x 224 back. Here both ends are in one process
-
-`--write` also replaces the table of tests/bench/README.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import pickle
 import signal
@@ -34,16 +30,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from pathlib import Path
 from socket import socketpair
 from typing import Any
 
 import numpy as np
 import open_clip
-from environment import environment
 from made_shards import captions, jpeg
 from proc import children_of, memory_mb_of
-from published import publish, table
+from published import figure_parser, recording
 
 from legrad.images import ImageTransform
 from legrad.tokens import picklable_tokenizer
@@ -63,27 +57,19 @@ TRANSFERS = 50
 
 
 def main() -> None:
-    """Print the row."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure all costs."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--side", default="500x375", help="WIDTHxHEIGHT of the images")
     parser.add_argument("--processes", type=int, default=2, help="sample processes whose memory is read")
     parser.add_argument("--rounds", type=int, default=10, help="processes that are killed")
-    parser.add_argument("--write", action="store_true", help="replace the table of tests/bench/README.md")
     arguments = parser.parse_args()
     width, height = map(int, arguments.side.split("x"))
     settings, chunk = work_settings(), chunk_of(width, height)
-    head = {"benchmark": "process_costs", **environment(), "settings": vars(arguments)}
-    row = {
-        **head,
-        **rounded(starts_and_deaths(settings, arguments.rounds)),
-        **memory(settings, chunk, arguments.processes),
-        **rounded(transfers(settings, chunk)),
-    }
-    print(json.dumps(row))
-    if arguments.write:
-        publish(Path(__file__).name, published(row))
+    with recording(__file__, arguments) as record:
+        times = starts_and_deaths(settings, arguments.rounds)
+        record(
+            "costs", {**times, **memory(settings, chunk, arguments.processes), **transfers(settings, chunk)}
+        )
 
 
 def work_settings() -> WorkSettings:
@@ -187,9 +173,9 @@ def memory(settings: WorkSettings, chunk: list[RawSample], count: int) -> dict[s
             list(threads.map(lambda _: len(processes.run(settings, PREPARE, chunk)), range(8 * count)))
         used = [memory_mb_of(process) for process in children_of(launcher)]
         return {
-            "launcher": rounded(memory_mb_of(launcher)),
-            "new_process": rounded(new),
-            "used_process": rounded({name: statistics.mean(each[name] for each in used) for name in used[0]}),
+            "launcher": memory_mb_of(launcher),
+            "new_process": new,
+            "used_process": {name: statistics.mean(each[name] for each in used) for name in used[0]},
         }
 
 
@@ -236,70 +222,6 @@ def ends() -> tuple[Parcels, Parcels]:
     """Return both ends of a connection."""
     here, there = (Connection(end.detach()) for end in socketpair())
     return Parcels(here), Parcels(there)
-
-
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    """Return figures with three digits after the point."""
-    return {name: round(figure, 3) for name, figure in figures.items()}
-
-
-def published(row: dict[str, Any]) -> list[str]:
-    """Return the table, headed by what it was measured with."""
-    settings = row["settings"]
-    head = (
-        f"Commit {row['commit']}, {row['processor']}, {row['cores']} cores, load {row['load_1min']}; images "
-        f"of {settings['side']}, one caption each; {settings['processes']} processes, {settings['rounds']} "
-        "of them killed in turn."
-    )
-    return [head, "", *table(("what", "measured"), [*times_of(row), *memory_of(row), *transfers_of(row)])]
-
-
-def times_of(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the lines of the table on starts, deaths and messages."""
-    return [
-        (
-            "launcher: imports, once a worker, while the model is loaded",
-            f"{row['launcher_ready_s']:.1f} s",
-        ),
-        (
-            "start of a sample process, from the fork to its first answer",
-            f"{row['process_start_ms']:.0f} ms, {row['settings_ms']:.0f} of it for the settings",
-        ),
-        ("death of one, from the kill to the answer of the next one", f"{row['death_ms']:.0f} ms"),
-        ("round trip of an empty task", f"{row['round_trip_us']:.0f} us"),
-    ]
-
-
-def memory_of(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the lines of the table on memory."""
-    return [
-        ("memory of the launcher", memory_text(row["launcher"])),
-        ("memory of a sample process that is new", memory_text(row["new_process"])),
-        ("memory of one that has decoded chunks of 32", memory_text(row["used_process"])),
-    ]
-
-
-def transfers_of(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the lines of the table on what crosses between processes."""
-    device_us = row["raw_sent_us"] + row["pixels_received_us"]
-    process_us = row["raw_received_us"] + row["pixels_sent_us"]
-    return [
-        (
-            "a chunk of 32 to a process and back, CPU in the process with the device",
-            f"{device_us:.1f} us a sample: {row['raw_sent_us']:.1f} to send JPEG and caption, "
-            f"{row['pixels_received_us']:.1f} to receive pixels",
-        ),
-        (
-            "the same, CPU in the sample process",
-            f"{process_us:.1f} us a sample: {row['raw_received_us']:.1f} to receive JPEG and caption, "
-            f"{row['pixels_sent_us']:.1f} to send pixels",
-        ),
-    ]
-
-
-def memory_text(memory_mb: dict[str, float]) -> str:
-    """Return the memory of a process for display."""
-    return f"{memory_mb['private_mb']:.0f} MB private, {memory_mb['proportional_mb']:.0f} MB proportional"
 
 
 if __name__ == "__main__":

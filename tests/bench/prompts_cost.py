@@ -1,31 +1,30 @@
 """Milliseconds an image by what it is asked for, and captions/s searched for the mention of 600 classes.
 
-    python tests/bench/prompts_cost.py [--rounds 5] [--images 128] [--threads 2]
+    python tests/bench/prompts_cost.py [--rounds 5] [--images 128] [--threads 2] [--write]
 
 The device step alone, on decoded images of the demo in memory: encode, similarities, maps; texts are embedded
 in the warm-up. Recipes alternate; medians of wall time, and of processor time, which other work hardly
 changes. The search runs on one core, over made-up captions with one to three names of ImageNet classes in
-each. Prints one JSON row.
+each. Prints one JSON row a recipe.
 """
 
-import argparse
-import json
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
 import torch
-from environment import environment
+from demo_inputs import PUBLISHED_SETS, demo_files, demo_job
 from open_clip import IMAGENET_CLASSNAMES
+from published import figure_parser, recording
 
 import legrad
 from pipeline import storage
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer
 from pipeline.annotate.sample_states import PreparedSample
-from pipeline.cli.demo import demo_config
 from pipeline.config.classes import class_entries
 from pipeline.config.schema import JobConfig, PromptsConfig
 from pipeline.demo import assets
@@ -81,10 +80,6 @@ def step_s(engine: Engine, samples: list[PreparedSample], batch_size: int) -> tu
     return time.perf_counter() - started_s, time.process_time() - started_processor_s, maps
 
 
-def per_image_ms(seconds: dict[str, list[float]], images: int) -> dict[str, float]:
-    return {recipe: round(statistics.median(found) / images * 1000, 2) for recipe, found in seconds.items()}
-
-
 def captions_per_s() -> float:
     names = list(dict.fromkeys(name.lower() for name in IMAGENET_CLASSNAMES))[:SEARCHED_CLASSES]
     finder = MentionFinder(class_entries(names))
@@ -105,18 +100,24 @@ def captions_per_s() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure each recipe, and the search for mentions."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    config = demo_config(Path("unused"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    explainer = load_explainer(config.model, device)
-    raw = raw_samples(config, options.images)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with recording(__file__, arguments, data=demo_files(*PUBLISHED_SETS)) as record:
+        for row in recipe_rows(arguments.rounds, arguments.images):
+            record("recipes", row)
+        record("search", {"classes": SEARCHED_CLASSES, "captions_per_s": captions_per_s()})
+
+
+def recipe_rows(rounds: int, images: int) -> Iterator[dict[str, Any]]:
+    """Yield the medians of each recipe; recipes alternate, after a warm-up of each."""
+    config = demo_job(PUBLISHED_SETS)
+    explainer = load_explainer(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    raw = raw_samples(config, images)
     batch_size = config.run.batch_size if config.run.batch_size != "auto" else 32
     engines, samples = {}, {}
     for recipe, settings in RECIPES.items():
@@ -125,35 +126,18 @@ def main() -> None:
             explainer, prompts.max_per_sample, batch_size, companions=companions_of(prompts)
         )
         samples[recipe] = prepared(config.model_copy(update={"prompts": prompts}), explainer, raw)
-    seconds: dict[str, list[float]] = {recipe: [] for recipe in RECIPES}
-    processor_s: dict[str, list[float]] = {recipe: [] for recipe in RECIPES}
-    maps = {}
-    for round_number in range(options.rounds + 1):
-        for recipe in RECIPES:
-            elapsed_s, spent_s, maps[recipe] = step_s(engines[recipe], samples[recipe], batch_size)
-            if round_number:
-                seconds[recipe].append(elapsed_s)
-                processor_s[recipe].append(spent_s)
-    print(
-        json.dumps(
-            {
-                "benchmark": "prompts_cost",
-                **environment(),
-                "device": device,
-                "threads": options.threads,
-                "model": config.model.model_dump(),
-                "batch_size": batch_size,
-                "images": len(raw),
-                "rounds": options.rounds,
-                "ms_per_image": per_image_ms(seconds, len(raw)),
-                "processor_ms_per_image": per_image_ms(processor_s, len(raw)),
-                "prompt_maps_per_image": {
-                    recipe: round(found / len(raw), 2) for recipe, found in maps.items()
-                },
-                "captions_searched_per_s": round(captions_per_s()),
-            }
-        )
-    )
+    steps: dict[str, list[tuple[float, float, int]]] = {recipe: [] for recipe in RECIPES}
+    for _ in range(rounds + 1):
+        for recipe, found in steps.items():
+            found.append(step_s(engines[recipe], samples[recipe], batch_size))
+    for recipe, found in steps.items():
+        wall_s, cpu_s, maps = map(statistics.median, zip(*found[1:], strict=True))
+        yield {
+            "recipe": recipe,
+            "wall_ms_an_image": 1000 * wall_s / len(raw),
+            "cpu_ms_an_image": 1000 * cpu_s / len(raw),
+            "maps_an_image": maps / len(raw),
+        }
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
 """How near the Triton kernels of refinement, with affinities in float16, stay to torch in float32.
 
-    TRITON_INTERPRET=1 python tests/bench/refine_agreement.py [--scenes 64]
-    python tests/bench/refine_agreement.py --device cuda
+    python tests/bench/refine_agreement.py [--scenes 64] [--device cuda] [--write]
 
 Scenes of the demo's two sets with the maps of their captions; `difference` is between refined maps that are
-scaled to 0 to 1, `mask_iou` between masks cut at 0.5.
+scaled to 0 to 1, `mask_iou` between masks cut at 0.5. On the CPU, the kernels run in Triton's interpreter.
 """
 
-import argparse
 import io
 import itertools
-import json
+import os
+import sys
 from typing import Any
 
+if "cuda" not in sys.argv:
+    # read when the kernels are defined
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import torch
-from environment import environment
+from demo_inputs import demo_files
 from PIL import Image
+from published import figure_parser, recording
 from torch import Tensor
 
 import legrad
@@ -32,27 +36,22 @@ TILE_VALUES = {"cpu": 2**17, "cuda": 4096}
 
 
 def main() -> None:
-    """Print one JSON row for each set and kernel."""
-    options = _options()
-    head = {"bench": "refine_agreement", **environment(), "device": options.device}
+    """Measure each set and kernel."""
+    parser = figure_parser(__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--scenes", type=int, default=64, help="number of scenes of each set")
+    arguments = parser.parse_args()
+    sets = ("heldout", "newartist")
     explainer = legrad.LeGrad.from_open_clip(
         assets.register_demo_model(), str(assets.demo_weights_path()), layers=2
     )
-    for set_name in ("heldout", "newartist"):
-        frames = [_frames(scene, explainer) for scene in _scenes(set_name, options.scenes)]
-        for kernel in ("par", "pamr"):
-            pairs = [_refined(*frame, kernel, options.device) for frame in frames]
-            single, half = (torch.cat(maps) for maps in zip(*pairs, strict=True))
-            print(
-                json.dumps(head | {"set": set_name, "kernel": kernel} | _agreement(single, half)), flush=True
-            )
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--scenes", type=int, default=64, help="number of scenes of each set")
-    return parser.parse_args()
+    with recording(__file__, arguments, data=demo_files(*sets)) as record:
+        for set_name in sets:
+            frames = [_frames(scene, explainer) for scene in _scenes(set_name, arguments.scenes)]
+            for kernel in ("par", "pamr"):
+                pairs = [_refined(*frame, kernel, arguments.device) for frame in frames]
+                single, half = (torch.cat(maps) for maps in zip(*pairs, strict=True))
+                record("maps", {"set": set_name, "kernel": kernel, **_agreement(single, half)})
 
 
 def _scenes(set_name: str, count: int) -> list[Scene]:
@@ -88,9 +87,9 @@ def _agreement(single: Tensor, half: Tensor) -> dict[str, Any]:
         "frame": list(single.shape[1:]),
         "largest_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
-        "mask_iou": round(float(ious.mean()), 5),
-        "smallest_mask_iou": round(float(ious.min()), 5),
-        "equal_masks": round(float((ious == 1).double().mean()), 3),
+        "mask_iou": float(ious.mean()),
+        "smallest_mask_iou": float(ious.min()),
+        "equal_masks": float((ious == 1).double().mean()),
     }
 
 

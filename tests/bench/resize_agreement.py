@@ -5,19 +5,15 @@
 Annotates the demo's two sets with the demo's configuration under `input.resize` exact and fast, and compares
 masks and heat maps; then `newartist` enlarged to 1024 x 1024 without refinement, so that every JPEG is
 reduced while it is decoded. Then compares levels of colour and times at several sizes, on enlarged pictures
-with noise.
-Prints one JSON row each; `--write` also replaces the tables of tests/bench/README.md.
+with noise. Prints one JSON row each.
 """
 
-import argparse
 import io
 import json
-import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,9 +21,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from environment import environment
+from demo_inputs import demo_files
 from PIL import Image
-from published import publish, table
+from published import figure_parser, recording
 
 from legrad.images import ImageTransform, Resize
 from legrad.masks.rle import decode_rle
@@ -42,29 +38,17 @@ TRANSFORM = ImageTransform(224, 224, (0.5,) * 3, (0.5,) * 3, patch_size=16)
 SIZES = ((64, 48), (500, 375), (375, 500), (1600, 1200), (4000, 3000))
 ROUNDS = 9
 NOISE_LEVELS = 6.0
-MASK_COLUMNS = (
-    *("images", "rows", "other rows", "IoU, mean", "1st percentile", "least"),
-    *("heat maps' correlation, mean", "least"),
-)
-PIXEL_COLUMNS = (
-    *("size", "file", "levels of 255, mean", "at most"),
-    *("exact, ms of CPU", "fast, ms of CPU"),
-)
 
 
 def main() -> None:
-    """Print one JSON row a measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the tables of tests/bench/README.md")
-    options = parser.parse_args()
+    """Measure masks and heat maps, then levels and times."""
+    arguments = figure_parser(__doc__).parse_args()
     torch.set_num_threads(1)
-    head = {"bench": "resize_agreement", **environment()}
-    rows = []
-    for row in chain(masks_rows(), pixel_rows()):
-        rows.append(row)
-        print(json.dumps(head | row), flush=True)
-    if options.write:
-        publish(Path(__file__).name, tables(rows, head))
+    with recording(__file__, arguments, data=demo_files("heldout", "newartist")) as record:
+        for row in masks_rows():
+            record("masks", row)
+        for row in pixel_rows():
+            record("pixels", row)
 
 
 def masks_rows() -> Iterator[dict[str, Any]]:
@@ -153,7 +137,7 @@ def pixel_rows() -> Iterator[dict[str, Any]]:
             off = np.abs(np.stack(exact).astype(int) - np.stack(fast))
             yield {
                 "size": f"{width}x{height}",
-                "file_bytes": int(np.mean([len(data) for data in files])),
+                "file_kb": np.mean([len(data) for data in files]) / 1000,
                 "levels_mean": round(float(off.mean()), 4),
                 "levels_max": int(off.max()),
                 **costs(files),
@@ -195,43 +179,5 @@ def as_jpeg(image: Image.Image) -> bytes:
     return sink.getvalue()
 
 
-def tables(rows: list[dict[str, Any]], head: dict[str, Any]) -> list[str]:
-    """Return the tables of all rows."""
-    return [
-        f"Commit {head['commit']}, {head['processor']} (load {head['load_1min']}), one thread, "
-        f"medians of {ROUNDS} rounds in turn.",
-        "",
-        *table(MASK_COLUMNS, [mask_cells(row) for row in rows if "images" in row]),
-        "",
-        *table(PIXEL_COLUMNS, [pixel_cells(row) for row in rows if "size" in row]),
-    ]
-
-
-def mask_cells(row: dict[str, Any]) -> list[object]:
-    """Return the cells of a set of images, in the order of MASK_COLUMNS."""
-    return [
-        row["images"],
-        row["rows"],
-        row["other_rows"],
-        f"{row['iou_mean']:.4f}",
-        f"{row['iou_1st_percentile']:.4f}",
-        f"{row['iou_min']:.4f}",
-        f"{row['heatmap_correlation_mean']:.5f}",
-        f"{row['heatmap_correlation_min']:.5f}",
-    ]
-
-
-def pixel_cells(row: dict[str, Any]) -> list[object]:
-    """Return the cells of a size, in the order of PIXEL_COLUMNS."""
-    return [
-        row["size"],
-        f"{row['file_bytes'] / 1000:.0f} kB",
-        f"{row['levels_mean']:.3f}",
-        row["levels_max"],
-        f"{row['exact_ms']:.2f}",
-        f"{row['fast_ms']:.2f}",
-    ]
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

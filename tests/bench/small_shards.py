@@ -1,6 +1,6 @@
 """How many shards must be in flight to keep a device busy that one worker feeds with small shards?
 
-    python tests/bench/small_shards.py --in-flight 2 4 6 8 12
+    python tests/bench/small_shards.py [--in-flight 2 4 6 7 8 12] [--write]
 
 The worker's own stream of batches, and around it the driver's rule: the next shard begins when the worker has
 room, and at most `--in-flight` are begun and not published. A device step sleeps 50 ms for a batch of 25; a
@@ -13,13 +13,12 @@ simulated; batching, threads and limits are the worker's. One JSON row for each 
 """
 
 import argparse
-import json
 import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from environment import environment
+from published import figure_parser, recording
 from shards_in_flight import work_through
 
 from pipeline.annotate.annotator import stream_limits
@@ -104,11 +103,9 @@ def finished(samples: Sequence[int]) -> Sequence[int]:
 
 
 def main() -> None:
-    """Print one row for each number of shards in flight."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--in-flight", type=int, nargs="+", default=[2, 4, 6, 8, 12])
+    """Measure each number of shards in flight."""
+    parser = figure_parser(__doc__)
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[2, 4, 6, 7, 8, 12])
     parser.add_argument("--shards", type=int, default=400)
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=25)
@@ -118,11 +115,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    for in_flight in arguments.in_flight:
-        rounds = [Simulation(arguments, in_flight).run() for _ in range(arguments.rounds)]
-        medians = {name: round(statistics.median(row[name] for row in rounds), 4) for name in rounds[0]}
-        row = {"benchmark": "small_shards", **environment(), "settings": vars(arguments)}
-        print(json.dumps({**row, "in_flight": in_flight, **medians}), flush=True)
+    with recording(__file__, arguments) as record:
+        for in_flight in arguments.in_flight:
+            rounds = [Simulation(arguments, in_flight).run() for _ in range(arguments.rounds)]
+            medians = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+            record("in_flight", {"in_flight": in_flight, **medians})
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@
 
 The folder is made here: shards of the same random rows. A process of its own reads the status each time: with
 an empty cache, with a filled one, and on the compacted folder; then the same, with fewer shards, on an S3
-server on this machine. CPU time is that of the process; the server's is not in it. One JSON row.
+server on this machine. CPU time is that of the process; the server's is not in it. One
+JSON row a folder.
 """
 
-import argparse
-import json
 import logging
 import os
 import resource
@@ -20,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from environment import environment
-from published import publish, table
+from published import figure_parser, recording
 
 from pipeline import storage
 from pipeline.config.load import parse_config
@@ -113,7 +111,7 @@ def measured(out: str, rounds: int = 3) -> dict[str, float]:
 def figures_of(out: str, cache: Path, *, settle_s: float = 0.0) -> dict[str, dict[str, float]]:
     """Measure the status with no cache, with a filled one, and of a compacted copy."""
     os.environ["XDG_CACHE_HOME"] = "/dev/null"
-    found = {"no cache": measured(out)}
+    found = {"without_cache": measured(out)}
     time.sleep(settle_s)
     os.environ["XDG_CACHE_HOME"] = str(cache)
     measured(out, 1)
@@ -146,28 +144,20 @@ def figures_on_s3(folder: Path, shards: int, rows: int) -> dict[str, dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure a local folder, and one on an S3 server."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--rows", type=int, default=50, help="annotation rows of each shard")
     parser.add_argument("--s3-shards", type=int, default=300, help="0: no S3")
-    parser.add_argument("--write", action="store_true", help="write the table into tests/bench/README.md")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    with recording(__file__, arguments) as record, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_output(str(folder / "out"), arguments.shards, arguments.rows)
         local = figures_of(str(folder / "out"), folder / "cache")
-        s3 = figures_on_s3(folder, arguments.s3_shards, arguments.rows) if arguments.s3_shards else {}
-    row = {**environment(), "shards": arguments.shards, "rows": arguments.rows, "local": local}
-    print(json.dumps({**row, "s3_shards": arguments.s3_shards, "s3": s3}))
-    if arguments.write:
-        lines = [
-            (f"{arguments.shards:,} shards, local", *(local[name]["wall_s"] for name in local)),
-            *([(f"{arguments.s3_shards:,} shards, S3", *(s3[name]["wall_s"] for name in s3))] if s3 else []),
-        ]
-        columns = ["s, process included", "no cache", "cached", "compacted"]
-        publish("status_of_many_shards.py", table(columns, lines))
+        record("folders", {"where": "local", "shards": arguments.shards, **local})
+        if arguments.s3_shards:
+            on_s3 = figures_on_s3(folder, arguments.s3_shards, arguments.rows)
+            record("folders", {"where": "S3", "shards": arguments.s3_shards, **on_s3})
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
 """What the text tower costs: maps/s from captions, each unique, beside maps/s from embeddings.
 
-    python tests/bench/text_throughput.py [--model demo | ViT-B-16] [--images 32] [--rounds 5]
+    python tests/bench/text_throughput.py [--model demo | ViT-B-16] [--images 32] [--rounds 5] [--write]
 
 Captions are of random words, 3 to 30 of them (mean about 10, as in web corpora). Texts/s, of the same
 captions: `whole`: in order, whole contexts, in batches; `single`: the same one by one; `cut`: in order,
 batches cut at their longest text; `sorted_cut`: all sorted by length first, as `legrad.text` does; the
 number is the batch. Maps/s: batches of images with one prompt each, in memory; from embeddings, from captions
 by `TextEmbedder`, and from captions by `whole`. Rounds alternate after one warm-up of each; medians.
-ViT-B-16 has seeded weights. Prints one JSON row.
+ViT-B-16 has seeded weights. Prints one JSON row a way.
 """
 
 import argparse
-import json
-import platform
 import random
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import open_clip
 import torch
+from demo_inputs import demo_files
+from published import figure_parser, recording
 from torch.nn import functional as F
 
 import legrad
@@ -29,7 +29,6 @@ from legrad.text_cache import TextEmbedder
 from pipeline.annotate.model import DEMO, load_explainer
 from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
-from pipeline.output.records import installed_versions
 
 LAYERS = 2
 
@@ -125,9 +124,23 @@ def map_runs(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure all ways in turn."""
+    arguments = options()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    explainer = made_explainer(arguments.model, device, arguments.precision)
+    captions = made_captions(max(arguments.captions, arguments.images))
+    data = demo_files() if arguments.model == DEMO else []
+    with recording(__file__, arguments, data=data) as record:
+        tokens = explainer.tokenizer(captions)
+        lengths = (tokens != 0).sum(dim=1).float()
+        record("captions", {"context": tokens.shape[1], "tokens_mean": lengths.mean()})
+        for row in rate_rows(explainer, captions, arguments):
+            record("rates", row)
+
+
+def options() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = figure_parser(__doc__)
     parser.add_argument("--model", default=DEMO, help="demo, or an open_clip name, with seeded weights")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--captions", type=int, default=128)
@@ -135,41 +148,25 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8, help="images a batch, one caption each")
     parser.add_argument("--rounds", type=int, default=5)
-    settings = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    explainer = made_explainer(settings.model, device, settings.precision)
-    captions = made_captions(max(settings.captions, settings.images))
-    texts = text_runs(explainer, captions[: settings.captions], settings.text_batches)
-    runs = texts | map_runs(explainer, captions, settings.images, settings.batch)
+    return parser.parse_args()
+
+
+def rate_rows(
+    explainer: legrad.LeGrad, captions: list[str], arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Yield the rate of each way; rounds alternate, after a warm-up of each."""
+    texts = text_runs(explainer, captions[: arguments.captions], arguments.text_batches)
+    maps_of = map_runs(explainer, captions, arguments.images, arguments.batch)
+    runs = texts | maps_of
     timings: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(settings.rounds + 1):
+    for _ in range(arguments.rounds + 1):
         for name, run in runs.items():
-            elapsed_s = seconds(run)
-            if round_number:
-                timings[name].append(elapsed_s)
-    counts = dict.fromkeys(runs, settings.images) | dict.fromkeys(texts, settings.captions)
-    counts["single"] = settings.text_batches[0]
-    rates = {name: counts[name] / statistics.median(times) for name, times in timings.items()}
-    tokens = explainer.tokenizer(captions)
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
-    print(
-        json.dumps(
-            {
-                "commit": commit,
-                "device": torch.cuda.get_device_name() if device == "cuda" else device,
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "versions": installed_versions(),
-                **vars(settings),
-                "image_size": [explainer.transform.height, explainer.transform.width],
-                "layers": LAYERS,
-                "context": tokens.shape[1],
-                "tokens_mean": round(float((tokens != 0).sum(dim=1).float().mean()), 1),
-                "texts_per_s": {name: round(rates[name], 1) for name in texts},
-                "maps_per_s": {name: round(rates[name], 2) for name in runs if name not in texts},
-            }
-        )
-    )
+            timings[name].append(seconds(run))
+    counts = dict.fromkeys(maps_of, arguments.images) | dict.fromkeys(texts, arguments.captions)
+    counts["single"] = arguments.text_batches[0]
+    for name, times in timings.items():
+        unit = "texts" if name in texts else "maps"
+        yield {"way": name, "unit": unit, "per_s": counts[name] / statistics.median(times[1:])}
 
 
 if __name__ == "__main__":

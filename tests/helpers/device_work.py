@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 # the part of an operation is that of the innermost of these files in its stack
 PARTS = {
     "pipeline/annotate/maps.py": "maps",
+    "pipeline/annotate/grid_steps.py": "maps",
     "pipeline/annotate/texts.py": "text",
     "legrad/text_cache.py": "text",
     "legrad/text.py": "text",

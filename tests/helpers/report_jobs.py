@@ -73,7 +73,7 @@ def write_job(folder, shards, *, errors=(), done=None, runs=True, images=None, *
     job = prepare_job(demo_job(paths, out, **sections))
     metadata = {**job.metadata, "attempt": "a"}
     for number, shard in enumerate(job.shards[:done]):
-        with ShardWriter(shard, metadata) as writer:
+        with ShardWriter(shard, metadata, with_instances=job.config.masks.has_instances) as writer:
             by_sample = {}
             for entry in shards[number]:
                 by_sample.setdefault(entry["sample_index"], []).append(entry)

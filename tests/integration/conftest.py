@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,10 +30,6 @@ HERE = Path(__file__).parent
 MACHINE_NUMBERS = itertools.count(2)
 ON_CPUS = {"gpus_per_worker": 0, "cpus_per_worker": 1}
 TABLE_FILE = os.environ.get("LEGRAD_FAULT_TABLE")
-TABLE_HEAD = (
-    "| fault | injected how | samples in | annotated | empty | in error | in shards given up | left "
-    "| lost | duplicated |\n|---|---|---|---|---|---|---|---|---|---|\n"
-)
 
 
 def pytest_collection_modifyitems(items):
@@ -194,15 +190,13 @@ def word_command(tmp_path):
 
 @pytest.fixture(scope="session")
 def fault_table():
-    """Return a function that records a fault and the accounts after it in the file LEGRAD_FAULT_TABLE."""
+    """Return a function that records a fault and its accounts in LEGRAD_FAULT_TABLE, for bench/faults.py."""
 
     def note(fault, injected_how, accounts):
         if TABLE_FILE is None:
             return
-        path = Path(TABLE_FILE)
-        head = "" if path.exists() else TABLE_HEAD
-        numbers = " | ".join(str(number) for number in astuple(accounts)[:8])
-        with path.open("a") as table:
-            table.write(f"{head}| {fault} | {injected_how} | {numbers} |\n")
+        row = {"fault": fault, "injected_how": injected_how, **asdict(accounts)}
+        with Path(TABLE_FILE).open("a") as table:
+            table.write(f"{json.dumps(row)}\n")
 
     return note

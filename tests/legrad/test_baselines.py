@@ -157,7 +157,7 @@ def all_grids(
 
 def test_every_baseline_has_one_finite_grid_a_prompt(model, images, texts):
     grids = all_grids(model, images, texts, IMAGE_INDEX)
-    assert len(grids) == 6
+    assert len(grids) == 9
     for grid in grids.values():
         assert grid.shape == (4, *GRID)
         assert grid.dtype == torch.float32

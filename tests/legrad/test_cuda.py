@@ -27,6 +27,15 @@ def test_grids_and_features_on_cuda_equal_those_on_the_cpu(pool):
         assert relative_error(received.cpu(), expected) < 1e-5
 
 
+def test_relevance_spread_along_keys_on_cuda_equals_that_on_the_cpu():
+    model, images, texts = tiny_clip(), tiny_images(3, size=(24, 40)), unit_texts(5)
+    image_index = torch.tensor([2, 0, 0, 1, 2])
+    expected = legrad.LeGrad(model, affinity="keys").relevance(images, texts, image_index)
+    explainer = legrad.LeGrad(model.cuda(), affinity="keys")
+    received = explainer.relevance(images.cuda(), texts.cuda(), image_index)
+    assert relative_error(received.cpu(), expected) < 1e-5
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
 def test_half_precision_on_cuda_is_right_to_its_own_rounding(dtype, tolerance):
     model, images, texts = tiny_clip(), tiny_images(2, size=(64, 64)), unit_texts(2, 3)

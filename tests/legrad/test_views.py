@@ -282,7 +282,9 @@ def test_an_image_and_its_mirror_image_get_mirrored_maps(explainer):
     assert relative_error(back.flip(-1), there) < 0.02
 
 
-def test_each_view_is_explained_as_the_library_explains_it_alone(explainer):
+@pytest.mark.parametrize("affinity", ["none", "keys"])
+def test_each_view_is_explained_as_the_library_explains_it_alone(affinity):
+    explainer = legrad.LeGrad(tiny_clip(), affinity=affinity)
     image, texts = picture(100, 60), unit_texts(2)
     views = Views(flip=True, scales=(1.0, 1.5), tile=True, max_tiles=4)
     canvases = canvas_grids(views, explainer.transform, image.height, image.width)

@@ -54,6 +54,16 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(config_file, overr
 
 
 @pytest.mark.parametrize(
+    ("before", "now"),
+    [("min_contrast", "min_foreground_contrast"), ("refine_contrast", "refine_sharpness")],
+)
+def test_a_key_that_was_renamed_is_refused_with_its_new_name(config_file, before, now):
+    with pytest.raises(UserError, match=f"masks.{before}: this key is now called masks.{now}$"):
+        load_config(config_file, [f"masks.{before}=0.3"])
+    assert getattr(load_config(config_file, [f"masks.{now}=0.3"]).masks, now) == 0.3
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("model.precision=fp8", "model.precision.*'fp8'"),
@@ -118,6 +128,7 @@ def test_the_hash_ignores_what_does_not_change_the_rows(section, values):
         ("views", {"scales": [1.0, 1.5]}),
         ("masks", {"rule": "otsu"}),
         ("masks", {"min_area": 0.1}),
+        ("masks", {"smooth": 0.6}),
         ("prompts", {"neutral": "a photo of a"}),
         ("input", {"caption": "json:text"}),
         ("output", {"heatmap": True}),

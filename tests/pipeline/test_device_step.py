@@ -1,8 +1,12 @@
 """What a step of 64 images gives to a device, counted on the CPU for a narrow model of ViT-B/16's shape."""
 
+import numpy as np
 import pytest
 import torch
 
+from pipeline.annotate.grid_steps import GridTexts, batch_grids, grid_steps_of
+from pipeline.annotate.texts import ImageMaps
+from pipeline.config.masks import MasksConfig
 from tests.helpers.device_work import DeviceWork, moved_bytes
 from tests.helpers.steps import SIDE, counted_step
 from tests.helpers.tiny_models import tiny_clip
@@ -44,6 +48,28 @@ def count(operate):
     with work.counted():
         operate(model.visual.conv1.weight.detach())
     return work
+
+
+FILTERS = {"min_similarity": 0.1, "min_peak": 0.1, "min_foreground_contrast": 0.01, "min_lead": 0.01}
+
+
+@pytest.mark.parametrize(("limits", "launches"), [({}, 50), (FILTERS, 150)], ids=["alone", "with filters"])
+def test_smoothing_and_contrast_never_wait_and_launch_as_often_for_any_batch(limits, launches):
+    steps = grid_steps_of(MasksConfig(smooth=0.6, combine="argmax", **limits), 0.5)
+    found = []
+    for counts in ([1, 3, 5], [5] * 30):
+        chosen = [ImageMaps(np.arange(own), np.arange(own), np.arange(own + 2), 2) for own in counts]
+        maps = sum(counts) + 2 * len(counts)
+        grids, rows, similarities = torch.rand(maps, 14, 14), torch.rand(maps, 64), np.full(maps, 0.3)
+
+        def take_steps(weight, chosen=chosen, grids=grids, rows=rows, similarities=similarities):
+            texts = GridTexts(rows.to(weight.device), similarities)
+            batch_grids(grids.to(weight.device), chosen, texts, steps)
+
+        found.append(count(take_steps).total)
+    assert 20 < found[0].launches == found[1].launches <= launches
+    # these two tensors are made here, and sent
+    assert found[0].waits == found[1].waits == 2
 
 
 def test_the_counter_knows_launches_from_views_and_allocations():

@@ -57,6 +57,17 @@ def test_the_demos_architecture_takes_other_weights_from_a_file(tmp_path):
     assert load_explainer(model(DEMO_MODEL_NAME, str(checkpoint)), "cpu").tower.family == "clip"
 
 
+def test_the_affinity_of_the_configuration_is_that_of_the_explainer():
+    demo = model(DEMO_MODEL_NAME, "demo", affinity="keys")
+    images = torch.zeros(1, 3, *load_explainer(demo, "cpu").tower.native_size)
+    kept = [
+        load_explainer(each, "cpu").encode(images).unit_keys
+        for each in (demo, model(DEMO_MODEL_NAME, "demo"))
+    ]
+    assert kept[0] is not None
+    assert kept[1] is None
+
+
 def test_a_job_with_a_wrong_model_writes_nothing(tmp_path):
     shards = write_word_shards(tmp_path / "in", ["a"], 1)
     with pytest.raises(UserError, match=r"model\.layers"):

@@ -51,6 +51,7 @@ VALUES = {
         "pretrained": st.sampled_from(["openai", "laion400m_e32"]),
         "precision": st.sampled_from(["fp32", "bf16"]),
         "layers": st.sampled_from([2, 3, "all"]),
+        "affinity": st.sampled_from(["none", "keys"]),
         "image_size": st.sampled_from([None, 32, [32, 32], [32, 64]]),
         "fit": st.sampled_from(["stretch", "keep", "tile"]),
     },
@@ -96,6 +97,11 @@ VALUES = {
         "contrast_with": st.sampled_from(["all", "background"]),
         "min_component": st.sampled_from([0.0, 0.1]),
         "max_hole": st.sampled_from([0.0, 0.1]),
+        "instances": st.sampled_from(["none", "none", "watershed"]),
+        "min_peak_drop": st.sampled_from([0.05, 0.5]),
+        "segmenter": st.sampled_from([None, None, "some/sam"]),
+        "segmenter_revision": st.sampled_from([None, "main"]),
+        "segmenter_min_iou": st.sampled_from([0.1, 0.5]),
     },
     "output": {
         "dir": st.sampled_from(["out", "elsewhere"]),
@@ -158,7 +164,7 @@ def rows_of(config):
     ).float()
     pixels = torch.from_numpy(noise("image").integers(0, 256, (1, 12, 16, 3), dtype=np.uint8))
     neutral_threshold = None if companions.neutral is None else companions.neutral_threshold
-    steps = with_centre(grid_steps_of(config.masks), companions.centre, Embedder())
+    steps = with_centre(grid_steps_of(config.masks, config.contrast_share), companions.centre, Embedder())
     map_settings = MapSettings("upsampled", neutral_threshold, steps, refinement_of(config.masks, PATCH))
     grid_texts = GridTexts(texts.unit_rows[chosen.text_rows], cosines[chosen.text_rows])
     sample = ExplainedSample(
@@ -241,6 +247,7 @@ def described(before, now, digest_now="w"):
     return describe_differences(written(before), now, digest_now)
 
 
+CAPTIONS = {"input": {"caption": "json:captions"}, "prompts": {"source": "captions"}}
 CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
 
 
@@ -256,7 +263,21 @@ CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
         ({}, {"masks": {"min_similarity": -1, "min_peak": 0, "min_foreground_contrast": 0}}),
         ({}, {"views": {"tile_zoom": 3, "tile_overlap": 0.5, "max_tiles": 3}}),
         ({}, {"prompts": {"max_per_sample": 3, "embed_synonyms": True, "neutral_threshold": 0.1}}),
-        ({}, {"prompts": {"background": "default", "max_background": 2}}),
+        (
+            {"masks": {"contrast": 0}},
+            {"masks": {"contrast": 0, "contrast_with": "background"}, "prompts": {"background": "default"}},
+        ),
+        ({}, {"masks": {"contrast": 0.6, "contrast_with": "background"}, "prompts": {"max_background": 2}}),
+        ({}, {"masks": {"contrast": 0.5, "contrast_with": "background", "min_lead": 0.1}}),
+        (
+            {**CAPTIONS, "masks": {"contrast": 0}},
+            {**CAPTIONS, "masks": {"contrast": 0, "contrast_with": "background", "min_lead": -2}},
+        ),
+        (
+            {**CAPTIONS, "masks": {"contrast": 0.3, "contrast_with": "background"}},
+            {**CAPTIONS, "masks": {"contrast": 0.5, "contrast_with": "background"}},
+        ),
+        ({"prompts": CLASSES_JOB}, {"prompts": CLASSES_JOB, "masks": {"contrast": 0}}),
         ({}, {"output": {"rows": "all"}}),
         ({}, {"input": {"caption": "TXT", "shards": "b.tar", "allow_commands": True}}),
         ({}, {"run": {"batch_size": 3}}),
@@ -277,6 +298,12 @@ def test_finished_work_stays_valid_where_only_idle_keys_changed(before, now):
     [
         ({}, {"views": {"flip": True}}, "views.flip: false before, true now"),
         ({}, {"masks": {"value": 0.4, "quantile": 0.1}}, "masks.value: 0.5 before, 0.4 now"),
+        (CAPTIONS, {**CAPTIONS, "masks": {"min_lead": 0.1}}, "masks.min_lead: null before, 0.1 now"),
+        (
+            {"masks": {"contrast": 0.5}},
+            {"masks": {"contrast": 0.5}, "prompts": {"background": ["sky"]}},
+            'prompts.background: [] before, ["sky"] now',
+        ),
         ({}, {"masks": {"rule": "otsu"}}, "masks.rule: fixed before, otsu now"),
         ({}, {"output": {"rows": "accepted"}}, "output.rows: null before, accepted now"),
         (
@@ -298,6 +325,20 @@ def test_the_weights_are_named_where_their_digest_differs_and_only_there():
         "the model's files (weights, configuration or tokenizer): openai (w) before, laion400m_e32 (v) now"
     )
     assert "nothing in the configuration" in described(job(), tag)
+
+
+def test_the_segmenter_is_named_where_its_digest_differs_and_its_place_does_not_count():
+    before = of_place("some/sam")
+    earlier = {**written(before), "segmenter_digest": "s1"}
+    moved = of_place("/elsewhere/sam")
+    assert config_hash(before, "w", "s1") == config_hash(moved, "w", "s1") != config_hash(before, "w", "s2")
+    assert config_hash(before, "w", "s1") != config_hash(of_place(None), "w")
+    report = describe_differences(earlier, moved, "w", "s2")
+    assert report == "the segmenter's files: some/sam (s1) before, /elsewhere/sam (s2) now"
+
+
+def of_place(segmenter):
+    return demo_job(["a.tar"], "out", masks={"rule": "fixed", "segmenter": segmenter})
 
 
 def test_a_secret_and_a_control_character_in_a_value_are_not_shown():

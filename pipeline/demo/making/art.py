@@ -10,13 +10,15 @@ import io
 import subprocess
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pipeline.demo.making.concepts import CONCEPTS, DISTRACTOR_CODES
+from pipeline.demo.making.concepts import CONCEPTS, DISTRACTOR_CODES, FIRST_STUFF_ID, STUFF
+from pipeline.demo.making.icons import FXEMOJI_NAMES, read_icons
+from pipeline.demo.making.textures import draw_bank
 
 Photo = np.ndarray
 Sprite = np.ndarray
@@ -24,12 +26,16 @@ Sprite = np.ndarray
 
 @dataclass(frozen=True)
 class Artist:
-    """A set of sprites: the npm package, and the place of the sprites in it."""
+    """A set of sprites: the npm package, and the place of the sprites in it.
+
+    A package of vector drawings has their names by code point instead of a folder and a suffix.
+    """
 
     package: str
     version: str
-    folder: str
-    suffix: str
+    folder: str = ""
+    suffix: str = ""
+    icon_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def archive_name(self) -> str:
@@ -46,10 +52,16 @@ TRAIN_ARTISTS: dict[str, Artist] = {
 UNSEEN_ARTISTS: dict[str, Artist] = {
     "twemoji": Artist("emoji-datasource-twitter", "16.0.0", "package/img/twitter/64/", ".png"),
 }
+THIRD_ARTISTS: dict[str, Artist] = {
+    "fxemoji": Artist("@iconify-json/fxemoji", "1.2.2", icon_names=FXEMOJI_NAMES),
+}
 
 # scikit-image's bundled photos whose statement is CC0, public domain or "no known copyright restrictions",
 # and which show none of the named concepts. What is evaluated on is never trained on.
 TRAIN_PHOTOS = ("brick", "grass", "gravel", "coins", "hubble_deep_field", "immunohistochemistry", "retina")
+# In scenes of the training that show stuff, these are stuff of the named class; they have no name otherwise.
+STUFF_PHOTOS = {"grass": "grass", "brick": "wall", "gravel": "gravel"}
+TEXTURES_PER_CLASS = 24
 HELDOUT_PHOTOS = ("camera", "cell", "coffee")
 
 # The photographer and his camera are cut away: "camera" is a named concept. Left, top, right, bottom in px.
@@ -60,10 +72,20 @@ _MAX_MEMBER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ArtBox:
-    """The parts of scenes: sprites by (artist, code point), photos by name."""
+    """The parts of scenes: sprites by (artist, code point), photos by name, textures of stuff by name.
+
+    `stuff` has the names of textures by class id.
+    """
 
     sprites: Mapping[tuple[str, str], Sprite]
     photos: Mapping[str, Photo]
+    textures: Mapping[str, Photo] = field(default_factory=dict)
+    stuff: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> dict[str, Photo]:
+        """Photos and textures by name."""
+        return {**self.photos, **self.textures}
 
     def artists_of(self, code: str) -> list[str]:
         """Return the artists who drew a code point, in a fixed order."""
@@ -98,12 +120,39 @@ def load_art(cache_dir: Path, artists: Mapping[str, Artist], photo_names: Collec
     return ArtBox(sprites, {name: _load_photo(name) for name in photo_names})
 
 
+def with_stuff(art: ArtBox, *, per_class: int, seed: int, is_heldout: bool) -> ArtBox:
+    """Return the art with textures of stuff; photos that show stuff become textures.
+
+    Args:
+        art: Sprites and photos.
+        per_class: Number of drawn textures of each class.
+        seed: Decides all textures.
+        is_heldout: Draw textures in the way that no training sees.
+    """
+    class_ids = {stuff.name: class_id for class_id, stuff in enumerate(STUFF, start=FIRST_STUFF_ID)}
+    textures, names = {}, dict[int, tuple[str, ...]]()
+    for class_id, name, texture in draw_bank(per_class, seed, is_heldout=is_heldout):
+        textures[name], names[class_id] = texture, (*names.get(class_id, ()), name)
+    for photo in STUFF_PHOTOS.keys() & art.photos.keys():
+        class_id = class_ids[STUFF_PHOTOS[photo]]
+        # As often as a quarter of the drawn ones.
+        textures[photo] = art.photos[photo]
+        names[class_id] += (photo,) * max(1, per_class // 4)
+    photos = {name: photo for name, photo in art.photos.items() if name not in STUFF_PHOTOS}
+    return replace(art, photos=photos, textures=textures, stuff=names)
+
+
 def _artist_sprites(cache_dir: Path, name: str, artist: Artist) -> dict[str, Sprite]:
     decoded_path = cache_dir / f"{name}-{artist.version}.npz"
     if decoded_path.exists():
         with np.load(decoded_path, allow_pickle=False) as stored:
             return {code: stored[code] for code in sorted(stored.files)}
-    sprites = dict(sorted(read_sprites(_fetch(cache_dir, artist), artist, wanted_codes())))
+    archive = _fetch(cache_dir, artist)
+    if artist.icon_names:
+        drawn = read_icons(archive, artist.icon_names, wanted_codes())
+        sprites = {code: _crop_to_visible(pixels) for code, pixels in drawn}
+    else:
+        sprites = dict(sorted(read_sprites(archive, artist, wanted_codes())))
     np.savez(decoded_path, **sprites)  # type: ignore[arg-type]
     return sprites
 

@@ -11,7 +11,13 @@ Drawer = Callable[[np.random.Generator, int, int], Image.Image]
 
 
 def draw_background(
-    kind: str, rng: np.random.Generator, height: int, width: int, photos: Mapping[str, np.ndarray]
+    kind: str,
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    photos: Mapping[str, np.ndarray],
+    *,
+    is_stuff: bool = False,
 ) -> Image.Image:
     """Draw a background of a kind: the name of a photo, or of a pattern.
 
@@ -21,18 +27,23 @@ def draw_background(
         height: In px.
         width: In px.
         photos: RGB uint8 by name.
+        is_stuff: Vary colours less, so that stuff can still be recognised.
     """
     if kind in PATTERNS:
         return PATTERNS[kind](rng, height, width)
-    return _photo_crop(rng, photos[kind], height, width)
+    return _photo_crop(rng, photos[kind], height, width, is_stuff=is_stuff)
 
 
-def _photo_crop(rng: np.random.Generator, photo: np.ndarray, height: int, width: int) -> Image.Image:
+def _photo_crop(
+    rng: np.random.Generator, photo: np.ndarray, height: int, width: int, *, is_stuff: bool
+) -> Image.Image:
     photo_height, photo_width = photo.shape[:2]
     scale = rng.uniform(0.35, 1.0) * min(photo_height / height, photo_width / width)
     crop_height, crop_width = scale * height, scale * width
     left, top = rng.random() * (photo_width - crop_width), rng.random() * (photo_height - crop_height)
-    is_mirrored, gains = rng.random() < 0.5, rng.uniform(0.6, 1.3, 3) * rng.uniform(0.7, 1.15)
+    is_mirrored = rng.random() < 0.5
+    colour_gains = (0.88, 1.12) if is_stuff else (0.6, 1.3)
+    gains = rng.uniform(*colour_gains, 3) * rng.uniform(0.7, 1.15)
     crop = Image.fromarray(photo).resize(
         (width, height),
         Image.Resampling.BILINEAR,

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from pipeline.demo.making.art import ArtBox
 from pipeline.demo.making.backgrounds import TRAIN_PATTERNS
-from pipeline.demo.making.captions import neutral_caption, one_concept_caption, scene_caption
-from pipeline.demo.making.concepts import CONCEPTS
+from pipeline.demo.making.captions import named_subset, neutral_caption, one_concept_caption, scene_caption
+from pipeline.demo.making.concepts import NAMED
 from pipeline.demo.making.curriculum import Phase, Plan
 from pipeline.demo.making.losses import concept_labels
 from pipeline.demo.making.scenes import SceneStyle, SpriteMips, render, sample_scene
@@ -26,6 +26,7 @@ class Batch:
 
     images: Tensor
     labels: Tensor
+    caption_labels: Tensor
     caption_rows: Tensor
     concept_rows: Tensor
 
@@ -34,6 +35,7 @@ class Batch:
         return Batch(
             self.images.to(device),
             self.labels.to(device),
+            self.caption_labels.to(device),
             self.caption_rows.to(device),
             self.concept_rows.to(device),
         )
@@ -63,26 +65,33 @@ def make_batch(
     rng: np.random.Generator, phase: Phase, mips: SpriteMips, art: ArtBox, vocabulary: CompactVocabulary
 ) -> Batch:
     """Render a batch of scenes and write its captions."""
-    style = SceneStyle(
+    scenes = [sample_scene(rng, _style(phase, art), mips) for _ in range(phase.batch_size)]
+    side, pictures = phase.image_side, art.pictures
+    pixels = np.stack([render(scene, mips, pictures, side, side) for scene in scenes])
+    named = [named_subset(rng, scene.class_ids) for scene in scenes]
+    captions = [
+        scene_caption(rng, class_ids, [scene.is_several(i) for i in class_ids])
+        for scene, class_ids in zip(scenes, named, strict=True)
+    ]
+    concepts = [one_concept_caption(rng, class_id) for class_id in range(1, len(NAMED) + 1)]
+    return Batch(
+        images=_normalise(torch.from_numpy(pixels)),
+        labels=concept_labels([scene.class_ids for scene in scenes], len(NAMED)),
+        caption_labels=concept_labels(named, len(NAMED)),
+        caption_rows=vocabulary.rows(captions),
+        concept_rows=vocabulary.rows([*concepts, neutral_caption(rng)]),
+    )
+
+
+def _style(phase: Phase, art: ArtBox) -> SceneStyle:
+    return SceneStyle(
         artists=tuple(sorted({artist for artist, _ in art.sprites})),
         backgrounds=(*art.photos, *TRAIN_PATTERNS),
         single_share=phase.single_share,
         neutral_share=phase.neutral_share,
         clutter_share=phase.clutter_share,
-    )
-    scenes = [sample_scene(rng, style, mips) for _ in range(phase.batch_size)]
-    side = phase.image_side
-    pixels = np.stack([render(scene, mips, art.photos, side, side) for scene in scenes])
-    captions = [
-        scene_caption(rng, scene.class_ids, [scene.is_several(i) for i in scene.class_ids])
-        for scene in scenes
-    ]
-    concepts = [one_concept_caption(rng, class_id) for class_id in range(1, len(CONCEPTS) + 1)]
-    return Batch(
-        images=_normalise(torch.from_numpy(pixels)),
-        labels=concept_labels([scene.class_ids for scene in scenes], len(CONCEPTS)),
-        caption_rows=vocabulary.rows(captions),
-        concept_rows=vocabulary.rows([*concepts, neutral_caption(rng)]),
+        stuff_share=phase.stuff_share,
+        stuff=art.stuff,
     )
 
 

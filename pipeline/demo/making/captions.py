@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.demo.making.concepts import CONCEPTS, MASS_NOUNS
+from pipeline.demo.making.concepts import COUNTED_STUFF, FIRST_STUFF_ID, MASS_NOUNS, NAMED
 
 TEMPLATES = (
     "{}",
@@ -38,23 +38,26 @@ NEUTRAL = (
 )
 _ADJECTIVES = ("small", "big", "cute", "nice", "bright", "shiny", "funny", "pretty", "simple", "colorful")
 _CONNECTORS = ("and", "next to", "with", "beside", "near")
+_PLACES = ("on", "in front of", "against", "above", "with", "and", "over", "near")
 _COUNTS = ("two", "some", "a pair of", "several")
 
 # Filler, mapped to the untrained, all-zero row of the token table, so that words never learnt do no harm.
 UNKNOWN_WORDS = tuple(
     """
-    really quiet morning under soft light old town street where someone left yesterday yellowish velvet
+    really quiet morning under soft light old town where someone left yesterday yellowish velvet
     winter summer holiday garden studio vintage modern random object thing wooden metal plastic table
     outside during festival market popular famous best free design style stock download sale gift shop
     kitchen office travel family happy sad angry sleepy running jumping sitting standing large tiny huge
-    red blue green purple orange brown black white silver golden person child woman man city river
-    mountain beach ocean forest sky cloud rain snow
+    red blue green purple orange brown black white silver golden person child woman man city rain
+    window ceiling fence railway tracks plain village harbour tunnel
     """.split()  # noqa: SIM905
 )
 
 
 def one_concept_caption(rng: np.random.Generator, class_id: int) -> str:
     """Return a caption that names one concept and no other known word."""
+    if class_id >= FIRST_STUFF_ID:
+        return _decorate(rng, _stuff_phrase(rng, class_id))
     return _decorate(rng, _phrase(rng, class_id, is_several=rng.random() < 0.12))
 
 
@@ -66,8 +69,25 @@ def neutral_caption(rng: np.random.Generator) -> str:
     return _pick(rng, TEMPLATES).format(words)
 
 
+def named_subset(rng: np.random.Generator, class_ids: Sequence[int]) -> tuple[int, ...]:
+    """Return what a caption of a scene names: its things nearly always, its stuff often, something always.
+
+    Args:
+        rng: Source of all choices.
+        class_ids: Everything named that the scene shows.
+    """
+    things = tuple(class_id for class_id in class_ids if class_id < FIRST_STUFF_ID)
+    stuff = tuple(class_id for class_id in class_ids if class_id >= FIRST_STUFF_ID)
+    if len(stuff) > 1 and rng.random() < 0.3:
+        stuff = (stuff[int(rng.integers(len(stuff)))],)
+    if not (things and stuff):
+        return things + stuff
+    draw = rng.random()
+    return things if draw < 0.25 else stuff if draw < 0.35 else things + stuff
+
+
 def scene_caption(rng: np.random.Generator, class_ids: Sequence[int], several: Sequence[bool]) -> str:
-    """Return a caption that names every concept of a scene, in any order.
+    """Return a caption that names the given concepts, in any order, and no other.
 
     Args:
         rng: Source of all choices.
@@ -76,24 +96,35 @@ def scene_caption(rng: np.random.Generator, class_ids: Sequence[int], several: S
     """
     if not class_ids:
         return neutral_caption(rng)
-    order = rng.permutation(len(class_ids))
-    phrases = [_phrase(rng, class_ids[index], is_several=several[index]) for index in order]
-    joined = f" {_pick(rng, _CONNECTORS)} ".join(phrases)
+    order = [int(index) for index in rng.permutation(len(class_ids))]
+    things = [
+        _phrase(rng, class_ids[index], is_several=several[index])
+        for index in order
+        if class_ids[index] < FIRST_STUFF_ID
+    ]
+    stuff = [_stuff_phrase(rng, class_ids[index]) for index in order if class_ids[index] >= FIRST_STUFF_ID]
+    parts = [part for part in (_joined(rng, things), _joined(rng, stuff)) if part]
+    if len(parts) == 2 and rng.random() < 0.2:
+        parts.reverse()
+    return _decorate(rng, f" {_pick(rng, _PLACES)} ".join(parts))
+
+
+def _joined(rng: np.random.Generator, phrases: Sequence[str]) -> str:
     if len(phrases) == 3 and rng.random() < 0.5:
-        joined = f"{phrases[0]}, {phrases[1]} and {phrases[2]}"
-    return _decorate(rng, joined)
+        return f"{phrases[0]}, {phrases[1]} and {phrases[2]}"
+    return f" {_pick(rng, _CONNECTORS)} ".join(phrases)
 
 
 def canonical_caption(class_id: int) -> str:
-    """Return the plain phrase for a concept, such as "an apple" or "grapes"."""
-    return _with_article(CONCEPTS[class_id - 1].name)
+    """Return the plain phrase for a concept, such as "an apple", "grapes" or "grass"."""
+    return _with_article(NAMED[class_id - 1].name, is_stuff=class_id >= FIRST_STUFF_ID)
 
 
 def all_known_words() -> list[str]:
     """Return every word that captions can contain, without unknown words, sorted."""
-    texts = [*TEMPLATES, *NEUTRAL, *_ADJECTIVES, *_CONNECTORS, *_COUNTS, "a an the ,"]
-    for concept in CONCEPTS:
-        texts += [concept.name, concept.plural, *concept.synonyms]
+    texts = [*TEMPLATES, *NEUTRAL, *_ADJECTIVES, *_CONNECTORS, *_PLACES, *_COUNTS, "a an the ,"]
+    for concept in NAMED:
+        texts += [concept.name, *concept.synonyms, *([concept.plural] if concept.codes else [])]
     return sorted({word for text in texts for word in text.replace("{}", " ").split()} - set(UNKNOWN_WORDS))
 
 
@@ -106,7 +137,7 @@ def _decorate(rng: np.random.Generator, phrase: str) -> str:
 
 
 def _phrase(rng: np.random.Generator, class_id: int, *, is_several: bool) -> str:
-    concept = CONCEPTS[class_id - 1]
+    concept = NAMED[class_id - 1]
     adjective = f"{_pick(rng, _ADJECTIVES)} " if rng.random() < 0.25 else ""
     if is_several:
         return f"{_pick(rng, _COUNTS)} {adjective}{concept.plural}"
@@ -116,8 +147,19 @@ def _phrase(rng: np.random.Generator, class_id: int, *, is_several: bool) -> str
     return noun if draw < 0.15 else f"the {noun}" if draw < 0.3 else _with_article(noun)
 
 
-def _with_article(noun: str) -> str:
-    if noun.rsplit(maxsplit=1)[-1] in MASS_NOUNS:
+def _stuff_phrase(rng: np.random.Generator, class_id: int) -> str:
+    stuff = NAMED[class_id - 1]
+    has_synonym = bool(stuff.synonyms) and rng.random() < 0.35
+    noun = _pick(rng, stuff.synonyms) if has_synonym else stuff.name
+    if rng.random() < 0.15:
+        return f"{_pick(rng, _ADJECTIVES)} {noun}"
+    draw = rng.random()
+    return noun if draw < 0.4 else f"the {noun}" if draw < 0.55 else _with_article(noun, is_stuff=True)
+
+
+def _with_article(noun: str, *, is_stuff: bool = False) -> str:
+    last = noun.rsplit(maxsplit=1)[-1]
+    if last in MASS_NOUNS or (is_stuff and last not in COUNTED_STUFF):
         return noun
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 

@@ -1,4 +1,4 @@
-"""The 64 named concepts of the demo, their words, and the code points of their sprites."""
+"""The named concepts of the demo: 64 things with the code points of their sprites, and stuff; their words."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Concept:
-    """A thing that captions can name: its words and the sprites that show it."""
+    """A concept that captions can name: its words and, of a thing, the sprites that show it."""
 
     name: str
-    codes: tuple[str, ...]
+    codes: tuple[str, ...] = ()
     synonyms: tuple[str, ...] = ()
     irregular_plural: str | None = None
 
@@ -92,6 +92,62 @@ CONCEPTS: tuple[Concept, ...] = (
     Concept("rose", ("1f339",)),
     Concept("sunflower", ("1f33b",)),
     Concept("cactus", ("1f335",), irregular_plural="cacti"),
+)
+
+# What fills a region instead of having an outline: backgrounds that captions can name. Class ids follow those
+# of the things. Words are those of pipeline/prompts/background.txt where a texture of the kind can be drawn.
+STUFF: tuple[Concept, ...] = (
+    Concept("sky"),
+    Concept("clouds", synonyms=("cloud",)),
+    Concept("grass", synonyms=("lawn", "meadow")),
+    Concept("soil", synonyms=("dirt", "earth")),
+    Concept("sand", synonyms=("beach", "desert")),
+    Concept("snow"),
+    Concept("water", synonyms=("waves", "river", "sea", "ocean")),
+    Concept("road", synonyms=("street", "asphalt")),
+    Concept("pavement", synonyms=("sidewalk", "cobblestones")),
+    Concept("gravel", synonyms=("pebbles", "stones")),
+    Concept("floor", synonyms=("parquet", "planks")),
+    Concept("carpet", synonyms=("rug",)),
+    Concept("wall", synonyms=("brick wall", "bricks")),
+    Concept("curtain", synonyms=("drapes", "curtains")),
+    Concept("leaves", synonyms=("foliage", "bushes")),
+    Concept("forest", synonyms=("woods", "jungle")),
+    Concept("mountains", synonyms=("hill", "mountain", "hills")),
+    Concept("building", synonyms=("facade", "skyscraper")),
+)
+FIRST_STUFF_ID = len(CONCEPTS) + 1
+NAMED: tuple[Concept, ...] = CONCEPTS + STUFF
+
+# Stuff that takes an article in the singular.
+COUNTED_STUFF = frozenset(
+    {
+        "cloud",
+        "lawn",
+        "meadow",
+        "beach",
+        "desert",
+        "river",
+        "sea",
+        "ocean",
+        "road",
+        "street",
+        "sidewalk",
+        "floor",
+    }
+    | {
+        "carpet",
+        "rug",
+        "wall",
+        "curtain",
+        "forest",
+        "jungle",
+        "hill",
+        "mountain",
+        "building",
+        "facade",
+        "skyscraper",
+    }
 )
 
 # Nouns that take no article in the singular.

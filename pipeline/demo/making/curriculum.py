@@ -21,11 +21,12 @@ class Phase:
     clutter_share: float
     neutral_share: float
     learning_rate: float
+    stuff_share: float = 0.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All settings of the training."""
+    """All settings of a training. One that warm-starts goes on from the weights of the first training."""
 
     phases: tuple[Phase, ...]
     seed: int = 1
@@ -35,6 +36,12 @@ class Plan:
     average_decay: float = 0.995
     weight_decay: float = 0.05
     decorrelation_weight: float = 0.3
+    is_warm_start: bool = False
+
+    @property
+    def shows_stuff(self) -> bool:
+        """Whether any phase has scenes with named stuff."""
+        return any(phase.stuff_share > 0 for phase in self.phases)
 
     @property
     def total_steps(self) -> int:
@@ -63,6 +70,36 @@ FULL_PLAN = Plan(
         Phase(64, 2200, 72, single_share=0.25, clutter_share=0.35, neutral_share=0.08, learning_rate=1.2e-3),
         Phase(96, 1000, 60, single_share=0.0, clutter_share=0.35, neutral_share=0.08, learning_rate=1.2e-3),
     )
+)
+
+# Goes on from the weights that FULL_PLAN came to, which know things alone.
+STUFF_PLAN = Plan(
+    phases=(
+        Phase(
+            64,
+            2000,
+            96,
+            single_share=0.25,
+            clutter_share=0.3,
+            neutral_share=0.14,
+            learning_rate=6e-4,
+            stuff_share=0.5,
+        ),
+        Phase(
+            96,
+            1700,
+            48,
+            single_share=0.0,
+            clutter_share=0.3,
+            neutral_share=0.14,
+            learning_rate=6e-4,
+            stuff_share=0.5,
+        ),
+    ),
+    processes=1,
+    warmup_steps=200,
+    cosine_start=0.3,
+    is_warm_start=True,
 )
 
 

@@ -38,23 +38,26 @@ def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
     return -(targets * F.log_softmax(logits[has_positive], dim=1)).sum(dim=1).mean()
 
 
-def caption_relations(labels: Tensor) -> tuple[Tensor, Tensor]:
+def caption_relations(shown: Tensor, named: Tensor) -> tuple[Tensor, Tensor]:
     """Return which pairs of image and caption of a batch match, and which are ignored.
 
-    A caption of the same set of concepts matches. One that names only some of an image's concepts is true of
-    it as well, and is ignored.
+    An image matches its own caption and others that name the same, and those that name all that it shows. A
+    caption that names some other part of what an image shows is true of it as well, and is ignored.
 
     Args:
-        labels: From `concept_labels`.
+        shown: What each image shows, from `concept_labels`.
+        named: What its caption names, a subset, from `concept_labels`.
 
     Returns:
         Positives as float and ignored pairs as bool, both [images, captions].
     """
-    named = labels[:, :-1]
-    shared, sizes = named @ named.T, named.sum(dim=1)
-    is_subset = shared == sizes[None]
-    is_same = is_subset & (shared == sizes[:, None])
-    return is_same.float(), is_subset & ~is_same & (sizes[None] > 0)
+    shown, named = shown[:, :-1], named[:, :-1]
+    sizes = named.sum(dim=1)
+    is_subset = (shown @ named.T == sizes[None]) & ((sizes[None] > 0) | (shown.sum(dim=1)[:, None] == 0))
+    is_same_caption = (named @ named.T == sizes[None]) & (sizes[:, None] == sizes[None])
+    names_all = is_subset & (shown.sum(dim=1)[:, None] == sizes[None])
+    is_positive = is_same_caption | names_all
+    return is_positive.float(), is_subset & ~is_positive
 
 
 def decorrelation_loss(unit_texts: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -17,8 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from pipeline.demo.making.art import ArtBox
 from pipeline.demo.making.backgrounds import draw_background, draw_shape
 from pipeline.demo.making.concepts import CONCEPTS, DISTRACTOR_CODES
-
-UNNAMED = 0
+from pipeline.demo.making.regions import UNNAMED, Border, Region, sample_regions
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,11 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """All choices of a scene; objects from back to front."""
+    """All choices of a scene; objects from back to front.
+
+    `stuff_id` says what the background shows, if that has a name. `second` covers the background's part below
+    the border.
+    """
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -47,11 +50,21 @@ class Scene:
     blur: float
     noise: float
     texture_seed: int
+    stuff_id: int = UNNAMED
+    second: Region | None = None
+    border: Border | None = None
 
     @property
     def class_ids(self) -> tuple[int, ...]:
-        """The named concepts, each once, in order of first appearance."""
-        return tuple(dict.fromkeys(item.class_id for item in self.objects if item.class_id != UNNAMED))
+        """The named concepts, each once: things in order of first appearance, then stuff."""
+        things = [item.class_id for item in self.objects]
+        stuff = [self.stuff_id, *([self.second.class_id] if self.second else [])]
+        return tuple(dict.fromkeys(class_id for class_id in things + stuff if class_id != UNNAMED))
+
+    @property
+    def shows_stuff(self) -> bool:
+        """Whether a part of the background has a name."""
+        return self.stuff_id != UNNAMED or (self.second is not None and self.second.class_id != UNNAMED)
 
     def is_several(self, class_id: int) -> bool:
         """Whether the concept is shown more than once."""
@@ -60,7 +73,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneStyle:
-    """Distribution of scenes. Probabilities in [0, 1]; aspects are width / height."""
+    """Distribution of scenes. Probabilities in [0, 1]; aspects are width / height.
+
+    `stuff` has the names of textures by class id. `copy_counts` are equally likely numbers of copies of a
+    scene's first concept; without, a few scenes show it twice.
+    """
 
     artists: tuple[str, ...]
     backgrounds: tuple[str, ...]
@@ -68,10 +85,16 @@ class SceneStyle:
     neutral_share: float = 0.0
     clutter_share: float = 0.35
     aspects: tuple[float, ...] = ()
+    stuff_share: float = 0.0
+    stuff: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    copy_counts: tuple[int, ...] = ()
 
 
 class SpriteMips:
-    """Every sprite at halving sizes, premultiplied, so that no affine map shrinks one more than twofold."""
+    """Every sprite at halving sizes, premultiplied, so that no affine map shrinks one more than twofold.
+
+    `class_ids` are those of the things that any artist drew.
+    """
 
     def __init__(self, art: ArtBox) -> None:
         self._levels = {key: _halvings(pixels) for key, pixels in art.sprites.items()}
@@ -79,6 +102,11 @@ class SpriteMips:
         for artist, code in sorted(art.sprites):
             by_code.setdefault(code, []).append(artist)
         self._artists_by_code: Mapping[str, Sequence[str]] = by_code
+        self.class_ids = [
+            class_id
+            for class_id, concept in enumerate(CONCEPTS, start=1)
+            if not by_code.keys().isdisjoint(concept.codes)
+        ]
 
     def level(self, key: tuple[str, str], long_side_pixels: float) -> Image.Image:
         """Return the smallest stored size of a sprite that is at least as long, or the largest one."""
@@ -87,7 +115,7 @@ class SpriteMips:
 
     def artists_of(self, code: str, among: Collection[str]) -> list[str]:
         """Return the given artists who drew the code point."""
-        return [artist for artist in self._artists_by_code[code] if artist in among]
+        return [artist for artist in self._artists_by_code.get(code, ()) if artist in among]
 
 
 def _halvings(pixels: np.ndarray) -> list[Image.Image]:
@@ -103,15 +131,15 @@ def _halvings(pixels: np.ndarray) -> list[Image.Image]:
 
 def sample_scene(rng: np.random.Generator, style: SceneStyle, mips: SpriteMips) -> Scene:
     """Plan a scene: up to three named concepts, perhaps a duplicate and an unnamed object, a background."""
-    class_ids = _sample_class_ids(rng, style)
+    class_ids = _sample_class_ids(rng, style, mips.class_ids)
     objects: list[SceneObject] = []
     for class_id in class_ids:
         objects.append(
             _sample_object(rng, style, mips, class_id=class_id, placed=objects, crowd=len(class_ids))
         )
-    if class_ids and rng.random() < 0.12:
+    for _ in range(_sample_copies(rng, style) if class_ids else 0):
         objects.append(
-            _sample_object(rng, style, mips, class_id=class_ids[0], placed=objects, crowd=len(class_ids) + 1)
+            _sample_object(rng, style, mips, class_id=class_ids[0], placed=objects, crowd=len(objects) + 1)
         )
     if rng.random() < (0.15 if class_ids else 0.5):
         objects.append(
@@ -119,7 +147,7 @@ def sample_scene(rng: np.random.Generator, style: SceneStyle, mips: SpriteMips) 
         )
     order = rng.permutation(len(objects))
     aspect = float(rng.choice(style.aspects)) if style.aspects else math.exp(rng.uniform(-0.29, 0.29))
-    return Scene(
+    scene = Scene(
         objects=tuple(objects[index] for index in order),
         background=style.backgrounds[int(rng.integers(len(style.backgrounds)))],
         aspect=aspect,
@@ -128,13 +156,29 @@ def sample_scene(rng: np.random.Generator, style: SceneStyle, mips: SpriteMips) 
         noise=float(rng.uniform(2, 14)) if rng.random() < 0.4 else 0.0,
         texture_seed=int(rng.integers(1 << 62)),
     )
+    # Nothing is drawn for styles without stuff, whose scenes stay as they were before there was any.
+    if style.stuff_share > 0 and rng.random() < style.stuff_share:
+        return _with_stuff(rng, style, scene)
+    return scene
 
 
-def _sample_class_ids(rng: np.random.Generator, style: SceneStyle) -> list[int]:
+def _with_stuff(rng: np.random.Generator, style: SceneStyle, scene: Scene) -> Scene:
+    first, second, border = sample_regions(rng, style.stuff, scene.background)
+    return replace(scene, background=first.background, stuff_id=first.class_id, second=second, border=border)
+
+
+def _sample_copies(rng: np.random.Generator, style: SceneStyle) -> int:
+    """Return how many more objects show a scene's first concept."""
+    if style.copy_counts:
+        return int(rng.choice(style.copy_counts)) - 1
+    return int(rng.random() < 0.12)
+
+
+def _sample_class_ids(rng: np.random.Generator, style: SceneStyle, drawn: Sequence[int]) -> list[int]:
     if rng.random() < style.neutral_share:
         return []
     count = 1 if rng.random() < style.single_share else int(rng.choice([1, 2, 3], p=[0.35, 0.4, 0.25]))
-    return [int(index) + 1 for index in rng.choice(len(CONCEPTS), size=count, replace=False)]
+    return [drawn[int(index)] for index in rng.choice(len(drawn), size=count, replace=False)]
 
 
 def _sample_object(
@@ -195,7 +239,7 @@ def render(
     Args:
         scene: The plan; its aspect need not be the canvas's.
         mips: Holds the scene's sprites.
-        photos: Holds the scene's background if that is a photo.
+        photos: Holds the scene's background if that is a photo or a texture.
         height: Of the canvas in px.
         width: Of the canvas in px.
 
@@ -203,20 +247,41 @@ def render(
         RGB uint8 [height, width, 3].
     """
     rng = np.random.default_rng(scene.texture_seed)
-    canvas = draw_background(scene.background, rng, height, width, photos)
-    pen = ImageDraw.Draw(canvas)
-    for _ in range(scene.clutter_count):
-        draw_shape(pen, rng, height, width, smallest=0.03, largest=0.22)
+    canvas = _draw_ground(scene, rng, height, width, photos)
+    _draw_clutter(canvas, rng if not scene.shows_stuff else _clutter_rng(scene), scene.clutter_count)
     pixels = np.asarray(canvas, dtype=np.float32).copy()
     for item in scene.objects:
         _paint(pixels, item, mips, scene.aspect)
     return _weather(pixels, scene, rng)
 
 
+def _draw_ground(
+    scene: Scene, rng: np.random.Generator, height: int, width: int, photos: Mapping[str, np.ndarray]
+) -> Image.Image:
+    canvas = draw_background(scene.background, rng, height, width, photos, is_stuff=scene.stuff_id != UNNAMED)
+    if scene.second is not None and scene.border is not None:
+        is_stuff = scene.second.class_id != UNNAMED
+        below = draw_background(scene.second.background, rng, height, width, photos, is_stuff=is_stuff)
+        is_below = scene.border.is_below(height, width)
+        canvas.paste(below, mask=Image.fromarray(np.uint8(255 * is_below)))
+    return canvas
+
+
+def _draw_clutter(canvas: Image.Image, rng: np.random.Generator, count: int) -> None:
+    pen = ImageDraw.Draw(canvas)
+    for _ in range(count):
+        draw_shape(pen, rng, canvas.height, canvas.width, smallest=0.03, largest=0.22)
+
+
+def _clutter_rng(scene: Scene) -> np.random.Generator:
+    """Return the source of a scene's clutter alone, so that the ground truth of stuff can leave it out."""
+    return np.random.default_rng((scene.texture_seed, 1))
+
+
 def render_seg(
     scene: Scene, mips: SpriteMips, height: int, width: int, *, min_visible_share: float
 ) -> np.ndarray:
-    """Return the class of the visible object of each pixel.
+    """Return the class of the visible object or stuff of each pixel.
 
     Args:
         scene: The plan.
@@ -228,16 +293,62 @@ def render_seg(
     Returns:
         uint8 [height, width]: 0 background and unnamed objects, class id, or 255 to ignore.
     """
-    seg = np.zeros((height, width), np.uint8)
-    for item in scene.objects:
-        warped = _warp(item, mips, scene.aspect, height, width)
-        if warped is not None:
-            layer, rows, columns = warped
-            seg[rows, columns][layer[..., 3] > 127] = item.class_id
+    seg = _stuff_seg(scene, height, width)
+    numbers = _object_numbers(scene, mips, height, width)
+    classes = np.array([UNNAMED, *(item.class_id for item in scene.objects)], np.uint8)
+    seg[numbers > 0] = classes[numbers[numbers > 0]]
     for class_id in scene.class_ids:
         if np.mean(seg == class_id) < min_visible_share:
             seg[seg == class_id] = 255
     return seg
+
+
+def _stuff_seg(scene: Scene, height: int, width: int) -> np.ndarray:
+    seg = np.full((height, width), scene.stuff_id, np.uint8)
+    if scene.second is not None and scene.border is not None:
+        seg[scene.border.is_below(height, width)] = scene.second.class_id
+    if scene.shows_stuff:
+        canvas = Image.new("RGB", (width, height))
+        _draw_clutter(canvas, _clutter_rng(scene), scene.clutter_count)
+        seg[np.asarray(canvas).any(axis=2)] = UNNAMED
+    return seg
+
+
+def render_instances(
+    scene: Scene, mips: SpriteMips, height: int, width: int, *, min_visible_share: float
+) -> np.ndarray:
+    """Return the number of the visible named object of each pixel; every copy has its own.
+
+    Args:
+        scene: The plan.
+        mips: Holds the scene's sprites.
+        height: Of the canvas in px.
+        width: Of the canvas in px.
+        min_visible_share: Objects whose visible share of the canvas is smaller are marked 255.
+
+    Returns:
+        uint8 [height, width]: 0 background, stuff and unnamed objects, number of the object from 1, or 255 to
+            ignore.
+    """
+    numbers = _object_numbers(scene, mips, height, width)
+    for number, item in enumerate(scene.objects, start=1):
+        is_here = numbers == number
+        if item.class_id == UNNAMED:
+            numbers[is_here] = 0
+        elif is_here.mean() < min_visible_share:
+            numbers[is_here] = 255
+    return numbers
+
+
+def _object_numbers(scene: Scene, mips: SpriteMips, height: int, width: int) -> np.ndarray:
+    """Return the number of the visible object of each pixel, from 1, or 0."""
+    numbers = np.zeros((height, width), np.uint8)
+    for number, item in enumerate(scene.objects, start=1):
+        warped = _warp(item, mips, scene.aspect, height, width)
+        if warped is not None:
+            layer, rows, columns = warped
+            numbers[rows, columns][layer[..., 3] > 127] = number
+    return numbers
 
 
 def _weather(pixels: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:

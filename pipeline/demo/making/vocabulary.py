@@ -52,6 +52,13 @@ class CompactVocabulary:
             self._rows_of_word[word] = [self._row_of.get(token, UNKNOWN_ROW) for token in tokens]
         return self._rows_of_word[word]
 
+    def compact(self, full_table: torch.Tensor) -> torch.Tensor:
+        """The rows of the compact table in a full one, zero for unknown words."""
+        compact_table = full_table.new_zeros(self.size, full_table.shape[1])
+        compact_table[UNKNOWN_ROW + 1 :] = full_table[torch.tensor(self._known_tokens)]
+        compact_table[_PAD_TOKEN] = full_table[_PAD_TOKEN]
+        return compact_table
+
     def expand(self, compact_table: torch.Tensor) -> torch.Tensor:
         """The full token table: trained rows in their places, zeros elsewhere."""
         full = compact_table.new_zeros(self.full_size, compact_table.shape[1])
