@@ -133,6 +133,17 @@ LABEL_MAPS = {
 }
 
 
+LABEL_MAP_ERRORS: Columns = {
+    "label maps": "{label_maps}",
+    "wrong at outlines": "{at_outlines:.1%}",
+    "objects missed": "{missed:.1%}",
+    "other class": "{confused:.1%}",
+    "background invented": "{invented:.1%}",
+    "IoU of small objects": "{small_iou:.3f}",
+    "of larger ones": "{large_iou:.3f}",
+}
+
+
 def by_weights(weights: str) -> dict[str, Region]:
     """Return the regions of figures that are measured with old and with new weights."""
     scores, ablation, nested, presence = (
@@ -198,9 +209,11 @@ REGIONS: dict[str, Region] = {
             columns_of("label_maps", LABEL_MAPS),
             sentence(
                 "The student reaches {student_share_of_supervised:.1%} of its twin's mIoU; over the "
-                "pseudo-masks, which are given the classes: {student_minus_masks.signed_percent_half}.",
+                "pseudo-masks, which are given the classes: {student_minus_masks.signed_percent_half}, and "
+                "with the classes known {student_minus_masks_classes_known.signed_percent_half}.",
                 "comparison",
             ),
+            columns_of("errors", LABEL_MAP_ERRORS),
         ],
     ),
     "train-demo-share": Region(

@@ -3,8 +3,8 @@
     python tests/bench/train_demo.py [--scale 1] [--write]
 
 Runs `pipeline.demo.making.train_segmenter`, whose results are the rows: one for each kind of label maps of
-the held-out scenes (mIoU over 64 classes, with and without background), one that compares the segmenters, and
-one with the seconds that each part took.
+the held-out scenes (mIoU over 64 classes, with and without background), one for each kind of errors, one that
+compares the segmenters, and one with the seconds that each part took.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from demo_inputs import demo_files
 from published import figure_parser, recording
 
 MODULE = "pipeline.demo.making.train_segmenter"
+COMPARED = ("student_minus_masks", "student_minus_masks_classes_known", "student_share_of_supervised")
 
 
 def main() -> None:
@@ -36,8 +37,9 @@ def main() -> None:
         result = json.loads((Path(out) / "result.json").read_text())
         for name, scores in result["miou"].items():
             record("label_maps", {"label_maps": name, **scores})
-        compared = ("student_minus_masks", "student_share_of_supervised")
-        record("comparison", {"plan": result["plan"], **{name: result[name] for name in compared}})
+        for name, errors in result["errors"].items():
+            record("errors", {"label_maps": name, **errors})
+        record("comparison", {"plan": result["plan"], **{name: result[name] for name in COMPARED}})
         record("seconds", result["seconds"])
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ from pipeline.demo.making.segmenter_profile import ErrorProfile, error_profile
 from pipeline.demo.making.segmenter_scenes import SceneSplit, scene_split
 from pipeline.demo.making.segmenter_scores import (
     WINDOWED_SIDE,
-    LabelMaps,
     Scores,
     predict,
     read_label_maps,
@@ -57,10 +57,10 @@ from pipeline.training import MaskDataset
 CONFIG = Path(__file__).parent / "train_demo.yaml"
 TARGET_SHARE = 0.8
 NO_CLASS = -100
-TRAINED_ON, WITHOUT_BAND = "masks", "masks-without-band"
+TRAINED_ON, COMPARED_WITH = "masks", "heldout-masks"
 STUDENT, SUPERVISED = "student", "supervised twin"
 KNOWN = "{}, classes known"
-MASKS, BAND_MASKS = KNOWN.format("pseudo-masks"), KNOWN.format("pseudo-masks with a band")
+MASKS = KNOWN.format("pseudo-masks")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Plan:
     """All settings of the training, except the masks."""
 
     scenes: int = 3000
-    views_per_scene: int = 2
-    steps: int = 600
+    views_per_scene: int = 3
+    steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
@@ -178,8 +178,8 @@ def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole
         split = scene_split(plan.scenes, art, cache, plan.seed)
         console.print(f"scenes to train on: {split.origin}")
     with _timed("annotating", times, console):
-        annotate(masks_keys(split, out))
-        annotate(masks_without_band_keys(split, out))
+        annotate(training_keys(split, out))
+        annotate(heldout_keys(split, out))
     with _timed("drawing views", times, console):
         views = draw_views(plan, out / TRAINED_ON, split)
     segmenters = {}
@@ -189,7 +189,7 @@ def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole
         save_file(segmenters[what].state_dict(), out / f"{what.replace(' ', '-')}.safetensors")
     with _timed("scoring", times, console):
         outcome = evaluate(out, split, segmenters)
-    result = _result(plan, split, load_config(CONFIG, masks_keys(split, out)), outcome, times)
+    result = _result(plan, split, load_config(CONFIG, training_keys(split, out)), outcome, times)
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(_table(outcome.scores, split))
     console.print(_profile_table(outcome.profiles))
@@ -207,8 +207,15 @@ class Outcome:
 
 def evaluate(out: Path, split: SceneSplit, segmenters: Mapping[str, Segmenter]) -> Outcome:
     """Compare the pseudo-masks and the segmenters with the ground truth of the held-out scenes."""
-    truth = read_label_maps(_dataset(out / TRAINED_ON, split.heldout, "ground_truth", shuffle=False))
-    found = label_maps(out, split, segmenters, truth)
+    heldout = partial(_dataset, out / COMPARED_WITH, split.heldout, shuffle=False)
+    truth = read_label_maps(heldout("ground_truth"))
+    found = {MASKS: read_label_maps(heldout("label_map"))}
+    images = heldout("ground_truth", transform=whole_image_transform(WINDOWED_SIDE))
+    # The pseudo-masks were made with the captions at hand. So the segmenters predict twice: by themselves,
+    # and with the classes known that the captions mention.
+    tags = {key: np.setdiff1d(np.unique(labels), (0, 255)).tolist() for key, labels in truth.items()}
+    for what, segmenter in segmenters.items():
+        found[what], found[KNOWN.format(what)] = predict(segmenter, images, truth, tags)
     return Outcome(
         scores={name: score(labels, truth) for name, labels in found.items()},
         profiles={
@@ -228,22 +235,21 @@ def draw_views(plan: Plan, masks: Path, split: SceneSplit) -> Views:
     return make_views(scenes, make_segmenter(plan.seed), plan.views_per_scene)
 
 
-def masks_keys(split: SceneSplit, out: Path) -> list[str]:
-    """Return the keys of the job that makes the masks to train on and to compare with."""
-    return [
-        f"input.shards={json.dumps([str(path) for path in (*split.train, *split.heldout)])}",
-        f"prompts.classes={assets.demo_classes_path()}",
-        f"output.dir={out / TRAINED_ON}",
-    ]
+def training_keys(split: SceneSplit, out: Path) -> list[str]:
+    """Return the keys of the job that makes the masks to train on."""
+    return _keys(split.train, out / TRAINED_ON)
 
 
-def masks_without_band_keys(split: SceneSplit, out: Path) -> list[str]:
+def heldout_keys(split: SceneSplit, out: Path) -> list[str]:
     """Return the keys of a job with one threshold: ignored pixels of a band would count as errors."""
+    return [*_keys(split.heldout, out / COMPARED_WITH), "masks.rule=fixed"]
+
+
+def _keys(shards: Sequence[Path], out: Path) -> list[str]:
     return [
-        f"input.shards={json.dumps([str(path) for path in split.heldout])}",
+        f"input.shards={json.dumps([str(path) for path in shards])}",
         f"prompts.classes={assets.demo_classes_path()}",
-        "masks.rule=fixed",
-        f"output.dir={out / WITHOUT_BAND}",
+        f"output.dir={out}",
     ]
 
 
@@ -253,28 +259,6 @@ def annotate(keys: Sequence[str]) -> None:
     done = subprocess.run(command, check=False)  # noqa: S603
     if done.returncode:
         raise SystemExit(done.returncode)
-
-
-def label_maps(
-    out: Path, split: SceneSplit, segmenters: Mapping[str, Segmenter], truth: LabelMaps
-) -> dict[str, LabelMaps]:
-    """Return the label maps of the held-out scenes: pseudo-masks, and what the segmenters predict, by name.
-
-    The pseudo-masks were made with the captions at hand. So the segmenters predict twice: by themselves, and
-    with the classes known that the captions mention, which only rules classes out.
-    """
-    banded = out / TRAINED_ON
-    tags = {key: np.setdiff1d(np.unique(labels), (0, 255)).tolist() for key, labels in truth.items()}
-    found: dict[str, LabelMaps] = {
-        name: read_label_maps(_dataset(folder, split.heldout, "label_map", shuffle=False))
-        for name, folder in ((MASKS, out / WITHOUT_BAND), (BAND_MASKS, banded))
-    }
-    images = _dataset(
-        banded, split.heldout, "ground_truth", transform=whole_image_transform(WINDOWED_SIDE), shuffle=False
-    )
-    for what, segmenter in segmenters.items():
-        found[what], found[KNOWN.format(what)] = predict(segmenter, images, truth, tags)
-    return found
 
 
 def _dataset(out: Path, shards: tuple[Path, ...], target: Any, **options: Any) -> MaskDataset:
