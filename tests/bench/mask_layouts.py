@@ -114,6 +114,13 @@ NESTED = {
     "`newartist`: single captions": percent("single", NEWARTIST),
     "joined caption ": percent("joined", NEWARTIST),
 }
+ACCURACY_UNDER_PERTURBATION = {
+    "map": "{map}",
+    "deletion, most relevant first": both("deletion_positive"),
+    "least first": both("deletion_negative"),
+    "insertion, most relevant first": both("insertion_positive"),
+    "least first ": both("insertion_negative"),
+}
 PRESENCE = {
     "score": "{score}",
     "`heldout`": "{heldout[auroc].span}",
@@ -158,6 +165,14 @@ def by_weights(weights: str) -> dict[str, Region]:
         f"nested-{weights}": Region(
             f"nested_captions-{weights}", [sets_side_by_side("ways", "way", NESTED)], nested
         ),
+        **{
+            f"perturbation-{table}-{weights}": Region(
+                f"perturbation-{weights}",
+                [sets_side_by_side(table, "map", ACCURACY_UNDER_PERTURBATION)],
+                f"python tests/bench/perturbation.py --weights {weights} --write",
+            )
+            for table in ("target", "predicted")
+        },
         f"presence-{weights}": Region(
             f"presence_filters-{weights}", [sets_side_by_side("scores", "score", PRESENCE)], presence
         ),
