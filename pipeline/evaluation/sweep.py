@@ -149,8 +149,8 @@ def as_markdown(scores: Sequence[VariantScores]) -> str:
         lines.append((each.model, each.variant, miou, difference, background, precision, recall))
     scenes = ", ".join(f"{count:,}" for count in sorted({each.scenes for each in scores}))
     notes = (
-        f"Masks as written, {scenes} scenes, in per cent ± half the 95 % interval. Difference: to the model's "
-        "first variant, scenes resampled in pairs.\n"
+        f"Masks as written, {scenes} scenes, in per cent ± half the 95 % interval. Difference: to the "
+        "model's first variant, scenes resampled in pairs.\n"
     )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{notes}"
 
