@@ -64,7 +64,9 @@ def grid_steps_of(masks: MasksConfig, contrast_share: float) -> GridSteps:
         contrast_share: `masks.contrast`, with null resolved.
     """
     contrast = Contrast(contrast_share, masks.contrast_with == "all") if contrast_share else None
-    return GridSteps(filters_of(masks), masks.smooth, contrast, masks.combine == "argmax")
+    # once background texts have taken their share, competing for pixels too would count them twice
+    competes = masks.combine == "argmax" and contrast is None
+    return GridSteps(filters_of(masks), masks.smooth, contrast, competes)
 
 
 def with_centre(steps: GridSteps, texts: Sequence[Ensemble], embedder: TextEmbedder) -> GridSteps:
@@ -194,7 +196,6 @@ def _roles(
     if steps.contrast.with_prompts:
         # no filter rejects a background text
         takes = None if rejected is None else rejected == 0
-    # Background texts that compete do so with the maps that they would have alone.
     return rejected, takes, ~is_background
 
 

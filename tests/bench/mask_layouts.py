@@ -114,13 +114,7 @@ NESTED = {
     "`newartist`: single captions": percent("single", NEWARTIST),
     "joined caption ": percent("joined", NEWARTIST),
 }
-ACCURACY_UNDER_PERTURBATION = {
-    "map": "{map}",
-    "deletion, most relevant first": both("deletion_positive"),
-    "least first": both("deletion_negative"),
-    "insertion, most relevant first": both("insertion_positive"),
-    "least first ": both("insertion_negative"),
-}
+ACCURACY_UNDER_PERTURBATION = {"map": "{map}", **{order: both(test) for order, test in ORDERS.items()}}
 PRESENCE = {
     "score": "{score}",
     "`heldout`": "{heldout[auroc].span}",
