@@ -303,3 +303,16 @@ def test_other_weights_to_go_on_from_are_refused(tmp_path: Path, monkeypatch: py
         train.start_training(
             Plan(phases=(), is_warm_start=True), vocabulary.CompactVocabulary(24), torch.device("cpu")
         )
+
+
+def test_exported_weights_lie_between_the_trained_and_the_first_ones() -> None:
+    vocab = vocabulary.CompactVocabulary(24)
+    first = train.read_first_weights(vocab)
+    trained = {name: weight + 1 for name, weight in first.items()}
+    mixed = train.mixed(trained, vocab, 0.25)
+    table = "token_embedding.weight"
+    is_new = first[table].abs().sum(dim=1) == 0
+    torch.testing.assert_close(mixed["visual.proj"], first["visual.proj"] + 0.75)
+    torch.testing.assert_close(mixed[table][~is_new], first[table][~is_new] + 0.75)
+    assert torch.equal(mixed[table][is_new], trained[table][is_new])
+    assert 40 < is_new.sum() < 90

@@ -26,7 +26,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """All settings of a training. One that warm-starts goes on from the weights of the first training."""
+    """All settings of a training.
+
+    One that warm-starts goes on from the weights of the first training. Its exported weights have a share of
+    these mixed in, which keeps more of what the first training learnt.
+    """
 
     phases: tuple[Phase, ...]
     seed: int = 1
@@ -37,6 +41,7 @@ class Plan:
     weight_decay: float = 0.05
     decorrelation_weight: float = 0.3
     is_warm_start: bool = False
+    exported_first_share: float = 0.0
 
     @property
     def shows_stuff(self) -> bool:
@@ -100,6 +105,7 @@ STUFF_PLAN = Plan(
     warmup_steps=200,
     cosine_start=0.3,
     is_warm_start=True,
+    exported_first_share=0.25,
 )
 
 

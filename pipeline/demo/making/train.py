@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -51,6 +51,8 @@ CPU = torch.device("cpu")
 # What the first training came to (FULL_PLAN, things alone): 819,000 scenes.
 FIRST_WEIGHTS = Path(__file__).parents[3] / "tests/bench/weights/legrad_demo_clip-1.safetensors"
 FIRST_WEIGHTS_SHA256 = "ada1843379f478af64886ca1732c39ca05d1c475e9a3240acdb30adad1acd3d1"
+
+_WORD_TABLE = "token_embedding.weight"
 
 
 def build_model(vocabulary: CompactVocabulary) -> open_clip.CLIP:
@@ -165,14 +167,15 @@ def start_training(plan: Plan, vocabulary: CompactVocabulary, device: torch.devi
     torch.manual_seed(plan.seed)
     model = build_model(vocabulary)
     if plan.is_warm_start:
-        load_first_weights(model, vocabulary)
+        untrained = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        model.load_state_dict(mixed(untrained, vocabulary, 1.0), strict=False)
     model = model.to(device)
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return Training(model, average, make_optimizer(model, plan))
 
 
-def load_first_weights(model: open_clip.CLIP, vocabulary: CompactVocabulary) -> None:
-    """Set a model to the weights of the first training; rows of words that those do not know stay random.
+def read_first_weights(vocabulary: CompactVocabulary) -> dict[str, Tensor]:
+    """Return the weights of the first training in fp32, with a compact token table; words new since are zero.
 
     Raises:
         ValueError: The file of the weights is another.
@@ -181,11 +184,25 @@ def load_first_weights(model: open_clip.CLIP, vocabulary: CompactVocabulary) -> 
     if digest != FIRST_WEIGHTS_SHA256:
         raise ValueError(f"{FIRST_WEIGHTS} has SHA-256 {digest}; expected {FIRST_WEIGHTS_SHA256}")
     weights = {name: weight.float() for name, weight in load_file(FIRST_WEIGHTS).items()}
-    rows = vocabulary.compact(weights["token_embedding.weight"])
-    is_known = rows.abs().sum(dim=1, keepdim=True) > 0
-    is_known[UNKNOWN_ROW] = True
-    weights["token_embedding.weight"] = torch.where(is_known, rows, model.token_embedding.weight.detach())
-    model.load_state_dict(weights, strict=False)
+    weights[_WORD_TABLE] = vocabulary.compact(weights[_WORD_TABLE])
+    return weights
+
+
+def mixed(
+    weights: Mapping[str, Tensor], vocabulary: CompactVocabulary, first_share: float
+) -> dict[str, Tensor]:
+    """Return weights moved towards those of the first training, which know no newer words.
+
+    Args:
+        weights: With a compact token table.
+        vocabulary: Of that table.
+        first_share: Share of the first weights, 0 to 1.
+    """
+    first = read_first_weights(vocabulary)
+    found = {name: weight.lerp(first[name], first_share) for name, weight in weights.items()}
+    is_new = first[_WORD_TABLE].abs().sum(dim=1, keepdim=True) == 0
+    found[_WORD_TABLE] = torch.where(is_new, weights[_WORD_TABLE], found[_WORD_TABLE])
+    return found
 
 
 def train_step(
@@ -288,12 +305,17 @@ def _silent(_: str) -> None:
 
 
 def export(checkpoint: Path, weights_path: Path) -> None:
-    """Write the averaged weights of a checkpoint for open_clip: full token table, fp16, safetensors."""
+    """Write the averaged weights of a checkpoint for open_clip: full token table, fp16, safetensors.
+
+    Those of a warm start are mixed with the weights that it started from.
+    """
     state = torch.load(checkpoint, weights_only=True, map_location=CPU)
     config = json.loads(demo_model_config_path().read_text(encoding="utf-8"))
     vocabulary = CompactVocabulary(config["text_cfg"]["context_length"])
-    weights = dict(state["average"])
-    weights["token_embedding.weight"] = vocabulary.expand(weights["token_embedding.weight"])
+    weights, plan = dict(state["average"]), json.loads(state["plan"])
+    if plan["is_warm_start"]:
+        weights = mixed(weights, vocabulary, plan["exported_first_share"])
+    weights[_WORD_TABLE] = vocabulary.expand(weights[_WORD_TABLE])
     save_file({name: weight.half().contiguous() for name, weight in sorted(weights.items())}, weights_path)
 
 
