@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import legrad
 from pipeline.demo import assets
 from pipeline.demo.making import art, icons, make_shards, textures, train, vocabulary
 from pipeline.demo.making.concepts import CONCEPTS, FIRST_STUFF_ID, NAMED, STUFF
@@ -33,6 +34,8 @@ from pipeline.demo.making.scenes import (
     render_seg,
     sample_scene,
 )
+from pipeline.evaluation.evaluate import evaluate_shards
+from pipeline.prompts.sample_prompts import default_background
 
 GRASS, SKY = (FIRST_STUFF_ID + [stuff.name for stuff in STUFF].index(name) for name in ("grass", "sky"))
 LEVEL = Border(position=0.5, tilt=0.0, amplitude=0.0, turns=1.0, phase=0.0, is_upright=False)
@@ -316,3 +319,44 @@ def test_exported_weights_lie_between_the_trained_and_the_first_ones() -> None:
     torch.testing.assert_close(mixed[table][~is_new], first[table][~is_new] + 0.75)
     assert torch.equal(mixed[table][is_new], trained[table][is_new])
     assert 40 < is_new.sum() < 90
+
+
+def test_the_model_tells_most_of_the_shipped_texts_for_backgrounds_apart() -> None:
+    name = assets.register_demo_model()
+    model = open_clip.create_model(name, pretrained=str(assets.demo_weights_path()))
+    texts = list(default_background())
+    with torch.no_grad():
+        embeddings = model.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True)
+    cosines = (embeddings @ embeddings.T).fill_diagonal_(-1)
+    assert (cosines.amax(dim=1) >= 0.99).sum() <= len(texts) / 2
+
+
+@pytest.mark.slow
+def test_the_model_recognises_and_finds_stuff_that_is_drawn_in_a_way_it_never_saw() -> None:
+    classes = assets.demo_classes_with_stuff_path().read_text(encoding="utf-8").splitlines()
+    found = evaluate_shards(shipped_explainer(), assets.demo_shard_paths("stuff"), classes)
+    last_4 = next(scores for scores in found.maps if scores.method == "LeGrad, last 4")
+    assert last_4.pointing.value > 0.90
+    assert last_4.average_precision.value > 0.82
+    assert found.recognition.top1.value > 0.90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("set_name", "pointing", "average_precision", "top1"),
+    [("heldout", 0.88, 0.76, 0.90), ("newartist", 0.69, 0.62, 0.45), ("thirdartist", 0.75, 0.63, 0.38)],
+)
+def test_things_are_found_as_well_as_before_there_was_stuff(
+    set_name: str, pointing: float, average_precision: float, top1: float
+) -> None:
+    found = evaluate_shards(shipped_explainer(), assets.demo_shard_paths(set_name), assets.demo_classes())
+    last_4 = next(scores for scores in found.maps if scores.method == "LeGrad, last 4")
+    assert last_4.pointing.value > pointing
+    assert last_4.average_precision.value > average_precision
+    assert found.recognition.top1.value > top1
+
+
+def shipped_explainer() -> legrad.LeGrad:
+    return legrad.LeGrad.from_open_clip(
+        assets.register_demo_model(), str(assets.demo_weights_path()), layers=4
+    )
