@@ -115,7 +115,7 @@ def train(plan: Plan, views: Views, teacher: str, console: PrintableConsole, wha
         losses.append(loss.item())
         if step % 100 == 0 or step == plan.steps:
             console.print(f"{what}: step {step} of {plan.steps}, loss {np.mean(losses[-100:]):.3f}")
-    return segmenter.eval()
+    return segmenter.to(memory_format=torch.contiguous_format).eval()
 
 
 def _loss(decoder: Decoder, batch: Views, labels: Tensor, class_weight: float) -> Tensor:
