@@ -67,7 +67,7 @@ class Plan:
 
     scenes: int = 3000
     views_per_scene: int = 3
-    steps: int = 1000
+    steps: int = 1200
     batch_size: int = 16
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
