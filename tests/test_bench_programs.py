@@ -51,3 +51,15 @@ def test_a_variant_of_the_masks_is_scored_beside_the_default():
     assert default["difference"]["value"] == 0
     assert plain["mean_iou"]["value"] < default["mean_iou"]["value"]
     assert plain["map_average_precision"]["value"] < default["map_average_precision"]["value"]
+
+
+def test_perturbation_scores_every_map_for_the_classes_shown_and_for_the_class_predicted():
+    rows = rows_of("perturbation.py", "--sets=heldout", "--scenes=1")
+    by_table = {table: [row for row in rows if row["table"] == table] for table in ("target", "predicted")}
+    names = [row["map"] for row in by_table["target"]]
+    assert names == [row["map"] for row in by_table["predicted"]]
+    assert {"LeGrad, last 4", "LeGrad, last 4, keys", "LeGrad, last 4, contrast", "NACLIP", "random"} <= set(
+        names
+    )
+    assert {row["pairs"] for row in by_table["predicted"]} == {1}
+    assert all(0 <= row["deletion_positive"]["value"] <= 1 for row in rows)

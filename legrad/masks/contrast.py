@@ -33,8 +33,8 @@ def contrasted_grids(
         relevance_grids: raw relevance of all texts of an image, as `LeGrad.relevance` returns them for a
             batch. A grid with NaN or infinity takes nothing from others.
         weights: weight from 0 to 1 with which text q, the last index, takes from text p; see
-            `text_distances`. A text that takes nothing has a column of zeros, one that loses nothing a row of
-            zeros. What a text would take from itself does not count. None: all weights are 1.
+            `text_distances`. A text that takes nothing has a column of zeros. What a text would take from
+            itself does not count. None: all weights are 1.
         share: share from 0 to 1 of the strongest other grid; at 0 the grids are returned as they are.
 
     Returns:
@@ -121,7 +121,6 @@ def contrasted_by_image(
     share: float = 0.6,
     centre: Float[Tensor, " embed_dim"] | None = None,
     takes: Bool[Tensor, " maps"] | None = None,
-    loses: Bool[Tensor, " maps"] | None = None,
 ) -> Float[Tensor, "maps grid_height grid_width"]:
     """Apply `contrasted_grids` to images with different numbers of texts, weighted by `text_distances`.
 
@@ -134,7 +133,6 @@ def contrasted_by_image(
         share: see `contrasted_grids`.
         centre: see `text_distances`.
         takes: for each grid whether its text takes from others; None: all do.
-        loses: for each grid whether others take from it; None: all do.
 
     Returns:
         Contrasted grids in float32, or in float64 if the given ones are.
@@ -153,8 +151,6 @@ def contrasted_by_image(
         is_weighed = group.is_text[:, None, :]
         if takes is not None:
             is_weighed = is_weighed & takes[group.rows][:, None, :]
-        if loses is not None:
-            is_weighed = is_weighed & loses[group.rows][:, :, None]
         weights = text_distances(unit_rows[group.rows], centre) * is_weighed
         of_images = contrasted_grids(relevance_grids[group.rows], weights, share=share)
         contrasted.append(of_images.flatten(0, 1).index_select(0, group.places))

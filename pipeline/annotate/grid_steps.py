@@ -64,7 +64,9 @@ def grid_steps_of(masks: MasksConfig, contrast_share: float) -> GridSteps:
         contrast_share: `masks.contrast`, with null resolved.
     """
     contrast = Contrast(contrast_share, masks.contrast_with == "all") if contrast_share else None
-    return GridSteps(filters_of(masks), masks.smooth, contrast, masks.combine == "argmax")
+    # once background texts have taken their share, competing for pixels too would count them twice
+    competes = masks.combine == "argmax" and contrast is None
+    return GridSteps(filters_of(masks), masks.smooth, contrast, competes)
 
 
 def with_centre(steps: GridSteps, texts: Sequence[Ensemble], embedder: TextEmbedder) -> GridSteps:
@@ -158,7 +160,7 @@ def batch_grids(
             texts.unit_rows[uploaded(torch.from_numpy(kept), grids.device)], texts.similarities[kept]
         )
     peaks = mask_grids.amax((1, 2))
-    rejected, takes, loses = _roles(grids, texts.similarities, owners, kinds, steps)
+    rejected, takes = _roles(grids, texts.similarities, owners, kinds, steps)
     mask_grids = smoothed_grids(mask_grids, steps.smooth)
     if steps.contrast is not None:
         mask_grids = contrasted_by_image(
@@ -168,7 +170,6 @@ def batch_grids(
             share=steps.contrast.share,
             centre=steps.contrast.centre,
             takes=takes,
-            loses=loses,
         )
     batch = BatchGrids(grids, mask_grids, peaks, rejected, owners)
     return batch if steps.backgrounds_compete else batch.at(kinds == PROMPT)
@@ -176,10 +177,10 @@ def batch_grids(
 
 def _roles(
     grids: torch.Tensor, similarities: np.ndarray, owners: torch.Tensor, kinds: np.ndarray, steps: GridSteps
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return for each grid, on the device: which filter rejects it, whether it takes, whether it loses."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return for each grid, on the device: which filter rejects it, and whether it takes from others."""
     if not (steps.filters.reject or steps.contrast):
-        return None, None, None
+        return None, None
     columns = [similarities, owners.numpy(), kinds == BACKGROUND]
     sims, owner_column, background_column = sent(
         [column.astype(np.float64) for column in columns], grids.device
@@ -189,13 +190,12 @@ def _roles(
     if steps.filters.reject:
         rejected = rejections(steps.filters, grids, sims, owner_column.long(), is_background)
     if steps.contrast is None:
-        return rejected, None, None
+        return rejected, None
     takes: torch.Tensor | None = is_background
     if steps.contrast.with_prompts:
         # no filter rejects a background text
         takes = None if rejected is None else rejected == 0
-    # Background texts that compete do so with the maps that they would have alone.
-    return rejected, takes, ~is_background
+    return rejected, takes
 
 
 def _without_claimed_patches(

@@ -45,8 +45,8 @@ class MasksConfig(Section):
     combine: Literal["independent", "argmax"] = Field(
         "independent",
         description="How the masks of an image relate. independent: each prompt by itself, so masks may "
-        "overlap. argmax: the prompts and the background texts compete for each pixel; a pixel that no map "
-        "raises above the threshold is background.",
+        "overlap. argmax: the prompts compete for each pixel, and so do the background texts where "
+        "masks.contrast is 0; a pixel that no map raises above the threshold is background.",
     )
     smooth: float = Field(
         0.6,

@@ -184,10 +184,10 @@ class PromptsConfig(Section):
     )
     background: Literal["none", "default"] | tuple[Text, ...] = Field(
         "none",
-        description="Texts of what is usually behind things. They compete with the prompts for pixels under "
-        "masks.combine argmax, take relevance from them by masks.contrast, and count for masks.min_lead. "
-        "none; default: the list in the package; or your own list. Texts that name one of the classes are "
-        "skipped; of texts with equal embeddings, the first one is taken.",
+        description="Texts of what is usually behind things. They take relevance from the prompts by "
+        "masks.contrast; where that is 0, they compete with them for pixels under masks.combine argmax. They "
+        "count for masks.min_lead. none; default: the list in the package; or your own list. Texts that name "
+        "one of the classes are skipped; of texts with equal embeddings, the first one is taken.",
     )
     max_background: PositiveInt = Field(
         4,

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from pydantic import ValidationError
 
 import legrad
+from legrad.method.affinity import Affinity
 from legrad.quality import metrics
 from pipeline import storage
 from pipeline.annotate.model import describe_model, is_built_in, load_explainer
@@ -45,7 +46,9 @@ class EvaluationOptions:
 
     Attributes:
         layers: LeGrad is scored for each of these numbers of last blocks, and for all blocks.
-        configured_layers: the number of blocks that a job used; it is scored as well, and marked.
+        configured_layers: the number of blocks that a job used; it is scored as well, with and without
+            affinity, and marked.
+        configured_affinity: the job's `model.affinity`.
         class_template: prompt for a class; {} is replaced by its name.
         label: name of the model in tables and plots.
         seed: of the random maps and of the bootstrap.
@@ -55,6 +58,7 @@ class EvaluationOptions:
 
     layers: tuple[int, ...] = (1, 2, 4)
     configured_layers: int | Literal["all"] | None = None
+    configured_affinity: Affinity = "none"
     class_template: str = "a photo of a {}"
     label: str = "the model"
     seed: int = 0
@@ -104,6 +108,7 @@ def evaluate_output(
     )
     options = EvaluationOptions(
         configured_layers=model.layers,
+        configured_affinity=model.affinity,
         label=describe_model(model),
         perturbed_scenes=perturbed_scenes,
     )
@@ -180,10 +185,14 @@ def evaluate_scenes(
     configured = (
         min(options.configured_layers, depth) if isinstance(options.configured_layers, int) else depth
     )
-    configured_name = None if options.configured_layers is None else legrad_name(configured, depth)
+    has_job, affinity = options.configured_layers is not None, options.configured_affinity
+    configured_name = legrad_name(configured, depth, affinity) if has_job else None
     layer_counts = {count for count in (*options.layers, configured, depth) if count <= depth}
+    spread_layers = configured if has_job else max(layer_counts - {depth}, default=depth)
     class_texts = [options.class_template.format(name) for name in class_names or ()]
-    evaluator = MapEvaluator(explainer, class_texts, sorted(layer_counts), options.seed)
+    evaluator = MapEvaluator(
+        explainer, class_texts, sorted(layer_counts), options.seed, spread_layers=spread_layers
+    )
     decoded = _decoded(scenes, explainer, settings, omitted)
     batches: list[MeasuredScenes] = []
     perturbed_left = options.perturbed_scenes

@@ -11,11 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import legrad
+from legrad.inputs import as_ragged
+from legrad.method.affinity import Affinity, spread_along_keys
+from legrad.method.relevance import relevance_grids
 from legrad.method.trace import Trace, trace_images
 from legrad.quality.baselines import baseline_grids
 from pipeline.errors import UserError
 from pipeline.evaluation.map_scores import DecodedScene, MapMetrics, measure_maps
-from pipeline.evaluation.perturbation import PerturbedOutputs, perturb
+from pipeline.evaluation.perturbation import PerturbedOutputs, joined_outputs, perturb
 from pipeline.shards.ground_truth import Scene
 
 
@@ -42,9 +45,49 @@ class MeasuredScenes:
     perturbed: PerturbedOutputs | None
 
 
-def legrad_name(layers: int, depth: int) -> str:
+def legrad_name(layers: int, depth: int, affinity: Affinity = "none") -> str:
     """Return the name of LeGrad's maps over the last `layers` of `depth` blocks."""
-    return f"LeGrad, all {depth}" if layers == depth else f"LeGrad, last {layers}"
+    blocks = f"all {depth}" if layers == depth else f"last {layers}"
+    return f"LeGrad, {blocks}" if affinity == "none" else f"LeGrad, {blocks}, {affinity}"
+
+
+def legrad_grids(
+    explainer: legrad.LeGrad,
+    trace: Trace,
+    texts: Float[Tensor, "pairs embed_dim"],
+    image_index: Int[Tensor, " pairs"],
+    layer_counts: Sequence[int],
+    *,
+    spread_layers: int,
+) -> dict[str, Float[Tensor, "pairs grid_height grid_width"]]:
+    """Compute raw relevance over several numbers of last blocks, whatever the explainer's own options.
+
+    Args:
+        explainer: the model.
+        trace: the encoded images, with every block and with keys.
+        texts: unit rows of the prompts.
+        image_index: for each prompt the row of its image.
+        layer_counts: numbers of last blocks.
+        spread_layers: number of last blocks whose relevance is also spread along the keys.
+
+    Returns:
+        Grids by `legrad_name`.
+    """
+    prompts = as_ragged(trace.image_features, texts, image_index)
+    per_layer = relevance_grids(
+        explainer.tower,
+        trace,
+        prompts.unit_rows,
+        prompts.image_index,
+        scoring=explainer.scoring,
+        one_by_one=prompts.one_by_one,
+    )
+    from_last, depth = per_layer.flip(0).cumsum(dim=0), len(per_layer)
+    maps = {legrad_name(count, depth): from_last[count - 1] for count in layer_counts}
+    if trace.unit_keys is not None:
+        spread = spread_along_keys(from_last[spread_layers - 1], trace.unit_keys, prompts.image_index)
+        maps[legrad_name(spread_layers, depth, "keys")] = spread
+    return maps
 
 
 class MapEvaluator:
@@ -55,14 +98,22 @@ class MapEvaluator:
         class_texts: prompts of class ids 1, 2, ...; without any, recognition is not measured.
         layer_counts: LeGrad is measured for each of these numbers of last blocks.
         seed: of the random maps.
+        spread_layers: number of last blocks for which LeGrad is also measured with `affinity="keys"`.
     """
 
     def __init__(
-        self, explainer: legrad.LeGrad, class_texts: Sequence[str], layer_counts: Sequence[int], seed: int
+        self,
+        explainer: legrad.LeGrad,
+        class_texts: Sequence[str],
+        layer_counts: Sequence[int],
+        seed: int,
+        *,
+        spread_layers: int,
     ) -> None:
         self._explainer = explainer
         self._class_embeddings = explainer.embed_text(class_texts)
         self._layer_counts = layer_counts
+        self._spread_layers = spread_layers
         self._generator = torch.Generator().manual_seed(seed)
 
     def measure(self, batch: Sequence[DecodedScene], perturbed_scenes: int = 0) -> MeasuredScenes:
@@ -79,7 +130,8 @@ class MapEvaluator:
         present = np.stack([_present(decoded.scene, len(self._class_embeddings)) for decoded in batch])
         pixels = torch.from_numpy(np.stack([decoded.pixels for decoded in batch])).to(explainer.device)
         images = explainer.transform.normalise(pixels, explainer.dtype)
-        trace = trace_images(explainer.tower, images, len(explainer.tower.blocks), explainer.scoring)
+        depth = len(explainer.tower.blocks)
+        trace = trace_images(explainer.tower, images, depth, explainer.scoring, keep_keys=True)
         scene_of_pair = np.repeat(np.arange(len(batch)), [len(decoded.objects) for decoded in batch])
         texts = explainer.embed_text(
             [decoded.scene.captions[index] for decoded in batch for index in decoded.objects]
@@ -121,9 +173,9 @@ class MapEvaluator:
         image_index: Int[Tensor, " pairs"],
     ) -> dict[str, Float[Tensor, "pairs grid_height grid_width"]]:
         explainer = self._explainer
-        per_layer = explainer.relevance(trace, texts, image_index, per_layer=True)
-        from_last = per_layer.flip(0).cumsum(dim=0)
-        maps = {legrad_name(count, len(per_layer)): from_last[count - 1] for count in self._layer_counts}
+        maps = legrad_grids(
+            explainer, trace, texts, image_index, self._layer_counts, spread_layers=self._spread_layers
+        )
         return maps | baseline_grids(
             explainer.tower, trace, texts, image_index, generator=self._generator, images=images
         )
@@ -158,11 +210,5 @@ def joined(batches: Sequence[MeasuredScenes]) -> MeasuredScenes:
         class_of_pair=np.concatenate([batch.class_of_pair for batch in batches]),
         class_scores=np.concatenate([batch.class_scores for batch in batches]),
         present=np.concatenate([batch.present for batch in batches]),
-        perturbed=PerturbedOutputs(
-            np.concatenate([outputs.cosines for outputs in perturbed], axis=-1),
-            np.concatenate([outputs.hits for outputs in perturbed], axis=-1),
-            np.concatenate([outputs.scene_of_pair for outputs in perturbed]),
-        )
-        if perturbed
-        else None,
+        perturbed=joined_outputs(perturbed) if perturbed else None,
     )

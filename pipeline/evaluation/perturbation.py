@@ -86,6 +86,15 @@ def perturb(
     return found
 
 
+def joined_outputs(batches: Sequence[PerturbedOutputs]) -> PerturbedOutputs:
+    """Join the outputs of batches, at least one, whose scenes are numbered consecutively."""
+    return PerturbedOutputs(
+        np.concatenate([outputs.cosines for outputs in batches], axis=-1),
+        np.concatenate([outputs.hits for outputs in batches], axis=-1),
+        np.concatenate([outputs.scene_of_pair for outputs in batches]),
+    )
+
+
 def _steps(methods: int) -> list[tuple[tuple[int, int], int]]:
     """Return (method, test) and share, without the steps that are the same for every method."""
     return [

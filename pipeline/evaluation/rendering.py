@@ -25,7 +25,11 @@ from pipeline.evaluation.result import (
 
 CURVES_PER_LINE = 3
 # Tol's muted colours, which most eyes distinguish
-BASELINE_COLOURS = ("#117733", "#ddaa33", "#882255", "#44aa99", "#aa4499", "#999933", "#888888", "#332288")
+BASELINE_COLOURS = (
+    *("#117733", "#ddaa33", "#882255", "#44aa99", "#aa4499", "#999933", "#888888", "#332288"),
+    *("#88ccee", "#cc6677"),
+)
+OWN_DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1, 1, 1)))
 OWN_COLOUR, OTHER_COLOUR, CONFIGURED_COLOUR = "#4477aa", "#bbbbbb", "#cc3311"
 PANEL_WIDTH_IN, ROW_HEIGHT_IN, CURVE_HEIGHT_IN = 3.4, 0.24, 2.6
 DOTS_PER_INCH = 120
@@ -289,7 +293,7 @@ def _colour(method: str, configured: bool) -> str:
 def _line(method: str, configured: bool, maps: Sequence[MapScores]) -> dict[str, Any]:
     """Return the style of a line: dashes distinguish LeGrad's methods, colours the baselines."""
     if method.startswith("LeGrad"):
-        dashes = ("-", "--", ":", "-.")[[scores.method for scores in maps].index(method) % 4]
+        dashes = OWN_DASHES[[scores.method for scores in maps].index(method) % len(OWN_DASHES)]
         return {"color": _colour(method, configured), "linestyle": dashes, "linewidth": 1.6}
     others = [scores.method for scores in maps if not scores.method.startswith("LeGrad")]
     return {"color": BASELINE_COLOURS[others.index(method) % len(BASELINE_COLOURS)], "linewidth": 0.9}

@@ -140,7 +140,7 @@ def score_variant(variant: Variant, written: WrittenMasks, first: WrittenMasks |
 
 def as_markdown(scores: Sequence[VariantScores]) -> str:
     """Return a table: percent, and half the width of the 95 % interval."""
-    columns = ("model", "variant", "mIoU", "to the first", "with background", "precision", "recall")
+    columns = ("model", "variant", "mIoU", "difference", "with background", "precision", "recall")
     lines = [columns, ("---",) * len(columns)]
     for each in scores:
         shown = (each.mean_iou, each.mean_iou_with_background, each.precision, each.recall)
@@ -148,7 +148,10 @@ def as_markdown(scores: Sequence[VariantScores]) -> str:
         difference = _percent(each.difference, sign="+")
         lines.append((each.model, each.variant, miou, difference, background, precision, recall))
     scenes = ", ".join(f"{count:,}" for count in sorted({each.scenes for each in scores}))
-    notes = f"Masks as written, {scenes} scenes; ± half the 95 % interval over scenes; the first: in pairs.\n"
+    notes = (
+        f"Masks as written, {scenes} scenes, in per cent ± half the 95 % interval. Difference: to the "
+        "model's first variant, scenes resampled in pairs.\n"
+    )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{notes}"
 
 

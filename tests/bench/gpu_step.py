@@ -141,7 +141,7 @@ class Step:
 def masks_beside(threads: int) -> Iterator[None]:
     """Cut masks from maps in some threads of this process while the body runs."""
     done = threading.Event()
-    stack = HeatmapStack(torch.rand(1, 224, 224), IMAGE_HEIGHT, IMAGE_WIDTH, None)
+    stack = HeatmapStack(torch.rand(1, 224, 224).numpy(), IMAGE_HEIGHT, IMAGE_WIDTH, None)
 
     def cut() -> None:
         while not done.is_set():

@@ -114,6 +114,7 @@ NESTED = {
     "`newartist`: single captions": percent("single", NEWARTIST),
     "joined caption ": percent("joined", NEWARTIST),
 }
+ACCURACY_UNDER_PERTURBATION = {"map": "{map}", **{order: both(test) for order, test in ORDERS.items()}}
 PRESENCE = {
     "score": "{score}",
     "`heldout`": "{heldout[auroc].span}",
@@ -169,6 +170,14 @@ def by_weights(weights: str) -> dict[str, Region]:
         f"nested-{weights}": Region(
             f"nested_captions-{weights}", [sets_side_by_side("ways", "way", NESTED)], nested
         ),
+        **{
+            f"perturbation-{table}-{weights}": Region(
+                f"perturbation-{weights}",
+                [sets_side_by_side(table, "map", ACCURACY_UNDER_PERTURBATION)],
+                f"python tests/bench/perturbation.py --weights {weights} --write",
+            )
+            for table in ("target", "predicted")
+        },
         f"presence-{weights}": Region(
             f"presence_filters-{weights}", [sets_side_by_side("scores", "score", PRESENCE)], presence
         ),

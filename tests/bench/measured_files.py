@@ -15,6 +15,7 @@ import ast
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def imported_names(path: Path) -> Iterator[str]:
 
 def digest(path: Path) -> str:
     """Return a digest of what counts in a file."""
+    return _digest_of(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _digest_of(path: Path, _mtime_ns: int) -> str:
     content = path.read_bytes()
     if path.suffix == ".py":
         content = repr(_what_counts(ast.parse(content))).encode()
@@ -109,6 +115,7 @@ def _what_counts(value: Any) -> Any:
     return type(value).__name__, counted
 
 
+@cache
 def _import_graph(root: Path) -> grimp.ImportGraph:
     sys.path.insert(0, str(root))
     try:

@@ -15,7 +15,7 @@ from legrad.masks.contrast import contrasted_by_image, contrasted_grids, text_di
 GRID, DIM = (3, 4), 6
 
 
-def oracle(grids, images, rows, share, *, others=None, takes=None, loses=None):
+def oracle(grids, images, rows, share, *, others=None, takes=None):
     """The formula, text by text and cell by cell."""
     grids, rows = grids.double().numpy(), rows.double().numpy()
     others = None if others is None else others.double().numpy()
@@ -25,8 +25,6 @@ def oracle(grids, images, rows, share, *, others=None, takes=None, loses=None):
     ]
     result = grids.copy()
     for p in range(len(grids)):
-        if loses is not None and not loses[p]:
-            continue
         strongest = np.zeros(grids.shape[1:])
         for q in range(len(grids)):
             if q == p or images[q] != images[p] or (takes is not None and not takes[q]):
@@ -64,7 +62,6 @@ def test_each_text_loses_a_share_of_the_strongest_other_text_of_its_image(counts
     others = F.normalize(torch.from_numpy(generator.normal(size=(5, DIM))), dim=1)
     options = {
         "takes": flags(generator, len(grids)),
-        "loses": flags(generator, len(grids)),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contrast, "MAX_VALUES", values)

@@ -214,8 +214,12 @@ def test_every_method_is_scored_on_every_prompt_and_the_configured_one_is_marked
         "LeGrad, last 1",
         "LeGrad, last 2",
         f"LeGrad, all {LAYERS}",
+        "LeGrad, last 2, keys",
         "GradCAM, last block",
         "patch-text similarity",
+        "MaskCLIP",
+        "SCLIP",
+        "NACLIP",
         "mean-query attention",
         "CLS attention",
         "attention rollout",
@@ -224,6 +228,16 @@ def test_every_method_is_scored_on_every_prompt_and_the_configured_one_is_marked
     ]
     assert [scores.method for scores in result.maps if scores.configured] == ["LeGrad, last 2"]
     assert (result.scenes, result.pairs, result.omitted) == (5, 8, {})
+
+
+def test_a_job_with_affinity_is_marked_at_maps_that_are_those_of_its_explainer(explainer, shard):
+    spread = legrad.LeGrad(explainer.model, tokenizer=explainer.tokenizer, layers=2, affinity="keys")
+    options = EvaluationOptions(configured_layers=2, configured_affinity="keys")
+    result = evaluate_shards(spread, [shard], options=options)
+    (configured,) = [scores for scores in result.maps if scores.configured]
+    assert configured.method == "LeGrad, last 2, keys"
+    for name, expected in figures_by_hand(spread, shard).items():
+        assert getattr(configured, name).value == pytest.approx(expected, abs=2e-4), name
 
 
 def test_maps_that_ignore_the_prompt_prefer_their_object_half_of_the_time(explainer, shard):

@@ -1,11 +1,15 @@
 """AP of instances: perfect ones, merged ones, what does not count, and the command from end to end."""
 
+import io
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pipeline.evaluation.mask_scores import WrittenMasks, score_written_masks
+from pipeline.evaluation.rendering import render_evaluation
+from pipeline.evaluation.result import EvaluationResult
 from pipeline.evaluation.scene_masks import score_scene
 from pipeline.shards.ground_truth import Scene, scene_of
 from pipeline.shards.sample_error import SampleError
@@ -86,6 +90,20 @@ def test_without_instances_in_the_truth_nothing_is_scored():
     scene = Scene("key", 0, b"", ("dogs",), (7,), LABELS)
     written = WrittenMasks((score_scene(scene, [row(0, FIRST)], "captions"),), 0, 0, ())
     assert score_written_masks(written).instances == ()
+
+
+def test_the_command_prints_both_kinds_with_their_average_precision():
+    scene = Scene("key", 0, b"", ("dogs", "a car"), (7, 9), LABELS, instance_map=INSTANCES)
+    rows = [with_instances(0, FIRST, SECOND), with_instances(1, CAR)]
+    written = score_written_masks(WrittenMasks((score_scene(scene, rows, "captions"),), 0, 0, ()))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render_evaluation(EvaluationResult("a model", 1, 2, {}, (), written=written)))
+    text = console.export_text()
+    assert "Instances: 3 in the ground truth" in text
+    kinds = ("instances", "connected parts")
+    assert [name for line in text.splitlines() if (name := line.strip().partition("  ")[0]) in kinds] == [
+        *kinds
+    ]
 
 
 def raw(instances: bytes) -> RawSample:

@@ -21,6 +21,7 @@ from pipeline.config.load import config_hash, known_keys, parse_config
 from pipeline.config.row_keys import describe_differences, row_keys
 from pipeline.errors import SampleFailure, UserError
 from pipeline.prompts.sample_prompts import SamplePrompts, job_companions, with_files_read
+from tests.helpers.corpus import demo_job
 
 GRID = (3, 4)
 PATCH = 4
