@@ -14,7 +14,7 @@ from torchvision.ops import Conv2dNormActivation
 from pipeline.demo import assets
 from pipeline.demo.making.captions import canonical_caption
 
-INPUT_SIDE = 96
+INPUT_SIDE, PATCH_SIDE = 96, 8
 BLOCKS = (1, 3, 5)
 TOWER_WIDTH = 192
 DECODER_WIDTH = 64

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from legrad import Refinement, dilations_for_patch, refine_heatmaps
 from legrad.quality.label_metrics import (
     OverlapTable,
     bootstrap_difference,
@@ -20,7 +22,7 @@ from legrad.quality.label_metrics import (
     tabulate_overlaps,
 )
 from legrad.quality.metrics import Estimate
-from pipeline.demo.making.segmenter import INPUT_SIDE, PixelScores, Segmenter
+from pipeline.demo.making.segmenter import INPUT_SIDE, PATCH_SIDE, PixelScores, Segmenter
 from pipeline.output.label_map import BACKGROUND_LABEL, IGNORED_LABEL
 from pipeline.training import MaskDataset, collate
 
@@ -98,13 +100,22 @@ def predict(
     every_class = range(1, 1 + len(segmenter.texts))
     alone, told = {}, {}
     for batch in DataLoader(images, batch_size=32, collate_fn=_images_and_keys):
-        for key, foreground, classes in zip(
-            batch["key"], *windowed_scores(segmenter, batch["image"]), strict=True
-        ):
+        scores = windowed_scores(segmenter, batch["image"])
+        shown = refined_foreground(batch["image"], scores.foreground)
+        for key, foreground, classes in zip(batch["key"], shown, scores.classes, strict=True):
             size = truth[key].shape
             alone[key] = _label_map(foreground, classes, every_class, size)
             told[key] = _label_map(foreground, classes, tags[key], size)
     return alone, told
+
+
+def refined_foreground(
+    images: Float[Tensor, "batch 3 side side"], foreground: Float[Tensor, "batch 1 _ _"]
+) -> Float[Tensor, "batch side side"]:
+    """Return the probability of foreground, made to follow the edges of the images as pseudo-masks are."""
+    likely = F.interpolate(foreground, size=images.shape[-2:], mode="bilinear", align_corners=False).sigmoid()
+    refinement = Refinement(kernel="par", dilations=dilations_for_patch(PATCH_SIDE))
+    return refine_heatmaps(images, likely[:, 0], refinement=refinement)
 
 
 def windowed_scores(segmenter: Segmenter, images: Tensor) -> PixelScores:
@@ -154,9 +165,9 @@ def _label_map(
     labels = torch.tensor(allowed, dtype=torch.uint8)
     shown, scores = (
         F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
-        for maps in (foreground, classes[labels.long() - 1])
+        for maps in (foreground[None], classes[labels.long() - 1])
     )
-    return torch.where(shown[0] > 0, labels[scores.argmax(dim=0)], BACKGROUND_LABEL).numpy()
+    return torch.where(shown[0] > 0.5, labels[scores.argmax(dim=0)], BACKGROUND_LABEL).numpy()
 
 
 def _images_and_keys(samples: Sequence[dict[str, object]]) -> dict[str, object]:

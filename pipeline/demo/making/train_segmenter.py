@@ -44,8 +44,6 @@ from pipeline.demo.making.segmenter_scores import (
     score,
 )
 from pipeline.demo.making.segmenter_views import (
-    GROUND_TRUTH,
-    PSEUDO_MASKS,
     Views,
     ViewTransform,
     make_views,
@@ -69,7 +67,7 @@ class Plan:
 
     scenes: int = 3000
     views_per_scene: int = 3
-    steps: int = 1000
+    steps: int = 1200
     batch_size: int = 16
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
@@ -87,13 +85,13 @@ class Plan:
         )
 
 
-def train(plan: Plan, views: Views, teacher: str, console: PrintableConsole, what: str) -> Segmenter:
-    """Train a segmenter on the label maps of a teacher; start and schedule depend on the plan only.
+def train(plan: Plan, views: Views, labels: Tensor, console: PrintableConsole, what: str) -> Segmenter:
+    """Train a segmenter on label maps; start and schedule depend on the plan only.
 
     Args:
         plan: the schedule and its seed.
         views: of the training scenes.
-        teacher: PSEUDO_MASKS or GROUND_TRUTH.
+        labels: label map of each view, to learn from.
         console: takes the loss now and then.
         what: is trained, for the console.
     """
@@ -107,7 +105,7 @@ def train(plan: Plan, views: Views, teacher: str, console: PrintableConsole, wha
     losses = []
     for step, chosen in enumerate(islice(_batches(plan, len(views.images)), plan.steps), start=1):
         batch = Views(*(part[chosen] for part in views))
-        loss = _loss(decoder, batch, getattr(batch, teacher), plan.class_weight)
+        loss = _loss(decoder, batch, labels[chosen], plan.class_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -115,7 +113,7 @@ def train(plan: Plan, views: Views, teacher: str, console: PrintableConsole, wha
         losses.append(loss.item())
         if step % 100 == 0 or step == plan.steps:
             console.print(f"{what}: step {step} of {plan.steps}, loss {np.mean(losses[-100:]):.3f}")
-    return segmenter.eval()
+    return segmenter.to(memory_format=torch.contiguous_format).eval()
 
 
 def _loss(decoder: Decoder, batch: Views, labels: Tensor, class_weight: float) -> Tensor:
@@ -183,9 +181,9 @@ def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole
     with _timed("drawing views", times, console):
         views = draw_views(plan, out / TRAINED_ON, split)
     segmenters = {}
-    for what, teacher in ((STUDENT, PSEUDO_MASKS), (SUPERVISED, GROUND_TRUTH)):
+    for what, labels in ((STUDENT, views.pseudo_masks), (SUPERVISED, views.ground_truth)):
         with _timed(f"training the {what}", times, console):
-            segmenters[what] = train(plan, views, teacher, console, what)
+            segmenters[what] = train(plan, views, labels, console, what)
         save_file(segmenters[what].state_dict(), out / f"{what.replace(' ', '-')}.safetensors")
     with _timed("scoring", times, console):
         outcome = evaluate(out, split, segmenters)
