@@ -178,14 +178,14 @@ def test_a_figure_is_older_once_a_measured_file_differs(written, monkeypatch):
 @pytest.mark.parametrize(
     ("form", "shown"),
     [
-        ("{short_half}", ".913 ±.030"),
-        ("{span}", ".913 (.880 to .940)"),
-        ("{percent_half}", "91.3 ±3.0"),
-        ("{signed_percent_half}", "+91.3 ±3.0"),
+        ("{short_half}", ".912 ±.030"),
+        ("{span}", ".912 (.880 to .940)"),
+        ("{percent_half}", "91.2 ±3.0"),
+        ("{signed_percent_half}", "+91.2 ±3.0"),
     ],
 )
 def test_an_interval_is_shown_in_the_forms_of_the_pages(form, shown):
-    interval = figure_values.Interval(0.9125, 0.88, 0.94)
+    interval = figure_values.Interval(0.9123, 0.88, 0.94)
     assert form.replace("{", "{0.").format(interval) == shown
 
 

@@ -179,6 +179,7 @@ def test_hundreds_of_classes_cost_one_embedding_each_and_a_few_maps_an_image(ann
             "max_background": 3,
             "neutral": "a photo of a",
         },
+        masks={"combine": "argmax"},
         run={"batch_size": 2},
     )
     assert (len(rows), counts.dropped_prompts) == (12, 6 * 298)

@@ -128,7 +128,7 @@ def test_the_hash_ignores_what_does_not_change_the_rows(section, values):
         ("views", {"scales": [1.0, 1.5]}),
         ("masks", {"rule": "otsu"}),
         ("masks", {"min_area": 0.1}),
-        ("masks", {"smooth": 0.6}),
+        ("masks", {"smooth": 0.7}),
         ("prompts", {"neutral": "a photo of a"}),
         ("input", {"caption": "json:text"}),
         ("output", {"heatmap": True}),
