@@ -392,7 +392,8 @@ class JobConfig(Section):
         if self.masks.contrast is not None:
             return self.masks.contrast
         shows_all_prompts = self.prompts.source != "classes" or self.prompts.mentioned_in is not None
-        return DEFAULT_CONTRAST if shows_all_prompts else 0.0
+        has_background = self.prompts.background not in ("none", ())
+        return DEFAULT_CONTRAST if shows_all_prompts and has_background else 0.0
 
     @property
     def rows_written(self) -> Literal["all", "accepted"]:

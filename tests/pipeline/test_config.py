@@ -144,3 +144,26 @@ def test_the_hash_follows_the_weights_not_their_path():
         changed("model", pretrained="b.pt"), "w"
     )
     assert config_hash(parse_config(MINIMAL), "w") != config_hash(parse_config(MINIMAL), "other")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "contrast", "share"),
+    [
+        ({}, None, 0.0),
+        ({"background": "default"}, None, 0.6),
+        ({"background": ["sky"]}, 0.2, 0.2),
+        ({"background": []}, None, 0.0),
+        ({}, 0.2, 0.2),
+        ({"source": "classes", "classes": ["dog"], "background": "default"}, None, 0.0),
+        (
+            {"source": "classes", "classes": ["dog"], "background": "default", "mentioned_in": "txt"},
+            None,
+            0.6,
+        ),
+    ],
+)
+def test_texts_contrast_by_default_where_samples_name_their_prompts_and_there_is_a_background(
+    prompts, contrast, share
+):
+    config = parse_config({**MINIMAL, "prompts": prompts, "masks": {"contrast": contrast}})
+    assert config.contrast_share == share
