@@ -62,8 +62,8 @@ class MasksConfig(Section):
         description="Contrast between the texts of an image: share of the strongest other text's grid that "
         "is subtracted from each prompt's grid, less where two texts are alike; 0: none; null: 0.6 if "
         "there are background texts and the prompts are captions or classes that a sample mentions, else 0, "
-        "because classes that an image does not show would take from those that it shows. A prompt without any other text is not changed, and "
-        "neither are the columns peak and heatmap.",
+        "because classes that an image does not show would take from those that it shows. A prompt without "
+        "any other text is not changed, and neither are the columns peak and heatmap.",
     )
     contrast_with: Literal["all", "background"] = Field(
         "all",
