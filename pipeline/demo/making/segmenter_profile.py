@@ -81,7 +81,7 @@ def _near_outlines(labels: UInt8[np.ndarray, "height width"]) -> Bool[np.ndarray
     if not is_outline.any():
         return is_outline
     distances: np.ndarray = distance_transform_edt(~is_outline)
-    return distances < OUTLINE_PIXELS
+    return np.less(distances, OUTLINE_PIXELS)
 
 
 def _object_ious(found: np.ndarray, labels: np.ndarray) -> Iterator[tuple[float, float]]:

@@ -128,7 +128,7 @@ def _batches(plan: Plan, views: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(plan.seed)
     size = min(plan.batch_size, views)
     return chain.from_iterable(
-        torch.randperm(views, generator=generator)[: views // size * size].split(size) for _ in count()
+        torch.split(torch.randperm(views, generator=generator)[: views // size * size], size) for _ in count()
     )
 
 
@@ -207,7 +207,7 @@ def evaluate(out: Path, split: SceneSplit, segmenters: Mapping[str, Segmenter]) 
     """Compare the pseudo-masks and the segmenters with the ground truth of the held-out scenes."""
     heldout = partial(_dataset, out / COMPARED_WITH, split.heldout, shuffle=False)
     truth = read_label_maps(heldout("ground_truth"))
-    found = {MASKS: read_label_maps(heldout("label_map"))}
+    found: dict[str, Mapping[str, np.ndarray]] = {MASKS: read_label_maps(heldout("label_map"))}
     images = heldout("ground_truth", transform=whole_image_transform(WINDOWED_SIDE))
     # The pseudo-masks were made with the captions at hand. So the segmenters predict twice: by themselves,
     # and with the classes known that the captions mention.
