@@ -38,7 +38,7 @@ def test_a_shipped_configuration_loads_and_names_a_model_that_exists(path):
 def test_a_shipped_configuration_opens_with_its_command_and_what_was_measured(path):
     text = opening(path)
     assert f"legrad annotate {path.relative_to(CONFIGS.parent)}" in text
-    assert re.search(r"not measured|Measured|\d+ to \d+ s", text)
+    assert re.search(r"not measured|Measured|tests/bench/README.md", text)
 
 
 @pytest.mark.parametrize("path", PROTOCOL, ids=lambda path: path.stem)
