@@ -77,7 +77,7 @@ def _near_outlines(labels: UInt8[np.ndarray, "height width"]) -> Bool[np.ndarray
         np.pad(np.diff(labels.astype(int), axis=axis) != 0, [(0, axis == 0), (0, axis == 1)])
         for axis in (0, 1)
     ]
-    is_outline = differs[0] | differs[1]
+    is_outline: np.ndarray = differs[0] | differs[1]
     if not is_outline.any():
         return is_outline
     distances: np.ndarray = distance_transform_edt(~is_outline)
