@@ -16,7 +16,6 @@ from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.model import load_explainer
 from pipeline.config.load import load_config, parse_config
-from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
 from tests.helpers.corpus import write_shard
 from tests.helpers.processes import python_path
@@ -83,7 +82,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def explainer():
-    return load_explainer(ModelConfig(name="legrad_demo_clip", pretrained="demo", layers=4), "cpu")
+    return load_explainer(load_config(assets.demo_config_path()).model, "cpu")
 
 
 @pytest.fixture
