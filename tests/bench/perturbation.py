@@ -225,7 +225,6 @@ def contrasted_relevance(model: Model, trace: Trace, pairs: Pairs) -> Tensor:
         prompts.unit_rows,
         share=CONTRAST_SHARE,
         centre=model.background_rows.double().mean(dim=0),
-        loses=torch.arange(len(texts)) < len(pairs.texts),
     )
     return grids[: len(pairs.texts)]
 
