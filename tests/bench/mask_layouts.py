@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layout_parts import Region, columns_of, sentence, sets_side_by_side
+from layout_parts import Columns, Region, columns_of, sentence, sets_side_by_side
 
 HELDOUT, NEWARTIST = "heldout", "newartist"
 
