@@ -314,8 +314,8 @@ class RunConfig(Section):
     )
     accept_damaged: bool = Field(
         False,
-        description="Whether a job is complete although some of its shards are damaged (cut, corrupt, "
-        "compressed, or not an archive). Their intact samples are annotated in any case.",
+        description="Whether a job is complete although some of its shards are damaged (cut, corrupt, or "
+        "not an archive). Their intact samples are annotated in any case.",
     )
     check_inputs: bool = Field(
         True,

@@ -7,8 +7,9 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from pipeline.shards.compression import decompressed
 from pipeline.shards.sample_error import SampleError
-from pipeline.shards.tar import Archive, ByteSource, DamageError, Member
+from pipeline.shards.tar import PIECE_BYTES, Archive, ByteSource, DamageError, Member
 from pipeline.text import printable
 
 MAX_FIELDS_PER_SAMPLE = 64
@@ -66,10 +67,10 @@ def read_samples(
     wanted_fields: Collection[str] | None = None,
     max_samples: int = MAX_SAMPLES,
 ) -> Iterator[RawSample | SampleError]:
-    """Read the samples of an uncompressed tar, one at a time.
+    """Read the samples of a tar, one at a time.
 
     Args:
-        stream: read forward only, never sought.
+        stream: the tar as it is stored, uncompressed or compressed with gzip or zstd; read forward only.
         max_member_bytes: a sample with a larger wanted member fails.
         wanted_fields: which fields to keep, in any case; None keeps all. Others are skipped unread. Ordinals
             do not depend on it.
@@ -85,7 +86,7 @@ def read_samples(
         OSError, ShardError: whatever the stream raises itself; a broken connection is not the data's fault.
     """
     wanted = None if wanted_fields is None else frozenset(field.lower() for field in wanted_fields)
-    archive = Archive(stream)
+    archive = Archive(decompressed(stream))
     keys = _Keys(max_samples)
     group: _Group | None = None
     damage: DamageError | None = None
@@ -108,7 +109,8 @@ def read_samples(
                 group.skip(field)
     except DamageError as error:
         # a source that failed raises at its end, and then the data is not to blame
-        archive.read_to_end()
+        while stream.read(PIECE_BYTES):
+            pass
         damage = error
     yield from keys.outcome(group)
     yield from keys.apart()

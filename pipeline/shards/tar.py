@@ -18,12 +18,15 @@ MAX_EXTENSION_BYTES = 2**20
 # writers fill up to a record, which is 10 KiB by default
 MAX_PADDING_BYTES = 2**16
 
+# gzip and zstd are decompressed before, so that they are found here only inside each other
 _COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
 }
+_PARQUET_MAGIC = b"PAR1"
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _TYPES_WITHOUT_BODY = {
@@ -129,11 +132,6 @@ class Archive:
             pieces.append(piece)
             self._body_bytes -= len(piece)
         return b"".join(pieces)
-
-    def read_to_end(self) -> None:
-        """Skip the rest of the stream."""
-        while self._read(PIECE_BYTES):
-            pass
 
     def _skip_body(self) -> None:
         self._body_bytes += self._padding_bytes
@@ -252,8 +250,17 @@ def _corrupt_block(block: bytes, start_bytes: int) -> DamageError:
         return DamageError("corrupt_header", f"no valid header at byte {start_bytes}; the rest is not read")
     for magic, name in _COMPRESSIONS.items():
         if block.startswith(magic):
-            message = f"the shard is compressed with {name}; shards are read uncompressed"
+            message = (
+                f"the tar is compressed with {name}; tars are read uncompressed, or compressed once "
+                "with gzip or zstd"
+            )
             return DamageError("compressed", message, stage="open")
+    if block.startswith(_PARQUET_MAGIC):
+        message = (
+            "the shard is a Parquet file; convert it to tars: legrad shards parquet FILE DEST "
+            "--image COLUMN --caption COLUMN"
+        )
+        return DamageError("not_a_tar", message, stage="open")
     return DamageError("not_a_tar", "the shard does not begin with a tar header", stage="open")
 
 

@@ -2,6 +2,7 @@
 
 INPUTS = {
     "tar": 1500,
+    "compressed tar": 500,
     "image": 1500,
     "caption": 600,
     "RLE": 1500,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gzip
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.tariterators import base_plus_ext
 
@@ -91,7 +93,8 @@ class Target:
 
 @cache
 def tars() -> tuple[bytes, ...]:
-    made = [fault.make() for fault in TAR_FAULTS.values()]
+    # compressed ones have a target of their own
+    made = [fault.make() for name, fault in TAR_FAULTS.items() if "gzip" not in name]
     return (*[good(KEYS) + END] * 10, *(tar for tar in made if len(tar) <= MOST_TAR_BYTES))
 
 
@@ -127,6 +130,27 @@ def own_field(key: str, extension: str) -> bytes | None:
     if letter not in tuple(KEYS):
         return None
     return {"jpg": image(letter), "txt": caption(letter).encode()}.get(extension)
+
+
+def make_compressed_tar(rng: random.Random) -> bytes:
+    """A tar compressed in one or two parts, whose compressed bytes are changed or cut."""
+    data, compress = rng.choice(tars()), rng.choice([gzip.compress, zstd])
+    parts = rng.choice([[data], [data[:1000], data[1000:]]])
+    return mutated(rng, b"".join(map(compress, parts)))
+
+
+def zstd(data: bytes) -> bytes:
+    """One frame of zstd."""
+    packed: bytes = pa.Codec("zstd").compress(data, asbytes=True)
+    return packed
+
+
+def read_compressed_tar(data: bytes, _folder: Path) -> bool:
+    """Whatever is wrong, samples keep their order, and an error of the shard comes last."""
+    items = list(read_samples(io.BytesIO(data), max_member_bytes=1 << 16))
+    indices = [item.index if isinstance(item, RawSample) else item.sample_index for item in items]
+    numbered = [index for index in indices if index is not None]
+    return numbered == list(range(len(numbered)))
 
 
 def by_tarfile(data: bytes) -> dict[tuple[str, str], list[bytes]]:
@@ -627,6 +651,7 @@ def misbehave(fault: str, _folder: Path) -> bool:
 
 TARGETS = {
     "tar": Target(make_tar, read_tar, ()),
+    "compressed tar": Target(make_compressed_tar, read_compressed_tar, ()),
     "image": Target(make_image, read_image, (SampleFailure,)),
     "caption": Target(make_caption, read_caption, (SampleFailure,)),
     "RLE": Target(make_rle, read_rle, (RleError,)),

@@ -1,5 +1,6 @@
 """Shards with one fault each, and what must become of their samples. No two images or captions are alike."""
 
+import bz2
 import gzip
 import io
 import pickle
@@ -301,10 +302,14 @@ TAR_FAULTS = {
     ),
     "zero bytes": Fault(lambda: b"", **nothing_is_read("zero_bytes")),
     "not a tar": Fault(lambda: b"\xff\xd8\xff" + bytes(range(256)) * 20, **nothing_is_read("not_a_tar")),
-    "gzip": Fault(lambda: gzip.compress(good(KEYS) + END), **nothing_is_read("compressed")),
-    "a gzip of a thousand times its size": Fault(
-        lambda: gzip.compress(bytes(2**24)), **nothing_is_read("compressed")
+    "gzip": Fault(lambda: gzip.compress(good(KEYS) + END)),
+    "gzip cut in its check sum": Fault(
+        lambda: gzip.compress(good(KEYS) + END)[:-6], shard_errors=("truncated",)
     ),
+    "a gzip of a thousand times its size": Fault(
+        lambda: gzip.compress(bytes(2**27)), **nothing_is_read("expands_too_much")
+    ),
+    "bzip2": Fault(lambda: bz2.compress(good(KEYS) + END), **nothing_is_read("compressed")),
     "a second archive behind the end": Fault(
         lambda: good("abc") + END + good("def") + END,
         tuple("abc"),
