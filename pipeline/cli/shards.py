@@ -1,4 +1,4 @@
-"""The `shards` commands, which turn datasets with ground truth into shards."""
+"""The `shards` commands, which turn images with captions and datasets with ground truth into shards."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pipeline.cli.common import Destination, open_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pipeline.datasets.truth_dataset import TruthDataset
-    from pipeline.datasets.writing import Conversion
+    from pipeline.datasets.conversion import Conversion, SampleSource
 
 NAMES_SHOWN = 3
+NEWLINE = b"\n"
+NO_CAPTIONS = "none; annotate with prompts.source=classes and a list of classes"
 
 shards_app = typer.Typer(
     name="shards",
-    help="Turn a dataset with ground truth, laid out as its owners ship it, into shards.",
+    help="Turn a folder of images, Parquet files or a dataset with ground truth into shards.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -32,6 +33,106 @@ MaxShardBytes = Annotated[int, typer.Option(metavar="N", min=1, help="Largest si
 Resume = Annotated[bool, typer.Option("--resume", help="Continue after the last shard in DEST.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the shards in DEST first.")]
 DEFAULT_SIZE, DEFAULT_BYTES = 1000, 1 << 30
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, max=256, help="Number of images read at a time; default: all cores."),
+]
+
+
+@shards_app.command("images")
+def image_folder(
+    root: Annotated[
+        Path, typer.Argument(metavar="ROOT", help="Folder of images, which may have folders in it.")
+    ],
+    dest: Destination,
+    *,
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table of captions (.csv, .tsv, .txt, .jsonl, .parquet) whose rows name images below ROOT; "
+            "default: metadata.csv, .jsonl or .parquet in ROOT and in folders below it, else KEY.txt beside "
+            "KEY.jpg, else none.",
+        ),
+    ] = None,
+    image_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column with the paths of images; default: file_name."),
+    ] = None,
+    caption_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column with the captions; default: text, else caption."),
+    ] = None,
+    threads: Threads = None,
+    shard_size: ShardSize = DEFAULT_SIZE,
+    max_shard_bytes: MaxShardBytes = DEFAULT_BYTES,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a folder of images, with captions in a table or in text files beside them.
+
+    Hugging Face's imagefolder is read as it is. Adjacent rows of a table that name the same image are its
+    captions.
+    """
+    from pipeline.datasets.image_folder import open_image_folder
+
+    found = open_image_folder(root, captions, image_column=image_column, caption_column=caption_column)
+    open_console().print(f"captions: {found.captions or NO_CAPTIONS}", soft_wrap=True)
+    _convert(
+        found.samples,
+        dest,
+        (shard_size, max_shard_bytes),
+        resume=resume,
+        overwrite=overwrite,
+        threads=threads or _cores(),
+    )
+
+
+@shards_app.command("parquet")
+def parquet_files(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILES...", help="Parquet files with the bytes of images: local paths, s3:// or gs://."
+        ),
+    ],
+    dest: Destination,
+    *,
+    image: Annotated[
+        str,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column with the images: bytes, or Hugging Face's struct of bytes and path.",
+        ),
+    ],
+    caption: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column with a caption or a list of captions for each image; default: no captions.",
+        ),
+    ] = None,
+    threads: Threads = None,
+    shard_size: ShardSize = DEFAULT_SIZE,
+    max_shard_bytes: MaxShardBytes = DEFAULT_BYTES,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert Parquet files that hold the bytes of images, such as those of Hugging Face or img2dataset."""
+    from pipeline.datasets.parquet_images import open_parquet_images
+
+    source = open_parquet_images(files, image, caption)
+    open_console().print(
+        f"captions: {NO_CAPTIONS if caption is None else f'column {caption}'}", soft_wrap=True
+    )
+    _convert(
+        source,
+        dest,
+        (shard_size, max_shard_bytes),
+        resume=resume,
+        overwrite=overwrite,
+        threads=threads or _cores(),
+    )
 
 
 @shards_app.command()
@@ -52,8 +153,10 @@ def voc(
 ) -> None:
     """Convert PASCAL VOC 2012, segmentation. ROOT is VOCdevkit or VOC2012, or holds one of them."""
     from pipeline.datasets.voc import open_voc
+    from pipeline.datasets.writing import truth_source
 
-    _convert(open_voc(root, split), dest, (shard_size, max_shard_bytes), resume=resume, overwrite=overwrite)
+    source = truth_source(open_voc(root, split))
+    _convert(source, dest, (shard_size, max_shard_bytes), resume=resume, overwrite=overwrite)
 
 
 @shards_app.command()
@@ -71,8 +174,10 @@ def coco(
 ) -> None:
     """Convert COCO, objects and captions. ROOT holds annotations/ and the images, such as val2017/."""
     from pipeline.datasets.coco import open_coco
+    from pipeline.datasets.writing import truth_source
 
-    _convert(open_coco(root, split), dest, (shard_size, max_shard_bytes), resume=resume, overwrite=overwrite)
+    source = truth_source(open_coco(root, split))
+    _convert(source, dest, (shard_size, max_shard_bytes), resume=resume, overwrite=overwrite)
 
 
 @shards_app.command("imagenet-s")
@@ -96,9 +201,10 @@ def imagenet_s(
 ) -> None:
     """Convert ImageNet-S. ROOT is ImageNetS919, ImageNetS300 or ImageNetS50, or the folder that holds it."""
     from pipeline.datasets.imagenet_s import open_imagenet_s
+    from pipeline.datasets.writing import truth_source
 
-    dataset = open_imagenet_s(root, split, variant, categories)
-    _convert(dataset, dest, (shard_size, max_shard_bytes), resume=resume, overwrite=overwrite)
+    source = truth_source(open_imagenet_s(root, split, variant, categories))
+    _convert(source, dest, (shard_size, max_shard_bytes), resume=resume, overwrite=overwrite)
 
 
 @shards_app.command()
@@ -120,34 +226,51 @@ def openimages(
 ) -> None:
     """Convert point labels of Open Images V7. ROOT holds two oidv7-*.csv tables and a folder of images."""
     from pipeline.datasets.openimages import open_openimages
+    from pipeline.datasets.writing import truth_source
 
-    dataset = open_openimages(root, split, images)
-    _convert(dataset, dest, (shard_size, max_shard_bytes), resume=resume, overwrite=overwrite)
+    source = truth_source(open_openimages(root, split, images))
+    _convert(source, dest, (shard_size, max_shard_bytes), resume=resume, overwrite=overwrite)
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
 
 
 def _convert(
-    dataset: TruthDataset, dest: str, limits: tuple[int, int], *, resume: bool, overwrite: bool
+    source: SampleSource,
+    dest: str,
+    limits: tuple[int, int],
+    *,
+    resume: bool,
+    overwrite: bool,
+    threads: int = 1,
 ) -> None:
-    from pipeline.datasets.writing import ShardLimits, write_shards
+    from pipeline.datasets.conversion import ShardLimits, write_samples
     from pipeline.storage import shown_url
 
     console = open_console()
-    conversion = write_shards(
-        dataset,
+    conversion = write_samples(
+        source,
         dest,
         ShardLimits(*limits),
         resume=resume,
         overwrite=overwrite,
+        threads=threads,
         on_shard=lambda name, samples, size_bytes: console.print(
             f"{name}: {samples} samples, {size_bytes / 1e6:.1f} MB"
         ),
     )
     console.print(_counts(conversion))
+    files = "".join(f"{name} ({content.count(NEWLINE)} classes), " for name, content in source.files.items())
     console.print(
-        f"{shown_url(dest)}: {len(conversion.shards)} shard(s), classes.txt ({len(dataset.class_names)} "
-        "classes), conversion.json (all counts, and the names of what was skipped)",
+        f"{shown_url(dest)}: {len(conversion.shards)} shard(s), {files}conversion.json (all counts, and the "
+        "names of what was skipped)",
         soft_wrap=True,
     )
+    pattern = f"{shown_url(dest).rstrip('/')}/{source.name}-*.tar"
+    console.print(f"annotate them with input.shards='{pattern}'", soft_wrap=True)
 
 
 def _counts(conversion: Conversion) -> Table:

@@ -150,7 +150,15 @@ def read_file(folder: Path, file_name: str, *, missing: str) -> bytes:
     Raises:
         SampleFailure: of kind `missing`, `unsafe_name`, `file_too_large` or `unreadable_file`.
     """
-    path = folder / plain_name(file_name)
+    return read_path(folder / plain_name(file_name), missing=missing)
+
+
+def read_path(path: Path, *, missing: str) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises:
+        SampleFailure: of kind `missing`, `file_too_large` or `unreadable_file`.
+    """
     try:
         if not path.is_file():
             raise SampleFailure("open", missing, f"no file {path}")

@@ -15,9 +15,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline import storage
 from pipeline.datasets.coco import open_coco
+from pipeline.datasets.conversion import ShardLimits
 from pipeline.datasets.truth_dataset import TruthDataset, TruthSample
 from pipeline.datasets.voc import open_voc
-from pipeline.datasets.writing import ShardLimits, sample_key, write_shards
+from pipeline.datasets.writing import sample_key, write_shards
 from pipeline.errors import OutputError, UserError
 from tests.helpers.dataset_trees import (
     box_polygon,

@@ -1,0 +1,229 @@
+"""Read tables of images and captions row by row: CSV, JSON lines and Parquet; a bad row costs only itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.datasets.captioned import Scalar
+from pipeline.datasets.parquet_rows import is_text_list, opened_parquet, rows_of_parquet, scalar_columns
+from pipeline.errors import SampleFailure, UserError
+from pipeline.text import first_few, printable
+
+DELIMITERS = ",;\t|"
+# the names that Hugging Face's imagefolder has, and a common one
+IMAGE_COLUMNS, CAPTION_COLUMNS = ("file_name",), ("text", "caption")
+# bounds memory: a longer line is read as several, none of which is a row
+MAX_LINE_CHARACTERS = 1 << 20
+
+Values = dict[str, Any]
+
+
+class TableRow(NamedTuple):
+    """One row of a table.
+
+    Attributes:
+        place: the file and the number of the line or row, counted from 1.
+        image: the name of the image file as it is written, or what is wrong with the row.
+        captions: the captions in the row.
+        columns: values of the other columns, without those that are neither text, number nor truth value.
+    """
+
+    place: str
+    image: str | SampleFailure
+    captions: tuple[object, ...] = ()
+    columns: dict[str, Scalar] = {}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """A table whose columns are known.
+
+    Attributes:
+        path: the file.
+        image_column: name of the column with the names of image files.
+        caption_column: name of the column with the captions.
+        read: returns the place and the values of each row, or what is wrong with it.
+    """
+
+    path: Path
+    image_column: str
+    caption_column: str
+    read: Callable[[], Iterator[tuple[str, Values | SampleFailure]]]
+
+    def rows(self) -> Iterator[TableRow]:
+        """Yield every row in the order of the file."""
+        for place, values in self.read():
+            yield self._row(place, values)
+
+    def _row(self, place: str, values: Values | SampleFailure) -> TableRow:
+        if isinstance(values, SampleFailure):
+            return TableRow(place, values)
+        image = values.get(self.image_column)
+        if not isinstance(image, str) or not image.strip():
+            return TableRow(place, _bad_row(f"the row has no text in column `{self.image_column}`"))
+        captions = values.get(self.caption_column)
+        others = {
+            name: value
+            for name, value in values.items()
+            if name not in (self.image_column, self.caption_column) and isinstance(value, Scalar)
+        }
+        return TableRow(
+            place, image.strip(), tuple(captions) if isinstance(captions, list) else (captions,), others
+        )
+
+
+def open_caption_table(path: Path, image_column: str | None, caption_column: str | None) -> CaptionTable:
+    """Open a table by the ending of its name: .csv, .tsv, .txt, .jsonl, .ndjson or .parquet.
+
+    Args:
+        path: the file.
+        image_column: column with the names of image files; None: file_name.
+        caption_column: column with the captions; None: text, else caption.
+
+    Raises:
+        UserError: the file cannot be read, or has no such column.
+    """
+    readers = {
+        **dict.fromkeys((".csv", ".tsv", ".txt"), _open_delimited),
+        **dict.fromkeys((".jsonl", ".ndjson"), _open_json_lines),
+        ".parquet": _open_parquet,
+    }
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: expected a table with the ending {', '.join(readers)}")
+    image_names = IMAGE_COLUMNS if image_column is None else (image_column,)
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected a table of images and captions")
+        columns, read = readers[path.suffix.lower()](path, image_names)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    caption_names = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+    return CaptionTable(
+        path,
+        _column(path, columns, image_names, "--image-column"),
+        _column(path, columns, caption_names, "--caption-column"),
+        read,
+    )
+
+
+def _column(path: Path, columns: Sequence[str], wanted: Sequence[str], option: str) -> str:
+    for name in wanted:
+        if columns.count(name) > 1:
+            raise UserError(f"{path}: has {columns.count(name)} columns `{name}`; expected one")
+        if name in columns:
+            return name
+    found = first_few([printable(name[:40]) for name in columns], 12) or "none"
+    raise UserError(
+        f"{path}: has no column {' or '.join(f'`{name}`' for name in wanted)}; columns: {found}; name the "
+        f"column with {option}"
+    )
+
+
+def _open_delimited(
+    path: Path, image_names: Sequence[str]
+) -> tuple[list[str], Callable[[], Iterator[tuple[str, Values | SampleFailure]]]]:
+    with _opened_text(path) as stream:
+        line = stream.readline(MAX_LINE_CHARACTERS)
+    headers = {delimiter: _header(line, delimiter) for delimiter in DELIMITERS}
+    delimiter = next((mark for mark in DELIMITERS if set(image_names) & set(headers[mark])), ",")
+    columns = headers[delimiter]
+    return columns, lambda: _delimited_rows(path, columns, delimiter)
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    names = next(csv.reader([line], delimiter=delimiter), [])
+    return [name.strip() or f"column_{number}" for number, name in enumerate(names, 1)]
+
+
+def _delimited_rows(
+    path: Path, columns: Sequence[str], delimiter: str
+) -> Iterator[tuple[str, Values | SampleFailure]]:
+    with _opened_text(path) as stream:
+        lines = iter(lambda: stream.readline(MAX_LINE_CHARACTERS), "")
+        rows = csv.reader(lines, delimiter=delimiter)
+        next(rows, None)
+        while True:
+            # a row begins after the last line of the row before
+            place = f"{path.name}:{rows.line_num + 1}"
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield place, _bad_row(f"{error}; a quotation mark may be missing")
+                continue
+            if not cells:
+                continue
+            if len(cells) != len(columns):
+                yield (
+                    place,
+                    _bad_row(
+                        f"the row has {len(cells)} cells, the header {len(columns)}; put texts with "
+                        f"{delimiter!r} in quotation marks"
+                    ),
+                )
+                continue
+            yield place, _checked_text(dict(zip(columns, cells, strict=True)))
+
+
+def _open_json_lines(
+    path: Path, _image_names: Sequence[str]
+) -> tuple[list[str], Callable[[], Iterator[tuple[str, Values | SampleFailure]]]]:
+    def read() -> Iterator[tuple[str, Values | SampleFailure]]:
+        with _opened_text(path) as stream:
+            lines = iter(lambda: stream.readline(MAX_LINE_CHARACTERS), "")
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path.name}:{number}", _json_object(line)
+
+    first = next((values for _, values in read() if isinstance(values, dict)), {})
+    return list(first), read
+
+
+def _json_object(line: str) -> Values | SampleFailure:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return _bad_row(f"the line is not JSON: {type(error).__name__}: {error}")
+    if not isinstance(values, dict):
+        return _bad_row(f"expected a JSON object, received {type(values).__name__}")
+    return _checked_text(values)
+
+
+def _open_parquet(
+    path: Path, _image_names: Sequence[str]
+) -> tuple[list[str], Callable[[], Iterator[tuple[str, Values | SampleFailure]]]]:
+    with opened_parquet(str(path)) as file:
+        lists = [column.name for column in file.schema_arrow if is_text_list(column.type)]
+        columns = [*scalar_columns(file.schema_arrow), *lists]
+
+    def read() -> Iterator[tuple[str, Values | SampleFailure]]:
+        for index, values in rows_of_parquet(str(path), columns):
+            try:
+                yield f"{path.name}:{index + 1}", values()
+            except SampleFailure as failure:
+                yield f"{path.name}:{index + 1}", failure
+
+    return columns, read
+
+
+def _opened_text(path: Path) -> Any:
+    # bytes that are not UTF-8 become lone surrogates, so that only the rows with them are refused
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _checked_text(values: Values) -> Values | SampleFailure:
+    try:
+        "".join(text for pair in values.items() for text in pair if isinstance(text, str)).encode()
+    except UnicodeEncodeError:
+        return SampleFailure("read", "row_not_utf8", "the row is not UTF-8; convert the table with iconv")
+    return values
+
+
+def _bad_row(message: str) -> SampleFailure:
+    return SampleFailure("read", "bad_row", message)
