@@ -35,6 +35,7 @@ MEDIUM = (
     "tests/pipeline/test_attempts.py",
     "tests/pipeline/test_annotate_views.py",
     "tests/pipeline/test_contact_sheet.py",
+    "tests/pipeline/test_converted_images.py",
     "tests/pipeline/test_demo_assets.py",
     "tests/pipeline/test_device_step.py",
     "tests/pipeline/test_dispatcher_",

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,13 +29,13 @@ def annotated(explainer, tmp_path):
 
     def run(shards, **sections):
         config = demo_job([str(shards)], tmp_path / "annotated", **sections)
-        annotator = ShardAnnotator(config, explainer, decode_threads=0, metadata={"config_hash": "h"})
+        annotator = ShardAnnotator(config, explainer, decode_threads=2, metadata={"config_hash": "h"})
         try:
             reports = [annotator.annotate(shard) for shard in storage.list_shards(str(shards))]
         finally:
             annotator.close()
         errors = pq.read_table(tmp_path / "annotated" / "errors").to_pylist()
-        assert (errors, [report.damage for report in reports]) == ([], [None] * len(reports))
+        assert (errors, [report.damage for report in reports]) == ([], [""] * len(reports))
         rows = pq.read_table(tmp_path / "annotated" / "annotations").to_pylist()
         return [(row["key"], row["prompt"]) for row in rows]
 
@@ -83,7 +82,3 @@ def test_a_compressed_shard_has_the_rows_of_the_plain_one(annotated, tmp_path, c
     with pa.CompressedOutputStream(packed, compression) as stream:
         stream.write(plain.read_bytes())
     assert annotated(packed) == [(str(key), "a dog") for key in range(3)]
-    (footer,) = (
-        pq.read_metadata(path) for path in (tmp_path / "annotated" / "annotations").glob("*.parquet")
-    )
-    assert np.any([b"done" in value for value in footer.metadata.values()])

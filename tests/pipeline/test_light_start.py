@@ -29,7 +29,7 @@ def test_the_version_is_printed_before_any_other_package_is_imported():
     assert not packages & (MODEL_LIBRARIES | DATA_LIBRARIES | {"typer", "rich", "legrad"})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["annotate", "--help"], ["shards", "voc", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["annotate", "--help"], ["shards", "images", "--help"]])
 def test_help_loads_neither_model_nor_data_libraries(arguments):
     code, out, packages = packages_imported("-m", "pipeline", *arguments)
     assert code == 0
