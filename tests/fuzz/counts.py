@@ -11,6 +11,8 @@ INPUTS = {
     "config": 200,
     "list file": 250,
     "COCO JSON": 200,
+    "caption table": 300,
+    "Parquet of images": 200,
 }
 # what the harness is tested with
 FAULTS = ("none", "error", "wrong pairing", "file", "segmentation fault", "warning")

@@ -37,7 +37,9 @@ from legrad.tokens import RowTokenizer
 from pipeline import storage
 from pipeline.config.classes import ClassEntry, read_class_list
 from pipeline.config.load import load_config
+from pipeline.datasets.caption_tables import open_caption_table
 from pipeline.datasets.coco import open_coco
+from pipeline.datasets.parquet_images import open_parquet_images
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure, UserError
 from pipeline.output.folder import OutputFolder
 from pipeline.output.runs import RunRecord
@@ -649,6 +651,78 @@ def misbehave(fault: str, _folder: Path) -> bool:
     return fault != "wrong pairing"
 
 
+# ---------------------------------------------------------------- tables of captions and of images
+
+TABLE_ROWS = [
+    {"file_name": f"{key}.jpg", "text": caption(key), "n": number} for number, key in enumerate(KEYS)
+]
+TABLE_TOKENS = [
+    '"',
+    ",",
+    ";",
+    "\t",
+    "\n",
+    "\r",
+    "\0",
+    "file_name",
+    "text",
+    "../",
+    "{",
+    "[",
+    "null",
+    "1e999",
+    "\ufeff",
+]
+
+
+def make_table(rng: random.Random) -> bytes:
+    """The ending of a table's name, a line feed, and its content."""
+    if rng.random() < 0.5:
+        lines = [
+            "file_name,text,n",
+            *(f'{row["file_name"]},"{row["text"]}",{row["n"]}' for row in TABLE_ROWS),
+        ]
+        return b".csv\n" + mutated_text(rng, "\n".join(lines), TABLE_TOKENS)
+    return b".jsonl\n" + mutated_text(rng, "\n".join(map(json.dumps, TABLE_ROWS)), TABLE_TOKENS)
+
+
+def read_table(data: bytes, folder: Path) -> bool:
+    """Whatever is in it, no row names a file by anything but text."""
+    ending, _, content = data.partition(b"\n")
+    path = folder / f"table{ending.decode()}"
+    path.write_bytes(content)
+    rows = list(open_caption_table(path, None, None).rows())
+    path.unlink()
+    return all(isinstance(row.image, str | SampleFailure) and row.place for row in rows)
+
+
+@cache
+def parquet_of_images() -> bytes:
+    sink = io.BytesIO()
+    images = [{"bytes": image(key), "path": f"{key}.jpg"} for key in KEYS]
+    table = pa.table({"image": images, "caption": [caption(key) for key in KEYS], "n": range(len(KEYS))})
+    pq.write_table(table, sink, row_group_size=2)
+    return sink.getvalue()
+
+
+def make_parquet(rng: random.Random) -> bytes:
+    return mutated(rng, parquet_of_images())
+
+
+def read_parquet(data: bytes, folder: Path) -> bool:
+    """An image that is read has the caption of its row, unless the damage is in one of them."""
+    path = folder / "images.parquet"
+    path.write_bytes(data)
+    source = open_parquet_images([str(path)], "image", "caption")
+    count = 0
+    for item in source.items(0):
+        count += 1
+        with contextlib.suppress(SampleFailure):
+            item.read()
+    path.unlink()
+    return count == source.images
+
+
 TARGETS = {
     "tar": Target(make_tar, read_tar, ()),
     "compressed tar": Target(make_compressed_tar, read_compressed_tar, ()),
@@ -660,6 +734,8 @@ TARGETS = {
     "config": Target(make_config, read_config, (UserError,)),
     "list file": Target(make_list, read_list, (UserError,)),
     "COCO JSON": Target(make_coco, read_coco, (UserError,)),
+    "caption table": Target(make_table, read_table, (UserError,)),
+    "Parquet of images": Target(make_parquet, read_parquet, (UserError,)),
     "self-test": Target(make_fault, misbehave, ()),
 }
 
