@@ -69,10 +69,10 @@ def image_folder(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a folder of images, with captions in a table or in text files beside them.
+    """Convert a folder of images and their captions.
 
-    Hugging Face's imagefolder is read as it is. Adjacent rows of a table that name the same image are its
-    captions.
+    Captions are in a table or in text files beside the images; Hugging Face's imagefolder is read as it is.
+    Adjacent rows of a table that name the same image are its captions.
     """
     from pipeline.datasets.image_folder import open_image_folder
 
@@ -93,7 +93,7 @@ def parquet_files(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILES...", help="Parquet files with the bytes of images: local paths, s3:// or gs://."
+            metavar="FILES", help="Parquet files with the bytes of images: local paths, s3:// or gs://."
         ),
     ],
     dest: Destination,
@@ -104,7 +104,7 @@ def parquet_files(
             metavar="COLUMN",
             help="Column with the images: bytes, or Hugging Face's struct of bytes and path.",
         ),
-    ],
+    ] = "image",
     caption: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +118,10 @@ def parquet_files(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert Parquet files that hold the bytes of images, such as those of Hugging Face or img2dataset."""
+    """Convert Parquet files of images and their captions.
+
+    They hold the bytes of the images, such as those of Hugging Face or img2dataset.
+    """
     from pipeline.datasets.parquet_images import open_parquet_images
 
     source = open_parquet_images(files, image, caption)
