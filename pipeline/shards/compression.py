@@ -110,6 +110,10 @@ class _Decompressed:
         if "truncated" in str(error).lower():
             message = f"the {self._compression} data end too early, at byte {compressed_bytes} of the file"
             return DamageError("truncated", message)
+        # the decoder's own limit of 128 MiB
+        if "too much memory" in str(error):
+            message = "decompressing it takes more than 128 MiB; compress it without zstd's --long=28 or more"
+            return DamageError("compressed", message, stage="open")
         message = (
             f"the {self._compression} data are damaged, or other data follow them, before byte "
             f"{compressed_bytes} of the file ({error}); the rest is not read"

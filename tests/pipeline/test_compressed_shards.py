@@ -136,6 +136,17 @@ def test_a_bomb_is_left_after_the_limit(name):
     assert peak_bytes < 32 << 20
 
 
+@pytest.mark.parametrize(("log2_bytes", "is_read"), [(27, True), (28, False)])
+def test_a_window_of_zstd_takes_128_mib_at_most(log2_bytes, is_read):
+    command = ["zstd", "-q", "--ultra", f"--long={log2_bytes}"]
+    items = read(subprocess.run(command, input=PLAIN, capture_output=True, check=True).stdout)
+    if is_read:
+        assert items == read(PLAIN)
+    else:
+        assert summary(items) == [(None, None, "compressed")]
+        assert "--long=28" in items[0].message
+
+
 @compressions
 def test_a_small_shard_may_expand_by_any_factor(name):
     captions = b"".join(member(f"{index}.txt", b"a dog " * 100) for index in range(2000)) + END
