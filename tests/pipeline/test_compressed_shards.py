@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import random
+import shutil
 import subprocess
 import tracemalloc
 
@@ -30,6 +31,7 @@ def zstd(data: bytes) -> bytes:
 
 
 COMPRESS = {"gzip": gzip.compress, "zstd": zstd}
+needs_zstd = pytest.mark.skipif(shutil.which("zstd") is None, reason="the program zstd is not installed")
 compressions = pytest.mark.parametrize("name", COMPRESS)
 
 
@@ -58,7 +60,7 @@ def test_frames_of_zstd_that_decoders_skip_are_skipped():
     assert read(zstd(PLAIN) + SKIPPABLE_FRAME) == read(PLAIN)
 
 
-@pytest.mark.parametrize("command", ["gzip -9", "zstd -19"])
+@pytest.mark.parametrize("command", ["gzip -9", pytest.param("zstd -19", marks=needs_zstd)])
 def test_what_the_usual_programs_write_is_read(command):
     done = subprocess.run(command.split(), input=PLAIN, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -136,6 +138,7 @@ def test_a_bomb_is_left_after_the_limit(name):
     assert peak_bytes < 32 << 20
 
 
+@needs_zstd
 @pytest.mark.parametrize(("log2_bytes", "is_read"), [(27, True), (28, False)])
 def test_a_window_of_zstd_takes_128_mib_at_most(log2_bytes, is_read):
     command = ["zstd", "-q", "--ultra", f"--long={log2_bytes}"]
