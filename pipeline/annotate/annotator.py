@@ -119,7 +119,9 @@ class ShardAnnotator:
             batches_at_once=batches_at_once,
             companions=companions,
             views=views,
-            grid_steps=grid_steps_of(config.masks, config.contrast_share),
+            grid_steps=grid_steps_of(
+                config.masks, config.contrast_share, keep_distances=config.output.heatmap
+            ),
             refinement=refinement_of(config.masks, explainer.patch_size),
             sharpener=sharpener,
             cut=device_cut_of(config.masks, explainer.device),
@@ -163,7 +165,12 @@ class ShardAnnotator:
         started_s, before = time.monotonic(), storage.version_now(shard)
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         with (
-            ShardWriter(shard, metadata, with_instances=self._config.masks.has_instances) as writer,
+            ShardWriter(
+                shard,
+                metadata,
+                with_instances=self._config.masks.has_instances,
+                with_maps=self._config.output.heatmap,
+            ) as writer,
             self._in_flight.begun(shard, writer.counts) as attempt,
         ):
             self._stream.run(self._samples(shard, attempt), partial(add_chunk, writer), attempt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -65,6 +66,21 @@ class ExplainedPrompt:
 
 
 @dataclass(frozen=True)
+class ContextText:
+    """A text beside the prompts of a sample that has a map.
+
+    Attributes:
+        text: as the configuration names it.
+        kind: background or neutral.
+        similarity: its cosine similarity to the image, in [-1, 1].
+    """
+
+    text: str
+    kind: Literal["background", "neutral"]
+    similarity: float
+
+
+@dataclass(frozen=True)
 class SampleMaps:
     """The maps of a sample on the CPU: those of its prompts, then those of background texts that compete.
 
@@ -85,6 +101,10 @@ class SampleMaps:
         runs: masks of the maps that were cut on the device; None: masks are still to be cut from the maps.
         instance_labels: where a segmenter has cut out instances, its label maps in the frame of `mask_maps`:
             0, or i + 1 at instance i, uint8 [maps, rows, columns]; None: instances are still to be found.
+        context_grids: raw relevance of the background texts, whether they compete or not, then of the neutral
+            text if there is one, float32 [texts, grid_height, grid_width].
+        distances: see `legrad.text_distances`: between the texts of the prompts' maps and the background
+            texts, float32 [texts, texts]; None: they are not kept.
     """
 
     relevance_grids: np.ndarray
@@ -96,6 +116,8 @@ class SampleMaps:
     normalisation: Normalisation | None
     runs: tuple[MapRuns, ...] | None = None
     instance_labels: np.ndarray | None = None
+    context_grids: np.ndarray | None = None
+    distances: np.ndarray | None = None
 
     @property
     def cut_maps(self) -> np.ndarray:
@@ -116,6 +138,7 @@ class ExplainedSample:
         maps: the maps of these prompts, and those of background texts.
         dropped_prompts: prompts omitted because the sample had too many.
         errors: of prompts that could not be read.
+        context: the texts of `maps.context_grids`.
     """
 
     index: int
@@ -126,3 +149,4 @@ class ExplainedSample:
     maps: SampleMaps
     dropped_prompts: int = 0
     errors: tuple[SampleError, ...] = ()
+    context: tuple[ContextText, ...] = ()

@@ -25,6 +25,7 @@ NEVER_COUNT = (
     *("input.shards", "input.allow_commands", "model.pretrained", "output.dir", "output.on_mismatch"),
     *("masks.segmenter", "masks.segmenter_revision"),
 )
+STORED_MAPS = "uint16, with distances and the maps of background texts"
 MAX_KEYS_NAMED = 10
 MAX_VALUE_CHARACTERS = 80
 _NEXT_LINE = "\n           "
@@ -183,10 +184,13 @@ def _some_class(config: JobConfig, has: Callable[[ClassEntry], object]) -> bool:
 
 
 def backgrounds_act(config: JobConfig) -> bool:
-    """Return whether there are background texts, and anything that they change."""
+    """Return whether there are background texts, and anything that they change.
+
+    Where maps are stored, theirs are stored too, so that masks can be made from them by other settings.
+    """
     masks = config.masks
     acts = masks.combine == "argmax" or config.contrast_share > 0 or masks.min_lead not in (None, -2)
-    return acts and bool(_background(config))
+    return (acts or config.output.heatmap) and bool(_background(config))
 
 
 def _background(config: JobConfig) -> str | list[str]:
@@ -284,6 +288,8 @@ _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
     "prompts.templates": lambda config: (
         not _by_classes(config)
         or backgrounds_act(config)
+        # distances between texts are stored with the maps
+        or config.output.heatmap
         or _contrasts(config)
         or _some_class(config, lambda entry: not entry.templates)
     ),
@@ -324,4 +330,6 @@ _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
     "masks.min_foreground_contrast": lambda config: config.masks.min_foreground_contrast or None,
     "masks.min_area": lambda config: config.masks.min_area or None,
     "output.rows": lambda config: config.rows_written,
+    # earlier versions stored fewer bits, and nothing of background texts
+    "output.heatmap": lambda config: STORED_MAPS if config.output.heatmap else False,
 }

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from pipeline import storage
-from pipeline.annotate.model import check_model, resolved, weights_digest
+from pipeline.annotate.model import check_model, model_facts, resolved, weights_digest
 from pipeline.annotate.segmenting import digest_of_segmenter, resolved_segmenter
 from pipeline.config.load import config_hash
 from pipeline.config.schema import JobConfig
@@ -28,6 +28,7 @@ from pipeline.output.image_shards import content_digest, lies_in, moved_url, par
 from pipeline.output.records import (
     JobRecord,
     JobStamp,
+    ModelFacts,
     as_json,
     counts_as_metadata,
     installed_versions,
@@ -60,6 +61,7 @@ class Job:
         warnings: messages to show before the run starts.
         failed: ids of all shards that an earlier run gave up on.
         precision_is_auto: whether `model.precision` was auto before it was resolved.
+        model_facts: what of the model is needed to make masks again from stored maps.
     """
 
     config: JobConfig
@@ -73,6 +75,7 @@ class Job:
     warnings: tuple[str, ...] = ()
     failed: frozenset[str] = frozenset()
     precision_is_auto: bool = False
+    model_facts: ModelFacts | None = None
 
     @property
     def todo(self) -> list[ShardSource]:
@@ -122,7 +125,7 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
     folder.sweep()
     found = look_into(folder, ids, listed, listing.shards, moves)
     job = _job_from(config, stamp, folder, found, tuple(found.list_rows(listed)))
-    job = replace(job, precision_is_auto=is_auto)
+    job = replace(job, precision_is_auto=is_auto, model_facts=model_facts(config.model))
     _update_folder(job, found)
     return replace(job, warnings=(*former.warnings, *listing.warnings, *_warnings(found)))
 
@@ -247,7 +250,7 @@ def _update_folder(job: Job, found: Survey) -> None:
     job.folder.set_aside(sorted(found.unlisted | superseded))
     job.folder.publish(
         JOB_FILE,
-        job_document(job.config, job.stamp, precision_is_auto=job.precision_is_auto),
+        job_document(job.config, job.stamp, job.model_facts, precision_is_auto=job.precision_is_auto),
     )
     job.folder.publish(SHARDS_FILE, shard_list_bytes(job.rows))
 
