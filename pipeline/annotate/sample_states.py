@@ -45,6 +45,16 @@ class PreparedSample:
         """What samples that share a batch have in common: the sizes of their canvases."""
         return tuple(canvas.shape for canvas in self.canvases)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its canvases."""
+        return sum(canvas.nbytes for canvas in self.canvases)
+
+    @property
+    def decoded_images(self) -> int:
+        """Number of images that were decoded for it."""
+        return 1
+
 
 @dataclass(frozen=True)
 class ExplainedPrompt:

@@ -57,6 +57,7 @@ def describe_differences(
     config: JobConfig,
     weights_digest: str,
     segmenter_digest: str | None = None,
+    maps_hash: str | None = None,
     *,
     most: int = MAX_KEYS_NAMED,
 ) -> str:
@@ -67,6 +68,7 @@ def describe_differences(
         config: the configuration now, with the content of the files that it names.
         weights_digest: digest of its weights.
         segmenter_digest: digest of its segmenter's files, if it has one.
+        maps_hash: hash of the configuration that made the maps it takes, if it takes stored ones.
         most: largest number of keys that are named.
 
     Returns:
@@ -76,6 +78,7 @@ def describe_differences(
     lines = [
         *_weights_line(earlier, config, weights_digest),
         *_segmenter_line(earlier, config, segmenter_digest),
+        *_maps_line(earlier, maps_hash),
         *_changed_key_lines(earlier.get("config"), config),
     ]
     if not lines:
@@ -115,6 +118,15 @@ def _segmenter_line(earlier: Mapping[str, Any], config: JobConfig, digest: str |
         yield (
             f"the segmenter's files: {_shown(named)} ({_shown(before)}) before, "
             f"{_shown(config.masks.segmenter)} ({_shown(digest)}) now"
+        )
+
+
+def _maps_line(earlier: Mapping[str, Any], maps_hash: str | None) -> Iterator[str]:
+    before = earlier.get("maps_hash")
+    if None not in (before, maps_hash) and before != maps_hash:
+        yield (
+            "the stored maps (input.maps): made by the configuration "
+            f"{_shown(before)} before, {_shown(maps_hash)} now"
         )
 
 
@@ -277,6 +289,7 @@ def _field(spec: str | None) -> str | None:
 
 # when a key does something; keys that are not here always do
 _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
+    "input.maps": lambda config: config.input.maps is not None,
     "input.caption": lambda config: not _by_classes(config),
     "model.affinity": lambda config: config.model.affinity != "none",
     "views.tile_zoom": _tiles,
@@ -311,6 +324,8 @@ _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
 
 # the value that counts, where several mean the same
 _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
+    # which maps they are is said by the hash of the configuration that made them
+    "input.maps": lambda _: STORED_MAPS,
     "input.image": lambda config: config.input.image.lower(),
     "input.caption": lambda config: _field(config.input.caption),
     "model.image_size": _image_size,

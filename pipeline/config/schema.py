@@ -29,6 +29,11 @@ class InputConfig(Section):
         description="One pattern of shards or a list of them: braces, globs, @FILE; local paths, s3://, "
         "gs://, http(s)://."
     )
+    maps: Line | None = Field(
+        None,
+        description="Output folder whose stored maps take the place of a model: `legrad remask` sets it, and "
+        "`legrad annotate` refuses it.",
+    )
     image: FieldSpec = Field(
         "jpg;jpeg;png;webp",
         description="Field that holds the image; of several names, the first one that is present.",

@@ -98,6 +98,7 @@ class JobRecord(Record):
         config: the configuration, to be parsed by `pipeline.config.load.parse_config`.
         weights_digest: digest of the model's weights.
         segmenter_digest: digest of the segmenter's files; None: there is none.
+        maps_hash: hash of the configuration that made the maps in `input.maps`; None: a model made them.
         versions: versions of the installed packages.
         started: start of the newest run.
         precision_is_auto: whether the newest run asked for `model.precision: auto`; the configuration holds
@@ -112,6 +113,7 @@ class JobRecord(Record):
     model_facts: ModelFacts | None = None
     weights_digest: str = "unknown"
     segmenter_digest: str | None = None
+    maps_hash: str | None = None
     versions: dict[str, str] = {}
     started: str = "unknown"
     precision_is_auto: bool = False
@@ -248,12 +250,14 @@ class JobStamp:
         weights_digest: digest of the model's weights.
         versions: installed versions; recorded, but not part of the hash.
         segmenter_digest: digest of the segmenter's files; None: there is none, and it is not recorded.
+        maps_hash: hash of the configuration that made the maps in `input.maps`; None: a model makes them.
     """
 
     config_hash: str
     weights_digest: str
     versions: Mapping[str, str]
     segmenter_digest: str | None = None
+    maps_hash: str | None = None
 
     def as_metadata(self) -> dict[str, Any]:
         """Return the stamp as it is written in Parquet footers."""
@@ -293,6 +297,8 @@ def job_document(
         storage.shown_url(url) for pattern in patterns for url in _with_scheme_first(pattern)
     ]
     document["output"]["dir"] = storage.shown_url(config.output.dir)
+    if config.input.maps is not None:
+        document["input"]["maps"] = storage.shown_url(config.input.maps)
     return as_json(
         {
             **stamp.as_metadata(),

@@ -31,7 +31,9 @@ COMPANIONS = Companions(
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(2**-40, 2**20), st.integers(0, 10**6))
-def test_a_grid_is_read_back_to_half_a_step_of_its_peak_and_stored_again_to_the_bit(height, width, peak, seed):
+def test_a_grid_is_read_back_to_half_a_step_of_its_peak_and_stored_again_to_the_bit(
+    height, width, peak, seed
+):
     grid = np.random.default_rng(seed).random((height, width), np.float32) * np.float32(peak)
     stored = stored_bytes(grid, float(grid.max()))
     shares = stored_grid(stored, height, width)
@@ -119,9 +121,7 @@ def test_a_job_without_heat_maps_has_neither_column(explained):
     assert rows[0]["heatmap"] is None
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"image_size": [64, 96]}, {"fit": "keep"}, {"fit": "tile"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"image_size": [64, 96]}, {"fit": "keep"}, {"fit": "tile"}], ids=str)
 def test_the_facts_of_a_model_are_known_without_its_weights(options):
     model = ModelConfig(name=assets.DEMO_MODEL_NAME, pretrained="demo", precision="fp32", **options)
     loaded = load_explainer(model, "cpu")
