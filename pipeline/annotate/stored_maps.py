@@ -238,9 +238,10 @@ class _StoredReader:
                 so_far.rows += len(item.rows)
                 annotated += 1
                 yield item if images is None else replace(item, image=images.take(item))
+        of_shard = errors.pop(None, [])
         failed = [
             StoredItem(own[0].key, index, errors=tuple(own))
-            for index, own in sorted(errors.items())
+            for index, own in sorted(errors.items(), key=lambda sample: sample[0] or 0)
             if index is not None
         ]
         if (annotated, len(failed)) != (footer.annotated, footer.failed):
@@ -250,7 +251,7 @@ class _StoredReader:
                 f"{footer.failed}"
             )
         yield from failed
-        yield from errors.get(None, ())
+        yield from of_shard
         for _ in range(footer.empty):
             yield SampleRows()
         yield SampleRows(dropped_prompts=footer.dropped_prompts, is_sample=False)

@@ -157,10 +157,11 @@ def test_images_that_moved_are_read_where_they_are_now(stored, corpus, tmp_path)
 def test_a_shard_that_has_changed_is_refused(corpus, explainer, tmp_path):
     shard = Path(shutil.copy(corpus, tmp_path / "scenes.tar"))
     stored = annotated(explainer, scenes_job([shard], tmp_path / "out"))
-    write_shard(shard, [sample("other", jpg=b"no image", txt="x")])
+    write_shard(shard, [sample("other", jpg=b"no image")])
     with pytest.raises(ShardError, match="changed since it was annotated"):
         remasked(stored, tmp_path / "new", "masks.refine=par")
-    copy = write_shard(tmp_path / "copy" / "scenes.tar", [sample("other", txt="x")])
+    (tmp_path / "copy").mkdir()
+    copy = write_shard(tmp_path / "copy" / "scenes.tar", [sample("other", 7)])
     with pytest.raises(ShardError, match=r"sample number 0 is other; expected scene0"):
         remasked(stored, tmp_path / "copied", "masks.refine=par", shards=[str(copy)])
 

@@ -39,6 +39,7 @@ CLASSES = [
 share = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
 VALUES = {
     "input": {
+        "maps": st.sampled_from([None, "out/a", "out/b"]),
         "shards": st.sampled_from(["a.tar", ["b.tar"]]),
         "image": st.sampled_from(["jpg", "png;jpg", "JPG"]),
         "caption": st.sampled_from(["txt", "TXT", "json:captions", "JSON:captions"]),
