@@ -114,6 +114,7 @@ class StoredMaps:
         device: where the steps are taken.
 
     Attributes:
+        settings: the steps; jobs with equal ones have equal maps, and differ only in how these are cut.
         batch_size: most samples in a batch.
         clock: measures how long the device was busy.
     """
@@ -123,7 +124,7 @@ class StoredMaps:
         self.batch_size = BATCH_SIZE if config.run.batch_size == "auto" else config.run.batch_size
         self.clock = device_clock(device)
         self._device = device
-        self._settings = MapSettings(
+        self.settings = MapSettings(
             facts.normalisation,
             None if prompts.neutral is None else prompts.neutral_threshold,
             grid_steps_of(masks, config.contrast_share, keep_distances=config.output.heatmap),
@@ -174,7 +175,7 @@ class StoredMaps:
             torch.from_numpy(np.concatenate([sample.grids for sample in samples])).to(self._device),
             chosen,
             texts,
-            self._settings,
+            self.settings,
             pixels=sent([sample.canvases[0] for sample in samples], self._device) if has_images else None,
             image_sizes=[(sample.image_height, sample.image_width) for sample in samples],
         )
@@ -234,7 +235,7 @@ class _StoredReader:
             errors = self._errors(shard.shard_id, footer)
             table = opened.enter_context(self.folder.open(ANNOTATIONS, shard.shard_id))
             images = opened.enter_context(self._images(shard, footer))
-            for item in _stored_items(table, errors):
+            for item in stored_items(table, errors):
                 so_far.rows += len(item.rows)
                 annotated += 1
                 yield item if images is None else replace(item, image=images.take(item))
@@ -318,7 +319,7 @@ class _Images:
         )
 
 
-def _stored_items(table: ShardTable, errors: dict[int | None, list[SampleError]]) -> Iterator[StoredItem]:
+def stored_items(table: ShardTable, errors: dict[int | None, list[SampleError]]) -> Iterator[StoredItem]:
     """Yield the samples that have rows, each with its errors, which are taken out of `errors`."""
     if TEXT_DISTANCES not in table.column_names:
         raise ShardError(f"{storage.shown_url(table.url)}: has no column {TEXT_DISTANCES}; annotate again")
