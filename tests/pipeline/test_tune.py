@@ -190,6 +190,7 @@ def test_too_little_ground_truth_and_shards_of_another_job_are_refused(out, corp
         tune(stored_job(small), shards_of([few]), {"value": [0.4]})
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_shards_find_the_same(out, corpus, tuning):
     trials = {"combine": ["independent", "argmax"], "value": [0.3, 0.4]}
     assert tune(stored_job(out), shards_of(corpus), trials, processes=2) == tuning
