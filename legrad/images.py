@@ -178,11 +178,21 @@ def _resized(
 
 def transform_of(visual: nn.Module) -> ImageTransform:
     """Return the preprocessing stored in an open_clip vision tower, otherwise open_clip's default."""
+    image_size: Any = visual.image_size
+    return transform_from(image_size, getattr(visual, "preprocess_cfg", None) or {})
+
+
+def transform_from(image_size: int | Sequence[int], preprocess_config: Mapping[str, Any]) -> ImageTransform:
+    """Return the preprocessing of an open_clip model.
+
+    Args:
+        image_size: side of its input in pixels, or height and width.
+        preprocess_config: its `preprocess_cfg`; what is missing is open_clip's default.
+    """
     # Imported here because it is slow, and needless where images are only resized.
     from open_clip.transform import PreprocessCfg
 
-    defaults = PreprocessCfg(size=visual.image_size)
-    config: Mapping[str, Any] = getattr(visual, "preprocess_cfg", None) or vars(defaults)
+    config = {**vars(PreprocessCfg(size=image_size)), **preprocess_config}
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
     # open_clip's "random" is for training; for inference it resamples bicubically.

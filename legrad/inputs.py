@@ -35,16 +35,31 @@ class Options:
         Raises:
             InputError: `fit` is unknown, or the tower cannot take images of several sizes.
         """
-        patch = tower.patch_size
-        if self.image_size is None:
-            # Some models are configured for sizes that their patches do not cover completely.
-            own_size = (own_transform.height, own_transform.width)
-            height, width = (side - side % patch for side in own_size)
-        else:
-            size = self.image_size
-            height, width = (size, size) if isinstance(size, int) else size
-        fit = check_fit(self.fit, tower)
-        return replace(own_transform, height=height, width=width, fit=fit, patch_size=patch)
+        return fitted_transform(own_transform, tower, self.image_size, self.fit)
+
+
+def fitted_transform(
+    own_transform: ImageTransform, tower: Tower, image_size: int | tuple[int, int] | None, fit: Fit
+) -> ImageTransform:
+    """Return the preprocessing for a tower, given the model's own.
+
+    Args:
+        own_transform: the model's own preprocessing.
+        tower: its vision tower.
+        image_size: see `legrad.LeGrad`.
+        fit: see `legrad.LeGrad`.
+
+    Raises:
+        InputError: `fit` is unknown, or the tower cannot take images of several sizes.
+    """
+    patch = tower.patch_size
+    if image_size is None:
+        # Some models are configured for sizes that their patches do not cover completely.
+        own_size = (own_transform.height, own_transform.width)
+        height, width = (side - side % patch for side in own_size)
+    else:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return replace(own_transform, height=height, width=width, fit=check_fit(fit, tower), patch_size=patch)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 from urllib.error import URLError
 
 import open_clip
@@ -26,7 +26,16 @@ from huggingface_hub.errors import (
 from torch import nn
 
 from legrad.errors import ModelLoadError, UnsupportedModelError
-from legrad.families import SUPPORTED, model_support, support_of
+from legrad.families import (
+    SUPPORTED,
+    describe_visual,
+    model_support,
+    support_of,
+    visual_without_weights,
+)
+from legrad.heatmaps import Normalisation
+from legrad.images import Fit, ImageTransform, transform_from
+from legrad.inputs import fitted_transform
 from legrad.tokens import Tokenizer
 from legrad.weights.checkpoint import check_checkpoint
 from legrad.weights.hub_files import file_sha256
@@ -140,6 +149,46 @@ def model_digest(name: str, pretrained: str | None) -> str:
         if isinstance(files.weights, LocalWeights):
             check_checkpoint(files.weights.path, files)
         return files.digest(files.weights.sha256())
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is needed to make masks from a model's stored relevance, without the model.
+
+    Attributes:
+        transform: preprocessing of images.
+        normalisation: when the family's maps are brought to [0, 1].
+    """
+
+    transform: ImageTransform
+    normalisation: Normalisation
+
+
+def model_facts(
+    name: str,
+    pretrained: str | None,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    fit: Fit = "stretch",
+) -> ModelFacts:
+    """Return the facts of a model from its configuration; no weights are read.
+
+    Args:
+        name: see `load_model`.
+        pretrained: see `load_model`.
+        image_size: see `legrad.LeGrad`.
+        fit: see `legrad.LeGrad`.
+
+    Raises:
+        ModelLoadError, UnsupportedModelError: as `load_model` does.
+        InputError: an option does not fit the model.
+    """
+    with _explained_failure(name, pretrained), _quiet():
+        files = _supported_files(name, pretrained)
+        visual: Any = visual_without_weights(files.model_config)
+    tower = describe_visual(visual)
+    own_transform = transform_from(visual.image_size, files.preprocess_config)
+    return ModelFacts(fitted_transform(own_transform, tower, image_size, fit), tower.normalisation)
 
 
 def check_request(name: str, precision: str) -> None:

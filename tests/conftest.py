@@ -48,6 +48,7 @@ MEDIUM = (
     "tests/pipeline/test_object_stores.py",
     "tests/pipeline/test_queries.py",
     "tests/pipeline/test_refined_maps.py",
+    "tests/pipeline/test_remask.py",
     "tests/pipeline/test_report",
     "tests/pipeline/test_row_keys.py",
     "tests/pipeline/test_same_rows.py",

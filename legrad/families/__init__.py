@@ -151,17 +151,24 @@ def model_support(name: str) -> ModelSupport:
 
 def support_of(model_config: Mapping[str, Any]) -> ModelSupport:
     """Return whether a model with this configuration, open_clip's `model_cfg`, is supported."""
+    return _vision_support(model_config["embed_dim"], json.dumps(model_config["vision_cfg"], sort_keys=True))
+
+
+def visual_without_weights(model_config: Mapping[str, Any]) -> nn.Module:
+    """Return the vision tower of a model with this configuration, open_clip's `model_cfg`, without memory."""
     vision = model_config["vision_cfg"] | {"timm_model_pretrained": False}
-    return _vision_support(model_config["embed_dim"], json.dumps(vision, sort_keys=True))
+    with torch.device("meta"):
+        model: Any = open_clip.CLIP(model_config["embed_dim"], vision, _SMALLEST_TEXT)
+    visual: nn.Module = model.visual
+    return visual
 
 
 @cache
 def _vision_support(embed_dim: int, vision_json: str) -> ModelSupport:
     # Cached by vision tower, as many models differ only in their text towers.
-    with torch.device("meta"):
-        model = open_clip.CLIP(embed_dim, json.loads(vision_json), _SMALLEST_TEXT)
+    visual = visual_without_weights({"embed_dim": embed_dim, "vision_cfg": json.loads(vision_json)})
     try:
-        tower = describe_visual(model.visual)
+        tower = describe_visual(visual)
         return ModelSupport(tower.family, None, len(tower.blocks), tower.takes_any_grid)
     except NotCovered as reason:
         return ModelSupport(None, str(reason))

@@ -113,25 +113,52 @@ def text_distances(
     return distances.masked_fill(torch.eye(rows.shape[-2], dtype=torch.bool, device=rows.device), 0)
 
 
+def distances_by_image(
+    unit_rows: Float[Tensor, "maps embed_dim"],
+    image_index: Int[Tensor, " maps"],
+    centre: Float[Tensor, " embed_dim"] | None = None,
+) -> Float[Tensor, " pairs"]:
+    """Compute `text_distances` for images with different numbers of texts, without waiting for the device.
+
+    Args:
+        unit_rows: unit embedding of each text, on any device.
+        image_index: for each text the row of its image, on the CPU.
+        centre: see `text_distances`.
+
+    Returns:
+        float32, image by image in ascending order of `image_index`: n x n distances for an image of n
+        texts, row by row, the texts in their given order.
+    """
+    index = image_index.numpy()
+    counts = np.bincount(index)
+    pairs = int((counts**2).sum())
+    if counts.max(initial=0) < 2:
+        return torch.zeros(pairs, device=unit_rows.device)
+    # the last place is that of padding
+    distances = torch.zeros(pairs + 1, device=unit_rows.device)
+    for group in _groups(index, unit_rows.shape[1], unit_rows.device):
+        is_pair = group.is_text[:, :, None] & group.is_text[:, None, :]
+        distances[torch.where(is_pair, group.pairs, pairs)] = text_distances(unit_rows[group.rows], centre)
+    return distances[:-1]
+
+
 def contrasted_by_image(
     relevance_grids: Float[Tensor, "maps grid_height grid_width"],
     image_index: Int[Tensor, " maps"],
-    unit_rows: Float[Tensor, "maps embed_dim"],
+    distances: Float[Tensor, " pairs"],
     *,
     share: float = 0.6,
-    centre: Float[Tensor, " embed_dim"] | None = None,
     takes: Bool[Tensor, " maps"] | None = None,
 ) -> Float[Tensor, "maps grid_height grid_width"]:
-    """Apply `contrasted_grids` to images with different numbers of texts, weighted by `text_distances`.
+    """Apply `contrasted_grids` to images with different numbers of texts, weighted by their distances.
 
     The device is not waited for, and the result of an image does not depend on the other images.
 
     Args:
         relevance_grids: raw relevance of one text of one image each, on any device.
         image_index: for each grid the row of its image, on the CPU.
-        unit_rows: unit embedding of each grid's text.
+        distances: between the texts of each image, as `distances_by_image` returns them.
         share: see `contrasted_grids`.
-        centre: see `text_distances`.
         takes: for each grid whether its text takes from others; None: all do.
 
     Returns:
@@ -144,17 +171,16 @@ def contrasted_by_image(
     index = image_index.numpy()
     if not share or np.bincount(index, minlength=1).max() < 2:
         return relevance_grids
-    order = index.argsort(kind="stable")
-    groups = _groups(order, index[order], height * width + unit_rows.shape[1], relevance_grids.device)
     contrasted: list[Tensor] = []
-    for group in groups:
+    for group in _groups(index, height * width, relevance_grids.device):
         is_weighed = group.is_text[:, None, :]
         if takes is not None:
             is_weighed = is_weighed & takes[group.rows][:, None, :]
-        weights = text_distances(unit_rows[group.rows], centre) * is_weighed
-        of_images = contrasted_grids(relevance_grids[group.rows], weights, share=share)
+        of_images = contrasted_grids(
+            relevance_grids[group.rows], distances[group.pairs] * is_weighed, share=share
+        )
         contrasted.append(of_images.flatten(0, 1).index_select(0, group.places))
-    in_order = torch.cat(contrasted)
+    in_order, order = torch.cat(contrasted), index.argsort(kind="stable")
     if (order[1:] > order[:-1]).all():
         return in_order
     return in_order[uploaded(torch.from_numpy(order.argsort()), in_order.device)]
@@ -168,37 +194,39 @@ class _Group:
         rows: for each text the row of its grid; in the places of padding, that of the image's last text.
         is_text: whether a place is that of a text.
         places: places of the texts, counted through all images.
+        pairs: places of the distances between each two texts, as `distances_by_image` returns them; padding
+            has those of the image's last text.
     """
 
     rows: Int64[Tensor, "images most_texts"]
     is_text: Bool[Tensor, "images most_texts"]
     places: Int64[Tensor, " maps"]
+    pairs: Int64[Tensor, "images most_texts most_texts"]
 
 
-def _groups(
-    order: Int64[np.ndarray, " maps"],
-    images: Int64[np.ndarray, " maps"],
-    values_a_text: int,
-    device: torch.device,
-) -> Iterator[_Group]:
+def _groups(index: Int64[np.ndarray, " maps"], values_a_text: int, device: torch.device) -> Iterator[_Group]:
     """Divide images into groups of consecutive ones, mostly a single group, so that memory is bounded.
 
     Args:
-        order: rows of the grids, image by image.
-        images: image of each of these rows.
+        index: image of each grid.
         values_a_text: values that a text takes beside its weights.
         device: of the grids.
     """
-    _, starts, counts = np.unique(images, return_index=True, return_counts=True)
+    order = index.argsort(kind="stable")
+    _, starts, counts = np.unique(index[order], return_index=True, return_counts=True)
+    first_pairs = np.cumsum(counts**2) - counts**2
     for group in _groups_within(counts.tolist(), values_a_text):
         of_group = counts[group][:, None]
         column = np.arange(of_group.max())
-        rows = order[starts[group][:, None] + np.minimum(column, of_group - 1)]
+        position = np.minimum(column, of_group - 1)
+        rows = order[starts[group][:, None] + position]
         is_text = column < of_group
-        parts = [rows.ravel(), is_text.ravel(), np.flatnonzero(is_text)]
+        pair_rows = first_pairs[group][:, None] + position * of_group
+        parts = [rows.ravel(), is_text.ravel(), position.ravel(), pair_rows.ravel(), np.flatnonzero(is_text)]
         packed = uploaded(torch.from_numpy(np.concatenate(parts).astype(np.int64)), device)
-        on_device = torch.split(packed, [len(part) for part in parts])
-        yield _Group(on_device[0].view(rows.shape), on_device[1].view(rows.shape).bool(), on_device[2])
+        padded = packed[: 4 * rows.size].view(4, *rows.shape)
+        pairs = padded[3][:, :, None] + padded[2][:, None, :]
+        yield _Group(padded[0], padded[1].bool(), packed[4 * rows.size :], pairs)
 
 
 def _groups_within(counts: Sequence[int], values_a_text: int) -> Iterator[slice]:

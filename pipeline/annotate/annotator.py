@@ -4,45 +4,35 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import legrad
-from legrad.canvases import canvas_bytes
-from legrad.tokens import picklable_tokenizer
-from pipeline import storage
-from pipeline.annotate.attempt import Attempt, AttemptsInFlight
-from pipeline.annotate.batch_size import CPU_BATCH_SIZE, find_batch_size
+from pipeline.annotate.annotator_parts import (
+    AnnotatorParts,
+    decoded_images,
+    explained_bytes,
+    parts_with_model,
+    shape_of,
+)
+from pipeline.annotate.attempt import AttemptsInFlight
 from pipeline.annotate.chunk_rows import ChunkRows, add_chunk
-from pipeline.annotate.cutting import device_cut_of
-from pipeline.annotate.engine import Engine
-from pipeline.annotate.grid_steps import grid_steps_of
-from pipeline.annotate.maps import refinement_of
 from pipeline.annotate.meter import Meter
-from pipeline.annotate.model import views_wanted
-from pipeline.annotate.processes import MemoryGate, SampleProcesses
-from pipeline.annotate.rows import SampleRows
-from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
-from pipeline.annotate.sample_work import SampleWork, WorkSettings
+from pipeline.annotate.processes import SampleProcesses
+from pipeline.annotate.sample_states import ExplainedSample
 from pipeline.annotate.segmenting import MapSharpener
 from pipeline.annotate.stream import BatchStream
 from pipeline.annotate.stream_steps import SampleSteps, StreamLimits
-from pipeline.annotate.trial import TrialSamples
-from pipeline.annotate.work_in_processes import WorkInProcesses
-from pipeline.config.schema import InputConfig, JobConfig, RunConfig
+from pipeline.config.schema import JobConfig, RunConfig
 from pipeline.output.counts import ShardCounts
 from pipeline.output.measures import Measures
 from pipeline.output.writer import ShardWriter
-from pipeline.prompts.sample_prompts import Prompt, SamplePrompts, job_companions
-from pipeline.shards.sample_error import SampleError
-from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
 
 LOOKAHEAD_BATCHES = 8
 CHUNK_SAMPLES = 32
-WARM_UP_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -75,11 +65,12 @@ class ShardProgress:
 
 
 class ShardAnnotator:
-    """Annotates shards with one model; several threads may call it at once and then share its batches.
+    """Annotates shards; several threads may call it at once and then share its batches.
 
     Args:
         config: the job's configuration.
-        explainer: the loaded model.
+        source: the loaded model; or the parts that take stored maps in its place, and then neither
+            `sharpener` nor `processes`.
         decode_threads: samples that are decoded or masked at a time, by one thread each.
         metadata: written into the footer of every file beside the counts: config hash, versions and so on.
         batches_at_once: batches on the device; with two, one computes while the other is put together.
@@ -91,7 +82,7 @@ class ShardAnnotator:
     def __init__(
         self,
         config: JobConfig,
-        explainer: legrad.LeGrad,
+        source: legrad.LeGrad | AnnotatorParts,
         *,
         decode_threads: int,
         metadata: Mapping[str, Any],
@@ -100,53 +91,33 @@ class ShardAnnotator:
         processes: SampleProcesses | None = None,
     ) -> None:
         self._config = config
-        sample_prompts = SamplePrompts(config)
-        views = views_wanted(config, explainer)
-        tokenizer = picklable_tokenizer(explainer.tokenizer)
-        settings = WorkSettings(config, explainer.transform, views, tokenizer)
-        self._work = _work_of(settings, processes, sample_prompts.every_class)
-        companions = job_companions(config)
-        trial = TrialSamples(
-            explainer.transform,
-            views,
-            sample_prompts.usual_number,
-            texts_recur=sample_prompts.field is None,
+        self._parts = (
+            source
+            if isinstance(source, AnnotatorParts)
+            else parts_with_model(
+                config,
+                source,
+                batches_at_once=batches_at_once,
+                sharpener=sharpener,
+                processes=processes,
+            )
         )
-        self._engine = Engine(
-            explainer,
-            config.prompts.max_per_sample,
-            CPU_BATCH_SIZE if config.run.batch_size == "auto" else config.run.batch_size,
-            batches_at_once=batches_at_once,
-            companions=companions,
-            views=views,
-            grid_steps=grid_steps_of(config.masks, config.contrast_share),
-            refinement=refinement_of(config.masks, explainer.patch_size),
-            sharpener=sharpener,
-            cut=device_cut_of(config.masks, explainer.device),
-        )
-        if explainer.device.type != "cpu":
-            # kernels are compiled now, and a worker whose device cannot run them fails before it has a shard
-            self._engine.warm_up(trial.batch(WARM_UP_SAMPLES))
-        if config.run.batch_size == "auto":
-            self._engine.batch_size = find_batch_size(self._engine, trial, explainer.device)
-        self._meter = Meter(self._engine.clock, decode_threads)
+        self._meter = Meter(self._parts.maps.clock, decode_threads)
         self._metadata = metadata
-        self._wanted_fields = wanted_fields(config.input, sample_prompts)
-        self._canvas_bytes = canvas_bytes(views, explainer.transform)
         self._in_flight = AttemptsInFlight(lambda attempt: self._stream.fail(attempt, attempt.error()))
         self._stream = BatchStream(
             SampleSteps(
-                self._size_bytes,
+                self._parts.size_bytes,
                 self._prepare,
-                _shape,
-                self._engine.explain,
+                shape_of,
+                self._parts.maps.explain,
                 self._finish,
-                prepared_bytes=_prepared_bytes,
-                explained_bytes=_explained_bytes,
+                prepared_bytes=lambda sample: sample.held_bytes,
+                explained_bytes=explained_bytes,
                 was_reading_s=partial(self._meter.add, "reading_s"),
             ),
-            stream_limits(config.run, decode_threads, batches_at_once, self._engine.batch_size),
-            batch_limit=self._engine.batch_limit,
+            stream_limits(config.run, decode_threads, batches_at_once, self._parts.maps.batch_size),
+            batch_limit=self._parts.maps.batch_limit,
         )
 
     def annotate(self, shard: ShardSource) -> ShardReport:
@@ -160,14 +131,18 @@ class ShardAnnotator:
             OutputError: the result cannot be written.
             ShardAbandoned: `abandon` was called before the result was written.
         """
-        started_s, before = time.monotonic(), storage.version_now(shard)
+        started_s = time.monotonic()
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         with (
-            ShardWriter(shard, metadata, with_instances=self._config.masks.has_instances) as writer,
+            ShardWriter(
+                shard,
+                metadata,
+                with_instances=self._config.masks.has_instances,
+                with_maps=self._config.output.heatmap,
+            ) as writer,
             self._in_flight.begun(shard, writer.counts) as attempt,
         ):
-            self._stream.run(self._samples(shard, attempt), partial(add_chunk, writer), attempt)
-            storage.require_unchanged(shard, before)
+            self._stream.run(self._parts.read(shard, attempt), partial(add_chunk, writer), attempt)
             attempt.begin_publishing()
             with self._meter.timed("publishing_s"):
                 published = writer.publish(self._config.output.dir, attempt.content_digest())
@@ -201,36 +176,18 @@ class ShardAnnotator:
     def close(self) -> None:
         """Stop the threads and processes; shards in flight fail."""
         # a thread may wait for a process, for ever where an image keeps it busy
-        self._work.close()
+        self._parts.work.close()
         self._stream.close()
 
-    def _samples(self, shard: ShardSource, attempt: Attempt) -> Iterator[RawSample | SampleError]:
-        """Yield the samples of a shard; it is opened here, so that it counts as being read from then on."""
-        limits = storage.ReadLimits(self._config.run.min_read_bytes_per_s)
-        with storage.open_shard(shard, limits) as opened:
-            stream = storage.DigestingStream(opened)
-            samples = read_samples(
-                stream,
-                max_member_bytes=self._config.input.max_member_bytes,
-                wanted_fields=self._wanted_fields,
-            )
-            yield from attempt.counted(samples, stream)
-
-    def _size_bytes(self, item: RawSample | SampleError) -> int:
-        """Return the most bytes that a sample takes, as read and as prepared."""
-        if isinstance(item, SampleError):
-            return 0
-        return sum(map(len, item.fields.values())) + self._canvas_bytes
-
-    def _prepare(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
+    def _prepare(self, items: Sequence[Any]) -> Sequence[Any]:
         with self._meter.timed("decoding_s"):
-            prepared = self._work.prepare(items)
-        self._meter.images_decoded(sum(isinstance(sample, PreparedSample) for sample in prepared))
+            prepared = self._parts.work.prepare(items)
+        self._meter.images_decoded(decoded_images(prepared))
         return prepared
 
     def _finish(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
         with self._meter.timed("masks_s"):
-            return self._work.finish(explained)
+            return self._parts.work.finish(explained)
 
 
 def stream_limits(run: RunConfig, threads: int, batches_at_once: int, batch_size: int) -> StreamLimits:
@@ -251,31 +208,3 @@ def stream_limits(run: RunConfig, threads: int, batches_at_once: int, batch_size
         max_readers=run.shards_in_flight,
         chunk_samples=chunk_samples,
     )
-
-
-def wanted_fields(settings: InputConfig, prompts: SamplePrompts) -> frozenset[str]:
-    """Return the names of the fields of a sample that are read at all."""
-    prompt_fields = prompts.field.lower().split(":")[0].split(";") if prompts.field else []
-    return frozenset([*settings.image.lower().split(";"), *prompt_fields])
-
-
-def _work_of(
-    settings: WorkSettings, processes: SampleProcesses | None, every_class: tuple[Prompt, ...]
-) -> SampleWork | WorkInProcesses:
-    if processes is None:
-        return SampleWork(settings, MemoryGate(settings.config.run.decode_bytes).room)
-    return WorkInProcesses(processes, settings, every_class)
-
-
-def _shape(sample: PreparedSample | SampleRows) -> Hashable | None:
-    return sample.shape if isinstance(sample, PreparedSample) else None
-
-
-def _prepared_bytes(sample: PreparedSample) -> int:
-    return sum(canvas.nbytes for canvas in sample.canvases)
-
-
-def _explained_bytes(sample: ExplainedSample) -> int:
-    maps = sample.maps
-    arrays = (maps.relevance_grids, maps.mask_maps, maps.instance_labels)
-    return sum(array.nbytes for array in arrays if array is not None)

@@ -6,12 +6,26 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import Protocol, TypeVar
 
+from pipeline.annotate.rows import SampleRows
 from pipeline.errors import ShardAbandoned
 from pipeline.output.counts import ShardCounts
 from pipeline.shards.sample_error import SampleError
-from pipeline.shards.samples import RawSample
-from pipeline.storage import DigestingStream, ShardSource
+from pipeline.storage import ShardSource
+
+Item = TypeVar("Item")
+
+
+class ReadBytes(Protocol):
+    """Counts the bytes of a shard that were read."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+
+    def digest(self) -> str:
+        """Return the digest of the bytes of the shard."""
 
 
 class _State(Enum):
@@ -33,7 +47,7 @@ class Attempt:
         self._shard = shard
         self._lock = threading.Lock()
         self._state = _State.OPEN
-        self._stream: DigestingStream | None = None
+        self._stream: ReadBytes | None = None
         self._samples_read = 0
 
     @property
@@ -50,14 +64,12 @@ class Attempt:
         """Return the exception by which an abandoned attempt ends."""
         return ShardAbandoned(f"{self._shard.canonical_url}: abandoned before it was published")
 
-    def counted(
-        self, samples: Iterable[RawSample | SampleError], stream: DigestingStream
-    ) -> Iterator[RawSample | SampleError]:
+    def counted(self, samples: Iterable[Item], stream: ReadBytes) -> Iterator[Item]:
         """Yield the samples of the shard, and count them.
 
         Args:
             samples: as they are read from the stream.
-            stream: counts the bytes.
+            stream: counts the bytes of the shard.
 
         Raises:
             ShardAbandoned: the attempt was abandoned.
@@ -66,7 +78,7 @@ class Attempt:
         if self.is_abandoned:
             raise self.error()
         for sample in samples:
-            self._samples_read += not isinstance(sample, SampleError) or sample.sample_index is not None
+            self._samples_read += _is_sample(sample)
             yield sample
 
     def content_digest(self) -> str:
@@ -102,6 +114,12 @@ class Attempt:
             if self._state is _State.OPEN:
                 self._state = _State.ABANDONED
             return self.is_abandoned
+
+
+def _is_sample(item: object) -> bool:
+    if isinstance(item, SampleRows):
+        return item.is_sample
+    return not isinstance(item, SampleError) or item.sample_index is not None
 
 
 class AttemptsInFlight:

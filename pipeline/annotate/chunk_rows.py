@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.annotate.rows import SampleRows
 from pipeline.output.counts import sample_outcome
-from pipeline.output.schema import INSTANCES
+from pipeline.output.schema import INSTANCES, TEXT_DISTANCES
 from pipeline.output.writer import ROWS_SCHEMA, ShardWriter, rows_schema
 from pipeline.shards.sample_error import SampleError
 
@@ -36,7 +36,9 @@ def rows_of_chunk(samples: Sequence[SampleRows]) -> ChunkRows:
     rows = [row for sample in samples for row in sample.rows]
     outcomes = Counter(sample_outcome(each.rows, each.errors) for each in samples if each.is_sample)
     outcomes["dropped_prompts"] = sum(sample.dropped_prompts for sample in samples)
-    schema = rows_schema(with_instances=any(INSTANCES in row for row in rows))
+    # all rows of a job have the same columns
+    names = rows[0].keys() if rows else ()
+    schema = rows_schema(with_instances=INSTANCES in names, with_maps=TEXT_DISTANCES in names)
     return ChunkRows(
         (_as_ipc(pa.RecordBatch.from_pylist(rows, schema=schema)),) if rows else (),
         tuple(error for sample in samples for error in sample.errors),

@@ -7,18 +7,20 @@ from dataclasses import replace
 
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import PreparedSample
+from pipeline.annotate.stored_samples import StoredSample
 from pipeline.prompts.sample_prompts import Prompt
 
+ReadySample = PreparedSample | StoredSample | SampleRows
 # a sample without its prompts, and the ordinals of these among all classes; or as it is, and None
-SentSample = tuple[PreparedSample | SampleRows, tuple[int, ...] | None]
+SentSample = tuple[ReadySample, tuple[int, ...] | None]
 
 
-def without_classes(samples: Sequence[PreparedSample | SampleRows]) -> list[SentSample]:
+def without_classes(samples: Sequence[ReadySample]) -> list[SentSample]:
     """Replace prompts that are classes by their ordinals; samples that share them share these too."""
     ordinals_of: dict[int, tuple[int, ...]] = {}
     sent: list[SentSample] = []
     for sample in samples:
-        if isinstance(sample, SampleRows) or sample.prompts[0].class_id is None:
+        if not isinstance(sample, PreparedSample) or sample.prompts[0].class_id is None:
             sent.append((sample, None))
             continue
         if id(sample.prompts) not in ordinals_of:
@@ -27,13 +29,11 @@ def without_classes(samples: Sequence[PreparedSample | SampleRows]) -> list[Sent
     return sent
 
 
-def with_classes(
-    sent: Sequence[SentSample], every_class: tuple[Prompt, ...]
-) -> list[PreparedSample | SampleRows]:
+def with_classes(sent: Sequence[SentSample], every_class: tuple[Prompt, ...]) -> list[ReadySample]:
     """Undo `without_classes`; samples with all classes share one tuple."""
     return [
         sample
-        if ordinals is None or isinstance(sample, SampleRows)
+        if ordinals is None or not isinstance(sample, PreparedSample)
         else replace(sample, prompts=_prompts(ordinals, every_class))
         for sample, ordinals in sent
     ]

@@ -26,13 +26,20 @@ from pipeline.annotate.device_clock import device_clock
 from pipeline.annotate.device_memory import Streams, sent
 from pipeline.annotate.grid_steps import NO_STEPS, GridSteps, GridTexts, with_centre
 from pipeline.annotate.maps import MapSettings, sample_maps
-from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample, PreparedSample, SampleMaps
+from pipeline.annotate.sample_states import (
+    ContextText,
+    ExplainedPrompt,
+    ExplainedSample,
+    PreparedSample,
+    SampleMaps,
+)
 from pipeline.annotate.segmenting import MapSharpener
 from pipeline.annotate.texts import (
     BatchTextEmbedder,
     BatchTexts,
     ImageMaps,
     choose_maps,
+    context_texts,
     equal_within,
 )
 from pipeline.prompts.sample_prompts import Companions
@@ -79,7 +86,7 @@ class Engine:
     ) -> None:
         self._explainer = explainer
         self._views = views
-        self._max_background = companions.max_background
+        self._companions = companions
         self._max_prompts_per_sample = max_prompts_per_sample
         embedder = TextEmbedder(explainer)
         self._map_settings = MapSettings(
@@ -229,7 +236,9 @@ class Engine:
                 embedded = self._texts.embed([sample.prompts for sample in samples], tokens)
             cosines = unit_row_cosines(trace.image_features, embedded.unit_rows)
             texts, similarities = self._texts.resolve(embedded, cosines)
-        chosen = choose_maps(similarities, texts, self._max_prompts_per_sample, self._max_background)
+        chosen = choose_maps(
+            similarities, texts, self._max_prompts_per_sample, self._companions.max_background
+        )
         prompts = _prompts_of_maps(chosen, texts.unit_rows)
         image_sizes = [(sample.image_height, sample.image_width) for sample in samples]
         with self.clock.work():
@@ -246,7 +255,12 @@ class Engine:
                 image_sizes=image_sizes,
             )
         return [
-            _explained(sample, own_maps, _explained_prompts(sample, choice, rows, cosines, texts))
+            _explained(
+                sample,
+                own_maps,
+                _explained_prompts(sample, choice, rows, cosines, texts),
+                context_texts(choice, cosines, embedded.ensembles, self._companions),
+            )
             for sample, choice, own_maps, rows, cosines in zip(
                 samples, chosen, maps, texts.prompt_rows, similarities, strict=True
             )
@@ -279,7 +293,10 @@ def _similarities_of_maps(chosen: Sequence[ImageMaps], similarities: np.ndarray)
 
 
 def _explained(
-    sample: PreparedSample, maps: SampleMaps, prompts: tuple[ExplainedPrompt, ...]
+    sample: PreparedSample,
+    maps: SampleMaps,
+    prompts: tuple[ExplainedPrompt, ...],
+    context: tuple[ContextText, ...],
 ) -> ExplainedSample:
     return ExplainedSample(
         index=sample.index,
@@ -290,6 +307,7 @@ def _explained(
         maps=maps,
         dropped_prompts=len(sample.prompts) - len(prompts),
         errors=sample.errors,
+        context=context,
     )
 
 

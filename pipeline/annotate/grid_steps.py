@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from legrad.inputs import neutral_patches
-from legrad.masks.contrast import contrasted_by_image
+from legrad.masks.contrast import contrasted_by_image, distances_by_image
 from legrad.masks.smoothing import smoothed_grids
 from legrad.memory import uploaded
 from legrad.text_cache import TextEmbedder
@@ -28,12 +28,10 @@ class Contrast:
         share: share of the strongest other text's grid that is subtracted, above 0.
         with_prompts: whether prompts that no filter rejects take from each other; otherwise only background
             texts take from them.
-        centre: mean embedding of texts of all kinds, on the device; None: the origin.
     """
 
     share: float
     with_prompts: bool = True
-    centre: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,36 +43,45 @@ class GridSteps:
         smooth: standard deviation of a Gaussian in cells; 0: none.
         contrast: None: no contrast between texts.
         backgrounds_compete: whether background texts still need maps afterwards; otherwise these end here.
+        keep_distances: whether the distances between texts are kept, so that the contrast can be chosen anew.
+        centre: mean embedding of texts of all kinds, for the distances, on the device; None: the origin.
     """
 
     filters: Filters = NO_FILTERS
     smooth: float = 0.0
     contrast: Contrast | None = None
     backgrounds_compete: bool = True
+    keep_distances: bool = False
+    centre: torch.Tensor | None = None
+
+    @property
+    def needs_distances(self) -> bool:
+        """Whether the distances between texts are computed."""
+        return self.keep_distances or self.contrast is not None
 
 
 NO_STEPS = GridSteps()
 
 
-def grid_steps_of(masks: MasksConfig, contrast_share: float) -> GridSteps:
+def grid_steps_of(masks: MasksConfig, contrast_share: float, *, keep_distances: bool = False) -> GridSteps:
     """Return the steps that a configuration asks for.
 
     Args:
         masks: the configuration's section.
         contrast_share: `masks.contrast`, with null resolved.
+        keep_distances: see `GridSteps`.
     """
     contrast = Contrast(contrast_share, masks.contrast_with == "all") if contrast_share else None
     # once background texts have taken their share, competing for pixels too would count them twice
     competes = masks.combine == "argmax" and contrast is None
-    return GridSteps(filters_of(masks), masks.smooth, contrast, competes)
+    return GridSteps(filters_of(masks), masks.smooth, contrast, competes, keep_distances)
 
 
 def with_centre(steps: GridSteps, texts: Sequence[Ensemble], embedder: TextEmbedder) -> GridSteps:
-    """Return the steps with the centre of their contrast: the mean embedding of texts of all kinds."""
-    if steps.contrast is None or not texts:
+    """Return the steps with the centre of their distances: the mean embedding of texts of all kinds."""
+    if not (steps.needs_distances and texts):
         return steps
-    centre = embedder.embed_ensembles(texts).unit_rows.double().mean(dim=0)
-    return replace(steps, contrast=replace(steps.contrast, centre=centre))
+    return replace(steps, centre=embedder.embed_ensembles(texts).unit_rows.double().mean(dim=0))
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,31 @@ class GridTexts:
     """The texts of a batch's grids.
 
     Attributes:
-        unit_rows: embedding of each grid's text, [maps, embed_dim], on the device.
+        unit_rows: embedding of each grid's text, [maps, embed_dim], on the device; None: the distances are
+            known.
         similarities: cosine of each grid's text and its image, float [maps], on the CPU.
+        distances: between the texts of each image but the neutral one, as
+            `legrad.masks.contrast.distances_by_image` returns them; None: not known yet.
     """
 
-    unit_rows: torch.Tensor
+    unit_rows: torch.Tensor | None
     similarities: np.ndarray
+    distances: torch.Tensor | None = None
+
+    def at(self, kept: np.ndarray) -> GridTexts:
+        """Return the texts at some rows; the distances are not those of neutral texts, and stay."""
+        if self.unit_rows is None:
+            return replace(self, similarities=self.similarities[kept])
+        rows = uploaded(torch.from_numpy(kept), self.unit_rows.device)
+        return GridTexts(self.unit_rows[rows], self.similarities[kept], self.distances)
+
+    def distances_of(self, owners: torch.Tensor, centre: torch.Tensor | None) -> torch.Tensor:
+        """Return the distances; raises ValueError if they are neither known nor can be computed."""
+        if self.distances is not None:
+            return self.distances
+        if self.unit_rows is None:
+            raise ValueError("the texts have neither embeddings nor distances")
+        return distances_by_image(self.unit_rows, owners, centre)
 
 
 @dataclass(frozen=True)
@@ -101,6 +127,8 @@ class BatchGrids:
         rejections: which filter rejects each grid's text, as a position in `filters.STATUSES`, uint8 [maps];
             None: there is no filter.
         owners: for each grid the row of its image, int64 [maps], on the CPU.
+        distances: between the texts of each image, background texts included, see `GridTexts`; None: not
+            needed.
     """
 
     raw: torch.Tensor
@@ -108,9 +136,10 @@ class BatchGrids:
     peaks: torch.Tensor
     rejections: torch.Tensor | None
     owners: torch.Tensor
+    distances: torch.Tensor | None = None
 
     def at(self, kept: np.ndarray) -> BatchGrids:
-        """Return some of the grids.
+        """Return some of the grids, with the distances of all texts.
 
         Args:
             kept: whether a grid is kept, bool [maps].
@@ -126,6 +155,7 @@ class BatchGrids:
             self.peaks[on_device],
             None if self.rejections is None else self.rejections[on_device],
             self.owners[on_cpu],
+            self.distances,
         )
 
 
@@ -155,23 +185,16 @@ def batch_grids(
     if neutral_threshold is not None:
         kept = np.flatnonzero(kinds != NEUTRAL)
         grids, mask_grids = _without_claimed_patches(grids, owners, kept, neutral_threshold)
-        owners, kinds = owners[torch.from_numpy(kept)], kinds[kept]
-        texts = GridTexts(
-            texts.unit_rows[uploaded(torch.from_numpy(kept), grids.device)], texts.similarities[kept]
-        )
+        owners, kinds, texts = owners[torch.from_numpy(kept)], kinds[kept], texts.at(kept)
     peaks = mask_grids.amax((1, 2))
     rejected, takes = _roles(grids, texts.similarities, owners, kinds, steps)
     mask_grids = smoothed_grids(mask_grids, steps.smooth)
-    if steps.contrast is not None:
+    distances = texts.distances_of(owners, steps.centre) if steps.needs_distances else None
+    if steps.contrast is not None and distances is not None:
         mask_grids = contrasted_by_image(
-            mask_grids,
-            owners,
-            texts.unit_rows,
-            share=steps.contrast.share,
-            centre=steps.contrast.centre,
-            takes=takes,
+            mask_grids, owners, distances, share=steps.contrast.share, takes=takes
         )
-    batch = BatchGrids(grids, mask_grids, peaks, rejected, owners)
+    batch = BatchGrids(grids, mask_grids, peaks, rejected, owners, distances)
     return batch if steps.backgrounds_compete else batch.at(kinds == PROMPT)
 
 

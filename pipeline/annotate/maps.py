@@ -68,7 +68,7 @@ def sample_maps(
     texts: GridTexts,
     settings: MapSettings,
     *,
-    pixels: torch.Tensor,
+    pixels: torch.Tensor | None,
     image_sizes: Sequence[tuple[int, int]],
 ) -> list[SampleMaps]:
     """Filter, contrast, refine and cut the maps of a batch on their device, and share them out on the CPU.
@@ -79,17 +79,18 @@ def sample_maps(
         chosen: of each image, which of the grids are its own.
         texts: of the grids.
         settings: what is done to the grids.
-        pixels: first canvas of each image, uint8 [images, height, width, 3], on the device of the grids.
+        pixels: first canvas of each image, uint8 [images, height, width, 3], on the device of the grids;
+            None: there are none, and nothing is done that needs them.
         image_sizes: height and width of each original image in pixels.
     """
     batch = batch_grids(grids, chosen, texts, settings.grid_steps, settings.neutral_threshold)
     ends = np.searchsorted(batch.owners.numpy(), np.arange(len(chosen) + 1)).tolist()
     mask_maps, labels = batch.mask_grids, None
     normalisation: Normalisation | None = settings.normalisation
-    if settings.refinement is not None:
+    if pixels is not None and settings.refinement is not None:
         mask_maps = refined_maps(pixels, mask_maps, batch.owners, settings.refinement, settings.normalisation)
         normalisation = None
-    if settings.sharpener is not None:
+    if pixels is not None and settings.sharpener is not None:
         if normalisation is not None:
             mask_maps = heatmaps_of(mask_maps, pixels.shape[1], pixels.shape[2], normalisation)
         sharp = settings.sharpener.sharpened(
@@ -103,12 +104,27 @@ def sample_maps(
         frames = [of_images[image] for image in batch.owners.tolist()]
         cut = _cut_those_that_fit(mask_maps, frames, settings.cut.rule, normalisation)
     on_cpu = replace(
-        _on_the_cpu(batch, mask_maps, cut, is_refined=normalisation is None), instance_labels=labels
+        _on_the_cpu(grids, batch, mask_maps, cut, is_refined=normalisation is None), instance_labels=labels
     )
     return [
-        on_cpu.of_sample(start, end, maps, normalisation)
-        for (start, end), maps in zip(itertools.pairwise(ends), chosen, strict=True)
+        on_cpu.of_sample(_Places(start, end, first_grid, first_pair), maps, normalisation)
+        for (start, end), first_grid, first_pair, maps in zip(
+            itertools.pairwise(ends),
+            _starts([len(maps.text_rows) for maps in chosen]),
+            _starts([_contrasted_texts(maps) ** 2 for maps in chosen]),
+            chosen,
+            strict=True,
+        )
     ]
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(lengths)][:-1]
+
+
+def _contrasted_texts(maps: ImageMaps) -> int:
+    """Return the number of an image's texts that have distances: all but the neutral one."""
+    return maps.prompt_maps + maps.backgrounds
 
 
 def _accepted_maps(batch: BatchGrids, chosen: Sequence[ImageMaps], ends: Sequence[int]) -> list[list[int]]:
@@ -145,25 +161,51 @@ def _cut_those_that_fit(
 
 
 @dataclass(frozen=True)
-class _BatchMaps:
-    """The maps of a batch on the CPU; the attributes are those of `SampleMaps`."""
+class _Places:
+    """Where the maps of a sample are in those of its batch.
 
-    relevance_grids: np.ndarray
+    Attributes:
+        start: first of its maps after the grid steps.
+        end: end of these.
+        first_grid: its first raw grid.
+        first_pair: first of the distances between its texts.
+    """
+
+    start: int
+    end: int
+    first_grid: int
+    first_pair: int
+
+
+@dataclass(frozen=True)
+class _BatchMaps:
+    """The maps of a batch on the CPU.
+
+    Attributes:
+        grids: raw relevance of all texts, those included whose maps end with the grid steps.
+        distances: between the texts of each image, see `GridTexts`; None: they are not kept.
+
+    The others are those of `SampleMaps`.
+    """
+
+    grids: np.ndarray
+    distances: np.ndarray | None
     peaks: np.ndarray
     rejections: np.ndarray | None
     mask_maps: np.ndarray | None
     runs: Sequence[MapRuns | None] | None
     instance_labels: np.ndarray | None = None
 
-    def of_sample(
-        self, start: int, end: int, maps: ImageMaps, normalisation: Normalisation | None
-    ) -> SampleMaps:
+    def of_sample(self, places: _Places, maps: ImageMaps, normalisation: Normalisation | None) -> SampleMaps:
         """Return the maps of one sample as slices."""
+        start, end = places.start, places.end
         runs = () if self.runs is None else self.runs[start:end]
         own_runs = tuple(each for each in runs if each is not None)
         has_runs = self.runs is not None and len(own_runs) == end - start
+        # prompts come first, and background texts that compete next, before and after the steps
+        grids = self.grids[places.first_grid : places.first_grid + len(maps.text_rows)]
         return SampleMaps(
-            self.relevance_grids[start:end],
+            grids[: end - start],
             self.peaks[start:end],
             None if self.rejections is None else self.rejections[start:end],
             None if has_runs or self.mask_maps is None else self.mask_maps[start:end],
@@ -172,14 +214,28 @@ class _BatchMaps:
             normalisation,
             own_runs if has_runs else None,
             None if self.instance_labels is None else self.instance_labels[start:end],
+            grids[maps.prompt_maps :],
+            self._distances_of(places, _contrasted_texts(maps)),
         )
+
+    def _distances_of(self, places: _Places, texts: int) -> np.ndarray | None:
+        if self.distances is None:
+            return None
+        return self.distances[places.first_pair : places.first_pair + texts**2].reshape(texts, texts)
 
 
 def _on_the_cpu(
-    batch: BatchGrids, mask_maps: torch.Tensor, cut: _DeviceMasks | None, *, is_refined: bool
+    grids: torch.Tensor,
+    batch: BatchGrids,
+    mask_maps: torch.Tensor,
+    cut: _DeviceMasks | None,
+    *,
+    is_refined: bool,
 ) -> _BatchMaps:
     """Bring to the CPU what the rows of a batch need, by a single copy."""
-    tensors = {"raw": batch.raw, "peaks": batch.peaks}
+    tensors = {"grids": grids, "peaks": batch.peaks}
+    if batch.distances is not None:
+        tensors["distances"] = batch.distances
     if cut is not None:
         tensors |= dict(zip(CUT_TENSORS, cut.masks.tensors, strict=True))
     if mask_maps is not batch.raw and (cut is None or not all(cut.is_cut)):
@@ -192,7 +248,8 @@ def _on_the_cpu(
     if cut is not None:
         found = iter(cut.masks.runs_of(*(arrays[name] for name in CUT_TENSORS)))
         runs = [next(found) if is_cut else None for is_cut in cut.is_cut]
-    return _BatchMaps(arrays["raw"], arrays["peaks"], arrays.get("rejections"), arrays.get("mask_maps"), runs)
+    optional = {name: arrays.get(name) for name in ("distances", "rejections", "mask_maps")}
+    return _BatchMaps(grids=arrays["grids"], peaks=arrays["peaks"], runs=runs, **optional)
 
 
 def refined_maps(

@@ -16,12 +16,14 @@ from legrad.canvases import Views
 from legrad.errors import InputError, LeGradError
 from legrad.families import model_support
 from legrad.loading import computes_bf16, load_model, model_digest
+from legrad.loading import model_facts as legrad_facts
 from legrad.views import check_views
 from legrad.weights.model_files import plain_name
 from pipeline import storage
 from pipeline.config.schema import ADDRESS_PREFIXES, JobConfig, ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
+from pipeline.output.records import ModelFacts
 
 DEMO = "demo"
 FOLDER_PREFIX = "local-dir:"
@@ -145,6 +147,22 @@ def weights_digest(model: ModelConfig) -> str:
     with _as_user_error(model):
         checkpoint = _checkpoint(model)
         return model_digest(_open_clip_name(model), checkpoint)
+
+
+def model_facts(model: ModelConfig) -> ModelFacts:
+    """Return what is needed to make masks from the model's stored maps; no weights are read.
+
+    Raises:
+        UserError: as `weights_digest`.
+    """
+    with _as_user_error(model):
+        facts = legrad_facts(
+            _open_clip_name(model),
+            _checkpoint(model),
+            image_size=model.image_size,
+            fit="stretch" if model.fit == "tile" else model.fit,
+        )
+    return ModelFacts.of(facts.transform, facts.normalisation)
 
 
 def describe_model(model: ModelConfig) -> str:

@@ -15,6 +15,7 @@ from legrad.masks.rle import Rle
 from pipeline.annotate.cutting import cleaning_of, mask_rule, splitting_of
 from pipeline.annotate.filters import STATUSES
 from pipeline.annotate.instance_rows import with_instances
+from pipeline.annotate.map_rows import with_maps
 from pipeline.annotate.sample_states import ExplainedSample, SampleMaps
 from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import JobConfig
@@ -140,16 +141,11 @@ def annotation_rows(explained: ExplainedSample, config: JobConfig) -> list[Annot
     }
     numbers = [map_of_prompt[position] for position in written]
     rows = [
-        _row(
-            explained,
-            position,
-            status,
-            peaks[number],
-            masks.get(position, NO_MASK),
-            with_heatmap=config.output.heatmap,
-        )
+        _row(explained, position, status, peaks[number], masks.get(position, NO_MASK))
         for (position, status), number in zip(written.items(), numbers, strict=True)
     ]
+    if config.output.heatmap:
+        rows = with_maps(rows, numbers, maps, explained.context)
     splitting = splitting_of(config.masks)
     return rows if splitting is None else with_instances(rows, numbers, maps, splitting)
 
@@ -227,11 +223,8 @@ def _row(
     status: str,
     peak: float,
     mask: _Mask,
-    *,
-    with_heatmap: bool,
 ) -> AnnotationRow:
-    kept, maps = explained.prompts[position], explained.maps
-    grid = maps.relevance_grids[maps.map_of_prompt[position]]
+    kept = explained.prompts[position]
     if status not in ACCEPTED:
         mask = _Mask(mask.threshold, mask.threshold_low)
     return {
@@ -252,13 +245,7 @@ def _row(
         "bbox_xywh": mask.bbox_xywh,
         "mask": mask.rle,
         "ignore": mask.ignore,
-        "heatmap": _quantised(grid, peak) if with_heatmap else None,
-        "heatmap_height": grid.shape[0] if with_heatmap else None,
-        "heatmap_width": grid.shape[1] if with_heatmap else None,
+        "heatmap": None,
+        "heatmap_height": None,
+        "heatmap_width": None,
     }
-
-
-def _quantised(relevance_grid: np.ndarray, peak: float) -> bytes:
-    """Return a grid in steps of 1/255 of its peak."""
-    scaled = relevance_grid / (peak or 1.0) * 255
-    return np.rint(scaled).astype(np.uint8).tobytes()

@@ -31,6 +31,8 @@ from pipeline.annotate.processes import (
     ROOM_LEFT,
 )
 from pipeline.annotate.sample_work import SampleWork
+from pipeline.annotate.stored_samples import StoredWork
+from pipeline.annotate.work_in_threads import work_of
 
 _JOIN_TIMEOUT_S = 10.0
 
@@ -87,7 +89,7 @@ def _serve(connection: Connection, requests: Connection) -> None:
         OOM_SCORE_FILE.write_text(str(MOST_OOM_SCORE))
     with suppress(*ENDS_OF_CONNECTION):
         parcels = Parcels(connection)
-        work = SampleWork(parcels.receive(), _Rooms(parcels).room)
+        work = work_of(parcels.receive(), _Rooms(parcels).room)
         parcels.send((READY, None))
         while True:
             # no reference to the task is kept, so that its memory can be used again
@@ -104,7 +106,7 @@ def _send_answer(parcels: Parcels, answer: tuple[str, Any]) -> None:
         parcels.send(_failure(error))
 
 
-def _answer(work: SampleWork, task: str, content: Any) -> tuple[str, Any]:
+def _answer(work: SampleWork | StoredWork, task: str, content: Any) -> tuple[str, Any]:
     try:
         if task == PREPARE:
             return DONE, without_classes(work.prepare(content))

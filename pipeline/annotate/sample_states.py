@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -44,6 +45,16 @@ class PreparedSample:
         """What samples that share a batch have in common: the sizes of their canvases."""
         return tuple(canvas.shape for canvas in self.canvases)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its canvases."""
+        return sum(canvas.nbytes for canvas in self.canvases)
+
+    @property
+    def decoded_images(self) -> int:
+        """Number of images that were decoded for it."""
+        return 1
+
 
 @dataclass(frozen=True)
 class ExplainedPrompt:
@@ -61,6 +72,21 @@ class ExplainedPrompt:
     text: str
     class_id: int | None
     truncated: bool
+    similarity: float
+
+
+@dataclass(frozen=True)
+class ContextText:
+    """A text beside the prompts of a sample that has a map.
+
+    Attributes:
+        text: as the configuration names it.
+        kind: background or neutral.
+        similarity: its cosine similarity to the image, in [-1, 1].
+    """
+
+    text: str
+    kind: Literal["background", "neutral"]
     similarity: float
 
 
@@ -85,6 +111,10 @@ class SampleMaps:
         runs: masks of the maps that were cut on the device; None: masks are still to be cut from the maps.
         instance_labels: where a segmenter has cut out instances, its label maps in the frame of `mask_maps`:
             0, or i + 1 at instance i, uint8 [maps, rows, columns]; None: instances are still to be found.
+        context_grids: raw relevance of the background texts, whether they compete or not, then of the neutral
+            text if there is one, float32 [texts, grid_height, grid_width].
+        distances: see `legrad.text_distances`: between the texts of the prompts' maps and the background
+            texts, float32 [texts, texts]; None: they are not kept.
     """
 
     relevance_grids: np.ndarray
@@ -96,6 +126,8 @@ class SampleMaps:
     normalisation: Normalisation | None
     runs: tuple[MapRuns, ...] | None = None
     instance_labels: np.ndarray | None = None
+    context_grids: np.ndarray | None = None
+    distances: np.ndarray | None = None
 
     @property
     def cut_maps(self) -> np.ndarray:
@@ -116,6 +148,7 @@ class ExplainedSample:
         maps: the maps of these prompts, and those of background texts.
         dropped_prompts: prompts omitted because the sample had too many.
         errors: of prompts that could not be read.
+        context: the texts of `maps.context_grids`.
     """
 
     index: int
@@ -126,3 +159,4 @@ class ExplainedSample:
     maps: SampleMaps
     dropped_prompts: int = 0
     errors: tuple[SampleError, ...] = ()
+    context: tuple[ContextText, ...] = ()

@@ -64,14 +64,7 @@ class SampleWork:
 
     def finish(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
         """Make masks from maps, and rows from masks."""
-        return rows_of_chunk([self._rows(sample) for sample in explained])
-
-    def _rows(self, sample: ExplainedSample) -> SampleRows:
-        masks = self._settings.config.masks
-        height, width = mask_frame(sample.image_height, sample.image_width, masks.max_side)
-        bytes_per_pixel = _MASK_BYTES + (_INSTANCE_BYTES if masks.has_instances else 0)
-        with room_for(bytes_per_pixel * height * width, self._room):
-            return sample_rows(sample, self._settings.config)
+        return finished(explained, self._settings.config, self._room)
 
     def close(self) -> None:
         """Nothing is open: `WorkInProcesses` has processes to end."""
@@ -105,6 +98,23 @@ class SampleWork:
             errors=errors,
             tokens=caption_tokens(found.prompts, self._settings.tokenizer),
         )
+
+
+def finished(explained: Sequence[ExplainedSample], config: JobConfig, room: Room) -> ChunkRows:
+    """Make masks from the maps of samples, and rows from masks.
+
+    Args:
+        explained: the samples.
+        config: of the job.
+        room: called with the bytes that large masks take; held while they take them.
+    """
+    bytes_per_pixel = _MASK_BYTES + (_INSTANCE_BYTES if config.masks.has_instances else 0)
+    rows = []
+    for sample in explained:
+        height, width = mask_frame(sample.image_height, sample.image_width, config.masks.max_side)
+        with room_for(bytes_per_pixel * height * width, room):
+            rows.append(sample_rows(sample, config))
+    return rows_of_chunk(rows)
 
 
 def outcome_of(error: SampleError) -> SampleRows:

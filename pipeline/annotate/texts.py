@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from legrad.text_cache import NO_TOKENS, TextEmbedder
 from legrad.tokens import TokenRow
+from pipeline.annotate.sample_states import ContextText
 from pipeline.prompts.sample_prompts import Companions, Ensemble, Prompt
 
 # Distance of two unit rows up to which they are equal. A text's neighbours in its batch, and another
@@ -101,6 +102,12 @@ class ImageMaps:
     def prompt_maps(self) -> int:
         """Number of maps that belong to prompts."""
         return len(set(self.map_of_prompt.tolist()))
+
+    @property
+    def context_rows(self) -> list[int]:
+        """Row of each text beside the prompts: backgrounds, then the neutral text."""
+        rows: list[int] = self.text_rows[self.prompt_maps :].tolist()
+        return rows
 
 
 class BatchTextEmbedder:
@@ -220,6 +227,27 @@ def choose_maps(
         map_of_prompt = np.array([map_of_row[row] for row in own], np.int64)
         chosen.append(ImageMaps(kept, map_of_prompt, np.array(rows, np.int64), len(kept_backgrounds)))
     return chosen
+
+
+def context_texts(
+    maps: ImageMaps, cosines: np.ndarray, ensembles: Sequence[Ensemble], companions: Companions
+) -> tuple[ContextText, ...]:
+    """Return the texts beside an image's prompts that have a map: backgrounds, then the neutral text.
+
+    Args:
+        maps: of the image.
+        cosines: similarities of the image and all texts of its batch, [texts].
+        ensembles: these texts.
+        companions: names of background texts.
+    """
+    return tuple(
+        ContextText(
+            companions.name_of(ensembles[row]),
+            "background" if number < maps.backgrounds else "neutral",
+            float(cosines[row]),
+        )
+        for number, row in enumerate(maps.context_rows)
+    )
 
 
 def _most_similar(

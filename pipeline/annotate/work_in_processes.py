@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from pipeline.annotate import parcels
 from pipeline.annotate.chunk_rows import ChunkRows, joined, rows_of_chunk
-from pipeline.annotate.class_prompts import SentSample, with_classes
+from pipeline.annotate.class_prompts import ReadySample, SentSample, with_classes
 from pipeline.annotate.processes import FINISH, PREPARE, ProcessDied, ProcessTimedOut, SampleProcesses
 from pipeline.annotate.rows import SampleRows
-from pipeline.annotate.sample_states import ExplainedSample, PreparedSample
+from pipeline.annotate.sample_states import ExplainedSample
 from pipeline.annotate.sample_work import WorkSettings, outcome_of
+from pipeline.annotate.stored_samples import StoredItem
 from pipeline.prompts.sample_prompts import Prompt
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, SampleFields
+
+Item = RawSample | StoredItem | SampleError | SampleRows
 
 _DEATHS = (ProcessDied, MemoryError)
 PROCESS_DIED, OUT_OF_MEMORY, TIMED_OUT = "process_died", "out_of_memory", "timed_out"
@@ -41,7 +45,7 @@ class WorkInProcesses:
         self._settings = settings
         self._every_class = every_class
 
-    def prepare(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
+    def prepare(self, items: Sequence[Item]) -> list[ReadySample]:
         """Prepare samples; called by several threads."""
         if len(items) > 1:
             with suppress(*_DEATHS):
@@ -55,21 +59,24 @@ class WorkInProcesses:
                 return self._finished(explained)
         return joined([self._finished_alone(sample) for sample in explained])
 
-    def _prepared(self, items: Sequence[RawSample | SampleError]) -> list[PreparedSample | SampleRows]:
+    def _prepared(self, items: Sequence[Item]) -> list[ReadySample]:
         sent = [_for_transport(item) for item in items]
         prepared: list[SentSample] = self._processes.run(self._settings, PREPARE, sent)
         return with_classes(prepared, self._every_class)
 
-    def _prepared_alone(self, item: RawSample | SampleError) -> list[PreparedSample | SampleRows]:
+    def _prepared_alone(self, item: Item) -> list[ReadySample]:
         if isinstance(item, SampleError):
             # it needs no work, and must stay as it is: it may be an error of the whole shard
             return [outcome_of(item)]
+        if isinstance(item, SampleRows):
+            return [item]
         with suppress(*_DEATHS):
             return self._prepared([item])
         try:
             return self._prepared([item])
         except _DEATHS as error:
-            return [SampleRows(errors=(_error_of(item, "decode", error),))]
+            errors = item.errors if isinstance(item, StoredItem) else ()
+            return [SampleRows(errors=(*errors, _error_of(item, "decode", error)))]
 
     def _finished(self, explained: Sequence[ExplainedSample]) -> ChunkRows:
         rows: ChunkRows = self._processes.run(self._settings, FINISH, explained)
@@ -89,14 +96,20 @@ class WorkInProcesses:
         self._processes.close()
 
 
-def _for_transport(item: RawSample | SampleError) -> RawSample | SampleError:
-    if isinstance(item, SampleError):
-        return item
+def _for_transport(item: Item) -> Item:
+    if isinstance(item, StoredItem) and item.image is not None:
+        return replace(item, image=_with_large_fields(item.image))
+    return _with_large_fields(item) if isinstance(item, RawSample) else item
+
+
+def _with_large_fields(item: RawSample) -> RawSample:
     fields: Any = {name: parcels.Large(content) for name, content in item.fields.items()}
     return RawSample(item.index, item.key, SampleFields(fields.items(), item.fields.skipped))
 
 
-def _error_of(sample: RawSample | ExplainedSample, stage: str, error: BaseException) -> SampleError:
+def _error_of(
+    sample: RawSample | StoredItem | ExplainedSample, stage: str, error: BaseException
+) -> SampleError:
     kind, message = PROCESS_DIED, f"the process that worked on the sample {error}"
     if isinstance(error, ProcessTimedOut):
         kind = TIMED_OUT

@@ -80,16 +80,21 @@ def annotate_with_config(
     Raises:
         PipelineError: as `prepare_job` and `run_job` do.
     """
-    from pipeline.output.runs import recorded_run
     from pipeline.run.job import prepare_job
+
+    return run_shown(prepare_job(config, moves), console, max_shards=max_shards)
+
+
+def run_shown(job: Job, console: PrintableConsole, *, max_shards: int | None = None) -> int:
+    """Run a prepared job to its end; see `annotate_with_config`."""
+    from pipeline.output.runs import recorded_run
     from pipeline.run.progress import SharedProgress, open_progress
     from pipeline.run.runner import run_job
     from pipeline.storage import shown_url
 
-    job = prepare_job(config, moves)
     try:
         with (
-            open_progress(console, config.run.progress_interval_s) as shown,
+            open_progress(console, job.config.run.progress_interval_s) as shown,
             recorded_run(job.folder) as recorder,
         ):
             progress = SharedProgress([shown, recorder])
@@ -133,14 +138,14 @@ def _result_lines(job: Job, result: JobResult, max_shards: int | None) -> Iterat
         yield f"nothing to do: all {state.shards_total:,} shard(s) were annotated before; see {output_dir}"
         yield f"samples: {counts.samples_in:,}: {_samples(counts)}"
     else:
-        yield from _summary_lines(result, output_dir)
+        yield from _summary_lines(job, result, output_dir)
     if counts.error_rows:
         yield f"errors: {counts.error_rows:,} in {output_dir}/errors: {error_kinds_text(counts)}"
     if not result.complete and not result.stopped:
         yield from _lines_on_shards_left(job, result, max_shards)
 
 
-def _summary_lines(result: JobResult, output_dir: str) -> Iterator[str]:
+def _summary_lines(job: Job, result: JobResult, output_dir: str) -> Iterator[str]:
     from pipeline.output.measures import pace_text
     from pipeline.output.runs import workers_text
 
@@ -151,11 +156,15 @@ def _summary_lines(result: JobResult, output_dir: str) -> Iterator[str]:
     )
     yield (
         f"samples: {counts.samples_in:,} in {as_duration(state.elapsed_s)} "
-        f"({state.samples_per_s:,.1f}/s after the model was loaded): {_samples(counts)}"
+        f"({state.samples_per_s:,.1f}/s after {_ready(job)}): {_samples(counts)}"
     )
     yield f"images: {measures.images_decoded:,} decoded; {pace_text(measures, state.workers_ready)}"
     yield f"workers: {workers_text(state.workers_ready, state.workers_wanted, state.workers_lost)}"
     yield f"rows: {counts.rows:,} in {output_dir}/annotations"
+
+
+def _ready(job: Job) -> str:
+    return "the model was loaded" if job.config.input.maps is None else "the first worker was ready"
 
 
 def _samples(counts: ShardCounts) -> str:

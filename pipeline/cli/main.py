@@ -23,9 +23,11 @@ from pipeline.cli.evaluate import evaluate
 from pipeline.cli.explain import explain
 from pipeline.cli.export import export
 from pipeline.cli.models import models
+from pipeline.cli.remask import remask
 from pipeline.cli.report import report
 from pipeline.cli.shards import shards_app
 from pipeline.cli.status import status
+from pipeline.cli.tune import tune
 from pipeline.errors import PipelineError, UserError
 from pipeline.text import PrintableFormatter, printable_streams
 
@@ -42,6 +44,8 @@ app = typer.Typer(
 )
 COMMANDS: dict[Callable[..., None], str] = {
     annotate: "Annotate shards: the main job.",
+    remask: "Make masks anew from stored maps, without the model.",
+    tune: "Find mask settings on stored maps and ground truth.",
     status: "Show progress: shards, samples and errors.",
     report: "Write an HTML page with pictures and statistics.",
     evaluate: "Score masks and heat maps against ground truth.",

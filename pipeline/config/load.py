@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 1 << 20
 REPORTED_PROBLEMS = 20
 # more than `received` shows
 SHOWN_ITEMS = 10
-URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
+URL_KEYS = ("input.shards", "input.maps", "output.dir", "prompts.classes")
 RENAMED_KEYS = {
     "masks.min_contrast": "masks.min_foreground_contrast",
     "masks.refine_contrast": "masks.refine_sharpness",
@@ -53,9 +53,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
             f"{where}: expected a mapping with the sections input, model and output; got "
             f"{type(document).__name__}"
         )
-    for override in overrides:
-        document = _with_override(document, override)
-    return parse_config(document, where=where)
+    return parse_config(with_overrides(document, overrides), where=where)
 
 
 def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobConfig:
@@ -79,13 +77,16 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobCo
         raise UserError(f"{storage.shown_url(where)}: is nested too deeply for a configuration") from None
 
 
-def config_hash(config: JobConfig, weights_digest: str, segmenter_digest: str | None = None) -> str:
+def config_hash(
+    config: JobConfig, weights_digest: str, segmenter_digest: str | None = None, maps_hash: str | None = None
+) -> str:
     """Hash the keys that change the rows, and the digest of the weights.
 
     Args:
         config: the job's configuration, with the content of the files that it names.
         weights_digest: digest of the model's weights.
         segmenter_digest: digest of the segmenter's files; None: there is none.
+        maps_hash: hash of the configuration that made the stored maps; None: a model makes them.
 
     Returns:
         16 hexadecimal digits.
@@ -93,7 +94,20 @@ def config_hash(config: JobConfig, weights_digest: str, segmenter_digest: str | 
     relevant = {**row_keys(config), "weights": weights_digest}
     if segmenter_digest is not None:
         relevant["segmenter"] = segmenter_digest
+    if maps_hash is not None:
+        relevant["maps"] = maps_hash
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_overrides(document: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a configuration, given as nested mappings, with keys set by ``section.key=value`` strings.
+
+    Raises:
+        UserError: a string is no such pair, or its value is no YAML.
+    """
+    for override in overrides:
+        document = _with_override(document, override)
+    return document
 
 
 def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ NEVER_COUNT = (
     *("input.shards", "input.allow_commands", "model.pretrained", "output.dir", "output.on_mismatch"),
     *("masks.segmenter", "masks.segmenter_revision"),
 )
+STORED_MAPS = "uint16, with distances and the maps of background texts"
 MAX_KEYS_NAMED = 10
 MAX_VALUE_CHARACTERS = 80
 _NEXT_LINE = "\n           "
@@ -56,6 +57,7 @@ def describe_differences(
     config: JobConfig,
     weights_digest: str,
     segmenter_digest: str | None = None,
+    maps_hash: str | None = None,
     *,
     most: int = MAX_KEYS_NAMED,
 ) -> str:
@@ -66,6 +68,7 @@ def describe_differences(
         config: the configuration now, with the content of the files that it names.
         weights_digest: digest of its weights.
         segmenter_digest: digest of its segmenter's files, if it has one.
+        maps_hash: hash of the configuration that made the maps it takes, if it takes stored ones.
         most: largest number of keys that are named.
 
     Returns:
@@ -75,6 +78,7 @@ def describe_differences(
     lines = [
         *_weights_line(earlier, config, weights_digest),
         *_segmenter_line(earlier, config, segmenter_digest),
+        *_maps_line(earlier, maps_hash),
         *_changed_key_lines(earlier.get("config"), config),
     ]
     if not lines:
@@ -114,6 +118,15 @@ def _segmenter_line(earlier: Mapping[str, Any], config: JobConfig, digest: str |
         yield (
             f"the segmenter's files: {_shown(named)} ({_shown(before)}) before, "
             f"{_shown(config.masks.segmenter)} ({_shown(digest)}) now"
+        )
+
+
+def _maps_line(earlier: Mapping[str, Any], maps_hash: str | None) -> Iterator[str]:
+    before = earlier.get("maps_hash")
+    if None not in (before, maps_hash) and before != maps_hash:
+        yield (
+            "the stored maps (input.maps): made by the configuration "
+            f"{_shown(before)} before, {_shown(maps_hash)} now"
         )
 
 
@@ -183,10 +196,13 @@ def _some_class(config: JobConfig, has: Callable[[ClassEntry], object]) -> bool:
 
 
 def backgrounds_act(config: JobConfig) -> bool:
-    """Return whether there are background texts, and anything that they change."""
+    """Return whether there are background texts, and anything that they change.
+
+    Where maps are stored, theirs are stored too, so that masks can be made from them by other settings.
+    """
     masks = config.masks
     acts = masks.combine == "argmax" or config.contrast_share > 0 or masks.min_lead not in (None, -2)
-    return acts and bool(_background(config))
+    return (acts or config.output.heatmap) and bool(_background(config))
 
 
 def _background(config: JobConfig) -> str | list[str]:
@@ -273,6 +289,7 @@ def _field(spec: str | None) -> str | None:
 
 # when a key does something; keys that are not here always do
 _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
+    "input.maps": lambda config: config.input.maps is not None,
     "input.caption": lambda config: not _by_classes(config),
     "model.affinity": lambda config: config.model.affinity != "none",
     "views.tile_zoom": _tiles,
@@ -284,6 +301,8 @@ _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
     "prompts.templates": lambda config: (
         not _by_classes(config)
         or backgrounds_act(config)
+        # distances between texts are stored with the maps
+        or config.output.heatmap
         or _contrasts(config)
         or _some_class(config, lambda entry: not entry.templates)
     ),
@@ -305,6 +324,8 @@ _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
 
 # the value that counts, where several mean the same
 _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
+    # which maps they are is said by the hash of the configuration that made them
+    "input.maps": lambda _: STORED_MAPS,
     "input.image": lambda config: config.input.image.lower(),
     "input.caption": lambda config: _field(config.input.caption),
     "model.image_size": _image_size,
@@ -324,4 +345,6 @@ _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
     "masks.min_foreground_contrast": lambda config: config.masks.min_foreground_contrast or None,
     "masks.min_area": lambda config: config.masks.min_area or None,
     "output.rows": lambda config: config.rows_written,
+    # earlier versions stored fewer bits, and nothing of background texts
+    "output.heatmap": lambda config: STORED_MAPS if config.output.heatmap else False,
 }

@@ -29,6 +29,11 @@ class InputConfig(Section):
         description="One pattern of shards or a list of them: braces, globs, @FILE; local paths, s3://, "
         "gs://, http(s)://."
     )
+    maps: Line | None = Field(
+        None,
+        description="Output folder whose stored maps take the place of a model: `legrad remask` sets it, and "
+        "`legrad annotate` refuses it.",
+    )
     image: FieldSpec = Field(
         "jpg;jpeg;png;webp",
         description="Field that holds the image; of several names, the first one that is present.",
@@ -224,7 +229,12 @@ class OutputConfig(Section):
     """Where results are written, and what they hold."""
 
     dir: Line = Field(description="Output folder: local path, s3:// or gs://.")
-    heatmap: bool = Field(False, description="Whether each relevance grid is stored too, as uint8.")
+    heatmap: bool = Field(
+        True,
+        description="Whether relevance grids are stored too, in 16 bits, with all that `legrad remask` needs "
+        "to make masks again by other settings, without the model. Background texts then get a map in any "
+        "case.",
+    )
     rows: Literal["all", "accepted"] | None = Field(
         None,
         description="Which prompts get a row. all: rejected prompts too, without a mask. accepted: accepted "

@@ -95,7 +95,9 @@ def write_baseline_masks(
         ShardError: a shard cannot be read.
         OutputError: a result cannot be written.
     """
-    config = config.model_copy(update={"prompts": with_files_read(config.prompts)})
+    # cosines may be negative, and are no share of a peak
+    output = config.output.model_copy(update={"heatmap": False})
+    config = config.model_copy(update={"prompts": with_files_read(config.prompts), "output": output})
     digest = weights_digest(config.model)
     own_hash = hashlib.sha256(f"{config_hash(config, digest)} {baseline}".encode()).hexdigest()[:16]
     folder = OutputFolder(config.output.dir)

@@ -97,7 +97,7 @@ def is_to_be_deleted(folder: OutputFolder, former: JobRecord, config: JobConfig,
     if former.config_hash == stamp.config_hash:
         return False
     if config.output.on_mismatch == "refuse":
-        digests = (stamp.weights_digest, stamp.segmenter_digest)
+        digests = (stamp.weights_digest, stamp.segmenter_digest, stamp.maps_hash)
         changes = describe_differences(former.model_dump(), config, *digests)
         raise UserError(
             f"{storage.shown_url(folder.url)}: holds results of another configuration "

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import braceexpand
 from pydantic import BaseModel, ConfigDict, Field
 
+from legrad.images import ImageTransform
 from pipeline import storage
 from pipeline.config.schema import JobConfig
 from pipeline.output.counts import ShardCounts
@@ -33,6 +34,62 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
 
+class ModelFacts(Record):
+    """What of a model is needed to make masks from its stored maps.
+
+    Attributes:
+        normalisation: when maps are brought to [0, 1]: upsampled, after they are upsampled; grid: before.
+        patch_size: side of a patch of the model's input, in pixels.
+        input_height: of the model's input, in pixels.
+        input_width: of the model's input, in pixels.
+        interpolation: filter by which images are resized.
+        mean: mean of each colour channel.
+        std: standard deviation of each colour channel.
+        fit: stretch or keep; see `legrad.images.ImageTransform`.
+    """
+
+    normalisation: Literal["upsampled", "grid"]
+    patch_size: Annotated[int, Field(ge=1, le=4096)]
+    input_height: Annotated[int, Field(ge=1, le=65536)]
+    input_width: Annotated[int, Field(ge=1, le=65536)]
+    interpolation: Literal["bicubic", "bilinear"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fit: Literal["stretch", "keep"]
+
+    @classmethod
+    def of(cls, transform: ImageTransform, normalisation: Literal["upsampled", "grid"]) -> ModelFacts:
+        """Return the facts of a model.
+
+        Args:
+            transform: its preprocessing.
+            normalisation: see above.
+        """
+        return cls(
+            normalisation=normalisation,
+            patch_size=transform.patch_size,
+            input_height=transform.height,
+            input_width=transform.width,
+            interpolation=transform.interpolation,
+            mean=transform.mean,
+            std=transform.std,
+            fit=transform.fit,
+        )
+
+    @property
+    def transform(self) -> ImageTransform:
+        """Preprocessing of the model."""
+        return ImageTransform(
+            self.input_height,
+            self.input_width,
+            self.mean,
+            self.std,
+            self.interpolation,
+            self.fit,
+            self.patch_size,
+        )
+
+
 class JobRecord(Record):
     """OUT/job.json.
 
@@ -41,18 +98,22 @@ class JobRecord(Record):
         config: the configuration, to be parsed by `pipeline.config.load.parse_config`.
         weights_digest: digest of the model's weights.
         segmenter_digest: digest of the segmenter's files; None: there is none.
+        maps_hash: hash of the configuration that made the maps in `input.maps`; None: a model made them.
         versions: versions of the installed packages.
         started: start of the newest run.
         precision_is_auto: whether the newest run asked for `model.precision: auto`; the configuration holds
             the precision that was chosen.
         layout: version of the files of the folder.
+        model_facts: what of the model is needed to make masks again; None in folders of earlier versions.
     """
 
     layout: int = 1
     config_hash: str
     config: dict[str, Any]
+    model_facts: ModelFacts | None = None
     weights_digest: str = "unknown"
     segmenter_digest: str | None = None
+    maps_hash: str | None = None
     versions: dict[str, str] = {}
     started: str = "unknown"
     precision_is_auto: bool = False
@@ -189,12 +250,14 @@ class JobStamp:
         weights_digest: digest of the model's weights.
         versions: installed versions; recorded, but not part of the hash.
         segmenter_digest: digest of the segmenter's files; None: there is none, and it is not recorded.
+        maps_hash: hash of the configuration that made the maps in `input.maps`; None: a model makes them.
     """
 
     config_hash: str
     weights_digest: str
     versions: Mapping[str, str]
     segmenter_digest: str | None = None
+    maps_hash: str | None = None
 
     def as_metadata(self) -> dict[str, Any]:
         """Return the stamp as it is written in Parquet footers."""
@@ -212,12 +275,19 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def job_document(config: JobConfig, stamp: JobStamp, *, precision_is_auto: bool = False) -> bytes:
+def job_document(
+    config: JobConfig,
+    stamp: JobStamp,
+    model_facts: ModelFacts | None = None,
+    *,
+    precision_is_auto: bool = False,
+) -> bytes:
     """Return the content of OUT/job.json, without the secrets of URLs.
 
     Args:
         config: the configuration, its precision resolved.
         stamp: identifies the results.
+        model_facts: of the model; None: not recorded.
         precision_is_auto: whether the precision was left to the program.
     """
     document = config.model_dump(mode="json")
@@ -227,11 +297,14 @@ def job_document(config: JobConfig, stamp: JobStamp, *, precision_is_auto: bool 
         storage.shown_url(url) for pattern in patterns for url in _with_scheme_first(pattern)
     ]
     document["output"]["dir"] = storage.shown_url(config.output.dir)
+    if config.input.maps is not None:
+        document["input"]["maps"] = storage.shown_url(config.input.maps)
     return as_json(
         {
             **stamp.as_metadata(),
             "layout": LAYOUT,
             "config": document,
+            **({} if model_facts is None else {"model_facts": model_facts.model_dump(mode="json")}),
             "precision_is_auto": precision_is_auto,
             "started": utc_now(),
             "pid": os.getpid(),

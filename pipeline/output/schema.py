@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, NotRequired, TypedDict, get_args, get_type_hints
 
 import pyarrow as pa
@@ -10,6 +10,17 @@ import pyarrow as pa
 RLE_TYPE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 
 INSTANCES = "instances"
+CONTEXT_HEATMAPS = "context_heatmaps"
+TEXT_DISTANCES = "text_distances"
+_CONTEXT_TYPE = pa.struct(
+    [
+        ("text", pa.string()),
+        ("kind", pa.string()),
+        ("similarity", pa.float32()),
+        ("peak", pa.float32()),
+        ("heatmap", pa.binary()),
+    ]
+)
 _INSTANCE_TYPE = pa.struct(
     [
         ("area", pa.int64()),
@@ -50,6 +61,29 @@ class AnnotationRow(TypedDict):
     heatmap: Annotated[bytes | None, pa.binary()]
     heatmap_height: Annotated[int | None, pa.int16()]
     heatmap_width: Annotated[int | None, pa.int16()]
+
+
+class ContextRow(TypedDict):
+    """An element of the column `context_heatmaps`: the grid of a text beside the prompts of a sample."""
+
+    text: str
+    kind: str
+    similarity: float
+    peak: float
+    heatmap: bytes
+
+
+class MappedAnnotationRow(AnnotationRow):
+    """A row of OUT/annotations/SHARD.parquet in jobs that store maps, so that masks can be made again.
+
+    `context_heatmaps` is null on all rows but a sample's first one: background texts, then the neutral text.
+    `text_distances` has the distances (`legrad.text_distances`) of the row's text to those of the sample's
+    earlier rows, in their order, then to those of its background texts: float32 little-endian, as a list
+    would be larger and slower.
+    """
+
+    context_heatmaps: Annotated[list[ContextRow] | None, pa.list_(_CONTEXT_TYPE)]
+    text_distances: Annotated[bytes | None, pa.binary()]
 
 
 class InstanceRow(TypedDict):
@@ -138,16 +172,32 @@ def _required_columns(row_type: type) -> frozenset[str]:
 
 _ROWS = (AnnotationRow, ErrorRow, ShardRow, CompactedRow, FootersRow)
 ANNOTATION_SCHEMA, ERROR_SCHEMA, SHARDS_SCHEMA, COMPACTED_SCHEMA, FOOTERS_SCHEMA = map(_schema_of, _ROWS)
-SPLIT_ANNOTATION_SCHEMA = _schema_of(SplitAnnotationRow)
+_MAP_COLUMNS, _INSTANCE_COLUMNS = (
+    [field for field in _schema_of(row_type) if field.name not in ANNOTATION_SCHEMA.names]
+    for row_type in (MappedAnnotationRow, SplitAnnotationRow)
+)
 # columns in which every row has a value
 ANNOTATION_REQUIRED, ERROR_REQUIRED, SHARDS_REQUIRED, COMPACTED_REQUIRED, FOOTERS_REQUIRED = map(
     _required_columns, _ROWS
 )
 
 
-def annotation_schema(*, with_instances: bool) -> pa.Schema:
-    """Return the columns of annotations files; only jobs that split masks have the column `instances`."""
-    return SPLIT_ANNOTATION_SCHEMA if with_instances else ANNOTATION_SCHEMA
+def annotation_schema(*, with_instances: bool = False, with_maps: bool = False) -> pa.Schema:
+    """Return the columns of annotations files.
+
+    Args:
+        with_instances: whether the job splits masks, which adds the column `instances`.
+        with_maps: whether the job stores maps, which adds `context_heatmaps` and `text_distances`.
+    """
+    further = [*(_MAP_COLUMNS if with_maps else ()), *(_INSTANCE_COLUMNS if with_instances else ())]
+    return pa.schema([*ANNOTATION_SCHEMA, *further])
+
+
+def annotation_schema_of(column_names: Collection[str]) -> pa.Schema:
+    """Return the columns of annotations files that have columns of these names."""
+    return annotation_schema(
+        with_instances=INSTANCES in column_names, with_maps=TEXT_DISTANCES in column_names
+    )
 
 
 # statuses of annotation rows; every other status is the name of the filter that rejected the prompt

@@ -59,14 +59,14 @@ Row = dict[str, Any]
 
 
 def schema_with(table: Table, column_names: Sequence[str]) -> pa.Schema:
-    """Return the columns of a table with these columns: jobs that split masks have one more than others.
+    """Return the columns of a table with these columns: annotations of some jobs have further ones.
 
     Args:
         table: the table.
         column_names: of a file.
     """
     if table == "annotations":
-        return schema.annotation_schema(with_instances=schema.INSTANCES in column_names)
+        return schema.annotation_schema_of(column_names)
     return SCHEMAS[table]
 
 

@@ -35,9 +35,10 @@ MAX_WAITING_BYTES = 128 << 20
 _SHARD_COLUMN = ANNOTATION_SCHEMA.get_field_index("shard")
 
 
-def rows_schema(*, with_instances: bool = False) -> pa.Schema:
+def rows_schema(*, with_instances: bool = False, with_maps: bool = False) -> pa.Schema:
     """Return the columns that the annotator makes of samples, without knowing their shard."""
-    return annotation_schema(with_instances=with_instances).remove(_SHARD_COLUMN)
+    schema = annotation_schema(with_instances=with_instances, with_maps=with_maps)
+    return schema.remove(_SHARD_COLUMN)
 
 
 ROWS_SCHEMA = rows_schema()
@@ -115,15 +116,22 @@ class ShardWriter:
         shard: its URL is written into every row, and its version into both footers.
         metadata: written into both footers with the counts: config hash, versions, ids of run and attempt.
         with_instances: whether rows have the column `instances`.
+        with_maps: whether rows have the columns of jobs that store maps.
     """
 
     def __init__(
-        self, shard: ShardSource, metadata: Mapping[str, Any], *, with_instances: bool = False
+        self,
+        shard: ShardSource,
+        metadata: Mapping[str, Any],
+        *,
+        with_instances: bool = False,
+        with_maps: bool = False,
     ) -> None:
         self._shard = shard
         self._metadata = metadata
-        self._annotations = TableSpool(annotation_schema(with_instances=with_instances))
-        self._rows_schema = rows_schema(with_instances=with_instances)
+        schema = annotation_schema(with_instances=with_instances, with_maps=with_maps)
+        self._annotations = TableSpool(schema)
+        self._rows_schema = schema.remove(_SHARD_COLUMN)
         self._errors = TableSpool(ERROR_SCHEMA)
         self._tally: Counter[str] = Counter()
         self._errors_by_kind: Counter[str] = Counter()

@@ -55,6 +55,7 @@ class Companions:
         neutral_threshold: grids are zeroed where the min-maxed grid of the neutral text exceeds this, in
             [0, 1].
         centre: texts of all kinds, whose mean embedding is the centre for distances between texts.
+        background_names: each background text without templates.
     """
 
     background: tuple[Ensemble, ...] = ()
@@ -62,6 +63,12 @@ class Companions:
     neutral: str | None = None
     neutral_threshold: float = 0.8
     centre: tuple[Ensemble, ...] = ()
+    background_names: tuple[str, ...] = ()
+
+    def name_of(self, ensemble: Ensemble) -> str:
+        """Return a background text without its templates, or the neutral text."""
+        names = dict(zip(self.background, self.background_names, strict=False))
+        return names.get(ensemble, ensemble[0])
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,7 @@ def companions_of(prompts: PromptsConfig) -> Companions:
         settings.neutral_threshold,
         # the same for every job, whatever its prompts and backgrounds
         tuple(in_templates([text], templates) for text in default_background()),
+        tuple(texts),
     )
 
 

@@ -14,6 +14,7 @@ from legrad.quality.metrics import foreground_iou
 from pipeline import storage
 from pipeline.config.schema import InputConfig
 from pipeline.output.label_map import in_frame
+from pipeline.output.stored_grids import stored_grid
 from pipeline.shards.ground_truth import LABEL_MAP_FIELD
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
@@ -46,8 +47,7 @@ def stored_heatmap(row: Row) -> Float[np.ndarray, "grid_height grid_width"] | No
     """Return the stored relevance grid, normalised to the range from 0 to 1; None where none was stored."""
     if row["heatmap"] is None:
         return None
-    levels = np.frombuffer(row["heatmap"], dtype=np.uint8)
-    grid = levels.reshape(row["heatmap_height"], row["heatmap_width"]).astype(np.float32)
+    grid = stored_grid(row["heatmap"], row["heatmap_height"], row["heatmap_width"])
     heatmap: np.ndarray = minmax_normalise(torch.from_numpy(grid)).numpy()
     return heatmap
 

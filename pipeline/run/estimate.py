@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 from rich.filesize import decimal
 
 from pipeline import storage
-from pipeline.annotate.annotator import wanted_fields
+from pipeline.annotate.annotator_parts import wanted_fields
 from pipeline.config.schema import JobConfig
 from pipeline.errors import OutputError, PipelineError, SampleFailure
 from pipeline.output.folder import FolderIds, OutputFolder

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from pipeline import storage
-from pipeline.annotate.model import check_model, resolved, weights_digest
+from pipeline.annotate.model import check_model, model_facts, resolved, weights_digest
 from pipeline.annotate.segmenting import digest_of_segmenter, resolved_segmenter
 from pipeline.config.load import config_hash
 from pipeline.config.schema import JobConfig
@@ -28,6 +28,7 @@ from pipeline.output.image_shards import content_digest, lies_in, moved_url, par
 from pipeline.output.records import (
     JobRecord,
     JobStamp,
+    ModelFacts,
     as_json,
     counts_as_metadata,
     installed_versions,
@@ -60,6 +61,8 @@ class Job:
         warnings: messages to show before the run starts.
         failed: ids of all shards that an earlier run gave up on.
         precision_is_auto: whether `model.precision` was auto before it was resolved.
+        model_facts: what of the model is needed to make masks again from stored maps.
+        unavailable: ids of shards that cannot be worked on in this run, and stay left.
     """
 
     config: JobConfig
@@ -73,11 +76,13 @@ class Job:
     warnings: tuple[str, ...] = ()
     failed: frozenset[str] = frozenset()
     precision_is_auto: bool = False
+    model_facts: ModelFacts | None = None
+    unavailable: frozenset[str] = frozenset()
 
     @property
     def todo(self) -> list[ShardSource]:
-        """The shards left, in order."""
-        finished = self.done | self.damaged | self.given_up
+        """The shards to be worked on, in order."""
+        finished = self.done | self.damaged | self.given_up | self.unavailable
         return [shard for shard in self.shards if shard.shard_id not in finished]
 
     @property
@@ -104,6 +109,10 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
             or no listed shard is in an OLD.
         OutputError: the folder cannot be written.
     """
+    if config.input.maps is not None:
+        raise UserError(
+            "input.maps names a folder with stored maps, for which no model is run: use `legrad remask`"
+        )
     check_destination(config.output.dir, os.environ)
     config = as_run(config)
     listing = storage.find_shards(
@@ -112,19 +121,75 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
         check_inputs=config.run.check_inputs,
     )
     check_model(config.model, config.views.scales)
-    folder = OutputFolder(config.output.dir)
+    former = opened_folder(config.output.dir)
+    is_auto = config.model.precision == "auto"
+    config, stamp = _resolved(config, former.record)
+    facts = model_facts(config.model)
+    job = opened_job(config, stamp, former, listing.shards, moves, is_auto=is_auto, facts=facts)
+    return replace(job, warnings=(*job.warnings, *listing.warnings))
+
+
+@dataclass(frozen=True)
+class OpenedFolder:
+    """An output folder before a job writes to it.
+
+    Attributes:
+        folder: the folder.
+        ids: ids of the shards with files in it.
+        listed: rows of its list of shards.
+        record: the job whose results it holds; None if it holds none.
+    """
+
+    folder: OutputFolder
+    ids: FolderIds
+    listed: list[ShardRow]
+    record: JobRecord | None
+
+
+def opened_folder(url: str) -> OpenedFolder:
+    """Look into an output folder; raises UserError if it is unknown which job made what it holds."""
+    folder = OutputFolder(url)
     listed, ids = listed_earlier(folder), folder.all_ids()
-    is_auto, former_record = config.model.precision == "auto", former_job(folder, ids)
-    config, stamp = _resolved(config, former_record)
-    former = agreed_with_former(folder, former_record, config, stamp, listed)
-    ids = folder.all_ids() if former.deleted else ids
-    listed += rows_of_unlisted_files(folder, ids, listed)
+    return OpenedFolder(folder, ids, listed, former_job(folder, ids))
+
+
+def opened_job(
+    config: JobConfig,
+    stamp: JobStamp,
+    opened: OpenedFolder,
+    listing: Sequence[ShardSource],
+    moves: Sequence[str] = (),
+    *,
+    is_auto: bool = False,
+    facts: ModelFacts | None = None,
+    unavailable: frozenset[str] = frozenset(),
+) -> Job:
+    """Check that a folder belongs to a configuration, find what is left, and publish the job.
+
+    Args:
+        config: the job's configuration, as it is run.
+        stamp: identifies its results.
+        opened: its output folder.
+        listing: its shards.
+        moves: OLD=NEW for each folder or file of shards that has moved.
+        is_auto: whether `model.precision` was auto.
+        facts: what of the model is needed to make masks again.
+        unavailable: ids of shards that cannot be worked on in this run.
+
+    Raises:
+        UserError: the folder has results of another configuration, or files that this package did not write.
+        OutputError: it cannot be written.
+    """
+    folder, listed = opened.folder, opened.listed
+    former = agreed_with_former(folder, opened.record, config, stamp, listed)
+    ids = folder.all_ids() if former.deleted else opened.ids
+    listed = [*listed, *rows_of_unlisted_files(folder, ids, listed)]
     folder.sweep()
-    found = look_into(folder, ids, listed, listing.shards, moves)
+    found = look_into(folder, ids, listed, listing, moves)
     job = _job_from(config, stamp, folder, found, tuple(found.list_rows(listed)))
-    job = replace(job, precision_is_auto=is_auto)
+    job = replace(job, precision_is_auto=is_auto, model_facts=facts, unavailable=unavailable)
     _update_folder(job, found)
-    return replace(job, warnings=(*former.warnings, *listing.warnings, *_warnings(found)))
+    return replace(job, warnings=(*former.warnings, *_warnings(found)))
 
 
 def as_run(config: JobConfig) -> JobConfig:
@@ -247,7 +312,7 @@ def _update_folder(job: Job, found: Survey) -> None:
     job.folder.set_aside(sorted(found.unlisted | superseded))
     job.folder.publish(
         JOB_FILE,
-        job_document(job.config, job.stamp, precision_is_auto=job.precision_is_auto),
+        job_document(job.config, job.stamp, job.model_facts, precision_is_auto=job.precision_is_auto),
     )
     job.folder.publish(SHARDS_FILE, shard_list_bytes(job.rows))
 

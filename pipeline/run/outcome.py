@@ -55,10 +55,10 @@ class JobResult:
 
 def first_state(job: Job) -> RunState:
     """Return the state at the start of a run: what earlier runs did."""
-    given_up = sum(shard.shard_id in job.given_up for shard in job.shards)
+    ids = {shard.shard_id for shard in job.shards}
     return RunState(
         shards_total=len(job.shards),
-        shards_skipped=len(job.shards) - len(job.todo) - given_up - len(job.damaged),
+        shards_skipped=len(ids & job.done),
         shards_damaged=len(job.damaged),
     )
 

@@ -75,8 +75,9 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
         cpus_only = cluster.cpus_only(session, machines, run)
         check_precision(job, cpus_only=cpus_only)
         progress.say(
-            f"Annotating {len(shards):,} shard(s), {first_state(job).shards_skipped:,} done before, "
-            f"on {'CPUs' if cpus_only else 'GPUs'} in {job.config.model.precision}"
+            f"{_task(job)} {len(shards):,} shard(s), {first_state(job).shards_skipped:,} done before, "
+            f"on {'CPUs' if cpus_only else 'GPUs'}"
+            + (f" in {job.config.model.precision}" if job.config.input.maps is None else "")
         )
         metrics = RunMetrics(storage.shown_url(job.config.output.dir), ray_metrics.Counter, ray_metrics.Gauge)
         shown = SharedProgress([progress, metrics])
@@ -97,6 +98,11 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
     if ended.terminated:
         raise SystemExit(SIGTERM_EXIT_CODE)
     return concluded(job, tally.result(ended.state, ended.stopped))
+
+
+def _task(job: Job) -> str:
+    maps = job.config.input.maps
+    return "Annotating" if maps is None else f"From the maps in {storage.shown_url(maps)}, making masks of"
 
 
 def check_precision(job: Job, *, cpus_only: bool) -> None:

@@ -15,9 +15,11 @@ import torch
 
 from legrad.memory import is_out_of_memory
 from pipeline.annotate.annotator import ShardAnnotator, ShardProgress, ShardReport
+from pipeline.annotate.annotator_parts import AnnotatorParts, parts_with_model
 from pipeline.annotate.model import check_device, load_explainer
 from pipeline.annotate.processes import SampleProcesses
 from pipeline.annotate.segmenting import load_sharpener
+from pipeline.annotate.stored_maps import parts_from_maps
 from pipeline.config.schema import JobConfig
 from pipeline.errors import OutputError, ScratchError, ShardAbandoned, ShardError, UserError
 from pipeline.output.measures import Measures
@@ -108,11 +110,10 @@ class AnnotatorFactory(Protocol):
 
 
 def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, device: str) -> Annotator:
-    """Return an annotator with its own model on its own device."""
+    """Return an annotator with its own model, or with stored maps, on its own device."""
     batches_at_once = min(BATCHES_AT_ONCE, cpus)
     # parallel batches use the cores better than threads within one batch, which wait for each other
     torch.set_num_threads(cpus // batches_at_once)
-    check_device(config.model, device)
     threads = config.run.decode_threads or cpus
     with ExitStack() as if_it_fails:
         processes = None
@@ -120,24 +121,36 @@ def build_annotator(config: JobConfig, metadata: Mapping[str, Any], cpus: int, d
             # before the model, so that both load at the same time
             processes = SampleProcesses(threads, config.run.decode_bytes, config.run.sample_timeout_s)
             if_it_fails.callback(processes.close)
-        explainer = load_explainer(config.model, device, expected_digest=metadata.get("weights_digest"))
-        sharpener = load_sharpener(
-            config.masks,
-            device,
-            config.model.precision,
-            expected_digest=metadata.get("segmenter_digest"),
-        )
+        if config.input.maps is None:
+            parts = _parts_with_model(config, metadata, device, batches_at_once, processes)
+        else:
+            parts = parts_from_maps(config, str(metadata["maps_hash"]), torch.device(device), processes)
         annotator = ShardAnnotator(
             config,
-            explainer,
-            sharpener=sharpener,
+            parts,
             decode_threads=threads,
             metadata=metadata,
             batches_at_once=batches_at_once,
-            processes=processes,
         )
         if_it_fails.pop_all()
     return annotator
+
+
+def _parts_with_model(
+    config: JobConfig,
+    metadata: Mapping[str, Any],
+    device: str,
+    batches_at_once: int,
+    processes: SampleProcesses | None,
+) -> AnnotatorParts:
+    check_device(config.model, device)
+    explainer = load_explainer(config.model, device, expected_digest=metadata.get("weights_digest"))
+    sharpener = load_sharpener(
+        config.masks, device, config.model.precision, expected_digest=metadata.get("segmenter_digest")
+    )
+    return parts_with_model(
+        config, explainer, batches_at_once=batches_at_once, sharpener=sharpener, processes=processes
+    )
 
 
 class Worker:

@@ -175,6 +175,12 @@ RECIPES = {
     "elapsed ms an image": "{wall_ms_an_image:.1f}",
 }
 RATES = {"way": "{way}", "per second": "{per_s:,.1f} {unit}"}
+REMASK = {
+    "masks.refine": "{refine}",
+    "`annotate`": "{annotate_samples_per_s:.1f} samples/s",
+    "`remask`": "{remask_samples_per_s:.1f} samples/s",
+    "`remask` over `annotate`": "{ratio:.1f}",
+}
 THROUGHPUT = {
     "samples": "{samples:,}",
     "prompts": "{prompts:,}",
@@ -269,6 +275,7 @@ REGIONS: dict[str, Region] = {
     ),
     "gpu-step": one_table("gpu_step", "steps", GPU_STEPS),
     "annotate-throughput": one_table("annotate_throughput", "rates", THROUGHPUT),
+    "remask-speed": one_table("remask_speed", "rates", REMASK),
     "memory-by-shard-size": one_table("memory_by_shard_size", "sizes", SHARD_SIZES),
     "driver-overhead": one_table("driver_overhead", "runs", DRIVER),
     "cluster-simulation": one_table("cluster_simulation", "scenarios", SCENARIOS),

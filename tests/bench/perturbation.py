@@ -28,7 +28,7 @@ from torch import Tensor
 
 import legrad
 from legrad.inputs import as_ragged
-from legrad.masks.contrast import contrasted_by_image
+from legrad.masks.contrast import contrasted_by_image, distances_by_image
 from legrad.masks.smoothing import smoothed_grids
 from legrad.method.relevance import relevance_grids
 from legrad.method.trace import Trace, trace_images
@@ -222,9 +222,8 @@ def contrasted_relevance(model: Model, trace: Trace, pairs: Pairs) -> Tensor:
     grids = contrasted_by_image(
         smoothed_grids(layers.sum(dim=0), MasksConfig().smooth),
         index,
-        prompts.unit_rows,
+        distances_by_image(prompts.unit_rows, index, model.background_rows.double().mean(dim=0)),
         share=CONTRAST_SHARE,
-        centre=model.background_rows.double().mean(dim=0),
     )
     return grids[: len(pairs.texts)]
 

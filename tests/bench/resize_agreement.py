@@ -32,6 +32,7 @@ from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.model import load_explainer
 from pipeline.config.load import load_config
 from pipeline.demo import assets
+from pipeline.output.stored_grids import stored_grid
 from pipeline.shards.images import decode_image
 
 TRANSFORM = ImageTransform(224, 224, (0.5,) * 3, (0.5,) * 3, patch_size=16)
@@ -107,7 +108,10 @@ def iou(rle: dict[str, Any], other: dict[str, Any] | None) -> float:
 
 def correlation(row: dict[str, Any], other: dict[str, Any]) -> float:
     """Return the correlation of two stored heat maps."""
-    one, two = (np.frombuffer(each["heatmap"], np.uint8).astype(float) for each in (row, other))
+    one, two = (
+        stored_grid(each["heatmap"], each["heatmap_height"], each["heatmap_width"]).ravel()
+        for each in (row, other)
+    )
     return float(np.corrcoef(one, two)[0, 1])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
+from pipeline.output.schema import ERROR_SCHEMA, annotation_schema
 from pipeline.storage import TEMPORARY_SUFFIX, shard_id
 
 FOLDERS = {"annotations": ".parquet", "errors": ".parquet", "failed": ".json", "damaged": ".json"}
@@ -120,7 +120,9 @@ def check_names(out, keys):
 
 def outcomes_of(out, shard, keys, config_hash):
     """Outcomes of a done shard, from the rows; what its footers say is held against them."""
-    annotations, said = read_whole(out / "annotations" / f"{shard}.parquet", ANNOTATION_SCHEMA)
+    annotations, said = read_whole(
+        out / "annotations" / f"{shard}.parquet", annotation_schema(with_maps=True)
+    )
     errors, said_by_errors = read_whole(out / "errors" / f"{shard}.parquet", ERROR_SCHEMA)
     assert said == said_by_errors, f"{shard}: two files of different attempts"
     assert said["config_hash"] == config_hash, f"{shard}: of another configuration"

@@ -10,7 +10,12 @@ from torch.nn import functional as F
 import legrad
 from legrad.errors import InputError
 from legrad.masks import contrast
-from legrad.masks.contrast import contrasted_by_image, contrasted_grids, text_distances
+from legrad.masks.contrast import (
+    contrasted_by_image,
+    contrasted_grids,
+    distances_by_image,
+    text_distances,
+)
 
 GRID, DIM = (3, 4), 6
 
@@ -49,6 +54,26 @@ def flags(generator, count):
     return torch.from_numpy(generator.random(count) < 0.6)
 
 
+def contrasted(grids, images, rows, **options):
+    return contrasted_by_image(grids, images, distances_by_image(rows, images), **options)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=8),
+    st.integers(0, 10**6),
+    st.sampled_from([10**7, 200, 1]),
+)
+def test_distances_of_images_with_different_numbers_of_texts_are_those_of_each_image(counts, seed, values):
+    _, images, rows = batch_of(counts, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contrast, "MAX_VALUES", values)
+        found = distances_by_image(rows, images).split([count**2 for count in counts])
+    for image, own in enumerate(found):
+        expected = text_distances(rows[images == image])
+        torch.testing.assert_close(own, expected.flatten(), rtol=0, atol=1e-7)
+
+
 @settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 7), min_size=1, max_size=8),
@@ -65,7 +90,8 @@ def test_each_text_loses_a_share_of_the_strongest_other_text_of_its_image(counts
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contrast, "MAX_VALUES", values)
-        found = contrasted_by_image(grids, images, rows, share=share, centre=others.mean(0), **options)
+        distances = distances_by_image(rows, images, others.mean(0))
+        found = contrasted_by_image(grids, images, distances, share=share, **options)
     expected = oracle(grids, images, rows, share, others=others, **options)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -74,24 +100,24 @@ def test_each_text_loses_a_share_of_the_strongest_other_text_of_its_image(counts
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=8), st.integers(0, 10**6), st.randoms())
 def test_an_image_alone_and_texts_in_another_order_give_the_same_to_the_bit(counts, seed, random):
     grids, images, rows = batch_of(counts, seed)
-    found = contrasted_by_image(grids, images, rows)
+    found = contrasted(grids, images, rows)
     for image in range(len(counts)):
         own = images == image
-        alone = contrasted_by_image(grids[own], torch.zeros(int(own.sum()), dtype=torch.int64), rows[own])
+        alone = contrasted(grids[own], torch.zeros(int(own.sum()), dtype=torch.int64), rows[own])
         assert torch.equal(found[own], alone)
     order = list(range(len(grids)))
     random.shuffle(order)
-    permuted = contrasted_by_image(grids[order], images[order], rows[order])
+    permuted = contrasted(grids[order], images[order], rows[order])
     assert torch.equal(permuted, found[order])
 
 
 def test_one_text_alone_and_one_from_which_nobody_takes_keep_their_grids_to_the_bit():
     grids, images, rows = batch_of([1, 1, 3])
     grids[0, 0, 0] = -1e-9  # rounding
-    found = contrasted_by_image(grids, images, rows, takes=torch.tensor([True, True, True, False, False]))
+    found = contrasted(grids, images, rows, takes=torch.tensor([True, True, True, False, False]))
     assert torch.equal(found[:3], grids[:3])
     assert (found[3:] != grids[3:]).any()
-    assert torch.equal(contrasted_by_image(grids[:2], images[:2], rows[:2]), grids[:2])
+    assert torch.equal(contrasted(grids[:2], images[:2], rows[:2]), grids[:2])
     assert contrasted_grids(grids, share=0.0) is grids
 
 
@@ -112,9 +138,9 @@ def test_a_text_that_others_explain_better_everywhere_has_zeros_and_no_nan():
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_a_grid_that_is_not_finite_takes_nothing(broken):
     grids, images, rows = batch_of([3, 2])
-    without = contrasted_by_image(grids[[0, 2, 3, 4]], images[[0, 2, 3, 4]], rows[[0, 2, 3, 4]])
+    without = contrasted(grids[[0, 2, 3, 4]], images[[0, 2, 3, 4]], rows[[0, 2, 3, 4]])
     grids[1, 0, 0] = broken
-    found = contrasted_by_image(grids, images, rows)
+    found = contrasted(grids, images, rows)
     assert torch.equal(found[[0, 2, 3, 4]], without)
     assert not found[1].isfinite().all()
 
@@ -170,5 +196,5 @@ def test_a_share_out_of_range_is_refused(share):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_contrasts_as_the_cpu_does():
     grids, images, rows = batch_of([1, 5, 40, 2])
-    on_gpu = contrasted_by_image(grids.cuda(), images, rows.cuda()).cpu()
-    torch.testing.assert_close(on_gpu, contrasted_by_image(grids, images, rows))
+    on_gpu = contrasted(grids.cuda(), images, rows.cuda()).cpu()
+    torch.testing.assert_close(on_gpu, contrasted(grids, images, rows))

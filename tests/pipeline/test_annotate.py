@@ -22,7 +22,8 @@ from pipeline.demo import assets
 from pipeline.errors import OutputError, ShardError
 from pipeline.output.folder import OutputFolder
 from pipeline.output.label_map import mask_frame
-from pipeline.output.schema import ANNOTATION_SCHEMA, ERROR_SCHEMA
+from pipeline.output.schema import ERROR_SCHEMA, annotation_schema
+from pipeline.output.stored_grids import stored_grid
 from tests.helpers.corpus import captions_json, demo_job, image_bytes, sample, write_corpus, write_shard
 
 
@@ -45,7 +46,7 @@ def annotate(explainer, tmp_path):
             report = annotator.annotate(shard)
         name = f"{shard.shard_id}.parquet"
         annotations, errors = (pq.read_table(out / folder / name) for folder in ("annotations", "errors"))
-        assert annotations.schema.equals(ANNOTATION_SCHEMA)
+        assert annotations.schema.equals(annotation_schema(with_maps=config.output.heatmap))
         assert errors.schema.equals(ERROR_SCHEMA)
         footers = [
             OutputFolder(str(out)).footer(shard.shard_id, table) for table in ("annotations", "errors")
@@ -81,8 +82,8 @@ def test_each_caption_becomes_a_row_with_a_mask_at_the_original_size(annotate, t
         across.max() + 1,
         down.max() + 1,
     )
-    grid = np.frombuffer(row["heatmap"], np.uint8).reshape(row["heatmap_height"], row["heatmap_width"])
-    assert (grid.shape, grid.max()) == ((12, 12), 255)
+    grid = stored_grid(row["heatmap"], row["heatmap_height"], row["heatmap_width"])
+    assert (grid.shape, grid.max(), len(row["heatmap"])) == ((12, 12), 1, 288)
 
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
@@ -109,8 +110,8 @@ def test_the_rows_say_what_the_library_says_of_the_image_alone(annotate, explain
         for row, grid, cosine in zip(mine, grids, similarity, strict=True):
             assert row["similarity"] == pytest.approx(float(cosine), abs=1e-4)
             assert row["peak"] == pytest.approx(float(grid.max()), rel=1e-3)
-            stored = np.frombuffer(row["heatmap"], np.uint8).reshape(12, 12) / 255
-            assert np.abs(stored - (grid / grid.max()).numpy()).max() < 0.01
+            stored = stored_grid(row["heatmap"], 12, 12)
+            assert np.abs(stored - (grid / grid.max()).numpy()).max() < 0.001
 
 
 def test_a_batch_size_changes_no_row(annotate, tmp_path):

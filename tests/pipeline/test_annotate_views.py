@@ -20,6 +20,7 @@ from pipeline.annotate.model import check_model, load_explainer, views_wanted
 from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import demo_shard_paths
 from pipeline.errors import UserError
+from pipeline.output.stored_grids import stored_grid
 from pipeline.run.job import prepare_job
 from pipeline.shards.images import open_image
 from tests.helpers.corpus import captions_json, demo_job, image_bytes, sample, write_shard
@@ -59,8 +60,7 @@ def shard_of_several_sizes(folder):
 
 
 def heatmap(row):
-    grid = np.frombuffer(row["heatmap"], np.uint8)
-    return grid.reshape(row["heatmap_height"], row["heatmap_width"])
+    return stored_grid(row["heatmap"], row["heatmap_height"], row["heatmap_width"])
 
 
 def test_mirrored_and_scaled_views_give_what_the_library_gives_of_each_image(explainer, rows_of, tmp_path):
@@ -76,7 +76,7 @@ def test_mirrored_and_scaled_views_give_what_the_library_gives_of_each_image(exp
         wanted = view_relevance(explainer, [image], texts, views=views, resize="fast")[0]
         for row, grid in zip(rows[3 * index : 3 * index + 3], wanted.numpy(), strict=True):
             assert row["peak"] == pytest.approx(grid.max(), rel=1e-3)
-            assert np.abs(heatmap(row) / 255 - grid / grid.max()).max() < 0.01
+            assert np.abs(heatmap(row) - grid / grid.max()).max() < 0.01
             assert (row["heatmap_height"], row["heatmap_width"]) == (15, 15)
             assert tuple(row["mask"]["size"]) == size
 
@@ -116,7 +116,7 @@ def test_windows_give_large_images_finer_grids_and_small_ones_what_they_had(rows
     assert [tuple(row["mask"]["size"]) for row in rows[::3]] == SIZES
     for row, unchanged in zip(rows[:3] + rows[-3:], plain[:3] + plain[-3:], strict=True):
         assert row["peak"] == pytest.approx(unchanged["peak"], rel=1e-3)
-        assert np.abs(heatmap(row).astype(int) - heatmap(unchanged)).max() <= 1
+        assert np.abs(heatmap(row) - heatmap(unchanged)).max() <= 1 / 255
 
 
 def test_batch_size_auto_knows_the_views(rows_of, tmp_path):

@@ -53,7 +53,7 @@ def count(operate):
 FILTERS = {"min_similarity": 0.1, "min_peak": 0.1, "min_foreground_contrast": 0.01, "min_lead": 0.01}
 
 
-@pytest.mark.parametrize(("limits", "launches"), [({}, 50), (FILTERS, 160)], ids=["alone", "with filters"])
+@pytest.mark.parametrize(("limits", "launches"), [({}, 54), (FILTERS, 162)], ids=["alone", "with filters"])
 def test_smoothing_and_contrast_never_wait_and_launch_as_often_for_any_batch(limits, launches):
     steps = grid_steps_of(MasksConfig(smooth=0.6, combine="argmax", **limits), 0.5)
     found = []

@@ -21,7 +21,7 @@ from pipeline.demo import assets
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.export.write import ExportOptions, export_job
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
-from pipeline.output.schema import ANNOTATION_SCHEMA, SPLIT_ANNOTATION_SCHEMA, annotation_schema
+from pipeline.output.schema import ANNOTATION_SCHEMA, annotation_schema
 from pipeline.output.status import read_status
 from pipeline.output.tables import open_table
 from pipeline.report.write import write_report
@@ -102,7 +102,7 @@ def test_masks_that_are_split_are_cut_where_the_maps_are():
 @pytest.mark.parametrize("instances", ["none", "watershed"])
 def test_only_the_files_of_jobs_that_split_masks_have_the_column_and_it_is_last(tmp_path, instances):
     shard = write_shard(tmp_path / "0.tar", [sample("a", txt=b"a dog"), sample("b", jpg=b"broken")])
-    config = demo_job([shard], tmp_path / "out", masks={"instances": instances})
+    config = demo_job([shard], tmp_path / "out", masks={"instances": instances}, output={"heatmap": False})
     explainer = legrad.LeGrad.from_open_clip(
         assets.register_demo_model(), str(assets.demo_weights_path()), layers=1
     )
@@ -120,7 +120,7 @@ def test_only_the_files_of_jobs_that_split_masks_have_the_column_and_it_is_last(
 
 def test_the_schema_of_other_jobs_is_what_it_was():
     assert "instances" not in ANNOTATION_SCHEMA.names
-    assert SPLIT_ANNOTATION_SCHEMA.names == [*ANNOTATION_SCHEMA.names, "instances"]
+    assert annotation_schema(with_instances=True).names == [*ANNOTATION_SCHEMA.names, "instances"]
 
 
 LEFT, RIGHT = box_rle(4, 4, 20, 20), box_rle(4, 20, 20, 40)

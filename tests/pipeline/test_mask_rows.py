@@ -28,7 +28,7 @@ from pipeline.config.masks import RULE_KEYS, MasksConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.output.label_map import label_map
-from pipeline.output.schema import ANNOTATION_SCHEMA
+from pipeline.output.schema import annotation_schema
 from pipeline.shards.samples import RawSample, read_samples
 from tests.helpers.corpus import demo_job, sample, write_shard
 
@@ -387,7 +387,7 @@ def test_a_shard_by_classes_becomes_label_maps_with_ignored_pixels(tmp_path, sce
     annotator.annotate(storage.list_shards(config.input.shards)[0])
     annotator.close()
     table = pq.read_table(tmp_path / "out" / "annotations")
-    assert table.schema.equals(ANNOTATION_SCHEMA)
+    assert table.schema.equals(annotation_schema(with_maps=True))
     rows = table.to_pylist()
     assert {row["class_id"] for row in rows} == {*document["class_ids"], 200}
     accepted = [row for row in rows if row["status"] in ("ok", "empty_mask")]

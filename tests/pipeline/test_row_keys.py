@@ -16,7 +16,7 @@ from pipeline.annotate.grid_steps import GridTexts, grid_steps_of, with_centre
 from pipeline.annotate.maps import MapSettings, refinement_of, sample_maps
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.sample_states import ExplainedPrompt, ExplainedSample
-from pipeline.annotate.texts import BatchTextEmbedder, choose_maps
+from pipeline.annotate.texts import BatchTextEmbedder, choose_maps, context_texts
 from pipeline.config.load import config_hash, known_keys, parse_config
 from pipeline.config.row_keys import describe_differences, row_keys
 from pipeline.errors import SampleFailure, UserError
@@ -39,6 +39,7 @@ CLASSES = [
 share = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
 VALUES = {
     "input": {
+        "maps": st.sampled_from([None, "out/a", "out/b"]),
         "shards": st.sampled_from(["a.tar", ["b.tar"]]),
         "image": st.sampled_from(["jpg", "png;jpg", "JPG"]),
         "caption": st.sampled_from(["txt", "TXT", "json:captions", "JSON:captions"]),
@@ -165,7 +166,8 @@ def rows_of(config):
     ).float()
     pixels = torch.from_numpy(noise("image").integers(0, 256, (1, 12, 16, 3), dtype=np.uint8))
     neutral_threshold = None if companions.neutral is None else companions.neutral_threshold
-    steps = with_centre(grid_steps_of(config.masks, config.contrast_share), companions.centre, Embedder())
+    steps = grid_steps_of(config.masks, config.contrast_share, keep_distances=config.output.heatmap)
+    steps = with_centre(steps, companions.centre, Embedder())
     map_settings = MapSettings("upsampled", neutral_threshold, steps, refinement_of(config.masks, PATCH))
     grid_texts = GridTexts(texts.unit_rows[chosen.text_rows], cosines[chosen.text_rows])
     sample = ExplainedSample(
@@ -185,6 +187,7 @@ def rows_of(config):
         ),
         maps=sample_maps(grids, [chosen], grid_texts, map_settings, pixels=pixels, image_sizes=[(20, 30)])[0],
         dropped_prompts=len(prompts) - len(chosen.prompts),
+        context=context_texts(chosen, cosines, batch.ensembles, companions),
     )
     return [seen, sample.dropped_prompts, annotation_rows(sample, config)]
 
@@ -283,8 +286,12 @@ CLASSES_JOB = {"source": "classes", "classes": ["dog", "cat"]}
         ({}, {"views": {"tile_zoom": 3, "tile_overlap": 0.5, "max_tiles": 3}}),
         ({}, {"prompts": {"max_per_sample": 3, "embed_synonyms": True, "neutral_threshold": 0.1}}),
         (
-            {"masks": {"contrast": 0}},
-            {"masks": {"contrast": 0, "contrast_with": "background"}, "prompts": {"background": "default"}},
+            {"masks": {"contrast": 0}, "output": {"heatmap": False}},
+            {
+                "masks": {"contrast": 0, "contrast_with": "background"},
+                "prompts": {"background": "default"},
+                "output": {"heatmap": False},
+            },
         ),
         ({}, {"masks": {"contrast": 0.6, "contrast_with": "background"}, "prompts": {"max_background": 2}}),
         ({}, {"masks": {"contrast": 0.5, "contrast_with": "background", "min_lead": 0.1}}),

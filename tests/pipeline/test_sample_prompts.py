@@ -119,7 +119,12 @@ def test_a_background_that_names_a_class_is_skipped():
     ).prompts
     centre = tuple((f"a {text}", text) for text in default_background())
     assert companions_of(prompts) == Companions(
-        (("a sky", "sky"), ("a wooden wall", "wooden wall")), 3, "a photo of a", 0.7, centre
+        (("a sky", "sky"), ("a wooden wall", "wooden wall")),
+        3,
+        "a photo of a",
+        0.7,
+        centre,
+        ("sky", "wooden wall"),
     )
 
 

@@ -1,0 +1,79 @@
+"""The outcome of a search for mask settings, for a terminal."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from legrad.quality.metrics import Estimate
+from pipeline.evaluation.tuning import Tuning, Values
+from pipeline.text import printable
+
+
+def render_tuning(tuning: Tuning, out: str) -> RenderableType:
+    """Return a table of all trials, whether the best one is confirmed, and what to do.
+
+    Args:
+        tuning: the outcome.
+        out: the folder with the stored maps, as the user named it.
+    """
+    chosen_on, confirmed_on = tuning.scenes
+    table = Table(
+        "masks",
+        tuning.metric,
+        "difference",
+        title=f"Chosen on {chosen_on:,} of {chosen_on + confirmed_on:,} samples; in per cent, with half the "
+        "95 % interval",
+        title_justify="left",
+    )
+    for trial in tuning.trials:
+        is_best = trial.values == tuning.best
+        table.add_row(
+            Text(settings_text(trial.values) or "as in the job"),
+            _percent(trial.chosen_on),
+            _percent(trial.difference, sign="+") if trial.values else "",
+            style="bold" if is_best else None,
+        )
+    return Group(table, *(Text(line) for line in _conclusion(tuning, out)))
+
+
+def settings_text(values: Values) -> str:
+    """Return settings as arguments of `legrad remask`."""
+    return " ".join(
+        f"masks.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in values.items()
+    )
+
+
+def _conclusion(tuning: Tuning, out: str) -> Iterator[str]:
+    if tuning.omitted:
+        skipped = "; ".join(f"{count:,} {why}" for why, count in sorted(tuning.omitted.items()))
+        yield f"Skipped: {skipped}"
+    if not tuning.best:
+        yield "No other settings were better where they are chosen: keep those of the job."
+        return
+    yield (
+        f"On the other {tuning.scenes[1]:,} samples, {tuning.metric} is {_percent(tuning.after)} with the "
+        f"best settings and {_percent(tuning.before)} with the job's: "
+        f"{_percent(tuning.confirmed, sign='+')}."
+    )
+    if not tuning.is_confirmed:
+        yield "The interval includes no gain: not confirmed. Keep the job's settings, or add samples."
+        return
+    yield "The gain is confirmed. In the configuration:"
+    yield "masks:"
+    for key, value in tuning.best.items():
+        yield f"  {key}: {value if isinstance(value, str) else json.dumps(value)}"
+    command = f"legrad remask {shlex.quote(printable(out))} NEW {settings_text(tuning.best)}"
+    yield f"Or make the masks now: {command}"
+
+
+def _percent(estimate: Estimate | None, *, sign: str = "") -> str:
+    if estimate is None:
+        return "-"
+    return f"{100 * estimate.value:{sign}.1f} ±{50 * (estimate.high - estimate.low):.1f}"
