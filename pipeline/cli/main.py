@@ -22,6 +22,7 @@ from pipeline.cli.demo import demo
 from pipeline.cli.evaluate import evaluate
 from pipeline.cli.explain import explain
 from pipeline.cli.export import export
+from pipeline.cli.init import init
 from pipeline.cli.models import models
 from pipeline.cli.report import report
 from pipeline.cli.shards import shards_app
@@ -35,12 +36,12 @@ app = typer.Typer(
     name="legrad",
     help="LeGrad pseudo-masks for corpora of captioned images.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # plain help and usage errors: rich's would bypass what makes text printable
     rich_markup_mode=None,
 )
 COMMANDS: dict[Callable[..., None], str] = {
+    init: "Write a configuration for a corpus.",
     annotate: "Annotate shards: the main job.",
     status: "Show progress: shards, samples and errors.",
     report: "Write an HTML page with pictures and statistics.",

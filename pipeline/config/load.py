@@ -24,6 +24,7 @@ MAX_FILE_BYTES = 1 << 20
 REPORTED_PROBLEMS = 20
 # more than `received` shows
 SHOWN_ITEMS = 10
+SHOWN_OVERRIDE_CHARACTERS = 60
 URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
 RENAMED_KEYS = {
     "masks.min_contrast": "masks.min_foreground_contrast",
@@ -53,17 +54,23 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
             f"{where}: expected a mapping with the sections input, model and output; got "
             f"{type(document).__name__}"
         )
+    overridden: dict[str, str] = {}
     for override in overrides:
         document = _with_override(document, override)
-    return parse_config(document, where=where)
+        key, _, text = override.partition("=")
+        overridden[key] = text
+    return parse_config(document, where=where, overridden=overridden)
 
 
-def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobConfig:
+def parse_config(
+    document: Mapping[str, Any], *, where: str = "config", overridden: Mapping[str, str] | None = None
+) -> JobConfig:
     """Validate a configuration given as nested mappings.
 
     Args:
         document: section to key to value.
         where: names the document in errors.
+        overridden: keys that the command line has set, with their values as typed; errors name them as such.
 
     Raises:
         UserError: as `load_config`.
@@ -71,9 +78,10 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobCo
     try:
         return JobConfig.model_validate(document)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_problem_line(problem) for problem in error.errors()))
+        problems = error.errors()
+        lines = list(dict.fromkeys(_problem_line(problem, overridden or {}) for problem in problems))
         more = [f"  ... and {len(lines) - REPORTED_PROBLEMS} more"] if len(lines) > REPORTED_PROBLEMS else []
-        heading = f"{storage.shown_url(where)}: {len(lines)} problem(s)"
+        heading = f"{_source_of(problems, where, overridden or {})}: {len(lines)} problem(s)"
         raise UserError("\n".join([heading, *lines[:REPORTED_PROBLEMS], *more])) from None
     except RecursionError:
         raise UserError(f"{storage.shown_url(where)}: is nested too deeply for a configuration") from None
@@ -122,23 +130,53 @@ def _set(document: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str,
     return {**document, keys[0]: _set(nested, keys[1:], value)}
 
 
-def _problem_line(problem: Any) -> str:
+def _source_of(problems: Sequence[Any], where: str, overridden: Mapping[str, str]) -> str:
+    """Return where all problems are: in the file, on the command line, or in what both give together."""
+    shown = storage.shown_url(where)
+    if all(_is_overridden(_location(problem), overridden) for problem in problems):
+        return "command line"
+    # problems of several keys together have no location of a key
+    is_of_both = bool(overridden) and any(len(_location(problem)) < 2 for problem in problems)
+    return f"{shown} with the keys of the command line" if is_of_both else shown
+
+
+def _location(problem: Any) -> list[str]:
     # deeper parts name alternatives of a type, not keys
-    location = [printable(str(part))[:80] for part in problem["loc"]][:2]
+    return [printable(str(part))[:80] for part in problem["loc"]][:2]
+
+
+def _is_overridden(location: Sequence[str], overridden: Mapping[str, str]) -> bool:
+    return bool(location) and (location[0] in overridden or ".".join(location) in overridden)
+
+
+def _problem_line(problem: Any, overridden: Mapping[str, str]) -> str:
+    location = _location(problem)
     dotted = ".".join(location) or "config"
+    shown_key = f"  {_shown_key(location, overridden)}"
     if dotted in RENAMED_KEYS:
-        return f"  {dotted}: this key is now called {RENAMED_KEYS[dotted]}"
+        return f"{shown_key}: this key is now called {RENAMED_KEYS[dotted]}"
     if problem["type"] == "extra_forbidden":
-        return f"  {dotted}: unknown key{_suggestion(location)}"
+        return f"{shown_key}: unknown key{_suggestion(location)}"
     if problem["type"] == "missing":
-        return f"  {dotted}: required, but missing"
+        return f"{shown_key}: required, but missing"
     message = problem["msg"].removeprefix("Value error, ")
     if len(location) < 2 and problem["type"] == "value_error":
         return f"  {message}"
     # URLs may carry credentials or signatures
     value = problem["input"]
     shown_value = type(value).__name__ if dotted in URL_KEYS else received(_without_secrets(value))
-    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {shown_value}"
+    return f"{shown_key}: {message[0].lower()}{message[1:]}, got {shown_value}"
+
+
+def _shown_key(location: Sequence[str], overridden: Mapping[str, str]) -> str:
+    """Return a key for an error; one that the command line has set as it was typed, without secrets."""
+    dotted = ".".join(location) or "config"
+    if not _is_overridden(location, overridden):
+        return dotted
+    text = storage.shown_text(storage.shown_url(overridden.get(dotted, "")))
+    is_shown = dotted in overridden and dotted not in URL_KEYS and len(text) <= SHOWN_OVERRIDE_CHARACTERS
+    value = f"={printable(text)}" if is_shown else ""
+    return f"{dotted}{value} (from the command line)"
 
 
 def _without_secrets(value: Any) -> Any:

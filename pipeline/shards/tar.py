@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from pipeline.shards.file_kinds import kind_of
+
 BLOCK_BYTES = tarfile.BLOCKSIZE
 PIECE_BYTES = 2**20
 MAX_EXTENSION_BYTES = 2**20
@@ -254,7 +256,9 @@ def _corrupt_block(block: bytes, start_bytes: int) -> DamageError:
         if block.startswith(magic):
             message = f"the shard is compressed with {name}; shards are read uncompressed"
             return DamageError("compressed", message, stage="open")
-    return DamageError("not_a_tar", "the shard does not begin with a tar header", stage="open")
+    kind = kind_of(block)
+    found = "" if kind is None else f": it is {kind.name}; {kind.way_out}"
+    return DamageError("not_a_tar", f"the shard does not begin with a tar header{found}", stage="open")
 
 
 def _member_of(header: tarfile.TarInfo, extensions: _Extensions) -> Member:
