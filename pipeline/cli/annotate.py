@@ -65,10 +65,11 @@ def annotate(
     if not dry_run:
         raise typer.Exit(annotate_with_config(settings, console, max_shards=limit, moves=moves))
     from pipeline.run import estimate
+    from pipeline.storage import with_plain_paths
 
     found = estimate.dry_run(settings, moves)
     for line in estimate.dry_run_lines(found):
-        console.print(line, soft_wrap=True)
+        console.print(with_plain_paths(line), soft_wrap=True)
     if found.problems:
         problems = "\n".join(f"  {problem}" for problem in found.problems)
         raise UserError(f"the job would annotate nothing: {len(found.problems)} problem(s)\n{problems}")
@@ -95,7 +96,7 @@ def annotate_with_config(
     from pipeline.run.job import prepare_job
     from pipeline.run.progress import SharedProgress, open_progress
     from pipeline.run.runner import run_job
-    from pipeline.storage import shown_url
+    from pipeline.storage import shown_url, with_plain_paths
 
     job = prepare_job(config, moves)
     try:
@@ -106,7 +107,7 @@ def annotate_with_config(
             progress = SharedProgress([shown, recorder])
             progress.say(f"Results go to {shown_url(job.config.output.dir)}")
             for warning in job.warnings:
-                progress.say(f"warning: {warning}")
+                progress.say(with_plain_paths(f"warning: {warning}"))
             result = run_job(job, progress, max_shards=max_shards)
             recorder.close(_ending(result))
     except KeyboardInterrupt:
@@ -115,7 +116,7 @@ def annotate_with_config(
     finally:
         job.folder.close()
     for line in _result_lines(job, result, max_shards):
-        console.print(line, soft_wrap=True)
+        console.print(with_plain_paths(line), soft_wrap=True)
     return 0 if result.complete else INCOMPLETE
 
 

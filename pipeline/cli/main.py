@@ -95,7 +95,9 @@ def _run() -> None:
     except SystemExit as ending:
         sys.exit(INVALID_INPUT if ending.code == USAGE_EXIT_CODE else ending.code)
     except PipelineError as error:
-        text = _without_secrets(f"legrad: {error}")
+        from pipeline.storage import with_plain_paths
+
+        text = with_plain_paths(_without_secrets(f"legrad: {error}"))
         open_console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
         sys.exit(INVALID_INPUT if isinstance(error, UserError) else ENVIRONMENT_ERROR)
     except Exception:

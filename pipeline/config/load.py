@@ -152,7 +152,8 @@ def _is_overridden(location: Sequence[str], overridden: Mapping[str, str]) -> bo
 def _problem_line(problem: Any, overridden: Mapping[str, str]) -> str:
     location = _location(problem)
     dotted = ".".join(location) or "config"
-    shown_key = f"  {_shown_key(location, overridden)}"
+    origin = " (from the command line)" if _is_overridden(location, overridden) else ""
+    shown_key = f"  {dotted}{_shown_value(dotted, overridden)}{origin}"
     if dotted in RENAMED_KEYS:
         return f"{shown_key}: this key is now called {RENAMED_KEYS[dotted]}"
     if problem["type"] == "extra_forbidden":
@@ -165,18 +166,14 @@ def _problem_line(problem: Any, overridden: Mapping[str, str]) -> str:
     # URLs may carry credentials or signatures
     value = problem["input"]
     shown_value = type(value).__name__ if dotted in URL_KEYS else received(_without_secrets(value))
-    return f"{shown_key}: {message[0].lower()}{message[1:]}, got {shown_value}"
+    return f"  {dotted}{origin}: {message[0].lower()}{message[1:]}, got {shown_value}"
 
 
-def _shown_key(location: Sequence[str], overridden: Mapping[str, str]) -> str:
-    """Return a key for an error; one that the command line has set as it was typed, without secrets."""
-    dotted = ".".join(location) or "config"
-    if not _is_overridden(location, overridden):
-        return dotted
+def _shown_value(dotted: str, overridden: Mapping[str, str]) -> str:
+    """Return the value that the command line has set, as it was typed, without secrets; else nothing."""
     text = storage.shown_text(storage.shown_url(overridden.get(dotted, "")))
     is_shown = dotted in overridden and dotted not in URL_KEYS and len(text) <= SHOWN_OVERRIDE_CHARACTERS
-    value = f"={printable(text)}" if is_shown else ""
-    return f"{dotted}{value} (from the command line)"
+    return f"={printable(text)}" if is_shown else ""
 
 
 def _without_secrets(value: Any) -> Any:

@@ -4,7 +4,12 @@ import json
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from pipeline.cli.explain import model_named
+from pipeline.config.load import parse_config
+from pipeline.corpus.first_config import first_config
 from pipeline.demo import assets
 from tests.helpers.corpus import image_bytes, sample, write_shard
 
@@ -177,3 +182,26 @@ def test_a_hostile_caption_cannot_leave_its_comment(legrad, tmp_path):
     assert "\x1b" not in text
     assert "\u2028" not in text
     assert yaml.safe_load(text)["model"]["name"] == "ViT-B-16"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=80), document=JSON_VALUES)
+def test_any_caption_and_any_json_give_a_file_that_is_read_back(tmp_path, text, document):
+    fields = {
+        "txt": text.encode("utf-8", "surrogatepass"),
+        "json": json.dumps(document).encode(),
+        "jpg": image_bytes(1),
+    }
+    write_shard(tmp_path / "0.tar", [list((f"a.{name}", content) for name, content in fields.items())])
+    found = first_config(str(tmp_path), model_named("demo", None))
+    written = yaml.safe_load(found.text)
+    assert list(written) == ["input", "model", "prompts", "output"]
+    assert written["input"]["image"] == "jpg"
+    parse_config(written)
