@@ -44,6 +44,8 @@ def init(
     A folder of images or Parquet files has no shards yet: the message names the command that makes them.
     """
     chosen = model_named(model, pretrained)
+    if to is not None and to.is_dir():
+        raise UserError(f"--to: {to} is a folder, and a file is expected")
     if to is not None and to.exists() and not force:
         raise UserError(f"--to: {to} exists; --force overwrites it")
     from pipeline.corpus.first_config import first_config

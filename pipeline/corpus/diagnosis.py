@@ -54,16 +54,22 @@ def notes_of(config: JobConfig, found: Probe) -> list[str]:
         return []
     notes = [f"cannot be read: {url}: {message}" for url, message in found.unreadable]
     total = found.samples
-    failures = [
-        ("cannot be read", Counter(finding.read_failure for finding in found.findings)),
-        ("have no usable image", Counter(_message(finding.image_failure) for finding in found.findings)),
-        ("have no usable caption", Counter(_message(finding.prompt_failure) for finding in found.findings)),
-    ]
-    for what, messages in failures:
-        messages.pop(None, None)
-        if messages:
-            count = messages.total()
-            notes.append(f"{_share(count, total)} {what}: {messages.most_common(1)[0][0]}")
+    images = [finding.image_failure for finding in found.findings if finding.image_failure is not None]
+    missing = [failure for failure in images if failure.kind == MISSING_FIELD]
+    damaged = [failure for failure in images if failure.kind != MISSING_FIELD]
+    captions = [finding.prompt_failure for finding in found.findings if finding.prompt_failure is not None]
+    unread = [finding for finding in found.findings if finding.read_failure is not None]
+    if unread:
+        notes.append(f"{_share(len(unread), total)} cannot be read: {_most_common_failure(unread)}")
+    if missing:
+        notes.append(f"{_share(len(missing), total)} have no image: {_most_common_message(missing)}")
+    if damaged:
+        tried = f"{len(damaged):,} of {found.images_decoded + len(damaged):,} images that were tried"
+        notes.append(f"{tried} do not decode: {_most_common_message(damaged)}")
+    if captions:
+        notes.append(
+            f"{_share(len(captions), total)} have no usable caption: {_most_common_message(captions)}"
+        )
     empty = sum(not (finding.prompts or finding.fails) for finding in found.findings)
     if empty:
         notes.append(f"{_share(empty, total)} have no prompt, and would count as empty")
@@ -193,10 +199,6 @@ def _override(key: str, value: str) -> str:
 
 def _share(count: int, total: int) -> str:
     return f"{count:,} of {total:,} samples ({as_share(count / total)})"
-
-
-def _message(failure: SampleFailure | None) -> str | None:
-    return None if failure is None else failure.message
 
 
 def _most_common_message(failures: Sequence[SampleFailure]) -> str:

@@ -67,7 +67,7 @@ class Probe:
         shards: number of shards read.
         findings: what a job would make of each sample.
         bytes_read: bytes of the tars, up to the last sample read.
-        unreadable: canonical URL and error of each shard that could not be read.
+        unreadable: canonical URL and error of each shard that could not be read, or not to its end.
     """
 
     shards: int = 0
@@ -84,6 +84,11 @@ class Probe:
     def prompts(self) -> int:
         """Number of prompts of those samples."""
         return sum(finding.prompts for finding in self.findings)
+
+    @property
+    def images_decoded(self) -> int:
+        """Number of images that were decoded; others were not tried, or failed."""
+        return sum(finding.is_decoded for finding in self.findings)
 
     def field_counts(self) -> list[tuple[str, int]]:
         """Return the number of samples with each field, the most frequent first."""
@@ -122,7 +127,7 @@ def probe_shards(
     """
     findings: list[Finding] = []
     unreadable: list[tuple[str, str]] = []
-    bytes_read = 0
+    bytes_read = shards_read = 0
     for shard in shards:
         try:
             with storage.open_shard(shard) as stream:
@@ -138,8 +143,10 @@ def probe_shards(
             continue
         unreadable += [] if damage is None else [(shard.canonical_url, damage)]
         findings += found
+        # of an archive that is cut, what precedes the cut counts
+        shards_read += damage is None or bool(found)
         bytes_read += counted.bytes_read
-    return Probe(len(shards) - len(unreadable), tuple(findings), bytes_read, tuple(unreadable))
+    return Probe(shards_read, tuple(findings), bytes_read, tuple(unreadable))
 
 
 def _why_unreadable(shard: ShardSource, error: Exception) -> str:

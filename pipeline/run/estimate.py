@@ -173,7 +173,8 @@ def dry_run_lines(found: DryRun) -> list[str]:
         lines.append(
             f"samples: about {round(probe.samples * factor):,}, "
             f"prompts: about {round(probe.prompts * factor):,} "
-            f"(estimated from {probe.samples} samples in {probe.shards} shard(s))"
+            f"(estimated from {probe.samples} samples in {probe.shards} shard(s), "
+            f"{probe.images_decoded} of whose images were decoded)"
         )
     lines.append(_output_size_line(found))
     lines += [f"note: {note}" for note in found.notes]

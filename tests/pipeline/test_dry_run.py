@@ -241,12 +241,22 @@ def test_what_fails_in_part_is_a_note_with_its_share(dry_run, tmp_path):
     write_shard(tmp_path / "0.tar", samples)
     code, out, err = dry_run()
     assert (code, err) == (0, "")
-    assert "note: 1 of 9 samples (11 %) have no usable image: expected a JPEG" in out
+    assert "note: 1 of 9 images that were tried do not decode: expected a JPEG" in out
     assert "note: 2 of 9 samples (22 %) have no usable caption: " in out
     assert "note: 3 of 9 samples (33 %) would fail, which is more than run.error_budget (20 %)" in out
     code, out, _ = dry_run("run.error_budget=0.5")
     assert code == 0
     assert "run.error_budget" not in out
+
+
+def test_an_archive_that_is_cut_is_a_note_beside_its_intact_samples(dry_run, tmp_path):
+    tar = one_shard(tmp_path)
+    tar.write_bytes(tar.read_bytes()[:-12_000])
+    code, out, err = dry_run()
+    assert (code, err) == (0, "")
+    assert "note: cannot be read: file://" in out
+    assert "the archive ends " in out
+    assert "samples in 1 shard(s)" in out
 
 
 def test_the_first_a_middle_and_the_last_shard_are_looked_at(dry_run, tmp_path):

@@ -199,7 +199,7 @@ def test_any_caption_and_any_json_give_a_file_that_is_read_back(tmp_path, text, 
         "json": json.dumps(document).encode(),
         "jpg": image_bytes(1),
     }
-    write_shard(tmp_path / "0.tar", [list((f"a.{name}", content) for name, content in fields.items())])
+    write_shard(tmp_path / "0.tar", [[(f"a.{name}", content) for name, content in fields.items()]])
     found = first_config(str(tmp_path), model_named("demo", None))
     written = yaml.safe_load(found.text)
     assert list(written) == ["input", "model", "prompts", "output"]
