@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
@@ -15,6 +15,7 @@ from pipeline.config.schema import InputConfig
 from pipeline.errors import PipelineError
 from pipeline.shards.captions import MAX_CAPTION_CHARACTERS, MAX_JSON_BYTES
 from pipeline.shards.file_kinds import kind_of
+from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
 from pipeline.text import printable
@@ -104,12 +105,12 @@ class Contents:
     @property
     def caption(self) -> TextField | None:
         """The field that is most likely the caption; None where no field holds texts."""
-        return next((field for field in self.texts if not field.is_class), None)
+        return next((found for found in self.texts if not found.is_class), None)
 
     @property
     def class_field(self) -> TextField | None:
         """The field that is most likely the class of the image; None where there is none."""
-        return next((field for field in self.texts if field.is_class), None)
+        return next((found for found in self.texts if found.is_class), None)
 
 
 @dataclass(frozen=True)
@@ -129,45 +130,58 @@ def look_at_contents(
         max_member_bytes: a sample with a larger member is skipped.
         samples_per_shard: number of samples that are looked at in each shard.
     """
-    fields: Counter[str] = Counter()
-    images: Counter[str] = Counter()
-    unread_images: dict[str, str] = {}
-    values: defaultdict[str, list[_Value]] = defaultdict(list)
+    census = _Census()
     unreadable: list[tuple[str, str]] = []
-    samples = 0
     for shard in shards:
         try:
-            for sample in _first_samples(shard, max_member_bytes, samples_per_shard):
-                samples += 1
-                fields.update(sample.fields.keys())
-                for name, content in sample.fields.items():
-                    kind = kind_of(content)
-                    if kind is not None and kind.is_image:
-                        images.update([name] if kind.is_read else [])
-                        unread_images |= {} if kind.is_read else {name: kind.name}
-                        continue
-                    for value in _values(name, content):
-                        values[value.spec].append(value)
+            for item in _first_items(shard, max_member_bytes, samples_per_shard):
+                if isinstance(item, RawSample):
+                    census.add(item)
+                elif item.damages_shard:
+                    unreadable.append((shard.canonical_url, item.message))
         except (PipelineError, OSError) as error:
             unreadable.append((shard.canonical_url, str(error)))
     return Contents(
         len(shards) - len(unreadable),
-        samples,
-        dict(fields.most_common()),
-        dict(images.most_common()),
-        unread_images,
-        tuple(sorted(map(_text_field, values.values()), key=_unlikeliness)),
+        census.samples,
+        dict(census.fields.most_common()),
+        dict(census.images.most_common()),
+        census.unread_images,
+        tuple(sorted(map(_text_field, census.values.values()), key=_unlikeliness)),
         tuple(unreadable),
     )
 
 
-def _first_samples(shard: ShardSource, max_member_bytes: int, most: int) -> Iterator[RawSample]:
+@dataclass
+class _Census:
+    """What was found in the samples so far."""
+
+    samples: int = 0
+    fields: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
+    unread_images: dict[str, str] = field(default_factory=dict)
+    values: defaultdict[str, list[_Value]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, sample: RawSample) -> None:
+        """Count the fields of a sample by what they hold."""
+        self.samples += 1
+        self.fields.update(sample.fields.keys())
+        for name, content in sample.fields.items():
+            kind = kind_of(content)
+            if kind is not None and kind.is_image:
+                self.images.update([name] if kind.is_read else [])
+                self.unread_images |= {} if kind.is_read else {name: kind.name}
+                continue
+            for value in _values(name, content):
+                self.values[value.spec].append(value)
+
+
+def _first_items(shard: ShardSource, max_member_bytes: int, most: int) -> Iterator[RawSample | SampleError]:
     with storage.open_shard(shard) as stream:
-        items = read_samples(stream, max_member_bytes=max_member_bytes)
         left_bytes = BYTES_PER_SHARD
-        for sample in islice((item for item in items if isinstance(item, RawSample)), most):
-            yield sample
-            left_bytes -= sum(map(len, sample.fields.values()))
+        for item in islice(read_samples(stream, max_member_bytes=max_member_bytes), most):
+            yield item
+            left_bytes -= sum(map(len, item.fields.values())) if isinstance(item, RawSample) else 0
             if left_bytes < 0:
                 return
 
@@ -231,11 +245,11 @@ def _one_line(text: str) -> str:
     return line if len(line) <= EXAMPLE_CHARACTERS else f"{line[:EXAMPLE_CHARACTERS]}..."
 
 
-def _unlikeliness(field: TextField) -> tuple[int, bool, int, float, str]:
-    known = field.name in _CAPTION_NAMES
-    words = sum(len(example.split()) for example in field.examples) / len(field.examples)
-    place = _CAPTION_NAMES.index(field.name) if known else len(_CAPTION_NAMES)
-    return place, not field.is_varied, -field.samples, -words, field.spec
+def _unlikeliness(found: TextField) -> tuple[int, bool, int, float, str]:
+    known = found.name in _CAPTION_NAMES
+    words = sum(len(example.split()) for example in found.examples) / len(found.examples)
+    place = _CAPTION_NAMES.index(found.name) if known else len(_CAPTION_NAMES)
+    return place, not found.is_varied, -found.samples, -words, found.spec
 
 
 def first_middle_last(shards: Sequence[ShardSource], most: int = 3) -> list[ShardSource]:

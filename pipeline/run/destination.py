@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 from rich.filesize import decimal
 
 from pipeline import storage
@@ -61,11 +63,7 @@ def destination_problem(output_dir: str) -> list[str]:
         The reason, in one line; none where the folder can be used, or made.
     """
     if not is_local(output_dir):
-        try:
-            storage.list_names(output_dir)
-        except (OutputError, UserError, OSError) as error:
-            return [f"output.dir: {error}"]
-        return []
+        return _problem_of_store(output_dir)
     folder = Path(storage.absolute(output_dir))
     present = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     where = f"output.dir: {storage.shown_url(output_dir)}"
@@ -78,6 +76,20 @@ def destination_problem(output_dir: str) -> list[str]:
         return [
             f"{where}: the disk of {present} has {decimal(free_bytes)} left; free some, or choose another"
         ]
+    return []
+
+
+def _problem_of_store(output_dir: str) -> list[str]:
+    try:
+        storage.list_names(output_dir)
+        filesystem, path = storage.resolve(output_dir)
+    except (OutputError, UserError) as error:
+        return [f"output.dir: {error}"]
+    bucket = path.partition("/")[0]
+    # credentials for a folder alone may not ask for its bucket
+    with suppress(OSError):
+        if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
+            return [f"output.dir: {storage.shown_url(output_dir)}: the bucket {bucket!r} does not exist"]
     return []
 
 
