@@ -54,23 +54,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
             f"{where}: expected a mapping with the sections input, model and output; got "
             f"{type(document).__name__}"
         )
-    overridden: dict[str, str] = {}
-    for override in overrides:
-        document = _with_override(document, override)
-        key, _, text = override.partition("=")
-        overridden[key] = text
-    return parse_config(document, where=where, overridden=overridden)
+    overrides = list(overrides)
+    return parse_config(with_overrides(document, overrides), where=where, overrides=overrides)
 
 
 def parse_config(
-    document: Mapping[str, Any], *, where: str = "config", overridden: Mapping[str, str] | None = None
+    document: Mapping[str, Any], *, where: str = "config", overrides: Sequence[str] = ()
 ) -> JobConfig:
     """Validate a configuration given as nested mappings.
 
     Args:
         document: section to key to value.
         where: names the document in errors.
-        overridden: keys that the command line has set, with their values as typed; errors name them as such.
+        overrides: what the command line has set in it, as ``section.key=value``; errors name it as such.
 
     Raises:
         UserError: as `load_config`.
@@ -79,9 +75,10 @@ def parse_config(
         return JobConfig.model_validate(document)
     except ValidationError as error:
         problems = error.errors()
-        lines = list(dict.fromkeys(_problem_line(problem, overridden or {}) for problem in problems))
+        overridden = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+        lines = list(dict.fromkeys(_problem_line(problem, overridden) for problem in problems))
         more = [f"  ... and {len(lines) - REPORTED_PROBLEMS} more"] if len(lines) > REPORTED_PROBLEMS else []
-        heading = f"{_source_of(problems, where, overridden or {})}: {len(lines)} problem(s)"
+        heading = f"{_source_of(problems, where, overridden)}: {len(lines)} problem(s)"
         raise UserError("\n".join([heading, *lines[:REPORTED_PROBLEMS], *more])) from None
     except RecursionError:
         raise UserError(f"{storage.shown_url(where)}: is nested too deeply for a configuration") from None
@@ -102,6 +99,17 @@ def config_hash(config: JobConfig, weights_digest: str, segmenter_digest: str | 
     if segmenter_digest is not None:
         relevant["segmenter"] = segmenter_digest
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_overrides(document: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a configuration, given as nested mappings, with keys set by ``section.key=value`` strings.
+
+    Raises:
+        UserError: a string is no such pair, or its value is no YAML.
+    """
+    for override in overrides:
+        document = _with_override(document, override)
+    return document
 
 
 def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:

@@ -12,17 +12,15 @@ from typing import Literal
 
 from pipeline import storage
 from pipeline.config.schema import InputConfig
+from pipeline.corpus.first_items import BoundedStream, first_items
 from pipeline.errors import PipelineError
 from pipeline.shards.captions import MAX_CAPTION_CHARACTERS, MAX_JSON_BYTES
 from pipeline.shards.file_kinds import kind_of
-from pipeline.shards.sample_error import SampleError
-from pipeline.shards.samples import RawSample, read_samples
+from pipeline.shards.samples import RawSample
 from pipeline.storage import ShardSource
 from pipeline.text import printable
 
 SAMPLES_PER_SHARD = 16
-# looked at, however large the samples are
-BYTES_PER_SHARD = 256 << 20
 # of an untrusted JSON object
 MAX_KEYS = 64
 EXAMPLE_CHARACTERS = 60
@@ -134,11 +132,15 @@ def look_at_contents(
     unreadable: list[tuple[str, str]] = []
     for shard in shards:
         try:
-            for item in _first_items(shard, max_member_bytes, samples_per_shard):
-                if isinstance(item, RawSample):
-                    census.add(item)
-                elif item.damages_shard:
-                    unreadable.append((shard.canonical_url, item.message))
+            with storage.open_shard(shard) as stream:
+                items = first_items(
+                    BoundedStream(stream), max_member_bytes=max_member_bytes, most=samples_per_shard
+                )
+                for item in items:
+                    if isinstance(item, RawSample):
+                        census.add(item)
+                    elif item.damages_shard:
+                        unreadable.append((shard.canonical_url, item.message))
         except (PipelineError, OSError) as error:
             unreadable.append((shard.canonical_url, str(error)))
     return Contents(
@@ -174,16 +176,6 @@ class _Census:
                 continue
             for value in _values(name, content):
                 self.values[value.spec].append(value)
-
-
-def _first_items(shard: ShardSource, max_member_bytes: int, most: int) -> Iterator[RawSample | SampleError]:
-    with storage.open_shard(shard) as stream:
-        left_bytes = BYTES_PER_SHARD
-        for item in islice(read_samples(stream, max_member_bytes=max_member_bytes), most):
-            yield item
-            left_bytes -= sum(map(len, item.fields.values())) if isinstance(item, RawSample) else 0
-            if left_bytes < 0:
-                return
 
 
 def _values(name: str, content: bytes) -> Iterator[_Value]:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import BinaryIO, cast
 
 import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config.schema import JobConfig
+from pipeline.corpus.first_items import BoundedStream, first_items
 from pipeline.corpus.folders import look_into_folder
 from pipeline.errors import PipelineError, SampleFailure
 from pipeline.prompts.sample_prompts import SamplePrompts
 from pipeline.shards.fields import find_field
 from pipeline.shards.images import open_image
 from pipeline.shards.sample_error import SampleError
-from pipeline.shards.samples import RawSample, read_samples
+from pipeline.shards.samples import RawSample
 from pipeline.storage import ShardSource
 from pipeline.storage.urls import is_local, local_path
 
 PROBED_SAMPLES = 200
-# of a shard, however large its samples are
-PROBED_BYTES = 256 << 20
 # of a shard: decoding goes on only until so many images were decoded
 DECODED_IMAGES = 8
 MISSING_FIELD, MISSING_KEY = "missing_field", "missing_key"
@@ -95,22 +91,6 @@ class Probe:
         return Counter(name for finding in self.findings for name in finding.fields).most_common()
 
 
-class _CountedStream(io.RawIOBase):
-    """A stream that counts the bytes read."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.bytes_read = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self.bytes_read += len(data)
-        return data
-
-
 def probe_shards(
     config: JobConfig,
     sample_prompts: SamplePrompts,
@@ -131,13 +111,14 @@ def probe_shards(
     for shard in shards:
         try:
             with storage.open_shard(shard) as stream:
-                counted = _CountedStream(stream)
-                items = read_samples(
-                    cast("BinaryIO", counted),
+                bounded = BoundedStream(stream)
+                items = first_items(
+                    bounded,
                     max_member_bytes=config.input.max_member_bytes,
+                    most=PROBED_SAMPLES,
                     wanted_fields=wanted_fields,
                 )
-                found, damage = _findings(config, sample_prompts, items, counted)
+                found, damage = _findings(config, sample_prompts, items)
         except (PipelineError, OSError, pa.ArrowException) as error:
             unreadable.append((shard.canonical_url, _why_unreadable(shard, error)))
             continue
@@ -145,7 +126,7 @@ def probe_shards(
         findings += found
         # of an archive that is cut, what precedes the cut counts
         shards_read += damage is None or bool(found)
-        bytes_read += counted.bytes_read
+        bytes_read += bounded.bytes_read
     return Probe(shards_read, tuple(findings), bytes_read, tuple(unreadable))
 
 
@@ -157,16 +138,13 @@ def _why_unreadable(shard: ShardSource, error: Exception) -> str:
 
 
 def _findings(
-    config: JobConfig,
-    sample_prompts: SamplePrompts,
-    items: Iterator[RawSample | SampleError],
-    counted: _CountedStream,
+    config: JobConfig, sample_prompts: SamplePrompts, items: Iterator[RawSample | SampleError]
 ) -> tuple[list[Finding], str | None]:
     """Return the findings of a shard, and why its archive is damaged; None as far as it was read."""
     findings: list[Finding] = []
     damage: str | None = None
     decoded = 0
-    for item in islice(items, PROBED_SAMPLES):
+    for item in items:
         if isinstance(item, SampleError):
             damage = item.message if item.damages_shard else damage
             if item.sample_index is not None:
@@ -175,8 +153,6 @@ def _findings(
         finding = _finding(config, sample_prompts, item, is_to_be_decoded=decoded < DECODED_IMAGES)
         decoded += finding.is_decoded
         findings.append(finding)
-        if counted.bytes_read > PROBED_BYTES:
-            break
     return findings, damage
 
 

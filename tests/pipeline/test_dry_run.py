@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zipfile
 
 import pyarrow as pa
@@ -301,3 +302,19 @@ def test_a_command_is_not_run_and_nothing_is_said_about_its_samples(dry_run, tmp
     assert (code, err) == (0, "")
     assert not trace.exists()
     assert "samples: about" not in out
+
+
+def test_no_more_of_a_shard_is_read_than_the_limit_and_its_end_is_no_damage(dry_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.corpus.first_items.MOST_BYTES", 20_000)
+    samples = [sample(f"{number:04d}", seed=number, bin=bytes(4000)) for number in range(40)]
+    write_shard(tmp_path / "0.tar", samples)
+    code, out, err = dry_run()
+    assert (code, err) == (0, "")
+    assert "note:" not in out
+    looked_at, estimated = (
+        int(re.search(pattern, out)[1]) for pattern in (r"from (\d+) samples", r"about (\d+)")
+    )
+    assert looked_at < 10
+    assert 20 < estimated < 80
+    (tmp_path / "0.tar").write_bytes(parquet_bytes() + bytes(100_000))
+    assert "it is a Parquet file" in dry_run()[2]
