@@ -24,12 +24,12 @@ MAX_FILE_BYTES = 1 << 20
 REPORTED_PROBLEMS = 20
 # more than `received` shows
 SHOWN_ITEMS = 10
-SHOWN_OVERRIDE_CHARACTERS = 60
 URL_KEYS = ("input.shards", "output.dir", "prompts.classes")
 RENAMED_KEYS = {
     "masks.min_contrast": "masks.min_foreground_contrast",
     "masks.refine_contrast": "masks.refine_sharpness",
 }
+SHOWN_OVERRIDE_CHARACTERS = 60
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
