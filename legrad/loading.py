@@ -191,6 +191,21 @@ def model_facts(
     return ModelFacts(fitted_transform(own_transform, tower, image_size, fit), tower.normalisation)
 
 
+def check_files(name: str, pretrained: str | None) -> None:
+    """Check that the files of a model can be found, and its structure is covered, without reading weights.
+
+    Args:
+        name: see `load_model`.
+        pretrained: see `load_model`.
+
+    Raises:
+        ModelLoadError, UnsupportedModelError: as `load_model` does.
+    """
+    check_request(name, "fp32")
+    with _explained_failure(name, pretrained), _quiet():
+        _supported_files(name, pretrained)
+
+
 def check_request(name: str, precision: str) -> None:
     """Check name and precision as far as possible without reading files or asking a hub.
 

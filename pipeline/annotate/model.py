@@ -15,17 +15,16 @@ import legrad
 from legrad.canvases import Views
 from legrad.errors import InputError, LeGradError
 from legrad.families import model_support
-from legrad.loading import computes_bf16, load_model, model_digest
+from legrad.loading import check_files, computes_bf16, load_model, model_digest
 from legrad.loading import model_facts as legrad_facts
 from legrad.views import check_views
 from legrad.weights.model_files import plain_name
 from pipeline import storage
-from pipeline.config.schema import ADDRESS_PREFIXES, JobConfig, ModelConfig
+from pipeline.config.schema import ADDRESS_PREFIXES, DEMO, JobConfig, ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
 from pipeline.output.records import ModelFacts
 
-DEMO = "demo"
 FOLDER_PREFIX = "local-dir:"
 
 
@@ -127,6 +126,27 @@ def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
             f"model.pretrained: expected the path of a checkpoint, or for {model.name} one of {tags}; "
             f"got {checkpoint!r}"
         )
+
+
+def check_model_files(model: ModelConfig) -> None:
+    """Refuse a checkpoint or folder that is not there, or is not of a model, without reading its weights.
+
+    Weights that a tag of open_clip names are not looked for. Of a name on a hub, the small files are
+    downloaded, as a job does.
+
+    Args:
+        model: `model` section of the configuration.
+
+    Raises:
+        UserError: a file is missing, or a configuration is of a model that is not supported.
+    """
+    if model.name.startswith(ADDRESS_PREFIXES):
+        with _as_user_error(model):
+            check_files(model.name, model.pretrained)
+        return
+    is_checkpoint = model.pretrained is not None and not is_built_in(model) and _is_path(model.pretrained)
+    if is_checkpoint and not Path(storage.absolute(str(model.pretrained))).is_file():
+        raise UserError(f"model.pretrained: there is no file {model.pretrained}")
 
 
 def _nearest_names(name: str) -> str:

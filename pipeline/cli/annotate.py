@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.common import INCOMPLETE, open_console
+from pipeline.cli.completion import complete_override
+from pipeline.errors import UserError
 from pipeline.text import as_duration, first_few
 
 if TYPE_CHECKING:
@@ -27,13 +29,18 @@ def annotate(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Keys to set in place of the file's, such as run.batch_size=8."
+            metavar="[KEY=VALUE]...",
+            help="Keys to set in place of the file's, such as run.batch_size=8.",
+            autocompletion=complete_override,
         ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="List the shards and estimate the work; nothing is started or written."
+            "--dry-run",
+            help="List the shards, estimate the work, and check names, fields and output folder on the first "
+            "samples of three shards; nothing is loaded, started or written. Exit code 1: the job would "
+            "annotate nothing.",
         ),
     ] = False,
     limit: Annotated[
@@ -58,9 +65,14 @@ def annotate(
     if not dry_run:
         raise typer.Exit(annotate_with_config(settings, console, max_shards=limit, moves=moves))
     from pipeline.run import estimate
+    from pipeline.storage import with_plain_paths
 
-    for line in estimate.dry_run_lines(estimate.dry_run(settings, moves)):
-        console.print(line, soft_wrap=True)
+    found = estimate.dry_run(settings, moves)
+    for line in estimate.dry_run_lines(found):
+        console.print(with_plain_paths(line), soft_wrap=True)
+    if found.problems:
+        problems = "\n".join(f"  {problem}" for problem in found.problems)
+        raise UserError(f"the job would annotate nothing: {len(found.problems)} problem(s)\n{problems}")
 
 
 def annotate_with_config(
@@ -90,7 +102,7 @@ def run_shown(job: Job, console: PrintableConsole, *, max_shards: int | None = N
     from pipeline.output.runs import recorded_run
     from pipeline.run.progress import SharedProgress, open_progress
     from pipeline.run.runner import run_job
-    from pipeline.storage import shown_url
+    from pipeline.storage import shown_url, with_plain_paths
 
     try:
         with (
@@ -100,7 +112,7 @@ def run_shown(job: Job, console: PrintableConsole, *, max_shards: int | None = N
             progress = SharedProgress([shown, recorder])
             progress.say(f"Results go to {shown_url(job.config.output.dir)}")
             for warning in job.warnings:
-                progress.say(f"warning: {warning}")
+                progress.say(with_plain_paths(f"warning: {warning}"))
             result = run_job(job, progress, max_shards=max_shards)
             recorder.close(_ending(result))
     except KeyboardInterrupt:
@@ -109,7 +121,7 @@ def run_shown(job: Job, console: PrintableConsole, *, max_shards: int | None = N
     finally:
         job.folder.close()
     for line in _result_lines(job, result, max_shards):
-        console.print(line, soft_wrap=True)
+        console.print(with_plain_paths(line), soft_wrap=True)
     return 0 if result.complete else INCOMPLETE
 
 
@@ -141,6 +153,8 @@ def _result_lines(job: Job, result: JobResult, max_shards: int | None) -> Iterat
         yield from _summary_lines(job, result, output_dir)
     if counts.error_rows:
         yield f"errors: {counts.error_rows:,} in {output_dir}/errors: {error_kinds_text(counts)}"
+    if counts.samples_in and not counts.annotated:
+        yield "no sample was annotated; run the command again with --dry-run to see why"
     if not result.complete and not result.stopped:
         yield from _lines_on_shards_left(job, result, max_shards)
 

@@ -105,8 +105,7 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
     """
     from pydantic import ValidationError
 
-    from pipeline.annotate.model import DEMO
-    from pipeline.config.schema import ADDRESS_PREFIXES, ModelConfig
+    from pipeline.config.schema import ADDRESS_PREFIXES, DEMO, ModelConfig
     from pipeline.demo import assets
     from pipeline.text import received
 
@@ -150,11 +149,15 @@ def explain_file(
         UserError: the image cannot be read, a text is empty or too long, or there is no such model.
         OutputError: the pictures cannot be written.
     """
+    # everything that needs no model comes before the imports of one, which take seconds
+    _check_texts(texts)
+    _check_folder(folder)
+    content = _read_content(image_url)
+
     import legrad
     from legrad.errors import LeGradError
 
-    _check_texts(texts)
-    image = _read_image(image_url)
+    image = _opened(content, image_url)
     explainer = _load(model)
     try:
         explanation = legrad.explain_image(explainer, image, texts, resize=_input_default("resize"))
@@ -200,10 +203,18 @@ def _check_texts(texts: Sequence[str]) -> None:
             )
 
 
+def _check_folder(folder: str) -> None:
+    from pipeline.run.destination import destination_problem
+
+    for problem in destination_problem(folder):
+        raise UserError(problem.replace("output.dir", "--out", 1))
+
+
 def _load(model: ModelConfig) -> legrad.LeGrad:
     import torch
 
-    from pipeline.annotate.model import DEMO, load_explainer
+    from pipeline.annotate.model import load_explainer
+    from pipeline.config.schema import DEMO
 
     try:
         return load_explainer(model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -212,18 +223,30 @@ def _load(model: ModelConfig) -> legrad.LeGrad:
         raise UserError(f"{error}{hint}") from error
 
 
-def _read_image(url: str) -> Image.Image:
+def _read_content(url: str) -> bytes:
+    """Return the bytes of an image; raises UserError for what cannot be read, or is of another kind."""
     from pipeline import storage
-    from pipeline.shards.images import open_image
+    from pipeline.shards.file_kinds import kind_of
 
     shown = storage.shown_url(url)
     try:
-        data = storage.read_bytes(url, max_bytes=_input_default("max_member_bytes"))
-        return open_image(data, max_image_pixels=_input_default("max_image_pixels"))
+        content = storage.read_bytes(url, max_bytes=_input_default("max_member_bytes"))
     except OSError as error:
         raise UserError(f"{shown}: cannot be read: {error.strerror or error}") from error
+    kind = kind_of(content)
+    if kind is not None and not kind.is_read:
+        raise UserError(f"{shown}: expected a JPEG, PNG, WebP, BMP or GIF, got {kind.name}")
+    return content
+
+
+def _opened(content: bytes, url: str) -> Image.Image:
+    from pipeline import storage
+    from pipeline.shards.images import open_image
+
+    try:
+        return open_image(content, max_image_pixels=_input_default("max_image_pixels"))
     except SampleFailure as failure:
-        raise UserError(f"{shown}: {failure.message}") from failure
+        raise UserError(f"{storage.shown_url(url)}: {failure.message}") from failure
 
 
 def _input_default(key: str) -> Any:

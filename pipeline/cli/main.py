@@ -22,6 +22,7 @@ from pipeline.cli.demo import demo
 from pipeline.cli.evaluate import evaluate
 from pipeline.cli.explain import explain
 from pipeline.cli.export import export
+from pipeline.cli.init import init
 from pipeline.cli.models import models
 from pipeline.cli.remask import remask
 from pipeline.cli.report import report
@@ -37,12 +38,12 @@ app = typer.Typer(
     name="legrad",
     help="LeGrad pseudo-masks for corpora of captioned images.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # plain help and usage errors: rich's would bypass what makes text printable
     rich_markup_mode=None,
 )
 COMMANDS: dict[Callable[..., None], str] = {
+    init: "Write a configuration for a corpus.",
     annotate: "Annotate shards: the main job.",
     remask: "Make masks anew from stored maps, without the model.",
     tune: "Find mask settings on stored maps and ground truth.",
@@ -98,7 +99,9 @@ def _run() -> None:
     except SystemExit as ending:
         sys.exit(INVALID_INPUT if ending.code == USAGE_EXIT_CODE else ending.code)
     except PipelineError as error:
-        text = _without_secrets(f"legrad: {error}")
+        from pipeline.storage import with_plain_paths
+
+        text = with_plain_paths(_without_secrets(f"legrad: {error}"))
         open_console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
         sys.exit(INVALID_INPUT if isinstance(error, UserError) else ENVIRONMENT_ERROR)
     except Exception:

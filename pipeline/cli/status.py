@@ -44,10 +44,10 @@ def render_status(status: OutputStatus) -> RenderableType:
         parts += [_heading("errors by kind"), _pairs(_kinds(status.counts))]
     if status.damaged:
         parts.append(_heading("damaged shards: the rows of their intact samples are here"))
-        parts += [Text(f"  {url}\n    {reason}", overflow="fold") for url, reason in status.damaged]
+        parts += [_shard_text(url, reason) for url, reason in status.damaged]
     if status.failed:
         parts.append(_heading("shards given up"))
-        parts += [Text(f"  {url}\n    {message}", overflow="fold") for url, message in status.failed]
+        parts += [_shard_text(url, message) for url, message in status.failed]
     if status.mismatched:
         parts.append(_heading("files that do not belong together; run the same command again to redo them"))
         parts += [
@@ -57,12 +57,18 @@ def render_status(status: OutputStatus) -> RenderableType:
 
 
 def _kinds(counts: ShardCounts) -> list[tuple[str, str]]:
+    from pipeline.storage import with_plain_paths
+
     kinds = sorted(counts.errors_by_kind.items(), key=lambda item: (-item[1], item[0]))
     return [
         (
             kind,
             f"{rows:,}"
-            + (f", for example {counts.error_examples[kind]}" if kind in counts.error_examples else ""),
+            + (
+                f", for example {with_plain_paths(counts.error_examples[kind])}"
+                if kind in counts.error_examples
+                else ""
+            ),
         )
         for kind, rows in kinds
     ]
@@ -99,6 +105,14 @@ def _run_lines(run: RunRecord) -> list[tuple[str, str]]:
         ("", f"workers {workers_text(run.workers, run.workers_wanted, run.workers_lost)}"),
         ("", pace_text(run.measures, run.workers)),
     ]
+
+
+def _shard_text(url: str, reason: str) -> Text:
+    from rich.text import Text
+
+    from pipeline.storage import with_plain_paths
+
+    return Text(with_plain_paths(f"  {url}\n    {reason}"), overflow="fold")
 
 
 def _heading(text: str) -> Text:

@@ -29,6 +29,7 @@ RENAMED_KEYS = {
     "masks.min_contrast": "masks.min_foreground_contrast",
     "masks.refine_contrast": "masks.refine_sharpness",
 }
+SHOWN_OVERRIDE_CHARACTERS = 60
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
@@ -53,15 +54,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
             f"{where}: expected a mapping with the sections input, model and output; got "
             f"{type(document).__name__}"
         )
-    return parse_config(with_overrides(document, overrides), where=where)
+    overrides = list(overrides)
+    return parse_config(with_overrides(document, overrides), where=where, overrides=overrides)
 
 
-def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobConfig:
+def parse_config(
+    document: Mapping[str, Any], *, where: str = "config", overrides: Sequence[str] = ()
+) -> JobConfig:
     """Validate a configuration given as nested mappings.
 
     Args:
         document: section to key to value.
         where: names the document in errors.
+        overrides: what the command line has set in it, as ``section.key=value``; errors name it as such.
 
     Raises:
         UserError: as `load_config`.
@@ -69,9 +74,11 @@ def parse_config(document: Mapping[str, Any], *, where: str = "config") -> JobCo
     try:
         return JobConfig.model_validate(document)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_problem_line(problem) for problem in error.errors()))
+        problems = error.errors()
+        overridden = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+        lines = list(dict.fromkeys(_problem_line(problem, overridden) for problem in problems))
         more = [f"  ... and {len(lines) - REPORTED_PROBLEMS} more"] if len(lines) > REPORTED_PROBLEMS else []
-        heading = f"{storage.shown_url(where)}: {len(lines)} problem(s)"
+        heading = f"{_source_of(problems, where, overridden)}: {len(lines)} problem(s)"
         raise UserError("\n".join([heading, *lines[:REPORTED_PROBLEMS], *more])) from None
     except RecursionError:
         raise UserError(f"{storage.shown_url(where)}: is nested too deeply for a configuration") from None
@@ -136,23 +143,50 @@ def _set(document: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str,
     return {**document, keys[0]: _set(nested, keys[1:], value)}
 
 
-def _problem_line(problem: Any) -> str:
+def _source_of(problems: Sequence[Any], where: str, overridden: Mapping[str, str]) -> str:
+    """Return where all problems are: in the file, on the command line, or in what both give together."""
+    shown = storage.shown_url(where)
+    if all(_is_overridden(_location(problem), overridden) for problem in problems):
+        return "command line"
+    # problems of several keys together have no location of a key
+    is_of_both = bool(overridden) and any(len(_location(problem)) < 2 for problem in problems)
+    return f"{shown} with the keys of the command line" if is_of_both else shown
+
+
+def _location(problem: Any) -> list[str]:
     # deeper parts name alternatives of a type, not keys
-    location = [printable(str(part))[:80] for part in problem["loc"]][:2]
+    return [printable(str(part))[:80] for part in problem["loc"]][:2]
+
+
+def _is_overridden(location: Sequence[str], overridden: Mapping[str, str]) -> bool:
+    return bool(location) and (location[0] in overridden or ".".join(location) in overridden)
+
+
+def _problem_line(problem: Any, overridden: Mapping[str, str]) -> str:
+    location = _location(problem)
     dotted = ".".join(location) or "config"
+    origin = " (from the command line)" if _is_overridden(location, overridden) else ""
+    shown_key = f"  {dotted}{_shown_value(dotted, overridden)}{origin}"
     if dotted in RENAMED_KEYS:
-        return f"  {dotted}: this key is now called {RENAMED_KEYS[dotted]}"
+        return f"{shown_key}: this key is now called {RENAMED_KEYS[dotted]}"
     if problem["type"] == "extra_forbidden":
-        return f"  {dotted}: unknown key{_suggestion(location)}"
+        return f"{shown_key}: unknown key{_suggestion(location)}"
     if problem["type"] == "missing":
-        return f"  {dotted}: required, but missing"
+        return f"{shown_key}: required, but missing"
     message = problem["msg"].removeprefix("Value error, ")
     if len(location) < 2 and problem["type"] == "value_error":
         return f"  {message}"
     # URLs may carry credentials or signatures
     value = problem["input"]
     shown_value = type(value).__name__ if dotted in URL_KEYS else received(_without_secrets(value))
-    return f"  {dotted}: {message[0].lower()}{message[1:]}, got {shown_value}"
+    return f"  {dotted}{origin}: {message[0].lower()}{message[1:]}, got {shown_value}"
+
+
+def _shown_value(dotted: str, overridden: Mapping[str, str]) -> str:
+    """Return the value that the command line has set, as it was typed, without secrets; else nothing."""
+    text = storage.shown_text(storage.shown_url(overridden.get(dotted, "")))
+    is_shown = dotted in overridden and dotted not in URL_KEYS and len(text) <= SHOWN_OVERRIDE_CHARACTERS
+    return f"={printable(text)}" if is_shown else ""
 
 
 def _without_secrets(value: Any) -> Any:

@@ -15,6 +15,8 @@ from pipeline.storage import MIN_READ_BYTES_PER_S
 MEBIBYTE = 1 << 20
 # names of models that are addresses: of a repository on a hub, or of a folder
 ADDRESS_PREFIXES = ("hf-hub:", "local-dir:")
+# name of the bundled weights, in place of a tag
+DEMO = "demo"
 SMALLEST_GPU_SHARE = 0.01
 # a thread can wait for at most about 300 years
 LONGEST_WAIT_S = 10**9
@@ -389,7 +391,7 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _captions_need_json(self) -> JobConfig:
-        if self.prompts.source == "captions" and not self.input.caption.startswith("json:"):
+        if self.prompts.source == "captions" and ":" not in self.input.caption:
             raise ValueError(
                 f"prompts.source captions reads a list from a JSON field: input.caption must be json:NAME, "
                 f"got {self.input.caption!r}"

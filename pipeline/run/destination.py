@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
+from rich.filesize import decimal
+
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import OutputError, UserError
 from pipeline.storage.urls import is_local
 
 # Ray sets it for the command of `ray job submit`
@@ -17,6 +23,8 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 RAY_JOB_STOP_WAIT_S = 3.0
 # for what follows: the workers are stopped, the record of the run is written
 ENDING_S = 2.0
+# the files of the smallest job, and of a shard that is being written
+LEAST_FREE_BYTES = 16 << 20
 
 
 def check_destination(output_dir: str, environ: Mapping[str, str]) -> None:
@@ -43,6 +51,46 @@ def check_destination(output_dir: str, environ: Mapping[str, str]) -> None:
             f"output.dir: {output_dir} is {folder} in this submitted job, {where}; give an absolute path to "
             "a folder that every machine of the cluster sees, or a URL such as s3://BUCKET/FOLDER"
         )
+
+
+def destination_problem(output_dir: str) -> list[str]:
+    """Return why nothing can be written to an output folder, as far as that is known without writing.
+
+    Args:
+        output_dir: as the configuration names it.
+
+    Returns:
+        The reason, in one line; none where the folder can be used, or made.
+    """
+    if not is_local(output_dir):
+        return _problem_of_store(output_dir)
+    folder = Path(storage.absolute(output_dir))
+    present = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    where = f"output.dir: {storage.shown_url(output_dir)}"
+    if not present.is_dir():
+        return [f"{where}: {present} is a file, and a folder is expected; choose another folder"]
+    if not os.access(present, os.W_OK | os.X_OK):
+        return [f"{where}: there is no permission to write in {present}; choose another folder"]
+    free_bytes = shutil.disk_usage(present).free
+    if free_bytes < LEAST_FREE_BYTES:
+        return [
+            f"{where}: the disk of {present} has {decimal(free_bytes)} left; free some, or choose another"
+        ]
+    return []
+
+
+def _problem_of_store(output_dir: str) -> list[str]:
+    try:
+        storage.list_names(output_dir)
+        filesystem, path = storage.resolve(output_dir)
+    except (OutputError, UserError) as error:
+        return [f"output.dir: {error}"]
+    bucket = path.partition("/")[0]
+    # credentials for a folder alone may not ask for its bucket
+    with suppress(OSError):
+        if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
+            return [f"output.dir: {storage.shown_url(output_dir)}: the bucket {bucket!r} does not exist"]
+    return []
 
 
 def drain_s_after_sigterm(drain_s: float, environ: Mapping[str, str]) -> float:

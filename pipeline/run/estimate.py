@@ -1,55 +1,40 @@
-"""Estimate the samples, time and output size of a job from a few of its shards."""
+"""Estimate the samples, time and output size of a job from a few of its shards, and find what would fail."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import BinaryIO, cast
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 from rich.filesize import decimal
 
 from pipeline import storage
 from pipeline.annotate.annotator_parts import wanted_fields
+from pipeline.annotate.model import check_model, check_model_files
 from pipeline.config.schema import JobConfig
-from pipeline.errors import OutputError, PipelineError, SampleFailure
+from pipeline.corpus.contents import first_middle_last, look_at_contents
+from pipeline.corpus.diagnosis import notes_of, problems_of
+from pipeline.corpus.folders import is_named_tar
+from pipeline.corpus.probe import Probe, probe_shards
+from pipeline.errors import OutputError, UserError
 from pipeline.output.folder import FolderIds, OutputFolder
 from pipeline.output.former_results import former_job, is_to_be_deleted, rows_of_unlisted_files
 from pipeline.output.runs import RunState
 from pipeline.output.schema import ShardRow
-from pipeline.output.survey import spread_evenly
 from pipeline.prompts.sample_prompts import SamplePrompts
 from pipeline.run import job as jobs
+from pipeline.run.destination import check_destination, destination_problem
 from pipeline.run.job import Job
-from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
+from pipeline.storage.pipes import is_command
 from pipeline.text import as_duration
 
-PROBED_SHARDS = 3
-PROBED_SAMPLES = 200
 LISTED_SHARDS = 20
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Sums over the first samples of a few shards.
-
-    Attributes:
-        shards: number of shards read.
-        samples: samples read.
-        prompts: prompts of those samples.
-        bytes_read: bytes of the tars, up to the last sample read.
-        unreadable: canonical URL and error of each shard that could not be read.
-    """
-
-    shards: int = 0
-    samples: int = 0
-    prompts: int = 0
-    bytes_read: int = 0
-    unreadable: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,8 +45,10 @@ class DryRun:
         shards: every shard of the job.
         done: ids of shards that need no work, including damaged ones that will not be retried.
         damaged: ids of shards whose archive could not be read to its end.
-        probe: counts from the first samples of a few shards.
+        probe: the first samples of a few shards.
         output_bytes: bytes published so far, by shard id.
+        problems: why the job would annotate nothing, each in one line; none where it may succeed.
+        notes: what would fail in part, each in one line.
     """
 
     shards: Sequence[ShardSource]
@@ -69,26 +56,12 @@ class DryRun:
     damaged: frozenset[str]
     probe: Probe
     output_bytes: dict[str, int] = field(default_factory=dict)
-
-
-class _CountedStream(io.RawIOBase):
-    """A stream that counts the bytes read."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.bytes_read = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self.bytes_read += len(data)
-        return data
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
-    """List a job's shards and read the first samples of a few; write and start nothing.
+    """List a job's shards, read the first samples of a few, and check names; write, load and start nothing.
 
     Args:
         config: the job's configuration.
@@ -99,15 +72,56 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
             results of another configuration.
     """
     listing = storage.list_shards(config.input.shards, allow_commands=config.input.allow_commands)
+    problems = [
+        *_message_of(partial(check_model, config.model, config.views.scales)),
+        *_message_of(partial(check_model_files, config.model)),
+        *_message_of(partial(check_destination, config.output.dir, os.environ)),
+        *destination_problem(config.output.dir),
+    ]
     out = storage.absolute(config.output.dir)
     folder = OutputFolder(out)
-    ids, listed = _kept_results(folder, config)
+    # a folder or model with a problem has no results to compare with
+    ids, listed = (FolderIds(), []) if problems else _kept_results(folder, config)
     found = jobs.look_into(folder, ids, listed, listing, moves)
     shards, done = found.shards, found.done if config.run.retry_damaged else found.done | found.damaged
-    # the size is unknown if the shard is missing, or comes from a command, which is not run here
+    sample_prompts = SamplePrompts(config)
+    probed = _probed_shards(shards)
+    probe = probe_shards(config, sample_prompts, probed, wanted_fields(config.input, sample_prompts))
+    contents = partial(look_at_contents, probed, max_member_bytes=config.input.max_member_bytes)
+    of_samples = problems_of(config, sample_prompts, probe, contents) if probed else []
+    notes = [*([] if of_samples else notes_of(config, probe)), *_notes_on_names(shards)]
+    problems += of_samples
+    output_bytes = {} if problems else published_bytes(out, sorted(done))
+    return DryRun(shards, done, found.damaged, probe, output_bytes, tuple(problems), tuple(notes))
+
+
+def _message_of(check: Callable[[], Any]) -> list[str]:
+    """Return the message of a check that fails; none where it passes."""
+    try:
+        check()
+    except (UserError, OutputError) as error:
+        return [str(error)]
+    return []
+
+
+def _probed_shards(shards: Sequence[ShardSource]) -> Sequence[ShardSource]:
+    # the size is unknown if the shard is missing or no file, or comes from a command, which is not run here
     sized = [shard for shard in shards if shard.size_bytes is not None]
-    probe = _probe_shards(config, spread_evenly(sized, PROBED_SHARDS))
-    return DryRun(shards, done, found.damaged, probe, published_bytes(out, sorted(done)))
+    others = [shard for shard in shards if not is_command(shard.url)]
+    return first_middle_last(sized or others)
+
+
+def _notes_on_names(shards: Sequence[ShardSource]) -> list[str]:
+    """Return a note on listed files that are no tars by their names, where others are."""
+    names = [PurePosixPath(shard.canonical_url.partition("?")[0]).name for shard in shards]
+    others = Counter(PurePosixPath(name).suffix for name in names if not is_named_tar(name))
+    if not others or others.total() == len(names):
+        return []
+    suffixes = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in others.most_common(4))
+    return [
+        f"{others.total():,} of {len(names):,} listed files are no tars by their names ({suffixes}): such "
+        "files count as damaged shards; a pattern that ends in *.tar skips them"
+    ]
 
 
 def _kept_results(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, list[ShardRow]]:
@@ -120,50 +134,6 @@ def _kept_results(folder: OutputFolder, config: JobConfig) -> tuple[FolderIds, l
             return FolderIds(), []
     listed = jobs.listed_earlier(folder)
     return ids, [*listed, *rows_of_unlisted_files(folder, ids, listed)]
-
-
-def _probe_shards(config: JobConfig, shards: Sequence[ShardSource]) -> Probe:
-    found = Probe()
-    sample_prompts = SamplePrompts(config)
-    for shard in shards:
-        try:
-            samples, prompts, bytes_read = _probe_shard(config, sample_prompts, shard)
-        except (PipelineError, OSError, pa.ArrowException) as error:
-            unreadable = (*found.unreadable, (shard.canonical_url, str(error)))
-            found = Probe(found.shards, found.samples, found.prompts, found.bytes_read, unreadable)
-            continue
-        found = Probe(
-            found.shards + 1,
-            found.samples + samples,
-            found.prompts + prompts,
-            found.bytes_read + bytes_read,
-            found.unreadable,
-        )
-    return found
-
-
-def _probe_shard(
-    config: JobConfig, sample_prompts: SamplePrompts, shard: ShardSource
-) -> tuple[int, int, int]:
-    """Return samples, prompts and bytes read, for at most the first PROBED_SAMPLES samples of a shard."""
-    with storage.open_shard(shard) as stream:
-        counted = _CountedStream(stream)
-        items = read_samples(
-            cast("BinaryIO", counted),
-            max_member_bytes=config.input.max_member_bytes,
-            wanted_fields=wanted_fields(config.input, sample_prompts),
-        )
-        samples = list(islice((item for item in items if isinstance(item, RawSample)), PROBED_SAMPLES))
-        most = config.prompts.max_per_sample
-        prompts = sum(min(_prompts(sample_prompts, sample), most) for sample in samples)
-        return len(samples), prompts, counted.bytes_read
-
-
-def _prompts(sample_prompts: SamplePrompts, sample: RawSample) -> int:
-    try:
-        return len(sample_prompts.of(sample.fields).prompts)
-    except SampleFailure:
-        return 0
 
 
 def published_bytes(output_dir: str, shard_ids: Sequence[str]) -> dict[str, int]:
@@ -197,16 +167,17 @@ def dry_run_lines(found: DryRun) -> list[str]:
     lines.append(f"shards: {len(found.shards):,} in total, {len(left):,} left; {decimal(size_bytes)}")
     if unsized:
         lines.append(f"{unsized:,} shard(s) of unknown size, perhaps missing, are not in the estimates")
-    lines += [f"cannot be read: {url}: {message}" for url, message in found.probe.unreadable]
     probe = found.probe
-    if probe.samples:
+    if probe.samples and size_bytes:
         factor = size_bytes / probe.bytes_read
         lines.append(
             f"samples: about {round(probe.samples * factor):,}, "
             f"prompts: about {round(probe.prompts * factor):,} "
-            f"(estimated from {probe.samples} samples in {probe.shards} shard(s))"
+            f"(estimated from {probe.samples} samples in {probe.shards} shard(s), "
+            f"{probe.images_decoded} of whose images were decoded)"
         )
     lines.append(_output_size_line(found))
+    lines += [f"note: {note}" for note in found.notes]
     lines.append("dry run: nothing was started or written")
     return lines
 

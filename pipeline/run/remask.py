@@ -110,7 +110,9 @@ def remask_config(source: StoredJob, new: str, overrides: Sequence[str] = ()) ->
         )
     document = _document(source, new)
     config = parse_config(
-        with_overrides(document, overrides), where=storage.join_url(source.folder.url, JOB_FILE)
+        with_overrides(document, overrides),
+        where=storage.join_url(source.folder.url, JOB_FILE),
+        overrides=overrides,
     )
     if problems := list(_problems(source.config, config)):
         lines = "\n".join(f"  {problem}" for problem in problems)

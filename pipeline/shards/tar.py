@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from pipeline.shards.file_kinds import kind_of
+
 BLOCK_BYTES = tarfile.BLOCKSIZE
 PIECE_BYTES = 2**20
 MAX_EXTENSION_BYTES = 2**20
@@ -26,7 +28,6 @@ _COMPRESSIONS = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
 }
-_PARQUET_MAGIC = b"PAR1"
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _TYPES_WITHOUT_BODY = {
@@ -255,13 +256,9 @@ def _corrupt_block(block: bytes, start_bytes: int) -> DamageError:
                 "with gzip or zstd"
             )
             return DamageError("compressed", message, stage="open")
-    if block.startswith(_PARQUET_MAGIC):
-        message = (
-            "the shard is a Parquet file; convert it to tars: legrad shards parquet FILE DEST "
-            "--image COLUMN --caption COLUMN"
-        )
-        return DamageError("not_a_tar", message, stage="open")
-    return DamageError("not_a_tar", "the shard does not begin with a tar header", stage="open")
+    kind = kind_of(block)
+    found = "" if kind is None else f": it is {kind.name}; {kind.way_out}"
+    return DamageError("not_a_tar", f"the shard does not begin with a tar header{found}", stage="open")
 
 
 def _member_of(header: tarfile.TarInfo, extensions: _Extensions) -> Member:

@@ -30,7 +30,15 @@ from pipeline.storage.reading import (
 )
 from pipeline.storage.scratch import Spool, scratch_errors
 from pipeline.storage.sources import InputVersion, ShardSource
-from pipeline.storage.urls import absolute, join_url, shard_id, shard_name, shown_text, shown_url
+from pipeline.storage.urls import (
+    absolute,
+    join_url,
+    shard_id,
+    shard_name,
+    shown_text,
+    shown_url,
+    with_plain_paths,
+)
 
 __all__ = [
     "MIN_READ_BYTES_PER_S",
@@ -67,4 +75,5 @@ __all__ = [
     "shown_url",
     "sweep_staging",
     "version_now",
+    "with_plain_paths",
 ]

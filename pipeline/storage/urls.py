@@ -38,6 +38,7 @@ _RANGE = re.compile(r"\{-?\d+\.\.-?\d+(?:\.\.-?\d+)?\}")
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>.,:;!?)\]}]")
 _OPTIONS = re.compile(r"\?(?=[A-Za-z][\w-]*=)")
 _CONTROLS_AND_SPACE = "".join(map(chr, range(0x21)))
+_FILE_URL_IN_TEXT = re.compile(rf"{FILE_SCHEME}://[^\s'\"<>]+")
 _FIRST_MARK = 0xE000  # the first character of Unicode's private use area
 _QUERY_IN_TEXT = re.compile(r"\?[^\s'\"<>]*=[^\s'\"<>]*")
 
@@ -256,6 +257,11 @@ def join_url(folder_url: str, *names: str) -> str:
 def shown_text(text: str) -> str:
     """Return a text, such as an error or a traceback, in which every URL is as it may be shown."""
     return _URL_IN_TEXT.sub(lambda found: _shown(found[0]), text)
+
+
+def with_plain_paths(text: str) -> str:
+    """Return a text for people, in which the paths of ``file://`` URLs are written as they were typed."""
+    return _FILE_URL_IN_TEXT.sub(lambda found: printable(unquote(found[0], errors="surrogateescape")), text)
 
 
 def without_secrets(error: Exception, url: str) -> str:

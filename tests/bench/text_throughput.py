@@ -26,8 +26,8 @@ from torch.nn import functional as F
 import legrad
 from legrad.text import embed_tokens
 from legrad.text_cache import TextEmbedder
-from pipeline.annotate.model import DEMO, load_explainer
-from pipeline.config.schema import ModelConfig
+from pipeline.annotate.model import load_explainer
+from pipeline.config.schema import DEMO, ModelConfig
 from pipeline.demo import assets
 
 LAYERS = 2

@@ -104,6 +104,13 @@ def test_annotate_ends_with_0_where_all_is_done_and_3_where_something_is_left(
     assert ("file:///x.tar: it kills its worker" in out) is not complete
 
 
+def test_a_job_in_which_every_sample_failed_names_the_dry_run(legrad, config_file, monkeypatch):
+    state = RunState(shards_total=2, shards_skipped=0, shards_done=2, counts=ShardCounts(failed=2))
+    monkeypatch.setattr("pipeline.run.runner.run_job", lambda job, progress, max_shards: JobResult(state))
+    _, out, _ = legrad("annotate", config_file)
+    assert "no sample was annotated; run the command again with --dry-run to see why" in out
+
+
 def test_annotate_ends_by_naming_the_workers_and_the_places_left_alone(legrad, config_file, monkeypatch):
     state = RunState(
         shards_total=2,

@@ -58,7 +58,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(config_file, overr
     [("min_contrast", "min_foreground_contrast"), ("refine_contrast", "refine_sharpness")],
 )
 def test_a_key_that_was_renamed_is_refused_with_its_new_name(config_file, before, now):
-    with pytest.raises(UserError, match=f"masks.{before}: this key is now called masks.{now}$"):
+    blamed = rf"masks.{before}=0.3 \(from the command line\): this key is now called masks.{now}$"
+    with pytest.raises(UserError, match=blamed):
         load_config(config_file, [f"masks.{before}=0.3"])
     assert getattr(load_config(config_file, [f"masks.{now}=0.3"]).masks, now) == 0.3
 
@@ -70,7 +71,7 @@ def test_a_key_that_was_renamed_is_refused_with_its_new_name(config_file, before
         ("run.error_budget=1.5", "run.error_budget.*1.5"),
         ("masks.value=-1", "masks.value"),
         ("run.batch_size=0", "run.batch_size"),
-        ("views.scales=[1.0, 1.0]", "views.scales: the scales must differ"),
+        ("views.scales=[1.0, 1.0]", r"views.scales \(from the command line\): the scales must differ"),
         ("views.scales=[0]", "views.scales.*greater than 0"),
         ("prompts.source=captions", "input.caption must be json:NAME, got 'txt'"),
     ],
@@ -78,6 +79,31 @@ def test_a_key_that_was_renamed_is_refused_with_its_new_name(config_file, before
 def test_a_bad_value_is_reported_with_its_key_and_what_came(config_file, override, message):
     with pytest.raises(UserError, match=message):
         load_config(config_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "heading", "line"),
+    [
+        ("", ["masks.valeu=0.3"], "command line: 1", "masks.valeu=0.3 (from the command line): unknown key"),
+        ("", ["masks=3"], "command line: 1", "masks (from the command line): "),
+        ("masks: {valeu: 1}\n", ["masks.value=0.3"], "{0}: 1", "masks.valeu: unknown key"),
+        ("masks: {valeu: 1}\n", ["run.workers=x"], "{0}: 2", "run.workers (from the command line): "),
+        (
+            "",
+            ["prompts.source=captions"],
+            "{0} with the keys of the command line: 1",
+            "input.caption must be json:NAME",
+        ),
+        ("", ["output.dri=s3://user:key@bucket/x"], "command line: 1", "output.dri=s3://bucket/x (from"),
+    ],
+)
+def test_an_error_is_blamed_on_the_file_or_on_the_override(config_file, text, overrides, heading, line):
+    config_file.write_text(config_file.read_text() + text)
+    with pytest.raises(UserError) as refused:
+        load_config(config_file, overrides)
+    message = str(refused.value)
+    assert message.startswith(heading.format(config_file) + " problem(s)")
+    assert line in message
 
 
 @pytest.mark.parametrize("override", ["model.layers", "=3", "model..layers=2", "model.layers=[1"])

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 import tarfile
 from functools import partial
 
@@ -102,6 +104,32 @@ def test_an_image_that_cannot_be_opened_is_an_input_error(tmp_path, content):
         (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.jpg"):
         explain_file(str(tmp_path / "x.jpg"), ["a dog"], model_named("demo", None), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nofile.jpg", "a dog"], "nofile.jpg: cannot be read: No such file or directory"),
+        (["page.jpg", "a dog"], "page.jpg: expected a JPEG, PNG, WebP, BMP or GIF, got an HTML page"),
+        (["page.jpg", " "], "TEXT: one of the texts is empty"),
+        (["page.jpg", "a dog", "--out", "page.jpg"], "is a file, and a folder is expected"),
+        (["page.jpg", "a dog", "--layers", "0"], "--layers"),
+        (["page.jpg", "a dog", "--model", "ViT-L-14"], "--pretrained"),
+    ],
+)
+def test_all_arguments_are_checked_before_a_model_library_is_imported(tmp_path, arguments, message):
+    (tmp_path / "page.jpg").write_bytes(b"<!doctype html><html></html>")
+    program = (
+        "import sys; from pipeline.__main__ import run; from pipeline.cli import main\n"
+        f"sys.argv = ['legrad', 'explain', *{arguments}]\n"
+        "try: main.main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout.strip()) == (1, "False")
+    assert message in ended.stderr
 
 
 @pytest.mark.parametrize("texts", [["a", " "], ["x" * 20_000], ["a"] * 101])

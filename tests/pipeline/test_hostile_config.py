@@ -188,7 +188,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("key", "value"), NUMBERS, ids=[f"{key}={value[:20]}" for key, value in NUMBERS])
 def test_what_is_no_number_of_a_size_that_has_a_use_is_refused_by_its_key(config_file, key, value):
-    assert f"  {key}: " in refused(load_config, config_file, [f"{key}={value}"])
+    assert f"  {key} (from the command line): " in refused(load_config, config_file, [f"{key}={value}"])
 
 
 EMPTY = [
@@ -209,7 +209,7 @@ EMPTY = [
 @pytest.mark.parametrize(("key", "value"), EMPTY, ids=[f"{key}={value}" for key, value in EMPTY])
 def test_what_is_empty_or_of_another_type_is_refused_by_its_key(config_file, key, value):
     message = refused(load_config, config_file, ["prompts.source=classes", f"{key}={value}"])
-    assert f"  {key}: " in message
+    assert f"  {key} (from the command line): " in message
 
 
 def test_a_configuration_of_a_foreign_record_is_refused_however_deep_or_wide_it_is():

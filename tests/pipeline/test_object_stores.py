@@ -562,3 +562,31 @@ def test_a_report_names_shards_that_a_store_does_not_give(bucket, tmp_path):
     out = write_job(tmp_path, [varied_rows(3)])
     moved = write_report(str(out), [f"{tmp_path}=s3://{bucket}/nowhere"], to=str(tmp_path / "page.html"))
     assert (moved.rows_shown, moved.pictures, len(moved.unread_shards)) == (3, 0, 1)
+
+
+def test_a_dry_run_reads_shards_of_a_store_and_refuses_a_bucket_that_does_not_exist(
+    bucket, store, legrad, tmp_path
+):
+    (tar,) = write_corpus(tmp_path, shards=1, samples_per_shard=2)
+    store.put(f"{bucket}/0.tar", tar.read_bytes())
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"input: {{shards: 's3://{bucket}/*.tar'}}\n"
+        f"model: {{name: {assets.DEMO_MODEL_NAME}, pretrained: demo}}\n"
+        f"output: {{dir: s3://{bucket}/out}}\n"
+    )
+    code, out, err = legrad("annotate", config, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "samples: about 2, prompts: about 2" in out
+    code, _, err = legrad("annotate", config, f"output.dir=s3://{bucket}-gone/out", "--dry-run")
+    assert code == 1
+    assert f"output.dir: s3://{bucket}-gone/out: the bucket '{bucket}-gone' does not exist" in err
+
+
+def test_a_page_of_a_web_server_in_place_of_a_shard_is_named_as_such(legrad, tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"<!doctype html><title>Sign in</title>" + b" " * 1000)
+    with serving(functools.partial(FolderHandler, directory=tmp_path)) as port:
+        code, _, err = legrad("init", f"http://127.0.0.1:{port}/0.tar")
+    assert code == 1
+    assert "none of the shards looked at has a sample" in err
+    assert "it is an HTML page; the server sent an answer in place of the file" in err

@@ -142,3 +142,17 @@ def test_text_that_was_made_showable_stays_as_it_is():
     shown = storage.shown_url("https://host/dl?id=1")
     for text in (f"{shown}: cannot be read", f"see {shown}, then ({shown}).", f"{shown}; 'x' {shown}?"):
         assert storage.shown_text(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("file:///data/%2A.tar", "file:///data/*.tar"),
+        ("left: file:///a%20b/0.tar, file:///%C3%A4.tar", "left: file:///a b/0.tar, file:///ä.tar"),
+        ("file:///a%0Ab.tar: cut", "file:///a\\x0ab.tar: cut"),
+        ("https://host/%2A.tar", "https://host/%2A.tar"),
+        ("100%2A", "100%2A"),
+    ],
+)
+def test_local_paths_are_shown_as_they_were_typed(text, shown):
+    assert storage.with_plain_paths(text) == shown
