@@ -218,12 +218,12 @@ class ScoredShard:
 
     Attributes:
         scenes: for each setting, the scores of all scenes, in one order.
-        confirms: for each scene whether it belongs to the part on which a choice is confirmed.
+        keys: sample key of each scene.
         omitted: samples that could not be scored, by reason.
     """
 
     scenes: list[list[SceneScores]]
-    confirms: list[bool] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
     omitted: Counter[str] = field(default_factory=Counter)
 
 
@@ -252,7 +252,7 @@ class _Search:
         for number, (name, values) in enumerate(new.items()):
             self._scenes[name] = [scene for shard in found for scene in shard.scenes[number]]
             self._values[name] = values
-        self.confirms = [confirms for shard in found for confirms in shard.confirms]
+        self.confirms = confirming_half([key for shard in found for key in shard.keys])
         self.omitted = sum((shard.omitted for shard in found), Counter())
 
     def best_of(self, settings: Sequence[Values]) -> Values:
@@ -362,7 +362,7 @@ def score_shard(task: ShardTask) -> ScoredShard:
     found = ScoredShard([[] for _ in task.configs])
     makers = _makers(task)
     for chunk in _chunks(_scenes_with_maps(task, found.omitted), SAMPLES_AT_ONCE):
-        found.confirms += [_confirms(task.shard_id, scene.key) for scene, _ in chunk]
+        found.keys += [scene.key for scene, _ in chunk]
         for number, scores in _scores_of(chunk, makers, task):
             found.scenes[number] += scores
     return found
@@ -439,9 +439,17 @@ def _scores_of(
             )
 
 
-def _confirms(shard_id: str, key: str) -> bool:
-    """Return whether a choice is confirmed on a sample; decided by its name, so that reruns agree."""
-    return bool(hashlib.sha256(f"{shard_id}/{key}".encode()).digest()[0] & 1)
+def confirming_half(keys: Sequence[str]) -> list[bool]:
+    """Return for each sample whether a choice is confirmed on it: for every second one, by digests of keys.
+
+    Args:
+        keys: of the samples, in the order of their shards.
+    """
+    digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    confirms = [False] * len(keys)
+    for place in sorted(range(len(keys)), key=lambda place: digests[place])[1::2]:
+        confirms[place] = True
+    return confirms
 
 
 def _chunks(items: Iterable[tuple[Scene, StoredItem]], size: int) -> Iterator[list[tuple[Scene, StoredItem]]]:

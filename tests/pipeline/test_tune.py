@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from legrad.quality.metrics import Estimate
@@ -19,6 +21,7 @@ from pipeline.evaluation.mask_scores import collect_written_masks
 from pipeline.evaluation.tuning import (
     ShardTask,
     Tuning,
+    confirming_half,
     default_trials,
     read_trials,
     score_shard,
@@ -97,9 +100,8 @@ def test_every_setting_is_scored_once_with_the_jobs_own_first(tuning):
     assert tuning.best == max(tuning.trials, key=lambda trial: trial.chosen_on.value).values
 
 
-def test_the_two_parts_share_no_scene_and_leave_none_out(tuning):
-    assert sum(tuning.scenes) == SCENES
-    assert min(tuning.scenes) >= 5
+def test_the_two_parts_are_halves_of_the_scenes(tuning):
+    assert tuning.scenes == (SCENES // 2, SCENES // 2)
     assert not tuning.omitted
 
 
@@ -215,6 +217,14 @@ def test_the_threshold_that_is_tried_is_that_of_the_jobs_rule(corpus, tmp_path):
     }
     assert tried["fixed"] - tried["otsu"] == {"value"}
     assert tried["quantile"] - tried["otsu"] == {"quantile"}
+
+
+@given(st.permutations([f"scene{number}" for number in range(9)]))
+def test_a_sample_is_in_the_same_half_whatever_the_order_of_shards(keys):
+    halves = dict(zip(keys, confirming_half(keys), strict=True))
+    ordered = sorted(keys)
+    assert halves == dict(zip(ordered, confirming_half(ordered), strict=True))
+    assert sum(halves.values()) == 4
 
 
 def test_values_are_read_as_in_a_configuration():
