@@ -6,7 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -16,17 +16,19 @@ from torchvision import tv_tensors
 
 from legrad.errors import LeGradError, RleError
 from pipeline import storage
+from pipeline.config.classes import ClassEntry, class_entries, read_class_list
 from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure, UserError
 from pipeline.output.folder import OutputFolder
 from pipeline.output.joining import JoinCounts, JoinedSample, Source, pair_shards, shares_of
+from pipeline.output.row_classes import RowClasses
 from pipeline.output.schema import has_pixels
 from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import LABEL_MAP_FIELD, read_label_map
 from pipeline.shards.images import open_image
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
 from pipeline.training.shared_counts import SharedCounts, WorkerCounts
-from pipeline.training.targets import SimilarityRange, label_map_target, prompt_target, with_classes
+from pipeline.training.targets import SimilarityRange, label_map_target, prompt_target
 
 Target = Literal["label_map", "masks", "ground_truth"]
 Sample = dict[str, Any]
@@ -61,8 +63,10 @@ class MaskDataset(IterableDataset[Sample]):
             stem where that leaves no doubt; or OLD=NEW: what lay in OLD lies in NEW. None: the job's own
             URLs hold.
         target: what is learnt.
-        class_ids: the class of a prompt's text, where annotations have none of their own, as with captions;
-            then rows with other prompts are omitted from label maps.
+        classes: for annotations without class ids, as of captions: a classes file, or a list of names, or of
+            mappings as in such a file. A prompt belongs to the class that it mentions alone, by name, synonym
+            or plural, as for `prompts.mentioned_in`; other rows are skipped in label maps, and have class id
+            -1 in `masks`.
         similarity_range: makes weights of similarities, see `similarity_weight`; None: all weigh 1.
         transform: called with each sample, in the worker.
         seed: of the order.
@@ -86,7 +90,7 @@ class MaskDataset(IterableDataset[Sample]):
         shards: str | Sequence[str] = (),
         *,
         target: Target = "label_map",
-        class_ids: Mapping[str, int] | None = None,
+        classes: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | ClassEntry] | None = None,
         similarity_range: SimilarityRange | None = None,
         transform: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
@@ -106,7 +110,8 @@ class MaskDataset(IterableDataset[Sample]):
         self._source = Source(
             folder, _fields(self._settings, target), self._settings.max_member_bytes, skip_unreadable
         )
-        self._target, self._class_ids, self._similarity_range = target, class_ids, similarity_range
+        self._target, self._similarity_range = target, similarity_range
+        self._classes = None if classes is None else RowClasses(_class_list(classes))
         self._transform = transform
         self._seed, self._shuffle, self._shuffle_buffer = seed, shuffle, shuffle_buffer
         self._rank, self._world_size = rank, world_size
@@ -122,6 +127,14 @@ class MaskDataset(IterableDataset[Sample]):
     def counts(self) -> JoinCounts:
         """What became of the samples of this rank since its workers last began."""
         return self._counts.read()
+
+    def __len__(self) -> NoReturn:
+        raise TypeError(
+            "MaskDataset has no length: it is a stream, and which samples have a usable mask is known "
+            "only when they have been read. Give schedulers a fixed number of steps. Use no sampler, such as "
+            "DistributedSampler: ranks and DataLoader workers read different samples as it is, and "
+            "set_epoch(epoch) of the dataset changes their order"
+        )
 
     def __iter__(self) -> Iterator[Sample]:
         reader, readers, worker = self._reader()
@@ -181,7 +194,7 @@ class MaskDataset(IterableDataset[Sample]):
 
     def _sample(self, joined: JoinedSample, counts: WorkerCounts) -> Sample | None:
         """Return the sample before transforms; None, and counted, if it cannot be used."""
-        rows = with_classes(joined.rows, self._class_ids) if self._target == "label_map" else joined.rows
+        rows = self._classified(joined.rows, counts)
         if not any(has_pixels(row) for row in rows) and self._target != "ground_truth":
             counts.add("without_mask")
             return None
@@ -200,6 +213,16 @@ class MaskDataset(IterableDataset[Sample]):
             return None
         named = {"key": joined.raw.key, "sample_index": joined.raw.index, "shard": joined.shard}
         return {"image": image, **target, **named}
+
+    def _classified(
+        self, rows: Sequence[Mapping[str, Any]], counts: WorkerCounts
+    ) -> Sequence[Mapping[str, Any]]:
+        if self._classes is None or self._target == "ground_truth":
+            return rows
+        if self._target == "masks":
+            return [self._classes.classified(row) or row for row in rows]
+        masked = (self._classes.classified(row, counts.add) for row in rows if has_pixels(row))
+        return [row for row in masked if row is not None]
 
     def _image(self, joined: JoinedSample) -> tv_tensors.Image:
         data = find_field(joined.raw.fields, self._settings.image)
@@ -235,6 +258,17 @@ def _check(
         raise UserError(f"expected rank and world_size together, got rank {rank} and world_size {world_size}")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
         raise UserError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+
+
+def _class_list(
+    given: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | ClassEntry],
+) -> tuple[ClassEntry, ...]:
+    if isinstance(given, str | os.PathLike):
+        return read_class_list(os.fspath(given))
+    try:
+        return class_entries(given)
+    except ValueError as error:
+        raise UserError(f"classes: {error}") from None
 
 
 def _fields(settings: InputConfig, target: Target) -> frozenset[str]:

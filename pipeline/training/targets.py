@@ -37,16 +37,6 @@ def similarity_weight(similarity: float, similarity_range: SimilarityRange | Non
     return min(1.0, max(0.0, (similarity - low) / (high - low)))
 
 
-def with_classes(rows: Sequence[Row], class_ids: Mapping[str, int] | None) -> list[Row]:
-    """Return the rows with the class of their prompt, without mask if it has none; None: unchanged."""
-    if class_ids is None:
-        return list(rows)
-    return [
-        {**row, "class_id": class_ids[row["prompt"]]} if row["prompt"] in class_ids else {**row, "mask": None}
-        for row in rows
-    ]
-
-
 def label_map_target(
     rows: Sequence[Row], height: int, width: int, similarity_range: SimilarityRange | None
 ) -> dict[str, Any]:
