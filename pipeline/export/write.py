@@ -161,27 +161,35 @@ def export_job(
     pairing = pair_shards(export.folder.url, shards)
     ids = [pair.annotations_id for pair in pairing.pairs]
     with claimed(export.dest, options.format, export.folder.url, export.identity(ids)):
-        done = storage.list_names(storage.join_url(export.dest, RECORDS_FOLDER))
-        records: dict[str, ShardRecord] = {}
-        damaged: dict[str, str] = {}
-        written_now = 0
-        for number, pair in enumerate(pairing.pairs):
-            shard_id = pair.annotations_id
-            try:
-                record = _earlier(export, shard_id) if f"{shard_id}.json" in done else None
-                if record is None:
-                    record = _export_shard(export, number, pair)
-                    written_now += 1
-                    on_shard(shard_id, record.written)
-            except DamagedFileError as error:
-                damaged[shard_id] = str(error)
-                continue
-            records[shard_id] = record
+        records, damaged, written_now = _export_shards(export, pairing.pairs, on_shard)
         totals = _totals(records.values(), written_now, pairing.omitted, damaged)
         _finish(
             export, records, {entry.class_id: entry.name for entry in export.classes} or totals.class_names
         )
     return replace(totals, instances=_kind_of_instances(export))
+
+
+def _export_shards(
+    export: _Export, pairs: Iterable[ShardPair], on_shard: Callable[[str, int], None]
+) -> tuple[dict[str, ShardRecord], dict[str, str], int]:
+    """Return the records of all shards by id, the reasons why others are damaged, and how many are new."""
+    done = storage.list_names(storage.join_url(export.dest, RECORDS_FOLDER))
+    records: dict[str, ShardRecord] = {}
+    damaged: dict[str, str] = {}
+    written_now = 0
+    for number, pair in enumerate(pairs):
+        shard_id = pair.annotations_id
+        try:
+            record = _earlier(export, shard_id) if f"{shard_id}.json" in done else None
+            if record is None:
+                record = _export_shard(export, number, pair)
+                written_now += 1
+                on_shard(shard_id, record.written)
+        except DamagedFileError as error:
+            damaged[shard_id] = str(error)
+            continue
+        records[shard_id] = record
+    return records, damaged, written_now
 
 
 def _kind_of_instances(export: _Export) -> str | None:
