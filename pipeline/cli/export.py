@@ -140,6 +140,7 @@ def export_lines(totals: ExportTotals, options: ExportOptions, dest: str) -> lis
 
     unit = UNITS.get(options.format, "label map(s)")
     counts = [f"{totals.counts[kind]:,} {text}" for kind, text in MEANINGS.items() if totals.counts.get(kind)]
+    classes = f" of {len(totals.class_names)} class(es)" if totals.class_names else ""
     missing = len(totals.omitted) + len(totals.damaged)
     total = missing + totals.shards_written + totals.shards_done_before
     incomplete = [f"incomplete: {missing} of {total} shard(s) are not exported"] if missing else []
@@ -153,7 +154,7 @@ def export_lines(totals: ExportTotals, options: ExportOptions, dest: str) -> lis
         *_caption_lines(totals),
         *skipped,
         *damaged,
-        f"{totals.written:,} {unit} of {len(totals.class_names)} class(es) in {shown_url(dest)}: "
+        f"{totals.written:,} {unit}{classes} in {shown_url(dest)}: "
         f"{totals.shards_written} shard(s) written, {totals.shards_done_before} done before",
         *incomplete,
     ]
