@@ -50,7 +50,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     status: "Show progress: shards, samples and errors.",
     report: "Write an HTML page with pictures and statistics.",
     evaluate: "Score masks and heat maps against ground truth.",
-    export: "Convert masks to COCO, VOC or WebDataset.",
+    export: "Convert masks to COCO, VOC, YOLO and others.",
     compact: "Copy a job's rows to fewer, larger files.",
     explain: "Draw heat maps of one image for some texts.",
     models: "List the open_clip models that can be explained.",

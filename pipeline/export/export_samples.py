@@ -1,4 +1,4 @@
-"""What is exported of a sample, the same for every format."""
+"""The samples of an export: an image with its masks and classes, the same for every format."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure
 from pipeline.output.joining import JoinedSample
 from pipeline.output.label_map import check_masks_of_image, label_map
+from pipeline.output.row_classes import RowClasses
 from pipeline.output.schema import INSTANCES, has_pixels
 from pipeline.shards.fields import find_field
 from pipeline.shards.images import open_image, upright_transpose
 
 MAX_NAME_CHARACTERS = 80
 PALETTE_BITS = 8
+JPEG_QUALITY = 95
 _KEPT_FORMATS = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png"}
 
 Row = Mapping[str, Any]
@@ -43,7 +45,8 @@ class ExportSample:
         suffix: jpg or png.
         height: of the image, in pixels.
         width: of the image, in pixels.
-        rows: annotation rows with pixels, class ids included where they are known.
+        rows: annotation rows with pixels; `class_id` and `class_name` where the class is known, else both
+            None.
     """
 
     name: str
@@ -56,30 +59,40 @@ class ExportSample:
     rows: tuple[Row, ...]
 
     def label_map(self) -> UInt8[np.ndarray, "height width"]:
-        """0 background, class ids, 255 ignored; of overlapping masks the more similar prompt's is in front.
+        """Return class ids, 0 for background, 255 for ignored pixels; the more similar prompt is in front.
 
         Raises:
             UserError: a row has no class, or one beyond 254.
         """
         return label_map(self.rows, self.height, self.width)
 
+    def as_jpeg(self) -> bytes:
+        """Return the image for formats whose images are JPEG; another one is encoded anew, with some loss."""
+        if self.suffix == "jpg":
+            return self.image
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(self.image)) as image:
+            image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
+        return buffer.getvalue()
+
 
 def export_samples(
     joined: Iterable[JoinedSample],
     settings: InputConfig,
-    class_ids: Mapping[str, int] | None,
+    classes: RowClasses | None,
     counts: Counter[str],
 ) -> Iterator[ExportSample]:
-    """The samples of a shard that have a mask; the others are counted by reason.
+    """Yield the samples of a shard that have a mask; count the others by reason.
 
     Args:
         joined: samples and their rows.
         settings: which field is the image, and how large it may be.
-        class_ids: class of a prompt's text, by its lower case, for rows without one; None: as they are.
-        counts: takes `exported` and the reasons to leave a sample, or a row, out.
+        classes: finds the class of a row without one, and rows without any are skipped; None: rows stay as
+            they are.
+        counts: takes `exported` and the reasons to skip a sample or a row.
     """
     for sample in joined:
-        rows = _with_masks(sample.rows, class_ids, counts)
+        rows = _with_masks(sample.rows, classes, counts)
         if not rows:
             counts["without_mask"] += 1
             continue
@@ -107,31 +120,28 @@ def export_samples(
 
 
 def safe_name(index: int, key: str) -> str:
-    """A name for a file: ordinal in the shard, then the key's letters, digits, hyphens and underscores."""
+    """Return a name for files: ordinal in the shard, then the key's letters, digits, hyphens, underscores."""
     kept = re.sub(r"[^A-Za-z0-9_-]+", "_", key).strip("_")[:MAX_NAME_CHARACTERS]
     return f"{index:08d}-{kept}" if kept else f"{index:08d}"
 
 
 def _with_masks(
-    rows: Sequence[Row], class_ids: Mapping[str, int] | None, counts: Counter[str]
+    rows: Sequence[Row], classes: RowClasses | None, counts: Counter[str]
 ) -> list[dict[str, Any]]:
     kept = []
     for row in rows:
         if not has_pixels(row):
             counts["rows_rejected" if row["mask"] is None else "rows_empty"] += 1
             continue
-        class_id = row["class_id"]
-        if class_id is None and class_ids is not None:
-            class_id = class_ids.get(row["prompt"].lower())
-            if class_id is None:
-                counts["rows_without_class"] += 1
-                continue
-        kept.append({**row, "class_id": class_id})
+        known = row if classes is None else classes.classified(row, lambda reason: counts.update([reason]))
+        if known is not None:
+            own_name = None if known["class_id"] is None else known["prompt"]
+            kept.append({"class_name": own_name, **known})
     return kept
 
 
 def _portable(sample: JoinedSample, settings: InputConfig) -> tuple[bytes, str, tuple[int, int]]:
-    """An image that every reader shows upright: as it is where it is such a JPEG or PNG, else as PNG."""
+    """Return an image that every reader shows upright: the file itself if it is one, else a PNG."""
     data = find_field(sample.raw.fields, settings.image)
     image = open_image(data, max_image_pixels=settings.max_image_pixels)
     size = (image.height, image.width)
@@ -144,7 +154,7 @@ def _portable(sample: JoinedSample, settings: InputConfig) -> tuple[bytes, str, 
 
 
 def index_png(labels: UInt8[np.ndarray, "height width"]) -> bytes:
-    """A label map as a palette PNG: pixel values are the labels, colours are VOC's.
+    """Return a label map as a palette PNG: pixel values are the labels, colours are VOC's.
 
     Source: the colour map of the PASCAL VOC development kit: bit i of a colour channel, from the highest
         down, is bit 3i + channel of the label.

@@ -1,15 +1,16 @@
-"""Shards again: each image with its label map beside it."""
+"""WebDataset shards: each image with its label map beside it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import webdataset
 
 from pipeline import storage
 from pipeline.export.export_samples import ExportSample, index_png
+from pipeline.export.shard_files import ShardFiles
 from pipeline.shards.ground_truth import LABEL_MAP_FIELD
 
 
@@ -19,20 +20,15 @@ class WebDatasetExport:
 
     The JSON holds `key` (the sample's own), `captions` (prompts), `class_ids`, `class_names` and
     `similarities`, aligned with each other: what `pipeline.shards.ground_truth` reads too.
-
-    Attributes:
-        dest: folder: local path, s3:// or gs://.
     """
 
-    dest: str
-
-    def export_shard(self, number: int, shard_id: str, samples: Iterable[ExportSample]) -> int:
-        """Write one tar, whole or not at all; returns how many label maps it holds.
+    def export_shard(self, number: int, samples: Iterable[ExportSample], files: ShardFiles) -> int:
+        """Write one tar, whole or not at all; return how many label maps it holds.
 
         Args:
             number: of the shard in the job; plays no part.
-            shard_id: names the tar.
             samples: read one at a time.
+            files: writes it.
 
         Raises:
             UserError: a row has no class, or one beyond 254.
@@ -46,8 +42,11 @@ class WebDatasetExport:
                 for sample in samples:
                     tar.write({"__key__": sample.name, **_members(sample)})
                     written += 1
-            storage.publish(self.dest, f"{shard_id}.tar", spool)
+            files.publish("", f"{files.shard_id}.tar", spool)
         return written
+
+    def finish(self, dest: str, shard_ids: Iterable[str], class_names: Mapping[int, str]) -> None:
+        """Do nothing: every tar is complete by itself."""
 
 
 def _members(sample: ExportSample) -> dict[str, bytes]:
@@ -55,7 +54,7 @@ def _members(sample: ExportSample) -> dict[str, bytes]:
         "key": sample.key,
         "captions": [row["prompt"] for row in sample.rows],
         "class_ids": [row["class_id"] for row in sample.rows],
-        "class_names": [row["prompt"] for row in sample.rows],
+        "class_names": [row["class_name"] for row in sample.rows],
         "similarities": [row["similarity"] for row in sample.rows],
     }
     return {

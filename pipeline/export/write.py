@@ -1,12 +1,13 @@
-"""A job's masks in another format: shard by shard, resumable after each, every sample counted."""
+"""Write a job's masks in another format: shard by shard, resumable after each, every sample counted."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, assert_never
 
 from pydantic import TypeAdapter, ValidationError
@@ -15,15 +16,28 @@ from pipeline import storage
 from pipeline.config.classes import ClassEntry, check_class, class_lines, read_class_list
 from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError, UserError
-from pipeline.export import LABEL_MAP_FORMATS, Format
-from pipeline.export.coco import CocoExport, Kind, merge_parts
+from pipeline.export import LABEL_MAP_FORMATS, PART_FORMATS, Format
+from pipeline.export.claim import claimed
+from pipeline.export.coco import CocoExport
 from pipeline.export.export_samples import ExportSample, export_samples
+from pipeline.export.mmseg import MmsegExport
+from pipeline.export.parts import Kind, Parts
+from pipeline.export.shard_files import (
+    NO_POLYGONS,
+    RECORDS_FOLDER,
+    PolygonFit,
+    ShardFiles,
+    removed_on_failure,
+)
 from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
+from pipeline.export.yolo import YoloExport
 from pipeline.output.folder import OutputFolder
 from pipeline.output.joining import ShardPair, Share, Source, pair_shards
+from pipeline.output.row_classes import RowClasses
+from pipeline.text import received
 
-EXPORT_FILE, RECORDS_FOLDER, CLASSES_FILE = "export.json", "export", "classes.txt"
+CLASSES_FILE = "classes.txt"
 LARGEST_LABEL = 254
 # what instances are
 COLUMN, PARTS = "column", "connected parts"
@@ -34,13 +48,16 @@ class ExportOptions:
     """What is written.
 
     Attributes:
-        format: coco, voc or webdataset.
-        classes_file: gives prompts that are a class's name that class, where rows have none of their own.
-        split: voc: name of the subfolder.
-        kind: coco: an annotation for each mask (stuff), or for each of its instances; these are connected
-            parts where the job has not split masks.
+        format: name of the format.
+        classes_file: classes for rows without one; see `pipeline.output.row_classes.RowClasses`.
+        split: voc, mmseg, yolo-seg: name of the split.
+        kind: coco, voc, yolo-seg: an annotation or object for each mask (stuff), or for each of its
+            instances; these are connected parts where the job has not split masks. voc: stuff writes no
+            objects.
         images: coco: whether images are written too; the other formats always have them.
         merged: coco: whether all shards are joined in one file as well.
+        polygons: coco: whether `segmentation` is polygons, with the run-length mask beside it.
+        min_area: coco, voc, yolo-seg: annotations and objects with fewer pixels are skipped.
     """
 
     format: Format
@@ -49,6 +66,8 @@ class ExportOptions:
     kind: Kind = "stuff"
     images: bool = True
     merged: bool = True
+    polygons: bool = False
+    min_area: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,15 +76,19 @@ class ShardRecord:
 
     Attributes:
         attempt: of the annotations; a shard that was annotated again is exported again.
-        written: label maps, or annotations of COCO.
-        counts: what became of samples and rows.
+        written: label maps, annotations or objects.
+        counts: outcomes of samples, rows and parts.
         class_names: of the classes that occur.
+        without_class: whether rows without a class were written.
+        fit: agreement of polygons with masks.
     """
 
     attempt: str
     written: int
     counts: Mapping[str, int]
     class_names: Mapping[int, str] = field(default_factory=dict)
+    without_class: bool = False
+    fit: PolygonFit = NO_POLYGONS
 
 
 @dataclass(frozen=True)
@@ -73,14 +96,16 @@ class ExportTotals:
     """What an export wrote.
 
     Attributes:
-        written: label maps, or annotations of COCO.
-        counts: what became of samples and rows, summed over shards.
+        written: label maps, annotations or objects.
+        counts: outcomes of samples, rows and parts, summed over shards.
         shards_written: in this run.
         shards_done_before: by an earlier run.
         omitted: shards of the job that are not part of it, and why.
         class_names: of the classes that occur.
         damaged: shards of which the job's own files cannot be read, and why.
         instances: what instances are: `column`, or `connected parts`; None where masks were written whole.
+        without_class: whether rows without a class were written.
+        fit: agreement of polygons with masks.
     """
 
     written: int
@@ -91,13 +116,18 @@ class ExportTotals:
     class_names: Mapping[int, str]
     damaged: Mapping[str, str] = field(default_factory=dict)
     instances: str | None = None
+    without_class: bool = False
+    fit: PolygonFit = NO_POLYGONS
 
 
 class Exporter(Protocol):
-    """Writes one shard in one format."""
+    """Writes shards in one format."""
 
-    def export_shard(self, number: int, shard_id: str, samples: Iterable[ExportSample]) -> int:
-        """Write a shard; returns how many label maps or annotations that makes."""
+    def export_shard(self, number: int, samples: Iterable[ExportSample], files: ShardFiles) -> int:
+        """Write a shard; return how many label maps, annotations or objects that makes."""
+
+    def finish(self, dest: str, shard_ids: Iterable[str], class_names: Mapping[int, str]) -> None:
+        """Write what needs all shards."""
 
 
 def export_job(
@@ -129,12 +159,25 @@ def export_job(
     """
     export = _opened(storage.absolute(out_dir), storage.absolute(dest), options)
     pairing = pair_shards(export.folder.url, shards)
-    _claim(export, [pair.annotations_id for pair in pairing.pairs])
+    ids = [pair.annotations_id for pair in pairing.pairs]
+    with claimed(export.dest, options.format, export.folder.url, export.identity(ids)):
+        records, damaged, written_now = _export_shards(export, pairing.pairs, on_shard)
+        totals = _totals(records.values(), written_now, pairing.omitted, damaged)
+        _finish(
+            export, records, {entry.class_id: entry.name for entry in export.classes} or totals.class_names
+        )
+    return replace(totals, instances=_kind_of_instances(export))
+
+
+def _export_shards(
+    export: _Export, pairs: Iterable[ShardPair], on_shard: Callable[[str, int], None]
+) -> tuple[dict[str, ShardRecord], dict[str, str], int]:
+    """Return the records of all shards by id, the reasons why others are damaged, and how many are new."""
     done = storage.list_names(storage.join_url(export.dest, RECORDS_FOLDER))
     records: dict[str, ShardRecord] = {}
     damaged: dict[str, str] = {}
     written_now = 0
-    for number, pair in enumerate(pairing.pairs):
+    for number, pair in enumerate(pairs):
         shard_id = pair.annotations_id
         try:
             record = _earlier(export, shard_id) if f"{shard_id}.json" in done else None
@@ -146,13 +189,11 @@ def export_job(
             damaged[shard_id] = str(error)
             continue
         records[shard_id] = record
-    totals = _totals(records.values(), written_now, pairing.omitted, damaged)
-    _finish(export, records, {entry.class_id: entry.name for entry in export.classes} or totals.class_names)
-    return replace(totals, instances=_kind_of_instances(export))
+    return records, damaged, written_now
 
 
 def _kind_of_instances(export: _Export) -> str | None:
-    if (export.options.format, export.options.kind) != ("coco", "instances"):
+    if export.options.format not in PART_FORMATS or export.options.kind != "instances":
         return None
     return COLUMN if export.has_instances else PARTS
 
@@ -166,8 +207,36 @@ class _Export:
     classes: tuple[ClassEntry, ...]
     has_instances: bool
 
+    @cached_property
+    def row_classes(self) -> RowClasses | None:
+        return RowClasses(self.classes) if self.classes else None
+
+    @cached_property
+    def exporter(self) -> Exporter:
+        options, parts = self.options, Parts(self.options.kind, self.options.min_area)
+        match options.format:
+            case "coco":
+                return CocoExport(parts, options.images, options.polygons, options.merged)
+            case "voc":
+                return VocExport(options.split, parts)
+            case "mmseg":
+                return MmsegExport(options.split)
+            case "yolo-seg":
+                return YoloExport(options.split, parts)
+            case "webdataset":
+                return WebDatasetExport()
+            case _:
+                assert_never(options.format)
+
+    def identity(self, shard_ids: Iterable[str]) -> list[object]:
+        """Return what an export must share with an earlier one to continue it."""
+        # what the classes are, wherever their file is
+        classes = [entry.model_dump(mode="json") for entry in self.classes]
+        return [asdict(self.options) | {"classes_file": classes}, self.folder.url, sorted(shard_ids)]
+
 
 def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
+    _check(options)
     folder = OutputFolder(out)
     config = folder.config()
     listed = config.prompts.classes
@@ -184,6 +253,24 @@ def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
     return _Export(folder, dest, options, config.input, classes, config.masks.has_instances)
 
 
+def _check(options: ExportOptions) -> None:
+    if options.polygons and options.format != "coco":
+        raise UserError(f"--polygons: belongs to --format coco, got --format {options.format}")
+    if options.min_area and options.format not in PART_FORMATS:
+        raise UserError(
+            f"--min-area: {options.format} has no annotations or objects to skip; formats that have: "
+            f"{', '.join(PART_FORMATS)}"
+        )
+    if options.min_area and (options.format, options.kind) == ("voc", "stuff"):
+        raise UserError("--min-area: voc has objects only with --kind instances")
+    # it names files and folders
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", options.split):
+        raise UserError(
+            "--split: expected at most 100 letters, digits, dots, hyphens and underscores, without a dot at "
+            f"the beginning, got {received(options.split)}"
+        )
+
+
 def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     settings, shard_id = export.settings, pair.annotations_id
     fields = frozenset(settings.image.lower().split(";"))
@@ -194,74 +281,45 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
         refuse_mismatches=True,
         with_instances=export.options.kind == "instances",
     )
-    joins, counts, class_names = Counter[str](), Counter[str](), dict[int, str]()
-    class_ids = {entry.name.lower(): entry.class_id for entry in export.classes} or None
+    joins, counts = Counter[str](), Counter[str]()
+    class_names: dict[int | None, str] = {}
     joined = source.read(Share(pair), lambda outcome, count: joins.update({outcome: count}))
-    samples = _noting_classes(export_samples(joined, settings, class_ids, counts), class_names)
-    try:
-        written = _exporter(export.dest, export.options).export_shard(number, shard_id, samples)
-    except UserError as error:
-        raise UserError(f"{pair.shard.canonical_url}: {error}") from error
-    record = ShardRecord(export.folder.footer(shard_id).attempt, written, dict(counts + joins), class_names)
-    folder = storage.join_url(export.dest, RECORDS_FOLDER)
-    storage.publish(folder, f"{shard_id}.json", json.dumps(asdict(record)).encode())
+    samples = _noting_classes(export_samples(joined, settings, export.row_classes, counts), class_names)
+    with removed_on_failure(export.dest, shard_id) as files:
+        try:
+            written = export.exporter.export_shard(number, samples, files)
+        except UserError as error:
+            raise UserError(f"{pair.shard.canonical_url}: {error}") from error
+        record = ShardRecord(
+            export.folder.footer(shard_id).attempt,
+            written,
+            dict(counts + joins + files.counts),
+            {class_id: name for class_id, name in class_names.items() if class_id is not None},
+            None in class_names,
+            files.fit,
+        )
+        files.publish(RECORDS_FOLDER, f"{shard_id}.json", json.dumps(asdict(record)).encode())
     return record
 
 
-def _exporter(dest: str, options: ExportOptions) -> Exporter:
-    match options.format:
-        case "coco":
-            return CocoExport(dest, options.kind, options.images)
-        case "voc":
-            return VocExport(dest, options.split)
-        case "webdataset":
-            return WebDatasetExport(dest)
-        case _:
-            assert_never(options.format)
-
-
-def _noting_classes(samples: Iterable[ExportSample], class_names: dict[int, str]) -> Iterator[ExportSample]:
+def _noting_classes(
+    samples: Iterable[ExportSample], class_names: dict[int | None, str]
+) -> Iterator[ExportSample]:
     for sample in samples:
         for row in sample.rows:
-            class_id = row["class_id"]
-            if class_id is not None and class_id not in class_names:
-                class_names[class_id] = row["prompt"]
+            class_id, name = row["class_id"], row["class_name"]
+            if class_id not in class_names:
+                class_names[class_id] = name
                 try:
-                    check_class(class_id, row["prompt"])
+                    if class_id is not None:
+                        check_class(class_id, name)
                 except ValueError as error:
                     raise UserError(str(error)) from None
         yield sample
 
 
-def _claim(export: _Export, shard_ids: Sequence[str]) -> None:
-    """Record in DEST what it holds; refuse a folder that holds something else."""
-    what = [asdict(export.options), export.folder.url, sorted(shard_ids)]
-    own = {
-        "format": export.options.format,
-        "job": storage.shown_url(export.folder.url),
-        "fingerprint": hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16],
-    }
-    where, shown_dest = storage.join_url(export.dest, EXPORT_FILE), storage.shown_url(export.dest)
-    if not storage.exists(export.dest, EXPORT_FILE):
-        if present := storage.list_names(export.dest):
-            raise UserError(
-                f"{shown_dest}: expected an empty folder or an earlier export, found {min(present)}"
-            )
-        storage.publish(export.dest, EXPORT_FILE, json.dumps(own, indent=1).encode())
-        return
-    try:
-        earlier = json.loads(storage.read_text(where))["fingerprint"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{storage.shown_url(where)}: is no record of an export: {error}") from error
-    if earlier != own["fingerprint"]:
-        raise UserError(
-            f"{shown_dest}: holds an export of another job, with other options, or of other shards; "
-            "choose another folder"
-        )
-
-
 def _earlier(export: _Export, shard_id: str) -> ShardRecord | None:
-    """What an earlier run wrote of a shard; None where it has been annotated again since."""
+    """Return what an earlier run wrote of a shard; None if the shard has been annotated again since."""
     url = storage.join_url(export.dest, RECORDS_FOLDER, f"{shard_id}.json")
     try:
         record = TypeAdapter(ShardRecord).validate_json(storage.read_text(url))
@@ -276,15 +334,22 @@ def _totals(
     listed = list(records)
     counts = sum((Counter(record.counts) for record in listed), start=Counter[str]())
     names = {number: name for record in listed for number, name in record.class_names.items()}
-    written = sum(record.written for record in listed)
-    done_before = len(listed) - written_now
-    return ExportTotals(written, counts, written_now, done_before, omitted, names, damaged)
+    return ExportTotals(
+        sum(record.written for record in listed),
+        counts,
+        written_now,
+        len(listed) - written_now,
+        omitted,
+        names,
+        damaged,
+        without_class=any(record.without_class for record in listed),
+        fit=sum((record.fit for record in listed), start=NO_POLYGONS),
+    )
 
 
-def _finish(export: _Export, shard_ids: Iterable[str], class_names: Mapping[int, str]) -> None:
+def _finish(export: _Export, shard_ids: Collection[str], class_names: Mapping[int, str]) -> None:
     """Write what needs all shards."""
-    if export.options.format == "coco" and export.options.merged:
-        merge_parts(export.dest, shard_ids, class_names)
+    export.exporter.finish(export.dest, shard_ids, class_names)
     try:
         content = class_lines(class_names).encode()
     except ValueError as error:

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JoinCounts:
-    """Outcomes of the samples of an epoch on one rank; the last two fields count no samples.
+    """Outcomes of the samples of an epoch on one rank; the last four fields count no samples.
 
     Attributes:
         joined: samples returned.
@@ -44,6 +44,8 @@ class JoinCounts:
         damaged: samples that cannot be read from the shard.
         mispaired: samples whose rows have another key, or were made of an image of another size.
         undecodable: samples whose image, mask or label map cannot be decoded.
+        rows_without_class: rows skipped because their prompt mentions no class.
+        rows_several_classes: rows skipped because their prompt mentions several classes.
         rows_without_sample: rows whose ordinal the shard does not have.
         shards_omitted: shards skipped because their two files are of different attempts, or unreadable.
     """
@@ -54,6 +56,8 @@ class JoinCounts:
     damaged: int = 0
     mispaired: int = 0
     undecodable: int = 0
+    rows_without_class: int = 0
+    rows_several_classes: int = 0
     rows_without_sample: int = 0
     shards_omitted: int = 0
 

@@ -35,17 +35,18 @@ def label_map(rows: Sequence[Row], height: int, width: int) -> UInt8[np.ndarray,
         UserError: a mask's class id is not from 1 to 254.
         RleError: a mask is no run-length encoding of its size, or of another image size.
     """
-    labels = np.zeros((height, width), dtype=np.uint8)
+    # run lengths go down the columns: what is done there and in one piece is several times as fast
+    columns_first = np.zeros((width, height), dtype=np.uint8)
     ignores = {(str(rle["size"]), rle["counts"]): rle for row in rows if (rle := row["ignore"]) is not None}
     for ignore in ignores.values():
-        labels[mask_at_size(ignore, height, width)] = IGNORED_LABEL
+        np.putmask(columns_first, mask_at_size(ignore, height, width).T, IGNORED_LABEL)
     masked = [row for row in rows if row["mask"] is not None]
     for row in masked:
         _check_class_id(row)
     # painted last wins
     for row in sorted(masked, key=lambda row: (row["similarity"], -row["class_id"])):
-        labels[mask_at_size(row["mask"], height, width)] = row["class_id"]
-    return labels
+        np.putmask(columns_first, mask_at_size(row["mask"], height, width).T, row["class_id"])
+    return np.ascontiguousarray(columns_first.T)
 
 
 def mask_of_image(rle: Rle, height: int, width: int) -> Bool[np.ndarray, "mask_height mask_width"]:

@@ -6,8 +6,9 @@ import logging
 import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+import cv2
 import numpy as np
 import torch
 import webdataset as wds
@@ -16,17 +17,19 @@ from torchvision import tv_tensors
 
 from legrad.errors import LeGradError, RleError
 from pipeline import storage
+from pipeline.config.classes import ClassEntry, class_entries, read_class_list
 from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure, UserError
 from pipeline.output.folder import OutputFolder
 from pipeline.output.joining import JoinCounts, JoinedSample, Source, pair_shards, shares_of
+from pipeline.output.row_classes import RowClasses
 from pipeline.output.schema import has_pixels
 from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import LABEL_MAP_FIELD, read_label_map
 from pipeline.shards.images import open_image
 from pipeline.storage.urls import OBJECT_SCHEMES, split_url
 from pipeline.training.shared_counts import SharedCounts, WorkerCounts
-from pipeline.training.targets import SimilarityRange, label_map_target, prompt_target, with_classes
+from pipeline.training.targets import SimilarityRange, label_map_target, prompt_target
 
 Target = Literal["label_map", "masks", "ground_truth"]
 Sample = dict[str, Any]
@@ -35,12 +38,12 @@ _log = logging.getLogger(__name__)
 
 
 class MaskDataset(IterableDataset[Sample]):
-    """Images with what the pipeline wrote for them, joined by shard, ordinal and key, in bounded memory.
+    """Images with their masks, joined by shard, ordinal and key, in bounded memory.
 
-    Over all ranks and their workers every sample comes once an epoch: whole shards are dealt out, and those
-    left over are read by several, each taking its part. Ranks may differ by some samples, so a training
-    with DistributedDataParallel needs `torch.distributed.algorithms.join.Join`, or a fixed number of steps.
-    Samples that cannot be used are skipped and counted, see `counts`.
+    Over all ranks and their workers every sample is read once an epoch, without a sampler: whole shards are
+    dealt out, and each of the rest is read by several workers, each taking its part. Ranks may differ by some
+    samples, so training with DistributedDataParallel needs `torch.distributed.algorithms.join.Join`, or a
+    fixed number of steps. There is no length. Samples that cannot be used are counted: see `counts`.
 
     A sample is a dictionary: `image` (tv_tensors.Image, uint8 [3, height, width], upright), `key`,
     `sample_index`, `shard`, and with target
@@ -60,9 +63,11 @@ class MaskDataset(IterableDataset[Sample]):
         shards: where the images are: patterns as `input.shards` takes them, joined by canonical URL, else by
             stem where that leaves no doubt; or OLD=NEW: what lay in OLD lies in NEW. None: the job's own
             URLs hold.
-        target: what is learnt.
-        class_ids: the class of a prompt's text, where annotations have none of their own, as with captions;
-            then rows with other prompts are omitted from label maps.
+        target: the training target.
+        classes: for annotations without class ids, as of captions: a classes file, or a list of names, or of
+            mappings as in such a file. A prompt belongs to the class that it mentions alone, by name, synonym
+            or plural, as for `prompts.mentioned_in`; other rows are skipped in label maps, and have class id
+            -1 in `masks`.
         similarity_range: makes weights of similarities, see `similarity_weight`; None: all weigh 1.
         transform: called with each sample, in the worker.
         seed: of the order.
@@ -70,7 +75,7 @@ class MaskDataset(IterableDataset[Sample]):
         shuffle_buffer: samples, undecoded, among which each worker chooses the next one.
         rank: of this process; None: torch.distributed's, or 0.
         world_size: processes in all; None: torch.distributed's, or 1.
-        skip_unreadable: leave shards out that cannot be read, instead of ending with a ShardError, or a
+        skip_unreadable: skip shards that cannot be read, instead of ending with a ShardError, or a
             DamagedFileError of their annotations.
 
     Attributes:
@@ -86,7 +91,7 @@ class MaskDataset(IterableDataset[Sample]):
         shards: str | Sequence[str] = (),
         *,
         target: Target = "label_map",
-        class_ids: Mapping[str, int] | None = None,
+        classes: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | ClassEntry] | None = None,
         similarity_range: SimilarityRange | None = None,
         transform: Callable[[Sample], Sample] | None = None,
         seed: int = 0,
@@ -106,7 +111,8 @@ class MaskDataset(IterableDataset[Sample]):
         self._source = Source(
             folder, _fields(self._settings, target), self._settings.max_member_bytes, skip_unreadable
         )
-        self._target, self._class_ids, self._similarity_range = target, class_ids, similarity_range
+        self._target, self._similarity_range = target, similarity_range
+        self._classes = None if classes is None else RowClasses(_class_list(classes))
         self._transform = transform
         self._seed, self._shuffle, self._shuffle_buffer = seed, shuffle, shuffle_buffer
         self._rank, self._world_size = rank, world_size
@@ -120,8 +126,16 @@ class MaskDataset(IterableDataset[Sample]):
         self._epoch.fill_(epoch)
 
     def counts(self) -> JoinCounts:
-        """What became of the samples of this rank since its workers last began."""
+        """Return the outcomes of the samples of this rank since its workers last began."""
         return self._counts.read()
+
+    def __len__(self) -> NoReturn:
+        raise TypeError(
+            "MaskDataset has no length: it is a stream, and which samples have a usable mask is known "
+            "only when they have been read. Give schedulers a fixed number of steps. Use no sampler, such as "
+            "DistributedSampler: ranks and DataLoader workers read different samples as it is, and "
+            "set_epoch(epoch) of the dataset changes their order"
+        )
 
     def __iter__(self) -> Iterator[Sample]:
         reader, readers, worker = self._reader()
@@ -138,7 +152,7 @@ class MaskDataset(IterableDataset[Sample]):
         return {**self.__dict__, "_rank": rank, "_world_size": world_size, "_made_by": None}
 
     def _place(self) -> tuple[int, int]:
-        """Rank and world size."""
+        """Return rank and world size."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, world_size = self._rank, self._world_size
         if rank is None:
@@ -148,7 +162,7 @@ class MaskDataset(IterableDataset[Sample]):
         return rank, world_size
 
     def _reader(self) -> tuple[int, int, int]:
-        """This process among all that read, how many they are, and which of its rank's workers it is."""
+        """Return this reader's number, the number of readers, and its number among its rank's workers."""
         rank, world_size = self._place()
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
@@ -181,7 +195,7 @@ class MaskDataset(IterableDataset[Sample]):
 
     def _sample(self, joined: JoinedSample, counts: WorkerCounts) -> Sample | None:
         """Return the sample before transforms; None, and counted, if it cannot be used."""
-        rows = with_classes(joined.rows, self._class_ids) if self._target == "label_map" else joined.rows
+        rows = self._classified(joined.rows, counts)
         if not any(has_pixels(row) for row in rows) and self._target != "ground_truth":
             counts.add("without_mask")
             return None
@@ -201,11 +215,25 @@ class MaskDataset(IterableDataset[Sample]):
         named = {"key": joined.raw.key, "sample_index": joined.raw.index, "shard": joined.shard}
         return {"image": image, **target, **named}
 
+    def _classified(
+        self, rows: Sequence[Mapping[str, Any]], counts: WorkerCounts
+    ) -> Sequence[Mapping[str, Any]]:
+        if self._classes is None or self._target == "ground_truth":
+            return rows
+        if self._target == "masks":
+            return [self._classes.classified(row) or row for row in rows]
+        masked = (self._classes.classified(row, counts.add) for row in rows if has_pixels(row))
+        return [row for row in masked if row is not None]
+
     def _image(self, joined: JoinedSample) -> tv_tensors.Image:
         data = find_field(joined.raw.fields, self._settings.image)
         image = open_image(data, max_image_pixels=self._settings.max_image_pixels)
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))
-        return tv_tensors.Image(pixels.permute(2, 0, 1).contiguous())
+        pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        planes = np.empty((3, image.height, image.width), dtype=np.uint8)
+        for channel, plane in enumerate(planes):
+            # half the time of a transposed copy
+            cv2.extractChannel(pixels, channel, plane)
+        return tv_tensors.Image(torch.from_numpy(planes))
 
     def _target_of(
         self, joined: JoinedSample, rows: Sequence[Mapping[str, Any]], height: int, width: int
@@ -235,6 +263,17 @@ def _check(
         raise UserError(f"expected rank and world_size together, got rank {rank} and world_size {world_size}")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
         raise UserError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+
+
+def _class_list(
+    given: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | ClassEntry],
+) -> tuple[ClassEntry, ...]:
+    if isinstance(given, str | os.PathLike):
+        return read_class_list(os.fspath(given))
+    try:
+        return class_entries(given)
+    except ValueError as error:
+        raise UserError(f"classes: {error}") from None
 
 
 def _fields(settings: InputConfig, target: Target) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
@@ -22,10 +23,10 @@ SimilarityRange = tuple[float, float]
 
 
 def similarity_weight(similarity: float, similarity_range: SimilarityRange | None) -> float:
-    """How much a mask counts: 0 at the lower end of the range and below, 1 at the upper end and above.
+    """Return the weight of a mask: 0 at the lower end of the range and below, 1 at the upper end and above.
 
-    A cosine of image and text says nothing by itself: its range is the model's own, and so is the user's
-    choice of what is too little and what is plenty, such as the 10 % and 90 % quantiles of the column.
+    Cosines of image and text have another range with each model, so the range is the user's choice: the 10 %
+    and 90 % quantiles of the column, for example.
 
     Args:
         similarity: cosine of the image and the mask's text.
@@ -37,20 +38,10 @@ def similarity_weight(similarity: float, similarity_range: SimilarityRange | Non
     return min(1.0, max(0.0, (similarity - low) / (high - low)))
 
 
-def with_classes(rows: Sequence[Row], class_ids: Mapping[str, int] | None) -> list[Row]:
-    """Return the rows with the class of their prompt, without mask if it has none; None: unchanged."""
-    if class_ids is None:
-        return list(rows)
-    return [
-        {**row, "class_id": class_ids[row["prompt"]]} if row["prompt"] in class_ids else {**row, "mask": None}
-        for row in rows
-    ]
-
-
 def label_map_target(
     rows: Sequence[Row], height: int, width: int, similarity_range: SimilarityRange | None
 ) -> dict[str, Any]:
-    """A sample's label map, and a weight for each label.
+    """Return a sample's label map, and a weight for each label.
 
     Args:
         rows: of one sample, with classes; at least one has pixels.
@@ -77,7 +68,7 @@ def label_map_target(
 def prompt_target(
     rows: Sequence[Row], height: int, width: int, similarity_range: SimilarityRange | None
 ) -> dict[str, Any]:
-    """A sample's accepted prompts, each with its mask.
+    """Return a sample's accepted prompts, each with its mask.
 
     Args:
         rows: of one sample; those without pixels are omitted.
@@ -90,12 +81,10 @@ def prompt_target(
         `prompts` (texts), `class_ids` (int64, -1 without), `similarities` and `weights` (float32).
     """
     accepted = [row for row in rows if has_pixels(row)]
-    masks = [_prompt_mask(row, height, width) for row in accepted]
     similarities = [row["similarity"] for row in accepted]
     classes = [NO_CLASS if row["class_id"] is None else row["class_id"] for row in accepted]
-    stacked = np.stack(masks) if masks else np.zeros((0, height, width), dtype=np.uint8)
     return {
-        "masks": tv_tensors.Mask(torch.from_numpy(stacked)),
+        "masks": tv_tensors.Mask(torch.from_numpy(_prompt_masks(accepted, height, width))),
         "prompts": [row["prompt"] for row in accepted],
         "class_ids": torch.tensor(classes, dtype=torch.int64),
         "similarities": torch.tensor(similarities, dtype=torch.float32),
@@ -103,18 +92,26 @@ def prompt_target(
     }
 
 
-def _prompt_mask(row: Row, height: int, width: int) -> UInt8[np.ndarray, "height width"]:
-    mask = np.zeros((height, width), dtype=np.uint8)
-    if row["ignore"] is not None:
-        mask[mask_at_size(row["ignore"], height, width)] = IGNORED_LABEL
-    mask[mask_at_size(row["mask"], height, width)] = 1
-    return mask
+def _prompt_masks(rows: Sequence[Row], height: int, width: int) -> UInt8[np.ndarray, "prompts height width"]:
+    masks = np.empty((len(rows), height, width), dtype=np.uint8)
+    encoded, ignored = None, None
+    for pixels, row in zip(masks, rows, strict=True):
+        # run lengths go down the columns: what is done there and in one piece is several times as fast
+        foreground = mask_at_size(row["mask"], height, width).T
+        columns_first = foreground.astype(np.uint8)
+        if row["ignore"] is not None:
+            # rows of one image often share their ignore mask
+            if ignored is None or row["ignore"] != encoded:
+                encoded, ignored = row["ignore"], mask_at_size(row["ignore"], height, width).T
+            np.putmask(columns_first, ignored > foreground, IGNORED_LABEL)
+        cv2.transpose(columns_first, pixels)
+    return masks
 
 
 def pixel_weights(
     label_maps: UInt8[Tensor, "batch height width"], label_weights: Float32[Tensor, "batch labels"]
 ) -> Float32[Tensor, "batch height width"]:
-    """The weight of every pixel's label, for a loss that was not reduced; 0 where the label is ignored."""
+    """Return the weight of every pixel's label, for a loss that was not reduced; 0 for ignored pixels."""
     weights = label_weights.clone()
     weights[:, IGNORED_LABEL] = 0
     return weights.gather(1, label_maps.flatten(1).long()).reshape(label_maps.shape)

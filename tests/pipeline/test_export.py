@@ -90,12 +90,12 @@ def test_masks_in_a_smaller_frame_come_out_at_the_size_of_the_image(tmp_path):
     assert annotation["bbox"] == [0, 0, 32, 24]
 
 
-def test_a_voc_tree_holds_an_index_for_every_pixel_and_the_more_similar_prompt_in_front(job, tmp_path):
-    export_job(str(job), str(tmp_path / "voc"), ExportOptions("voc", split="val"))
-    labels = sorted((tmp_path / "voc" / "ann_dir" / "val").rglob("*.png"))
-    images = sorted((tmp_path / "voc" / "img_dir" / "val").rglob("*.jpg"))
-    assert [path.relative_to(tmp_path / "voc" / "ann_dir").with_suffix("") for path in labels] == [
-        path.relative_to(tmp_path / "voc" / "img_dir").with_suffix("") for path in images
+def test_an_mmseg_tree_holds_an_index_for_every_pixel_and_the_more_similar_prompt_in_front(job, tmp_path):
+    export_job(str(job), str(tmp_path / "to"), ExportOptions("mmseg", split="val"))
+    labels = sorted((tmp_path / "to" / "ann_dir" / "val").rglob("*.png"))
+    images = sorted((tmp_path / "to" / "img_dir" / "val").rglob("*.jpg"))
+    assert [path.relative_to(tmp_path / "to" / "ann_dir").with_suffix("") for path in labels] == [
+        path.relative_to(tmp_path / "to" / "img_dir").with_suffix("") for path in images
     ]
     with Image.open(next(path for path in labels if "a_b_c" in path.name)) as png:
         assert png.mode == "P"
@@ -105,9 +105,9 @@ def test_a_voc_tree_holds_an_index_for_every_pixel_and_the_more_similar_prompt_i
     assert values[10, 10] == 3
     with Image.open(next(path for path in labels if "key001" in path.name)) as png:
         assert (np.array(png)[0] == 255).all()
-    assert (tmp_path / "voc" / "classes.txt").read_text().splitlines() == ["dog", "2", "cat"]
-    listed = "".join(path.read_text() for path in sorted((tmp_path / "voc" / "splits" / "val").iterdir()))
-    assert listed.splitlines() == [str(p.relative_to(tmp_path / "voc/ann_dir/val"))[:-4] for p in labels]
+    assert (tmp_path / "to" / "classes.txt").read_text().splitlines() == ["dog", "2", "cat"]
+    listed = (tmp_path / "to" / "splits" / "val.txt").read_text()
+    assert listed.splitlines() == [str(p.relative_to(tmp_path / "to/ann_dir/val"))[:-4] for p in labels]
 
 
 def test_the_palette_is_that_of_voc():
@@ -130,7 +130,7 @@ def test_webdataset_shards_are_ground_truth_for_the_next_program(job, tmp_path):
 
 
 def test_a_second_run_writes_what_is_left_and_what_was_annotated_anew(job, tmp_path):
-    dest, options = tmp_path / "voc", ExportOptions("voc")
+    dest, options = tmp_path / "to", ExportOptions("mmseg")
     first = export_job(str(job), str(dest), options)
     again = export_job(str(job), str(dest), options)
     assert (first.shards_written, again.shards_written, again.shards_done_before) == (2, 0, 2)
@@ -172,10 +172,10 @@ def test_a_killed_export_leaves_no_file_under_a_final_name_that_is_cut(job, tmp_
 
 
 def test_other_options_or_another_folder_in_use_are_refused(job, tmp_path):
-    dest = tmp_path / "voc"
-    export_job(str(job), str(dest), ExportOptions("voc"))
+    dest = tmp_path / "to"
+    export_job(str(job), str(dest), ExportOptions("mmseg"))
     with pytest.raises(UserError, match="another job, with other options"):
-        export_job(str(job), str(dest), ExportOptions("voc", split="val"))
+        export_job(str(job), str(dest), ExportOptions("mmseg", split="val"))
     with pytest.raises(UserError, match="expected an empty folder"):
         export_job(str(job), str(job.parent), ExportOptions("coco"))
 
@@ -187,7 +187,7 @@ def test_captions_without_classes_share_a_category_in_coco_and_are_refused_as_la
     assert [entry["name"] for entry in coco.dataset["categories"]] == ["prompt"]
     assert [entry["prompt"] for entry in coco.anns.values()] == ["a dog on a roof"]
     with pytest.raises(UserError, match=r"0\.tar: .*class ids from 1 to 254, received None"):
-        export_job(str(job), str(tmp_path / "voc"), ExportOptions("voc"))
+        export_job(str(job), str(tmp_path / "to"), ExportOptions("mmseg"))
 
 
 def test_a_classes_file_gives_captions_their_class(tmp_path):
@@ -195,9 +195,10 @@ def test_a_classes_file_gives_captions_their_class(tmp_path):
     classes.write_text("dog\nfox\n")
     rows = [row(0, prompt="Fox"), row(0, 1, prompt="a moose")]
     job = write_job(tmp_path / "job", [rows], runs=False)
-    totals = export_job(str(job), str(tmp_path / "voc"), ExportOptions("voc", classes_file=str(classes)))
+    totals = export_job(str(job), str(tmp_path / "to"), ExportOptions("mmseg", classes_file=str(classes)))
     assert totals.counts["rows_without_class"] == 1
-    (png,) = (tmp_path / "voc" / "ann_dir").rglob("*.png")
+    assert totals.class_names == {2: "fox"}
+    (png,) = (tmp_path / "to" / "ann_dir").rglob("*.png")
     with Image.open(png) as image:
         assert set(np.unique(np.array(image))) == {0, 2}
 
@@ -206,8 +207,8 @@ def test_more_classes_than_a_byte_holds_are_refused_before_anything_is_written(j
     classes = tmp_path / "classes.txt"
     classes.write_text("".join(f"class {number}\n" for number in range(1, 256)))
     with pytest.raises(UserError, match="up to 254"):
-        export_job(str(job), str(tmp_path / "voc"), ExportOptions("voc", classes_file=str(classes)))
-    assert not (tmp_path / "voc").exists()
+        export_job(str(job), str(tmp_path / "to"), ExportOptions("voc", classes_file=str(classes)))
+    assert not (tmp_path / "to").exists()
 
 
 def test_images_that_lie_on_their_side_are_written_upright(tmp_path):
@@ -219,9 +220,8 @@ def test_images_that_lie_on_their_side_are_written_upright(tmp_path):
     turned = write_job(
         tmp_path / "job", [[row(0, prompt="cat", class_id=1)]], images=sink.getvalue(), runs=False
     )
-    export_job(str(turned), str(tmp_path / "voc"), ExportOptions("voc"))
-    (picture,) = (path for path in (tmp_path / "voc" / "img_dir").rglob("*") if path.is_file())
-    assert picture.suffix == ".png"
+    export_job(str(turned), str(tmp_path / "to"), ExportOptions("mmseg"))
+    (picture,) = (path for path in (tmp_path / "to" / "img_dir").rglob("*") if path.is_file())
     with Image.open(picture) as image:
         assert image.size == (WIDTH, HEIGHT)
 
@@ -229,11 +229,11 @@ def test_images_that_lie_on_their_side_are_written_upright(tmp_path):
 def test_samples_that_are_not_the_ones_annotated_are_counted_and_skipped(job, tmp_path):
     rows = [row(0, prompt="cat", class_id=1, image_height=99), row(1, prompt="cat", class_id=1)]
     other = write_job(tmp_path / "other", [rows], runs=False)
-    totals = export_job(str(other), str(tmp_path / "voc"), ExportOptions("voc"))
+    totals = export_job(str(other), str(tmp_path / "to"), ExportOptions("mmseg"))
     assert (totals.written, totals.counts["mispaired"]) == (1, 1)
 
 
-@pytest.mark.parametrize("form", ["coco", "voc", "webdataset"])
+@pytest.mark.parametrize("form", ["coco", "voc", "mmseg", "yolo-seg", "webdataset"])
 def test_masks_of_a_shard_that_changed_since_are_never_exported(job, tmp_path, form):
     shard = next(path for path in sorted(tmp_path.rglob("*.tar")))
     content = bytearray(shard.read_bytes())
@@ -256,8 +256,8 @@ def test_a_job_is_exported_to_a_store(store, only_loopback, monkeypatch, job):
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
     store.ask("PUT", "exports")
     dest = "s3://exports/voc"
-    assert export_job(str(job), dest, ExportOptions("voc")).shards_written == 2
-    assert export_job(str(job), dest, ExportOptions("voc")).shards_done_before == 2
+    assert export_job(str(job), dest, ExportOptions("mmseg")).shards_written == 2
+    assert export_job(str(job), dest, ExportOptions("mmseg")).shards_done_before == 2
     assert store.get("exports/voc/classes.txt").decode().splitlines() == ["dog", "2", "cat"]
     (shard_id,) = (path.stem for path in (job / "annotations").glob("0-*.parquet"))
     png = store.get(f"exports/voc/ann_dir/train/{shard_id}/00000000-a_b_c.png")
@@ -274,7 +274,7 @@ def test_the_command_counts_what_it_wrote_and_what_it_skipped(job, tmp_path):
     assert f"4 annotation(s) of 2 class(es) in {dest}: 2 shard(s) written, 0 done before" in result.output
 
 
-@pytest.mark.parametrize("form", ["coco", "voc", "webdataset"])
+@pytest.mark.parametrize("form", ["coco", "voc", "mmseg", "yolo-seg", "webdataset"])
 def test_a_prompt_that_won_no_pixel_is_skipped_and_an_image_of_no_other_too(tmp_path, form):
     empty = {"status": "empty_mask", "area": 0, "mask": box_rle(0, 0, 0, 0), "bbox_xywh": [0.0] * 4}
     rows = [
@@ -293,8 +293,8 @@ def test_every_name_that_is_written_stays_within_the_folder(tmp_path):
     keys = ["deep/er", "a\\b", "c:d", "x" * 300, "ein Bär", "-", "%2e%2e", "~"]
     rows = [row(index, prompt="cat", class_id=1, key=key) for index, key in enumerate(keys)]
     job = write_job(tmp_path / "job", [rows], runs=False)
-    dest = tmp_path / "tree" / "voc"
-    totals = export_job(str(job), str(dest), ExportOptions("voc"))
+    dest = tmp_path / "tree" / "out"
+    totals = export_job(str(job), str(dest), ExportOptions("mmseg"))
     written = list((tmp_path / "tree").rglob("*.jpg"))
     assert totals.counts["exported"] == len(written) == totals.written
     assert all(dest in path.parents and len(path.name) < 120 for path in written)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -363,11 +363,19 @@ def test_classes_can_be_given_for_captions_and_other_captions_are_skipped(tmp_pa
         row("s000001", 0, 1, mask=mask_of(9, prompt=2), prompt="a summer day", similarity=0.9),
     ]
     out = two_sample_job(tmp_path, rows)
-    (sample,) = MaskDataset(out, class_ids={"a dog": 17})
+    named = MaskDataset(out, classes=[{"name": "dog", "id": 17}, {"name": "cat", "id": 18}])
+    (sample,) = named
     assert (sample["label_map"].numpy() == 17 * mask_of(1)).all()
-    unknown = MaskDataset(out, class_ids={"a cat": 18})
+    assert named.counts().rows_without_class == 1
+    classes_file = tmp_path / "classes.txt"
+    classes_file.write_text("cat\ncow\n")
+    unknown = MaskDataset(out, classes=classes_file)
     assert list(unknown) == []
     assert unknown.counts().without_mask == 1
+    (masks,) = MaskDataset(out, target="masks", classes=["dog"])
+    assert masks["class_ids"].tolist() == [1, -1]
+    with pytest.raises(UserError, match="classes: 1 problem"):
+        MaskDataset(out, classes=["dog", "dog"])
     with pytest.raises(UserError, match="class ids"):
         list(MaskDataset(out))
 
@@ -532,6 +540,13 @@ class Counted:
         for batch in self._file.iter_batches(*args, **options):
             self._counts["rows"] += batch.num_rows
             yield batch
+
+
+def test_what_needs_a_length_is_refused_with_the_way_out(corpus):
+    dataset = MaskDataset(corpus.out)
+    for ask in (len, lambda data: len(DataLoader(data)), lambda data: DistributedSampler(data, 2, 0)):
+        with pytest.raises(TypeError, match=r"no length.*fixed number of steps.*set_epoch"):
+            ask(dataset)
 
 
 @pytest.mark.parametrize(
