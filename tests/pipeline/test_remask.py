@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import legrad
 from pipeline.annotate.model import load_explainer
@@ -184,6 +185,15 @@ def test_a_damaged_shard_stays_damaged_and_a_missing_one_stays_left(corpus, expl
     annotated(explainer, config)
     remasked(stored, tmp_path / "new", "masks.value=0.5")
     assert len(read_status(found).done) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("masks", [{"refine": "par"}, {"combine": "independent"}], ids=str)
+def test_a_gpu_makes_the_masks_of_the_cpu(masks, stored, tmp_path):
+    here = remasked(stored, tmp_path / "cpu", *as_overrides(masks))
+    there = remasked(stored, tmp_path / "gpu", *as_overrides(masks), device="cuda")
+    assert_same_masks(rows_in(there), rows_in(here), least_iou=0.98)
 
 
 REFUSED = {
