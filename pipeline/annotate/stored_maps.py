@@ -21,6 +21,7 @@ from pipeline.annotate.device_clock import device_clock
 from pipeline.annotate.device_memory import sent
 from pipeline.annotate.grid_steps import GridTexts, grid_steps_of
 from pipeline.annotate.maps import MapSettings, refinement_of, sample_maps
+from pipeline.annotate.model import transform_of_facts
 from pipeline.annotate.processes import SampleProcesses
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, SampleMaps
@@ -84,8 +85,9 @@ def parts_from_maps(
         )
     facts = facts_of(folder, job)
     views = Views(tile=config.model.fit == "tile", **config.views.model_dump())
-    settings = WorkSettings(config, facts.transform, views, None)
-    canvases = canvas_bytes(views, facts.transform) if reads_images(config) else 0
+    transform = transform_of_facts(facts)
+    settings = WorkSettings(config, transform, views, None)
+    canvases = canvas_bytes(views, transform) if reads_images(config) else 0
     return AnnotatorParts(
         _StoredReader(config, folder, maps_hash).samples,
         lambda item: _item_bytes(item) + canvases,
