@@ -69,7 +69,7 @@ def rows_in(out):
 
 
 def assert_same_masks(found, expected, least_iou=0.995):
-    """Compare rows by key: IoU of their masks, thresholds within half a level, everything else the same."""
+    """Compare rows by key: IoU of their masks, thresholds, and everything else, which is the same."""
     assert found.keys() == expected.keys()
     for place, row in expected.items():
         other = found[place]

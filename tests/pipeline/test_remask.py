@@ -17,6 +17,7 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.status import read_status
 from pipeline.run.remask import prepare_remask
 from pipeline.shards.samples import read_samples
+from tests.helpers.compacted_jobs import compacted
 from tests.helpers.corpus import captions_json, sample, write_shard
 from tests.helpers.remasking import (
     annotated,
@@ -129,6 +130,12 @@ def test_new_masks_can_be_made_from_a_folder_of_new_masks(stored, tmp_path):
     plain = remasked(stored, tmp_path / "plain")
     assert_same_masks(rows_in(back), rows_in(plain), least_iou=1)
     assert_same_masks(rows_in(back), rows_in(stored))
+
+
+def test_a_compacted_folder_gives_the_same_masks(stored, tmp_path):
+    compact = compacted(stored, tmp_path / "compacted")
+    found = remasked(compact, tmp_path / "new", "masks.value=0.5")
+    assert_same_masks(rows_in(found), rows_in(remasked(stored, tmp_path / "same", "masks.value=0.5")), 1)
 
 
 def test_no_model_is_loaded_and_no_image_read_unless_masks_are_refined(stored, corpus, tmp_path, monkeypatch):
