@@ -134,7 +134,7 @@ def parts_with_model(
         batches_at_once=batches_at_once,
         companions=job_companions(config),
         views=views,
-        grid_steps=grid_steps_of(config.masks, config.contrast_share, keep_distances=config.output.heatmap),
+        grid_steps=grid_steps_of(config.masks, config.contrast_share, stores_maps=config.output.heatmap),
         refinement=refinement_of(config.masks, explainer.patch_size),
         sharpener=sharpener,
         cut=device_cut_of(config.masks, explainer.device),

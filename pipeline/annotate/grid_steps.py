@@ -17,6 +17,7 @@ from pipeline.annotate.device_memory import sent
 from pipeline.annotate.filters import NO_FILTERS, Filters, filters_of, rejections
 from pipeline.annotate.texts import BACKGROUND, NEUTRAL, PROMPT, ImageMaps, images_of_maps, kinds_of_maps
 from pipeline.config.masks import MasksConfig
+from pipeline.output.stored_grids import STEPS
 from pipeline.prompts.sample_prompts import Ensemble
 
 
@@ -43,7 +44,8 @@ class GridSteps:
         smooth: standard deviation of a Gaussian in cells; 0: none.
         contrast: None: no contrast between texts.
         backgrounds_compete: whether background texts still need maps afterwards; otherwise these end here.
-        keep_distances: whether the distances between texts are kept, so that the contrast can be chosen anew.
+        stores_maps: whether maps are stored, so that other masks can be made from them: grids are rounded to
+            what is stored of them, and the distances between texts are kept.
         centre: mean embedding of texts of all kinds, for the distances, on the device; None: the origin.
     """
 
@@ -51,30 +53,30 @@ class GridSteps:
     smooth: float = 0.0
     contrast: Contrast | None = None
     backgrounds_compete: bool = True
-    keep_distances: bool = False
+    stores_maps: bool = False
     centre: torch.Tensor | None = None
 
     @property
     def needs_distances(self) -> bool:
         """Whether the distances between texts are computed."""
-        return self.keep_distances or self.contrast is not None
+        return self.stores_maps or self.contrast is not None
 
 
 NO_STEPS = GridSteps()
 
 
-def grid_steps_of(masks: MasksConfig, contrast_share: float, *, keep_distances: bool = False) -> GridSteps:
+def grid_steps_of(masks: MasksConfig, contrast_share: float, *, stores_maps: bool = False) -> GridSteps:
     """Return the steps that a configuration asks for.
 
     Args:
         masks: the configuration's section.
         contrast_share: `masks.contrast`, with null resolved.
-        keep_distances: see `GridSteps`.
+        stores_maps: see `GridSteps`.
     """
     contrast = Contrast(contrast_share, masks.contrast_with == "all") if contrast_share else None
     # once background texts have taken their share, competing for pixels too would count them twice
     competes = masks.combine == "argmax" and contrast is None
-    return GridSteps(filters_of(masks), masks.smooth, contrast, competes, keep_distances)
+    return GridSteps(filters_of(masks), masks.smooth, contrast, competes, stores_maps)
 
 
 def with_centre(steps: GridSteps, texts: Sequence[Ensemble], embedder: TextEmbedder) -> GridSteps:
@@ -196,6 +198,17 @@ def batch_grids(
         )
     batch = BatchGrids(grids, mask_grids, peaks, rejected, owners, distances)
     return batch if steps.backgrounds_compete else batch.at(kinds == PROMPT)
+
+
+def as_stored(grids: torch.Tensor) -> torch.Tensor:
+    """Round raw grids to what is stored of them, so that masks from stored maps are the same to the bit.
+
+    Args:
+        grids: [maps, grid_height, grid_width].
+    """
+    peaks = grids.amax((1, 2), keepdim=True)
+    shares = (grids / torch.where(peaks > 0, peaks, 1)).clamp(0, 1)
+    return torch.round(shares * STEPS) / STEPS * peaks
 
 
 def _roles(

@@ -14,7 +14,14 @@ from legrad.masks.refine import Refinement, dilations_for_patch, refine_heatmaps
 from legrad.masks.runs import MAX_CHUNK_PIXELS, CutMaps, MapRuns, cost_pixels, cut_maps
 from legrad.masks.thresholds import MaskRule
 from pipeline.annotate.cutting import DeviceCut
-from pipeline.annotate.grid_steps import NO_STEPS, BatchGrids, GridSteps, GridTexts, batch_grids
+from pipeline.annotate.grid_steps import (
+    NO_STEPS,
+    BatchGrids,
+    GridSteps,
+    GridTexts,
+    as_stored,
+    batch_grids,
+)
 from pipeline.annotate.sample_states import SampleMaps
 from pipeline.annotate.segmenting import MapSharpener
 from pipeline.annotate.texts import ImageMaps
@@ -83,6 +90,8 @@ def sample_maps(
             None: there are none, and nothing is done that needs them.
         image_sizes: height and width of each original image in pixels.
     """
+    if settings.grid_steps.stores_maps:
+        grids = as_stored(grids)
     batch = batch_grids(grids, chosen, texts, settings.grid_steps, settings.neutral_threshold)
     ends = np.searchsorted(batch.owners.numpy(), np.arange(len(chosen) + 1)).tolist()
     mask_maps, labels = batch.mask_grids, None

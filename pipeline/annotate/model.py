@@ -15,6 +15,7 @@ import legrad
 from legrad.canvases import Views
 from legrad.errors import InputError, LeGradError
 from legrad.families import model_support
+from legrad.images import ImageTransform
 from legrad.loading import check_files, computes_bf16, load_model, model_digest
 from legrad.loading import model_facts as legrad_facts
 from legrad.views import check_views
@@ -182,7 +183,30 @@ def model_facts(model: ModelConfig) -> ModelFacts:
             image_size=model.image_size,
             fit="stretch" if model.fit == "tile" else model.fit,
         )
-    return ModelFacts.of(facts.transform, facts.normalisation)
+    transform = facts.transform
+    return ModelFacts(
+        normalisation=facts.normalisation,
+        patch_size=transform.patch_size,
+        input_height=transform.height,
+        input_width=transform.width,
+        interpolation=transform.interpolation,
+        mean=transform.mean,
+        std=transform.std,
+        fit=transform.fit,
+    )
+
+
+def transform_of_facts(facts: ModelFacts) -> ImageTransform:
+    """Return the preprocessing of a model that is not loaded."""
+    return ImageTransform(
+        facts.input_height,
+        facts.input_width,
+        facts.mean,
+        facts.std,
+        facts.interpolation,
+        facts.fit,
+        facts.patch_size,
+    )
 
 
 def describe_model(model: ModelConfig) -> str:

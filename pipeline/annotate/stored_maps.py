@@ -15,11 +15,13 @@ from legrad.canvases import Views, canvas_bytes
 from pipeline import storage
 from pipeline.annotate.annotator_parts import AnnotatorParts, fields_bytes, samples_work
 from pipeline.annotate.attempt import Attempt
+from pipeline.annotate.batch_size import CPU_BATCH_SIZE
 from pipeline.annotate.cutting import device_cut_of
 from pipeline.annotate.device_clock import device_clock
 from pipeline.annotate.device_memory import sent
 from pipeline.annotate.grid_steps import GridTexts, grid_steps_of
 from pipeline.annotate.maps import MapSettings, refinement_of, sample_maps
+from pipeline.annotate.model import transform_of_facts
 from pipeline.annotate.processes import SampleProcesses
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ExplainedSample, SampleMaps
@@ -38,7 +40,8 @@ from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
 from pipeline.text import printable
 
-BATCH_SIZE = 32
+# grids alone take little; heat maps that are refined take as much as those of a batch of images
+BATCH_SIZE, REFINED_BATCH_SIZE = 32, CPU_BATCH_SIZE
 
 
 def facts_of(folder: OutputFolder, job: JobRecord) -> ModelFacts:
@@ -82,8 +85,9 @@ def parts_from_maps(
         )
     facts = facts_of(folder, job)
     views = Views(tile=config.model.fit == "tile", **config.views.model_dump())
-    settings = WorkSettings(config, facts.transform, views, None)
-    canvases = canvas_bytes(views, facts.transform) if reads_images(config) else 0
+    transform = transform_of_facts(facts)
+    settings = WorkSettings(config, transform, views, None)
+    canvases = canvas_bytes(views, transform) if reads_images(config) else 0
     return AnnotatorParts(
         _StoredReader(config, folder, maps_hash).samples,
         lambda item: _item_bytes(item) + canvases,
@@ -121,13 +125,14 @@ class StoredMaps:
 
     def __init__(self, config: JobConfig, facts: ModelFacts, device: torch.device) -> None:
         prompts, masks = config.prompts, config.masks
-        self.batch_size = BATCH_SIZE if config.run.batch_size == "auto" else config.run.batch_size
+        usual = REFINED_BATCH_SIZE if reads_images(config) else BATCH_SIZE
+        self.batch_size = usual if config.run.batch_size == "auto" else config.run.batch_size
         self.clock = device_clock(device)
         self._device = device
         self.settings = MapSettings(
             facts.normalisation,
             None if prompts.neutral is None else prompts.neutral_threshold,
-            grid_steps_of(masks, config.contrast_share, keep_distances=config.output.heatmap),
+            grid_steps_of(masks, config.contrast_share, stores_maps=config.output.heatmap),
             refinement_of(masks, facts.patch_size),
             cut=device_cut_of(masks, device),
         )

@@ -142,7 +142,7 @@ class StoredWork:
         canvases = () if item.image is None else self._canvases(item, item.image)
         try:
             return stored_sample(item, canvases, self._settings.config.prompts.neutral)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ShardError(f"sample {_name(item)}: its stored maps cannot be read: {error}") from error
 
     def _canvases(self, item: StoredItem, sample: RawSample) -> tuple[np.ndarray, ...]:
@@ -191,8 +191,10 @@ def stored_sample(
     """
     rows, context_rows = item.rows, item.rows[0]["context_heatmaps"] or []
     shape = (rows[0]["heatmap_height"], rows[0]["heatmap_width"])
-    context = [ContextText(entry["text"], entry["kind"], entry["similarity"]) for entry in context_rows]
-    backgrounds = sum(text.kind == "background" for text in context)
+    context = [
+        ContextText(entry["text"], entry["kind"], float(entry["similarity"])) for entry in context_rows
+    ]
+    backgrounds = _backgrounds_of(context, has_neutral=neutral is not None)
     distances = [_row_distances(row, position + backgrounds) for position, row in enumerate(rows)]
     map_of_prompt, firsts = _shared_maps(distances)
     grids = [_grid(rows[first], shape) for first in firsts] + [_grid(entry, shape) for entry in context_rows]
@@ -200,6 +202,8 @@ def stored_sample(
         context.append(ContextText(neutral, "neutral", 0.0))
         grids.append(np.zeros(shape, np.float32))
     similarities = [rows[first]["similarity"] for first in firsts] + [text.similarity for text in context]
+    if not (np.isfinite(similarities).all() and all(np.isfinite(grid).all() for grid in grids)):
+        raise ValueError("a stored map or similarity is not finite")
     return StoredSample(
         index=item.index,
         key=rows[0]["key"],
@@ -214,6 +218,15 @@ def stored_sample(
         canvases=canvases,
         errors=item.errors,
     )
+
+
+def _backgrounds_of(context: Sequence[ContextText], *, has_neutral: bool) -> int:
+    """Return the number of background texts, which come before the neutral text."""
+    kinds = [text.kind for text in context]
+    backgrounds = kinds.count("background")
+    if kinds[backgrounds:] not in ([], ["neutral"] * has_neutral):
+        raise ValueError(f"context_heatmaps: kinds {kinds}; expected background texts, then a neutral one")
+    return backgrounds
 
 
 def _prompt(row: Row) -> ExplainedPrompt:

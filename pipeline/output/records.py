@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import braceexpand
 from pydantic import BaseModel, ConfigDict, Field
 
-from legrad.images import ImageTransform
 from pipeline import storage
 from pipeline.config.schema import JobConfig
 from pipeline.output.counts import ShardCounts
@@ -56,38 +55,6 @@ class ModelFacts(Record):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     fit: Literal["stretch", "keep"]
-
-    @classmethod
-    def of(cls, transform: ImageTransform, normalisation: Literal["upsampled", "grid"]) -> ModelFacts:
-        """Return the facts of a model.
-
-        Args:
-            transform: its preprocessing.
-            normalisation: see above.
-        """
-        return cls(
-            normalisation=normalisation,
-            patch_size=transform.patch_size,
-            input_height=transform.height,
-            input_width=transform.width,
-            interpolation=transform.interpolation,
-            mean=transform.mean,
-            std=transform.std,
-            fit=transform.fit,
-        )
-
-    @property
-    def transform(self) -> ImageTransform:
-        """Preprocessing of the model."""
-        return ImageTransform(
-            self.input_height,
-            self.input_width,
-            self.mean,
-            self.std,
-            self.interpolation,
-            self.fit,
-            self.patch_size,
-        )
 
 
 class JobRecord(Record):

@@ -75,7 +75,7 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
         cpus_only = cluster.cpus_only(session, machines, run)
         check_precision(job, cpus_only=cpus_only)
         progress.say(
-            f"{_task(job)} {len(shards):,} shard(s), {first_state(job).shards_skipped:,} done before, "
+            f"{_task(job, len(shards))}, {first_state(job).shards_skipped:,} done before, "
             f"on {'CPUs' if cpus_only else 'GPUs'}"
             + (f" in {job.config.model.precision}" if job.config.input.maps is None else "")
         )
@@ -100,9 +100,11 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
     return concluded(job, tally.result(ended.state, ended.stopped))
 
 
-def _task(job: Job) -> str:
+def _task(job: Job, shards: int) -> str:
     maps = job.config.input.maps
-    return "Annotating" if maps is None else f"From the maps in {storage.shown_url(maps)}, making masks of"
+    if maps is None:
+        return f"Annotating {shards:,} shard(s)"
+    return f"Making masks of {shards:,} shard(s) from the maps in {storage.shown_url(maps)}"
 
 
 def check_precision(job: Job, *, cpus_only: bool) -> None:

@@ -40,10 +40,10 @@ def annotated(explainer, config):
     return _made(prepare_job(config), explainer)
 
 
-def remasked(out, new, *overrides, shards=()):
+def remasked(out, new, *overrides, shards=(), device="cpu"):
     """Make the masks of a job from the maps in OUT; returns NEW."""
     job = prepare_remask(str(out), str(new), overrides, shards)
-    return _made(job, parts_from_maps(job.config, job.stamp.maps_hash, torch.device("cpu"), None))
+    return _made(job, parts_from_maps(job.config, job.stamp.maps_hash, torch.device(device), None))
 
 
 def _made(job, source):
@@ -69,7 +69,7 @@ def rows_in(out):
 
 
 def assert_same_masks(found, expected, least_iou=0.995):
-    """Compare rows by key: IoU of their masks, thresholds within half a level, everything else the same."""
+    """Compare rows by key: IoU of their masks, thresholds, and everything else, which is the same."""
     assert found.keys() == expected.keys()
     for place, row in expected.items():
         other = found[place]

@@ -157,7 +157,7 @@ def test_the_hash_ignores_what_does_not_change_the_rows(section, values):
         ("masks", {"smooth": 0.7}),
         ("prompts", {"neutral": "a photo of a"}),
         ("input", {"caption": "json:text"}),
-        ("output", {"heatmap": True}),
+        ("output", {"heatmap": False}),
         ("output", {"rows": "accepted"}),
     ],
 )

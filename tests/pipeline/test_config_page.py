@@ -29,7 +29,7 @@ def test_values_defaults_and_bounds_are_reported():
     assert "| `run.gpus_per_worker` | number ≥ 0 | `1` |" in table
     assert "| `output.rows` | `all` or `accepted` or null | `null` |" in table
     assert "| `masks.value` | number ≥ 0, ≤ 1 | `0.5` |" in table
-    assert "| `output.heatmap` | boolean | `false` |" in table
+    assert "| `output.heatmap` | boolean | `true` |" in table
     assert "| `prompts.max_background` | integer > 0 | `4` |" in table
     assert "| `run.workers` | integer ≥ 1, ≤ 65536 or null | `null` |" in table
 

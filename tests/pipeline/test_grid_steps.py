@@ -40,7 +40,7 @@ def explainer():
 
 def steps_of(**masks):
     masks = MasksConfig(**{"combine": "argmax", "smooth": 0.0, **masks})
-    return grid_steps_of(masks, masks.contrast or 0.0, keep_distances=True)
+    return grid_steps_of(masks, masks.contrast or 0.0, stores_maps=True)
 
 
 def samples():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import legrad
 from pipeline.annotate.model import load_explainer
@@ -16,6 +17,7 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.status import read_status
 from pipeline.run.remask import prepare_remask
 from pipeline.shards.samples import read_samples
+from tests.helpers.compacted_jobs import compacted
 from tests.helpers.corpus import captions_json, sample, write_shard
 from tests.helpers.remasking import (
     annotated,
@@ -130,6 +132,12 @@ def test_new_masks_can_be_made_from_a_folder_of_new_masks(stored, tmp_path):
     assert_same_masks(rows_in(back), rows_in(stored))
 
 
+def test_a_compacted_folder_gives_the_same_masks(stored, tmp_path):
+    compact = compacted(stored, tmp_path / "compacted")
+    found = remasked(compact, tmp_path / "new", "masks.value=0.5")
+    assert_same_masks(rows_in(found), rows_in(remasked(stored, tmp_path / "same", "masks.value=0.5")), 1)
+
+
 def test_no_model_is_loaded_and_no_image_read_unless_masks_are_refined(stored, corpus, tmp_path, monkeypatch):
     def forbidden(*_arguments, **_options):
         raise AssertionError("a model is loaded")
@@ -184,6 +192,15 @@ def test_a_damaged_shard_stays_damaged_and_a_missing_one_stays_left(corpus, expl
     annotated(explainer, config)
     remasked(stored, tmp_path / "new", "masks.value=0.5")
     assert len(read_status(found).done) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("masks", [{"refine": "par"}, {"combine": "independent"}], ids=str)
+def test_a_gpu_makes_the_masks_of_the_cpu(masks, stored, tmp_path):
+    here = remasked(stored, tmp_path / "cpu", *as_overrides(masks))
+    there = remasked(stored, tmp_path / "gpu", *as_overrides(masks), device="cuda")
+    assert_same_masks(rows_in(there), rows_in(here), least_iou=0.98)
 
 
 REFUSED = {

@@ -166,7 +166,7 @@ def rows_of(config):
     ).float()
     pixels = torch.from_numpy(noise("image").integers(0, 256, (1, 12, 16, 3), dtype=np.uint8))
     neutral_threshold = None if companions.neutral is None else companions.neutral_threshold
-    steps = grid_steps_of(config.masks, config.contrast_share, keep_distances=config.output.heatmap)
+    steps = grid_steps_of(config.masks, config.contrast_share, stores_maps=config.output.heatmap)
     steps = with_centre(steps, companions.centre, Embedder())
     map_settings = MapSettings("upsampled", neutral_threshold, steps, refinement_of(config.masks, PATCH))
     grid_texts = GridTexts(texts.unit_rows[chosen.text_rows], cosines[chosen.text_rows])

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 import legrad
 from legrad.text_cache import TextEmbedder
 from pipeline.annotate.engine import Engine
-from pipeline.annotate.grid_steps import grid_steps_of
-from pipeline.annotate.model import load_explainer, model_facts
+from pipeline.annotate.grid_steps import as_stored, grid_steps_of
+from pipeline.annotate.model import load_explainer, model_facts, transform_of_facts
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.sample_states import PreparedSample
+from pipeline.annotate.sample_work import WorkSettings
+from pipeline.annotate.stored_samples import StoredItem, StoredWork
 from pipeline.config.schema import ModelConfig
 from pipeline.demo import assets
+from pipeline.errors import ShardError
 from pipeline.output.stored_grids import stored_bytes, stored_grid
 from pipeline.prompts.sample_prompts import Companions, Prompt
 from tests.helpers.corpus import demo_job
@@ -44,6 +47,27 @@ def test_a_grid_is_read_back_to_half_a_step_of_its_peak_and_stored_again_to_the_
     assert stored_bytes(again, float(again.max())) == stored
 
 
+@given(st.integers(1, 5), st.floats(2**-40, 2**20), st.integers(0, 10**6))
+def test_grids_rounded_by_the_device_step_are_stored_and_restored_to_the_bit(maps, peak, seed):
+    grids = torch.from_numpy(np.random.default_rng(seed).random((maps, 3, 4), np.float32) * np.float32(peak))
+    rounded = as_stored(grids)
+    assert torch.equal(as_stored(rounded), rounded)
+    assert torch.equal(rounded.amax((1, 2)), grids.amax((1, 2)))
+    for grid in rounded.numpy():
+        peak = float(grid.max())
+        restored = stored_grid(stored_bytes(grid, peak), 3, 4) * np.float32(peak)
+        np.testing.assert_array_equal(restored, grid)
+
+
+def test_rounding_keeps_zeros_and_what_is_not_finite():
+    grids = torch.tensor([[[0.0, 0.0]], [[1.0, torch.nan]], [[1.0, torch.inf]], [[-1.0, 3.0]]])
+    rounded = as_stored(grids)
+    assert rounded[0].tolist() == [[0, 0]]
+    assert not rounded[1].isfinite().all()
+    assert not rounded[2].isfinite().all()
+    assert rounded[3].tolist() == [[0, 3]]
+
+
 def test_a_grid_of_zeros_stays_one_and_a_grid_of_an_earlier_version_is_read_by_its_length():
     assert not stored_grid(stored_bytes(np.zeros((2, 3), np.float32), 0.0), 2, 3).any()
     earlier = np.array([[0, 51], [102, 255]], np.uint8)
@@ -70,7 +94,7 @@ def explained(explainer):
     pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     prompts = tuple(Prompt(index, text) for index, text in enumerate(TEXTS))
     config = demo_job(["a.tar"], "out", masks={"combine": "independent"})
-    steps = grid_steps_of(config.masks, 0.0, keep_distances=True)
+    steps = grid_steps_of(config.masks, 0.0, stores_maps=True)
     engine = Engine(explainer, 32, 8, companions=COMPANIONS, grid_steps=steps)
     return engine.explain([PreparedSample(0, "k", 90, 120, (pixels,), prompts)])[0]
 
@@ -126,6 +150,35 @@ def test_the_facts_of_a_model_are_known_without_its_weights(options):
     model = ModelConfig(name=assets.DEMO_MODEL_NAME, pretrained="demo", precision="fp32", **options)
     loaded = load_explainer(model, "cpu")
     facts = model_facts(model)
-    assert facts.transform == loaded.transform
+    assert transform_of_facts(facts) == loaded.transform
     assert facts.normalisation == loaded.tower.normalisation
     assert type(facts).model_validate_json(facts.model_dump_json()) == facts
+
+
+DAMAGES = {
+    "heatmap": [None, b"", b"\0" * 144],
+    "heatmap_height": [None, -12, 5],
+    "peak": [None, float("nan")],
+    "similarity": [None, float("inf")],
+    "text_distances": [None, b"", b"\xff" * 8],
+    "context_heatmaps": [
+        None,
+        [{"text": "sky", "kind": "neutral", "similarity": 0.1, "peak": 1.0, "heatmap": b"\0" * 288}] * 2,
+        [{"text": "sky", "kind": "other", "similarity": 0.1, "peak": 1.0, "heatmap": b"\0" * 288}],
+        [{"text": None, "kind": "background", "similarity": None, "peak": None, "heatmap": None}] * 2,
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [(column, value) for column, values in DAMAGES.items() for value in values], ids=repr
+)
+def test_rows_whose_maps_are_damaged_fail_their_shard_with_the_sample_named(explained, column, value):
+    rows = rows_of(explained)
+    first = {**rows[0], column: value}
+    config = demo_job(["a.tar"], "out", prompts={"neutral": "a photo of a"})
+    work = StoredWork(WorkSettings(config, None, None, None))
+    (restored,) = work.prepare([StoredItem("k", 0, tuple(rows))])
+    assert restored.key == "k"
+    with pytest.raises(ShardError, match="sample k: its stored maps cannot be read"):
+        work.prepare([StoredItem("k", 0, (first, *rows[1:]))])
