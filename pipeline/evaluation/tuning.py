@@ -19,6 +19,7 @@ import torch
 from legrad.canvases import Views
 from legrad.quality.metrics import Estimate
 from pipeline import storage
+from pipeline.annotate.model import transform_of_facts
 from pipeline.annotate.rows import annotation_rows
 from pipeline.annotate.sample_states import ExplainedSample
 from pipeline.annotate.sample_work import WorkSettings
@@ -413,7 +414,7 @@ def _scores_of(
     """Yield for each of the settings the scores of the scenes of a chunk."""
     config = task.configs[0]
     views = Views(tile=config.model.fit == "tile", **config.views.model_dump())
-    work = StoredWork(WorkSettings(config, task.facts.transform, views, None))
+    work = StoredWork(WorkSettings(config, transform_of_facts(task.facts), views, None))
     prepared = work.prepare([item for _, item in chunk])
     by_shape: defaultdict[Any, list[tuple[int, StoredSample]]] = defaultdict(list)
     for place, sample in enumerate(prepared):
