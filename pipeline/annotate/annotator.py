@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -214,7 +214,9 @@ class ShardAnnotator:
                 max_member_bytes=self._config.input.max_member_bytes,
                 wanted_fields=self._wanted_fields,
             )
-            yield from attempt.counted(samples, stream)
+            for item in attempt.counted(samples, stream):
+                # marks name a sample by its shard and key
+                yield replace(item, shard=shard.canonical_url) if isinstance(item, RawSample) else item
 
     def _size_bytes(self, item: RawSample | SampleError) -> int:
         """Return the most bytes that a sample takes, as read and as prepared."""

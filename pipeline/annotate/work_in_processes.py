@@ -93,7 +93,7 @@ def _for_transport(item: RawSample | SampleError) -> RawSample | SampleError:
     if isinstance(item, SampleError):
         return item
     fields: Any = {name: parcels.Large(content) for name, content in item.fields.items()}
-    return RawSample(item.index, item.key, SampleFields(fields.items(), item.fields.skipped))
+    return RawSample(item.index, item.key, SampleFields(fields.items(), item.fields.skipped), item.shard)
 
 
 def _error_of(sample: RawSample | ExplainedSample, stage: str, error: BaseException) -> SampleError:

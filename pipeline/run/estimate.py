@@ -155,13 +155,13 @@ def _probe_shard(
         )
         samples = list(islice((item for item in items if isinstance(item, RawSample)), PROBED_SAMPLES))
         most = config.prompts.max_per_sample
-        prompts = sum(min(_prompts(sample_prompts, sample), most) for sample in samples)
+        prompts = sum(min(_prompts(sample_prompts, sample, shard), most) for sample in samples)
         return len(samples), prompts, counted.bytes_read
 
 
-def _prompts(sample_prompts: SamplePrompts, sample: RawSample) -> int:
+def _prompts(sample_prompts: SamplePrompts, sample: RawSample, shard: ShardSource) -> int:
     try:
-        return len(sample_prompts.of(sample.fields).prompts)
+        return len(sample_prompts.of(sample.fields, shard=shard.canonical_url, key=sample.key).prompts)
     except SampleFailure:
         return 0
 
