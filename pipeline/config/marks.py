@@ -82,8 +82,8 @@ class Marks:
         entry = self.acting.get((shard, key, prompt_index))
         if entry is not None and prompt is not None and not _is_of(entry, prompt):
             raise UserError(
-                f"prompt {prompt_index} of sample {printable(key)} in {shard} is {received(prompt)}, but it "
-                f"was marked {entry.mark} as {received(entry.prompt)}; use marks of a job with the same prompts"
+                f"prompt {prompt_index} of sample {printable(key)} in {shard} is {received(prompt)}, but was "
+                f"marked {entry.mark} as {received(entry.prompt)}; use marks of a job with the same prompts"
             )
         return (entry is not None) == (self.keep == "good")
 

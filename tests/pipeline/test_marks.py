@@ -51,9 +51,9 @@ def test_keys_that_a_spreadsheet_takes_for_formulas_come_back_as_they_were(read,
     [
         ("marks.txt", "", "expected a file of marks named .csv or .json, found .txt"),
         ("marks.csv", "", "column.s. shard, key, prompt_index, mark not found"),
-        ("marks.csv", "shard,key,mark\n", "column.s. prompt_index not found; the first line names 'shard,key,mark'"),
+        ("marks.csv", "shard,key,mark\n", "prompt_index not found; the first line names 'shard,key,mark'"),
         ("marks.csv", f"{HEADER}{SHARD},a,0,,great\n", "line 2: mark: .*'good' or 'bad', found 'great'"),
-        ("marks.csv", f"{HEADER}{SHARD},a,-1,,good\n{SHARD},a,x,,bad\n", "(?s)2 problem.*line 2: prompt_index.*line 3"),
+        ("marks.csv", f"{HEADER}{SHARD},a,-1,,good\n{SHARD},a,x,,bad\n", "(?s)2 problem.*line 2: .*line 3"),
         ("marks.csv", f'{HEADER}{SHARD},"a', "line 2: unexpected end of data"),
         ("marks.json", "{}", "expected a list of marks, found {}"),
         ("marks.json", "[3]", "entry 1: "),
@@ -81,7 +81,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_row_with_both_marks_is_refused():
-    with pytest.raises(UserError, match="prompt 0 of sample a in .* is marked both good and bad"):
+    with pytest.raises(UserError, match=r"prompt 0 of sample a in .* is marked both good and bad"):
         marks_of([entry("good"), entry("bad")], "good")
     assert marks_of([entry("good"), entry("good")], "good").keeps(SHARD, "a", 0)
 
@@ -99,7 +99,7 @@ def test_unmarked_rows_are_kept_unless_only_good_ones_are(keep, kept):
 def test_a_mark_of_another_prompt_is_an_error_and_a_cut_prompt_is_not():
     marks = marks_of([entry("bad", prompt="a dog on …")], "not-bad")
     assert not marks.keeps(SHARD, "a", 0, "a dog on grass")
-    with pytest.raises(UserError, match="is 'a cat', but it was marked bad as 'a dog on …'"):
+    with pytest.raises(UserError, match="is 'a cat', but was marked bad as 'a dog on …'"):
         marks.keeps(SHARD, "a", 0, "a cat")
 
 
