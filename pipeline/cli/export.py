@@ -23,6 +23,7 @@ MEANINGS = {
     "rows_rejected": "rows skipped: rejected by the job",
     "rows_empty": "rows skipped: accepted, but without a pixel",
     "rows_without_class": "rows skipped: the prompt is not the name of a class",
+    "rows_marked_out": "rows skipped: not kept by --marks",
     "rows_without_sample": "rows skipped: the shard has no such sample",
 }
 INSTANCES_TEXTS = {
@@ -64,12 +65,24 @@ def export(
     ] = "stuff",
     images: Annotated[bool, typer.Option(help="coco: write the images too.")] = True,
     merged: Annotated[bool, typer.Option(help="coco: also join all shards in annotations.json.")] = True,
+    marks: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Marks of rows, .csv or .json, as a report saves them: a filter."),
+    ] = None,
+    keep_marked: Annotated[
+        Literal["good", "not-bad"],
+        typer.Option(
+            help="Rows that --marks keeps. good: those marked good; not-bad: all but those marked bad."
+        ),
+    ] = "not-bad",
 ) -> None:
     """Convert masks to COCO JSON, a VOC or mmsegmentation tree, or WebDataset shards."""
     from pipeline.export.write import ExportOptions, export_job
 
     console = open_console()
-    options = ExportOptions(format_, classes, split, kind, images, merged)
+    options = ExportOptions(
+        format_, classes, split, kind, images, merged, marks_file=marks, keep_marked=keep_marked
+    )
     totals = export_job(
         out,
         dest,

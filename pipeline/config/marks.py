@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -66,6 +67,12 @@ class Marks:
 
     keep: Keep
     acting: Mapping[tuple[str, str, int], MarkEntry]
+
+    @property
+    def digest(self) -> str:
+        """Digest of what the filter keeps."""
+        rows = sorted(map(list, self.acting))
+        return hashlib.sha256(json.dumps([self.keep, rows]).encode()).hexdigest()
 
     def keeps(self, shard: str, key: str, prompt_index: int, prompt: str | None = None) -> bool:
         """Return whether a row is kept.
@@ -155,7 +162,7 @@ def require_marked_shards(marks: Sequence[MarkEntry], shard_urls: Collection[str
     """
     if marks and shard_urls and not {entry.shard for entry in marks} & set(shard_urls):
         raise UserError(
-            f"prompts.marks: none of the {len(marks)} mark(s) is about a shard of this job; marked: "
+            f"marks: none of the {len(marks)} mark(s) is about a shard of this job; marked: "
             f"{storage.shown_url(marks[0].shard)}; in the job: {min(shard_urls)}. If the shards have moved, "
             "replace the folder in the column shard of the marks"
         )

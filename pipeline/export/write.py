@@ -13,11 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.config.classes import ClassEntry, check_class, class_lines, read_class_list
+from pipeline.config.marks import Keep, Marks
 from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.export import LABEL_MAP_FORMATS, Format
 from pipeline.export.coco import CocoExport, Kind, merge_parts
 from pipeline.export.export_samples import ExportSample, export_samples
+from pipeline.export.marked import marks_of_export, only_kept
 from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
 from pipeline.output.folder import OutputFolder
@@ -41,6 +43,9 @@ class ExportOptions:
             parts where the job has not split masks.
         images: coco: whether images are written too; the other formats always have them.
         merged: coco: whether all shards are joined in one file as well.
+        marks_file: marks of rows, as `pipeline.config.marks` reads them; None: every row is exported.
+        keep_marked: which rows the marks keep.
+        marks_digest: of the marks; set when their file is read, so that an export is resumed with the same.
     """
 
     format: Format
@@ -49,6 +54,9 @@ class ExportOptions:
     kind: Kind = "stuff"
     images: bool = True
     merged: bool = True
+    marks_file: str | None = None
+    keep_marked: Keep = "not-bad"
+    marks_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,7 @@ class _Export:
     settings: InputConfig
     classes: tuple[ClassEntry, ...]
     has_instances: bool
+    marks: Marks | None = None
 
 
 def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
@@ -181,7 +190,12 @@ def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
             f"{options.format}: expected class ids up to {LARGEST_LABEL}, which fit a byte beside 255 for "
             f"ignored pixels, got {largest}; export as coco, or give a classes file with fewer classes"
         )
-    return _Export(folder, dest, options, config.input, classes, config.masks.has_instances)
+    marks = None
+    if options.marks_file is not None:
+        marks = marks_of_export(options.marks_file, options.keep_marked, folder)
+        # an export goes on with the same marks, wherever their file is
+        options = replace(options, marks_file=None, marks_digest=marks.digest)
+    return _Export(folder, dest, options, config.input, classes, config.masks.has_instances, marks)
 
 
 def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
@@ -197,6 +211,8 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     joins, counts, class_names = Counter[str](), Counter[str](), dict[int, str]()
     class_ids = {entry.name.lower(): entry.class_id for entry in export.classes} or None
     joined = source.read(Share(pair), lambda outcome, count: joins.update({outcome: count}))
+    if export.marks is not None:
+        joined = only_kept(joined, export.marks, pair.listed["shard"], counts)
     samples = _noting_classes(export_samples(joined, settings, class_ids, counts), class_names)
     try:
         written = _exporter(export.dest, export.options).export_shard(number, shard_id, samples)

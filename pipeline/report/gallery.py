@@ -217,8 +217,9 @@ def _illustrated(
         truth, valid, class_id = _truth(sample, row, config)
         heatmap, cut = stored_heatmap(row), cut_of(row["threshold"], config.masks)
         pictures = draw_pictures(RowParts(image, heatmap, mask, ignored, truth), max_bytes)
-        is_comparable = heatmap is not None and mask is not None and cut is not None
-        previewed = preview_iou(heatmap, mask, cut, normalisation) if is_comparable else None
+        previewed = None
+        if heatmap is not None and mask is not None and cut is not None:
+            previewed = preview_iou(heatmap, mask, cut, normalisation)
     # counts and sizes of an untrusted file may be anything
     except (SampleFailure, LeGradError, ValueError) as error:
         return replace(card, no_picture=shortened(f"{type(error).__name__}: {error}", MAX_REASON))

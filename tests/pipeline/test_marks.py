@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config.marks import MarkEntry, marks_of, read_mark_list, read_marks, require_marked_shards
 from pipeline.errors import SampleFailure, UserError
@@ -78,6 +80,44 @@ def test_many_problems_fit_on_one_screen(read):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"marks\.csv: cannot be read: No such file"):
         read_marks(str(tmp_path / "marks.csv"))
+
+
+TOKENS = [
+    *"\",;'\t\r\n\0{}[]:=",
+    "\ufeff",
+    "\u202e",
+    "good",
+    "bad",
+    "mark",
+    "shard",
+    "9" * 5000,
+    "1e9",
+    "null",
+    "-1",
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    form=st.sampled_from(["csv", "json"]),
+    changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 9), st.sampled_from(TOKENS)), max_size=8),
+)
+def test_a_damaged_file_is_read_or_refused_on_one_screen(tmp_path_factory, form, changes):
+    entries = [entry("good", 3, "a,b", "a dog"), entry("bad", 0, "c")]
+    text = json.dumps([each.model_dump() for each in entries], indent=1)
+    if form == "csv":
+        text = f'{HEADER}{SHARD},"a,b",3,a dog,good\n{SHARD},c,0,,bad\n'
+    for place, length, token in changes:
+        text = text[:place] + token + text[place + length :]
+    path = tmp_path_factory.mktemp("marks") / f"marks.{form}"
+    path.write_bytes(text.encode())
+    try:
+        marks = marks_of(read_mark_list(str(path)), "not-bad")
+    except UserError as error:
+        assert len(str(error)) < 3000
+        assert len(str(error).splitlines()) < 15
+    else:
+        assert all(each.mark == "bad" for each in marks.acting.values())
 
 
 def test_a_row_with_both_marks_is_refused():
