@@ -499,7 +499,14 @@ def test_both_schemes_are_readable_and_nothing_runs_over_the_side(page, scheme, 
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
     )
+    script(page, "for (const details of document.querySelectorAll('details')) details.open = true")
     assert script(page, "return document.documentElement.scrollWidth") == width
+    overflow = script(
+        page,
+        "document.querySelector('.open').click(); const dialog = document.getElementById('large');"
+        "const found = dialog.scrollWidth - dialog.clientWidth; dialog.close(); return found",
+    )
+    assert overflow == 0
     faint = [
         contrast(page, selector)
         for selector in ("h1", ".sub", ".detail", ".chip", "nav a", "#controls label", ".mark", ".tool code")

@@ -126,23 +126,23 @@ const gallery = (() => {
     box.append(...pictures.map(copyOf), caption);
     return box;
   };
-  const drawPanels = (card) => {
+  const drawEnlarged = (card) => {
     const isPreview = card.classList.contains("previewed");
     const picturesOf = (place) => [...card.querySelectorAll(`.${place} > *`)].filter((picture) => !picture.hidden);
     const panels = [["image", "photo"], ["heat map", "heat"], [isPreview ? "mask, preview" : "mask", "mask"]]
       .map(([name, place]) => [name, picturesOf(place)])
       .filter(([, pictures]) => pictures.length > 0);
     byId("large-panels").replaceChildren(...panels.map(([name, pictures]) => panel(name, pictures)));
+    const figures = [...card.querySelector(".figures").children].map((figure) => figure.cloneNode(true));
+    for (const figure of figures) figure.classList.remove("full");
+    byId("large-figures").replaceChildren(...figures);
   };
   const enlarge = (place) => {
     open = (place + shown.length) % shown.length;
     const card = shown[open];
-    drawPanels(card);
+    drawEnlarged(card);
     byId("large-prompt").textContent = card.querySelector(".prompt").textContent;
     byId("large-chips").replaceChildren(...[...card.querySelector(".chips").children].map((chip) => chip.cloneNode(true)));
-    const figures = [...card.querySelector(".figures").children].map((figure) => figure.cloneNode(true));
-    for (const figure of figures) figure.classList.remove("full");
-    byId("large-figures").replaceChildren(...figures);
     byId("place").textContent = `${open + 1} of ${shown.length}`;
     setCurrent(card);
     for (const listener of listeners.enlarged) listener(card);
@@ -167,7 +167,7 @@ const gallery = (() => {
     list, cards, dialog,
     shown: () => shown,
     enlarged: () => (dialog.open ? shown[open] : null),
-    redraw: (card) => { if (dialog.open && shown[open] === card) drawPanels(card); },
+    redraw: (card) => { if (dialog.open && shown[open] === card) drawEnlarged(card); },
     listen: (what, listener) => listeners[what].push(listener),
   };
 })();
