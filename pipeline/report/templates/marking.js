@@ -17,6 +17,9 @@ if (gallery) (() => {
     prompt: card.querySelector(".prompt").textContent,
   });
   const isMarkable = (card) => !("unmarkable" in card.dataset);
+  for (const card of cards.filter((each) => !isMarkable(each))) {
+    for (const button of card.querySelectorAll("[data-mark]")) button.disabled = true;
+  }
   const press = (group, mark) => {
     for (const button of group.querySelectorAll("[data-mark]")) button.setAttribute("aria-pressed", String(button.dataset.mark === mark));
   };
