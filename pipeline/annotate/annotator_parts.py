@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import legrad
@@ -184,7 +184,9 @@ class _ShardReader:
             samples = read_samples(
                 stream, max_member_bytes=self.config.input.max_member_bytes, wanted_fields=self.fields
             )
-            yield from attempt.counted(samples, stream)
+            for item in attempt.counted(samples, stream):
+                # marks name a sample by its shard and key
+                yield replace(item, shard=shard.canonical_url) if isinstance(item, RawSample) else item
         storage.require_unchanged(shard, before)
 
 

@@ -74,7 +74,7 @@ class SampleWork:
             return outcome_of(item)
         settings = self._settings.config.input
         try:
-            found = self._prompts.of(item.fields)
+            found = self._prompts.of(item.fields, shard=item.shard, key=item.key)
             errors = tuple(error_of(failure, item, prompt_index) for prompt_index, failure in found.failures)
             if not found.prompts:
                 return SampleRows(errors=errors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from pipeline.annotate.chunk_rows import ChunkRows
 from pipeline.annotate.rows import SampleRows
 from pipeline.annotate.sample_states import ContextText, ExplainedPrompt, ExplainedSample
 from pipeline.annotate.sample_work import WorkSettings, finished, outcome_of
-from pipeline.errors import SampleFailure, ShardError
+from pipeline.config.marks import Marks
+from pipeline.errors import SampleFailure, ShardError, UserError
 from pipeline.output.stored_grids import is_of_earlier_version, stored_grid
+from pipeline.prompts.sample_prompts import job_marks
 from pipeline.shards.decode_memory import Room, no_limit
 from pipeline.shards.fields import find_field
 from pipeline.shards.images import decode_image
@@ -24,7 +26,7 @@ from pipeline.text import printable
 Row = Mapping[str, Any]
 
 ROW_COLUMNS = (
-    *("key", "sample_index", "prompt_index", "prompt", "prompt_truncated", "class_id"),
+    *("key", "sample_index", "shard", "prompt_index", "prompt", "prompt_truncated", "class_id"),
     *("image_height", "image_width", "similarity", "peak"),
     *("heatmap", "heatmap_height", "heatmap_width", "context_heatmaps", "text_distances"),
 )
@@ -114,6 +116,7 @@ class StoredWork:
     def __init__(self, settings: WorkSettings, room: Room = no_limit) -> None:
         self._settings = settings
         self._room = room
+        self._marks = job_marks(settings.config.prompts)
 
     def prepare(
         self, items: Sequence[StoredItem | SampleError | SampleRows]
@@ -139,11 +142,19 @@ class StoredWork:
             return outcome_of(item)
         if not item.rows:
             return SampleRows(errors=item.errors)
+        try:
+            kept = _kept_rows(item, self._marks)
+        except UserError as error:
+            failure = SampleError("caption", "other_prompt_marked", str(error), item.key, item.index)
+            return SampleRows(errors=(failure,))
+        if not kept:
+            return SampleRows(errors=item.errors)
         canvases = () if item.image is None else self._canvases(item, item.image)
         try:
-            return stored_sample(item, canvases, self._settings.config.prompts.neutral)
+            sample = stored_sample(item, canvases, self._settings.config.prompts.neutral)
         except (ValueError, TypeError) as error:
             raise ShardError(f"sample {_name(item)}: its stored maps cannot be read: {error}") from error
+        return sample if len(kept) == len(item.rows) else with_prompts(sample, kept)
 
     def _canvases(self, item: StoredItem, sample: RawSample) -> tuple[np.ndarray, ...]:
         settings = self._settings.config.input
@@ -227,6 +238,32 @@ def _backgrounds_of(context: Sequence[ContextText], *, has_neutral: bool) -> int
     if kinds[backgrounds:] not in ([], ["neutral"] * has_neutral):
         raise ValueError(f"context_heatmaps: kinds {kinds}; expected background texts, then a neutral one")
     return backgrounds
+
+
+def with_prompts(sample: StoredSample, positions: Sequence[int]) -> StoredSample:
+    """Return a sample with some of its prompts, and without the maps that only the others have."""
+    prompt_maps = len(sample.grids) - len(sample.context)
+    own = sample.map_of_prompt[list(positions)]
+    maps = np.unique(own)
+    texts = np.r_[maps, prompt_maps : prompt_maps + sample.backgrounds]
+    of_context = np.r_[maps, prompt_maps : len(sample.grids)]
+    return replace(
+        sample,
+        prompts=tuple(sample.prompts[position] for position in positions),
+        map_of_prompt=np.searchsorted(maps, own),
+        grids=sample.grids[of_context],
+        similarities=sample.similarities[of_context],
+        distances=sample.distances[np.ix_(texts, texts)],
+    )
+
+
+def _kept_rows(item: StoredItem, marks: Marks | None) -> list[int]:
+    """Return the positions of the rows that marks keep; raise UserError if a mark is of another prompt."""
+    return [
+        position
+        for position, row in enumerate(item.rows)
+        if marks is None or marks.keeps(row["shard"], row["key"], row["prompt_index"], row["prompt"])
+    ]
 
 
 def _prompt(row: Row) -> ExplainedPrompt:

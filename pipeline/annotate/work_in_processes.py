@@ -104,7 +104,7 @@ def _for_transport(item: Item) -> Item:
 
 def _with_large_fields(item: RawSample) -> RawSample:
     fields: Any = {name: parcels.Large(content) for name, content in item.fields.items()}
-    return RawSample(item.index, item.key, SampleFields(fields.items(), item.fields.skipped))
+    return RawSample(item.index, item.key, SampleFields(fields.items(), item.fields.skipped), item.shard)
 
 
 def _error_of(

@@ -24,6 +24,7 @@ MEANINGS = {
     "rows_empty": "rows skipped: accepted, but without a pixel",
     "rows_without_class": "rows skipped: the prompt mentions no class",
     "rows_several_classes": "rows skipped: the prompt mentions several classes",
+    "rows_marked_out": "rows skipped: not kept by --marks",
     "rows_without_sample": "rows skipped: the shard has no such sample",
     "parts_below_min_area": "annotations or objects skipped: fewer pixels than --min-area",
     "objects_beyond_254": "objects skipped: more than 254 in the image, the smallest are void",
@@ -55,6 +56,16 @@ def export(
             "a folder that moved. Repeatable.",
         ),
     ] = None,
+    marks: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Marks of rows, .csv or .json, as a report saves them: a filter."),
+    ] = None,
+    keep_marked: Annotated[
+        Literal["good", "not-bad"],
+        typer.Option(
+            help="Rows that --marks keeps. good: those marked good; not-bad: all but those marked bad."
+        ),
+    ] = "not-bad",
     classes: Annotated[
         str | None,
         typer.Option(
@@ -105,7 +116,9 @@ def export(
     console = open_console()
     # before hours of work
     repository = None if push is None else repository_of(push, dest)
-    options = ExportOptions(format_, classes, split, kind, images, merged, polygons, min_area)
+    options = ExportOptions(
+        format_, classes, split, kind, images, merged, polygons, min_area, marks, keep_marked
+    )
     totals = export_job(
         out,
         dest,

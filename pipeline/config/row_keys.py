@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from legrad.masks.sharpness import PUBLISHED_SHARPNESS
 from pipeline import storage
 from pipeline.config.classes import ClassEntry
+from pipeline.config.marks import marks_of
 from pipeline.config.masks import RULE_KEYS
 from pipeline.config.schema import JobConfig
 from pipeline.text import printable
@@ -271,6 +272,20 @@ def _class_rows(config: JobConfig) -> Any:
     return [entry.model_dump(mode="json", exclude=unused) for entry in classes]
 
 
+def _acting_marks(config: JobConfig) -> Any:
+    """Return the marks that decide which prompts are kept, in any order the same."""
+    marks, keep = config.prompts.marks, config.prompts.keep_marked
+    if not isinstance(marks, tuple):
+        return marks
+    acting = marks_of(marks, keep).acting.values()
+    return sorted([*entry.row, entry.prompt or ""] for entry in acting)
+
+
+def _marks_act(config: JobConfig) -> bool:
+    marks = config.prompts.marks
+    return marks is not None and (config.prompts.keep_marked == "good" or bool(_acting_marks(config)))
+
+
 def _unit_sharpness(config: JobConfig) -> float:
     own = config.masks.refine_sharpness
     return PUBLISHED_SHARPNESS[config.masks.refine] if own is None else own
@@ -310,6 +325,8 @@ _ACTS_IF: Mapping[str, Callable[[JobConfig], bool]] = {
     "prompts.background": backgrounds_act,
     "prompts.max_background": _backgrounds_are_chosen,
     "prompts.neutral_threshold": lambda config: config.prompts.neutral is not None,
+    "prompts.marks": _marks_act,
+    "prompts.keep_marked": _marks_act,
     **{f"masks.{key}": _rule_reads(key) for keys in RULE_KEYS.values() for key in keys},
     "masks.contrast": _contrasts,
     "masks.contrast_with": lambda config: _contrasts(config) and _has_several_prompts(config),
@@ -335,6 +352,7 @@ _MEANING: Mapping[str, Callable[[JobConfig], Any]] = {
     "prompts.classes": _class_rows,
     "prompts.mentioned_in": lambda config: _field(config.prompts.mentioned_in),
     "prompts.background": _background,
+    "prompts.marks": _acting_marks,
     "masks.contrast": lambda config: config.contrast_share,
     "masks.refine_sharpness": _unit_sharpness,
     # nothing falls short of these

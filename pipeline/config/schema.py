@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.classes import ClassEntry, Template, class_entries
+from pipeline.config.marks import Keep, MarkEntry
 from pipeline.config.masks import MasksConfig
 from pipeline.config.section import Count, FieldSpec, Line, Section, Text
 from pipeline.storage import MIN_READ_BYTES_PER_S
@@ -210,6 +211,17 @@ class PromptsConfig(Section):
         ge=0,
         le=1,
         description="Threshold in [0, 1] above which the map of the neutral text sets the others to zero.",
+    )
+    marks: Line | tuple[MarkEntry, ...] | None = Field(
+        None,
+        description="Path or URL of a file of marks that a report saved (.csv or .json), or such a list "
+        "itself: which prompts of which samples are explained. The others get no row and do not compete; "
+        "null: all prompts are.",
+    )
+    keep_marked: Keep = Field(
+        "not-bad",
+        description="Which prompts prompts.marks keeps. good: those marked good. not-bad: all except those "
+        "marked bad.",
     )
 
     @field_validator("classes", mode="before")

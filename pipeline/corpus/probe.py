@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -118,7 +118,7 @@ def probe_shards(
                     most=PROBED_SAMPLES,
                     wanted_fields=wanted_fields,
                 )
-                found, damage = _findings(config, sample_prompts, items)
+                found, damage = _findings(config, sample_prompts, items, shard.canonical_url)
         except (PipelineError, OSError, pa.ArrowException) as error:
             unreadable.append((shard.canonical_url, _why_unreadable(shard, error)))
             continue
@@ -138,7 +138,10 @@ def _why_unreadable(shard: ShardSource, error: Exception) -> str:
 
 
 def _findings(
-    config: JobConfig, sample_prompts: SamplePrompts, items: Iterator[RawSample | SampleError]
+    config: JobConfig,
+    sample_prompts: SamplePrompts,
+    items: Iterator[RawSample | SampleError],
+    shard_url: str,
 ) -> tuple[list[Finding], str | None]:
     """Return the findings of a shard, and why its archive is damaged; None as far as it was read."""
     findings: list[Finding] = []
@@ -150,7 +153,8 @@ def _findings(
             if item.sample_index is not None:
                 findings.append(Finding(item.key or "", read_failure=item.message))
             continue
-        finding = _finding(config, sample_prompts, item, is_to_be_decoded=decoded < DECODED_IMAGES)
+        sample = replace(item, shard=shard_url)
+        finding = _finding(config, sample_prompts, sample, is_to_be_decoded=decoded < DECODED_IMAGES)
         decoded += finding.is_decoded
         findings.append(finding)
     return findings, damage
@@ -169,7 +173,7 @@ def _finding(
     except SampleFailure as failure:
         image_failure = failure
     try:
-        found = sample_prompts.of(sample.fields)
+        found = sample_prompts.of(sample.fields, shard=sample.shard, key=sample.key)
         prompts = min(len(found.prompts), config.prompts.max_per_sample)
         if not prompts and found.failures:
             prompt_failure = found.failures[0][1]

@@ -14,12 +14,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.config.classes import ClassEntry, check_class, class_lines, read_class_list
+from pipeline.config.marks import Keep, Marks
 from pipeline.config.schema import InputConfig
 from pipeline.errors import DamagedFileError, UserError
 from pipeline.export import LABEL_MAP_FORMATS, PART_FORMATS, Format
 from pipeline.export.claim import claimed
 from pipeline.export.coco import CocoExport
 from pipeline.export.export_samples import ExportSample, export_samples
+from pipeline.export.marked import marks_of_export, only_kept
 from pipeline.export.mmseg import MmsegExport
 from pipeline.export.parts import Kind, Parts
 from pipeline.export.shard_files import (
@@ -58,6 +60,8 @@ class ExportOptions:
         merged: coco: whether all shards are joined in one file as well.
         polygons: coco: whether `segmentation` is polygons, with the run-length mask beside it.
         min_area: coco, voc, yolo-seg: annotations and objects with fewer pixels are skipped.
+        marks_file: marks of rows, as `pipeline.config.marks` reads them; None: every row is exported.
+        keep_marked: which rows the marks keep.
     """
 
     format: Format
@@ -68,6 +72,8 @@ class ExportOptions:
     merged: bool = True
     polygons: bool = False
     min_area: int = 0
+    marks_file: str | None = None
+    keep_marked: Keep = "not-bad"
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,7 @@ class _Export:
     settings: InputConfig
     classes: tuple[ClassEntry, ...]
     has_instances: bool
+    marks: Marks | None
 
     @cached_property
     def row_classes(self) -> RowClasses | None:
@@ -230,9 +237,12 @@ class _Export:
 
     def identity(self, shard_ids: Iterable[str]) -> list[object]:
         """Return what an export must share with an earlier one to continue it."""
-        # what the classes are, wherever their file is
-        classes = [entry.model_dump(mode="json") for entry in self.classes]
-        return [asdict(self.options) | {"classes_file": classes}, self.folder.url, sorted(shard_ids)]
+        # the content of the files, wherever they are
+        content = {
+            "classes_file": [entry.model_dump(mode="json") for entry in self.classes],
+            "marks_file": None if self.marks is None else self.marks.digest,
+        }
+        return [asdict(self.options) | content, self.folder.url, sorted(shard_ids)]
 
 
 def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
@@ -250,7 +260,10 @@ def _opened(out: str, dest: str, options: ExportOptions) -> _Export:
             f"{options.format}: expected class ids up to {LARGEST_LABEL}, which fit a byte beside 255 for "
             f"ignored pixels, got {largest}; export as coco, or give a classes file with fewer classes"
         )
-    return _Export(folder, dest, options, config.input, classes, config.masks.has_instances)
+    marks = None
+    if options.marks_file is not None:
+        marks = marks_of_export(options.marks_file, options.keep_marked, folder)
+    return _Export(folder, dest, options, config.input, classes, config.masks.has_instances, marks)
 
 
 def _check(options: ExportOptions) -> None:
@@ -284,6 +297,8 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     joins, counts = Counter[str](), Counter[str]()
     class_names: dict[int | None, str] = {}
     joined = source.read(Share(pair), lambda outcome, count: joins.update({outcome: count}))
+    if export.marks is not None:
+        joined = only_kept(joined, export.marks, pair.listed["shard"], counts)
     samples = _noting_classes(export_samples(joined, settings, export.row_classes, counts), class_names)
     with removed_on_failure(export.dest, shard_id) as files:
         try:

@@ -8,9 +8,10 @@ from importlib import resources
 from typing import Literal, TypeVar
 
 from pipeline.config.classes import read_class_list
+from pipeline.config.marks import Marks, marks_of, read_mark_list
 from pipeline.config.row_keys import backgrounds_act
 from pipeline.config.schema import JobConfig, PromptsConfig
-from pipeline.errors import SampleFailure
+from pipeline.errors import SampleFailure, UserError
 from pipeline.prompts.mentions import MentionFinder
 from pipeline.shards.captions import read_captions
 
@@ -96,7 +97,7 @@ class SamplePrompts:
         usual_number: estimated number of prompts of a sample that get maps.
 
     Raises:
-        UserError: the classes file cannot be read, or is invalid.
+        UserError: the classes file or the marks cannot be read, or are invalid.
     """
 
     def __init__(self, config: JobConfig) -> None:
@@ -110,16 +111,24 @@ class SamplePrompts:
         self.usual_number = min(usual, self._settings.max_per_sample)
         mentions = takes_classes and self.field is not None
         self._finder = MentionFinder(_listed(self._settings.classes)) if mentions else None
+        self._marks = job_marks(self._settings)
 
-    def of(self, fields: Mapping[str, bytes]) -> FoundPrompts:
-        """Find the prompts of a sample.
+    def of(self, fields: Mapping[str, bytes], *, shard: str = "", key: str = "") -> FoundPrompts:
+        """Find the prompts of a sample, without those that `prompts.marks` does not keep.
 
         Args:
             fields: fields of the sample by lower-cased extension.
+            shard: canonical URL of its shard, by which marks name it.
+            key: its key.
 
         Raises:
-            SampleFailure: stage `caption`: the field with its prompts is missing or cannot be read.
+            SampleFailure: stage `caption`: the field with its prompts is missing or cannot be read, or a mark
+                is of another prompt (kind `other_prompt_marked`).
         """
+        found = self._of(fields)
+        return found if self._marks is None else _kept(found, self._marks, shard, key)
+
+    def _of(self, fields: Mapping[str, bytes]) -> FoundPrompts:
         if self.field is None:
             return FoundPrompts(self.every_class)
         if self._finder is not None:
@@ -148,15 +157,35 @@ class SamplePrompts:
         return () if self._templates == ("{}",) else in_templates([text], self._templates)
 
 
+def _kept(found: FoundPrompts, marks: Marks, shard: str, key: str) -> FoundPrompts:
+    try:
+        kept = tuple(prompt for prompt in found.prompts if marks.keeps(shard, key, prompt.index, prompt.text))
+    except UserError as error:
+        raise SampleFailure("caption", "other_prompt_marked", str(error)) from None
+    # samples with all classes share one tuple
+    return found if len(kept) == len(found.prompts) else replace(found, prompts=kept)
+
+
+def job_marks(prompts: PromptsConfig) -> Marks | None:
+    """Return the marks of a job, whose file has been read, as a filter; None without marks.
+
+    Raises:
+        UserError: a row has both marks.
+    """
+    return None if prompts.marks is None else marks_of(_listed(prompts.marks), prompts.keep_marked)
+
+
 def with_files_read(prompts: PromptsConfig) -> PromptsConfig:
     """Replace the names of files and of built-in lists by their content.
 
     The content is what a job records, hashes and sends to its workers.
 
     Raises:
-        UserError: the classes file cannot be read, or is invalid.
+        UserError: the classes file or the marks cannot be read, or are invalid.
     """
     changes: dict[str, object] = {}
+    if isinstance(prompts.marks, str):
+        changes["marks"] = read_mark_list(prompts.marks)
     if isinstance(prompts.classes, str):
         changes["classes"] = read_class_list(prompts.classes)
     if isinstance(prompts.background, str):

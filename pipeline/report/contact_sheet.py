@@ -26,6 +26,7 @@ from pipeline.evaluation.scene_masks import row_target
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import match_annotations
 from pipeline.output.label_map import mask_of_image
+from pipeline.report.pictures import paled
 from pipeline.report.row_pictures import mask_iou, read_samples_at, stored_heatmap
 from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import Scene, list_truth_shards, scene_of
@@ -266,8 +267,7 @@ def _draw_mask(axes: Axes, photo: Image.Image, mask: Bool[np.ndarray, "rows colu
     """Draw the object in its colours within a thick outline, the rest grey and pale."""
     smooth = np.array(Image.fromarray(mask).convert("L").resize(photo.size, Image.Resampling.BICUBIC))
     pixels = np.asarray(photo)
-    pale = (0.35 * pixels.mean(axis=2, keepdims=True) + 0.65 * 245).round().astype(np.uint8)
-    axes.imshow(np.where(smooth[..., None] >= 128, pixels, pale))
+    axes.imshow(np.where(smooth[..., None] >= 128, pixels, paled(pixels)))
     if (smooth >= 128).any():
         # a rim of background gives a mask of the whole image an outline too
         columns, rows = (np.arange(-1, length + 1) for length in photo.size)

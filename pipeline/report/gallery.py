@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from legrad.errors import LeGradError
+from legrad.heatmaps import Normalisation
 from legrad.masks.rle import Rle
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure
@@ -20,7 +21,7 @@ from pipeline.output.image_shards import LocatedShards, require_annotated_versio
 from pipeline.output.label_map import mask_of_image
 from pipeline.output.tables import damage
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
-from pipeline.report.row_pictures import mask_iou, read_samples_at, stored_heatmap
+from pipeline.report.row_pictures import cut_of, mask_iou, preview_iou, read_samples_at, stored_heatmap
 from pipeline.report.scores import ScoredRows
 from pipeline.shards.fields import find_field
 from pipeline.shards.ground_truth import Scene, scene_of
@@ -60,13 +61,14 @@ class CardRow:
     """One row of the gallery.
 
     Attributes:
-        row: columns of the annotations file; texts are printable and cut to CARD_TEXTS; ``whole_key`` is as
-            written.
+        row: columns of the annotations file; texts are printable and cut to CARD_TEXTS; ``whole_key`` and
+            ``whole_shard`` are as written.
         shard_id: of the shard of the row.
         area_share: share of the mask in its frame; None without a mask.
         at_random: whether it was chosen at random, not for its scores.
         pictures: None where the image could not be read.
         iou: with the ground truth; None without.
+        preview_iou: of the mask with the stored heat map above the row's threshold; None without either.
         class_id: of the row, else of its ground truth; None without either.
         ignored_share: share of ignored pixels; None where the row has no ignore mask.
         no_picture: the reason for missing pictures; empty where there are pictures.
@@ -78,6 +80,7 @@ class CardRow:
     at_random: bool
     pictures: Pictures | None = None
     iou: float | None = None
+    preview_iou: float | None = None
     class_id: int | None = None
     ignored_share: float | None = None
     no_picture: str = ""
@@ -127,7 +130,7 @@ def _card(row: dict[str, Any], scores: ScoredRows, number: int, *, at_random: bo
     share = float(scores.area_share[number])
     texts = {name: shortened(row[name], most) for name, most in CARD_TEXTS.items()}
     return CardRow(
-        row={**row, **texts, "whole_key": row["key"]},
+        row={**row, **texts, "whole_key": row["key"], "whole_shard": row["shard"]},
         shard_id=scores.shard_id(number),
         area_share=share if np.isfinite(share) else None,
         at_random=at_random,
@@ -142,7 +145,13 @@ def shortened(text: str | None, most: int = MAX_TEXT) -> str:
 
 
 def with_pictures(
-    folder: OutputFolder, cards: Sequence[CardRow], located: LocatedShards, config: JobConfig, max_bytes: int
+    folder: OutputFolder,
+    cards: Sequence[CardRow],
+    located: LocatedShards,
+    config: JobConfig,
+    max_bytes: int,
+    *,
+    normalisation: Normalisation,
 ) -> Gallery:
     """Read the cards' images from their shards and draw them.
 
@@ -152,6 +161,7 @@ def with_pictures(
         located: places of the shards.
         config: configuration of the job.
         max_bytes: limit for the data URIs of one card.
+        normalisation: when the job's model normalises its maps.
     """
     by_shard: dict[str, list[int]] = defaultdict(list)
     for position, card in enumerate(cards):
@@ -166,7 +176,7 @@ def with_pictures(
             reason = ""
             try:
                 require_annotated_version(source, folder.footer(shard_id))
-                for position, card in _drawn(source, own, config, max_bytes):
+                for position, card in _drawn(source, own, config, max_bytes, normalisation):
                     drawn[position] = card
             except PipelineError as error:
                 reason = shortened(str(error))
@@ -180,7 +190,11 @@ def with_pictures(
 
 
 def _drawn(
-    source: ShardSource, cards: Mapping[int, CardRow], config: JobConfig, max_bytes: int
+    source: ShardSource,
+    cards: Mapping[int, CardRow],
+    config: JobConfig,
+    max_bytes: int,
+    normalisation: Normalisation,
 ) -> Iterator[tuple[int, CardRow]]:
     wanted: dict[int, list[int]] = defaultdict(list)
     for position, card in cards.items():
@@ -189,17 +203,23 @@ def _drawn(
         for position in wanted[sample.index]:
             card = cards[position]
             if sample.key == card.row["whole_key"]:
-                yield position, _illustrated(card, sample, config, max_bytes)
+                yield position, _illustrated(card, sample, config, max_bytes, normalisation)
 
 
-def _illustrated(card: CardRow, sample: RawSample, config: JobConfig, max_bytes: int) -> CardRow:
+def _illustrated(
+    card: CardRow, sample: RawSample, config: JobConfig, max_bytes: int, normalisation: Normalisation
+) -> CardRow:
     row = card.row
     try:
         data = find_field(sample.fields, config.input.image)
         image = open_image(data, max_image_pixels=config.input.max_image_pixels)
         mask, ignored = (_decoded(row[name], image.height, image.width) for name in ("mask", "ignore"))
         truth, valid, class_id = _truth(sample, row, config)
-        pictures = draw_pictures(RowParts(image, stored_heatmap(row), mask, ignored, truth), max_bytes)
+        heatmap, cut = stored_heatmap(row), cut_of(row["threshold"], config.masks)
+        pictures = draw_pictures(RowParts(image, heatmap, mask, ignored, truth), max_bytes)
+        previewed = None
+        if heatmap is not None and mask is not None and cut is not None:
+            previewed = preview_iou(heatmap, mask, cut, normalisation)
     # counts and sizes of an untrusted file may be anything
     except (SampleFailure, LeGradError, ValueError) as error:
         return replace(card, no_picture=shortened(f"{type(error).__name__}: {error}", MAX_REASON))
@@ -207,6 +227,7 @@ def _illustrated(card: CardRow, sample: RawSample, config: JobConfig, max_bytes:
         card,
         pictures=pictures,
         iou=None if mask is None or truth is None or valid is None else mask_iou(mask, truth, valid),
+        preview_iou=previewed,
         class_id=card.class_id if card.class_id is not None else class_id,
         ignored_share=None if ignored is None else float(ignored.mean()),
         no_picture="" if pictures is not None else "the picture exceeds the size limit of the page",

@@ -12,31 +12,25 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
-import numpy as np
 import yaml
 from markupsafe import Markup
 
 from pipeline.config.schema import JobConfig
 from pipeline.output.counts import error_kinds_text
 from pipeline.output.runs import RUNNING, RunRecord, workers_text
-from pipeline.output.schema import EMPTY_MASK, OK
+from pipeline.output.schema import EMPTY_MASK
+from pipeline.report.card_values import ascii_json, card_values, class_name, status_word
 from pipeline.report.charts import Chart, class_bars, histogram, throughput_chart
-from pipeline.report.gallery import CardRow, Gallery, shortened
+from pipeline.report.gallery import Gallery, shortened
+from pipeline.report.preview import preview_values
 from pipeline.report.scores import ScoredRows
-from pipeline.report.totals import Totals
+from pipeline.report.totals import ErrorKind, Totals
 from pipeline.text import as_duration, as_share
 
 MAX_LISTED = 20
 MAX_CONFIG_CHARACTERS = 30_000
-STATUS_WORDS = {
-    OK: "accepted",
-    EMPTY_MASK: "accepted: empty mask",
-    "rejected_similarity": "rejected: similarity",
-    "rejected_peak": "rejected: peak",
-    "rejected_contrast": "rejected: foreground contrast",
-    "rejected_lead": "rejected: lead",
-    "rejected_area": "rejected: area",
-}
+KEY_CHARACTERS, SHARD_CHARACTERS = 120, 160
+SCRIPTS = ("maps.js", "marks.js", "report.js", "preview.js", "marking.js")
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,8 @@ class PageContent:
 def render_page(content: PageContent) -> str:
     """Render the page as one file that includes style, script and pictures; all texts are escaped."""
     templates = files("pipeline.report") / "templates"
-    style, script = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style = (templates / "report.css").read_text(encoding="utf-8")
+    script = '"use strict";\n' + "".join((templates / name).read_text(encoding="utf-8") for name in SCRIPTS)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report", "templates"),
         autoescape=True,
@@ -80,6 +75,8 @@ def render_page(content: PageContent) -> str:
         lstrip_blocks=True,
     )
     names, charts = _class_names(content), _charts(content.scores)
+    shards = list(dict.fromkeys(card.row["whole_shard"] for card in content.gallery.cards))
+    places = {url: place for place, url in enumerate(shards)}
     return environment.get_template(
         "report.html.j2"
     ).render(
@@ -95,14 +92,17 @@ def render_page(content: PageContent) -> str:
         charts=charts,
         scores_note=_scores_note(content),
         gallery_note=_gallery_note(content),
-        cards=[_card(card, names) for card in content.gallery.cards],
+        cards=[card_values(card, names, places) for card in content.gallery.cards],
+        shards=ascii_json(shards),
+        job_name=f"{content.job.get('config_hash')} {content.out}",
+        preview=preview_values(content.gallery.cards, content.config, content.job),
         has_truth=any(card.iou is not None for card in content.gallery.cards),
         has_ignored=any(card.ignored_share is not None for card in content.gallery.cards),
         has_rejected=any(chart.has_rejected for chart in charts),
         has_heat=any(card.pictures and card.pictures.heat for card in content.gallery.cards),
         classes=_classes_shown(content.gallery, names),
         statuses=[
-            (status, _status_word(status))
+            (status, status_word(status))
             for status in sorted({str(card.row["status"]) for card in content.gallery.cards})
         ],
         class_chart=_class_chart(content, names),
@@ -139,7 +139,7 @@ def _facts(content: PageContent) -> list[dict[str, str]]:
         facts.append(_fact("error rows", f"{counts.error_rows:,}", detail))
     if len(scores):
         rejected = Counter(str(status) for status in scores.status[~scores.accepted])
-        words = [f"{count:,} {_status_word(name)}" for name, count in rejected.most_common(2)]
+        words = [f"{count:,} {status_word(name)}" for name, count in rejected.most_common(2)]
         empty = int((scores.status == EMPTY_MASK).sum())
         detail = ", ".join(
             [*(words or ["none rejected"]), *([f"{empty:,} with an empty mask"] if empty else [])]
@@ -253,10 +253,6 @@ def _class_names(content: PageContent) -> dict[int, str]:
     return {key: shortened(name, 60) for key, name in {**by_prompt, **content.class_names}.items()}
 
 
-def _class_name(class_id: int, names: Mapping[int, str]) -> str:
-    return names.get(class_id, f"class {class_id}")
-
-
 def _class_chart(content: PageContent, names: Mapping[int, str]) -> dict[str, Any] | None:
     scores = content.scores
     if not len(scores) or not (scores.class_id >= 0).any():
@@ -267,51 +263,7 @@ def _class_chart(content: PageContent, names: Mapping[int, str]) -> dict[str, An
 
 def _classes_shown(gallery: Gallery, names: Mapping[int, str]) -> list[tuple[int, str]]:
     shown = {card.class_id for card in gallery.cards if card.class_id is not None}
-    return sorted(((key, _class_name(key, names)) for key in shown), key=lambda pair: pair[1].lower())
-
-
-def _status_word(status: str) -> str:
-    return STATUS_WORDS.get(status, shortened(status, 40))
-
-
-def _card(card: CardRow, names: Mapping[int, str]) -> dict[str, Any]:
-    row = card.row
-    return {
-        "prompt": row["prompt"],
-        "key": row["key"],
-        "shard": row["shard"],
-        "sample_index": row["sample_index"],
-        "prompt_index": row["prompt_index"],
-        "status": row["status"],
-        "status_word": _status_word(row["status"]),
-        "class_id": card.class_id,
-        "class_name": None if card.class_id is None else _class_name(card.class_id, names),
-        "size": f"{row['image_width']} × {row['image_height']}",
-        "scores": {
-            "similarity": _exact(row["similarity"]),
-            "peak": _exact(row["peak"]),
-            "area": _exact(card.area_share),
-            "iou": _exact(card.iou),
-        },
-        "similarity": _shown(row["similarity"], ".3f"),
-        "peak": _shown(row["peak"], ".3g"),
-        "threshold": _shown(row["threshold"], ".3f"),
-        "area": _shown(card.area_share, ".1%"),
-        "iou": _shown(card.iou, ".2f"),
-        "ignored": None if card.ignored_share is None else _shown(card.ignored_share, ".1%"),
-        "at_random": card.at_random,
-        "pictures": card.pictures,
-        "no_picture": card.no_picture,
-    }
-
-
-def _exact(value: float | None) -> str:
-    """Format a score for sorting; empty for None."""
-    return "" if value is None or not np.isfinite(value) else f"{value:.9g}"
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None or not np.isfinite(value) else format(value, form).replace("%", " %")
+    return sorted(((key, class_name(key, names)) for key in shown), key=lambda pair: pair[1].lower())
 
 
 def _errors(totals: Totals) -> dict[str, Any]:
@@ -326,10 +278,21 @@ def _errors(totals: Totals) -> dict[str, Any]:
                 "examples": [
                     {name: shortened(text) for name, text in example.items()} for example in kind.examples
                 ],
+                "samples": [
+                    f"{shortened(key, KEY_CHARACTERS)}\t{shortened(shard, SHARD_CHARACTERS)}"
+                    for key, shard in kind.samples
+                ],
+                "samples_note": _samples_note(kind),
             }
             for kind in totals.errors
         ],
     }
+
+
+def _samples_note(kind: ErrorKind) -> str:
+    shown = len(kind.samples)
+    some = f"The first {shown:,}" if kind.rows > shown else f"All {shown:,}"
+    return f"{some} by sample key and shard:"
 
 
 def _run(run: RunRecord) -> dict[str, Any]:

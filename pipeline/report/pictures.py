@@ -16,10 +16,16 @@ from legrad.pictures import heat_over
 
 # longest side in pixels and JPEG quality, best first
 RUNGS = ((240, 82), (240, 65), (200, 60), (160, 55), (128, 45), (96, 40), (64, 30), (32, 30))
-CLEAR, FILL, OUTLINE, IGNORED, TRUTH = range(5)
-LAYER_RGBA = ((0, 0, 0, 0), (255, 122, 0, 95), (255, 122, 0, 255), (120, 120, 120, 150), (0, 184, 148, 255))
+# dark beside bright: one of the two stands out on any image; report.css and maps.js have the same colours
+MASK_RGB, TRUTH_RGB, DARK_RGB = (255, 214, 10), (0, 229, 255), (16, 16, 24)
+BRIGHT_PIXELS, DARK_PIXELS, TRUTH_PIXELS, HATCH_PIXELS = 2, 1, 1, 6
+CLEAR, DARK, TRUTH = range(3)
+LAYER_RGBA = ((0, 0, 0, 0), (*DARK_RGB, 255), (*TRUTH_RGB, 255))
+# of the bytes of a card, at most this share is its stored grid
+GRID_SHARE = 0.4
 
 Mask = Bool[np.ndarray, "rows columns"]
+Pixels = UInt8[np.ndarray, "height width 3"]
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,19 @@ class Pictures:
         width: of each, in pixels.
         height: of each, in pixels.
         photo: the image.
+        mask: the object in its colours within an outline, the rest grey and pale.
         heat: the heat map over the greyed image.
-        layer: mask, outlines and ignored pixels on a transparent background, laid over the others.
+        layer: outline of the ground truth and hatching of ignored pixels, transparent elsewhere.
+        grid: the heat map's grid in base64: uint16, little-endian, row-major, 65535 times the values.
     """
 
     width: int
     height: int
     photo: str
-    heat: str | None
-    layer: str | None
+    mask: str
+    heat: str | None = None
+    layer: str | None = None
+    grid: str | None = None
 
 
 def draw_pictures(parts: RowParts, max_bytes: int) -> Pictures | None:
@@ -66,46 +76,76 @@ def draw_pictures(parts: RowParts, max_bytes: int) -> Pictures | None:
     Returns:
         The pictures, whose data URIs have at most `max_bytes` together; None if even the smallest exceed it.
     """
-    for drawn in _candidates(parts):
-        if sum(len(uri) for uri in (drawn.photo, drawn.heat, drawn.layer) if uri is not None) <= max_bytes:
+    for drawn in _candidates(parts, int(GRID_SHARE * max_bytes)):
+        texts = (drawn.photo, drawn.mask, drawn.heat, drawn.layer, drawn.grid)
+        if sum(len(text) for text in texts if text is not None) <= max_bytes:
             return drawn
     return None
 
 
-def _candidates(parts: RowParts) -> Iterator[Pictures]:
+def paled(pixels: Pixels) -> Pixels:
+    """Return an image in pale grey, as what is outside a mask is drawn."""
+    pale: np.ndarray = np.rint(0.35 * pixels.mean(axis=2, keepdims=True) + 0.65 * 245).astype(np.uint8)
+    return np.broadcast_to(pale, pixels.shape)
+
+
+def mask_picture(photo: Pixels, inside: Mask | None) -> Pixels:
+    """Draw an object in its colours within a bright and a dark line, and the rest pale.
+
+    Args:
+        photo: the image.
+        inside: the object's pixels, of the same size; None: there are none.
+    """
+    if inside is None:
+        return paled(photo)
+    picture = np.where(inside[..., None], photo, paled(photo))
+    picture[_widened(inside, DARK_PIXELS) & ~inside] = DARK_RGB
+    picture[inside & ~_narrowed(inside, BRIGHT_PIXELS)] = MASK_RGB
+    return picture
+
+
+def _candidates(parts: RowParts, max_grid_bytes: int) -> Iterator[Pictures]:
     image = parts.image.convert("RGB")
+    grid = None if parts.heatmap is None else _grid_text(parts.heatmap)
     for side, quality in RUNGS:
         scale = min(1.0, side / max(image.size))
         width, height = (max(1, round(length * scale)) for length in image.size)
         photo = np.array(image.resize((width, height), Image.Resampling.LANCZOS))
+        inside = None if parts.mask is None else _scaled(parts.mask, width, height)
         heat = None if parts.heatmap is None else heat_over(photo, torch.from_numpy(parts.heatmap))
         yield Pictures(
             width=width,
             height=height,
             photo=_jpeg(photo, quality),
+            mask=_jpeg(mask_picture(photo, inside), quality),
             heat=None if heat is None else _jpeg(heat, quality),
             layer=_layer(parts, width, height),
+            grid=grid if grid is not None and len(grid) <= max_grid_bytes else None,
         )
 
 
-def _jpeg(pixels: UInt8[np.ndarray, "height width 3"], quality: int) -> str:
+def _grid_text(heatmap: Float[np.ndarray, "grid_height grid_width"]) -> str:
+    levels = np.rint(heatmap * 65535).astype("<u2")
+    return base64.b64encode(levels.tobytes()).decode()
+
+
+def _jpeg(pixels: Pixels, quality: int) -> str:
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "JPEG", quality=quality, optimize=True)
     return _data_uri("image/jpeg", sink.getvalue())
 
 
 def _layer(parts: RowParts, width: int, height: int) -> str | None:
-    if parts.mask is None and parts.ignored is None and parts.truth is None:
+    if parts.ignored is None and parts.truth is None:
         return None
     levels = np.full((height, width), CLEAR, dtype=np.uint8)
     if parts.ignored is not None:
-        levels[_scaled(parts.ignored, width, height)] = IGNORED
+        hatch = np.add.outer(np.arange(height), np.arange(width)) % HATCH_PIXELS < 2
+        levels[_scaled(parts.ignored, width, height) & hatch] = DARK
     if parts.truth is not None:
-        levels[_outline(_scaled(parts.truth, width, height))] = TRUTH
-    if parts.mask is not None:
-        inside = _scaled(parts.mask, width, height)
-        levels[inside & (levels != TRUTH)] = FILL
-        levels[_outline(inside)] = OUTLINE
+        inside = _scaled(parts.truth, width, height)
+        levels[_widened(inside, DARK_PIXELS) & ~inside] = DARK
+        levels[inside & ~_narrowed(inside, TRUTH_PIXELS)] = TRUTH
     picture = Image.fromarray(levels).convert("P")
     picture.putpalette([value for rgba in LAYER_RGBA for value in rgba[:3]])
     sink = io.BytesIO()
@@ -119,11 +159,17 @@ def _scaled(mask: Mask, width: int, height: int) -> Bool[np.ndarray, "height wid
     return scaled
 
 
-def _outline(inside: Mask) -> Mask:
-    """Return the outermost pixels of a region; a region of the whole picture has an outline too."""
-    framed = Image.fromarray(np.pad(inside, 1).astype(np.uint8) * 255)
-    shrunk = np.array(framed.filter(ImageFilter.MinFilter(3)))[1:-1, 1:-1] > 0
-    return inside & ~shrunk
+def _narrowed(inside: Mask, pixels: int) -> Mask:
+    """Return a region without its outermost pixels; a region of the whole picture has some too."""
+    framed = Image.fromarray(np.pad(inside, pixels).astype(np.uint8) * 255)
+    narrowed: np.ndarray = np.array(framed.filter(ImageFilter.MinFilter(2 * pixels + 1))) > 0
+    return narrowed[pixels:-pixels, pixels:-pixels]
+
+
+def _widened(inside: Mask, pixels: int) -> Mask:
+    framed = Image.fromarray(np.pad(inside, pixels).astype(np.uint8) * 255)
+    widened: np.ndarray = np.array(framed.filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
+    return widened[pixels:-pixels, pixels:-pixels]
 
 
 def _data_uri(media_type: str, content: bytes) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from legrad.heatmaps import minmax_normalise
+from legrad.heatmaps import Normalisation, heatmap_columns, minmax_normalise
 from legrad.quality.metrics import foreground_iou
 from pipeline import storage
+from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import InputConfig
 from pipeline.output.label_map import in_frame
 from pipeline.output.stored_grids import stored_grid
@@ -59,3 +60,23 @@ def mask_iou(
 ) -> float:
     """Return the foreground IoU of a mask, in any frame, with ground truth over the valid pixels."""
     return float(foreground_iou(in_frame(mask, truth.shape)[None], truth[None], valid[None])[0])
+
+
+def cut_of(threshold: float | None, masks: MasksConfig) -> float | None:
+    """Return the threshold of a row of a job; None where neither the row nor the rule says it."""
+    if threshold is not None:
+        return threshold
+    return masks.value if masks.rule == "fixed" else None
+
+
+def preview_iou(
+    heatmap: Float[np.ndarray, "grid_height grid_width"],
+    mask: Bool[np.ndarray, "rows columns"],
+    cut: float,
+    normalisation: Normalisation,
+) -> float:
+    """Return the IoU of a job's mask with the stored heat map above a threshold; 1 if both are empty."""
+    height, width = mask.shape
+    above = cut < heatmap_columns(np.ascontiguousarray(heatmap, np.float32), height, width, normalisation).T
+    union = int((above | mask).sum())
+    return int((above & mask).sum()) / union if union else 1.0

@@ -20,6 +20,9 @@ MAX_FAILED_SHOWN = 20
 MAX_ERROR_FILES = 64
 MAX_ERROR_ROWS = 1000
 EXAMPLES_PER_KIND = 3
+KEYS_PER_KIND = 100
+# of all kinds together
+MAX_KEYS = 1000
 MAX_KINDS = 40
 RUNS_SHOWN = 6
 UNREADABLE_RECORD = "(the record cannot be read)"
@@ -28,11 +31,19 @@ EXAMPLE_COLUMNS = ("key", "shard", "stage", "kind", "message")
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """Error rows of one kind, ``stage/kind``, with a few of them as dictionaries."""
+    """Error rows of one kind.
+
+    Attributes:
+        name: ``stage/kind``.
+        rows: their number, where it is known, else 0.
+        examples: a few of them as dictionaries.
+        samples: key and shard of the first ones that name a sample.
+    """
 
     name: str
     rows: int
     examples: tuple[Mapping[str, Any], ...]
+    samples: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,17 +161,25 @@ def _error_kinds(
 ) -> tuple[ErrorKind, ...]:
     """Return the kinds with counts, where known, and examples from the first files with errors."""
     counted = dict(counts.errors_by_kind) if counts is not None else {}
-    examples: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in counted}
+    found: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in counted}
     if counts is None or counted:
         for shard_id in shard_ids[:MAX_ERROR_FILES]:
-            if counted and all(len(found) >= EXAMPLES_PER_KIND for found in examples.values()):
+            if counted and all(
+                len(rows) >= min(counted[kind], KEYS_PER_KIND) for kind, rows in found.items()
+            ):
                 break
             for row in _some_errors(folder, shard_id, damaged):
-                found = examples.setdefault(f"{row['stage']}/{row['kind']}", [])
-                if len(found) < EXAMPLES_PER_KIND:
-                    found.append(row)
-    kinds = sorted(examples, key=lambda kind: (-counted.get(kind, 0), kind))[:MAX_KINDS]
-    return tuple(ErrorKind(kind, counted.get(kind, 0), tuple(examples[kind])) for kind in kinds)
+                rows = found.setdefault(f"{row['stage']}/{row['kind']}", [])
+                if len(rows) < KEYS_PER_KIND:
+                    rows.append(row)
+    kinds = sorted(found, key=lambda kind: (-counted.get(kind, 0), kind))[:MAX_KINDS]
+    most = MAX_KEYS // max(1, len(kinds))
+    return tuple(_error_kind(kind, counted.get(kind, 0), found[kind], most) for kind in kinds)
+
+
+def _error_kind(kind: str, count: int, rows: Sequence[Mapping[str, Any]], most_keys: int) -> ErrorKind:
+    samples = dict.fromkeys((row["key"], row["shard"]) for row in rows if row["key"] is not None)
+    return ErrorKind(kind, count, tuple(rows[:EXAMPLES_PER_KIND]), tuple(samples)[:most_keys])
 
 
 def _some_errors(folder: OutputFolder, shard_id: str, damaged: list[str]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pipeline.output.image_shards import LocatedShards, locate_shards
 from pipeline.output.records import utc_now
 from pipeline.report.gallery import read_cards, with_pictures
 from pipeline.report.page import PageContent, render_page
+from pipeline.report.preview import normalisation_of
 from pipeline.report.scores import ScoredRows, read_scores
 from pipeline.report.selection import choose_rows
 from pipeline.report.totals import read_totals
@@ -91,7 +92,14 @@ def write_report(
     cards, unread = read_cards(
         folder, scores, *choose_rows(scores, _rows_of(scores, shown_shards), samples, generator)
     )
-    gallery = with_pictures(folder, cards, located, config, PICTURE_BYTES // max(1, len(cards)))
+    gallery = with_pictures(
+        folder,
+        cards,
+        located,
+        config,
+        PICTURE_BYTES // max(1, len(cards)),
+        normalisation=normalisation_of(job.model_dump()),
+    )
     page = render_page(
         PageContent(
             out=storage.shown_url(out_dir),

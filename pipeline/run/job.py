@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.annotate.model import check_model, model_facts, resolved, weights_digest
 from pipeline.annotate.segmenting import digest_of_segmenter, resolved_segmenter
 from pipeline.config.load import config_hash
+from pipeline.config.marks import require_marked_shards
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, UserError
 from pipeline.output.counts import ShardCounts
@@ -120,6 +121,8 @@ def prepare_job(config: JobConfig, moves: Sequence[str] = ()) -> Job:
         allow_commands=config.input.allow_commands,
         check_inputs=config.run.check_inputs,
     )
+    if isinstance(config.prompts.marks, tuple):
+        require_marked_shards(config.prompts.marks, {shard.canonical_url for shard in listing.shards})
     check_model(config.model, config.views.scales)
     former = opened_folder(config.output.dir)
     is_auto = config.model.precision == "auto"

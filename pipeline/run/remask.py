@@ -10,6 +10,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.annotate.stored_maps import facts_of, reads_images
 from pipeline.config.load import config_hash, parse_config, with_overrides
+from pipeline.config.marks import require_marked_shards
 from pipeline.config.schema import JobConfig
 from pipeline.errors import UserError
 from pipeline.output.folder import JOB_FILE, OutputFolder
@@ -17,6 +18,7 @@ from pipeline.output.image_shards import locate_shards
 from pipeline.output.records import JobRecord, JobStamp, installed_versions
 from pipeline.output.schema import ShardRow
 from pipeline.output.status import FolderState, read_state
+from pipeline.prompts.sample_prompts import with_files_read
 from pipeline.run.destination import check_destination
 from pipeline.run.job import Job, opened_folder, opened_job
 from pipeline.storage import ShardSource
@@ -99,7 +101,8 @@ def remask_config(source: StoredJob, new: str, overrides: Sequence[str] = ()) ->
     """Return the configuration of the new job: that of the old one, with the keys that were set.
 
     Raises:
-        UserError: a key is not one of masks, or masks by it need what is not stored.
+        UserError: a key is not one of masks, masks by it need what is not stored, or marks cannot be read or
+            are about no shard of the job.
     """
     keys = [override.partition("=")[0] for override in overrides]
     _require_known_keys(keys)
@@ -114,6 +117,9 @@ def remask_config(source: StoredJob, new: str, overrides: Sequence[str] = ()) ->
         where=storage.join_url(source.folder.url, JOB_FILE),
         overrides=overrides,
     )
+    config = config.model_copy(update={"prompts": with_files_read(config.prompts)})
+    if isinstance(config.prompts.marks, tuple):
+        require_marked_shards(config.prompts.marks, {row["shard"] for row in source.state.listed.values()})
     if problems := list(_problems(source.config, config)):
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(

@@ -53,11 +53,13 @@ class RawSample:
         index: ordinal of the sample in its shard, failed samples counted.
         key: the members' common name, folders included, up to the first dot of the base name.
         fields: what follows that dot, in lower case, and the member's bytes.
+        shard: canonical URL of the shard, for readers that need it; otherwise empty.
     """
 
     index: int
     key: str
     fields: SampleFields
+    shard: str = ""
 
 
 def read_samples(

@@ -165,6 +165,30 @@ def test_a_bad_prompt_costs_its_own_row_only(annotate, tmp_path):
     assert (counts.annotated, counts.failed) == (1, 0)
 
 
+def test_prompts_marked_bad_get_no_row_and_those_of_other_samples_do(annotate, tmp_path):
+    path = write_shard(
+        tmp_path / "0.tar",
+        [sample(key, number, json=captions_json(["a dog", "a cat"])) for number, key in enumerate("abc")],
+    )
+    url = storage.list_shards([str(path)])[0].canonical_url
+    marks = [
+        {"shard": url, "key": key, "prompt_index": index, "prompt": text, "mark": mark}
+        for key, index, text, mark in (
+            ("a", 0, "a dog", "bad"),
+            ("b", 1, "a cat", "good"),
+            ("c", 0, "a cow", "bad"),
+        )
+    ]
+    rows, errors, counts = annotate(
+        path, input={"caption": "json:captions"}, prompts={"source": "captions", "marks": marks}
+    )
+    assert [(row["key"], row["prompt"]) for row in rows] == [("a", "a cat"), ("b", "a dog"), ("b", "a cat")]
+    assert [(error["key"], error["stage"], error["kind"]) for error in errors] == [
+        ("c", "caption", "other_prompt_marked")
+    ]
+    assert (counts.annotated, counts.failed) == (2, 1)
+
+
 def test_a_sample_without_prompts_is_empty_not_failed(annotate, tmp_path):
     path = write_shard(
         tmp_path / "0.tar", [sample("a", 1, json=captions_json([])), sample("b", 2, json=b"{")]

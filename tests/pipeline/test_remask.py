@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import legrad
+from pipeline import storage
 from pipeline.annotate.model import load_explainer
 from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME, demo_shard_paths
@@ -23,6 +24,7 @@ from tests.helpers.remasking import (
     annotated,
     assert_same_masks,
     counts_of,
+    iou,
     remasked,
     rows_in,
     scenes_job,
@@ -269,3 +271,39 @@ def test_folders_without_maps_and_folders_of_other_jobs_are_refused(stored, corp
         prepare_job(scenes_job([corpus], new, masks={"value": 0.5}))
     with pytest.raises(UserError, match="use `legrad remask`"):
         prepare_job(scenes_job([corpus], tmp_path / "x", input={"maps": stored}))
+
+
+@pytest.mark.parametrize("keep", ["good", "not-bad"])
+def test_marks_keep_the_same_prompts_as_in_a_direct_run(tmp_path, corpus, explainer, keep):
+    url = storage.list_shards([str(corpus)])[0].canonical_url
+    out = annotated(explainer, scenes_job([corpus], tmp_path / "out"))
+    marked = [("scene0", 0, "bad"), ("scene1", 1, "good"), ("repeated", 0, "bad"), ("repeated", 2, "good")]
+    names = ("shard", "key", "prompt_index", "mark")
+    marks = [dict(zip(names, (url, *mark), strict=True)) for mark in marked]
+    (tmp_path / "marks.json").write_text(json.dumps(marks))
+    settings = {"source": "captions", "background": "default", "marks": marks, "keep_marked": keep}
+    direct = annotated(explainer, scenes_job([corpus], tmp_path / "direct", prompts=settings))
+    overrides = (f"prompts.marks={tmp_path}/marks.json", f"prompts.keep_marked={keep}")
+    new = remasked(out, tmp_path / "new", *overrides)
+    found, expected = rows_in(new), rows_in(direct)
+    assert 0 < len(found) < len(rows_in(out))
+    assert found.keys() == expected.keys()
+    for place, row in expected.items():
+        # other prompts in a batch change the last bits of similarities and grids
+        assert found[place]["similarity"] == pytest.approx(row["similarity"], abs=1e-5)
+        assert found[place]["peak"] == pytest.approx(row["peak"], rel=1e-3)
+        assert found[place]["status"] == row["status"]
+        assert iou(found[place]["mask"], row["mask"]) >= 0.995, place
+    assert counts_of(new).annotated == counts_of(direct).annotated
+
+
+def test_marks_of_other_prompts_or_of_another_corpus_are_refused(tmp_path, corpus, explainer):
+    url = storage.list_shards([str(corpus)])[0].canonical_url
+    out = annotated(explainer, scenes_job([corpus], tmp_path / "out"))
+    mark = {"key": "scene0", "prompt_index": 0, "prompt": "something else", "mark": "bad"}
+    (tmp_path / "marks.json").write_text(json.dumps([{**mark, "shard": url}]))
+    new = remasked(out, tmp_path / "new", f"prompts.marks={tmp_path}/marks.json")
+    assert counts_of(new).errors_by_kind["caption/other_prompt_marked"] == 1
+    (tmp_path / "marks.json").write_text(json.dumps([{**mark, "shard": "s3://b/0.tar"}]))
+    with pytest.raises(UserError, match="none of the 1 mark"):
+        prepare_remask(str(out), str(tmp_path / "other"), (f"prompts.marks={tmp_path}/marks.json",))

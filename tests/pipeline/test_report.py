@@ -23,7 +23,15 @@ from pipeline.errors import UserError
 from pipeline.output.folder import OutputFolder
 from pipeline.report import write_report
 from pipeline.report.charts import class_bars, histogram, throughput_chart
-from pipeline.report.pictures import RowParts, draw_pictures
+from pipeline.report.pictures import (
+    DARK_RGB,
+    MASK_RGB,
+    TRUTH_RGB,
+    RowParts,
+    draw_pictures,
+    mask_picture,
+    paled,
+)
 from pipeline.report.scores import read_scores
 from pipeline.report.selection import choose_rows
 from pipeline.report.write import MAX_SAMPLES, PICTURE_BYTES
@@ -105,7 +113,7 @@ def test_a_page_shows_rows_pictures_errors_runs_and_provenance(job):
     ):
         assert text in page.text, text
     pictures = [image for image in page.having("src") if image.get("class") != "chart"]
-    assert len(pictures) == 30 * 2 + 24, "a photo and a heat map each, and a mask where one is"
+    assert len(pictures) == 30 * 3, "a photo, a mask and a heat map each"
 
 
 def test_every_chart_has_its_figures_in_words(job):
@@ -574,18 +582,127 @@ def test_pictures_never_take_more_bytes_than_they_may(width, height, max_bytes, 
     if drawn is None:
         assert max_bytes < 12_000
         return
-    uris = [uri for uri in (drawn.photo, drawn.heat, drawn.layer) if uri is not None]
-    assert sum(map(len, uris)) <= max_bytes
-    assert (drawn.heat is not None) == ("heatmap" in parts)
-    assert (drawn.layer is not None) == bool(parts - {"heatmap"})
+    uris = [drawn.photo, drawn.mask, drawn.heat, drawn.layer, drawn.grid]
+    assert sum(len(uri) for uri in uris if uri is not None) <= max_bytes
+    assert (drawn.heat is not None) == (drawn.grid is not None) == ("heatmap" in parts)
+    assert (drawn.layer is not None) == bool(parts & {"ignored", "truth"})
 
 
-def test_a_mask_is_drawn_where_it_is(tmp_path):
-    mask = np.zeros((40, 40), dtype=bool)
-    mask[10:30, 20:40] = True
-    drawn = draw_pictures(RowParts(Image.open(io.BytesIO(image_bytes(0, 40, 40))), None, mask), 50_000)
+def test_a_mask_keeps_its_colours_within_an_outline_of_two_tones_and_the_rest_is_pale():
+    photo = np.full((40, 40, 3), (200, 60, 20), dtype=np.uint8)
+    inside = np.zeros((40, 40), dtype=bool)
+    inside[10:30, 20:40] = True
+    picture = mask_picture(photo, inside)
+    assert (picture[12:28, 22:38] == (200, 60, 20)).all()
+    for outermost in (picture[10:12, 20:], picture[10:30, 20:22], picture[10:30, 38:]):
+        assert (outermost == MASK_RGB).all()
+    assert (picture[9, 19:] == DARK_RGB).all()
+    assert (picture[:, :19] == paled(photo)[:, :19]).all()
+    assert (np.ptp(paled(photo), axis=2) == 0).all()
+    assert (mask_picture(photo, None) == paled(photo)).all()
+
+
+def test_ground_truth_is_outlined_and_ignored_pixels_are_hatched_on_a_layer_of_their_own():
+    image = Image.open(io.BytesIO(image_bytes(0, 40, 40)))
+    truth, ignored = np.zeros((2, 40, 40), dtype=bool)
+    truth[10:30, 20:40], ignored[:, :10] = True, True
+    drawn = draw_pictures(RowParts(image, None, truth, ignored, truth), 50_000)
     layer = Image.open(io.BytesIO(base64.b64decode(drawn.layer.partition(",")[2]))).convert("RGBA")
-    alpha = np.asarray(layer)[..., 3]
-    assert np.array_equal(alpha > 0, mask)
-    assert (alpha[11:29, 21:39] == 95).all()
-    assert (alpha[10, 20:40] == 255).all()
+    pixels = np.asarray(layer)
+    assert (pixels[10, 20:40] == (*TRUTH_RGB, 255)).all()
+    assert (pixels[12:28, 22:38, 3] == 0).all()
+    assert 0.2 < (pixels[:, :10, 3] == 255).mean() < 0.5
+    assert (pixels[:, 12:18, 3] == 0).all()
+
+
+# --- thresholds, marks, keys of errors
+
+
+def card_of(page, **wanted):
+    return next(card for card in page.cards if all(card[name] == value for name, value in wanted.items()))
+
+
+def slider_of(page):
+    (slider,) = page.having("data-start")
+    return slider
+
+
+def test_the_slider_starts_at_the_threshold_of_the_job(tmp_path):
+    out = write_job(tmp_path / "fixed", [varied_rows(8)], masks={"rule": "fixed", "value": 0.38})
+    slider = slider_of(page_of(out)[1])
+    assert (slider["value"], slider["data-rule"], slider["data-normalisation"]) == (
+        "0.38",
+        "fixed",
+        "upsampled",
+    )
+    rows = [row(index, threshold=0.2 + 0.1 * index) for index in range(3)]
+    slider = slider_of(page_of(write_job(tmp_path / "otsu", [rows], masks={"rule": "otsu"}))[1])
+    assert (slider["value"], slider["data-rule"]) == ("0.3", "otsu")
+
+
+def test_the_page_holds_the_stored_grid_of_rows_whose_mask_depends_on_the_threshold(tmp_path):
+    statuses = ["ok", "empty_mask", "rejected_area", "rejected_similarity", "rejected_peak", "rejected_lead"]
+    out = write_job(tmp_path, [[row(index, status=status) for index, status in enumerate(statuses)]])
+    _, page = page_of(out)
+    assert {card["data-status"] for card in page.cards if "data-grid" in card} == set(statuses[:3])
+    card = card_of(page, **{"data-status": "ok"})
+    levels = np.frombuffer(base64.b64decode(card["data-grid"]), "<u2").reshape(3, 4)
+    assert (card["data-grid-height"], card["data-grid-width"]) == ("3", "4")
+    grid = np.arange(12).reshape(3, 4) * 20
+    np.testing.assert_array_equal(levels, np.rint(grid / 220 * 65535))
+
+
+def test_the_page_says_how_far_the_slider_is_from_the_masks_of_the_job(tmp_path):
+    """The stored map of a row rises from the top left; above 0.5 it is the lower half."""
+    above = box_rle(24, 0, 48, 64)
+    out = write_job(tmp_path, [[row(0, mask=above, threshold=0.5), row(1, mask=above, threshold=0.5)]],
+                    masks={"refine": "none", "smooth": 0})  # fmt: skip
+    _, page = page_of(out)
+    assert "Shows the stored heat map above the threshold." in page.text
+    (value,) = re.findall(r"have an IoU of ([\d.]+), on average of 2 rows", page.text)
+    assert 0.7 < float(value) <= 1
+    refined = write_job(tmp_path / "refined", [[row(0)]], masks={"refine": "par", "smooth": 1})
+    assert "without masks.smooth, masks.refine." in page_of(refined)[1].text
+
+
+def test_a_job_without_stored_maps_has_no_slider(tmp_path):
+    _, page = page_of(write_job(tmp_path, [[row(0, heat=False)]]))
+    assert not page.having("data-start")
+    assert not page.having("data-grid")
+
+
+def test_each_card_names_its_row_exactly_for_marks(tmp_path):
+    keys = ["plain", HOSTILE.replace("/", "").replace(".", ""), "\u202e\x1b[31m", "long" * 100]
+    out = write_job(tmp_path, [[row(index, index + 3, key=key) for index, key in enumerate(keys)]])
+    _, page = page_of(out)
+    (cards,) = (attributes for attributes in page.having("data-shards"))
+    shards = json.loads(cards["data-shards"])
+    assert shards == [f"file://{tmp_path}/0.tar"]
+    named = {
+        json.loads(card["data-key"]) if "data-key" in card else None: int(card["data-prompt-index"])
+        for card in page.cards
+    }
+    assert all(card["data-shard"] == "0" for card in page.cards)
+    assert {None: named[None], keys[2]: 5, keys[3]: 6} == named
+    assert OutputFolder(str(out)).job().config_hash in cards["data-job"]
+
+
+def test_a_key_too_long_for_a_page_cannot_be_marked(tmp_path):
+    _, page = page_of(write_job(tmp_path, [[row(0, key="k" * 600)]]))
+    (card,) = page.cards
+    assert "data-unmarkable" in card
+    assert "data-prompt-index" not in card
+
+
+def test_the_keys_of_each_kind_of_error_are_listed_with_their_shards(tmp_path):
+    errors = [error(index, key=f"broken{index:03d}") for index in range(120)]
+    errors += [error(200, kind="empty", key="<b>empty</b>\u202e"), error(201, kind="empty", key=None)]
+    _, page = page_of(write_job(tmp_path, [[row(0)]], errors=errors))
+    assert "The first 100 by sample key and shard" in page.text
+    listed = re.search(r'aria-label="Keys of decode/truncated">(.*?)</pre>', page.html, re.DOTALL)[1]
+    lines = [line.split("\t") for line in listed.split("\n") if line]
+    assert [key for key, _ in lines] == [f"broken{index:03d}" for index in range(100)]
+    assert {shard for _, shard in lines} == {f"file://{tmp_path}/0.tar"}
+    assert "<b>empty</b>\\u202e" in page.text
+    ids = {attributes["id"] for attributes in page.having("id")}
+    assert {attributes["data-copies"] for attributes in page.having("data-copies")} <= ids

@@ -3,13 +3,18 @@
 LEGRAD_SCREENSHOTS names a folder for screenshots; without it none are taken.
 """
 
+import base64
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from legrad.heatmaps import heatmap_columns
+from pipeline.config.marks import marks_of, read_mark_list
 from pipeline.report import write_report
 from tests.helpers.report_jobs import HOSTILE, error, varied_rows, write_job
 
@@ -33,7 +38,13 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def downloads(tmp_path_factory):
+    """The folder where the browser saves files."""
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory, downloads):
     """A browser that logs its console and every request."""
     from selenium import webdriver
 
@@ -41,6 +52,7 @@ def browser(tmp_path_factory):
     options.binary_location = CHROMIUM
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
     driver.set_page_load_timeout(240)
@@ -67,6 +79,10 @@ def page(browser, address):
     browser.get_log("browser")
     browser.get_log("performance")
     browser.get(address)
+    # marks of an earlier test
+    if browser.execute_script("const kept = localStorage.length; localStorage.clear(); return kept"):
+        browser.get(address)
+    browser.get_log("performance")
     return browser
 
 
@@ -127,6 +143,7 @@ def requests(page):
 
 
 def test_a_page_loads_without_a_word_on_the_console_and_asks_nobody(page, address):
+    page.get(address)
     script(page, "for (const details of document.querySelectorAll('details')) details.open = true")
     choose(page, "order", "best")
     assert requests(page) == [address]
@@ -271,6 +288,190 @@ def focused_in_dialog(page):
     return script(page, "return document.getElementById('large').contains(document.activeElement)")
 
 
+def slide(page, value, name="cut"):
+    choose(page, name, str(value))
+    wait_for(page, f"document.getElementById('override').textContent.endsWith('={value}')")
+
+
+def wait_for(page, condition):
+    """Wait until an expression of JavaScript holds: the browser draws and stores when it finds time."""
+    deadline_s = time.monotonic() + 120
+    while not script(page, f"return {condition}"):
+        assert time.monotonic() < deadline_s, condition
+        page.execute_async_script("setTimeout(arguments[0], 50)")
+
+
+def previewed(page):
+    """Position of each card that shows a mask of the slider's threshold, and the share that it keeps."""
+    return script(
+        page,
+        "return [...document.querySelectorAll('.card')].filter(card => !card.querySelector('.kept')?.hidden"
+        " && card.querySelector('.kept')).map(card => [card.querySelector('.sample-key').textContent,"
+        " parseFloat(card.querySelector('.kept dd').textContent)])",
+    )
+
+
+def test_the_slider_shows_masks_of_another_threshold_and_the_share_that_they_keep(page):
+    choose(page, "order", "best")
+    assert text_of(page, "kept") == "The masks of the job are shown."
+    assert previewed(page) == []
+    slide(page, 0.5)
+    at_half = dict(previewed(page))
+    accepted = script(page, "return document.querySelectorAll('.card[data-status=ok]').length")
+    assert len(at_half) == accepted
+    assert text_of(page, "override") == "masks.rule=fixed masks.value=0.5"
+    mean = sum(at_half.values()) / len(at_half)
+    assert f"{mean:.1f} % of the image is kept, on average of {accepted} rows" in text_of(page, "kept")
+    slide(page, 0.8, "cut-number")
+    at_more = dict(previewed(page))
+    assert all(0 < at_more[key] < at_half[key] for key in at_half)
+    assert script(page, "return document.getElementById('cut').value") == "0.8"
+    slide(page, 1)
+    assert f"{accepted} of them keep nothing" in text_of(page, "kept")
+    script(page, "document.getElementById('own').click()")
+    wait_for(page, "document.getElementById('rerun').hidden")
+    assert previewed(page) == []
+    assert script(page, "return document.querySelectorAll('.mask canvas:not([hidden])').length") == 0
+    assert page.get_log("browser") == []
+
+
+def text_of(page, name):
+    return script(page, "return document.getElementById(arguments[0]).textContent", name)
+
+
+def test_the_share_that_a_threshold_keeps_is_that_of_the_library(page):
+    choose(page, "order", "best")
+    slide(page, 0.37)
+    key, share = previewed(page)[0]
+    grid, height, width, rows, columns = script(
+        page,
+        "const card = [...document.querySelectorAll('.card')].find("
+        "card => card.querySelector('.sample-key').textContent === arguments[0]);"
+        "const image = card.querySelector('.photo img');"
+        "return [card.dataset.grid, card.dataset.gridHeight, card.dataset.gridWidth,"
+        " image.getAttribute('height'), image.getAttribute('width')]",
+        key,
+    )
+    levels = np.frombuffer(base64.b64decode(grid), "<u2").reshape(int(height), int(width))
+    heatmap = heatmap_columns(levels.astype(np.float32), int(rows), int(columns), "upsampled")
+    assert share == pytest.approx(100 * (heatmap > 0.37).mean(), abs=0.051)
+
+
+def test_the_mask_of_a_threshold_is_drawn_over_that_of_the_job(page):
+    choose(page, "order", "best")
+    # only what is near the screen is drawn
+    script(page, "document.querySelector('.card[data-status=ok]').scrollIntoView()")
+    slide(page, 0.5)
+    wait_for(page, "document.querySelector('.card[data-status=ok]').classList.contains('previewed')")
+    painted = script(
+        page,
+        "const canvas = document.querySelector('.card[data-status=ok] .mask canvas');"
+        "return [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]",
+    )
+    pixels = np.reshape(painted, (-1, 4))
+    outline = (pixels[:, :3] == (255, 214, 10)).all(axis=1)
+    assert outline.any()
+    assert (pixels[:, 3] == 255).all()
+    script(page, "document.querySelector('.card[data-status=ok] .open').click()")
+    captions = script(
+        page, "return [...document.querySelectorAll('.large .caption')].map(each => each.textContent)"
+    )
+    assert captions == ["image", "heat map", "mask, preview"]
+    slide(page, 0.9, "large-cut")
+    assert text_of(page, "override") == "masks.rule=fixed masks.value=0.9"
+    wait_for(page, "document.querySelector('#large-figures .kept dd').textContent !== '50.0 %'")
+    kept = script(page, "return document.querySelector('#large-figures .kept dd').textContent")
+    assert 0 < float(kept.removesuffix(" %")) < 50
+
+
+def marked(page):
+    """Mark of each marked card by its key, in the order of the cards."""
+    found = script(
+        page,
+        "return [...document.querySelectorAll('.card[data-mark]')]"
+        ".map(card => [card.querySelector('.sample-key').textContent, card.dataset.mark])",
+    )
+    return dict(found)
+
+
+def test_rows_are_marked_by_buttons_and_by_keys_and_stay_marked(page, address):
+    from selenium.webdriver.common.keys import Keys
+
+    choose(page, "order", "best")
+    script(page, "document.querySelector('.open').focus()")
+    press(page, "g")
+    press(page, Keys.ARROW_RIGHT)
+    press(page, "b")
+    press(page, Keys.ARROW_RIGHT)
+    press(page, "g")
+    press(page, "u")
+    assert list(marked(page).values()) == ["good", "bad"]
+    assert text_of(page, "marked") == "1 marked good, 1 marked bad."
+    script(page, "document.querySelectorAll('.card .mark[data-mark=bad]')[0].click()")
+    assert list(marked(page).values()) == ["bad", "bad"]
+    pressed = script(
+        page,
+        "return [...document.querySelector('.card').querySelectorAll('.mark')].map(each => each.ariaPressed)",
+    )
+    assert pressed == ["false", "true"]
+    script(page, "document.querySelectorAll('.card .mark[data-mark=bad]')[0].click()")
+    assert list(marked(page).values()) == ["bad"]
+    press(page, Keys.ENTER)
+    press(page, "g")
+    assert (
+        script(page, "return document.querySelector('#large-marks [data-mark=good]').ariaPressed") == "true"
+    )
+    press(page, Keys.ESCAPE)
+    before = marked(page)
+    page.get(address)
+    wait_for(page, "document.querySelectorAll('.card[data-mark]').length === 2")
+    choose(page, "order", "best")
+    assert marked(page) == before
+    choose(page, "mark", "bad")
+    assert len(shown(page)) == 1
+    choose(page, "mark", "none")
+    assert len(shown(page)) == 18
+    assert page.get_log("browser") == []
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_marks_are_saved_as_a_file_that_the_pipeline_reads(page, downloads, form):
+    choose(page, "order", "best")
+    script(page, "for (const each of document.querySelectorAll('.card .mark[data-mark=good]')) each.click()")
+    path = downloads / f"marks.{form}"
+    script(page, f"document.getElementById('save-{form}').click()")
+    deadline_s = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    marks = read_mark_list(str(path))
+    assert len(marks) == 20
+    assert {mark.mark for mark in marks} == {"good"}
+    assert {mark.shard.rpartition("/")[2] for mark in marks} == {"0.tar"}
+    assert [mark.prompt for mark in marks if mark.key == "key000"] in ([], [HOSTILE])
+    assert all(marks_of(marks, "good").keeps(*mark.row, mark.prompt) for mark in marks)
+
+
+def test_all_marks_are_removed_at_once_after_a_question(page):
+    choose(page, "order", "best")
+    script(page, "document.querySelector('.card .mark').click()")
+    for answer, left in (("dismiss", 1), ("accept", 0)):
+        script(page, "setTimeout(() => document.getElementById('clear-marks').click())")
+        getattr(page.switch_to.alert, answer)()
+        assert len(marked(page)) == left
+    assert text_of(page, "marked") == "No row is marked."
+
+
+def test_the_keys_of_an_error_are_copied_or_selected(page):
+    script(page, "for (const details of document.querySelectorAll('details')) details.open = true")
+    script(page, "document.querySelector('.kind [data-copies]').click()")
+    wait_for(page, "document.querySelector('.kind [data-copies]').textContent !== 'Copy'")
+    said = script(page, "return document.querySelector('.kind [data-copies]').textContent")
+    assert said in ("Copied", "Selected; press Ctrl+C")
+    if said != "Copied":
+        assert HOSTILE in script(page, "return getSelection().toString()")
+
+
 def test_every_control_has_a_name(page):
     unnamed = script(
         page,
@@ -289,7 +490,7 @@ def test_every_control_has_a_name(page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 360])
 def test_both_schemes_are_readable_and_nothing_runs_over_the_side(page, scheme, width):
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
@@ -298,10 +499,17 @@ def test_both_schemes_are_readable_and_nothing_runs_over_the_side(page, scheme, 
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
     )
+    script(page, "for (const details of document.querySelectorAll('details')) details.open = true")
     assert script(page, "return document.documentElement.scrollWidth") == width
+    overflow = script(
+        page,
+        "document.querySelector('.open').click(); const dialog = document.getElementById('large');"
+        "const found = dialog.scrollWidth - dialog.clientWidth; dialog.close(); return found",
+    )
+    assert overflow == 0
     faint = [
         contrast(page, selector)
-        for selector in ("h1", ".sub", ".detail", ".chip", "nav a", "#controls label")
+        for selector in ("h1", ".sub", ".detail", ".chip", "nav a", "#controls label", ".mark", ".tool code")
     ]
     assert min(faint) >= 4.5, "WCAG 2.2, 1.4.3: contrast of text"
     screenshots(page, f"{width}-{scheme}")

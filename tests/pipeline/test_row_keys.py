@@ -36,6 +36,11 @@ CLASSES = [
     "cow",
 ]
 
+MARKS = [
+    {"shard": "s", "key": "a", "prompt_index": 0, "mark": "good"},
+    {"shard": "s", "key": "a", "prompt_index": 1, "mark": "bad"},
+]
+
 share = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
 VALUES = {
     "input": {
@@ -75,6 +80,8 @@ VALUES = {
         "max_background": st.sampled_from([1, 2, 4]),
         "neutral": st.sampled_from([None, "a photo of a"]),
         "neutral_threshold": share,
+        "marks": st.sampled_from([None, [], MARKS[:1], MARKS[1:], MARKS]),
+        "keep_marked": st.sampled_from(["good", "not-bad"]),
     },
     "masks": {
         "rule": st.sampled_from(["fixed", "otsu", "quantile", "band"]),
@@ -146,7 +153,7 @@ def rows_of(config):
     canvases = [canvas_grids(views, TRANSFORM, *size) for size in ((50, 300), (90, 80), (6, 6))]
     seen = [views_of(views, grids, GRID) for grids in canvases]
     try:
-        prompts = SamplePrompts(config).of(FIELDS).prompts
+        prompts = SamplePrompts(config).of(FIELDS, shard="s", key="a").prompts
     except SampleFailure as failure:
         # the message repeats the field as the configuration spells it, JSON: or json:
         return [seen, str(failure).lower()]

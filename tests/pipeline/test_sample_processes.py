@@ -115,11 +115,16 @@ def test_rows_and_errors_are_the_same_in_processes_and_in_threads(explainer, tmp
     paths.append(
         write_shard(tmp_path / "in" / "broken.tar", [*broken, *(sample(f"k{i}", i) for i in range(9))])
     )
+    url = storage.list_shards([str(paths[-1])])[0].canonical_url
+    marks = [{"shard": url, "key": "k3", "prompt_index": 0, "mark": "bad"}]
     found = []
     for in_processes in (False, True):
-        config = demo_job(paths, tmp_path / f"out-{in_processes}", output={"heatmap": True})
+        config = demo_job(
+            paths, tmp_path / f"out-{in_processes}", output={"heatmap": True}, prompts={"marks": marks}
+        )
         found.append(annotated(explainer, config, in_processes=in_processes))
     assert found[0] == found[1]
+    assert [counts.empty for counts in found[0][2]] == [0, 0, 1], "the prompt that is marked bad"
     assert [counts.samples_in for counts in found[0][2]] == [40, 40, 12]
 
 

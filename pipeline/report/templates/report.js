@@ -1,6 +1,7 @@
-"use strict";
-(() => {
-  const byId = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
+
+// The gallery: filters, order, keys, the dialog. null on a page without rows.
+const gallery = (() => {
   for (const element of document.querySelectorAll(".needs-script")) element.hidden = false;
 
   const themes = ["system", "light", "dark"];
@@ -14,14 +15,29 @@
     setTheme(themes[(themes.indexOf(now) + 1) % themes.length]);
   });
 
+  for (const copier of document.querySelectorAll("[data-copies]")) {
+    copier.addEventListener("click", async () => {
+      const source = byId(copier.dataset.copies);
+      try {
+        await navigator.clipboard.writeText(source.textContent);
+        copier.textContent = "Copied";
+      } catch {
+        // the browser refuses a page that is not from a secure place: the text is selected, to be copied by key
+        getSelection().selectAllChildren(source);
+        copier.textContent = "Selected; press Ctrl+C";
+      }
+    });
+  }
+
   const list = byId("cards");
-  if (!list) return;
+  if (!list) return null;
   const cards = [...list.children];
   const form = byId("controls");
   const textOf = new Map(cards.map((card) => [card,
     `${card.querySelector(".prompt").textContent} ${card.querySelector(".sample-key").textContent}`.toLowerCase()]));
   const button = (card) => card.querySelector(".open");
   let shown = cards;
+  const listeners = { shown: [], enlarged: [] };
 
   // Number("") is 0, but an empty field is not a number
   const number = (text) => (text.trim() === "" ? NaN : Number(text));
@@ -38,6 +54,7 @@
       && words.every((word) => text.includes(word))
       && (valueOf("class") === "" || data.class === valueOf("class"))
       && (valueOf("status") === "" || data.status === valueOf("status"))
+      && (valueOf("mark") === "" || (data.mark ?? "none") === valueOf("mark"))
       && (Number.isNaN(least) || score >= least)
       && (Number.isNaN(most) || score <= most);
   };
@@ -53,7 +70,9 @@
   };
 
   const setCurrent = (card) => {
-    for (const other of cards) button(other).tabIndex = other === card ? 0 : -1;
+    for (const other of cards) {
+      for (const control of other.querySelectorAll("button")) control.tabIndex = other === card ? 0 : -1;
+    }
   };
 
   const update = () => {
@@ -67,6 +86,7 @@
     byId("count").textContent = `${shown.length} of ${cards.length} rows shown`;
     byId("nothing").hidden = shown.length > 0;
     setCurrent(shown[0]);
+    for (const listener of listeners.shown) listener();
   };
   form.addEventListener("input", update);
   form.addEventListener("reset", () => setTimeout(update));
@@ -92,32 +112,40 @@
 
   const dialog = byId("large");
   let open = 0;
-  const panel = (name, images) => {
+  const copyOf = (picture) => {
+    const copy = picture.cloneNode();
+    if (picture.tagName === "CANVAS") copy.getContext("2d").drawImage(picture, 0, 0);
+    return copy;
+  };
+  const panel = (name, pictures) => {
     const box = document.createElement("div");
     box.className = "panel";
     const caption = document.createElement("span");
     caption.className = "caption";
     caption.textContent = name;
-    box.append(...images.map((image) => image.cloneNode()), caption);
+    box.append(...pictures.map(copyOf), caption);
     return box;
+  };
+  const drawEnlarged = (card) => {
+    const isPreview = card.classList.contains("previewed");
+    const picturesOf = (place) => [...card.querySelectorAll(`.${place} > *`)].filter((picture) => !picture.hidden);
+    const panels = [["image", "photo"], ["heat map", "heat"], [isPreview ? "mask, preview" : "mask", "mask"]]
+      .map(([name, place]) => [name, picturesOf(place)])
+      .filter(([, pictures]) => pictures.length > 0);
+    byId("large-panels").replaceChildren(...panels.map(([name, pictures]) => panel(name, pictures)));
+    const figures = [...card.querySelector(".figures").children].map((figure) => figure.cloneNode(true));
+    for (const figure of figures) figure.classList.remove("full");
+    byId("large-figures").replaceChildren(...figures);
   };
   const enlarge = (place) => {
     open = (place + shown.length) % shown.length;
     const card = shown[open];
-    const photo = [...card.querySelectorAll(".photo img")];
-    const heat = [...card.querySelectorAll(".heat img")];
-    const panels = [];
-    if (photo.length) panels.push(panel("image", photo.slice(0, 1)));
-    if (heat.length) panels.push(panel("heat map", heat));
-    if (photo.length > 1) panels.push(panel("mask", photo));
-    byId("large-panels").replaceChildren(...panels);
+    drawEnlarged(card);
     byId("large-prompt").textContent = card.querySelector(".prompt").textContent;
     byId("large-chips").replaceChildren(...[...card.querySelector(".chips").children].map((chip) => chip.cloneNode(true)));
-    const figures = [...card.querySelector(".figures").children].map((figure) => figure.cloneNode(true));
-    for (const figure of figures) figure.classList.remove("full");
-    byId("large-figures").replaceChildren(...figures);
     byId("place").textContent = `${open + 1} of ${shown.length}`;
     setCurrent(card);
+    for (const listener of listeners.enlarged) listener(card);
     if (!dialog.open) dialog.showModal();
   };
   list.addEventListener("click", (event) => {
@@ -127,6 +155,7 @@
   byId("previous").addEventListener("click", () => enlarge(open - 1));
   byId("next").addEventListener("click", () => enlarge(open + 1));
   dialog.addEventListener("keydown", (event) => {
+    if (event.target.matches("input")) return;
     if (event.key === "ArrowLeft") enlarge(open - 1);
     if (event.key === "ArrowRight") enlarge(open + 1);
   });
@@ -134,4 +163,11 @@
   dialog.addEventListener("close", () => button(shown[open]).focus());
 
   update();
+  return {
+    list, cards, dialog,
+    shown: () => shown,
+    enlarged: () => (dialog.open ? shown[open] : null),
+    redraw: (card) => { if (dialog.open && shown[open] === card) drawEnlarged(card); },
+    listen: (what, listener) => listeners[what].push(listener),
+  };
 })();

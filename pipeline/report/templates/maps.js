@@ -1,0 +1,88 @@
+// Heat maps as legrad computes them, thresholds, and masks drawn on a canvas. Touches no element of the page.
+const maps = (() => {
+  // of pictures.py
+  const MASK = [255, 214, 10], DARK = [16, 16, 24];
+  const BRIGHT_PIXELS = 2, DARK_PIXELS = 1;
+
+  // base64 of uint16, little-endian, to numbers from 0 to 1
+  const decoded = (text) => {
+    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    return Float64Array.from({ length: bytes.length / 2 }, (_, place) => (bytes[2 * place] + 256 * bytes[2 * place + 1]) / 65535);
+  };
+
+  // bilinear, pixel centres at half a pixel, borders repeated: OpenCV's INTER_LINEAR, torch's align_corners=False
+  const places = (from, to) => Array.from({ length: to }, (_, place) => {
+    const centre = Math.min(from - 1, Math.max(0, (place + 0.5) * from / to - 0.5));
+    const low = Math.floor(centre);
+    return [low, Math.min(from - 1, low + 1), centre - low];
+  });
+
+  const upsampled = (grid, gridHeight, gridWidth, height, width) => {
+    const rows = places(gridHeight, height), columns = places(gridWidth, width);
+    const heat = new Float32Array(height * width);
+    rows.forEach(([top, bottom, down], y) => columns.forEach(([left, right, over], x) => {
+      const above = grid[top * gridWidth + left] * (1 - over) + grid[top * gridWidth + right] * over;
+      const below = grid[bottom * gridWidth + left] * (1 - over) + grid[bottom * gridWidth + right] * over;
+      heat[y * width + x] = above * (1 - down) + below * down;
+    }));
+    return heat;
+  };
+
+  const stretched = (heat) => {
+    let lowest = Infinity, highest = -Infinity;
+    for (const value of heat) { lowest = Math.min(lowest, value); highest = Math.max(highest, value); }
+    const span = highest > lowest ? highest - lowest : 1;
+    return heat.map((value) => (value - lowest) / span);
+  };
+
+  // normalisation: "grid" (the grid is normalised already) or "upsampled", as in legrad.heatmaps
+  const heatmap = (text, gridHeight, gridWidth, height, width, normalisation) => {
+    const heat = upsampled(decoded(text), gridHeight, gridWidth, height, width);
+    return normalisation === "grid" ? heat : stretched(heat);
+  };
+
+  const inside = (heat, cut) => Uint8Array.from(heat, (value) => (value > cut ? 1 : 0));
+
+  const share = (mask) => mask.reduce((sum, value) => sum + value, 0) / mask.length;
+
+  // 1 where any pixel within a distance, along rows and columns, has the value; outside the picture it is 0
+  const near = (mask, height, width, value, distance) => {
+    const hit = (row, x) => {
+      for (let step = -distance; step <= distance; step++) {
+        const at = x + step;
+        if ((at < 0 || at >= width ? 0 : mask[row * width + at]) === value) return 1;
+      }
+      return 0;
+    };
+    const along = new Uint8Array(height * width);
+    for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) along[y * width + x] = hit(y, x);
+    const outside = value === 0 ? 1 : 0;
+    const found = new Uint8Array(height * width);
+    for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
+      for (let step = -distance; step <= distance && !found[y * width + x]; step++) {
+        const at = y + step;
+        found[y * width + x] = at < 0 || at >= height ? outside : along[at * width + x];
+      }
+    }
+    return found;
+  };
+
+  // pixels (RGBA, changed in place) with the mask in its colours, an outline, and the rest grey and pale
+  const draw = (pixels, mask, height, width) => {
+    const toOutside = near(mask, height, width, 0, BRIGHT_PIXELS), toInside = near(mask, height, width, 1, DARK_PIXELS);
+    for (let place = 0; place < mask.length; place++) {
+      const at = 4 * place;
+      let colour = null;
+      if (mask[place]) colour = toOutside[place] ? MASK : null;
+      else if (toInside[place]) colour = DARK;
+      else {
+        const grey = Math.round(0.35 * (pixels[at] + pixels[at + 1] + pixels[at + 2]) / 3 + 0.65 * 245);
+        colour = [grey, grey, grey];
+      }
+      if (colour) [pixels[at], pixels[at + 1], pixels[at + 2]] = colour;
+    }
+    return pixels;
+  };
+
+  return { heatmap, inside, share, draw };
+})();
