@@ -23,6 +23,7 @@ from PIL import Image
 import legrad
 from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
+from pipeline.annotate.annotator_parts import parts_with_model
 from pipeline.annotate.parcels import INLINE_BYTES, Large, Parcels
 from pipeline.annotate.processes import PREPARE, MemoryGate, ProcessDied, SampleProcesses
 from pipeline.annotate.sample_work import SampleWork, WorkSettings
@@ -192,11 +193,9 @@ def test_a_sample_whose_masks_end_or_stop_their_process_is_the_only_error_of_its
     )
     try:
         local = SampleWork(WorkSettings(config, explainer.transform, WHOLE_IMAGE, None))
-        engine = ShardAnnotator(config, explainer, decode_threads=1, metadata={})
-        explained = engine._engine.explain(
+        explained = parts_with_model(config, explainer).maps.explain(
             local.prepare([raw(index, plain_png((index, 90, 9))) for index in range(5)])
         )
-        engine.close()
         object.__setattr__(explained[2], "prompts", (DiesWhenItArrives(colour),))
         rows = work.finish(explained)
         assert rows.outcomes == {"annotated": 4, "failed": 1}
