@@ -58,7 +58,7 @@ COMMANDS: dict[Callable[..., None], str] = {
 }
 for command, short_help in COMMANDS.items():
     app.command(short_help=short_help)(command)
-app.add_typer(shards_app, short_help="Convert a dataset with ground truth to shards.")
+app.add_typer(shards_app, short_help="Convert images with captions, or a dataset, to shards.")
 
 
 def _show_version(is_asked: bool) -> None:

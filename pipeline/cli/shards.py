@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.common import Destination, open_console
+from pipeline.text import first_few
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +79,12 @@ def image_folder(
     from pipeline.datasets.image_folder import open_image_folder
 
     found = open_image_folder(root, captions, image_column=image_column, caption_column=caption_column)
-    open_console().print(f"captions: {found.captions or NO_CAPTIONS}", soft_wrap=True)
+    console = open_console()
+    console.print(f"captions: {found.captions or NO_CAPTIONS}", soft_wrap=True)
+    if found.captions is None and found.other_tables:
+        tables = first_few([str(path) for path in found.other_tables], 3)
+        option = shlex.join(["--captions", str(found.other_tables[0])])
+        console.print(f"not read: {tables}; if it holds the captions, name it: {option}", soft_wrap=True)
     _convert(
         found.samples,
         dest,
@@ -250,6 +257,8 @@ def _convert(
     overwrite: bool,
     threads: int = 1,
 ) -> None:
+    from rich.filesize import decimal
+
     from pipeline.datasets.conversion import ShardLimits, write_samples
     from pipeline.storage import shown_url
 
@@ -262,7 +271,7 @@ def _convert(
         overwrite=overwrite,
         threads=threads,
         on_shard=lambda name, samples, size_bytes: console.print(
-            f"{name}: {samples} samples, {size_bytes / 1e6:.1f} MB"
+            f"{name}: {samples} samples, {decimal(size_bytes)}"
         ),
     )
     console.print(_counts(conversion))
@@ -272,8 +281,11 @@ def _convert(
         "names of what was skipped)",
         soft_wrap=True,
     )
-    pattern = f"{shown_url(dest).rstrip('/')}/{source.name}-*.tar"
-    console.print(f"annotate them with input.shards='{pattern}'", soft_wrap=True)
+    pattern = shlex.quote(f"{shown_url(dest).rstrip('/')}/{source.name}-*.tar")
+    console.print(f"annotate them with input.shards={pattern}", soft_wrap=True)
+    # captions or their lack are what a configuration is written from; ground truth has a list of classes
+    if not source.files:
+        console.print(f"Next: legrad init {pattern} --to job.yaml", soft_wrap=True)
 
 
 def _counts(conversion: Conversion) -> Table:
@@ -285,7 +297,8 @@ def _counts(conversion: Conversion) -> Table:
     table.add_row("written", str(conversion.written), "")
     for reason, count in sorted(conversion.skipped.items()):
         names = [name for name, _ in conversion.skipped_names[reason][:NAMES_SHOWN]]
-        table.add_row(f"skipped: {reason}", str(count), Text(repr(names)[1:-1]))
+        why = conversion.skipped_names[reason][0][1]
+        table.add_row(f"skipped: {reason}", str(count), Text(f"{repr(names)[1:-1]}\n{why}"))
     for kind, count in sorted(conversion.omitted.items()):
         names = conversion.omitted_names.get(kind, [])[:NAMES_SHOWN]
         table.add_row(f"records skipped: {kind}", str(count), Text("; ".join(names)))

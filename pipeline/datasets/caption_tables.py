@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import posixpath
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.datasets.captioned import Scalar
+from pipeline.datasets.folder_walk import IMAGE_ENDINGS
 from pipeline.datasets.parquet_rows import is_text_list, opened_parquet, rows_of_parquet, scalar_columns
 from pipeline.errors import SampleFailure, UserError
 from pipeline.text import first_few, printable
@@ -94,11 +98,15 @@ def open_caption_table(path: Path, image_column: str | None, caption_column: str
         ".parquet": _open_parquet,
     }
     if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: expected a table with the ending {', '.join(readers)}")
+        raise UserError(
+            f"{path}: expected a table with the ending {', '.join(readers)}{_way_to_a_table(path)}"
+        )
     image_names = IMAGE_COLUMNS if image_column is None else (image_column,)
     try:
         if not path.is_file():
-            raise UserError(f"{path}: no such file; expected a table of images and captions")
+            problem = "is a folder" if path.is_dir() else "no such file"
+            raise UserError(f"{path}: {problem}; expected a table of images and captions")
+        _check_encoding(path)
         columns, read = readers[path.suffix.lower()](path, image_names)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -111,13 +119,40 @@ def open_caption_table(path: Path, image_column: str | None, caption_column: str
     )
 
 
+def _way_to_a_table(path: Path) -> str:
+    """Return how to make a table of another file, as the end of a message."""
+    match path.suffix.lower():
+        case ".json":
+            file, lines = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(".jsonl")))
+            return f"; an array of objects becomes one with: jq -c '.[]' {file} > {lines}"
+        case ".xlsx" | ".xls" | ".ods":
+            return "; save the sheet as CSV in UTF-8"
+    return ""
+
+
+def _check_encoding(path: Path) -> None:
+    with path.open("rb") as stream:
+        mark = stream.read(len(codecs.BOM_UTF16_LE))
+    if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        file = shlex.quote(str(path))
+        copy = shlex.quote(str(path.with_stem(f"{path.stem}-utf8")))
+        raise UserError(f"{path}: is UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 {file} > {copy}")
+
+
 def _column(path: Path, columns: Sequence[str], wanted: Sequence[str], option: str) -> str:
     for name in wanted:
         if columns.count(name) > 1:
             raise UserError(f"{path}: has {columns.count(name)} columns `{name}`; expected one")
         if name in columns:
             return name
-    found = first_few([printable(name[:40]) for name in columns], 12) or "none"
+    if not columns:
+        raise UserError(f"{path}: has no columns; expected a table of images and captions")
+    found = first_few([printable(name[:40]) for name in columns], 12)
+    if any(posixpath.splitext(name)[1].lower() in IMAGE_ENDINGS for name in columns):
+        raise UserError(
+            f"{path}: the first line names an image, not the columns ({found}); begin the table with a line "
+            f"such as {IMAGE_COLUMNS[0]},{CAPTION_COLUMNS[0]}"
+        )
     raise UserError(
         f"{path}: has no column {' or '.join(f'`{name}`' for name in wanted)}; columns: {found}; name the "
         f"column with {option}"
@@ -181,8 +216,12 @@ def _open_json_lines(
                 if line.strip():
                     yield f"{path.name}:{number}", _json_object(line)
 
-    first = next((values for _, values in read() if isinstance(values, dict)), {})
-    return list(first), read
+    problems: list[str] = []
+    for _, values in read():
+        if isinstance(values, dict):
+            return list(values), read
+        problems += [] if problems else [values.message]
+    raise UserError(f"{path}: no line is a JSON object: {problems[0] if problems else 'the file is empty'}")
 
 
 def _json_object(line: str) -> Values | SampleFailure:

@@ -20,7 +20,9 @@ IMAGE_ENDINGS = frozenset(
     }
 )
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-TEXT_ENDING = ".txt"
+TEXT_ENDINGS = (".txt", ".TXT")
+TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+MOST_OTHER_TABLES = 3
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Survey:
 
     Attributes:
         tables: paths of Hugging Face's tables of captions below the folder.
+        other_tables: the first files that may be tables of captions by their endings.
         has_texts: whether an image has a text file of the same name beside it.
         shared_stems: paths without ending that several images have.
         skipped: files and folders that are not images, by kind.
@@ -38,6 +41,7 @@ class Survey:
     """
 
     tables: list[str] = field(default_factory=list)
+    other_tables: list[str] = field(default_factory=list)
     has_texts: bool = False
     shared_stems: set[str] = field(default_factory=set)
     skipped: SkippedRecords = field(default_factory=SkippedRecords)
@@ -120,13 +124,15 @@ def _note_files(survey: Survey, listing: _Listing, is_table: Callable[[str], boo
         survey.files += 1
         if _is_hidden(name):
             survey.skipped.add("hidden_file", path)
-        elif ending == TEXT_ENDING and stem in stems:
+        elif ending in TEXT_ENDINGS and stem in stems:
             survey.has_texts = True
             survey.texts.add("text_beside_image_not_read", path)
-        elif ending == TEXT_ENDING:
+        elif ending in TEXT_ENDINGS:
             survey.skipped.add("text_without_image", path)
         else:
             survey.skipped.add("other_file", path)
+            if ending.lower() in TABLE_ENDINGS and len(survey.other_tables) < MOST_OTHER_TABLES:
+                survey.other_tables.append(path)
 
 
 def _listings(root: Path, on_error: Callable[[OSError], None]) -> Iterator[_Listing]:

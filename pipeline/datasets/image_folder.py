@@ -11,6 +11,7 @@ import itertools
 import os
 import posixpath
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from pipeline.datasets.captioned import Scalar, sample_members
 from pipeline.datasets.conversion import Item, Members, SampleSource
 from pipeline.datasets.folder_walk import (
     IMAGE_ENDINGS,
+    TEXT_ENDINGS,
     Survey,
     images_below,
     survey_folder,
@@ -44,10 +46,12 @@ class FolderSource:
     Attributes:
         samples: the samples.
         captions: where their captions come from, for people; None: they have none.
+        other_tables: the first files that may be tables of captions, and are not read.
     """
 
     samples: SampleSource
     captions: str | None
+    other_tables: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def open_image_folder(
         survey.skipped.names.update(survey.texts.names)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", root.resolve().name) or "images"
     samples = SampleSource(name, fingerprint, images, folder.items, skipped=survey.skipped)
-    return FolderSource(samples, folder.description)
+    return FolderSource(samples, folder.description, tuple(root / path for path in survey.other_tables))
 
 
 @dataclass(frozen=True)
@@ -180,13 +184,26 @@ class _Folder:
     def _members(self, entry: _Entry) -> Members:
         if entry.failure is not None or entry.path is None:
             raise SampleFailure("read", *(entry.failure or ("bad_row", "the row names no image")))
-        image = self._read(entry.path, "missing_image")
+        image = self._image(entry.path)
         captions: Sequence[object] | None = entry.captions
         if self.reads_texts:
-            captions = [self._text(posixpath.splitext(entry.path)[0] + ".txt")]
+            captions = [self._text(posixpath.splitext(entry.path)[0])]
         return sample_members(image, captions, entry.columns, printable(entry.path))
 
-    def _text(self, path: str) -> str:
+    def _image(self, path: str) -> bytes:
+        try:
+            return self._read(path, "missing_image")
+        except SampleFailure as failure:
+            if failure.kind != "missing_image":
+                raise
+            message = failure.message + _similar_file(self.root, path)
+            raise SampleFailure("open", "missing_image", message) from None
+
+    def _text(self, stem: str) -> str:
+        usual, upper = (stem + ending for ending in TEXT_ENDINGS)
+        path = (
+            upper if not os.path.lexists(self.root / usual) and os.path.lexists(self.root / upper) else usual
+        )
         try:
             return self._read(path, "no_caption").decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -231,6 +248,24 @@ def image_key(path: str, shared_stems: frozenset[str] | set[str] = frozenset()) 
         return stem
     safe = re.sub(r"[^A-Za-z0-9_/-]", "_", stem).lstrip("_/")[: MAX_KEY_CHARACTERS - 2 * DIGEST_BYTES - 1]
     return f"{safe or 'image'}-{_digest(path, DIGEST_BYTES).hex()}"
+
+
+def _similar_file(root: Path, path: str) -> str:
+    """Return the file that a row perhaps means, as the end of a message; empty where there is none."""
+    forms = [unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)]
+    other_form = next((form for form in forms if form != path and (root / form).is_file()), None)
+    if other_form is not None:
+        return (
+            f"; there is the same name in another Unicode normal form, {other_form!a} (convmv renames files)"
+        )
+    stem, ending = posixpath.splitext(path)
+    endings = sorted(IMAGE_ENDINGS)
+    names = [path.replace("\\", "/"), stem + ending.lower(), stem + ending.upper()]
+    names += [path + ending for ending in (*endings, *map(str.upper, endings))]
+    similar = next((name for name in names if (root / name).is_file()), None)
+    return (
+        "" if similar is None else f"; there is {printable(similar)}: a row must give the name to the letter"
+    )
 
 
 def _group_of(row: TableRow) -> str:

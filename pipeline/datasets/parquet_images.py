@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from pipeline.datasets.parquet_rows import (
 )
 from pipeline.datasets.truth_dataset import MAX_FILE_BYTES, SkippedRecords
 from pipeline.errors import SampleFailure, UserError
+from pipeline.storage.urls import is_local, local_path
 from pipeline.text import first_few, printable
 
 FOOTERS_AT_ONCE = 16
@@ -79,6 +81,8 @@ def open_parquet_images(
         opened = list(
             pool.map(lambda shard, stem: _opened(shard, stem, image_column, caption_column), shards, stems)
         )
+    if not any(file.rows for file in opened):
+        raise UserError(f"{first_few([file.shown for file in opened], 3)}: no row in {len(opened)} file(s)")
     skipped = SkippedRecords()
     for file in opened:
         for other in file.others:
@@ -97,16 +101,21 @@ def open_parquet_images(
 def _listed(files: Sequence[str]) -> list[storage.ShardSource]:
     for file in files:
         if Path(file).is_dir():
-            raise UserError(f"{file}: is a folder; name its files, such as '{Path(file, '*.parquet')}'")
+            pattern = shlex.quote(str(Path(file, "*.parquet")))
+            raise UserError(f"{file}: is a folder; name its files, such as {pattern}")
         if file.startswith(("http://", "https://")):
             raise UserError(
                 f"{storage.shown_url(file)}: Parquet is read from local paths, s3:// and gs://; download it "
                 "first"
             )
     try:
-        return storage.list_shards(files)
+        listed = storage.list_shards(files)
     except UserError as error:
         raise UserError(str(error).replace("input.shards", "FILES")) from None
+    for shard in listed:
+        if is_local(shard.url) and not Path(local_path(shard.url)).exists():
+            raise UserError(f"{local_path(shard.url)}: no such file")
+    return listed
 
 
 def _stems(urls: Sequence[str]) -> list[str]:
@@ -144,14 +153,16 @@ def _check_image(shown: str, schema: pa.Schema, name: str) -> None:
             "first, such as with img2dataset; for local files: "
             f"legrad shards images ROOT DEST --captions FILE --image-column {name}"
         )
-    if types.is_struct(column) and "bytes" in [
-        column.field(index).name for index in range(column.num_fields)
-    ]:
-        column = column.field("bytes").type
-    if not is_bytes(column):
+    if not _may_hold_images(column):
         raise UserError(
             f"{shown}: column `{name}` is {column}; expected bytes, or a struct with a field `bytes`"
         )
+
+
+def _may_hold_images(column: pa.DataType) -> bool:
+    if types.is_struct(column) and "bytes" in [field.name for field in column.fields]:
+        column = column.field("bytes").type
+    return is_bytes(column)
 
 
 def _checked_caption(shown: str, schema: pa.Schema, name: str) -> str:
@@ -168,9 +179,12 @@ def _column(shown: str, schema: pa.Schema, name: str, option: str) -> pa.Field:
     if len(found) == 1:
         return found[0]
     columns = first_few([f"{printable(column.name[:40])} ({column.type!s:.40})" for column in schema], 12)
+    fits = _may_hold_images if option == "--image" else is_text
+    likely = next((column.name for column in schema if fits(column.type)), None)
+    example = "" if likely is None else f", such as {option} {shlex.quote(printable(likely))}"
     raise UserError(
         f"{shown}: has {len(found) or 'no'} column{'s' if found else ''} `{name}`; columns: "
-        f"{columns or 'none'}; name the column with {option}"
+        f"{columns or 'none'}; name the column with {option}{example}"
     )
 
 

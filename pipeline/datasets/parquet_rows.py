@@ -14,11 +14,13 @@ from pyarrow import types
 
 from pipeline import storage
 from pipeline.errors import SampleFailure, ShardError, UserError
+from pipeline.shards.file_kinds import HEAD_BYTES, kind_of
 from pipeline.storage.urls import is_local, raised_as, short_url
 
 # a batch of images is held at once
 BATCH_ROWS = 16
 PAGE_BUFFER_BYTES = 1 << 20
+TAR_MAGIC_AT = 257
 
 Values = dict[str, Any]
 
@@ -40,11 +42,28 @@ def opened_parquet(url: str) -> Iterator[pq.ParquetFile]:
         try:
             file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=PAGE_BUFFER_BYTES)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{short_url(url)}: is not a Parquet file: {error}") from None
+            raise UserError(f"{short_url(url)}: {_why_not_parquet(stream, error)}") from None
         if file.metadata.num_rows > stream.size():
             rows = f"{file.metadata.num_rows} rows in {stream.size()} bytes"
             raise UserError(f"{short_url(url)}: is not a Parquet file: its footer claims {rows}")
         yield file
+
+
+def _why_not_parquet(stream: pa.NativeFile, error: Exception) -> str:
+    """Return what a file is that cannot be opened as Parquet, with the way out."""
+    try:
+        stream.seek(0)
+        head = stream.read(HEAD_BYTES)
+    except (pa.ArrowException, OSError):
+        head = b"?"
+    if head.startswith(b"PAR1"):
+        return f"is a damaged or cut Parquet file; copy it again: {error}"
+    if head[TAR_MAGIC_AT:].startswith(b"ustar"):
+        return "is a tar, and a Parquet file is expected; a tar is a shard already: name it in input.shards"
+    kind = kind_of(head)
+    if kind is not None:
+        return f"is {kind.name}, and a Parquet file is expected; {kind.way_out}"
+    return f"is not a Parquet file: {error}"
 
 
 def rows_of_parquet(
@@ -131,6 +150,8 @@ def is_text_list(column: pa.DataType) -> bool:
 
 def is_bytes(column: pa.DataType) -> bool:
     """Return whether the values of a column are bytes."""
+    if types.is_dictionary(column):
+        return is_bytes(column.value_type)
     return bool(
         types.is_binary(column)
         or types.is_large_binary(column)

@@ -304,5 +304,6 @@ def read_text(path: Path, *, max_bytes: int = MAX_LIST_BYTES) -> str:
 def require_folder(path: Path, what: str) -> Path:
     """Return the path of a folder; raise UserError, naming ``what`` is expected in it, if there is none."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; expected a folder of {what}")
+        problem = "is a file" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {problem}; expected a folder of {what}")
     return path

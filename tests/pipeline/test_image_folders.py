@@ -7,6 +7,7 @@ import json
 import os
 import posixpath
 import re
+import shlex
 from pathlib import Path
 
 import pyarrow as pa
@@ -461,9 +462,14 @@ def test_a_folder_that_changes_meanwhile_is_named(tmp_path):
         ({"metadata.csv": "a,b\n1,2\n"}, {}, r"no column `file_name`; columns: a, b; .*--image-column"),
         ({"metadata.csv": "file_name,label\n"}, {}, r"`text` or `caption`.*--caption-column"),
         ({"metadata.csv": "file_name,text,text\n"}, {}, "2 columns `text`"),
-        ({"metadata.csv": ""}, {}, "columns: none"),
-        ({"metadata.jsonl": "[]\n"}, {}, "columns: none"),
-        ({"metadata.parquet": "PAR1"}, {}, "not a Parquet file"),
+        ({"metadata.csv": ""}, {}, "has no columns; expected a table"),
+        ({"metadata.csv": "0.jpg,a dog\n"}, {}, "first line names an image, not the columns.*file_name,text"),
+        ({"metadata.csv": "file_name,text\n".encode("utf-16")}, {}, "UTF-16; .*iconv -f UTF-16 -t UTF-8 "),
+        ({"metadata.jsonl": ""}, {}, "no line is a JSON object: the file is empty"),
+        ({"metadata.jsonl": "[]\n"}, {}, "no line is a JSON object: expected a JSON object, received list"),
+        ({"a b.json": "[]"}, {"captions": "a b.json"}, r"jq -c '\.\[\]' '.*a b\.json' > '.*a b\.jsonl'"),
+        ({"folder.csv/x": ""}, {"captions": "folder.csv"}, "is a folder; expected a table"),
+        ({"metadata.parquet": "PAR1"}, {}, "is a damaged or cut Parquet file"),
         ({"metadata.csv": "x", "metadata.jsonl": "x"}, {}, "expected one table"),
         ({}, {"caption_column": "x"}, "no table of captions"),
     ],
@@ -481,9 +487,9 @@ def test_an_empty_folder_and_a_missing_one_end_with_1(tmp_path, legrad):
     write(tmp_path / "in" / "README.md", "text")
     code, _, err = legrad("shards", "images", tmp_path / "in", tmp_path / "out")
     assert (code, "no image found, in 1 folder(s) with 1 other file(s)" in err) == (1, True), err
-    code, _, err = legrad("shards", "images", tmp_path / "nowhere", tmp_path / "out")
-    assert code == 1
-    assert "no such folder; expected a folder of images" in err
+    for name, problem in {"nowhere": "no such folder", "in/README.md": "is a file"}.items():
+        code, _, err = legrad("shards", "images", tmp_path / name, tmp_path / "out")
+        assert (code, f"{problem}; expected a folder of images" in err) == (1, True), err
 
 
 def test_the_command_counts_and_names_what_comes_next(tmp_path, legrad):
@@ -491,10 +497,55 @@ def test_the_command_counts_and_names_what_comes_next(tmp_path, legrad):
     write(root / "metadata.csv", "file_name,text\n0.jpg,a dog\n2.jpg,a cat\n")
     code, out, err = legrad("shards", "images", root, tmp_path / "out")
     assert code == 0, err
-    assert re.search(r"skipped: missing_image +.* 1 .*'2\.jpg'", out)
-    assert re.search(r"skipped: no_row +.* 1 .*'1\.jpg'", out)
-    assert f"input.shards='{tmp_path}/out/my_photos-*.tar'" in out
+    assert re.search(r"skipped: missing_image +.* 1 .*'2\.jpg'.*\n.*no file", out)
+    assert re.search(r"skipped: no_row +.* 1 .*'1\.jpg'.*\n.*no row of the captions names the image", out)
+    assert f"Next: legrad init '{tmp_path}/out/my_photos-*.tar' --to job.yaml" in out
+    assert f"input.shards='{tmp_path}/out/my_photos-*.tar'\n" in out
     assert "metadata.csv (column text)" in out
+
+
+def test_commands_in_the_output_can_be_pasted_whatever_folders_are_called(tmp_path, legrad):
+    root, dest = folder(tmp_path / "in", "0.jpg"), tmp_path / "it's [x] {y} $HOME"
+    write(root / "my captions.csv", "file_name,text\n0.jpg,a dog\n")
+    code, out, err = legrad("shards", "images", root, dest)
+    assert code == 0, err
+    (option,) = re.findall(r"if it holds the captions, name it: (.*)", out)
+    assert shlex.split(option) == ["--captions", str(root / "my captions.csv")]
+    (command,) = re.findall(r"Next: legrad (.*)", out)
+    pattern = f"{dest}/in-*.tar"
+    assert shlex.split(command) == ["init", pattern, "--to", "job.yaml"]
+    (override,) = re.findall(r"annotate them with (.*)", out)
+    assert shlex.split(override) == [f"input.shards={pattern}"]
+    assert [shard.canonical_url for shard in storage.list_shards(pattern)]
+
+
+@pytest.mark.parametrize(
+    ("row", "file", "hint"),
+    [
+        ("0", "0.jpg", "there is 0.jpg"),
+        ("0", "0.PNG", "there is 0.PNG"),
+        ("0.JPG", "0.jpg", "there is 0.jpg"),
+        ("sub\\0.jpg", "sub/0.jpg", "there is sub/0.jpg"),
+        ("caf\u00e9.jpg", "cafe\u0301.jpg", "another Unicode normal form, 'cafe\\\\u0301.jpg'"),
+        ("0.jpg", "1.jpg", None),
+    ],
+)
+def test_a_row_that_misses_its_image_by_little_is_told_which_file_is_there(tmp_path, row, file, hint):
+    root = folder(tmp_path / "in", file, "ok.jpg")
+    write(
+        root / "metadata.jsonl", "\n".join(json.dumps({"file_name": x, "text": "x"}) for x in (row, "ok.jpg"))
+    )
+    convert(root, tmp_path / "out")
+    ((_, message),) = record(tmp_path / "out")["skipped_names"]["missing_image"]
+    assert "there is" not in message if hint is None else re.search(hint, message), message
+    check_counts(tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", [".txt", ".TXT"])
+def test_a_text_beside_an_image_is_its_caption_in_upper_case_too(tmp_path, ending):
+    root = folder(tmp_path / "in", "0.JPG")
+    write(root / f"0{ending}", "a dog")
+    assert convert(root, tmp_path / "out")["0"]["txt"] == "a dog"
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

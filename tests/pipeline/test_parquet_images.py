@@ -3,6 +3,8 @@
 import datetime
 import decimal
 import re
+import tarfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,7 +38,9 @@ def skipped(out):
     return {reason: [name for name, _ in pairs] for reason, pairs in record(out)["skipped_names"].items()}
 
 
-@pytest.mark.parametrize("column", [pa.binary(), pa.large_binary(), pa.binary_view()])
+@pytest.mark.parametrize(
+    "column", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
+)
 def test_a_column_of_bytes_is_an_image_and_other_columns_are_in_the_json(tmp_path, column):
     table = pa.table(
         {"jpg": pa.array(IMAGES[:2], column), "caption": ["a dog", "a cat"], "width": [20, None]}
@@ -269,9 +273,9 @@ def test_captions_come_back_as_they_were_written(tmp_path_factory, texts):
         ({"image": [7]}, "is int64; expected bytes"),
         (
             {"picture": [b""], "n": [1]},
-            r"no column `image`; columns: picture \(binary\), n \(int64\).*--image",
+            r"no column `image`; columns: picture \(binary\), n \(int64\).*--image, such as --image picture",
         ),
-        ({"image": [b""], "text": ["x"]}, "no column `caption`.*--caption"),
+        ({"image": [b""], "text": ["x"]}, "no column `caption`.*--caption, such as --caption text"),
         ({"image": [b""], "caption": [1]}, "expected texts, or lists of texts"),
         ({"image": pa.nulls(100_000, pa.binary())}, "its footer claims 100000 rows"),
     ],
@@ -285,10 +289,21 @@ def test_a_column_that_cannot_be_used_is_an_error_with_the_way_out(tmp_path, tab
 def test_what_is_no_parquet_is_an_error_with_the_way_out(tmp_path, legrad):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.parquet").write_text("text")
+    whole = parquet(tmp_path / "rows.parquet", pa.table({"image": pa.array([], pa.binary())}))
+    (tmp_path / "cut.parquet").write_bytes(Path(whole).read_bytes()[:-9])
+    (tmp_path / "image.parquet").write_bytes(jpeg())
+    (tmp_path / "empty.parquet").touch()
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.jpg"))
     for name, message in {
         "folder": r"is a folder; name its files, such as '.*folder/\*\.parquet'",
         "text.parquet": "is not a Parquet file",
-        "nowhere.parquet": "cannot be opened",
+        "cut.parquet": "is a damaged or cut Parquet file; copy it again",
+        "image.parquet": "is a JPEG image, and a Parquet file is expected; `legrad shards images",
+        "empty.parquet": "is an empty file, and a Parquet file is expected",
+        "0.tar": "is a tar, and a Parquet file is expected; .* input.shards",
+        "rows.parquet": "rows.parquet: no row in 1 file",
+        "nowhere.parquet": "nowhere.parquet: no such file",
         "*.nothing": "FILES: nothing matches",
     }.items():
         code, _, err = legrad("shards", "parquet", tmp_path / name, tmp_path / "out", "--image", "image")
