@@ -122,10 +122,11 @@ def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
         )
     checkpoint = _checkpoint(model)
     if checkpoint is not None and not _is_tag(name, checkpoint) and not _is_path(checkpoint):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
+        own = [DEMO] if name == assets.DEMO_MODEL_NAME else open_clip.list_pretrained_tags_by_model(name)
+        or_tag = f", or for {model.name} one of {', '.join(own)}" if own else ""
         raise UserError(
-            f"model.pretrained: expected the path of a checkpoint, or for {model.name} one of {tags}; "
-            f"got {checkpoint!r}"
+            f"model.pretrained: expected the path of a checkpoint{or_tag}; got {checkpoint!r}, and there is "
+            "no such file"
         )
 
 

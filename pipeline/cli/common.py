@@ -22,9 +22,15 @@ def open_console(*, stderr: bool = False) -> PatientConsole:
 
 def checked_folder(url: str) -> str:
     """Return the URL of a folder; raises UserError if it cannot be one that is read and written."""
+    import os
+
     from pipeline import storage
+    from pipeline.errors import UserError
+    from pipeline.storage.urls import is_local, local_path
 
     storage.check_folder(url)
+    if is_local(url) and os.path.isfile(local_path(url)):  # noqa: PTH113 (false where a path cannot be looked at)
+        raise UserError(f"{url}: is a file; expected a folder")
     return url
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.common import Destination, open_console
+from pipeline.errors import OutputError
 from pipeline.text import first_few
 
 if TYPE_CHECKING:
@@ -262,18 +263,25 @@ def _convert(
     from pipeline.datasets.conversion import ShardLimits, write_samples
     from pipeline.storage import shown_url
 
-    console = open_console()
-    conversion = write_samples(
-        source,
-        dest,
-        ShardLimits(*limits),
-        resume=resume,
-        overwrite=overwrite,
-        threads=threads,
-        on_shard=lambda name, samples, size_bytes: console.print(
-            f"{name}: {samples} samples, {decimal(size_bytes)}"
-        ),
-    )
+    console, published = open_console(), []
+
+    def on_shard(name: str, samples: int, size_bytes: int) -> None:
+        published.append(name)
+        console.print(f"{name}: {samples} samples, {decimal(size_bytes)}")
+
+    try:
+        conversion = write_samples(
+            source,
+            dest,
+            ShardLimits(*limits),
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
+            on_shard=on_shard,
+        )
+    except OutputError as error:
+        way_out = "; then run the same command with --resume, without --overwrite" if published else ""
+        raise OutputError(f"{error}{way_out}") from error
     console.print(_counts(conversion))
     files = "".join(f"{name} ({content.count(NEWLINE)} classes), " for name, content in source.files.items())
     console.print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -48,6 +49,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
             known one) or a wrong value.
     """
     where = storage.shown_url(str(path))
+    if Path(path).is_dir():
+        command = shlex.join(["legrad", "init", str(path), "--to", "job.yaml"])
+        raise UserError(f"{where}: is a folder, not a configuration; for the shards in it: {command}")
     document = parse_yaml(storage.read_text(str(path), MAX_FILE_BYTES), where)
     if not isinstance(document, dict):
         raise UserError(

@@ -18,6 +18,7 @@ from pipeline.shards.captions import MAX_CAPTION_CHARACTERS, MAX_JSON_BYTES
 from pipeline.shards.file_kinds import kind_of
 from pipeline.shards.samples import RawSample
 from pipeline.storage import ShardSource
+from pipeline.storage.pipes import is_command
 from pipeline.text import printable
 
 SAMPLES_PER_SHARD = 16
@@ -31,6 +32,23 @@ _CAPTION_NAMES = (
     *("prompt", "sentences", "sentence"),
 )
 _CLASS_NAMES = ("cls", "class", "label", "labels", "category", "target")
+# what says where an image is or comes from, and never what it shows
+_NAMES_OF_OTHER_TEXTS = (
+    *(
+        "file_name",
+        "filename",
+        "file",
+        "path",
+        "filepath",
+        "image",
+        "image_path",
+        "img_path",
+        "key",
+        "__key__",
+    ),
+    *("id", "image_id", "uid", "url", "source", "license", "status", "md5", "sha256", "phash", "mime"),
+)
+_FILE_NAME = re.compile(r".*\.(?:jpe?g|png|webp|bmp|gif|tiff?|heic|avif)", re.IGNORECASE)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|www\.|/")
 _DIGEST = re.compile(r"[0-9a-fA-F-]{16,}")
 
@@ -130,7 +148,9 @@ def look_at_contents(
     """
     census = _Census()
     unreadable: list[tuple[str, str]] = []
+    shards_read = 0
     for shard in shards:
+        samples_before = census.samples
         try:
             with storage.open_shard(shard) as stream:
                 items = first_items(
@@ -142,9 +162,12 @@ def look_at_contents(
                     elif item.damages_shard:
                         unreadable.append((shard.canonical_url, item.message))
         except (PipelineError, OSError) as error:
-            unreadable.append((shard.canonical_url, str(error)))
+            unreadable.append((shard.canonical_url, without_url(shard, str(error))))
+        # of an archive that is cut, what precedes the cut counts
+        is_whole = not unreadable or unreadable[-1][0] != shard.canonical_url
+        shards_read += is_whole or census.samples > samples_before
     return Contents(
-        len(shards) - len(unreadable),
+        shards_read,
         census.samples,
         dict(census.fields.most_common()),
         dict(census.images.most_common()),
@@ -209,6 +232,8 @@ def _value(spec: str, value: object) -> Iterator[_Value]:
             return
         case int() if value >= 0 and re.split(r"[.:]", spec)[-1].lower() in _CLASS_NAMES:
             yield _Value(spec, "class number", str(value))
+        case _ if re.split(r"[.:]", spec)[-1].lower() in _NAMES_OF_OTHER_TEXTS:
+            return
         case str() if _is_prose(value):
             yield _Value(spec, "text", value)
         case [str(first), *_] if _is_prose(first):
@@ -216,23 +241,25 @@ def _value(spec: str, value: object) -> Iterator[_Value]:
 
 
 def _is_prose(text: str) -> bool:
-    """Return whether a text may describe an image: it has words, and is no URL, path, digest or JSON."""
+    """Return whether a text may describe an image: it has words, and is no URL, file name, digest or JSON."""
     text = text.strip()
     if not text or len(text) > MAX_CAPTION_CHARACTERS or "\0" in text or text.startswith(("{", "[")):
         return False
-    if _URL.match(text) or _DIGEST.fullmatch(text):
+    if _URL.match(text) or _FILE_NAME.fullmatch(text) or _DIGEST.fullmatch(text):
         return False
-    # the scripts of some languages are mostly marks
-    return sum(character.isalpha() for character in text) * 2 >= len(text)
+    # the scripts of some languages are mostly marks, and short captions may count: "a cat and 2 dogs"
+    letters = sum(character.isalpha() for character in text)
+    return letters * 2 >= len(text) - sum(map(str.isspace, text))
 
 
 def _text_field(values: Sequence[_Value]) -> TextField:
     kind = Counter(value.kind for value in values).most_common(1)[0][0]
-    texts = list(dict.fromkeys(_one_line(value.text) for value in values if value.kind == kind))
+    texts = list(dict.fromkeys(one_line(value.text) for value in values if value.kind == kind))
     return TextField(values[0].spec, kind, len(values), tuple(texts[:3]), len(texts) > 1)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Return the beginning of a text, in one printable line."""
     line = printable(" ".join(text[: 4 * EXAMPLE_CHARACTERS].split()))
     return line if len(line) <= EXAMPLE_CHARACTERS else f"{line[:EXAMPLE_CHARACTERS]}..."
 
@@ -245,10 +272,24 @@ def _unlikeliness(found: TextField) -> tuple[int, bool, int, float, str]:
 
 
 def first_middle_last(shards: Sequence[ShardSource], most: int = 3) -> list[ShardSource]:
-    """Return at most `most` shards, spread from the first to the last: a sorted corpus is not uniform."""
+    """Return at most `most` shards, spread from the first to the last: a sorted corpus is not uniform.
+
+    Shards of unknown size are missing, are no files or are commands. Commands are never run; the others are
+    taken where there is nothing else.
+    """
+    shards = [shard for shard in shards if shard.size_bytes is not None] or [
+        shard for shard in shards if not is_command(shard.url)
+    ]
     if len(shards) <= most:
         return list(shards)
     return [shards[round(place * (len(shards) - 1) / (most - 1))] for place in range(most)]
+
+
+def without_url(shard: ShardSource, message: str) -> str:
+    """Return a message about a shard without the URL at its beginning, which is shown before it."""
+    for url in (shard.canonical_url, shard.url):
+        message = message.removeprefix(f"{url}: ")
+    return message
 
 
 def counted(names: Iterable[tuple[str, int]], most: int = 8) -> str:

@@ -70,6 +70,13 @@ def notes_of(config: JobConfig, found: Probe) -> list[str]:
         notes.append(
             f"{_share(len(captions), total)} have no usable caption: {_most_common_message(captions)}"
         )
+    structured = sum(finding.prompt.lstrip().startswith(("{", "[")) for finding in found.findings)
+    if structured * 2 > total:
+        field = config.input.caption.partition(":")[0]
+        notes.append(
+            f"{_share(structured, total)} have JSON as their prompt; name the key that holds the caption, "
+            f"such as {_override('input.caption', f'{field}:caption')}"
+        )
     empty = sum(not (finding.prompts or finding.fails) for finding in found.findings)
     if empty:
         notes.append(f"{_share(empty, total)} have no prompt, and would count as empty")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from pipeline.corpus.contents import Contents, TextField, counted, first_middle_
 from pipeline.corpus.folders import shard_pattern
 from pipeline.errors import UserError
 from pipeline.storage import ShardSource
-from pipeline.storage.pipes import is_command
 from pipeline.text import printable
 
 CLASSES_FILE = "classes.yaml"
@@ -60,8 +60,7 @@ def first_config(corpus: str, model: ModelConfig) -> FirstConfig:
             "contain; write the URLs to a list, one a line, and name it as @LIST"
         )
     shards = storage.list_shards(pattern)
-    read = [shard for shard in shards if not is_command(shard.url)]
-    contents = look_at_contents(first_middle_last(read), max_member_bytes=_default("max_member_bytes"))
+    contents = look_at_contents(first_middle_last(shards), max_member_bytes=_default("max_member_bytes"))
     _check(contents, pattern)
     prompts, to_do = _prompts(contents)
     sections = [_heading(corpus), _input(pattern, shards, contents), _model(model), prompts, _output(pattern)]
@@ -84,8 +83,9 @@ def _check(contents: Contents, pattern: str) -> None:
 
 
 def _heading(corpus: str) -> list[str]:
+    command = printable(shlex.join(["legrad", "init", corpus]))
     return [
-        f"# Written by `legrad init {printable(corpus)}`; the comments say what was found.",
+        f"# Written by `{command}`; the comments say what was found.",
         "# configs/README.md lists all keys.",
         "#",
         "#   legrad annotate THIS_FILE --dry-run       check it on the first samples",

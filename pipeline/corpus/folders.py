@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pipeline.shards.file_kinds import HEAD_BYTES, kind_of
 from pipeline.storage.urls import is_local, local_path
 
 MOST_FILES = 10_000
+THEN_INIT = "; then: legrad init DEST"
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 _CAPTION_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "captions.csv", "captions.jsonl")
@@ -28,12 +30,14 @@ class FolderContents:
         suffixes: number of files with each suffix, in lower case.
         tar_pattern: a pattern that names the tars; None where there is none.
         captions_file: name of a file with captions at the top, or None.
+        parquet_on_top: whether no Parquet file is in a folder below.
     """
 
     folder: str
     suffixes: dict[str, int]
     tar_pattern: str | None
     captions_file: str | None
+    parquet_on_top: bool
 
     @property
     def images(self) -> int:
@@ -49,17 +53,16 @@ class FolderContents:
         """Return how the folder becomes a corpus, in one line."""
         folder = self.folder.rstrip("/")
         if self.tar_pattern is not None:
-            return f"name its tars: '{self.tar_pattern}'"
+            return f"name its tars: {shlex.quote(self.tar_pattern)}"
         if self.images:
-            captions = f" --captions {folder}/{self.captions_file}" if self.captions_file else ""
-            return (
-                f"it holds {self.images:,} image(s) and no tar; write shards first: "
-                f"legrad shards images {folder} DEST{captions}"
-            )
+            table = ["--captions", f"{folder}/{self.captions_file}"] if self.captions_file else []
+            command = shlex.join(["legrad", "shards", "images", folder, "DEST", *table])
+            return f"it holds {self.images:,} image(s) and no tar; write shards first: {command}{THEN_INIT}"
         if self.parquet_files:
+            files = shlex.quote(f"{folder}/{'' if self.parquet_on_top else '**/'}*.parquet")
             return (
                 f"it holds {self.parquet_files:,} Parquet file(s) and no tar; write shards first: "
-                f"legrad shards parquet '{folder}/*.parquet' DEST --image IMAGE --caption CAPTION"
+                f"legrad shards parquet {files} DEST --image IMAGE --caption CAPTION{THEN_INIT}"
             )
         common = Counter(self.suffixes).most_common(5)
         found = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in common)
@@ -83,15 +86,22 @@ def look_into_folder(folder: str) -> FolderContents:
     names = {path.name for path in files if path.parent == top}
     captions = next((name for name in _CAPTION_FILES if name in names), None)
     suffixes = dict(Counter(path.suffix.lower() for path in files))
-    return FolderContents(folder, suffixes, _tar_pattern(folder, top, tars), captions)
+    on_top = all(path.parent == top for path in files if path.suffix.lower() == ".parquet")
+    return FolderContents(folder, suffixes, _tar_pattern(folder, top, tars), captions, on_top)
 
 
 def _tar_pattern(folder: str, top: Path, tars: Sequence[Path]) -> str | None:
     if not tars:
         return None
-    endings = {next(end for end in TAR_ENDINGS if path.name.lower().endswith(end)) for path in tars}
+    endings = sorted({_tar_ending(path.name) for path in tars})
     below = "" if all(path.parent == top for path in tars) else "**/"
-    return f"{folder.rstrip('/')}/{below}*{endings.pop() if len(endings) == 1 else '.t*'}"
+    ending = endings[0] if len(endings) == 1 else f"{{{','.join(endings)}}}"
+    return f"{folder.rstrip('/')}/{below}*{ending}"
+
+
+def _tar_ending(name: str) -> str:
+    """Return the ending of a tar's name as it is written: patterns tell upper from lower case."""
+    return next(name[-len(end) :] for end in TAR_ENDINGS if name.lower().endswith(end))
 
 
 def is_named_tar(name: str) -> bool:
@@ -121,7 +131,7 @@ def shard_pattern(corpus: str) -> str:
         if path.is_dir():
             found = look_into_folder(corpus)
             if found.tar_pattern is None:
-                raise UserError(f"{corpus}: {found.way_out()}; then: legrad init DEST")
+                raise UserError(f"{corpus}: {found.way_out()}")
             return found.tar_pattern
         if path.is_file():
             with path.open("rb") as stream:

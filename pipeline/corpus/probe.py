@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config.schema import JobConfig
+from pipeline.corpus.contents import one_line, without_url
 from pipeline.corpus.first_items import BoundedStream, first_items
 from pipeline.corpus.folders import look_into_folder
 from pipeline.errors import PipelineError, SampleFailure
@@ -35,6 +36,7 @@ class Finding:
         key: key of the sample.
         fields: names of the fields present, as far as they are kept.
         prompts: number of prompts, at most `prompts.max_per_sample`.
+        prompt: text of the first prompt; empty where there is none.
         prompt_failure: why it has no usable caption; None where it has, or where it could not be read.
         image_failure: why it has no usable image; None where it has, or where decoding was not tried.
         is_decoded: whether its image was decoded.
@@ -44,6 +46,7 @@ class Finding:
     key: str
     fields: tuple[str, ...] = ()
     prompts: int = 0
+    prompt: str = ""
     prompt_failure: SampleFailure | None = None
     image_failure: SampleFailure | None = None
     is_decoded: bool = False
@@ -85,6 +88,11 @@ class Probe:
     def images_decoded(self) -> int:
         """Number of images that were decoded; others were not tried, or failed."""
         return sum(finding.is_decoded for finding in self.findings)
+
+    @property
+    def example(self) -> str | None:
+        """The first prompt of those samples, in one line; None where there is none."""
+        return next((one_line(finding.prompt) for finding in self.findings if finding.prompt), None)
 
     def field_counts(self) -> list[tuple[str, int]]:
         """Return the number of samples with each field, the most frequent first."""
@@ -133,8 +141,7 @@ def probe_shards(
 def _why_unreadable(shard: ShardSource, error: Exception) -> str:
     if is_local(shard.url) and (path := local_path(shard.url)).is_dir():
         return f"is a folder, and a shard is a tar; {look_into_folder(str(path)).way_out()}"
-    text = str(error)
-    return text.removeprefix(f"{shard.canonical_url}: ").removeprefix(f"{shard.url}: ")
+    return without_url(shard, str(error))
 
 
 def _findings(
@@ -164,7 +171,7 @@ def _finding(
     config: JobConfig, sample_prompts: SamplePrompts, sample: RawSample, *, is_to_be_decoded: bool
 ) -> Finding:
     image_failure = prompt_failure = None
-    is_decoded, prompts = False, 0
+    is_decoded, prompts, prompt = False, 0, ""
     try:
         content = find_field(sample.fields, config.input.image)
         if is_to_be_decoded:
@@ -175,9 +182,10 @@ def _finding(
     try:
         found = sample_prompts.of(sample.fields, shard=sample.shard, key=sample.key)
         prompts = min(len(found.prompts), config.prompts.max_per_sample)
+        prompt = found.prompts[0].text if found.prompts else ""
         if not prompts and found.failures:
             prompt_failure = found.failures[0][1]
     except SampleFailure as failure:
         prompt_failure = failure
     fields = tuple(dict.fromkeys([*sample.fields, *sample.fields.skipped]))
-    return Finding(sample.key, fields, prompts, prompt_failure, image_failure, is_decoded)
+    return Finding(sample.key, fields, prompts, prompt, prompt_failure, image_failure, is_decoded)

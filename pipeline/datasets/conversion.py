@@ -264,16 +264,18 @@ def _start(
     if resume and present <= {*source.files, _shard_name(source, 0)}:
         return fresh
     shard = re.compile(re.escape(source.name) + r"-\d{6,}\.tar")
-    strange = {
-        name
-        for name in present - {*source.files, CONVERSION_FILE}
-        if not overwrite or shard.fullmatch(name) is None
-    }
-    if strange or not overwrite:
+    others = {name for name in present - {*source.files, CONVERSION_FILE} if shard.fullmatch(name) is None}
+    found = f"{storage.shown_url(dest)}: expected an empty folder, found"
+    if others:
         raise UserError(
-            f"{storage.shown_url(dest)}: expected an empty folder, found {len(present)} file(s) such as "
-            f"{min(strange or present)}; choose another folder, continue with --resume, or start again with "
-            f"--overwrite (which removes shards of {source.name} and nothing else)"
+            f"{found} {len(others)} file(s) that are not of a conversion of {source.name}, such as "
+            f"{min(others)}; choose another folder"
+        )
+    if not overwrite:
+        resume_it = "continue with --resume, " if CONVERSION_FILE in present else ""
+        raise UserError(
+            f"{found} {len(present)} file(s) such as {min(present)}; choose another folder, {resume_it}or "
+            f"start again with --overwrite (which removes shards of {source.name} and nothing else)"
         )
     for name in sorted(present):
         storage.remove(dest, name)

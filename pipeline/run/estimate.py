@@ -31,7 +31,6 @@ from pipeline.run import job as jobs
 from pipeline.run.destination import check_destination, destination_problem
 from pipeline.run.job import Job
 from pipeline.storage import ShardSource
-from pipeline.storage.pipes import is_command
 from pipeline.text import as_duration
 
 LISTED_SHARDS = 20
@@ -85,7 +84,7 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
     found = jobs.look_into(folder, ids, listed, listing, moves)
     shards, done = found.shards, found.done if config.run.retry_damaged else found.done | found.damaged
     sample_prompts = SamplePrompts(config)
-    probed = _probed_shards(shards)
+    probed = first_middle_last(shards)
     probe = probe_shards(config, sample_prompts, probed, wanted_fields(config.input, sample_prompts))
     contents = partial(look_at_contents, probed, max_member_bytes=config.input.max_member_bytes)
     of_samples = problems_of(config, sample_prompts, probe, contents) if probed else []
@@ -102,13 +101,6 @@ def _message_of(check: Callable[[], Any]) -> list[str]:
     except (UserError, OutputError) as error:
         return [str(error)]
     return []
-
-
-def _probed_shards(shards: Sequence[ShardSource]) -> Sequence[ShardSource]:
-    # the size is unknown if the shard is missing or no file, or comes from a command, which is not run here
-    sized = [shard for shard in shards if shard.size_bytes is not None]
-    others = [shard for shard in shards if not is_command(shard.url)]
-    return first_middle_last(sized or others)
 
 
 def _notes_on_names(shards: Sequence[ShardSource]) -> list[str]:
@@ -176,6 +168,7 @@ def dry_run_lines(found: DryRun) -> list[str]:
             f"(estimated from {probe.samples} samples in {probe.shards} shard(s), "
             f"{probe.images_decoded} of whose images were decoded)"
         )
+        lines += [] if probe.example is None else [f"first prompt: {probe.example!r}"]
     lines.append(_output_size_line(found))
     lines += [f"note: {note}" for note in found.notes]
     lines.append("dry run: nothing was started or written")

@@ -239,7 +239,7 @@ class Archive:
 
 def _missing_block(block: bytes, start_bytes: int) -> DamageError:
     if not start_bytes and not block:
-        return DamageError("zero_bytes", "the shard has 0 bytes", stage="open")
+        return DamageError("zero_bytes", "the tar has 0 bytes", stage="open")
     if not start_bytes:
         return _corrupt_block(block, start_bytes)
     where = "in a header" if block else "without the blocks that mark its end"

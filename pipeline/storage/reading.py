@@ -241,5 +241,5 @@ def read_text(url: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         # an operating system's error repeats the path
         cause = error.strerror or without_secrets(error, url)
     except UnicodeDecodeError as error:
-        cause = str(error)
+        cause = f"is not text in UTF-8: {error.reason} at byte {error.start}"
     raise UserError(f"{short_url(url)}: cannot be read: {cause}")

@@ -306,4 +306,11 @@ def raised_as(kind: type[PipelineError], url: str, what: str) -> Iterator[None]:
         yield
     except (OSError, HTTPException, pa.ArrowException) as error:
         # a traceback of the cause would show its secrets
-        raise kind(f"{short_url(url)}: {what}: {_cut(without_secrets(error, url), 400)}") from None
+        raise kind(f"{short_url(url)}: {what}: {_reason(error, url)}") from None
+
+
+def _reason(error: Exception, url: str) -> str:
+    # libraries add the number of the error and the path, which the message has already
+    if isinstance(error, OSError) and error.errno and is_local(url):
+        return os.strerror(error.errno)
+    return _cut(without_secrets(error, url), 400)

@@ -80,6 +80,7 @@ FIELDS = [
     ({"txt": b"  "}, [], ["0 of 4 samples have a usable caption: the caption is empty (4 of 4)"]),
     ({"txt": None}, [], ["no field of 4 samples holds a text", "prompts.source=classes"]),
     ({"txt": None, "cls": b"3"}, [], ["field cls holds classes, such as '3'", "prompts.mentioned_in=cls"]),
+    ({"txt": None, "json": as_json(file_name="a cat.jpg")}, [], ["no field of 4 samples holds a text"]),
     ({}, ["input.image=png"], ["field png is in 0 of 4 samples", "try input.image=jpg"]),
     ({"jpg": None}, [], ["no field of 4 samples holds an image"]),
     (
@@ -110,6 +111,16 @@ def test_a_job_whose_fields_hold_nothing_is_refused_with_what_to_try(
         code, out, err = dry_run(*overrides, *tries)
         assert (code, err) == (0, "")
         assert "samples: about 4, prompts: about" in out
+
+
+def test_the_first_prompt_is_shown_and_a_whole_document_as_prompt_is_noted(dry_run, tmp_path):
+    one_shard(tmp_path, txt=b"a red sofa", json=as_json(caption=CAPTION))
+    code, out, _ = dry_run()
+    assert (code, "first prompt: 'a red sofa'" in out, "JSON" in out) == (0, True, False)
+    code, out, _ = dry_run("input.caption=json")
+    assert code == 0
+    assert "4 of 4 samples (100 %) have JSON as their prompt" in out
+    assert "such as input.caption=json:caption" in out
 
 
 def _suggested(line):
@@ -193,7 +204,7 @@ def zip_bytes():
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer; fetch"),
         (b"\x89HDF\r\n\x1a\n" + bytes(600), "it is an HDF5 file"),
         (b'{"a": 1}' + b" " * 600, "it is a JSON file"),
-        (b"", "the shard has 0 bytes"),
+        (b"", "the tar has 0 bytes"),
         (b"neither this nor that " * 40, "does not begin with a tar header"),
     ],
 )

@@ -1,16 +1,20 @@
 """`legrad init`: a configuration for a corpus, with comments, that a dry run accepts."""
 
 import json
+import re
+import shlex
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import storage
 from pipeline.cli.explain import model_named
 from pipeline.config.load import parse_config
 from pipeline.corpus.first_config import first_config
 from pipeline.demo import assets
+from pipeline.storage.urls import local_path
 from tests.helpers.corpus import image_bytes, sample, write_shard
 
 CAPTION = "a dog on a red sofa"
@@ -130,8 +134,9 @@ def test_an_existing_file_is_overwritten_only_with_force(legrad, tmp_path):
             ["a.jpg", "sub/b.png"],
             "it holds 2 image(s) and no tar; write shards first: legrad shards images {0} DEST",
         ),
-        (["a.jpg", "metadata.csv"], "DEST --captions {0}/metadata.csv"),
+        (["a.jpg", "metadata.csv"], "DEST --captions {0}/metadata.csv; then: legrad init DEST"),
         (["train-0.parquet"], "legrad shards parquet '{0}/*.parquet' DEST --image IMAGE --caption CAPTION"),
+        (["data/0.parquet"], "legrad shards parquet '{0}/**/*.parquet' DEST --image IMAGE"),
         (["notes.md"], "it holds no tar; files: 1 .md"),
         ([], "it holds no tar; it is empty"),
     ],
@@ -145,6 +150,19 @@ def test_a_folder_without_tars_is_answered_by_the_command_that_makes_them(legrad
     code, _, err = legrad("init", folder)
     assert code == 1
     assert message.format(folder) in err
+    assert ("then: legrad init" in err) == ("legrad shards" in err)
+
+
+def test_a_command_that_names_a_folder_can_be_pasted(legrad, tmp_path):
+    folder = tmp_path / "it's [x] {y} $HOME"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"x")
+    (folder / "captions.csv").touch()
+    code, _, err = legrad("init", folder)
+    assert code == 1
+    (command,) = re.findall("write shards first: (.*); then", err)
+    words = ["legrad", "shards", "images", str(folder), "DEST", "--captions", f"{folder}/captions.csv"]
+    assert shlex.split(command) == words
 
 
 @pytest.mark.parametrize(
@@ -164,6 +182,77 @@ def test_what_is_no_corpus_is_refused(legrad, tmp_path, corpus, message):
     assert code == 1
     assert message in err
     assert "pw" not in err
+
+
+@pytest.mark.parametrize(
+    "names", [["0.TAR", "1.TAR"], ["0.tar", "1.TAR"], ["0.tar", "sub/1.tar.gz"], ["0.tgz", "1.tgz"]]
+)
+def test_tars_of_any_ending_are_found_and_no_other_file(legrad, tmp_path, names):
+    corpus = tmp_path / "{a} [b]"
+    for name in [*names, "notes.txt", "table.tsv", "0.tar.idx"]:
+        (corpus / name).parent.mkdir(parents=True, exist_ok=True)
+        write_shard(corpus / name, [sample("a")])
+    file = tmp_path / "job.yaml"
+    code, _, err = legrad("init", corpus, "--to", file)
+    assert code == 0, err
+    shards = storage.list_shards(yaml.safe_load(file.read_text())["input"]["shards"])
+    assert {local_path(shard.url) for shard in shards} == {corpus / name for name in names}
+
+
+def test_a_look_goes_to_shards_that_are_there(legrad, tmp_path):
+    write_shard(tmp_path / "1.tar", [sample("a")])
+    code, out, err = legrad("init", f"{tmp_path}/{{0..4}}.tar")
+    assert (code, "5 shard(s)" in out, "1 samples of 1 shard(s)" in out) == (0, True, True), err
+
+
+@pytest.mark.parametrize(
+    "document", [{"file_name": "my cat"}, {"name": "my cat.JPG"}, {"url": "a nice page"}]
+)
+def test_what_names_an_image_is_no_caption(legrad, tmp_path, document):
+    write_shard(tmp_path / "0.tar", [sample("a", txt=None, json=as_json(**document))])
+    code, out, err = legrad("init", tmp_path)
+    assert code == 0, err
+    assert yaml.safe_load(out)["prompts"]["source"] == "classes"
+    assert "caption" not in yaml.safe_load(out)["input"]
+
+
+def test_a_shard_that_is_cut_counts_with_what_precedes_the_cut(legrad, tmp_path):
+    write_shard(tmp_path / "0.tar", [sample(key) for key in "abc"])
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[: len(whole) // 2])
+    code, out, err = legrad("init", tmp_path)
+    assert code == 0, err
+    assert "samples of 1 shard(s) were looked at" in out
+
+
+def test_a_folder_in_place_of_a_configuration_is_answered_by_the_command_that_writes_one(legrad, tmp_path):
+    code, _, err = legrad("annotate", tmp_path)
+    assert (code, f"legrad init {tmp_path} --to job.yaml" in err) == (1, True), err
+
+
+@pytest.mark.parametrize(
+    ("text", "is_caption"),
+    [
+        ("a cat 998", True),
+        ("2 dogs, 1 cat", True),
+        ("日本の猫", True),
+        ("IMG_0001234", False),
+        ("12345678", False),
+        ("https://host/a", False),
+    ],
+)
+def test_a_short_caption_may_count_and_a_number_is_none(legrad, tmp_path, text, is_caption):
+    write_shard(tmp_path / "0.tar", [sample("a", txt=text.encode())])
+    code, out, err = legrad("init", tmp_path)
+    assert code == 0, err
+    assert yaml.safe_load(out)["prompts"]["source"] == ("caption" if is_caption else "classes")
+
+
+def test_a_missing_shard_is_named_once(legrad, tmp_path):
+    code, _, err = legrad("init", tmp_path / "none.tar")
+    assert code == 1
+    assert "cannot be opened: No such file or directory" in err
+    assert err.count(f"{tmp_path}/none.tar") == 2, err
 
 
 def test_shards_in_folders_below_are_found(legrad, tmp_path):

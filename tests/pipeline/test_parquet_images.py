@@ -310,6 +310,8 @@ def test_what_is_no_parquet_is_an_error_with_the_way_out(tmp_path, legrad):
         assert code == 1
         assert re.search(message, err), err
         assert "Traceback" not in err
+    code, _, err = legrad("shards", "parquet", whole, whole)
+    assert (code, "is a file; expected a folder" in err) == (1, True), err
     code, _, err = legrad("shards", "parquet", "https://host/a.parquet", tmp_path / "out", "--image", "image")
     assert (code, "download it first" in err) == (1, True)
 
