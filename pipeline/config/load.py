@@ -150,7 +150,7 @@ def _set(document: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str,
 def _source_of(problems: Sequence[Any], where: str, overridden: Mapping[str, str]) -> str:
     """Return where all problems are: in the file, on the command line, or in what both give together."""
     shown = storage.shown_url(where)
-    if all(_is_overridden(_location(problem), overridden) for problem in problems):
+    if all(_is_overridden(problem, overridden) for problem in problems):
         return "command line"
     # problems of several keys together have no location of a key
     is_of_both = bool(overridden) and any(len(_location(problem)) < 2 for problem in problems)
@@ -162,14 +162,21 @@ def _location(problem: Any) -> list[str]:
     return [printable(str(part))[:80] for part in problem["loc"]][:2]
 
 
-def _is_overridden(location: Sequence[str], overridden: Mapping[str, str]) -> bool:
-    return bool(location) and (location[0] in overridden or ".".join(location) in overridden)
+def _is_overridden(problem: Any, overridden: Mapping[str, str]) -> bool:
+    location = _location(problem)
+    if not location:
+        return False
+    # an unknown section is named without the key in it
+    is_unknown_section = problem["type"] == "extra_forbidden" and len(location) == 1
+    if is_unknown_section and any(key.startswith(f"{location[0]}.") for key in overridden):
+        return True
+    return location[0] in overridden or ".".join(location) in overridden
 
 
 def _problem_line(problem: Any, overridden: Mapping[str, str]) -> str:
     location = _location(problem)
     dotted = ".".join(location) or "config"
-    origin = " (from the command line)" if _is_overridden(location, overridden) else ""
+    origin = " (from the command line)" if _is_overridden(problem, overridden) else ""
     shown_key = f"  {dotted}{_shown_value(dotted, overridden)}{origin}"
     if dotted in RENAMED_KEYS:
         return f"{shown_key}: this key is now called {RENAMED_KEYS[dotted]}"
@@ -178,6 +185,8 @@ def _problem_line(problem: Any, overridden: Mapping[str, str]) -> str:
     if problem["type"] == "missing":
         return f"{shown_key}: required, but missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        message = f"is a section; expected keys in it, as in {dotted}.KEY=VALUE"
     if len(location) < 2 and problem["type"] == "value_error":
         return f"  {message}"
     # URLs may carry credentials or signatures

@@ -11,12 +11,14 @@ import itertools
 import os
 import posixpath
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from pipeline.corpus.folders import is_named_tar
 from pipeline.datasets.caption_tables import CaptionTable, TableRow, open_caption_table
 from pipeline.datasets.captioned import Scalar, sample_members
 from pipeline.datasets.conversion import Item, Members, SampleSource
@@ -111,6 +113,7 @@ def open_image_folder(
     if not images:
         raise UserError(
             f"{root}: no image found, in {survey.folders} folder(s) with {survey.files} other file(s)"
+            f"{_examples(root, survey.skipped.names.get('other_file', []))}"
         )
     if not folder.reads_texts:
         survey.skipped.counts.update(survey.texts.counts)
@@ -250,6 +253,15 @@ def image_key(path: str, shared_stems: frozenset[str] | set[str] = frozenset()) 
     return f"{safe or 'image'}-{_digest(path, DIGEST_BYTES).hex()}"
 
 
+def _examples(root: Path, names: Sequence[str]) -> str:
+    """Return an example of files that are no images, as the end of a message; empty where there is none."""
+    tar = next((name for name in names if is_named_tar(name)), None)
+    if tar is not None:
+        command = shlex.join(["legrad", "init", str(root)])
+        return f" such as {printable(tar)}; a tar is a shard already, and needs no conversion: {command}"
+    return f" such as {printable(names[0])}" if names else ""
+
+
 def _similar_file(root: Path, path: str) -> str:
     """Return the file that a row perhaps means, as the end of a message; empty where there is none."""
     forms = [unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)]
@@ -261,10 +273,14 @@ def _similar_file(root: Path, path: str) -> str:
     stem, ending = posixpath.splitext(path)
     endings = sorted(IMAGE_ENDINGS)
     names = [path.replace("\\", "/"), stem + ending.lower(), stem + ending.upper()]
+    # a table beside the folder names it, too
+    names.append(path.partition("/")[2] or path)
     names += [path + ending for ending in (*endings, *map(str.upper, endings))]
     similar = next((name for name in names if (root / name).is_file()), None)
     return (
-        "" if similar is None else f"; there is {printable(similar)}: a row must give the name to the letter"
+        ""
+        if similar is None
+        else f"; there is {printable(similar)}: rows name images by their path below ROOT, to the letter"
     )
 
 

@@ -85,7 +85,13 @@ def test_a_bad_value_is_reported_with_its_key_and_what_came(config_file, overrid
     ("text", "overrides", "heading", "line"),
     [
         ("", ["masks.valeu=0.3"], "command line: 1", "masks.valeu=0.3 (from the command line): unknown key"),
-        ("", ["masks=3"], "command line: 1", "masks (from the command line): "),
+        ("", ["masks=3"], "command line: 1", "masks (from the command line): is a section; expected keys"),
+        (
+            "",
+            ["Masks.value=0.3"],
+            "command line: 1",
+            "Masks (from the command line): unknown key; did you mean masks",
+        ),
         ("masks: {valeu: 1}\n", ["masks.value=0.3"], "{0}: 1", "masks.valeu: unknown key"),
         ("masks: {valeu: 1}\n", ["run.workers=x"], "{0}: 2", "run.workers (from the command line): "),
         (

@@ -487,6 +487,11 @@ def test_an_empty_folder_and_a_missing_one_end_with_1(tmp_path, legrad):
     write(tmp_path / "in" / "README.md", "text")
     code, _, err = legrad("shards", "images", tmp_path / "in", tmp_path / "out")
     assert (code, "no image found, in 1 folder(s) with 1 other file(s)" in err) == (1, True), err
+    (tmp_path / "shards").mkdir()
+    write(tmp_path / "shards" / "0.tar", b"")
+    code, _, err = legrad("shards", "images", tmp_path / "shards", tmp_path / "out")
+    assert (code, "such as 0.tar; a tar is a shard already" in err) == (1, True), err
+    assert f"legrad init {tmp_path}/shards" in err
     for name, problem in {"nowhere": "no such folder", "in/README.md": "is a file"}.items():
         code, _, err = legrad("shards", "images", tmp_path / name, tmp_path / "out")
         assert (code, f"{problem}; expected a folder of images" in err) == (1, True), err
@@ -525,6 +530,7 @@ def test_commands_in_the_output_can_be_pasted_whatever_folders_are_called(tmp_pa
         ("0", "0.jpg", "there is 0.jpg"),
         ("0", "0.PNG", "there is 0.PNG"),
         ("0.JPG", "0.jpg", "there is 0.jpg"),
+        ("in/0.jpg", "0.jpg", "there is 0.jpg: rows name images by their path below ROOT"),
         ("sub\\0.jpg", "sub/0.jpg", "there is sub/0.jpg"),
         ("caf\u00e9.jpg", "cafe\u0301.jpg", "another Unicode normal form, 'cafe\\\\u0301.jpg'"),
         ("0.jpg", "1.jpg", None),
