@@ -31,9 +31,10 @@ from pipeline.run import job as jobs
 from pipeline.run.destination import check_destination, destination_problem
 from pipeline.run.job import Job
 from pipeline.storage import ShardSource
-from pipeline.text import as_duration
+from pipeline.text import as_duration, first_few
 
 LISTED_SHARDS = 20
+UNSIZED_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,11 @@ def dry_run_lines(found: DryRun) -> list[str]:
         lines = [*lines[:LISTED_SHARDS], f"... and {len(lines) - LISTED_SHARDS:,} more"]
     lines.append(f"shards: {len(found.shards):,} in total, {len(left):,} left; {decimal(size_bytes)}")
     if unsized:
-        lines.append(f"{unsized:,} shard(s) of unknown size, perhaps missing, are not in the estimates")
+        names = [shard.canonical_url for shard in found.shards if shard.size_bytes is None]
+        lines.append(
+            f"not in the estimates: {unsized:,} shard(s) of unknown size, perhaps missing: "
+            f"{first_few(names, UNSIZED_SHOWN)}"
+        )
     probe = found.probe
     if probe.samples and size_bytes:
         factor = size_bytes / probe.bytes_read

@@ -237,7 +237,7 @@ def test_a_missing_shard_is_refused_and_one_among_others_is_not(dry_run, tmp_pat
     one_shard(tmp_path)
     code, out, _ = dry_run(shards=tmp_path / "{0,gone}.tar")
     assert code == 0
-    assert "1 shard(s) of unknown size, perhaps missing" in out
+    assert f"1 shard(s) of unknown size, perhaps missing: file://{tmp_path}" in out
 
 
 def test_an_empty_tar_has_no_sample(dry_run, tmp_path):
