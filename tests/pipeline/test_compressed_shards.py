@@ -179,7 +179,7 @@ def test_other_compressions_are_named_with_those_that_are_read(data, name):
 def test_a_parquet_file_is_named_with_the_command_that_converts_it():
     (error,) = read(b"PAR1" + bytes(range(256)) * 9 + b"PAR1")
     assert (error.kind, error.damages_shard) == ("not_a_tar", True)
-    assert "legrad shards parquet FILE DEST --image COLUMN --caption COLUMN" in error.message
+    assert "legrad shards parquet FILES DEST --image IMAGE --caption CAPTION" in error.message
 
 
 @compressions
