@@ -55,9 +55,7 @@ def test_a_missing_shard_is_reported_and_leaves_the_estimate_unchanged(tmp_path)
     found = dry_run(demo_job([*tars, gone], tmp_path / "out"))
     lines = "\n".join(dry_run_lines(found))
     assert re.search(r"9999\.tar  \? bytes", lines)
-    assert any(
-        "not in the estimates: 1 shard(s) of unknown size, perhaps missing: " in line for line in lines
-    )
+    assert f"not in the estimates: 1 shard(s) of unknown size, perhaps missing: file://{gone}" in lines
     assert found.probe.samples == 20
 
 
