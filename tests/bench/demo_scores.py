@@ -2,14 +2,12 @@
 
     python tests/bench/demo_scores.py [--weights new|old] [--sets heldout newartist] [--write]
 
-Annotates the sets with the demo's configuration and evaluates them, as `legrad demo` and `legrad evaluate
---perturbation` do. JSON rows of four tables, each for every set:
+Annotates the sets with the demo's configuration and evaluates them, as `legrad demo` and `legrad evaluate`
+do. JSON rows of three tables, each for every set (`perturbation.py` is a program of its own):
 
-    maps            scores of each kind of map: LeGrad over the last blocks, and baselines on the same model
-    masks           scores of the masks as written
-    recognition     the model as a classifier of scenes
-    perturbation    areas under the model's output as patches are hidden or shown, most or least relevant
-                    first, over 0 to 90 % of the patches, for the first `--perturbed-scenes` of a set
+    maps           scores of each kind of map: LeGrad over the last blocks, and baselines on the same model
+    masks          scores of the masks as written
+    recognition    the model as a classifier of scenes
 """
 
 from __future__ import annotations
@@ -55,7 +53,6 @@ def options() -> argparse.Namespace:
     parser = figure_parser(__doc__)
     parser.add_argument("--weights", choices=WEIGHTS, default="new", help="weights of the demo's model")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=PUBLISHED_SETS, help="sets of scenes")
-    parser.add_argument("--perturbed-scenes", type=int, default=50, help="0: no perturbation; it is slow")
     return parser.parse_args()
 
 
@@ -76,7 +73,6 @@ def evaluated(arguments: argparse.Namespace, out: str, set_name: str) -> Evaluat
         out,
         assets.demo_shard_paths(set_name),
         assets.demo_classes_path() if things else assets.demo_classes_with_stuff_path(),
-        perturbed_scenes=arguments.perturbed_scenes,
         pretrained=None if arguments.weights == "new" else str(weights_path(arguments.weights)),
     )
 
@@ -91,9 +87,6 @@ def rows_of(found: EvaluationResult) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "masks", {key: value for key, value in vars(found.written).items() if key not in UNUSED}
     if found.recognition is not None:
         yield "recognition", vars(found.recognition)
-    for perturbed in found.perturbation:
-        areas = {f"{curve.test}_{curve.order}": vars(curve) for curve in perturbed.curves}
-        yield "perturbation", {"map": perturbed.method, "scenes": found.perturbed_scenes, **areas}
 
 
 if __name__ == "__main__":

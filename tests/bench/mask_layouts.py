@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layout_parts import Region, columns_of, sentence, sets_side_by_side
+from layout_parts import Columns, Region, columns_of, sentence, sets_side_by_side
 
 HELDOUT, NEWARTIST = "heldout", "newartist"
 
@@ -82,18 +82,6 @@ ORDERS = {
     "insertion, least first": "insertion_negative",
 }
 
-
-def areas(figure: str, title: str) -> dict[str, str]:
-    """Return the columns of a table of areas under an output of the model."""
-    return {
-        title: "{map}",
-        **{
-            order: f"{{{HELDOUT}[{test}][{figure}].short}} / {{{NEWARTIST}[{test}][{figure}].short}}"
-            for order, test in ORDERS.items()
-        },
-    }
-
-
 FURTHER_SETS = ("stuff", "thirdartist", "duplicates")
 FURTHER = {
     "variant": "{variant}",
@@ -140,25 +128,35 @@ LABEL_MAP_ERRORS: Columns = {
 
 def by_weights(weights: str) -> dict[str, Region]:
     """Return the regions of figures that are measured with old and with new weights."""
-    scores, ablation, nested, presence = (
+    scores, ablation, nested, presence, train_demo = (
         f"python tests/bench/{program}.py --weights {weights} --write"
-        for program in ("demo_scores", "ablation", "nested_captions", "presence_filters")
+        for program in ("demo_scores", "ablation", "nested_captions", "presence_filters", "train_demo")
     )
 
     def of_scores(*parts: object) -> Region:
         return Region(f"demo_scores-{weights}", parts, scores)  # type: ignore[arg-type]
 
     return {
+        f"train-demo-{weights}": Region(
+            f"train_demo-{weights}",
+            [
+                columns_of("label_maps", LABEL_MAPS),
+                sentence(
+                    "The student reaches {student_share_of_supervised:.1%} of its twin's mIoU; over the "
+                    "pseudo-masks, which are given the classes: {student_minus_masks.signed_percent_half}, "
+                    "and with the classes known {student_minus_masks_classes_known.signed_percent_half}.",
+                    "comparison",
+                ),
+                columns_of("errors", LABEL_MAP_ERRORS),
+            ],
+            train_demo,
+        ),
         f"demo-maps-{weights}": of_scores(
             sets_side_by_side("maps", "map", MAPS),
             sets_side_by_side("maps", "map", HALVES, GLANCED_MAPS[:1]),
         ),
         f"demo-masks-{weights}": of_scores(columns_of("masks", MASKS)),
         f"demo-recognition-{weights}": of_scores(columns_of("recognition", RECOGNITION)),
-        f"demo-perturbation-{weights}": of_scores(
-            sets_side_by_side("perturbation", "map", areas("cosine_area", "similarity")),
-            sets_side_by_side("perturbation", "map", areas("accuracy_area", "accuracy")),
-        ),
         f"ablation-{weights}": Region(
             f"ablation-{weights}",
             [
@@ -197,20 +195,7 @@ REGIONS: dict[str, Region] = {
     ),
     **by_weights("new"),
     **by_weights("old"),
-    "train-demo": Region(
-        "train_demo",
-        [
-            columns_of("label_maps", LABEL_MAPS),
-            sentence(
-                "The student reaches {student_share_of_supervised:.1%} of its twin's mIoU; over the "
-                "pseudo-masks, which are given the classes: {student_minus_masks.signed_percent_half}, and "
-                "with the classes known {student_minus_masks_classes_known.signed_percent_half}.",
-                "comparison",
-            ),
-            columns_of("errors", LABEL_MAP_ERRORS),
-        ],
-    ),
     "train-demo-share": Region(
-        "train_demo", [sentence("{student_share_of_supervised:.1%}", "comparison")], has_head=False
+        "train_demo-new", [sentence("{student_share_of_supervised:.1%}", "comparison")], has_head=False
     ),
 }

@@ -1,6 +1,6 @@
 """A segmenter trained on the demo's pseudo-masks, beside one trained on ground truth: `make train-demo`.
 
-    python tests/bench/train_demo.py [--scale 1] [--write]
+    python tests/bench/train_demo.py [--weights new|old] [--scale 1] [--write]
 
 Runs `pipeline.demo.making.train_segmenter`, whose results are the rows: one for each kind of label maps of
 the held-out scenes (mIoU over 64 classes, with and without background), one for each kind of errors, one that
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from demo_inputs import demo_files
+from demo_inputs import WEIGHTS, demo_files, weights_path
 from published import figure_parser, recording
 
 MODULE = "pipeline.demo.making.train_segmenter"
@@ -25,14 +25,22 @@ COMPARED = ("student_minus_masks", "student_minus_masks_classes_known", "student
 def main() -> None:
     """Train, and record the result."""
     parser = figure_parser(__doc__)
+    parser.add_argument("--weights", choices=WEIGHTS, default="new", help="weights of the demo's model")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the scenes and steps")
     arguments = parser.parse_args()
     program, config = f"{MODULE.replace('.', '/')}.py", "pipeline/demo/making/train_demo.yaml"
     with (
-        recording(__file__, arguments, data=[*demo_files("heldout"), config], also=[program]) as record,
+        recording(
+            __file__,
+            arguments,
+            name=f"train_demo-{arguments.weights}",
+            data=[*demo_files("heldout", weights=arguments.weights), config],
+            also=[program],
+        ) as record,
         tempfile.TemporaryDirectory() as out,
     ):
         command = [sys.executable, "-m", MODULE, "--out", out, "--scale", str(arguments.scale)]
+        command += ["--clip-weights", str(weights_path(arguments.weights))]
         subprocess.run(command, check=True, stdout=sys.stderr)
         result = json.loads((Path(out) / "result.json").read_text())
         for name, scores in result["miou"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import open_clip
@@ -136,10 +137,16 @@ class Segmenter(nn.Module):
         return scores
 
 
-def make_segmenter(seed: int) -> Segmenter:
-    """Return an untrained segmenter; tower and texts are those of the demo CLIP, the rest is random."""
+def make_segmenter(seed: int, clip_weights: Path | None = None) -> Segmenter:
+    """Return an untrained segmenter; tower and texts are those of the demo CLIP, the rest is random.
+
+    Args:
+        seed: of the decoder.
+        clip_weights: of the demo CLIP; None: those that are shipped.
+    """
     name = assets.register_demo_model()
-    clip = open_clip.create_model(name, pretrained=str(assets.demo_weights_path()), precision="fp32")
+    weights = clip_weights or assets.demo_weights_path()
+    clip = open_clip.create_model(name, pretrained=str(weights), precision="fp32")
     names = [canonical_caption(class_id) for class_id in range(1, 1 + len(assets.demo_classes()))]
     with torch.no_grad():
         texts = clip.encode_text(open_clip.get_tokenizer(name)(names), normalize=True)

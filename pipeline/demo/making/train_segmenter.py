@@ -85,7 +85,9 @@ class Plan:
         )
 
 
-def train(plan: Plan, views: Views, labels: Tensor, console: PrintableConsole, what: str) -> Segmenter:
+def train(
+    plan: Plan, views: Views, labels: Tensor, console: PrintableConsole, *, what: str, clip_weights: Path
+) -> Segmenter:
     """Train a segmenter on label maps; start and schedule depend on the plan only.
 
     Args:
@@ -94,9 +96,10 @@ def train(plan: Plan, views: Views, labels: Tensor, console: PrintableConsole, w
         labels: label map of each view, to learn from.
         console: takes the loss now and then.
         what: is trained, for the console.
+        clip_weights: of the demo CLIP.
     """
     torch.manual_seed(plan.seed)
-    segmenter = make_segmenter(plan.seed)
+    segmenter = make_segmenter(plan.seed, clip_weights)
     decoder = segmenter.decoder.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -161,8 +164,18 @@ def _some_pixels(labels: UInt8[Tensor, "batch _ _"], stride: int) -> UInt8[Tenso
     return labels[:, row::stride, column::stride]
 
 
-def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole) -> dict[str, Any]:
+def run(
+    plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole, *, clip_weights: Path
+) -> dict[str, Any]:
     """Render scenes, annotate them, train twice, score; write result.json and the segmenters to a folder.
+
+    Args:
+        plan: all settings of the training.
+        out: the folder.
+        cache: folder for the rendered scenes.
+        art: folder for the packages of sprites.
+        console: reports progress and results.
+        clip_weights: of the demo CLIP, which annotates the scenes and is the segmenters' tower.
 
     Returns:
         What is written to result.json.
@@ -176,14 +189,15 @@ def run(plan: Plan, out: Path, cache: Path, art: Path, console: PrintableConsole
         split = scene_split(plan.scenes, art, cache, plan.seed)
         console.print(f"scenes to train on: {split.origin}")
     with _timed("annotating", times, console):
-        annotate(training_keys(split, out))
-        annotate(heldout_keys(split, out))
+        model = f"model.pretrained={json.dumps(str(clip_weights))}"
+        annotate([*training_keys(split, out), model])
+        annotate([*heldout_keys(split, out), model])
     with _timed("drawing views", times, console):
-        views = draw_views(plan, out / TRAINED_ON, split)
+        views = draw_views(plan, clip_weights, out / TRAINED_ON, split)
     segmenters = {}
     for what, labels in ((STUDENT, views.pseudo_masks), (SUPERVISED, views.ground_truth)):
         with _timed(f"training the {what}", times, console):
-            segmenters[what] = train(plan, views, labels, console, what)
+            segmenters[what] = train(plan, views, labels, console, what=what, clip_weights=clip_weights)
         save_file(segmenters[what].state_dict(), out / f"{what.replace(' ', '-')}.safetensors")
     with _timed("scoring", times, console):
         outcome = evaluate(out, split, segmenters)
@@ -223,14 +237,14 @@ def evaluate(out: Path, split: SceneSplit, segmenters: Mapping[str, Segmenter]) 
     )
 
 
-def draw_views(plan: Plan, masks: Path, split: SceneSplit) -> Views:
+def draw_views(plan: Plan, clip_weights: Path, masks: Path, split: SceneSplit) -> Views:
     """Return views of the training scenes, with the annotated label maps and the ground truth."""
     torch.manual_seed(plan.seed)
     transform = ViewTransform(
         read_label_maps(_dataset(masks, split.train, "label_map", shuffle=False)), plan.smallest_crop
     )
     scenes = _dataset(masks, split.train, "ground_truth", transform=transform, shuffle=False)
-    return make_views(scenes, make_segmenter(plan.seed), plan.views_per_scene)
+    return make_views(scenes, make_segmenter(plan.seed, clip_weights), plan.views_per_scene)
 
 
 def training_keys(split: SceneSplit, out: Path) -> list[str]:
@@ -353,9 +367,22 @@ def main() -> None:
     parser.add_argument(
         "--art", type=Path, default=Path(".cache/demo-art"), help="folder for the packages of sprites"
     )
+    parser.add_argument(
+        "--clip-weights",
+        type=Path,
+        default=assets.demo_weights_path(),
+        help="weights of the demo CLIP (default: those that are shipped)",
+    )
     options = parser.parse_args()
     plan = replace(Plan(), seed=options.seed).scaled(options.scale)
-    run(plan, options.out, options.cache, options.art, PrintableConsole())
+    run(
+        plan,
+        options.out,
+        options.cache,
+        options.art,
+        PrintableConsole(),
+        clip_weights=options.clip_weights,
+    )
 
 
 if __name__ == "__main__":
