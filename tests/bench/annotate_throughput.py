@@ -21,6 +21,7 @@ from shards_in_flight import work_through
 
 import legrad
 from pipeline import storage
+from pipeline.annotate.batch_size import CPU_BATCH_SIZE
 from pipeline.annotate.engine import Engine
 from pipeline.annotate.model import load_explainer
 from pipeline.annotate.sample_states import PreparedSample
@@ -56,10 +57,12 @@ def engine_seconds(
     config: JobConfig, explainer: legrad.LeGrad, samples: list[PreparedSample], cores: int
 ) -> float:
     torch.set_num_threads(cores)
-    engine = Engine(explainer, config.prompts.max_per_sample, config.run.batch_size)
+    # what `auto` is on a CPU
+    size = CPU_BATCH_SIZE if config.run.batch_size == "auto" else config.run.batch_size
+    engine = Engine(explainer, config.prompts.max_per_sample, size)
     started_s = time.perf_counter()
-    for start in range(0, len(samples), config.run.batch_size):
-        engine.explain(samples[start : start + config.run.batch_size])
+    for start in range(0, len(samples), size):
+        engine.explain(samples[start : start + size])
     return time.perf_counter() - started_s
 
 
