@@ -239,7 +239,7 @@ def read_text(url: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         return read_bytes(url, max_bytes=max_bytes).decode("utf-8-sig")
     except OSError as error:
         # an operating system's error repeats the path
-        cause = error.strerror or without_secrets(error, url)
+        problem = f"cannot be read: {error.strerror or without_secrets(error, url)}"
     except UnicodeDecodeError as error:
-        cause = f"is not text in UTF-8: {error.reason} at byte {error.start}"
-    raise UserError(f"{short_url(url)}: cannot be read: {cause}")
+        problem = f"is not text in UTF-8: {error.reason} at byte {error.start}"
+    raise UserError(f"{short_url(url)}: {problem}")

@@ -15,6 +15,7 @@ from pipeline import storage
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.demo import assets
 from pipeline.output.folder import OutputFolder
+from pipeline.prompts.sample_prompts import default_background
 from pipeline.run import job as jobs
 from pipeline.run.estimate import dry_run
 from pipeline.shards.samples import RawSample, read_samples
@@ -185,7 +186,8 @@ def test_hundreds_of_classes_cost_one_embedding_each_and_a_few_maps_an_image(ann
     assert (len(rows), counts.dropped_prompts) == (12, 6 * 298)
     assert (counter.images, counter.batches) == (6, 3)
     assert counter.maps == 6 * (2 + 3 + 1)
-    assert len(counter.texts) == len(set(counter.texts)) == 2 * 300 + 2 * 50 + 1
+    centre = default_background()  # distances between texts are from the mean of these
+    assert len(counter.texts) == len(set(counter.texts)) == 2 * (300 + 50 + len(centre)) + 1
 
 
 def test_templates_give_the_similarities_of_open_clips_zero_shot_classifier(annotate, explainer, tmp_path):
