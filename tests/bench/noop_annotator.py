@@ -23,7 +23,7 @@ class NoopAnnotator:
     """Publishes one row per shard; sleeps for the time of its device steps, of one shard after the other."""
 
     def __init__(self, config: JobConfig, metadata: Mapping[str, Any], shard_s: float) -> None:
-        self._output_dir, self._metadata, self._shard_s = config.output.dir, metadata, shard_s
+        self._output, self._metadata, self._shard_s = config.output, metadata, shard_s
         self._in_flight, self._changed = 0, threading.Condition()
         self._attempts = AttemptsInFlight()
         self._device = threading.Lock()
@@ -36,12 +36,12 @@ class NoopAnnotator:
                     time.sleep(self._shard_s)
             metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
             with (
-                ShardWriter(shard, metadata) as writer,
+                ShardWriter(shard, metadata, with_maps=self._output.heatmap) as writer,
                 self._attempts.begun(shard, writer.counts) as attempt,
             ):
                 writer.add_sample([ROW], [])
                 attempt.begin_publishing()
-                published = writer.publish(self._output_dir)
+                published = writer.publish(self._output.dir)
             return ShardReport(published.counts, self._shard_s)
         finally:
             self._count(-1)

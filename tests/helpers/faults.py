@@ -155,7 +155,7 @@ class WordAnnotator:
 
     def __init__(self, config, metadata, faults, seconds_per_sample, log):
         self._log = log
-        self._output_dir, self._metadata = config.output.dir, metadata
+        self._output, self._metadata = config.output, metadata
         self._faults, self._seconds_per_sample = faults, seconds_per_sample
         self._in_flight = AttemptsInFlight()
         self._samples = {}
@@ -169,13 +169,13 @@ class WordAnnotator:
         metadata = {**self._metadata, "attempt": uuid.uuid4().hex}
         try:
             with (
-                ShardWriter(shard, metadata) as writer,
+                ShardWriter(shard, metadata, with_maps=self._output.heatmap) as writer,
                 self._in_flight.begun(shard, writer.counts) as attempt,
             ):
                 self._faults.strike(stem, "begin")
                 self._add_samples(shard, writer, stem, attempt)
                 attempt.begin_publishing()
-                counts = writer.publish(self._output_dir).counts
+                counts = writer.publish(self._output.dir).counts
         finally:
             with self._room:
                 self._room.notify_all()

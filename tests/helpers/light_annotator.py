@@ -51,7 +51,8 @@ class LightAnnotator:
             threading.Event().wait()
         if name.startswith("bug"):
             raise ZeroDivisionError("division by zero")
-        with ShardWriter(shard, {**self.metadata, "attempt": "a"}) as writer:
+        metadata = {**self.metadata, "attempt": "a"}
+        with ShardWriter(shard, metadata, with_maps=self.config.output.heatmap) as writer:
             if name.startswith("errors"):
                 for index in range(1500):
                     writer.add_sample([], [SampleError("decode", "truncated", "m", str(index), index)])
