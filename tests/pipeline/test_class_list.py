@@ -98,5 +98,5 @@ def test_a_file_that_is_not_there_or_not_text_is_an_input_error(tmp_path):
     with pytest.raises(UserError, match=r"none\.txt: cannot be read: No such file"):
         read_class_list(str(tmp_path / "none.txt"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"latin\.txt: is not text in UTF-8: unexpected end of data at byte 3"):
+    with pytest.raises(UserError, match=r"latin\.txt: is not text in UTF-8: .* at byte 3"):
         read_class_list(str(tmp_path / "latin.txt"))
