@@ -138,5 +138,5 @@ def test_every_row_of_the_demo_has_the_mask_of_a_direct_run(stored, combine, ref
     direct, restored = by_model(batches, config, explainer.patch_size), from_maps(again)
     for rule in RULES:
         expected = rows_of(direct, config, rule)
-        assert len(expected) > 300
+        assert len(expected) > 250  # the smaller set has 287
         assert_same_masks(rows_of(restored, again.config, rule), expected)
