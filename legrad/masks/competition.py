@@ -51,31 +51,55 @@ def competing_masks(
     Returns:
         Disjoint masks without thresholds; with rule `band` one ignore mask for the image.
     """
-    highest_peak = float(prompts.peaks.max(initial=0))
-    won = _winners(prompts, highest_peak)
-    challenger = _winners(backgrounds, highest_peak)
+    won = winners_of(prompts, backgrounds)
     level_low, level_high = cuts_of(won.heat, rule)
-    is_prompts = won.strength > challenger.strength
-    is_inside = is_prompts & (won.heat > np.float32(level_high))
+    is_inside = won.heat > np.float32(level_high)
     winner = _cleaned(np.where(is_inside, won.winner, NOBODY), len(prompts.heatmaps), cleaning)
     rles = [encode_columns(winner == prompt) for prompt in range(len(prompts.heatmaps))]
     ignores: list[Rle] = []
     if rule.rule == "band":
-        is_between = is_prompts & (won.heat > np.float32(level_low)) & (winner == NOBODY)
+        is_between = (won.winner != NOBODY) & (won.heat > np.float32(level_low)) & (winner == NOBODY)
         ignores = [encode_columns(is_between)]
     return image_masks(rles, ignores=ignores)
 
 
 @dataclass(frozen=True)
-class _Winners:
-    """Greatest strength at each pixel, index of its text, and that text's heat map; zeros without texts."""
+class Winners:
+    """The strongest prompt of each pixel, before any threshold.
 
-    strength: Float32[np.ndarray, "width height"]
+    Attributes:
+        heat: the heat map of the strongest prompt; zeros without prompts.
+        winner: index of the strongest prompt; -1 where a background text is at least as strong.
+    """
+
     heat: Float32[np.ndarray, "width height"]
     winner: Int16[np.ndarray, "width height"]
 
 
-def _winners(texts: Contestants, highest_peak: float) -> _Winners:
+def winners_of(prompts: Contestants, backgrounds: Contestants) -> Winners:
+    """Find the strongest prompt of each pixel; see `competing_masks`.
+
+    Args:
+        prompts: texts that get masks.
+        backgrounds: texts that compete but get no mask, in the same frame; may be empty.
+    """
+    highest_peak = float(prompts.peaks.max(initial=0))
+    strongest = _strongest(prompts, highest_peak)
+    challenger = _strongest(backgrounds, highest_peak)
+    is_prompts = strongest.strength > challenger.strength
+    return Winners(strongest.heat, np.where(is_prompts, strongest.text, NOBODY))
+
+
+@dataclass(frozen=True)
+class _Strongest:
+    """Greatest strength at each pixel, index of its text, and that text's heat map; zeros without texts."""
+
+    strength: Float32[np.ndarray, "width height"]
+    heat: Float32[np.ndarray, "width height"]
+    text: Int16[np.ndarray, "width height"]
+
+
+def _strongest(texts: Contestants, highest_peak: float) -> _Strongest:
     import cv2
 
     live = _distinct(texts)
@@ -84,7 +108,7 @@ def _winners(texts: Contestants, highest_peak: float) -> _Winners:
     weights = np.sqrt(texts.peaks[live].clip(min=0) / np.float32(highest_peak if highest_peak > 0 else 1))
     frame = (stack.width, stack.height)
     best, of_best = np.zeros(frame, np.float32), np.zeros(frame, np.float32)
-    winner = np.full(frame, NOBODY, np.int16)
+    strongest = np.full(frame, NOBODY, np.int16)
     # A loop over maps, as argmax over the first dimension takes ten times as long.
     for index, heat, weight in zip(live, stack.columns(), weights, strict=True):
         strength = heat * weight
@@ -92,8 +116,8 @@ def _winners(texts: Contestants, highest_peak: float) -> _Winners:
         # OpenCV copies where a mask is set seven times as fast as NumPy.
         cv2.copyTo(strength, is_stronger, best)
         cv2.copyTo(heat, is_stronger, of_best)
-        cv2.copyTo(np.full(frame, index, np.int16), is_stronger, winner)
-    return _Winners(best, of_best, winner)
+        cv2.copyTo(np.full(frame, index, np.int16), is_stronger, strongest)
+    return _Strongest(best, of_best, strongest)
 
 
 def _distinct(texts: Contestants) -> list[int]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.output.schema import EMPTY_MASK, OK
 from pipeline.report.gallery import CardRow, shortened
+from pipeline.report.level_maps import STEPS
 
 STATUS_WORDS = {
     OK: "accepted",
@@ -20,8 +21,6 @@ STATUS_WORDS = {
     "rejected_lead": "rejected: lead",
     "rejected_area": "rejected: area",
 }
-# rows whose mask depends on the threshold; the others are rejected whatever it is
-BY_THRESHOLD = (OK, EMPTY_MASK, "rejected_area")
 MAX_MARKABLE_CHARACTERS = 500
 
 
@@ -53,7 +52,7 @@ def card_values(card: CardRow, class_names: Mapping[int, str], shards: Mapping[s
         },
         "similarity": _shown(row["similarity"], ".3f"),
         "peak": _shown(row["peak"], ".3g"),
-        "threshold": _shown(row["threshold"], ".3f"),
+        "threshold": _shown(row["threshold"] if card.cut is None else card.cut, ".3f"),
         "area": _shown(card.area_share, ".1%"),
         "iou": _shown(card.iou, ".2f"),
         "ignored": None if card.ignored_share is None else _shown(card.ignored_share, ".1%"),
@@ -61,7 +60,7 @@ def card_values(card: CardRow, class_names: Mapping[int, str], shards: Mapping[s
         "pictures": card.pictures,
         "no_picture": card.no_picture,
         "identity": _identity(card, shards),
-        "grid": _grid(card),
+        "levels": _levels(card),
     }
 
 
@@ -89,15 +88,16 @@ def _identity(card: CardRow, shards: Mapping[str, int]) -> dict[str, Any]:
     return own if key == card.row["key"] else {**own, "key": ascii_json(key)}
 
 
-def _grid(card: CardRow) -> dict[str, Any]:
+def _levels(card: CardRow) -> dict[str, Any]:
     """Return the data attributes from which the script draws masks of other thresholds."""
-    row, pictures = card.row, card.pictures
-    if pictures is None or pictures.grid is None or row["status"] not in BY_THRESHOLD:
+    levels = None if card.pictures is None else card.pictures.levels
+    if levels is None:
         return {}
     return {
-        "grid": pictures.grid,
-        "grid-height": row["heatmap_height"],
-        "grid-width": row["heatmap_width"],
+        "levels": levels.text,
+        "level-steps": STEPS,
+        "level-height": levels.height,
+        "level-width": levels.width,
     }
 
 

@@ -11,15 +11,17 @@ import numpy as np
 from jaxtyping import Bool
 
 from legrad.errors import LeGradError
-from legrad.heatmaps import Normalisation
+from legrad.heatmaps import Normalisation, heatmap_columns
 from legrad.masks.rle import Rle
 from pipeline.config.schema import JobConfig
 from pipeline.errors import DamagedFileError, PipelineError, SampleFailure
 from pipeline.evaluation.scene_masks import row_class, row_target
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
 from pipeline.output.image_shards import LocatedShards, require_annotated_version
-from pipeline.output.label_map import mask_of_image
+from pipeline.output.label_map import mask_frame, mask_of_image
+from pipeline.output.schema import EMPTY_MASK, OK
 from pipeline.output.tables import damage
+from pipeline.report.mask_maps import MAP_SIDE, MaskMap, MaskMaps, rows_of_samples
 from pipeline.report.pictures import Pictures, RowParts, draw_pictures
 from pipeline.report.row_pictures import cut_of, mask_iou, preview_iou, read_samples_at, stored_heatmap
 from pipeline.report.scores import ScoredRows
@@ -54,6 +56,8 @@ CARD_COLUMNS = (
 MAX_TEXT = 300
 CARD_TEXTS = {"prompt": 240, "key": 120, "shard": 160}
 MAX_REASON = 120
+# rows whose mask depends on the threshold; the others are rejected whatever it is
+BY_THRESHOLD = (OK, EMPTY_MASK, "rejected_area")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class CardRow:
         at_random: whether it was chosen at random, not for its scores.
         pictures: None where the image could not be read.
         iou: with the ground truth; None without.
-        preview_iou: of the mask with the stored heat map above the row's threshold; None without either.
+        cut: threshold of the heat map by the job's rule; None where it is not known.
+        has_mask_map: whether the slider's map is the one that the mask was cut from, or else the stored one.
+        preview_iou: of the mask with the slider's map above the row's threshold; None without either.
         class_id: of the row, else of its ground truth; None without either.
         ignored_share: share of ignored pixels; None where the row has no ignore mask.
         no_picture: the reason for missing pictures; empty where there are pictures.
@@ -80,6 +86,8 @@ class CardRow:
     at_random: bool
     pictures: Pictures | None = None
     iou: float | None = None
+    cut: float | None = None
+    has_mask_map: bool = False
     preview_iou: float | None = None
     class_id: int | None = None
     ignored_share: float | None = None
@@ -152,6 +160,7 @@ def with_pictures(
     max_bytes: int,
     *,
     normalisation: Normalisation,
+    mask_maps: MaskMaps | None = None,
 ) -> Gallery:
     """Read the cards' images from their shards and draw them.
 
@@ -162,7 +171,9 @@ def with_pictures(
         config: configuration of the job.
         max_bytes: limit for the data URIs of one card.
         normalisation: when the job's model normalises its maps.
+        mask_maps: makes the maps that masks were cut from; None: the slider takes the stored heat maps.
     """
+    drawing = _Drawing(config, max_bytes, normalisation, mask_maps)
     by_shard: dict[str, list[int]] = defaultdict(list)
     for position, card in enumerate(cards):
         by_shard[card.shard_id].append(position)
@@ -176,7 +187,7 @@ def with_pictures(
             reason = ""
             try:
                 require_annotated_version(source, folder.footer(shard_id))
-                for position, card in _drawn(source, own, config, max_bytes, normalisation):
+                for position, card in _drawn(folder, source, own, drawing):
                     drawn[position] = card
             except PipelineError as error:
                 reason = shortened(str(error))
@@ -189,37 +200,60 @@ def with_pictures(
     return Gallery(tuple(drawn), unread)
 
 
+@dataclass(frozen=True)
+class _Drawing:
+    """How cards are drawn: the arguments of `with_pictures`."""
+
+    config: JobConfig
+    max_bytes: int
+    normalisation: Normalisation
+    mask_maps: MaskMaps | None
+
+
 def _drawn(
-    source: ShardSource,
-    cards: Mapping[int, CardRow],
-    config: JobConfig,
-    max_bytes: int,
-    normalisation: Normalisation,
+    folder: OutputFolder, source: ShardSource, cards: Mapping[int, CardRow], drawing: _Drawing
 ) -> Iterator[tuple[int, CardRow]]:
     wanted: dict[int, list[int]] = defaultdict(list)
     for position, card in cards.items():
         wanted[card.row["sample_index"]].append(position)
-    for sample in read_samples_at(source, wanted.keys(), config.input):
-        for position in wanted[sample.index]:
+    shard_id = next(iter(cards.values())).shard_id
+    rows = rows_of_samples(folder, shard_id, wanted.keys()) if drawing.mask_maps else {}
+    for sample in read_samples_at(source, wanted.keys(), drawing.config.input):
+        own = [position for position in wanted[sample.index] if sample.key == cards[position].row["whole_key"]]
+        maps: Mapping[int, MaskMap] = {}
+        if drawing.mask_maps is not None and sample.index in rows:
+            to_cut = [cards[each].row for each in own if cards[each].row["status"] in BY_THRESHOLD]
+            prompts = {row["prompt_index"] for row in to_cut}
+            maps = drawing.mask_maps.of_sample(rows[sample.index], sample, prompts)
+        for position in own:
             card = cards[position]
-            if sample.key == card.row["whole_key"]:
-                yield position, _illustrated(card, sample, config, max_bytes, normalisation)
+            yield position, _illustrated(card, sample, drawing, maps.get(card.row["prompt_index"]))
 
 
 def _illustrated(
-    card: CardRow, sample: RawSample, config: JobConfig, max_bytes: int, normalisation: Normalisation
+    card: CardRow, sample: RawSample, drawing: _Drawing, mask_map: MaskMap | None
 ) -> CardRow:
-    row = card.row
+    row, config = card.row, drawing.config
     try:
         data = find_field(sample.fields, config.input.image)
         image = open_image(data, max_image_pixels=config.input.max_image_pixels)
         mask, ignored = (_decoded(row[name], image.height, image.width) for name in ("mask", "ignore"))
         truth, valid, class_id = _truth(sample, row, config)
         heatmap, cut = stored_heatmap(row), cut_of(row["threshold"], config.masks)
-        pictures = draw_pictures(RowParts(image, heatmap, mask, ignored, truth), max_bytes)
-        previewed = None
-        if heatmap is not None and mask is not None and cut is not None:
-            previewed = preview_iou(heatmap, mask, cut, normalisation)
+        if cut is None and mask_map is not None:
+            cut = mask_map.cut
+        slider_map = None
+        if row["status"] in BY_THRESHOLD and heatmap is not None:
+            frame = mask_frame(image.height, image.width, MAP_SIDE)
+            slider_map = (
+                heatmap_columns(heatmap, *frame, drawing.normalisation).T
+                if mask_map is None
+                else mask_map.heatmap
+            )
+        parts = RowParts(image, heatmap, mask, ignored, truth, slider_map)
+        pictures, previewed = draw_pictures(parts, drawing.max_bytes), None
+        if pictures is not None and pictures.levels is not None and mask is not None and cut is not None:
+            previewed = preview_iou(pictures.levels.values(), mask, cut)
     # counts and sizes of an untrusted file may be anything
     except (SampleFailure, LeGradError, ValueError) as error:
         return replace(card, no_picture=shortened(f"{type(error).__name__}: {error}", MAX_REASON))
@@ -227,6 +261,8 @@ def _illustrated(
         card,
         pictures=pictures,
         iou=None if mask is None or truth is None or valid is None else mask_iou(mask, truth, valid),
+        cut=cut,
+        has_mask_map=mask_map is not None,
         preview_iou=previewed,
         class_id=card.class_id if card.class_id is not None else class_id,
         ignored_share=None if ignored is None else float(ignored.mean()),

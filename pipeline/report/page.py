@@ -95,7 +95,7 @@ def render_page(content: PageContent) -> str:
         cards=[card_values(card, names, places) for card in content.gallery.cards],
         shards=ascii_json(shards),
         job_name=f"{content.job.get('config_hash')} {content.out}",
-        preview=preview_values(content.gallery.cards, content.config, content.job),
+        preview=preview_values(content.gallery.cards, content.config),
         has_truth=any(card.iou is not None for card in content.gallery.cards),
         has_ignored=any(card.ignored_share is not None for card in content.gallery.cards),
         has_rejected=any(chart.has_rejected for chart in charts),

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageFilter
 
 from legrad.pictures import heat_over
+from pipeline.report.level_maps import LevelMap, level_map
 
 # longest side in pixels and JPEG quality, best first
 RUNGS = ((240, 82), (240, 65), (200, 60), (160, 55), (128, 45), (96, 40), (64, 30), (32, 30))
@@ -21,8 +22,8 @@ MASK_RGB, TRUTH_RGB, DARK_RGB = (255, 214, 10), (0, 229, 255), (16, 16, 24)
 BRIGHT_PIXELS, DARK_PIXELS, TRUTH_PIXELS, HATCH_PIXELS = 2, 1, 1, 6
 CLEAR, DARK, TRUTH = range(3)
 LAYER_RGBA = ((0, 0, 0, 0), (*DARK_RGB, 255), (*TRUTH_RGB, 255))
-# of the bytes of a card, at most this share is its stored grid
-GRID_SHARE = 0.4
+# of the bytes of a card, at most this share is the map for the slider
+MAP_SHARE = 0.3
 
 Mask = Bool[np.ndarray, "rows columns"]
 Pixels = UInt8[np.ndarray, "height width 3"]
@@ -38,6 +39,7 @@ class RowParts:
         mask: None for a rejected row.
         ignored: pixels that are neither object nor background; None without an ignore mask.
         truth: pixels of the object; None without ground truth.
+        slider_map: from 0 to 1; masks of other thresholds are what lies above them; None where none are drawn.
     """
 
     image: Image.Image
@@ -45,6 +47,7 @@ class RowParts:
     mask: Mask | None
     ignored: Mask | None = None
     truth: Mask | None = None
+    slider_map: Float[np.ndarray, "map_height map_width"] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Pictures:
         mask: the object in its colours within an outline, the rest grey and pale.
         heat: the heat map over the greyed image.
         layer: outline of the ground truth and hatching of ignored pixels, transparent elsewhere.
-        grid: the heat map's grid in base64: uint16, little-endian, row-major, 65535 times the values.
+        levels: the map for the slider, as large as the limit allows.
     """
 
     width: int
@@ -67,7 +70,7 @@ class Pictures:
     mask: str
     heat: str | None = None
     layer: str | None = None
-    grid: str | None = None
+    levels: LevelMap | None = None
 
 
 def draw_pictures(parts: RowParts, max_bytes: int) -> Pictures | None:
@@ -76,8 +79,9 @@ def draw_pictures(parts: RowParts, max_bytes: int) -> Pictures | None:
     Returns:
         The pictures, whose data URIs have at most `max_bytes` together; None if even the smallest exceed it.
     """
-    for drawn in _candidates(parts, int(GRID_SHARE * max_bytes)):
-        texts = (drawn.photo, drawn.mask, drawn.heat, drawn.layer, drawn.grid)
+    levels = None if parts.slider_map is None else level_map(parts.slider_map, int(MAP_SHARE * max_bytes))
+    for drawn in _candidates(parts, levels):
+        texts = (drawn.photo, drawn.mask, drawn.heat, drawn.layer, levels and levels.text)
         if sum(len(text) for text in texts if text is not None) <= max_bytes:
             return drawn
     return None
@@ -104,9 +108,8 @@ def mask_picture(photo: Pixels, inside: Mask | None) -> Pixels:
     return picture
 
 
-def _candidates(parts: RowParts, max_grid_bytes: int) -> Iterator[Pictures]:
+def _candidates(parts: RowParts, levels: LevelMap | None) -> Iterator[Pictures]:
     image = parts.image.convert("RGB")
-    grid = None if parts.heatmap is None else _grid_text(parts.heatmap)
     for side, quality in RUNGS:
         scale = min(1.0, side / max(image.size))
         width, height = (max(1, round(length * scale)) for length in image.size)
@@ -120,13 +123,8 @@ def _candidates(parts: RowParts, max_grid_bytes: int) -> Iterator[Pictures]:
             mask=_jpeg(mask_picture(photo, inside), quality),
             heat=None if heat is None else _jpeg(heat, quality),
             layer=_layer(parts, width, height),
-            grid=grid if grid is not None and len(grid) <= max_grid_bytes else None,
+            levels=levels,
         )
-
-
-def _grid_text(heatmap: Float[np.ndarray, "grid_height grid_width"]) -> str:
-    levels = np.rint(heatmap * 65535).astype("<u2")
-    return base64.b64encode(levels.tobytes()).decode()
 
 
 def _jpeg(pixels: Pixels, quality: int) -> str:

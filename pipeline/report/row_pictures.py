@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from legrad.heatmaps import Normalisation, heatmap_columns, minmax_normalise
+from legrad.heatmaps import heatmap_columns, minmax_normalise
 from legrad.quality.metrics import foreground_iou
 from pipeline import storage
 from pipeline.config.masks import MasksConfig
@@ -63,20 +63,16 @@ def mask_iou(
 
 
 def cut_of(threshold: float | None, masks: MasksConfig) -> float | None:
-    """Return the threshold of a row of a job; None where neither the row nor the rule says it."""
+    """Return the threshold of a row of a job; None where neither the row nor the rule names it."""
     if threshold is not None:
         return threshold
     return masks.value if masks.rule == "fixed" else None
 
 
 def preview_iou(
-    heatmap: Float[np.ndarray, "grid_height grid_width"],
-    mask: Bool[np.ndarray, "rows columns"],
-    cut: float,
-    normalisation: Normalisation,
+    slider_map: Float[np.ndarray, "map_height map_width"], mask: Bool[np.ndarray, "rows columns"], cut: float
 ) -> float:
-    """Return the IoU of a job's mask with the stored heat map above a threshold; 1 if both are empty."""
-    height, width = mask.shape
-    above = cut < heatmap_columns(np.ascontiguousarray(heatmap, np.float32), height, width, normalisation).T
+    """Return the IoU of a job's mask with a map above a threshold; 1 if both are empty."""
+    above = cut < heatmap_columns(np.ascontiguousarray(slider_map, np.float32), *mask.shape, None).T
     union = int((above | mask).sum())
     return int((above & mask).sum()) / union if union else 1.0

@@ -16,6 +16,7 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.image_shards import LocatedShards, locate_shards
 from pipeline.output.records import utc_now
 from pipeline.report.gallery import read_cards, with_pictures
+from pipeline.report.mask_maps import MaskMaps
 from pipeline.report.page import PageContent, render_page
 from pipeline.report.preview import normalisation_of
 from pipeline.report.scores import ScoredRows, read_scores
@@ -98,7 +99,8 @@ def write_report(
         located,
         config,
         PICTURE_BYTES // max(1, len(cards)),
-        normalisation=normalisation_of(job.model_dump()),
+        normalisation=normalisation_of(job),
+        mask_maps=None if job.model_facts is None else MaskMaps(config, job.model_facts),
     )
     page = render_page(
         PageContent(

@@ -1,13 +1,16 @@
-// Heat maps as legrad computes them, thresholds, and masks drawn on a canvas. Touches no element of the page.
+// Heat maps as level_maps.py encodes them, thresholds, and masks drawn on a canvas. Touches no element of the page.
 const maps = (() => {
   // of pictures.py
   const MASK = [255, 214, 10], DARK = [16, 16, 24];
   const BRIGHT_PIXELS = 2, DARK_PIXELS = 1;
 
-  // base64 of uint16, little-endian, to numbers from 0 to 1
-  const decoded = (text) => {
+  // levels, stored as differences from the row above, to numbers from 0 to 1
+  const decoded = async (text, mapWidth, steps) => {
     const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-    return Float64Array.from({ length: bytes.length / 2 }, (_, place) => (bytes[2 * place] + 256 * bytes[2 * place + 1]) / 65535);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    const levels = new Uint8Array(await new Response(stream).arrayBuffer());
+    for (let place = mapWidth; place < levels.length; place++) levels[place] += levels[place - mapWidth];
+    return Float64Array.from(levels, (level) => level / steps);
   };
 
   // bilinear, pixel centres at half a pixel, borders repeated: OpenCV's INTER_LINEAR, torch's align_corners=False
@@ -17,29 +20,19 @@ const maps = (() => {
     return [low, Math.min(from - 1, low + 1), centre - low];
   });
 
-  const upsampled = (grid, gridHeight, gridWidth, height, width) => {
-    const rows = places(gridHeight, height), columns = places(gridWidth, width);
+  const resized = (map, mapHeight, mapWidth, height, width) => {
+    const rows = places(mapHeight, height), columns = places(mapWidth, width);
     const heat = new Float32Array(height * width);
     rows.forEach(([top, bottom, down], y) => columns.forEach(([left, right, over], x) => {
-      const above = grid[top * gridWidth + left] * (1 - over) + grid[top * gridWidth + right] * over;
-      const below = grid[bottom * gridWidth + left] * (1 - over) + grid[bottom * gridWidth + right] * over;
+      const above = map[top * mapWidth + left] * (1 - over) + map[top * mapWidth + right] * over;
+      const below = map[bottom * mapWidth + left] * (1 - over) + map[bottom * mapWidth + right] * over;
       heat[y * width + x] = above * (1 - down) + below * down;
     }));
     return heat;
   };
 
-  const stretched = (heat) => {
-    let lowest = Infinity, highest = -Infinity;
-    for (const value of heat) { lowest = Math.min(lowest, value); highest = Math.max(highest, value); }
-    const span = highest > lowest ? highest - lowest : 1;
-    return heat.map((value) => (value - lowest) / span);
-  };
-
-  // normalisation: "grid" (the grid is normalised already) or "upsampled", as in legrad.heatmaps
-  const heatmap = (text, gridHeight, gridWidth, height, width, normalisation) => {
-    const heat = upsampled(decoded(text), gridHeight, gridWidth, height, width);
-    return normalisation === "grid" ? heat : stretched(heat);
-  };
+  const heatmap = async ({ text, mapHeight, mapWidth, steps }, height, width) =>
+    resized(await decoded(text, mapWidth, steps), mapHeight, mapWidth, height, width);
 
   const inside = (heat, cut) => Uint8Array.from(heat, (value) => (value > cut ? 1 : 0));
 

@@ -4,17 +4,18 @@ if (gallery && byId("cut")) (() => {
   const rule = slider.dataset.rule;
   // null: the masks of the job are shown
   let cut = null;
-  const previewable = gallery.cards.filter((card) => card.dataset.grid);
+  const previewable = gallery.cards.filter((card) => card.dataset.levels);
   const heats = new Map(), photos = new Map(), drawn = new Map(), visible = new Set();
 
   const sizeOf = (card) => ["height", "width"].map((name) => Number(card.querySelector(".photo img").getAttribute(name)));
-  const heatOf = (card) => {
-    if (!heats.has(card)) {
-      const { grid, gridHeight, gridWidth } = card.dataset;
-      heats.set(card, maps.heatmap(grid, Number(gridHeight), Number(gridWidth), ...sizeOf(card), slider.dataset.normalisation));
-    }
-    return heats.get(card);
+  const readHeat = async (card) => {
+    const { levels, levelHeight, levelWidth, levelSteps } = card.dataset;
+    const map = { text: levels, mapHeight: Number(levelHeight), mapWidth: Number(levelWidth), steps: Number(levelSteps) };
+    heats.set(card, await maps.heatmap(map, ...sizeOf(card)));
   };
+  let reading = null;
+  const readHeats = () => (reading ??= Promise.all(previewable.map(readHeat)));
+  const heatOf = (card) => heats.get(card);
   const canvasOf = (card) => {
     const panel = card.querySelector(".panel.mask");
     let canvas = panel.querySelector("canvas");
@@ -44,8 +45,8 @@ if (gallery && byId("cut")) (() => {
     const wanted = cut;
     drawn.set(card, wanted);
     if (wanted !== null) {
-      const photo = await photoOf(card);
-      // the slider may have moved on meanwhile
+      const [photo] = await Promise.all([photoOf(card), readHeats()]);
+      // the slider may have moved meanwhile
       if (cut !== wanted) return;
       const canvas = canvasOf(card), pixels = new ImageData(photo.data.slice(), photo.width, photo.height);
       maps.draw(pixels.data, maps.inside(heatOf(card), wanted), photo.height, photo.width);
@@ -62,7 +63,7 @@ if (gallery && byId("cut")) (() => {
   const showShares = () => {
     const shares = [];
     for (const card of previewable) {
-      const isShown = cut !== null && !card.hidden;
+      const isShown = cut !== null && !card.hidden && heats.has(card);
       const kept = isShown ? maps.share(maps.inside(heatOf(card), cut)) : 0;
       if (isShown) shares.push(kept);
       const figure = card.querySelector(".kept");
@@ -77,7 +78,8 @@ if (gallery && byId("cut")) (() => {
         : `${percent(mean)} of the image is kept, on average of ${rows}${empty ? `; ${empty} of them keep nothing` : ""}.`;
   };
 
-  const update = () => {
+  const update = async () => {
+    if (cut !== null) await readHeats();
     byId("own").disabled = cut === null;
     byId("rerun").hidden = cut === null;
     byId("override").textContent = `${rule === "fixed" ? "" : "masks.rule=fixed "}masks.value=${cut}`;
@@ -85,7 +87,7 @@ if (gallery && byId("cut")) (() => {
     showShares();
     for (const card of visible) draw(card);
     const enlarged = gallery.enlarged();
-    if (enlarged && enlarged.dataset.grid) draw(enlarged);
+    if (enlarged && enlarged.dataset.levels) draw(enlarged);
   };
   let waiting = false;
   const set = (value) => {
@@ -114,8 +116,8 @@ if (gallery && byId("cut")) (() => {
   for (const card of previewable) observer.observe(card);
   gallery.listen("shown", showShares);
   gallery.listen("enlarged", (card) => {
-    byId("large-preview").hidden = !card.dataset.grid;
-    if (card.dataset.grid) draw(card);
+    byId("large-preview").hidden = !card.dataset.levels;
+    if (card.dataset.levels) draw(card);
   });
   set(null);
 })();
