@@ -219,7 +219,9 @@ def _drawn(
     shard_id = next(iter(cards.values())).shard_id
     rows = rows_of_samples(folder, shard_id, wanted.keys()) if drawing.mask_maps else {}
     for sample in read_samples_at(source, wanted.keys(), drawing.config.input):
-        own = [position for position in wanted[sample.index] if sample.key == cards[position].row["whole_key"]]
+        own = [
+            position for position in wanted[sample.index] if sample.key == cards[position].row["whole_key"]
+        ]
         maps: Mapping[int, MaskMap] = {}
         if drawing.mask_maps is not None and sample.index in rows:
             to_cut = [cards[each].row for each in own if cards[each].row["status"] in BY_THRESHOLD]
@@ -230,9 +232,7 @@ def _drawn(
             yield position, _illustrated(card, sample, drawing, maps.get(card.row["prompt_index"]))
 
 
-def _illustrated(
-    card: CardRow, sample: RawSample, drawing: _Drawing, mask_map: MaskMap | None
-) -> CardRow:
+def _illustrated(card: CardRow, sample: RawSample, drawing: _Drawing, mask_map: MaskMap | None) -> CardRow:
     row, config = card.row, drawing.config
     try:
         data = find_field(sample.fields, config.input.image)

@@ -137,16 +137,16 @@ class MaskMaps:
             )
         return found
 
-    def _arrays(self, sample: StoredSample, maps: SampleMaps, numbers: Sequence[int]) -> dict[int, np.ndarray]:
+    def _arrays(
+        self, sample: StoredSample, maps: SampleMaps, numbers: Sequence[int]
+    ) -> dict[int, np.ndarray]:
         """Return some of a sample's maps by number, refined if the job refines them."""
         grids = maps.cut_maps[list(numbers)]
         if self._refinement is None:
             return dict(zip(numbers, grids, strict=True))
         pixels = torch.from_numpy(sample.canvases[0])[None]
         owners = torch.zeros(len(numbers), dtype=torch.int64)
-        refined = refined_maps(
-            pixels, torch.from_numpy(grids), owners, self._refinement, self._normalisation
-        )
+        refined = refined_maps(pixels, torch.from_numpy(grids), owners, self._refinement, self._normalisation)
         return dict(zip(numbers, refined.numpy(), strict=True))
 
 
@@ -181,14 +181,12 @@ class _SampleHeatmaps:
 
     def _contestants(self, numbers: Sequence[int]) -> Contestants:
         shape = next(iter(self.arrays.values())).shape
-        maps = np.stack([self.arrays[number] for number in numbers]) if numbers else np.empty((0, *shape))
+        maps = np.array([self.arrays[number] for number in numbers], np.float32).reshape(-1, *shape)
         stack = HeatmapStack(maps, *self.frame, normalisation=self.normalisation)
         return Contestants(stack, self.peaks[list(numbers)])
 
 
-def rows_of_samples(
-    folder: OutputFolder, shard_id: str, indices: Collection[int]
-) -> dict[int, list[Row]]:
+def rows_of_samples(folder: OutputFolder, shard_id: str, indices: Collection[int]) -> dict[int, list[Row]]:
     """Return all rows of some samples of a shard by their ordinals; none where the maps do not suffice."""
     found: dict[int, list[Row]] = defaultdict(list)
     try:

@@ -39,7 +39,7 @@ class RowParts:
         mask: None for a rejected row.
         ignored: pixels that are neither object nor background; None without an ignore mask.
         truth: pixels of the object; None without ground truth.
-        slider_map: from 0 to 1; masks of other thresholds are what lies above them; None where none are drawn.
+        slider_map: from 0 to 1; what lies above a threshold is its mask; None where the slider draws none.
     """
 
     image: Image.Image

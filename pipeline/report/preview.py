@@ -77,8 +77,8 @@ def _rule_note(cards: Sequence[CardRow], masks: MasksConfig) -> list[str]:
     cuts = [card.cut for card in cards if card.cut is not None]
     if masks.rule != "fixed" and cuts:
         notes.append(
-            f"masks.rule={masks.rule} has chosen thresholds from {min(cuts):.2f} to {max(cuts):.2f}, named on "
-            "each row; the slider sets one threshold for all rows, and starts at their median."
+            f"masks.rule={masks.rule} has chosen thresholds from {min(cuts):.2f} to {max(cuts):.2f}, and each "
+            "row shows its own; the slider sets one for all rows, and starts at their median."
         )
     if masks.rule == "band":
         notes.append("Ignored pixels are shown as the job has them.")

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 from collections import Counter
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from legrad.heatmaps import heatmap_columns
 from pipeline.cli import main as cli
 from pipeline.errors import UserError
 from pipeline.output.folder import OutputFolder
 from pipeline.report import write_report
 from pipeline.report.charts import class_bars, histogram, throughput_chart
+from pipeline.report.level_maps import SIDES, LevelMap, level_map
 from pipeline.report.pictures import (
     DARK_RGB,
     MASK_RGB,
@@ -37,41 +38,9 @@ from pipeline.report.selection import choose_rows
 from pipeline.report.write import MAX_SAMPLES, PICTURE_BYTES
 from tests.helpers.corpus import image_bytes
 from tests.helpers.report_jobs import HOSTILE, box_rle, error, record_run, row, varied_rows, write_job
+from tests.helpers.report_pages import Page
 
 PAGE_BYTES = 5_000_000
-
-
-class Page(HTMLParser):
-    """A page's elements with their attributes, and the text in each kind of element."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.html, self.elements, self.texts = html, [], []
-        self._open = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        while self._open and self._open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self._open):
-            self.texts.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.texts).split())
-
-    def having(self, name):
-        return [attributes for _, attributes in self.elements if name in attributes]
-
-    @property
-    def cards(self):
-        return [attributes for tag, attributes in self.elements if attributes.get("class") == "card"]
 
 
 def page_of(out, *shards, **options):
@@ -563,7 +532,7 @@ def test_the_most_frequent_classes_come_first_and_the_others_are_counted():
     height=st.integers(1, 300),
     max_bytes=st.integers(0, 60_000),
     noisy=st.booleans(),
-    parts=st.sets(st.sampled_from(["heatmap", "mask", "ignored", "truth"])),
+    parts=st.sets(st.sampled_from(["heatmap", "mask", "ignored", "truth", "slider_map"])),
 )
 def test_pictures_never_take_more_bytes_than_they_may(width, height, max_bytes, noisy, parts):
     generator = np.random.default_rng(0)
@@ -576,15 +545,17 @@ def test_pictures_never_take_more_bytes_than_they_may(width, height, max_bytes, 
                 generator.random((20, 30)) < 0.5 if name in parts else None
                 for name in ("mask", "ignored", "truth")
             ),
+            generator.random((50, 70), dtype=np.float32) if "slider_map" in parts else None,
         ),
         max_bytes,
     )
     if drawn is None:
         assert max_bytes < 12_000
         return
-    uris = [drawn.photo, drawn.mask, drawn.heat, drawn.layer, drawn.grid]
-    assert sum(len(uri) for uri in uris if uri is not None) <= max_bytes
-    assert (drawn.heat is not None) == (drawn.grid is not None) == ("heatmap" in parts)
+    texts = [drawn.photo, drawn.mask, drawn.heat, drawn.layer, drawn.levels and drawn.levels.text]
+    assert sum(len(text) for text in texts if text is not None) <= max_bytes
+    assert (drawn.heat is not None) == ("heatmap" in parts)
+    assert (drawn.levels is not None) == ("slider_map" in parts)
     assert (drawn.layer is not None) == bool(parts & {"ignored", "truth"})
 
 
@@ -618,6 +589,26 @@ def test_ground_truth_is_outlined_and_ignored_pixels_are_hatched_on_a_layer_of_t
 # --- thresholds, marks, keys of errors
 
 
+@given(
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+    max_bytes=st.integers(0, 4000),
+    seed=st.integers(0, 9),
+)
+def test_a_map_is_as_large_as_its_limit_allows_and_keeps_its_values(height, width, max_bytes, seed):
+    values = np.random.default_rng(seed).random((height, width), dtype=np.float32)
+    encoded = level_map(values, max_bytes)
+    if encoded is None:
+        assert max_bytes < 400
+        return
+    assert len(encoded.text) <= max_bytes
+    if (encoded.height, encoded.width) == values.shape:
+        np.testing.assert_allclose(encoded.values(), values, atol=0.0026)
+    else:
+        assert len(level_map(values, 1_000_000).text) > max_bytes
+        assert max(encoded.height, encoded.width) in SIDES
+
+
 def card_of(page, **wanted):
     return next(card for card in page.cards if all(card[name] == value for name, value in wanted.items()))
 
@@ -630,26 +621,22 @@ def slider_of(page):
 def test_the_slider_starts_at_the_threshold_of_the_job(tmp_path):
     out = write_job(tmp_path / "fixed", [varied_rows(8)], masks={"rule": "fixed", "value": 0.38})
     slider = slider_of(page_of(out)[1])
-    assert (slider["value"], slider["data-rule"], slider["data-normalisation"]) == (
-        "0.38",
-        "fixed",
-        "upsampled",
-    )
+    assert (slider["value"], slider["data-rule"]) == ("0.38", "fixed")
     rows = [row(index, threshold=0.2 + 0.1 * index) for index in range(3)]
-    slider = slider_of(page_of(write_job(tmp_path / "otsu", [rows], masks={"rule": "otsu"}))[1])
-    assert (slider["value"], slider["data-rule"]) == ("0.3", "otsu")
+    _, page = page_of(write_job(tmp_path / "otsu", [rows], masks={"rule": "otsu"}))
+    assert (slider_of(page)["value"], slider_of(page)["data-rule"]) == ("0.3", "otsu")
+    assert "masks.rule=otsu has chosen thresholds from 0.20 to 0.40, and each row shows its own" in page.text
 
 
-def test_the_page_holds_the_stored_grid_of_rows_whose_mask_depends_on_the_threshold(tmp_path):
+def test_the_page_holds_a_map_of_each_row_whose_mask_depends_on_the_threshold(tmp_path):
     statuses = ["ok", "empty_mask", "rejected_area", "rejected_similarity", "rejected_peak", "rejected_lead"]
     out = write_job(tmp_path, [[row(index, status=status) for index, status in enumerate(statuses)]])
     _, page = page_of(out)
-    assert {card["data-status"] for card in page.cards if "data-grid" in card} == set(statuses[:3])
+    assert {card["data-status"] for card in page.cards if "data-levels" in card} == set(statuses[:3])
     card = card_of(page, **{"data-status": "ok"})
-    levels = np.frombuffer(base64.b64decode(card["data-grid"]), "<u2").reshape(3, 4)
-    assert (card["data-grid-height"], card["data-grid-width"]) == ("3", "4")
-    grid = np.arange(12).reshape(3, 4) * 20
-    np.testing.assert_array_equal(levels, np.rint(grid / 220 * 65535))
+    levels = LevelMap(card["data-levels"], int(card["data-level-height"]), int(card["data-level-width"]))
+    grid = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.testing.assert_allclose(levels.values(), heatmap_columns(grid, 48, 64, "upsampled").T, atol=0.0026)
 
 
 def test_the_page_says_how_far_the_slider_is_from_the_masks_of_the_job(tmp_path):
@@ -662,13 +649,14 @@ def test_the_page_says_how_far_the_slider_is_from_the_masks_of_the_job(tmp_path)
     (value,) = re.findall(r"have an IoU of ([\d.]+), on average of 2 rows", page.text)
     assert 0.7 < float(value) <= 1
     refined = write_job(tmp_path / "refined", [[row(0)]], masks={"refine": "par", "smooth": 1})
-    assert "without masks.smooth, masks.refine." in page_of(refined)[1].text
+    text = page_of(refined)[1].text
+    assert "Shows the stored heat map above the threshold, without masks.smooth, masks.refine." in text
 
 
 def test_a_job_without_stored_maps_has_no_slider(tmp_path):
     _, page = page_of(write_job(tmp_path, [[row(0, heat=False)]]))
     assert not page.having("data-start")
-    assert not page.having("data-grid")
+    assert not page.having("data-levels")
 
 
 def test_each_card_names_its_row_exactly_for_marks(tmp_path):

@@ -36,7 +36,7 @@ if (gallery) (() => {
     const count = (mark) => all.filter((row) => row.mark === mark).length;
     byId("marked").textContent = all.length === 0 ? "No row is marked."
       : `${count("good")} marked good, ${count("bad")} marked bad`
-        + (all.length > here ? `; ${all.length - here} of them on earlier pages of this job.` : ".");
+        + (all.length > here ? `; ${all.length - here} of them on other pages of this job.` : ".");
     byId("not-kept").hidden = marks.isKept();
     for (const name of ["save-csv", "save-json", "clear-marks"]) byId(name).disabled = all.length === 0;
   };
@@ -78,6 +78,41 @@ if (gallery) (() => {
   };
   byId("save-csv").addEventListener("click", () => save("marks.csv", "text/csv", marking.csv(marks.all())));
   byId("save-json").addEventListener("click", () => save("marks.json", "application/json", marking.json(marks.all())));
+  const MAX_FILE_BYTES = 32 * 2 ** 20;
+  const cardPrompts = new Map(cards.filter(isMarkable).map(rowOf).map((row) => [marking.idOf(row), row.prompt]));
+  const textOf = async (file) => {
+    if (file.size > MAX_FILE_BYTES) throw new Error(`has ${file.size} bytes; the limit is ${MAX_FILE_BYTES}`);
+    try {
+      return new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+    } catch {
+      throw new Error("cannot be read as UTF-8 text");
+    }
+  };
+  // adds the marks of a file to those here, all or none; returns a sentence about them
+  const load = async (file) => {
+    const rows = marking.read(file.name, await textOf(file), (row) => cardPrompts.get(marking.idOf(row)));
+    const { added, changed } = marks.merge(rows);
+    const here = rows.filter((row) => cardPrompts.has(marking.idOf(row))).length;
+    return `${rows.length} mark${rows.length === 1 ? "" : "s"} loaded from ${file.name}: ${added} new, ${changed} changed, `
+      + `${rows.length - added - changed} as before; ${here} of them on this page.`;
+  };
+  const chooser = byId("marks-file"), result = byId("loaded");
+  byId("load-marks").addEventListener("click", () => chooser.click());
+  chooser.addEventListener("change", async () => {
+    const [file] = chooser.files;
+    if (!file) return;
+    let isLoaded = true;
+    try {
+      result.textContent = await load(file);
+    } catch (error) {
+      isLoaded = false;
+      result.textContent = `No mark was loaded from ${file.name}: ${error.message}`;
+    }
+    result.classList.toggle("note", !isLoaded);
+    // the same file may be chosen again
+    chooser.value = "";
+    show();
+  });
   byId("clear-marks").addEventListener("click", () => {
     if (window.confirm(`Remove all ${marks.all().length} marks of this job from this browser?`)) {
       marks.clear();
