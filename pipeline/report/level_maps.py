@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
-# every position of the slider, a hundredth, is a level
+# the slider's positions, hundredths, lie between two levels, so that each value stays on its side of them
 STEPS = 200
 # longest side of a map in pixels, best first
 SIDES = (240, 200, 160, 128, 96, 64, 48, 32, 16)
@@ -22,7 +22,8 @@ class LevelMap:
 
     Attributes:
         text: base64 of zlib's compression of uint8, row-major: the differences, modulo 256, of each row of
-            levels from the row above it; a level is STEPS times the value.
+            levels from the row above it. Level 0 is the value 0; level n is a value above (n - 1) / STEPS and
+            up to n / STEPS, and is read as the middle of the two.
         height: of the map.
         width: of the map.
     """
@@ -35,7 +36,7 @@ class LevelMap:
         """Return the values from 0 to 1 that the script reads."""
         differences = np.frombuffer(zlib.decompress(base64.b64decode(self.text)), np.uint8)
         levels = differences.reshape(self.height, self.width).cumsum(axis=0, dtype=np.uint8)
-        values: np.ndarray = levels.astype(np.float32) / np.float32(STEPS)
+        values: np.ndarray = (levels - np.float32(0.5)).clip(0) / np.float32(STEPS)
         return values
 
 
@@ -58,7 +59,7 @@ def level_map(values: Float[np.ndarray, "height width"], max_bytes: int) -> Leve
 
 
 def _encoded(values: Float[np.ndarray, "height width"]) -> LevelMap:
-    levels: UInt8[np.ndarray, "height width"] = np.rint(values.clip(0, 1) * STEPS).astype(np.uint8)
+    levels: UInt8[np.ndarray, "height width"] = np.ceil(values.clip(0, 1) * STEPS).astype(np.uint8)
     differences = np.diff(levels, axis=0, prepend=np.zeros((1, levels.shape[1]), np.uint8))
     return LevelMap(base64.b64encode(zlib.compress(differences.tobytes(), 9)).decode(), *levels.shape)
 

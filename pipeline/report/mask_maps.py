@@ -1,4 +1,4 @@
-"""Heat maps from which a job cut its masks, made again from stored maps: what the page's slider thresholds."""
+"""Heat maps from which a job cut its masks, made again from stored maps for the slider of the page."""
 
 from __future__ import annotations
 

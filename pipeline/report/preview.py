@@ -53,6 +53,7 @@ def _steps_note(cards: Sequence[CardRow], config: JobConfig) -> list[str]:
         "masks.segmenter": masks.segmenter is not None,
         "masks.min_component": masks.min_component > 0,
         "masks.max_hole": masks.max_hole > 0,
+        "masks.min_area": bool(masks.min_area),
     }
     known = sum(card.has_mask_map for card in cards)
     first, note = others, "Shows what lies above the threshold in the heat maps that the masks were cut from"
@@ -77,8 +78,8 @@ def _rule_note(cards: Sequence[CardRow], masks: MasksConfig) -> list[str]:
     cuts = [card.cut for card in cards if card.cut is not None]
     if masks.rule != "fixed" and cuts:
         notes.append(
-            f"masks.rule={masks.rule} has chosen thresholds from {min(cuts):.2f} to {max(cuts):.2f}, and each "
-            "row shows its own; the slider sets one for all rows, and starts at their median."
+            f"masks.rule={masks.rule} has chosen thresholds from {min(cuts):.2f} to {max(cuts):.2f}, and "
+            "each row shows its own; the slider sets one for all rows, and starts at their median."
         )
     if masks.rule == "band":
         notes.append("Ignored pixels are shown as the job has them.")

@@ -589,6 +589,13 @@ def test_ground_truth_is_outlined_and_ignored_pixels_are_hatched_on_a_layer_of_t
 # --- thresholds, marks, keys of errors
 
 
+def test_every_value_of_a_map_stays_on_its_side_of_the_positions_of_the_slider():
+    values = np.random.default_rng(0).random((90, 110), dtype=np.float32)
+    read = level_map(values, 1_000_000).values()
+    for cut in np.arange(101, dtype=np.float32) / 100:
+        np.testing.assert_array_equal(read > cut, values > cut)
+
+
 @given(
     height=st.integers(1, 60),
     width=st.integers(1, 60),

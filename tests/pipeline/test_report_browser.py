@@ -3,7 +3,6 @@
 LEGRAD_SCREENSHOTS names a folder for screenshots; without it none are taken.
 """
 
-import base64
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import pytest
 from legrad.heatmaps import heatmap_columns
 from pipeline.config.marks import marks_of, read_mark_list
 from pipeline.report import write_report
+from pipeline.report.level_maps import LevelMap
 from tests.helpers.report_jobs import HOSTILE, error, varied_rows, write_job
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -343,17 +343,17 @@ def test_the_share_that_a_threshold_keeps_is_that_of_the_library(page):
     choose(page, "order", "best")
     slide(page, 0.37)
     key, share = previewed(page)[0]
-    grid, height, width, rows, columns = script(
+    levels, height, width, rows, columns = script(
         page,
         "const card = [...document.querySelectorAll('.card')].find("
         "card => card.querySelector('.sample-key').textContent === arguments[0]);"
         "const image = card.querySelector('.photo img');"
-        "return [card.dataset.grid, card.dataset.gridHeight, card.dataset.gridWidth,"
+        "return [card.dataset.levels, card.dataset.levelHeight, card.dataset.levelWidth,"
         " image.getAttribute('height'), image.getAttribute('width')]",
         key,
     )
-    levels = np.frombuffer(base64.b64decode(grid), "<u2").reshape(int(height), int(width))
-    heatmap = heatmap_columns(levels.astype(np.float32), int(rows), int(columns), "upsampled")
+    values = LevelMap(levels, int(height), int(width)).values()
+    heatmap = heatmap_columns(values, int(rows), int(columns), None)
     assert share == pytest.approx(100 * (heatmap > 0.37).mean(), abs=0.051)
 
 
@@ -450,6 +450,52 @@ def test_marks_are_saved_as_a_file_that_the_pipeline_reads(page, downloads, form
     assert {mark.shard.rpartition("/")[2] for mark in marks} == {"0.tar"}
     assert [mark.prompt for mark in marks if mark.key == "key000"] in ([], [HOSTILE])
     assert all(marks_of(marks, "good").keeps(*mark.row, mark.prompt) for mark in marks)
+
+
+def load_marks(page, path):
+    page.find_element("id", "marks-file").send_keys(str(path))
+    wait_for(page, f"document.getElementById('loaded').textContent.includes('{path.name}')")
+    return text_of(page, "loaded")
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_marks_are_loaded_from_a_file_and_kept_beside_those_of_the_browser(page, address, tmp_path, form):
+    choose(page, "order", "best")
+    script(page, "for (const each of document.querySelectorAll('.card .mark[data-mark=good]')) each.click()")
+    saved = script(page, f"return marking.{form}(JSON.parse(Object.values(localStorage)[0]))")
+    path = tmp_path / f"marks.{form}"
+    path.write_bytes(saved.encode())
+    script(page, "localStorage.clear()")
+    page.get(address)
+    choose(page, "order", "best")
+    script(page, "document.querySelectorAll('.card .mark[data-mark=bad]')[0].click()")
+    expected = f"20 marks loaded from marks.{form}: 19 new, 1 changed, 0 as before; 20 of them on this page."
+    assert load_marks(page, path) == expected
+    assert text_of(page, "marked") == "20 marked good, 0 marked bad."
+    page.get(address)
+    wait_for(page, "document.querySelectorAll('.card[data-mark=good]').length === 20")
+    assert page.get_log("browser") == []
+
+
+def test_a_file_that_is_not_of_marks_changes_nothing_and_its_text_is_never_markup(page, tmp_path):
+    choose(page, "order", "best")
+    script(page, "document.querySelector('.card .mark').click()")
+    path = tmp_path / "marks.csv"
+    path.write_text(
+        "shard,key,prompt_index,prompt,mark\ns,k,0,,good\n"
+        f's,k2,0,,"{HOSTILE.replace(chr(34), chr(34) * 2)}"\n'
+    )
+    message = load_marks(page, path)
+    assert message.startswith("No mark was loaded from marks.csv: line 3: mark is “<img src=x onerror=")
+    assert message.endswith("expected good or bad")
+    assert text_of(page, "marked") == "1 marked good, 0 marked bad."
+    assert script(page, "return document.querySelectorAll('#loaded *').length") == 0
+    assert script(page, "return document.title") != "hit"
+    path.write_text("shard,key,prompt_index,prompt,mark\ns,k,0,,good\n")
+    page.find_element("id", "marks-file").send_keys(str(path))
+    wait_for(page, "document.getElementById('loaded').textContent.startsWith('1 mark loaded')")
+    assert text_of(page, "marked") == "2 marked good, 0 marked bad; 1 of them on other pages of this job."
+    assert page.get_log("browser") == []
 
 
 def test_all_marks_are_removed_at_once_after_a_question(page):

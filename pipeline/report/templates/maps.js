@@ -4,13 +4,13 @@ const maps = (() => {
   const MASK = [255, 214, 10], DARK = [16, 16, 24];
   const BRIGHT_PIXELS = 2, DARK_PIXELS = 1;
 
-  // levels, stored as differences from the row above, to numbers from 0 to 1
+  // levels, stored as differences from the row above, to numbers from 0 to 1; see level_maps.py
   const decoded = async (text, mapWidth, steps) => {
     const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     const levels = new Uint8Array(await new Response(stream).arrayBuffer());
     for (let place = mapWidth; place < levels.length; place++) levels[place] += levels[place - mapWidth];
-    return Float64Array.from(levels, (level) => level / steps);
+    return Float64Array.from(levels, (level) => Math.max(0, level - 0.5) / steps);
   };
 
   // bilinear, pixel centres at half a pixel, borders repeated: OpenCV's INTER_LINEAR, torch's align_corners=False

@@ -106,7 +106,7 @@ if (gallery) (() => {
       result.textContent = await load(file);
     } catch (error) {
       isLoaded = false;
-      result.textContent = `No mark was loaded from ${file.name}: ${error.message}`;
+      result.textContent = `No mark was loaded from ${file.name}:${error.message.includes("\n") ? "\n" : " "}${error.message}`;
     }
     result.classList.toggle("note", !isLoaded);
     // the same file may be chosen again
