@@ -81,7 +81,7 @@ def draw_pictures(parts: RowParts, max_bytes: int) -> Pictures | None:
     """
     levels = None if parts.slider_map is None else level_map(parts.slider_map, int(MAP_SHARE * max_bytes))
     for drawn in _candidates(parts, levels):
-        texts = (drawn.photo, drawn.mask, drawn.heat, drawn.layer, levels and levels.text)
+        texts = (drawn.photo, drawn.mask, drawn.heat, drawn.layer, levels.text if levels else None)
         if sum(len(text) for text in texts if text is not None) <= max_bytes:
             return drawn
     return None

@@ -73,6 +73,7 @@ def preview_iou(
     slider_map: Float[np.ndarray, "map_height map_width"], mask: Bool[np.ndarray, "rows columns"], cut: float
 ) -> float:
     """Return the IoU of a job's mask with a map above a threshold; 1 if both are empty."""
-    above = cut < heatmap_columns(np.ascontiguousarray(slider_map, np.float32), *mask.shape, None).T
+    height, width = mask.shape
+    above = cut < heatmap_columns(np.ascontiguousarray(slider_map, np.float32), height, width, None).T
     union = int((above | mask).sum())
     return int((above & mask).sum()) / union if union else 1.0
