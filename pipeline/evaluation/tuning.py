@@ -208,9 +208,9 @@ def _require_scenes(search: _Search) -> None:
         skipped = f". Skipped samples: {skipped_text(search.omitted)}" if search.omitted else ""
         raise UserError(
             f"{sum(counts)} samples of these shards have ground truth; tune needs {2 * MIN_SCENES} or more: "
-            f"one half to choose settings, the other to confirm them{skipped}. Ground truth is a label map in "
-            "the field `seg.png`, with captions and class_ids in the field `json`, as legrad shards voc or coco "
-            "writes it"
+            f"one half to choose settings, the other to confirm them{skipped}. Ground truth is a label map "
+            "in the field `seg.png`, with captions and class_ids in the field `json`, as legrad shards voc "
+            "or coco writes it"
         )
     if search.metric_of({}, is_confirming=False) is None:
         defined = [name for name in METRICS if search.metric_of({}, is_confirming=False, metric=name)]

@@ -6,6 +6,7 @@
 Models have random weights, so nothing is downloaded: torchvision's LR-ASPP on MobileNetV3, and YOLO11n-seg
 built from its YAML file. Images are resized to 256 x 256 pixels. Prints the number of steps, and the loss of
 the first and of the last step. It shows that the files are read and trained on, not how good masks are.
+After its steps, ultralytics validates the model once.
 """
 
 import argparse
