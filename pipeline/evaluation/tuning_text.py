@@ -24,7 +24,7 @@ def render_tuning(tuning: Tuning, out: str) -> RenderableType:
     """
     chosen_on, confirmed_on = tuning.scenes
     table = Table(
-        "masks",
+        "settings of masks",
         tuning.metric,
         "difference",
         title=f"All settings tried, scored on {chosen_on:,} of {chosen_on + confirmed_on:,} samples; in per "
@@ -34,12 +34,17 @@ def render_tuning(tuning: Tuning, out: str) -> RenderableType:
     for trial in tuning.trials:
         is_best = trial.values == tuning.best
         table.add_row(
-            Text(settings_text(trial.values) or "as in the job"),
+            Text(_short(trial.values) + (" (best)" if is_best and trial.values else "")),
             _percent(trial.chosen_on),
             _percent(trial.difference, sign="+") if trial.values else "",
             style="bold" if is_best else None,
         )
     return Group(table, *(Text(line) for line in _conclusion(tuning, out)))
+
+
+def _short(values: Values) -> str:
+    """Return settings without the section, so that a row of the table fits a line of a terminal."""
+    return settings_text(values).replace("masks.", "") or "as in the job"
 
 
 def settings_text(values: Values) -> str:
