@@ -18,6 +18,7 @@ def rows_of(program, *options):
     printed = subprocess.check_output([sys.executable, BENCH / program, *options], text=True)
     head, *rows = map(json.loads, printed.splitlines())
     assert head["program"] == f"tests/bench/{program}"
+    assert head["measures"]
     return rows
 
 
@@ -63,3 +64,16 @@ def test_perturbation_scores_every_map_for_the_classes_shown_and_for_the_class_p
     )
     assert {row["pairs"] for row in by_table["predicted"]} == {1}
     assert all(0 <= row["deletion_positive"]["value"] <= 1 for row in rows)
+
+
+def test_every_step_of_a_new_users_path_is_timed_or_named_as_skipped():
+    *steps, total = rows_of("first_path.py", "--images=12", "--steps=2")
+    outcome = {row["step"]: row["outcome"] for row in steps}
+    assert "12 annotated" in outcome["maps and masks"]
+    assert "12 label map(s)" in outcome["export to VOC"]
+    assert "2 steps; loss" in outcome["2 steps by torchvision"]
+    assert [row["step"] for row in steps if row["outcome"].startswith("skipped")] in (
+        [],
+        ["2 steps by ultralytics"],
+    )
+    assert total["seconds"] == pytest.approx(sum(row["seconds"] or 0 for row in steps), rel=1e-3)

@@ -1,4 +1,4 @@
-"""The `tune` command: settings of masks that suit a corpus, found on stored maps and ground truth."""
+"""The `tune` command: find settings of masks on stored maps, by ground truth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def tune(
         list[str],
         typer.Argument(
             metavar="SHARDS...",
-            help="Annotated shards with ground truth in seg.png, some or all: paths, URLs, patterns.",
+            help="Shards that the job has annotated and that have ground truth in seg.png, some or all of "
+            "them: paths, URLs, patterns.",
         ),
     ],
     trials: Annotated[
@@ -24,22 +25,23 @@ def tune(
             "--try",
             metavar="masks.KEY=VALUE,...",
             help="Values to try for a key, such as masks.value=0.3,0.4,0.5; keys are tried in the given "
-            "order. Repeatable. Default: contrast, smooth, combine and the threshold.",
+            "order. Repeatable. Default: contrast, smooth, combine, and value or quantile where the job's "
+            "rule is fixed or quantile.",
         ),
     ] = None,
     metric: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="What is to be high: mean_iou, mean_iou_with_background, iou, boundary_f, pixel_accuracy "
-            "or point_mean_iou.",
+            help="Metric to make as high as possible: mean_iou, mean_iou_with_background, iou, boundary_f, "
+            "pixel_accuracy or point_mean_iou.",
         ),
     ] = "mean_iou",
 ) -> None:
-    """Try other settings of masks on the maps in OUT, against ground truth, and print those to use.
+    """Try other settings of masks on the maps in OUT, score them by ground truth, and print the best.
 
-    They are chosen on one half of the samples and confirmed on the other. Nothing is written; `legrad remask`
-    makes the masks.
+    Settings are chosen on one half of the samples and confirmed on the other. Nothing is written; `legrad
+    remask` makes the masks.
     """
     from pipeline.evaluation.tuning import METRICS, default_trials, read_trials, tune
     from pipeline.evaluation.tuning_text import render_tuning
@@ -55,6 +57,6 @@ def tune(
         list_truth_shards(shards),
         read_trials(trials) if trials else default_trials(source.config),
         metric=metric,
-        on_pass=lambda what: console.print(f"trying {what}", markup=False, highlight=False),
+        on_pass=lambda line: console.print(line, markup=False, highlight=False),
     )
     console.print(render_tuning(found, out), soft_wrap=True)

@@ -90,7 +90,7 @@ class Tuning:
         after: that of the best trial there.
         confirmed: difference of the two, scenes resampled in pairs.
         scenes: number of scenes of each part: those on which settings are chosen, and the others.
-        omitted: samples that could not be scored, by reason.
+        omitted: number of samples that could not be scored, by stage and kind of the reason.
     """
 
     metric: str
@@ -128,7 +128,7 @@ def read_trials(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def default_trials(config: JobConfig) -> dict[str, list[Any]]:
-    """Return the values to try for a job: those of its rule, and contrast where there are other texts."""
+    """Return the values to try for a job: of contrast, smooth, combine, and the threshold of its rule."""
     return {
         key: list(values)
         for key, values in DEFAULT_TRIALS.items()
@@ -153,7 +153,7 @@ def tune(
         trials: values to try for each key of `masks`; the job's own are always among them.
         metric: one of `METRICS`, of `pipeline.evaluation.mask_scores.summed_metrics`.
         processes: that shards are shared out to; default: one for each core.
-        on_pass: receives what is tried next.
+        on_pass: receives a line on what is tried next.
 
     Raises:
         UserError: a key or value is invalid or needs what is not stored; shards are not the job's; or there
@@ -164,13 +164,14 @@ def tune(
     pairs = _annotated_shards(source, shards)
     with _scorer(source, pairs, processes or len(os.sched_getaffinity(0))) as scorer:
         search = _Search(source, scorer, metric)
+        on_pass(f"Scoring the job's own settings on {len(pairs):,} shard(s)")
         search.score([{}])
         _require_scenes(search)
         best: Values = {}
-        for _ in range(MAX_PASSES):
+        for number in range(1, MAX_PASSES + 1):
             before = best
             for key, values in trials.items():
-                on_pass(f"masks.{key}")
+                on_pass(f"Pass {number} of at most {MAX_PASSES}: trying {trial_text(key, values)}")
                 best = search.best_of([best, *({**best, key: value} for value in values)])
             if best == before:
                 break
@@ -196,7 +197,7 @@ def _annotated_shards(source: StoredJob, shards: Sequence[ShardSource]) -> list[
     if foreign:
         raise UserError(
             f"{storage.shown_url(source.folder.url)}: has no maps of {len(foreign):,} of the {len(shards):,} "
-            f"shard(s) given: {first_few(foreign)}"
+            f"shard(s) given: {first_few(foreign)}. Name shards that this job has annotated"
         )
     return [(shard, matched[shard.canonical_url]) for shard in shards]
 
@@ -204,13 +205,30 @@ def _annotated_shards(source: StoredJob, shards: Sequence[ShardSource]) -> list[
 def _require_scenes(search: _Search) -> None:
     counts = search.scene_counts
     if min(counts) < MIN_SCENES:
-        reasons = "; ".join(f"{count:,} {why}" for why, count in search.omitted.items())
+        skipped = f". Skipped samples: {skipped_text(search.omitted)}" if search.omitted else ""
         raise UserError(
-            f"expected ground truth for at least {2 * MIN_SCENES} samples with maps, found {sum(counts)} "
-            f"({counts[0]} to choose on, {counts[1]} to confirm){f': {reasons}' if reasons else ''}"
+            f"{sum(counts)} samples of these shards have ground truth; tune needs {2 * MIN_SCENES} or more: "
+            f"one half to choose settings, the other to confirm them{skipped}. Ground truth is a label map "
+            "in the field `seg.png`, with captions and class_ids in the field `json`, as legrad shards voc "
+            "or coco writes it"
         )
     if search.metric_of({}, is_confirming=False) is None:
-        raise UserError(f"--metric {search.metric}: the ground truth in these shards does not define it")
+        defined = [name for name in METRICS if search.metric_of({}, is_confirming=False, metric=name)]
+        raise UserError(
+            f"--metric {search.metric}: needs other ground truth than these shards have; possible here: "
+            f"{', '.join(defined) or 'none'}"
+        )
+
+
+def trial_text(key: str, values: Sequence[Any]) -> str:
+    """Return a key with the values that are tried, as `--try` takes them."""
+    shown = (value if isinstance(value, str) else json.dumps(value) for value in values)
+    return f"masks.{key}={','.join(shown)}"
+
+
+def skipped_text(omitted: Mapping[str, int]) -> str:
+    """Return the counts of samples that could not be scored, as in ``read/no_ground_truth 56``."""
+    return ", ".join(f"{why} {count:,}" for why, count in sorted(omitted.items()))
 
 
 @dataclass
@@ -220,7 +238,7 @@ class ScoredShard:
     Attributes:
         scenes: for each setting, the scores of all scenes, in one order.
         keys: sample key of each scene.
-        omitted: samples that could not be scored, by reason.
+        omitted: number of samples that could not be scored, by stage and kind of the reason.
     """
 
     scenes: list[list[SceneScores]]
@@ -272,9 +290,9 @@ class _Search:
         confirming = sum(self.confirms)
         return len(self.confirms) - confirming, confirming
 
-    def metric_of(self, values: Values, *, is_confirming: bool) -> Estimate | None:
-        """Return the metric of settings on one of the parts."""
-        return self._metric(values, is_confirming).estimate(seed=0)
+    def metric_of(self, values: Values, *, is_confirming: bool, metric: str | None = None) -> Estimate | None:
+        """Return a metric of settings on one of the parts; by default the one that is searched by."""
+        return self._metric(values, is_confirming, metric).estimate(seed=0)
 
     def outcome(self, best: Values) -> Tuning:
         """Return the outcome of the search."""
@@ -300,12 +318,12 @@ class _Search:
             omitted=self.omitted,
         )
 
-    def _metric(self, values: Values, is_confirming: bool) -> SummedMetric:
+    def _metric(self, values: Values, is_confirming: bool, metric: str | None = None) -> SummedMetric:
         scenes = self._scenes[self._name(values)]
         chosen = [
             scene for scene, confirms in zip(scenes, self.confirms, strict=True) if confirms == is_confirming
         ]
-        return summed_metrics(WrittenMasks(tuple(chosen), 0, 0, ()))[self.metric]
+        return summed_metrics(WrittenMasks(tuple(chosen), 0, 0, ()))[metric or self.metric]
 
     def _name(self, values: Values) -> str:
         """Return a name that settings share if they are equal: keys at the job's own value do not count."""
@@ -396,7 +414,7 @@ def _scenes_with_maps(task: ShardTask, omitted: Counter[str]) -> Iterator[tuple[
         for sample in read_samples(stream, max_member_bytes=settings.max_member_bytes, wanted_fields=wanted):
             scene = sample if isinstance(sample, SampleError) else scene_of(sample, settings.image)
             if isinstance(scene, SampleError):
-                omitted[f"samples: {scene.stage}/{scene.kind}"] += 1
+                omitted[f"{scene.stage}/{scene.kind}"] += 1
             elif isinstance(sample, RawSample):
                 yield scene, _item_of(items, scene, sample if needs_images else None)
 

@@ -181,6 +181,7 @@ REMASK = {
     "`remask`": "{remask_samples_per_s:.1f} samples/s",
     "`remask` over `annotate`": "{ratio:.1f}",
 }
+FIRST_PATH = {"step": "{step}", "seconds": "{seconds:.1f}", "what the command printed": "{outcome}"}
 THROUGHPUT = {
     "samples": "{samples:,}",
     "prompts": "{prompts:,}",
@@ -276,6 +277,10 @@ REGIONS: dict[str, Region] = {
     "gpu-step": one_table("gpu_step", "steps", GPU_STEPS),
     "annotate-throughput": one_table("annotate_throughput", "rates", THROUGHPUT),
     "remask-speed": one_table("remask_speed", "rates", REMASK),
+    "first-path": Region(
+        "first_path",
+        [columns_of("steps", FIRST_PATH), sentence("{images} images, {seconds:,.0f} s in all.", "total")],
+    ),
     "memory-by-shard-size": one_table("memory_by_shard_size", "sizes", SHARD_SIZES),
     "driver-overhead": one_table("driver_overhead", "runs", DRIVER),
     "cluster-simulation": one_table("cluster_simulation", "scenarios", SCENARIOS),

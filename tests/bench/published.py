@@ -1,5 +1,7 @@
 """Record what a program measures: print each row, and with `--write` keep all rows in tests/bench/figures.
 
+The first line printed says what the program measures and omits, with its settings, commit and machine.
+
     arguments = figure_parser(__doc__).parse_args()
     with recording(__file__, arguments, data=["pipeline/demo/shards/heldout-*.tar"]) as record:
         record("masks", {"variant": "default", "iou": estimate, "cpu_ms": 41.2})
@@ -11,6 +13,7 @@ in `layouts.py`. `figures.py` makes the pages from the data files.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import shlex
 import sys
@@ -62,6 +65,7 @@ def recording(
     data: Iterable[str] = (),
     also: Iterable[str] = (),
     needs: str | None = None,
+    omitted: str | None = None,
 ) -> Iterator[Record]:
     """Yield a function that takes the name of a table and a row of it; write the data file in the end.
 
@@ -74,6 +78,7 @@ def recording(
         data: paths or patterns of files in the repository, other than Python's, that are measured.
         also: paths or patterns of further Python files that are measured: those that run in other processes.
         needs: what the program needs that not every machine has, such as "a CUDA device".
+        omitted: what is not in the figures although a reader might expect it; the first line names it.
 
     Raises:
         SystemExit: `--write` is given and files that are measured differ from the commit.
@@ -95,7 +100,8 @@ def recording(
         "date": datetime.now(UTC).date().isoformat(),
     }
     name = name or Path(path).stem
-    print(json.dumps({"figure": name, **_plain(document)}), flush=True)
+    described = {"measures": summary_of(program), **({"omits": omitted} if omitted else {})}
+    print(json.dumps({**described, "figure": name, **_plain(document)}), flush=True)
     tables: defaultdict[str, list[Row]] = defaultdict(list)
 
     def record(table: str, row: Row) -> None:
@@ -107,6 +113,12 @@ def recording(
     if arguments.write:
         took_s = round(time.monotonic() - started_s)
         write_data(name, {**document, "took_s": took_s, "tables": tables, **sources, "files": files})
+
+
+def summary_of(program: str) -> str:
+    """Return the first paragraph of a program's docstring, which says what it measures."""
+    text = ast.get_docstring(ast.parse(Path(program).read_bytes())) or ""
+    return " ".join(text.partition("\n\n")[0].split())
 
 
 def _command(path: str) -> str:

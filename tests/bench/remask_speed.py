@@ -141,7 +141,12 @@ def main() -> None:
     arguments = options()
     with (
         TemporaryDirectory() as folder,
-        recording(__file__, arguments, data=demo_files("heldout")) as record,
+        recording(
+            __file__,
+            arguments,
+            data=demo_files("heldout"),
+            omitted="Ray, the start of a worker, loading the model, listing shards",
+        ) as record,
     ):
         for row in rows(arguments, Path(folder)):
             record("rates", row)

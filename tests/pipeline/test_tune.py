@@ -170,7 +170,10 @@ WRONG = {
     "a key twice": (["--try", "masks.value=0.4", "--try", "masks.value=0.5"], "named twice"),
     "a segmenter": (["--try", "masks.segmenter=facebook/sam-vit-base"], "needs a model"),
     "unknown metric": (["--metric", "miou"], "expected one of mean_iou"),
-    "undefined metric": (["--metric", "point_mean_iou", "--try", "masks.value=0.4"], "does not define it"),
+    "undefined metric": (
+        ["--metric", "point_mean_iou", "--try", "masks.value=0.4"],
+        "possible here: mean_iou, mean_iou_with_background, iou",
+    ),
 }
 
 
@@ -188,7 +191,7 @@ def test_too_little_ground_truth_and_shards_of_another_job_are_refused(out, corp
     with pytest.raises(UserError, match="has no maps of 1 of the 1 shard"):
         tune(source, shards_of([few]), {"value": [0.4]})
     small = annotated(explainer, scenes_job([few], tmp_path / "small"))
-    with pytest.raises(UserError, match="expected ground truth for at least 10 samples"):
+    with pytest.raises(UserError, match="3 samples of these shards have ground truth; tune needs 10 or more"):
         tune(stored_job(small), shards_of([few]), {"value": [0.4]})
 
 
@@ -207,7 +210,7 @@ def test_samples_without_ground_truth_are_counted(explainer, tmp_path):
             tar.addfile(info, io.BytesIO(data))
     job = annotated(explainer, scenes_job([scenes], tmp_path / "out"))
     found = tune(stored_job(job), shards_of([scenes]), {"value": [0.4]})
-    assert dict(found.omitted) == {"samples: read/no_ground_truth": 1}
+    assert dict(found.omitted) == {"read/no_ground_truth": 1}
 
 
 def test_the_threshold_that_is_tried_is_that_of_the_jobs_rule(corpus, tmp_path):
