@@ -10,7 +10,6 @@ import typer
 
 from pipeline.cli.common import Destination, open_console
 from pipeline.errors import OutputError
-from pipeline.text import first_few
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +54,7 @@ def image_folder(
             metavar="FILE",
             help="Table of captions (.csv, .tsv, .txt, .jsonl, .parquet) whose rows name images below ROOT; "
             "default: metadata.csv, .jsonl or .parquet in ROOT and in folders below it, else KEY.txt beside "
-            "KEY.jpg, else none.",
+            "KEY.jpg; none: convert the images without captions.",
         ),
     ] = None,
     image_column: Annotated[
@@ -82,10 +81,12 @@ def image_folder(
     found = open_image_folder(root, captions, image_column=image_column, caption_column=caption_column)
     console = open_console()
     console.print(f"captions: {found.captions or NO_CAPTIONS}", soft_wrap=True)
-    if found.captions is None and found.other_tables:
-        tables = first_few([str(path) for path in found.other_tables], 3)
-        option = shlex.join(["--captions", str(found.other_tables[0])])
-        console.print(f"not read: {tables}; if it holds the captions, name it: {option}", soft_wrap=True)
+    if found.unread_table is not None:
+        option = shlex.join(["--captions", str(found.unread_table)])
+        console.print(
+            f"not read: {found.unread_table}, which names images, too; {option} reads it instead",
+            soft_wrap=True,
+        )
     _convert(
         found.samples,
         dest,
