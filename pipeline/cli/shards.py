@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NAMES_SHOWN = 3
 NEWLINE = b"\n"
+RESUME_ADVICE = "run the same command with --resume, without --overwrite"
 NO_CAPTIONS = "none; annotate with prompts.source=classes and a list of classes"
 
 shards_app = typer.Typer(
@@ -281,8 +282,11 @@ def _convert(
             on_shard=on_shard,
         )
     except OutputError as error:
-        way_out = "; then run the same command with --resume, without --overwrite" if published else ""
+        way_out = f"; then {RESUME_ADVICE}" if published else ""
         raise OutputError(f"{error}{way_out}") from error
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {RESUME_ADVICE}", soft_wrap=True)
+        raise
     console.print(_counts(conversion))
     files = "".join(f"{name} ({content.count(NEWLINE)} classes), " for name, content in source.files.items())
     console.print(

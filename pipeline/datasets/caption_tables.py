@@ -160,11 +160,21 @@ def _way_to_a_table(path: Path) -> str:
     """Return how to make a table of another file, as the end of a message."""
     match path.suffix.lower():
         case ".json":
-            file, lines = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(".jsonl")))
-            return f"; an array of objects becomes one with: jq -c '.[]' {file} > {lines}"
+            return _array_advice(path, path.with_suffix(".jsonl"))
         case ".xlsx" | ".xls" | ".ods":
             return "; save the sheet as CSV in UTF-8"
     return ""
+
+
+def _way_from_an_array(path: Path) -> str:
+    with path.open("rb") as stream:
+        is_array = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return _array_advice(path, path.with_stem(f"{path.stem}-lines")) if is_array else ""
+
+
+def _array_advice(path: Path, lines: Path) -> str:
+    files = (shlex.quote(str(file)) for file in (path, lines))
+    return "; an array of objects becomes one with: jq -c '.[]' {} > {}".format(*files)
 
 
 def _check_encoding(path: Path) -> None:
@@ -258,7 +268,8 @@ def _open_json_lines(
         if isinstance(values, dict):
             return list(values), read
         problems += [] if problems else [values.message]
-    raise UserError(f"{path}: no line is a JSON object: {problems[0] if problems else 'the file is empty'}")
+    problem = problems[0] if problems else "the file is empty"
+    raise UserError(f"{path}: no line is a JSON object: {problem}{_way_from_an_array(path)}")
 
 
 def _json_object(line: str) -> Values | SampleFailure:

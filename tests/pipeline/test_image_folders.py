@@ -437,6 +437,18 @@ def test_a_conversion_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monke
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_conversion_that_is_interrupted_says_how_to_resume_it(tmp_path, monkeypatch, legrad):
+    root = folder(tmp_path / "in", "0.jpg")
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.datasets.conversion.write_samples", interrupted)
+    code, out, _ = legrad("shards", "images", root, tmp_path / "out")
+    assert code == 130
+    assert "interrupted; run the same command with --resume" in out
+
+
 def test_captions_that_have_changed_are_not_resumed(tmp_path):
     root = folder(tmp_path / "in", "0.jpg")
     write(root / "metadata.csv", "file_name,text\n0.jpg,a dog\n")
@@ -467,6 +479,11 @@ def test_a_folder_that_changes_meanwhile_is_named(tmp_path):
         ({"metadata.csv": "file_name,text\n".encode("utf-16")}, {}, "UTF-16; .*iconv -f UTF-16 -t UTF-8 "),
         ({"metadata.jsonl": ""}, {}, "no line is a JSON object: the file is empty"),
         ({"metadata.jsonl": "[]\n"}, {}, "no line is a JSON object: expected a JSON object, received list"),
+        (
+            {"metadata.jsonl": '\n[\n{"file_name": "0.jpg", "text": "x"\n}]'},
+            {},
+            r"one with: jq -c .* > .*metadata-lines\.jsonl",
+        ),
         ({"a b.json": "[]"}, {"captions": "a b.json"}, r"jq -c '\.\[\]' '.*a b\.json' > '.*a b\.jsonl'"),
         ({"folder.csv/x": ""}, {"captions": "folder.csv"}, "is a folder; expected a table"),
         ({"metadata.parquet": "PAR1"}, {}, "is a damaged or cut Parquet file"),
