@@ -35,7 +35,7 @@ def repository_of(target: str, dest: str) -> str:
     # imported here: most exports do not need it
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(found[1])
