@@ -144,7 +144,8 @@ def _result_lines(job: Job, result: JobResult, max_shards: int | None) -> Iterat
         yield f"... and {len(state.left_alone) - NAMED_SHARDS:,} more; see legrad status {output_dir}"
     yield from _shard_lines("damaged", result.damaged, f"{output_dir}/damaged")
     yield from _shard_lines("failed", result.failed, f"{output_dir}/failed")
-    nothing_to_do = not (state.shards_done or state.shards_left or state.shards_failed)
+    newly_damaged = state.shards_damaged - len(job.damaged)
+    nothing_to_do = not (state.shards_done or state.shards_left or state.shards_failed or newly_damaged)
     counts = result.totals if nothing_to_do and result.totals else state.counts
     if counts is result.totals:
         yield f"nothing to do: all {state.shards_total:,} shard(s) were annotated before; see {output_dir}"

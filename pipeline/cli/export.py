@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.cli.common import INCOMPLETE, Destination, OutputDir, open_console
+from pipeline.errors import UserError
 from pipeline.export import Format
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ MEANINGS = {
     "exported": "samples exported",
     "without_rows": "samples skipped: no annotation rows",
     "without_mask": "samples skipped: no accepted mask with a pixel",
+    "without_class": "samples skipped: no prompt with a mask belongs to one class",
+    "marked_out": "samples skipped: no row kept by --marks",
     "damaged": "samples skipped: damaged in the shard",
     "mispaired": "samples skipped: not the ones that were annotated",
     "undecodable": "samples skipped: the image cannot be decoded",
@@ -113,6 +116,8 @@ def export(
     from pipeline.export.push import repository_of
     from pipeline.export.write import ExportOptions, export_job
 
+    if marks is None and keep_marked == "good":
+        raise UserError("--keep-marked: belongs to --marks FILE, which is not given")
     console = open_console()
     # before hours of work
     repository = None if push is None else repository_of(push, dest)

@@ -10,7 +10,6 @@ import typer
 
 from pipeline.cli.common import Destination, open_console
 from pipeline.errors import OutputError
-from pipeline.text import first_few
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 NAMES_SHOWN = 3
 NEWLINE = b"\n"
+RESUME_ADVICE = "run the same command with --resume, without --overwrite"
 NO_CAPTIONS = "none; annotate with prompts.source=classes and a list of classes"
 
 shards_app = typer.Typer(
@@ -55,7 +55,7 @@ def image_folder(
             metavar="FILE",
             help="Table of captions (.csv, .tsv, .txt, .jsonl, .parquet) whose rows name images below ROOT; "
             "default: metadata.csv, .jsonl or .parquet in ROOT and in folders below it, else KEY.txt beside "
-            "KEY.jpg, else none.",
+            "KEY.jpg; none: convert the images without captions.",
         ),
     ] = None,
     image_column: Annotated[
@@ -82,10 +82,12 @@ def image_folder(
     found = open_image_folder(root, captions, image_column=image_column, caption_column=caption_column)
     console = open_console()
     console.print(f"captions: {found.captions or NO_CAPTIONS}", soft_wrap=True)
-    if found.captions is None and found.other_tables:
-        tables = first_few([str(path) for path in found.other_tables], 3)
-        option = shlex.join(["--captions", str(found.other_tables[0])])
-        console.print(f"not read: {tables}; if it holds the captions, name it: {option}", soft_wrap=True)
+    if found.unread_table is not None:
+        option = shlex.join(["--captions", str(found.unread_table)])
+        console.print(
+            f"not read: {found.unread_table}, which names images, too; {option} reads it instead",
+            soft_wrap=True,
+        )
     _convert(
         found.samples,
         dest,
@@ -280,8 +282,11 @@ def _convert(
             on_shard=on_shard,
         )
     except OutputError as error:
-        way_out = "; then run the same command with --resume, without --overwrite" if published else ""
+        way_out = f"; then {RESUME_ADVICE}" if published else ""
         raise OutputError(f"{error}{way_out}") from error
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {RESUME_ADVICE}", soft_wrap=True)
+        raise
     console.print(_counts(conversion))
     files = "".join(f"{name} ({content.count(NEWLINE)} classes), " for name, content in source.files.items())
     console.print(

@@ -53,6 +53,12 @@ def notes_of(config: JobConfig, found: Probe) -> list[str]:
     if not found.findings:
         return []
     notes = [f"cannot be read: {url}: {message}" for url, message in found.unreadable]
+    notes += [f"damaged: {url}: {message}" for url, message in found.damaged]
+    if found.damaged and not config.run.accept_damaged:
+        notes.append(
+            "with a damaged shard, whose intact samples are annotated, a job is not complete (exit code 3) "
+            "unless run.accept_damaged=true"
+        )
     total = found.samples
     images = [finding.image_failure for finding in found.findings if finding.image_failure is not None]
     missing = [failure for failure in images if failure.kind == MISSING_FIELD]
@@ -94,11 +100,12 @@ def _may_be_annotated(finding: Finding) -> bool:
 
 
 def _without_samples(found: Probe) -> Iterator[str]:
-    for url, message in found.unreadable[:SHOWN_SHARDS]:
+    failed = [*found.unreadable, *found.damaged]
+    for url, message in failed[:SHOWN_SHARDS]:
         yield f"{url}: {message}"
-    if len(found.unreadable) > SHOWN_SHARDS:
-        yield f"... and {len(found.unreadable) - SHOWN_SHARDS} more shard(s) that cannot be read"
-    if found.shards and not found.unreadable:
+    if len(failed) > SHOWN_SHARDS:
+        yield f"... and {len(failed) - SHOWN_SHARDS} more shard(s) that cannot be read"
+    if found.shards and not failed:
         yield f"the {found.shards} shard(s) looked at have no sample"
 
 

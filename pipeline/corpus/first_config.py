@@ -59,7 +59,7 @@ def first_config(corpus: str, model: ModelConfig) -> FirstConfig:
             f"{storage.shown_url(corpus)}: has credentials, a signature or a query, which the file would "
             "contain; write the URLs to a list, one a line, and name it as @LIST"
         )
-    shards = storage.list_shards(pattern)
+    shards = storage.list_shards(pattern, named="CORPUS")
     contents = look_at_contents(first_middle_last(shards), max_member_bytes=_default("max_member_bytes"))
     _check(contents, pattern)
     prompts, to_do = _prompts(contents)

@@ -111,7 +111,7 @@ def is_named_tar(name: str) -> bool:
 
 def _files(top: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(top):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 

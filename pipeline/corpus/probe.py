@@ -66,13 +66,15 @@ class Probe:
         shards: number of shards read.
         findings: what a job would make of each sample.
         bytes_read: bytes of the tars, up to the last sample read.
-        unreadable: canonical URL and error of each shard that could not be read, or not to its end.
+        unreadable: canonical URL and error of each shard that could not be opened or read.
+        damaged: canonical URL and error of each shard whose archive is damaged, as far as it was read.
     """
 
     shards: int = 0
     findings: tuple[Finding, ...] = ()
     bytes_read: int = 0
     unreadable: tuple[tuple[str, str], ...] = ()
+    damaged: tuple[tuple[str, str], ...] = ()
 
     @property
     def samples(self) -> int:
@@ -115,6 +117,7 @@ def probe_shards(
     """
     findings: list[Finding] = []
     unreadable: list[tuple[str, str]] = []
+    damaged: list[tuple[str, str]] = []
     bytes_read = shards_read = 0
     for shard in shards:
         try:
@@ -130,12 +133,12 @@ def probe_shards(
         except (PipelineError, OSError, pa.ArrowException) as error:
             unreadable.append((shard.canonical_url, _why_unreadable(shard, error)))
             continue
-        unreadable += [] if damage is None else [(shard.canonical_url, damage)]
+        damaged += [] if damage is None else [(shard.canonical_url, damage)]
         findings += found
         # of an archive that is cut, what precedes the cut counts
         shards_read += damage is None or bool(found)
         bytes_read += bounded.bytes_read
-    return Probe(shards_read, tuple(findings), bytes_read, tuple(unreadable))
+    return Probe(shards_read, tuple(findings), bytes_read, tuple(unreadable), tuple(damaged))
 
 
 def _why_unreadable(shard: ShardSource, error: Exception) -> str:

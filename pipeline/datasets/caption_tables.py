@@ -23,6 +23,10 @@ DELIMITERS = ",;\t|"
 IMAGE_COLUMNS, CAPTION_COLUMNS = ("file_name",), ("text", "caption")
 # bounds memory: a longer line is read as several, none of which is a row
 MAX_LINE_CHARACTERS = 1 << 20
+# of an array of objects, which is not read as a table, only looked at
+MAX_JSON_TABLE_BYTES = 16 << 20
+TEXT_TABLE_ENDINGS = (".csv", ".tsv", ".txt")
+JSON_LINES_ENDINGS = (".jsonl", ".ndjson")
 
 Values = dict[str, Any]
 
@@ -93,8 +97,8 @@ def open_caption_table(path: Path, image_column: str | None, caption_column: str
         UserError: the file cannot be read, or has no such column.
     """
     readers = {
-        **dict.fromkeys((".csv", ".tsv", ".txt"), _open_delimited),
-        **dict.fromkeys((".jsonl", ".ndjson"), _open_json_lines),
+        **dict.fromkeys(TEXT_TABLE_ENDINGS, _open_delimited),
+        **dict.fromkeys(JSON_LINES_ENDINGS, _open_json_lines),
         ".parquet": _open_parquet,
     }
     if path.suffix.lower() not in readers:
@@ -119,15 +123,58 @@ def open_caption_table(path: Path, image_column: str | None, caption_column: str
     )
 
 
+def readings_of_table(path: Path) -> Iterator[tuple[list[str], Iterator[Values | SampleFailure]]]:
+    """Yield the columns and rows of a table whose columns are unknown, for each way to read it.
+
+    Args:
+        path: a file that may be a table by the ending of its name.
+
+    Raises:
+        UserError, OSError: it cannot be read as one.
+    """
+    match path.suffix.lower():
+        case ending if ending in TEXT_TABLE_ENDINGS:
+            with _opened_text(path) as stream:
+                line = stream.readline(MAX_LINE_CHARACTERS)
+            for delimiter in DELIMITERS:
+                columns = _header(line, delimiter)
+                yield columns, (values for _, values in _delimited_rows(path, columns, delimiter))
+        case ending if ending in JSON_LINES_ENDINGS:
+            columns, read = _open_json_lines(path, ())
+            yield columns, (values for _, values in read())
+        case ".parquet":
+            columns, read = _open_parquet(path, ())
+            yield columns, (values for _, values in read())
+        case ".json" if path.stat().st_size <= MAX_JSON_TABLE_BYTES:
+            document = json.loads(path.read_bytes())
+            rows = [row for row in document if isinstance(row, dict)] if isinstance(document, list) else []
+            yield list(rows[0]) if rows else [], iter(rows)
+
+
+def header_advice() -> str:
+    """Return how a table without names of columns gets them."""
+    return f"begin the table with a line such as {IMAGE_COLUMNS[0]},{CAPTION_COLUMNS[0]}"
+
+
 def _way_to_a_table(path: Path) -> str:
     """Return how to make a table of another file, as the end of a message."""
     match path.suffix.lower():
         case ".json":
-            file, lines = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(".jsonl")))
-            return f"; an array of objects becomes one with: jq -c '.[]' {file} > {lines}"
+            return _array_advice(path, path.with_suffix(".jsonl"))
         case ".xlsx" | ".xls" | ".ods":
             return "; save the sheet as CSV in UTF-8"
     return ""
+
+
+def _way_from_an_array(path: Path) -> str:
+    with path.open("rb") as stream:
+        is_array = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return _array_advice(path, path.with_stem(f"{path.stem}-lines")) if is_array else ""
+
+
+def _array_advice(path: Path, lines: Path) -> str:
+    files = (shlex.quote(str(file)) for file in (path, lines))
+    return "; an array of objects becomes one with: jq -c '.[]' {} > {}".format(*files)
 
 
 def _check_encoding(path: Path) -> None:
@@ -150,8 +197,7 @@ def _column(path: Path, columns: Sequence[str], wanted: Sequence[str], option: s
     found = first_few([printable(name[:40]) for name in columns], 12)
     if any(posixpath.splitext(name)[1].lower() in IMAGE_ENDINGS for name in columns):
         raise UserError(
-            f"{path}: the first line names an image, not the columns ({found}); begin the table with a line "
-            f"such as {IMAGE_COLUMNS[0]},{CAPTION_COLUMNS[0]}"
+            f"{path}: the first line names an image, not the columns ({found}); {header_advice()}"
         )
     raise UserError(
         f"{path}: has no column {' or '.join(f'`{name}`' for name in wanted)}; columns: {found}; name the "
@@ -180,7 +226,8 @@ def _delimited_rows(
 ) -> Iterator[tuple[str, Values | SampleFailure]]:
     with _opened_text(path) as stream:
         lines = iter(lambda: stream.readline(MAX_LINE_CHARACTERS), "")
-        rows = csv.reader(lines, delimiter=delimiter)
+        # strict: a quotation mark that is not closed would swallow the rows after it
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
         next(rows, None)
         while True:
             # a row begins after the last line of the row before
@@ -221,7 +268,8 @@ def _open_json_lines(
         if isinstance(values, dict):
             return list(values), read
         problems += [] if problems else [values.message]
-    raise UserError(f"{path}: no line is a JSON object: {problems[0] if problems else 'the file is empty'}")
+    problem = problems[0] if problems else "the file is empty"
+    raise UserError(f"{path}: no line is a JSON object: {problem}{_way_from_an_array(path)}")
 
 
 def _json_object(line: str) -> Values | SampleFailure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +21,8 @@ IMAGE_ENDINGS = frozenset(
 )
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TEXT_ENDINGS = (".txt", ".TXT")
-TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-MOST_OTHER_TABLES = 3
+TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")
+MOST_OTHER_TABLES, MOST_IMAGE_FOLDERS = 16, 16
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Survey:
     Attributes:
         tables: paths of Hugging Face's tables of captions below the folder.
         other_tables: the first files that may be tables of captions by their endings.
+        image_folders: the first folders with images.
         has_texts: whether an image has a text file of the same name beside it.
         shared_stems: paths without ending that several images have.
         skipped: files and folders that are not images, by kind.
@@ -42,6 +43,7 @@ class Survey:
 
     tables: list[str] = field(default_factory=list)
     other_tables: list[str] = field(default_factory=list)
+    image_folders: list[str] = field(default_factory=list)
     has_texts: bool = False
     shared_stems: set[str] = field(default_factory=set)
     skipped: SkippedRecords = field(default_factory=SkippedRecords)
@@ -116,12 +118,16 @@ def _note_tables(survey: Survey, listing: _Listing) -> None:
 
 def _note_files(survey: Survey, listing: _Listing, is_table: Callable[[str], bool]) -> None:
     stems = Counter(posixpath.splitext(name)[0] for name in listing.images)
+    if stems and len(survey.image_folders) < MOST_IMAGE_FOLDERS:
+        survey.image_folders.append(listing.below)
     survey.shared_stems |= {listing.path(stem) for stem, images in stems.items() if images > 1}
     for name in listing.files:
         path, (stem, ending) = listing.path(name), posixpath.splitext(name)
         if _is_image(name) or is_table(path):
             continue
         survey.files += 1
+        if _may_be_table(name, stems) and len(survey.other_tables) < MOST_OTHER_TABLES:
+            survey.other_tables.append(path)
         if _is_hidden(name):
             survey.skipped.add("hidden_file", path)
         elif ending in TEXT_ENDINGS and stem in stems:
@@ -131,8 +137,12 @@ def _note_files(survey: Survey, listing: _Listing, is_table: Callable[[str], boo
             survey.skipped.add("text_without_image", path)
         else:
             survey.skipped.add("other_file", path)
-            if ending.lower() in TABLE_ENDINGS and len(survey.other_tables) < MOST_OTHER_TABLES:
-                survey.other_tables.append(path)
+
+
+def _may_be_table(name: str, image_stems: Container[str]) -> bool:
+    # a file of the same name as an image is about that image alone
+    stem, ending = posixpath.splitext(name)
+    return ending.lower() in TABLE_ENDINGS and not _is_hidden(name) and stem not in image_stems
 
 
 def _listings(root: Path, on_error: Callable[[OSError], None]) -> Iterator[_Listing]:

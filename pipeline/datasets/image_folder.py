@@ -30,6 +30,7 @@ from pipeline.datasets.folder_walk import (
     survey_folder,
 )
 from pipeline.datasets.truth_dataset import read_path, require_folder
+from pipeline.datasets.unnamed_tables import NO_TABLE, UnnamedTable, find_unnamed_table
 from pipeline.errors import SampleFailure, UserError
 from pipeline.shards.captions import MAX_CAPTIONS
 from pipeline.text import printable
@@ -48,12 +49,12 @@ class FolderSource:
     Attributes:
         samples: the samples.
         captions: where their captions come from, for people; None: they have none.
-        other_tables: the first files that may be tables of captions, and are not read.
+        unread_table: a table whose rows name images, too, and that is not read.
     """
 
     samples: SampleSource
     captions: str | None
-    other_tables: tuple[Path, ...] = ()
+    unread_table: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,24 @@ def open_image_folder(
 
     Args:
         root: the folder.
-        captions: table whose rows name images below the folder; None: the tables named metadata, else a file
-            KEY.txt beside each image, else there are no captions.
+        captions: table whose rows name images below the folder; `none`: there are no captions; None: the
+            tables named metadata, else a file KEY.txt beside each image, else there are no captions.
         image_column: column with the names of images; None: file_name.
         caption_column: column with the captions; None: text, else caption.
 
     Raises:
-        UserError: there is no such folder or table, the table has no such columns, or there is no image.
+        UserError: there is no such folder or table, the table has no such columns, there is no image, or
+            no captions were named or found and a table names images.
     """
     require_folder(root, "images")
     survey = survey_folder(root, captions)
     tables = [(root / path, posixpath.dirname(path)) for path in survey.tables]
     if captions is not None:
-        tables = [(captions, "")]
+        survey.has_texts = survey.has_texts and captions != Path(NO_TABLE)
+        tables = [] if captions == Path(NO_TABLE) else [(captions, "")]
+    unread = None if tables or captions is not None else _unnamed_table(root, survey)
+    if unread is not None and not survey.has_texts:
+        raise UserError(unread.problem(root))
     folder = _Folder(
         root,
         root.resolve(),
@@ -120,7 +126,12 @@ def open_image_folder(
         survey.skipped.names.update(survey.texts.names)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", root.resolve().name) or "images"
     samples = SampleSource(name, fingerprint, images, folder.items, skipped=survey.skipped)
-    return FolderSource(samples, folder.description, tuple(root / path for path in survey.other_tables))
+    return FolderSource(samples, folder.description, None if unread is None else unread.path)
+
+
+def _unnamed_table(root: Path, survey: Survey) -> UnnamedTable | None:
+    roots = dict.fromkeys([root, *(root / below for below in survey.image_folders)])
+    return find_unnamed_table([root / path for path in survey.other_tables], list(roots))
 
 
 @dataclass(frozen=True)

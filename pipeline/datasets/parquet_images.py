@@ -108,10 +108,7 @@ def _listed(files: Sequence[str]) -> list[storage.ShardSource]:
                 f"{storage.shown_url(file)}: Parquet is read from local paths, s3:// and gs://; download it "
                 "first"
             )
-    try:
-        listed = storage.list_shards(files)
-    except UserError as error:
-        raise UserError(str(error).replace("input.shards", "FILES")) from None
+    listed = storage.list_shards(files, named="FILES")
     for shard in listed:
         if is_local(shard.url) and not Path(local_path(shard.url)).exists():
             raise UserError(f"{local_path(shard.url)}: no such file")

@@ -94,7 +94,7 @@ def export_samples(
     for sample in joined:
         rows = _with_masks(sample.rows, classes, counts)
         if not rows:
-            counts["without_mask"] += 1
+            counts[_why_without_rows(sample.rows)] += 1
             continue
         try:
             image, suffix, (height, width) = _portable(sample, settings)
@@ -138,6 +138,13 @@ def _with_masks(
             own_name = None if known["class_id"] is None else known["prompt"]
             kept.append({"class_name": own_name, **known})
     return kept
+
+
+def _why_without_rows(rows: Sequence[Row]) -> str:
+    """Return the reason to skip a sample none of whose rows is exported."""
+    if not rows:
+        return "marked_out"
+    return "without_class" if any(map(has_pixels, rows)) else "without_mask"
 
 
 def _portable(sample: JoinedSample, settings: InputConfig) -> tuple[bytes, str, tuple[int, int]]:

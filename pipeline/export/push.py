@@ -22,7 +22,7 @@ def repository_of(target: str, dest: str) -> str:
     """Return USER/NAME of hf://datasets/USER/NAME; check that DEST can be pushed.
 
     Raises:
-        UserError: the target is another one, or DEST is not on this machine.
+        UserError: the target is another one, DEST is not on this machine, or there is no token.
     """
     found = _TARGET.fullmatch(target)
     if found is None:
@@ -32,6 +32,17 @@ def repository_of(target: str, dest: str) -> str:
             f"--push: expected DEST on this machine, got {storage.shown_url(dest)}; export to a local "
             "folder, and push that"
         )
+    # imported here: most exports do not need it
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(found[1])
+    except HFValidationError as error:
+        raise UserError(f"--push: {error}") from None
+    if get_token() is None:
+        raise UserError("--push: there is no token; set HF_TOKEN, or run `hf auth login`")
     return found[1]
 
 

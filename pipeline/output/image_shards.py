@@ -64,7 +64,9 @@ def locate_shards(listed: Sequence[ShardRow], given: Sequence[str] = ()) -> Loca
     if mappings:
         shown = ", ".join(map(shown_url, given))
         raise UserError(f"expected either shards or OLD=NEW, received both: {shown}")
-    found = _matched(list_shards(patterns), {row["shard_id"]: row["shard"] for row in listed})
+    found = _matched(
+        list_shards(patterns, named="--shards"), {row["shard_id"]: row["shard"] for row in listed}
+    )
     absent = [row["shard_id"] for row in listed if row["shard_id"] not in found]
     return LocatedShards(found, dict.fromkeys(absent, "is not among the shards given"))
 

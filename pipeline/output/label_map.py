@@ -107,5 +107,5 @@ def _check_class_id(row: Row) -> None:
         where = f" (sample {row['key']!r}, prompt {row['prompt']!r})" if {"key", "prompt"} <= set(row) else ""
         raise UserError(
             f"label map: expected class ids from 1 to 254, received {class_id}{where}; a label map has one "
-            f"byte a pixel, and captions without classes have no label"
+            f"byte a pixel, and captions have a label only with a list of classes (--classes FILE)"
         )

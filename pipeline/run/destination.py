@@ -15,7 +15,9 @@ from rich.filesize import decimal
 
 from pipeline import storage
 from pipeline.errors import OutputError, UserError
+from pipeline.output.folder import JOB_FILE
 from pipeline.storage.urls import is_local
+from pipeline.text import first_few
 
 # Ray sets it for the command of `ray job submit`
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -25,6 +27,7 @@ RAY_JOB_STOP_WAIT_S = 3.0
 ENDING_S = 2.0
 # the files of the smallest job, and of a shard that is being written
 LEAST_FREE_BYTES = 16 << 20
+NAMED_FILES = 3
 
 
 def check_destination(output_dir: str, environ: Mapping[str, str]) -> None:
@@ -77,6 +80,24 @@ def destination_problem(output_dir: str) -> list[str]:
             f"{where}: the disk of {present} has {decimal(free_bytes)} left; free some, or choose another"
         ]
     return []
+
+
+def files_beside(output_dir: str) -> list[str]:
+    """Return that a folder which holds no job yet holds something else, in one line; none where it does not.
+
+    Args:
+        output_dir: absolute path or URL.
+
+    Raises:
+        OutputError: it cannot be listed.
+    """
+    names = sorted(name for name in storage.list_entries(output_dir) if not name.startswith("."))
+    if not names or JOB_FILE in names:
+        return []
+    return [
+        f"output.dir: {storage.shown_url(output_dir)} holds {len(names):,} other file(s) and folder(s), "
+        f"{first_few(names, NAMED_FILES)}; the results are written beside them"
+    ]
 
 
 def _problem_of_store(output_dir: str) -> list[str]:

@@ -28,7 +28,7 @@ from pipeline.output.runs import RunState
 from pipeline.output.schema import ShardRow
 from pipeline.prompts.sample_prompts import SamplePrompts
 from pipeline.run import job as jobs
-from pipeline.run.destination import check_destination, destination_problem
+from pipeline.run.destination import check_destination, destination_problem, files_beside
 from pipeline.run.job import Job
 from pipeline.storage import ShardSource
 from pipeline.text import as_duration, first_few
@@ -90,6 +90,7 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
     contents = partial(look_at_contents, probed, max_member_bytes=config.input.max_member_bytes)
     of_samples = problems_of(config, sample_prompts, probe, contents) if probed else []
     notes = [*([] if of_samples else notes_of(config, probe)), *_notes_on_names(shards)]
+    notes += [] if problems else files_beside(out)
     problems += of_samples
     output_bytes = {} if problems else published_bytes(out, sorted(done))
     return DryRun(shards, done, found.damaged, probe, output_bytes, tuple(problems), tuple(notes))

@@ -40,7 +40,7 @@ from pipeline.output.schema import ShardRow
 from pipeline.output.survey import Survey, survey
 from pipeline.output.tables import shard_list_bytes
 from pipeline.prompts.sample_prompts import with_files_read
-from pipeline.run.destination import check_destination
+from pipeline.run.destination import check_destination, files_beside
 from pipeline.run.precision import precision_of_workers
 from pipeline.storage import ShardSource
 from pipeline.text import first_few
@@ -184,6 +184,7 @@ def opened_job(
         OutputError: it cannot be written.
     """
     folder, listed = opened.folder, opened.listed
+    beside = files_beside(folder.url) if opened.record is None else []
     former = agreed_with_former(folder, opened.record, config, stamp, listed)
     ids = folder.all_ids() if former.deleted else opened.ids
     listed = [*listed, *rows_of_unlisted_files(folder, ids, listed)]
@@ -192,7 +193,7 @@ def opened_job(
     job = _job_from(config, stamp, folder, found, tuple(found.list_rows(listed)))
     job = replace(job, precision_is_auto=is_auto, model_facts=facts, unavailable=unavailable)
     _update_folder(job, found)
-    return replace(job, warnings=(*former.warnings, *_warnings(found)))
+    return replace(job, warnings=(*former.warnings, *beside, *_warnings(found)))
 
 
 def as_run(config: JobConfig) -> JobConfig:

@@ -148,7 +148,7 @@ class Scene:
 def list_truth_shards(patterns: str | Path | Sequence[str | Path]) -> list[ShardSource]:
     """Return the tars that one or several patterns match; raises UserError where a pattern matches none."""
     several = [patterns] if isinstance(patterns, str | Path) else patterns
-    return list_shards([str(pattern) for pattern in several])
+    return list_shards([str(pattern) for pattern in several], named="SHARDS")
 
 
 def read_scenes(shard: ShardSource, settings: InputConfig) -> Iterator[Scene | SampleError]:

@@ -43,6 +43,7 @@ from pipeline.storage.urls import (
 REQUESTS_AT_ONCE = 32
 # of a web server, in a row
 MOST_UNANSWERED = 16
+CONFIG_KEY = "input.shards"
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,22 @@ class ShardListing:
 
 
 def list_shards(
-    patterns: str | Sequence[str], *, allow_commands: bool = False, check_inputs: bool = True
+    patterns: str | Sequence[str], *, allow_commands: bool = False, named: str = CONFIG_KEY
 ) -> list[ShardSource]:
-    """Return the shards of `find_shards` without its warnings."""
-    return find_shards(patterns, allow_commands=allow_commands, check_inputs=check_inputs).shards
+    """Return the shards of `find_shards` without its warnings.
+
+    Args:
+        patterns: see `find_shards`.
+        allow_commands: see `find_shards`.
+        named: what the user knows the patterns by, which errors begin with.
+
+    Raises:
+        UserError: see `find_shards`.
+    """
+    try:
+        return find_shards(patterns, allow_commands=allow_commands).shards
+    except UserError as error:
+        raise UserError(re.sub(rf"^{re.escape(CONFIG_KEY)}\b", named, str(error))) from None
 
 
 def find_shards(

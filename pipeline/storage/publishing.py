@@ -8,6 +8,7 @@ import mmap
 import os
 import posixpath
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pipeline.storage.filesystems import resolve, resolved
 from pipeline.storage.scratch import IN_MEMORY_BYTES
 from pipeline.storage.sources import InputVersion
 from pipeline.storage.urls import is_local, join_url, local_path, raised_as
+from pipeline.text import printable
 
 TEMPORARY_SUFFIX = ".part"
 BLOCK_BYTES = 4 << 20
@@ -46,11 +48,35 @@ def list_versions(folder_url: str) -> dict[str, InputVersion]:
     Raises:
         OutputError: the folder cannot be listed.
     """
-    return {
-        info.base_name: InputVersion(info.size, info.mtime_ns)
-        for info in _infos(folder_url)
-        if info.is_file and not info.base_name.endswith(TEMPORARY_SUFFIX)
-    }
+    with raised_as(OutputError, folder_url, "cannot be listed"):
+        versions = request(folder_url, _versions)
+    return {name: found for name, found in versions.items() if not name.endswith(TEMPORARY_SUFFIX)}
+
+
+def _versions(filesystem: pafs.FileSystem, path: str) -> dict[str, InputVersion]:
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return _local_versions(path)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return {info.base_name: InputVersion(info.size, info.mtime_ns) for info in infos if info.is_file}
+
+
+def _local_versions(path: str) -> dict[str, InputVersion]:
+    # pyarrow fails at names that are not UTF-8
+    if not os.path.exists(path):  # noqa: PTH110
+        return {}
+    versions = {}
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                found = entry.stat()
+            except OSError as error:
+                # removed by another job in between, or a link that leads nowhere
+                if error.errno in (errno.ENOENT, errno.ELOOP):
+                    continue
+                raise
+            if stat.S_ISREG(found.st_mode):
+                versions[entry.name] = InputVersion(found.st_size, found.st_mtime_ns)
+    return versions
 
 
 def list_entries(folder_url: str) -> set[str]:
@@ -64,16 +90,11 @@ def list_entries(folder_url: str) -> set[str]:
         if isinstance(filesystem, pafs.LocalFileSystem):
             # pyarrow skips links to nowhere
             return set(os.listdir(path)) if os.path.lexists(path) else set()  # noqa: PTH208
-    return {info.base_name for info in _infos(folder_url)}
-
-
-def _infos(folder_url: str) -> list[pafs.FileInfo]:
-    with raised_as(OutputError, folder_url, "cannot be listed"):
-        found: list[pafs.FileInfo] = request(
+        infos = request(
             folder_url,
             lambda filesystem, path: filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)),
         )
-    return found
+        return {info.base_name for info in infos}
 
 
 def list_paths(folder_url: str) -> set[str]:
@@ -91,9 +112,12 @@ def list_paths(folder_url: str) -> set[str]:
             ),
         )
     start = len(path.rstrip("/")) + 1
-    return {
-        info.path[start:] for info in infos if info.is_file and not info.base_name.endswith(TEMPORARY_SUFFIX)
-    }
+    try:
+        paths = {info.path[start:] for info in infos if info.is_file}
+    except UnicodeDecodeError as error:
+        name = printable(os.fsdecode(error.object))
+        raise OutputError(f"{name}: a name that is not UTF-8; rename the file") from None
+    return {found for found in paths if not found.endswith(TEMPORARY_SUFFIX)}
 
 
 def publish(

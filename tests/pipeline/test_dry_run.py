@@ -1,5 +1,6 @@
 """`legrad annotate --dry-run`: jobs that would annotate nothing, and what to change."""
 
+import gzip
 import io
 import json
 import re
@@ -261,14 +262,32 @@ def test_what_fails_in_part_is_a_note_with_its_share(dry_run, tmp_path):
     assert "run.error_budget" not in out
 
 
-def test_an_archive_that_is_cut_is_a_note_beside_its_intact_samples(dry_run, tmp_path):
+def packed(tar):
+    return gzip.compress(tar, mtime=0)
+
+
+DAMAGED = [
+    # what becomes of the bytes of a tar, what is said of it
+    (lambda tar: tar[:-12_000], "the archive ends "),
+    (lambda tar: tar + b"garbage" * 100, "data follows the end of the archive"),
+    (lambda tar: packed(tar)[:-20], "the gzip data end too early"),
+    (lambda tar: packed(tar) + b"garbage" * 100, "the gzip data are damaged, or other data follow them"),
+    (lambda tar: packed(tar) * 2, "data follows the end of the archive"),
+    (lambda tar: packed(tar[: -10 << 10] + bytes(200 << 20)), "expand to"),
+]
+
+
+@pytest.mark.parametrize(("damaged", "message"), DAMAGED)
+def test_a_damaged_archive_is_a_note_with_what_becomes_of_the_job(dry_run, tmp_path, damaged, message):
     tar = one_shard(tmp_path)
-    tar.write_bytes(tar.read_bytes()[:-12_000])
+    tar.write_bytes(damaged(tar.read_bytes()))
     code, out, err = dry_run()
     assert (code, err) == (0, "")
-    assert "note: cannot be read: file://" in out
-    assert "the archive ends " in out
+    assert f"note: damaged: file://{tar}: " in out
+    assert message in out
+    assert "a job is not complete (exit code 3) unless run.accept_damaged=true" in out
     assert "samples in 1 shard(s)" in out
+    assert "exit code 3" not in dry_run("run.accept_damaged=true", "run.error_budget=1")[1]
 
 
 def test_the_first_a_middle_and_the_last_shard_are_looked_at(dry_run, tmp_path):
@@ -296,6 +315,18 @@ def test_an_output_folder_that_cannot_be_made_is_refused(dry_run, tmp_path):
     code, _, err = dry_run(f"output.dir={tmp_path}/file/out")
     assert code == 1
     assert f"{tmp_path}/file is a file, and a folder is expected" in err
+
+
+def test_an_output_folder_with_other_files_is_noted(dry_run, tmp_path):
+    one_shard(tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("0.jpg", "1.jpg"):
+        (photos / name).write_bytes(image_bytes(1))
+    code, out, _ = dry_run(f"output.dir={photos}")
+    assert code == 0
+    assert f"note: output.dir: {photos} holds 2 other file(s) and folder(s), 0.jpg, 1.jpg;" in out
+    assert "holds" not in dry_run()[1]
 
 
 def test_a_full_disk_is_refused(dry_run, tmp_path, monkeypatch):

@@ -93,3 +93,18 @@ def test_other_content_of_a_classes_file_is_another_export(tmp_path):
     classes.write_text("cat\ndog\n")
     with pytest.raises(UserError, match="with other options"):
         export_job(str(job), str(tmp_path / "to"), options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "voc"], "captions have a label only with a list of classes (--classes FILE)"),
+        (["--format", "coco", "--keep-marked", "good"], "--keep-marked: belongs to --marks FILE"),
+        (["--format", "coco", "--shards", "no/*.tar"], "--shards: nothing matches no/*.tar"),
+    ],
+)
+def test_an_error_names_the_option_that_is_wrong_or_missing(legrad, tmp_path, options, message):
+    job = write_job(tmp_path / "job", [[row(0, prompt="a dog")]], runs=False)
+    code, _, err = legrad("export", job, tmp_path / "to", *options)
+    assert code == 1
+    assert message in err

@@ -303,6 +303,8 @@ def test_an_export_counts_prompts_that_mention_no_class_apart_from_those_that_me
     ran = CliRunner().invoke(app, arguments)
     assert "1 rows skipped: the prompt mentions no class" in ran.output
     assert "1 rows skipped: the prompt mentions several classes" in ran.output
+    assert "2 samples skipped: no prompt with a mask belongs to one class" in ran.output
+    assert "no accepted mask" not in ran.output
     coco = COCO(str(tmp_path / "to" / "annotations.json"))
     named = {entry["id"]: entry["name"] for entry in coco.dataset["categories"]}
     assert sorted((named[entry["category_id"]], entry["prompt"]) for entry in coco.anns.values()) == [

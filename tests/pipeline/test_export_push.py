@@ -113,10 +113,16 @@ def test_an_incomplete_export_is_not_pushed(hub, tmp_path):
         ("somebody/some-masks", "to", "expected hf://datasets/USER/NAME, got 'somebody/some-masks'"),
         ("hf://models/a/b", "to", "expected hf://datasets/USER/NAME"),
         ("hf://datasets/a", "to", "expected hf://datasets/USER/NAME"),
+        ("hf://datasets/-a/b", "to", "--push: Repo id must use alphanumeric chars"),
+        ("hf://datasets/a/..", "to", "--push: Repo id must use alphanumeric chars"),
+        ("hf://datasets/a/b.git", "to", "--push: Repo_id cannot end by '.git'"),
+        ("hf://datasets/a/b--c", "to", "--push: Cannot have -- or .."),
+        (TARGET, "to", "--push: there is no token; set HF_TOKEN"),
         (TARGET, "s3://bucket/to", "expected DEST on this machine, got s3://bucket/to"),
     ],
 )
-def test_a_target_that_cannot_be_pushed_to_is_refused_before_the_export(target, dest, message):
+def test_a_target_that_cannot_be_pushed_to_is_refused_before_the_export(monkeypatch, target, dest, message):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UserError, match=re.escape(message)):
         repository_of(target, dest)
 

@@ -437,6 +437,18 @@ def test_a_conversion_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monke
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_conversion_that_is_interrupted_says_how_to_resume_it(tmp_path, monkeypatch, legrad):
+    root = folder(tmp_path / "in", "0.jpg")
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.datasets.conversion.write_samples", interrupted)
+    code, out, _ = legrad("shards", "images", root, tmp_path / "out")
+    assert code == 130
+    assert "interrupted; run the same command with --resume" in out
+
+
 def test_captions_that_have_changed_are_not_resumed(tmp_path):
     root = folder(tmp_path / "in", "0.jpg")
     write(root / "metadata.csv", "file_name,text\n0.jpg,a dog\n")
@@ -467,6 +479,11 @@ def test_a_folder_that_changes_meanwhile_is_named(tmp_path):
         ({"metadata.csv": "file_name,text\n".encode("utf-16")}, {}, "UTF-16; .*iconv -f UTF-16 -t UTF-8 "),
         ({"metadata.jsonl": ""}, {}, "no line is a JSON object: the file is empty"),
         ({"metadata.jsonl": "[]\n"}, {}, "no line is a JSON object: expected a JSON object, received list"),
+        (
+            {"metadata.jsonl": '\n[\n{"file_name": "0.jpg", "text": "x"\n}]'},
+            {},
+            r"one with: jq -c .* > .*metadata-lines\.jsonl",
+        ),
         ({"a b.json": "[]"}, {"captions": "a b.json"}, r"jq -c '\.\[\]' '.*a b\.json' > '.*a b\.jsonl'"),
         ({"folder.csv/x": ""}, {"captions": "folder.csv"}, "is a folder; expected a table"),
         ({"metadata.parquet": "PAR1"}, {}, "is a damaged or cut Parquet file"),
@@ -512,9 +529,10 @@ def test_the_command_counts_and_names_what_comes_next(tmp_path, legrad):
 def test_commands_in_the_output_can_be_pasted_whatever_folders_are_called(tmp_path, legrad):
     root, dest = folder(tmp_path / "in", "0.jpg"), tmp_path / "it's [x] {y} $HOME"
     write(root / "my captions.csv", "file_name,text\n0.jpg,a dog\n")
+    write(root / "0.txt", "a dog")
     code, out, err = legrad("shards", "images", root, dest)
     assert code == 0, err
-    (option,) = re.findall(r"if it holds the captions, name it: (.*)", out)
+    (option,) = re.findall(r"names images, too; (.*) reads it instead", out)
     assert shlex.split(option) == ["--captions", str(root / "my captions.csv")]
     (command,) = re.findall(r"Next: legrad (.*)", out)
     pattern = f"{dest}/in-*.tar"
@@ -522,6 +540,102 @@ def test_commands_in_the_output_can_be_pasted_whatever_folders_are_called(tmp_pa
     (override,) = re.findall(r"annotate them with (.*)", out)
     assert shlex.split(override) == [f"input.shards={pattern}"]
     assert [shard.canonical_url for shard in storage.list_shards(pattern)]
+
+
+ROWS = "0.jpg,a dog\nsub/1.jpg,a cat\n"
+TABLES = [
+    # name of a table, its content, the options with which it is read
+    ("captions.csv", "file_name,text\n" + ROWS, []),
+    ("Metadata.CSV", "file_name,caption\n" + ROWS, []),
+    (
+        "my data.csv",
+        "w;photo;note\n1;0.jpg;a dog\n2;sub/1.jpg;cats\n",
+        ["--image-column", "photo", "--caption-column", "note"],
+    ),
+    ("captions.txt", "image,caption\n" + ROWS, ["--image-column", "image"]),
+    (
+        "lines.jsonl",
+        '{"img": "0.jpg", "n": 1, "says": ["a dog"]}\n{"img": "sub/1.jpg", "says": ["a cat"]}',
+        ["--image-column", "img", "--caption-column", "says"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "columns"), TABLES)
+def test_a_table_that_names_images_must_be_named_or_refused_by_name(tmp_path, legrad, name, content, columns):
+    root, dest = folder(tmp_path / "in", "0.jpg", "sub/1.jpg"), tmp_path / "out"
+    write(root / name, content)
+    code, _, err = legrad("shards", "images", root, dest)
+    assert (code, dest.exists()) == (1, False)
+    (options,) = re.findall(r"run the same command with (.*), or with --captions none", err)
+    assert shlex.split(options) == ["--captions", str(root / name), *columns]
+    assert legrad("shards", "images", root, dest, *shlex.split(options))[0] == 0
+    assert record(dest)["written"] == 2
+    assert all("txt" in fields for fields in converted(dest).values())
+    without = legrad("shards", "images", root, dest, "--overwrite", "--captions", "none")
+    assert without[0] == 0, without
+    assert record(dest)["written"] == 2
+    assert not any("txt" in fields for fields in converted(dest).values())
+
+
+def test_captions_none_reads_neither_tables_nor_texts(tmp_path):
+    root = folder(tmp_path / "in", "0.jpg", "1.jpg")
+    write(root / "metadata.csv", "file_name,text\n0.jpg,a dog\n")
+    write(root / "0.txt", "a dog")
+    samples = convert(root, tmp_path / "out", Path("none"))
+    assert [set(fields) for fields in samples.values()] == [{"jpg", "json"}] * 2
+    check_counts(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("sizes.csv", "a,b\n1,2\n"),
+        ("urls.csv", "url,text\nhttps://host/0.jpg,a dog\n"),
+        ("0.json", '[{"imagePath": "0.jpg"}]'),
+        ("deep.json", "[" * 100_000),
+        ("cut.json", '{"a": '),
+        ("rows.parquet", "PAR1"),
+        ("classes.txt", "dog\ncat\n"),
+        ("empty.csv", ""),
+    ],
+)
+def test_a_file_that_names_no_image_is_no_table_of_captions(tmp_path, name, content):
+    root = folder(tmp_path / "in", "0.jpg")
+    write(root / name, content)
+    assert convert(root, tmp_path / "out").keys() == {"0"}
+    check_counts(tmp_path / "out")
+
+
+def test_a_table_beside_the_folder_that_its_rows_name_is_given_with_that_folder(tmp_path, legrad):
+    folder(tmp_path / "in", "Images/0.jpg")
+    write(tmp_path / "in" / "captions.txt", "image,caption\n0.jpg,a dog\n")
+    code, _, err = legrad("shards", "images", tmp_path / "in", tmp_path / "out")
+    assert code == 1
+    (command,) = re.findall(r"convert that folder: legrad (.*); or with --captions none", err)
+    arguments = [str(tmp_path / "out") if word == "DEST" else word for word in shlex.split(command)]
+    assert legrad(*arguments)[0] == 0
+    assert converted(tmp_path / "out")["0"]["txt"] == "a dog"
+
+
+def test_rows_without_names_of_columns_get_a_line_to_begin_with(tmp_path):
+    root = folder(tmp_path / "in", "0.jpg")
+    write(root / "captions.tsv", "0.jpg\ta dog\n")
+    with pytest.raises(
+        UserError, match=r"captions none .*begin the table with a line such as file_name,text"
+    ):
+        open_image_folder(root)
+
+
+@pytest.mark.parametrize("end", ["", '\n1.jpg,"a cat"', '\n1.jpg,a cat\n2.jpg,"a pet"\n'])
+def test_a_quotation_mark_that_is_not_closed_gives_no_image_the_rows_after_it(tmp_path, end):
+    root = folder(tmp_path / "in", "0.jpg", "1.jpg", "2.jpg", "ok.jpg")
+    write(root / "metadata.csv", f'file_name,text\nok.jpg,a ""dog""\n0.jpg,"a dog{end}')
+    samples = convert(root, tmp_path / "out")
+    assert samples["ok"]["txt"] == 'a ""dog""'
+    assert not any("jpg" in fields["txt"] for fields in samples.values())
+    assert skipped(tmp_path / "out")["bad_row"] == ["metadata.csv:3"]
+    check_counts(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,13 @@ def test_tars_of_any_ending_are_found_and_no_other_file(legrad, tmp_path, names)
     assert {local_path(shard.url) for shard in shards} == {corpus / name for name in names}
 
 
+def test_images_in_hidden_folders_do_not_count(legrad, tmp_path):
+    for name in ("0.jpg", "a/1.jpg", ".cache/2.jpg", ".3.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert "it holds 2 image(s) and no tar" in legrad("init", tmp_path)[2]
+
+
 def test_a_look_goes_to_shards_that_are_there(legrad, tmp_path):
     write_shard(tmp_path / "1.tar", [sample("a")])
     code, out, err = legrad("init", f"{tmp_path}/{{0..4}}.tar")

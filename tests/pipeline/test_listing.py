@@ -317,7 +317,7 @@ def test_web_shards_are_asked_once_for_size_and_version_or_not_at_all(only_loopb
         shards = storage.list_shards(patterns)
         assert handler.asked == len(shards) == 10
         assert {(shard.size_bytes, shard.mtime_ns, shard.etag) for shard in shards} == {(7, 10**10, '"v1"')}
-        unasked = storage.list_shards(patterns, check_inputs=False)
+        unasked = storage.find_shards(patterns, check_inputs=False).shards
         assert handler.asked == 10
         assert {(shard.size_bytes, shard.etag) for shard in unasked} == {(None, None)}
         assert [shard.shard_id for shard in unasked] == [shard.shard_id for shard in shards]

@@ -239,3 +239,15 @@ def test_an_s3_url_keeps_its_endpoint_and_loses_its_credentials_in_the_path():
     )
     assert isinstance(filesystem, pafs.S3FileSystem)
     assert path == "bucket/a/b.tar"
+
+
+def test_a_folder_with_names_that_are_not_utf8_and_links_to_nowhere_is_listed(tmp_path):
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    for name in (odd, "0.jpg", "0.part"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "nowhere").symlink_to("gone")
+    (tmp_path / "itself").symlink_to("itself")
+    assert storage.list_names(str(tmp_path)) == {odd, "0.jpg"}
+    with pytest.raises(OutputError, match=r"caf\\xe9\.jpg: a name that is not UTF-8; rename the file"):
+        storage.list_paths(str(tmp_path))
