@@ -41,8 +41,7 @@ def sample_members(
     if captions is not None:
         document[CAPTION] = caption = _first_caption(captions)
         members["txt"] = caption.encode()
-        if len(captions) > 1:
-            document[CAPTIONS] = list(captions)
+        document[CAPTIONS] = list(captions)
     for name, value in columns.items():
         document[_free_name(name, document)] = _json_value(value)
     members["json"] = json.dumps(document).encode()

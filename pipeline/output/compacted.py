@@ -23,7 +23,15 @@ from pipeline.output.footer_cache import FooterTexts
 from pipeline.output.records import LAYOUT, CompactedRecord, FooterRecord, PartRecord
 from pipeline.output.schema import COMPACTED_SCHEMA, CompactedRow
 from pipeline.output.shard_files import PARQUET, ShardFooters, Tables
-from pipeline.output.tables import ROWS_AT_A_TIME, Row, TableFile, checked_values, damage, open_table
+from pipeline.output.tables import (
+    ROWS_AT_A_TIME,
+    Row,
+    TableFile,
+    checked_values,
+    damage,
+    open_table,
+    require_rows,
+)
 
 COMPACTED_FILE = "compacted.parquet"
 COMPACTION_FILE = "compaction.json"
@@ -163,12 +171,15 @@ class PartRows:
     def rows(self, columns: Sequence[str], rows_at_a_time: int = ROWS_AT_A_TIME) -> Iterator[Row]:
         """Iterate over the rows as dictionaries, a few in memory at a time; raises DamagedFileError."""
         with damage(self.url):
+            read = 0
             for group, start, stop in self._pieces(0, self.span.rows):
                 batches = self.part.file.iter_batches(
                     rows_at_a_time, row_groups=[group], columns=_with_shard(columns), use_threads=False
                 )
                 for batch in _within(batches, start, stop):
+                    read += batch.num_rows
                     yield from self._own(checked_values(batch, self.part.table), columns).to_pylist()
+            require_rows(read, self.span.rows)
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Iterate over the rows as tables, a row group in memory at a time; raises DamagedFileError."""

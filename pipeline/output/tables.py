@@ -167,8 +167,11 @@ class TableFile:
             DamagedFileError: the rows cannot be read, or have an impossible value.
         """
         with damage(self.url):
+            read = 0
             for batch in self.file.iter_batches(rows_at_a_time, columns=list(columns), use_threads=False):
+                read += batch.num_rows
                 yield from checked_values(batch, self.table).to_pylist()
+            require_rows(read, self.row_count)
 
     def tables(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[pa.Table]:
         """Iterate over the rows as tables, a row group in memory at a time; raises as `rows` does.
@@ -181,7 +184,9 @@ class TableFile:
             # few large requests to a store, instead of some for each column
             file = _parquet(self.source, pre_buffer=True, metadata=self.file.metadata)
             for number in range(self.file.metadata.num_row_groups) if groups is None else groups:
-                yield checked_values(file.read_row_group(number, columns=list(columns)), self.table)
+                found = file.read_row_group(number, columns=list(columns))
+                require_rows(found.num_rows, self.group_row_counts[number])
+                yield checked_values(found, self.table)
 
     def read_group(
         self, number: int, columns: Sequence[str], offsets: Sequence[int] | None = None
@@ -189,7 +194,14 @@ class TableFile:
         """Read columns of one row group: all rows, or those at the offsets; raises as `rows` does."""
         with damage(self.url):
             table = self.file.read_row_group(number, columns=list(columns))
+            require_rows(table.num_rows, self.group_row_counts[number])
             return checked_values(table if offsets is None else table.take(list(offsets)), self.table)
+
+
+def require_rows(read: int, listed: int) -> None:
+    """Raise a ValueError if not all rows were read: pyarrow silently omits some of a damaged page."""
+    if read != listed:
+        raise ValueError(f"{listed} rows are listed, and {read} can be read")
 
 
 @contextmanager

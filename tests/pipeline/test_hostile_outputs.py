@@ -15,15 +15,22 @@ import pytest
 from pipeline.annotate.model import load_explainer
 from pipeline.cli import main as cli
 from pipeline.cli.explain import model_named
-from pipeline.errors import PipelineError
+from pipeline.errors import DamagedFileError, PipelineError
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.evaluate import evaluate_shards
+from pipeline.output.folder import OutputFolder
 from pipeline.training import MaskDataset
+from tests.helpers.compacted_jobs import compacted
 from tests.helpers.ground_truth_shards import label_map, scene_fields, two_object_shard, write_shard
 from tests.helpers.hostile_outputs import HOSTILE_OUTPUTS, good_output, target_of
 
 GUARD_S = 120
 SECOND_SHARD_SAMPLES = 3
+
+
+def compacted_output(folder):
+    """The good output folder, compacted."""
+    return compacted(good_output(folder), folder / "compacted")
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +175,22 @@ def test_a_hostile_folder_costs_one_line_that_names_the_file(
         # evaluation skips a file with such a mask as a whole
         assert (path.name if reader == "evaluate" else hostile.message or path.name) in shown
         assert Counter(shown.splitlines()).most_common(1)[0][1] == 1
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("table", ["annotations", "errors"])
+@pytest.mark.parametrize("made", [good_output, compacted_output], ids=["shards", "compacted"])
+def test_no_byte_of_a_page_can_make_rows_disappear_silently(made, table, tmp_path):
+    folder = OutputFolder(str(made(tmp_path)))
+    (shard_id,) = sorted(folder.ids(table))[:1]
+    path = target_of(folder.url, table)
+    sound, refused = path.read_bytes(), 0
+    for place in range(4, 400):
+        for value in (0, sound[place] ^ 1):
+            path.write_bytes(sound[:place] + bytes([value]) + sound[place + 1 :])
+            try:
+                with folder.open(table, shard_id) as file:
+                    assert len(list(file.rows(["key", "shard"]))) == file.row_count, (place, value)
+            except DamagedFileError:
+                refused += 1
+    assert refused > 0

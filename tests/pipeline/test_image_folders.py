@@ -68,7 +68,7 @@ def test_a_table_of_hugging_face_gives_captions_and_further_columns(tmp_path):
     assert samples["sub/1"] == {
         "jpg": jpeg(seed=1),
         "txt": "a cat",
-        "json": {"file_name": "sub/1.jpg", "caption": "a cat", "year": "2000"},
+        "json": {"file_name": "sub/1.jpg", "caption": "a cat", "captions": ["a cat"], "year": "2000"},
     }
     check_counts(tmp_path / "out")
 

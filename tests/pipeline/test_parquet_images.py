@@ -50,12 +50,12 @@ def test_a_column_of_bytes_is_an_image_and_other_columns_are_in_the_json(tmp_pat
         "00000-00000000": {
             "jpg": IMAGES[0],
             "txt": "a dog",
-            "json": {"caption": "a dog", "width": 20},
+            "json": {"caption": "a dog", "captions": ["a dog"], "width": 20},
         },
         "00000-00000001": {
             "jpg": IMAGES[1],
             "txt": "a cat",
-            "json": {"caption": "a cat", "width": None},
+            "json": {"caption": "a cat", "captions": ["a cat"], "width": None},
         },
     }
 
@@ -90,6 +90,9 @@ def test_what_the_datasets_library_writes_is_read(tmp_path):
         "label": 0,
     }
     assert samples["train-00000-of-00001-00000001"]["txt"] == "a cat"
+    # a job whose prompts are all captions of an image needs the list where there is one caption, too
+    lists = [fields["json"]["captions"] for fields in samples.values()]
+    assert lists == [["a dog", "a pet"], ["a cat"], ["a bird"]]
 
 
 def test_without_a_column_of_captions_there_are_images_only(tmp_path, legrad):
@@ -118,8 +121,8 @@ def test_a_row_that_cannot_be_used_is_counted_by_reason(tmp_path):
     path = parquet(tmp_path / "a.parquet", table)
     samples = convert(path, tmp_path / "out")
     assert {key: fields["json"] for key, fields in samples.items()} == {
-        "a-00000000": {"file_name": "0.jpg", "caption": "a dog"},
-        "a-00000008": {"file_name": "../x", "caption": "a cat"},
+        "a-00000000": {"file_name": "0.jpg", "caption": "a dog", "captions": ["a dog"]},
+        "a-00000008": {"file_name": "../x", "caption": "a cat", "captions": ["a cat"]},
     }
     assert skipped(tmp_path / "out") == {
         "image_not_in_file": [f"{path}:2"],
@@ -149,6 +152,7 @@ def test_values_that_json_does_not_have_become_texts_and_other_columns_are_count
     samples = convert(parquet(tmp_path / "a.parquet", table), tmp_path / "out")
     assert samples["a-00000000"]["json"] == {
         "caption": "a dog",
+        "captions": ["a dog"],
         "when": "2001-09-09 01:46:40.000000001",
         "day": "2020-01-02",
         "price": "1.50",
