@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from legrad.errors import LeGradError
+from legrad.families import source_of
 from legrad.families.faithful import Snapshot, describe_model
 from legrad.heatmaps import heatmaps_of
-from legrad.images import Fit, ImageTransform, Resize, transform_of
+from legrad.images import Fit, ImageTransform, Resize
 from legrad.inputs import (
     Options,
     RaggedPrompts,
@@ -39,7 +40,7 @@ from legrad.text import embed_texts, require_tokenizer
 from legrad.tokens import Tokenizer
 
 # Derived from the model again after a deep copy or unpickling, as they hold functions of its modules.
-_DERIVED = ("tower", "scoring", "_layers", "_relevance_grids", "_snapshot")
+_DERIVED = ("tower", "scoring", "_layers", "_relevance_grids", "_snapshot", "_source")
 
 
 class LeGrad:
@@ -61,6 +62,7 @@ class LeGrad:
         model: the explained model.
         tower: description of its vision tower.
         tokenizer: tokenizer that `embed_text` uses, or None.
+        processor: what the model's library makes inputs with, or None.
         transform: preprocessing of images.
         scoring: how the output of a layer is compared with a text; set by `pool`.
 
@@ -74,6 +76,7 @@ class LeGrad:
         model: nn.Module,
         *,
         tokenizer: Tokenizer | None = None,
+        processor: Any = None,
         layers: int | Literal["all"] = 2,
         pool: Literal["reference", "model"] = "reference",
         affinity: Affinity = "none",
@@ -86,6 +89,8 @@ class LeGrad:
         Args:
             model: an open_clip model; its vision tower decides whether it is supported.
             tokenizer: only needed by `embed_text`.
+            processor: what the model's library makes inputs with, if the model itself does not hold its
+                preprocessing.
             layers: number of last blocks to explain, or "all".
             pool: how a layer is scored. "reference": as the authors do, by the mean over all tokens, or with
                 the block's tokens fed directly to the attentional pooler; "model": with the model's own norm,
@@ -114,6 +119,7 @@ class LeGrad:
         """
         self.model = model
         self.tokenizer = tokenizer
+        self.processor = processor
         self._compile = compile
         self._options = Options(layers, check_pool(pool), check_affinity(affinity), image_size, fit)
         self._own_transform: ImageTransform | None = None
@@ -121,9 +127,10 @@ class LeGrad:
 
     def _describe(self) -> None:
         """Describe the model as it is now, and resolve the options for it."""
-        options, tower = self._options, describe_model(self.model)
+        source = source_of(self.model, self.processor)
+        options, tower = self._options, describe_model(source)
         layers = check_layers(options.layers, tower)
-        own_transform = transform_of(self.model.visual)  # type: ignore[arg-type]
+        own_transform = source.transform()
         # A transform that the caller has set stays as long as the model's own does not change.
         is_same = own_transform == self._own_transform
         transform = self.transform if is_same else options.transform_for(tower, own_transform)
@@ -133,12 +140,11 @@ class LeGrad:
         ways = {"reference": tower.reference, "model": tower.own, "authors": tower.authors}
         self.scoring = ways[options.pool]
         self._relevance_grids = torch.compile(relevance_grids) if self._compile else relevance_grids
-        self._snapshot = Snapshot.of(self.model)
+        self._source, self._snapshot = source, Snapshot.of(source)
 
     def _follow_changes(self) -> None:
-        visual: Any = self.model.visual if self._snapshot.is_of(self.model) else None
         # The preprocessing is in a dict, which may have been changed in place.
-        if visual is None or transform_of(visual) != self._own_transform:
+        if not self._snapshot.is_of(self.model) or self._source.transform() != self._own_transform:
             self._describe()
 
     @contextmanager

@@ -26,13 +26,8 @@ from huggingface_hub.errors import (
 from torch import nn
 
 from legrad.errors import ModelLoadError, UnsupportedModelError
-from legrad.families import (
-    SUPPORTED,
-    describe_visual,
-    model_support,
-    support_of,
-    visual_without_weights,
-)
+from legrad.families import model_support, support_of, visual_without_weights
+from legrad.families.open_clip_models import SUPPORTED, describe_visual
 from legrad.heatmaps import Normalisation
 from legrad.images import Fit, ImageTransform, transform_from
 from legrad.inputs import fitted_transform
