@@ -1,7 +1,7 @@
 """`LeGrad`, the class that explains an open_clip model."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from legrad.errors import LeGradError
-from legrad.families import source_of
+from legrad.families import source_of, without_archive
 from legrad.families.faithful import Snapshot, describe_model
 from legrad.heatmaps import heatmaps_of
 from legrad.images import Fit, ImageTransform, Resize
@@ -73,7 +73,7 @@ class LeGrad:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, Tensor],
         *,
         tokenizer: Tokenizer | None = None,
         processor: Any = None,
@@ -117,13 +117,13 @@ class LeGrad:
         One image of noise is encoded by the model and in closed form to check that both agree: two forward
         passes of one image, once.
         """
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, tokenizer = without_archive(model, tokenizer)
         self.processor = processor
         self._compile = compile
         self._options = Options(layers, check_pool(pool), check_affinity(affinity), image_size, fit)
         self._own_transform: ImageTransform | None = None
         self._describe()
+        self.tokenizer = self._source.as_tokenizer(tokenizer)
 
     def _describe(self) -> None:
         """Describe the model as it is now, and resolve the options for it."""

@@ -12,20 +12,24 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from legrad.errors import UnsupportedModelError
-from legrad.families import open_clip_models
+from legrad.families import open_clip_models, openai_clip
 from legrad.families.open_clip_models import describe_visual
 from legrad.families.parts import NotCovered
 from legrad.families.source import Source
 from legrad.method.towers import Tower
+from legrad.tokens import Tokenizer
 
 _SMALLEST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
 # Where the models of other libraries are described, by the name of the library's Python package.
-_ELSEWHERE: dict[str, str] = {}
+_ELSEWHERE = {
+    "clip": "legrad.families.openai_clip",
+    "transformers": "legrad.families.hugging_face",
+}
 
 
 def source_of(model: nn.Module, processor: Any = None) -> Source:
@@ -46,6 +50,26 @@ def source_of(model: nn.Module, processor: Any = None) -> Source:
         return open_clip_models.source(model)
     found: Source = import_module(module).source(model, processor)
     return found
+
+
+def without_archive(
+    model: nn.Module | Mapping[str, Tensor], tokenizer: Tokenizer | None
+) -> tuple[nn.Module, Tokenizer | None]:
+    """Return a model and its tokenizer; for a state of OpenAI's clip, a model of open_clip with its weights.
+
+    Args:
+        model: a model, which is returned itself; a TorchScript archive of OpenAI's clip, as `torch.jit.load`
+            returns it, none of whose code is run; or the state of a model of OpenAI's clip.
+        tokenizer: the one that the caller passed; None: for a state, OpenAI's.
+
+    Raises:
+        UnsupportedModelError: it is a state, but not one of OpenAI's clip.
+    """
+    state = model.state_dict() if isinstance(model, torch.jit.ScriptModule) else model
+    if isinstance(state, nn.Module):
+        return state, tokenizer
+    made = openai_clip.model_of_state(state)
+    return made, tokenizer or openai_clip.own_tokenizer(made)
 
 
 def describe_tower(model: nn.Module) -> Tower:

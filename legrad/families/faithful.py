@@ -192,8 +192,9 @@ def _check_derivatives(source: Source) -> None:
     parameter = next(source.visual.parameters())
     one_of_each = {type(module): (path, module) for path, module in written_out(source.visual, source.known)}
     for kind, (path, module) in one_of_each.items():
-        if isinstance(module, nn.GELU | QuickGELU):
-            is_own = _has_derivative(module, Activation(module), parameter.new_empty(1, 5, 16))
+        if isinstance(module, nn.GELU | QuickGELU) or kind in source.known.same_as:
+            stage = Activation(source.known.same_as.get(kind, module))
+            is_own = _has_derivative(module, stage, parameter.new_empty(1, 5, 16))
         elif isinstance(module, nn.LayerNorm):
             is_own = _has_derivative(
                 module, Norm(module), module.weight.new_empty(1, 5, *module.normalized_shape)
@@ -344,7 +345,7 @@ class Snapshot:
 
     identity: int
     model: _Part
-    called: tuple[tuple[nn.Module, type[nn.Module]], ...]
+    called: tuple[tuple[nn.Module, type[nn.Module], tuple[nn.Module, ...]], ...]
     parts: tuple[_Part, ...]
     classes: tuple[tuple[type, dict[str, object]], ...]
     known: KnownModules
@@ -360,7 +361,11 @@ class Snapshot:
             )
         )
         own = {part.module for part in parts}
-        called = tuple((module, type(module)) for module in source.visual.modules() if module not in own)
+        called = tuple(
+            (module, type(module), tuple(module.children()))
+            for module in source.visual.modules()
+            if module not in own
+        )
         kinds = dict.fromkeys(kind for part in parts for kind in part.kind.__mro__ if kind is not object)
         kinds |= dict.fromkeys(kind for kind in type(source.model).__mro__ if kind is not object)
         return cls(
@@ -379,7 +384,10 @@ class Snapshot:
             and not any(_GLOBAL_HOOKS)
             and self.model.is_as_it_was()
             and all(part.is_as_it_was() and not part.has_hooks(self.known) for part in self.parts)
-            and all(type(module) is kind for module, kind in self.called)
+            and all(
+                type(module) is kind and tuple(module.children()) == children
+                for module, kind, children in self.called
+            )
             and all(_is_same_class(kind, names) for kind, names in self.classes)
         )
 

@@ -7,7 +7,7 @@ changes its forward pass: no replaced method, no hook, no parametrization.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import timm.layers
 import timm.models.eva
@@ -90,6 +90,7 @@ class KnownModules:
             `legrad.families.faithful` tests those of unknown classes.
         idle_hooks: qualified names of hooks that the library itself leaves on modules, and that change
             nothing.
+        same_as: activations with a fast derivative, by the exact class that computes the same.
     """
 
     written_out: frozenset[type[nn.Module]]
@@ -98,6 +99,7 @@ class KnownModules:
     dropouts: frozenset[type[nn.Module]] = DROPOUTS
     called_with_children: str | None = None
     idle_hooks: frozenset[str] = frozenset()
+    same_as: Mapping[type[nn.Module], nn.Module] = field(default_factory=dict)
 
 
 IN_OPEN_CLIP = KnownModules(
@@ -128,7 +130,7 @@ def check_modules(visual: nn.Module, known: KnownModules = IN_OPEN_CLIP) -> None
             raise NotCovered("its patches are not made by a plain convolution", called)
     for path, module in written_out(visual, known):
         _check_type(path, module, known)
-        _check_nothing_hangs_on(module, known)
+        check_nothing_hangs_on(module, known)
     for name, kind in GLOBAL_HOOKS.items():
         if hooks := getattr(torch_module, name, None):
             raise NotCovered(
@@ -176,7 +178,8 @@ def _check_type(path: str, module: nn.Module, known: KnownModules) -> None:
         raise NotCovered(f"its {path} is {class_name(module)}, which may compute something else", module)
 
 
-def _check_nothing_hangs_on(module: nn.Module, known: KnownModules) -> None:
+def check_nothing_hangs_on(module: nn.Module, known: KnownModules) -> None:
+    """Raise `NotCovered` for a replaced method, a hook, parametrized weights or quantised parameters."""
     if parametrize.is_parametrized(module):
         raise NotCovered(f"{class_name(module)} has parametrized weights", module)
     own = [key for key in vars(module) if callable(getattr(type(module), key, None))]

@@ -45,9 +45,10 @@ def source(model: nn.Module) -> Source:
     """
     visual: Any = getattr(model, "visual", None)
     if not isinstance(visual, nn.Module):
-        advice = way_out(model)
+        advice = way_out(model) if isinstance(model, nn.Module) else PLAIN_WAY_OUT
         raise UnsupportedModelError(
-            f"{qualified_name(type(model))}: expected an open_clip model with a `visual` tower. "
+            f"{qualified_name(type(model))}: expected an open_clip model with a `visual` tower, or a CLIP or "
+            "SigLIP model of Hugging Face transformers or OpenAI's clip. "
             f"Way out: {EXPECTED if advice == PLAIN_WAY_OUT else advice}"
         )
     return Source(

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from legrad.families.modules import KnownModules
 from legrad.images import ImageTransform
 from legrad.method.towers import Tower
+from legrad.tokens import Tokenizer
 
 # Decides whether an attention mask keeps every token from attending to later ones.
 IsCausal = Callable[[Tensor | None], bool]
@@ -33,6 +35,11 @@ class TextEncoder:
     context: int | None
     vocabulary: int | None
     tokenizer: str
+
+
+def whole_context(token_ids: Int[Tensor, "texts context"], _is_causal: IsCausal) -> Int[Tensor, " texts"]:
+    """Return the needed lengths of a text tower whose tokens are never cut."""
+    return torch.full_like(token_ids[:, 0], token_ids.shape[1])
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,8 @@ class Source:
         others: modules outside of the vision tower that image features pass, by path.
         texts: returns how texts are embedded; None: the model has no text tower.
         classes: the last layer of a classifier, or None.
+        as_tokenizer: the tokenizer that the caller passed, or None -> a callable that returns the token ids
+            of texts, or None.
     """
 
     library: str
@@ -92,3 +101,4 @@ class Source:
     others: Mapping[str, nn.Module] = field(default_factory=dict)
     texts: Callable[[], TextEncoder] | None = None
     classes: Classes | None = None
+    as_tokenizer: Callable[[Tokenizer | None], Tokenizer | None] = lambda tokenizer: tokenizer
