@@ -1,4 +1,4 @@
-"""`LeGrad`, the class that explains an open_clip model."""
+"""`LeGrad`, the class that explains a model."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,13 +38,14 @@ from legrad.method.relevance import relevance_grids
 from legrad.method.trace import Trace, trace_images
 from legrad.text import embed_texts, require_tokenizer
 from legrad.tokens import Tokenizer
+from legrad.weights.model_files import TRANSFORMERS_PREFIX
 
 # Derived from the model again after a deep copy or unpickling, as they hold functions of its modules.
 _DERIVED = ("tower", "scoring", "_layers", "_relevance_grids", "_snapshot", "_source")
 
 
 class LeGrad:
-    """Compute relevance maps of an open_clip model: how much each patch of an image contributes to a text.
+    """Compute relevance maps of a model: how much each patch of an image contributes to a text.
 
     The model is never changed: weights, gradient and training flags and the random state stay as they are. It
     may be in training mode; patch dropout is skipped.
@@ -62,7 +63,7 @@ class LeGrad:
         model: the explained model.
         tower: description of its vision tower.
         tokenizer: tokenizer that `embed_text` uses, or None.
-        processor: what the model's library makes inputs with, or None.
+        processor: processor of a model of transformers, or None.
         transform: preprocessing of images.
         scoring: how the output of a layer is compared with a text; set by `pool`.
 
@@ -87,10 +88,16 @@ class LeGrad:
         """Prepare to explain a model.
 
         Args:
-            model: an open_clip model; its vision tower decides whether it is supported.
-            tokenizer: only needed by `embed_text`.
-            processor: what the model's library makes inputs with, if the model itself does not hold its
-                preprocessing.
+            model: a model of open_clip; a CLIPModel, SiglipModel or Siglip2Model of transformers; or a model
+                of OpenAI's clip. Its vision tower decides whether it is supported. Or the state (weights by
+                name) of a model of OpenAI's clip, or its TorchScript archive as torch.jit.load returns it,
+                whose state decides and whose code is not run: an open_clip model that shares the weights is
+                explained.
+            tokenizer: only needed by `embed_text`: of open_clip, or of transformers for its models. None:
+                that of the processor; OpenAI's for its models.
+            processor: processor or image processor of a model of transformers, which decides how images
+                are prepared (resized without cropping). None: as usual for the family: CLIP's or SigLIP's
+                mean and standard deviation, at the model's own size.
             layers: number of last blocks to explain, or "all".
             pool: how a layer is scored. "reference": as the authors do, by the mean over all tokens, or with
                 the block's tokens fed directly to the attentional pooler; "model": with the model's own norm,
@@ -232,6 +239,62 @@ class LeGrad:
         return cls(
             loaded.model,
             tokenizer=loaded.tokenizer,
+            layers=layers,
+            pool=pool,
+            affinity=affinity,
+            image_size=image_size,
+            fit=fit,
+            compile=compile,
+        )
+
+    @classmethod
+    def from_hugging_face(
+        cls,
+        name: str,
+        *,
+        layers: int | Literal["all"] = 2,
+        pool: Literal["reference", "model"] = "reference",
+        affinity: Affinity = "none",
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        image_size: int | tuple[int, int] | None = None,
+        fit: Fit = "stretch",
+        compile: bool = False,
+    ) -> "LeGrad":
+        """Load a CLIP or SigLIP model of transformers with its processor and prepare to explain it.
+
+        Needs the extra `hf`: transformers. Code that comes with a model is never run, weights are read from
+        safetensors files only, and weights that are missing or not used are an error.
+
+        Args:
+            name: repository on the Hugging Face hub, such as `openai/clip-vit-large-patch14`, or a folder
+                that `save_pretrained` of model and processor has written.
+            layers: see `LeGrad`.
+            pool: see `LeGrad`.
+            affinity: see `LeGrad`.
+            device: None: CUDA if available, otherwise CPU.
+            precision: of all weights: fp32, fp16 or bf16; or auto, which is bf16 on a GPU that computes it,
+                otherwise fp32.
+            image_size: see `LeGrad`.
+            fit: see `LeGrad`.
+            compile: see `LeGrad`.
+
+        Returns:
+            The explainer, with the model in evaluation mode on its device, its tokenizer and image processor.
+
+        Raises:
+            ModelLoadError: there is no such model, a file is missing or damaged, weights do not belong to
+                the configuration or are not finite, or a file names code.
+            UnsupportedModelError: the structure of the vision tower is not covered; this is found before
+                weights are downloaded.
+            InputError: an option does not fit the model.
+        """
+        address = name.removeprefix(TRANSFORMERS_PREFIX)
+        loaded = load_model(f"{TRANSFORMERS_PREFIX}{address}", None, precision=precision, device=device)
+        return cls(
+            loaded.model,
+            tokenizer=loaded.tokenizer,
+            processor=loaded.processor,
             layers=layers,
             pool=pool,
             affinity=affinity,

@@ -1,4 +1,4 @@
-"""Load a model of open_clip with its weights, or explain in one line why that is not possible."""
+"""Load a model of open_clip or transformers with its weights, or say in one line why that is not possible."""
 
 import json
 import logging
@@ -32,7 +32,8 @@ from legrad.heatmaps import Normalisation
 from legrad.images import Fit, ImageTransform, transform_from
 from legrad.inputs import fitted_transform
 from legrad.tokens import Tokenizer
-from legrad.weights.checkpoint import check_checkpoint
+from legrad.weights.checkpoint import check_checkpoint, check_safetensors
+from legrad.weights.hf_files import names_transformers
 from legrad.weights.hub_files import file_sha256
 from legrad.weights.model_files import (
     CONFIG_FILE,
@@ -54,10 +55,11 @@ MAX_CAUSE_LENGTH = 300
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model of open_clip in evaluation mode, and its own tokenizer."""
+    """A model in evaluation mode, its own tokenizer, and for a model of transformers its image processor."""
 
     model: nn.Module
     tokenizer: Tokenizer
+    processor: Any = None
 
 
 def load_model(
@@ -68,15 +70,16 @@ def load_model(
     device: str | torch.device | None = None,
     expected_digest: str | None = None,
 ) -> LoadedModel:
-    """Load a model of open_clip with exactly the weights that are named.
+    """Load a model of open_clip or transformers with exactly the weights that are named.
 
-    All files are located before the weights are read: configuration, then tokenizer, then weights. open_clip
-    only gets these files, so that it cannot fall back to random weights or download anything itself.
+    All files are located before the weights are read: configuration, then tokenizer, then weights. The
+    library only gets these files, so that it cannot fall back to random weights or download anything itself.
 
     Args:
-        name: name of an open_clip model, `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`.
-        pretrained: tag or path of a checkpoint. None: random weights; required for an `hf-hub:` or
-            `local-dir:` name, which includes its weights.
+        name: name of an open_clip model, `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`; or
+            `hf:ORGANISATION/NAME` or `hf:FOLDER` for a CLIP or SigLIP model of transformers.
+        pretrained: tag or path of a checkpoint. None: random weights; required for an `hf-hub:`,
+            `local-dir:` or `hf:` name, which includes its weights.
         precision: one of `PRECISIONS`; auto: see `device_precision`.
         device: None: CUDA if available, otherwise CPU.
         expected_digest: digest that `model_digest` returned when the job started; files with another digest
@@ -94,7 +97,11 @@ def load_model(
     check_request(name, precision)
     if pretrained is None and not brings_weights(name):
         logger.warning("%s gets random weights, as pretrained is None: its maps mean nothing", name)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    resolved = device_precision(where) if precision == "auto" else precision
     with _explained_failure(name, pretrained), _quiet():
+        if names_transformers(name):
+            return _loaded_by_transformers(name, pretrained, resolved, where, expected_digest)
         files = _supported_files(name, pretrained)
         checkpoint = None if files.weights is None else files.weights.fetch()
         before = None if checkpoint is None else _state_of(checkpoint)
@@ -102,12 +109,37 @@ def load_model(
             check_checkpoint(checkpoint, files)
             if expected_digest is not None:
                 _check_digest(files.digest(file_sha256(checkpoint)), expected_digest)
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        resolved = device_precision(where) if precision == "auto" else precision
         loaded = _made(files, checkpoint, resolved, where)
         if checkpoint is not None and _state_of(checkpoint) != before:
             raise ModelLoadError(f"{checkpoint} changed while it was loaded")
         return loaded
+
+
+def _loaded_by_transformers(
+    name: str, pretrained: str | None, precision: str, device: torch.device, expected_digest: str | None
+) -> LoadedModel:
+    # Imported here, as transformers is optional.
+    from legrad import hf_loading
+
+    _refuse_pretrained(pretrained)
+    files, _ = hf_loading.supported_files(name)
+    weights = files.fetch_weights()
+    before = {path: _state_of(path) for path in weights.values()}
+    if expected_digest is not None:
+        _check_digest(
+            files.digest({key: file_sha256(path) for key, path in weights.items()}), expected_digest
+        )
+    model, tokenizer, processor = hf_loading.made(files, weights, precision, device)
+    _check_finite(model, precision)
+    for path, state in before.items():
+        if _state_of(path) != state:
+            raise ModelLoadError(f"{path} changed while it was loaded")
+    return LoadedModel(model, tokenizer, processor)
+
+
+def _refuse_pretrained(pretrained: str | None) -> None:
+    if pretrained is not None:
+        raise ModelLoadError("the name brings its own weights, so pretrained would be ignored; omit it")
 
 
 def device_precision(device: torch.device | str) -> Literal["bf16", "fp32"]:
@@ -138,6 +170,15 @@ def model_digest(name: str, pretrained: str | None) -> str:
     """
     check_request(name, "fp32")
     with _explained_failure(name, pretrained), _quiet():
+        if names_transformers(name):
+            from legrad import hf_loading
+
+            _refuse_pretrained(pretrained)
+            found, _ = hf_loading.supported_files(name)
+            for weights in found.weights.values():
+                if isinstance(weights, LocalWeights):
+                    check_safetensors(weights.path)
+            return found.digest(found.weights_sha256())
         files = _supported_files(name, pretrained)
         if files.weights is None:
             raise ModelLoadError("random weights have no digest; set pretrained to a tag or a checkpoint")
@@ -179,10 +220,16 @@ def model_facts(
         InputError: an option does not fit the model.
     """
     with _explained_failure(name, pretrained), _quiet():
-        files = _supported_files(name, pretrained)
-        visual: Any = visual_without_weights(files.model_config)
-    tower = describe_visual(visual)
-    own_transform = transform_from(visual.image_size, files.preprocess_config)
+        if names_transformers(name):
+            from legrad import hf_loading
+
+            _, source = hf_loading.supported_files(name)
+            tower, own_transform = source.describe(), source.transform()
+        else:
+            files = _supported_files(name, pretrained)
+            visual: Any = visual_without_weights(files.model_config)
+            tower = describe_visual(visual)
+            own_transform = transform_from(visual.image_size, files.preprocess_config)
     return ModelFacts(fitted_transform(own_transform, tower, image_size, fit), tower.normalisation)
 
 
@@ -198,7 +245,13 @@ def check_files(name: str, pretrained: str | None) -> None:
     """
     check_request(name, "fp32")
     with _explained_failure(name, pretrained), _quiet():
-        _supported_files(name, pretrained)
+        if names_transformers(name):
+            from legrad import hf_loading
+
+            _refuse_pretrained(pretrained)
+            hf_loading.supported_files(name)
+        else:
+            _supported_files(name, pretrained)
 
 
 def check_request(name: str, precision: str) -> None:
@@ -328,6 +381,8 @@ def load_failure(name: str, pretrained: str | None, error: Exception) -> str:
         error: the exception of open_clip; its causes are considered too.
     """
     asked = f"open_clip could not make {name!r} with pretrained={pretrained!r}"
+    if names_transformers(name):
+        asked = f"transformers could not make {name!r}"
     cause = " ".join(str(error).split()) or type(error).__name__
     if find_spec("transformers") is None and (isinstance(error, ImportError) or "transformers" in cause):
         return f"{name} needs the text tower or tokenizer of Hugging Face: pip install 'legrad-pipeline[hf]'"

@@ -134,8 +134,8 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     """Return the tokenizer of an explainer; raise a TokenizerError if there is none."""
     if tokenizer is None:
         raise TokenizerError(
-            "embed_text: this LeGrad has no tokenizer; make it with LeGrad.from_open_clip, "
-            "or pass tokenizer=open_clip.get_tokenizer(model_name)"
+            "embed_text: this LeGrad has no tokenizer; make it with LeGrad.from_open_clip, or pass "
+            "tokenizer=open_clip.get_tokenizer(model_name), or the processor of a model of transformers"
         )
     return tokenizer
 

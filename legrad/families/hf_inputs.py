@@ -1,74 +1,19 @@
-"""Preprocessing and tokens as the processors of Hugging Face transformers make them."""
+"""Preprocessing of images as the processors of Hugging Face transformers configure it."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from jaxtyping import Int
 from PIL import Image
-from torch import Tensor
 
 from legrad.errors import InputError
 from legrad.images import ImageTransform, Interpolation
-from legrad.tokens import Tokenizer
 
 _INTERPOLATIONS: dict[int, Interpolation] = {
     Image.Resampling.BICUBIC: "bicubic",
     Image.Resampling.BILINEAR: "bilinear",
 }
 Triple = tuple[float, float, float]
-
-
-class ProcessorTokenizer:
-    """Tokenise texts with a tokenizer of transformers, padded and truncated to a model's context length.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        context_length: number of tokens of each text.
-        lower_case: whether texts are put in lower case first, unless the tokenizer's own `do_lower_case` is
-            False. The tokenizer does all other cleaning.
-
-    Attributes:
-        tokenizer: the same.
-        context_length: the same.
-        clean_fn: what is done to a text before it is tokenised.
-    """
-
-    def __init__(self, tokenizer: Any, context_length: int, *, lower_case: bool) -> None:
-        self.tokenizer, self.context_length = tokenizer, context_length
-        lowers = lower_case and tokenizer.init_kwargs.get("do_lower_case", True)
-        self.clean_fn = str.lower if lowers else str
-
-    def __call__(self, texts: Sequence[str]) -> Int[Tensor, "texts context"]:
-        """Return the token ids of texts."""
-        rows = self.tokenizer(
-            [self.clean_fn(text) for text in texts],
-            padding="max_length",
-            truncation=True,
-            max_length=self.context_length,
-            return_attention_mask=False,
-        )["input_ids"]
-        return torch.tensor(rows)
-
-
-def as_tokenizer(
-    tokenizer: Tokenizer | None, processor: Any, context_length: int, *, lower_case: bool
-) -> Tokenizer | None:
-    """Return a callable that makes the token ids of a model, or None.
-
-    Args:
-        tokenizer: a tokenizer of transformers, or a callable that gives token ids; None: that of the
-            processor, if it has one.
-        processor: of transformers, or None.
-        context_length: of the model.
-        lower_case: whether the model was trained with texts in lower case.
-    """
-    found = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
-    is_of_transformers = hasattr(found, "model_max_length") and hasattr(found, "pad_token_id")
-    if not is_of_transformers:
-        return found
-    return ProcessorTokenizer(found, context_length, lower_case=lower_case)
 
 
 def transform_of_processor(processor: Any, default: ImageTransform) -> ImageTransform:

@@ -16,13 +16,14 @@ from transformers.models.siglip2 import modeling_siglip2 as siglip2
 
 from legrad.errors import UnsupportedModelError
 from legrad.families import hf_clip, hf_siglip
-from legrad.families.hf_inputs import as_tokenizer, transform_of_processor
+from legrad.families.hf_inputs import transform_of_processor
 from legrad.families.hf_parts import native_size
 from legrad.families.modules import GLOBAL_HOOKS, KnownModules, acting_hooks
 from legrad.families.parts import qualified_name
 from legrad.families.source import IsCausal, Source, TextEncoder, whole_context
 from legrad.images import ImageTransform
 from legrad.method.towers import Tower
+from legrad.tokens import tokenizer_of_transformers
 
 SUPPORTED = "CLIPModel, SiglipModel and Siglip2Model of transformers"
 EXPECTED = "explain the model that transformers' from_pretrained returns"
@@ -112,7 +113,7 @@ def source(model: Any, processor: Any = None) -> Source:
         supported=SUPPORTED,
         others=others,
         texts=partial(_text_encoder, model),
-        as_tokenizer=lambda tokenizer: as_tokenizer(
+        as_tokenizer=lambda tokenizer: tokenizer_of_transformers(
             tokenizer, processor, _context(model), lower_case=not is_clip
         ),
     )

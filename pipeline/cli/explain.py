@@ -56,9 +56,9 @@ def explain(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Name of an open_clip model, hf-hub:..., local-dir:..., or demo, the bundled model, which "
-            "knows 64 things and needs no download. Default: ViT-B-16 with laion2b_s34b_b88k, 600 MB from "
-            "the hub the first time.",
+            help="Name of an open_clip model, hf-hub:..., local-dir:...; hf:REPOSITORY or hf:./FOLDER for a "
+            "model of Hugging Face transformers; or demo, the bundled model, which knows 64 things and needs "
+            "no download. Default: ViT-B-16 with laion2b_s34b_b88k, 600 MB from the hub the first time.",
         ),
     ] = None,
     pretrained: Annotated[

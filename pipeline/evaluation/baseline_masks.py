@@ -45,6 +45,7 @@ class BaselineExplainer(legrad.LeGrad):
         super().__init__(
             explainer.model,
             tokenizer=explainer.tokenizer,
+            processor=explainer.processor,
             layers=LAYERS,
             image_size=(transform.height, transform.width),
             fit=transform.fit,
