@@ -131,12 +131,13 @@ def _laid_out(files: TransformersFiles, weights: dict[str, Path]) -> Iterator[st
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress transformers' warnings and progress bars; what matters of them is an error here."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    own: Any = logging  # without types
+    level, bars = own.get_verbosity(), own.is_progress_bar_enabled()
+    own.set_verbosity_error()
+    own.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        own.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            own.enable_progress_bar()

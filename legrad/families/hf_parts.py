@@ -61,8 +61,13 @@ def embedded(
 def check_embeddings(embeddings: Any, kind: type[nn.Module], patches: type[nn.Module]) -> None:
     """Raise `NotCovered` unless patches are embedded by exactly these classes; they are called as a whole."""
     for module, expected in ((embeddings, kind), (embeddings.patch_embedding, patches)):
-        if type(module) is not expected:
-            raise NotCovered(f"its patches are embedded by {class_name(module)}", module)
+        check_class(module, expected, f"its patches are embedded by {class_name(module)}")
+
+
+def check_class(module: nn.Module, kind: type[nn.Module], reason: str) -> None:
+    """Raise `NotCovered` with a reason unless a module is exactly of a class."""
+    if type(module) is not kind:
+        raise NotCovered(reason, module)
 
 
 def describe_block(layer_class: type[nn.Module], layer: Any) -> Block:
@@ -71,8 +76,7 @@ def describe_block(layer_class: type[nn.Module], layer: Any) -> Block:
     Raises:
         NotCovered: it is of another class than `layer_class`, or a part of it is not covered.
     """
-    if type(layer) is not layer_class:
-        raise NotCovered(f"it is {class_name(layer)}, not a {layer_class.__name__}", layer)
+    check_class(layer, layer_class, f"it is {class_name(layer)}, not a {layer_class.__name__}")
     attention = layer.self_attn
     check_affine_norm(layer.layer_norm1, "layer_norm1")
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):

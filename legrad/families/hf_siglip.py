@@ -12,6 +12,7 @@ from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.siglip2 import modeling_siglip2 as siglip2
 
 from legrad.families.hf_parts import (
+    check_class,
     check_embeddings,
     describe_block,
     embedded,
@@ -107,12 +108,12 @@ def _describe(
 
 
 def _describe_pooler(kind: type[nn.Module], pooler: Any, first_norm: nn.Module) -> Block:
-    if type(pooler) is not kind:
-        raise NotCovered(f"it pools by {class_name(pooler)}", pooler)
-    attention = pooler.attention
-    is_plain = attention.in_proj_weight is not None and attention.in_proj_bias is not None
-    if type(attention) is not nn.MultiheadAttention or not is_plain or attention.bias_k is not None:
-        raise NotCovered("its pooler's attention is not the plain one", attention)
+    check_class(pooler, kind, f"it pools by {class_name(pooler)}")
+    attention, reason = pooler.attention, "its pooler's attention is not the plain one"
+    check_class(attention, nn.MultiheadAttention, reason)
+    is_joint = attention.in_proj_weight is not None and attention.in_proj_bias is not None
+    if not is_joint or attention.bias_k is not None or attention.add_zero_attn:
+        raise NotCovered(reason, attention)
     return Block(
         norm=first_norm,
         project=partial(_pooler_project, pooler),

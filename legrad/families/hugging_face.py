@@ -164,7 +164,7 @@ def _text_encoder(model: Any) -> TextEncoder:
     )
 
 
-def _is_causal_as_defined(text: nn.Module) -> bool:
+def _is_causal_as_defined(text: Any) -> bool:
     """Return whether a text tower of CLIP is as its classes define it, so that tokens see earlier ones."""
     known = hf_clip.KNOWN
     activations = [module for name, module in text.named_modules() if name.endswith(known.activations)]
@@ -174,7 +174,7 @@ def _is_causal_as_defined(text: nn.Module) -> bool:
         and all(
             (type(module) in _CAUSAL_TEXT_MODULES or module in activations)
             and "forward" not in vars(module)
-            and not acting_hooks(module._forward_hooks | module._forward_pre_hooks, known)
+            and not acting_hooks({**module._forward_hooks, **module._forward_pre_hooks}, known)
             for module in text.modules()
         )
     )

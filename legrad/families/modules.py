@@ -206,7 +206,7 @@ def check_nothing_hangs_on(module: nn.Module, known: KnownModules) -> None:
             )
 
 
-def acting_hooks(hooks: dict[int, object], known: KnownModules) -> list[object]:
+def acting_hooks(hooks: Mapping[int, object], known: KnownModules) -> list[object]:
     """Return the hooks of a module that may change what it computes."""
     return [hook for hook in hooks.values() if _name(hook) not in known.idle_hooks]
 

@@ -213,13 +213,14 @@ def _empty_model(weights: Mapping[str, Tensor]) -> nn.Module:
         "layers": _blocks(weights, "transformer."),
     }
     is_half = patches.dtype in (torch.float16, torch.bfloat16)
-    return open_clip.CLIP(
+    model: nn.Module = open_clip.CLIP(
         weights["text_projection"].shape[1],
         vision,
         text,
         quick_gelu=True,
         cast_dtype=patches.dtype if is_half else None,
     )
+    return model
 
 
 def _blocks(weights: Mapping[str, Tensor], prefix: str) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,7 +109,7 @@ def find_transformers_files(name: str) -> TransformersFiles:
     names = _indexed(index) if index.is_file() else (WEIGHTS_FILE,)
     if local is not None:
         for found in names:
-            _or_way_out(lambda found=found: _required(folder, found))
+            _or_way_out(partial(_required, folder, found))
     others = (config_file, *processors, *((index,) if index.is_file() else ()))
     small_files = dict.fromkeys((*others, *tokenizer_files(folder)))
     return TransformersFiles(

@@ -129,7 +129,7 @@ REFUSED = {
     "other head": (
         {},
         lambda visual: setattr(visual, "head", _OtherHead()),
-        "its head is a _OtherHead.*vision_model.head",
+        r"its head is a _OtherHead.*vision_model\.head",
     ),
     "keys of its own": (
         {},
