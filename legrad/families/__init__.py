@@ -44,7 +44,8 @@ def source_of(model: nn.Module, processor: Any = None) -> Source:
     Raises:
         UnsupportedModelError: the model is of no known kind.
     """
-    packages = (kind.__module__.partition(".")[0] for kind in type(model).__mro__)
+    kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
+    packages = (kind.__module__.partition(".")[0] for kind in kinds)
     module = next((_ELSEWHERE[package] for package in packages if package in _ELSEWHERE), None)
     if module is None:
         return open_clip_models.source(model)
@@ -66,7 +67,7 @@ def without_archive(
         UnsupportedModelError: it is a state, but not one of OpenAI's clip.
     """
     state = model.state_dict() if isinstance(model, torch.jit.ScriptModule) else model
-    if isinstance(state, nn.Module):
+    if not isinstance(state, Mapping):
         return state, tokenizer
     made = openai_clip.model_of_state(state)
     return made, tokenizer or openai_clip.own_tokenizer(made)

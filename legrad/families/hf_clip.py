@@ -22,7 +22,7 @@ from legrad.method.stages import Linear
 from legrad.method.towers import EmbeddedImages, Scoring, Tower
 
 PREFIX_TOKENS = 1
-# Before transformers 5.5 the tower was a module within the class of that name.
+# In earlier versions the tower was a module within a model of the first name.
 VISUAL = tuple(
     getattr(library, name) for name in ("CLIPVisionModel", "CLIPVisionTransformer") if hasattr(library, name)
 )

@@ -29,7 +29,7 @@ from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Scori
 
 _ROLES = (
     "VisionModel",
-    "VisionTransformer",  # within VisionModel before transformers 5.5
+    "VisionTransformer",  # within VisionModel in earlier versions
     "Encoder",
     "EncoderLayer",
     "Attention",

@@ -182,6 +182,13 @@ def check_nothing_hangs_on(module: nn.Module, known: KnownModules) -> None:
     """Raise `NotCovered` for a replaced method, a hook, parametrized weights or quantised parameters."""
     if parametrize.is_parametrized(module):
         raise NotCovered(f"{class_name(module)} has parametrized weights", module)
+    if "_hf_hook" in vars(module):
+        raise NotCovered(
+            "accelerate has placed it on a device of its own choice (`device_map`) and replaced its "
+            "`forward`. Way out: load the model without `device_map`, or call "
+            "`accelerate.hooks.remove_hook_from_submodules(model)` first",
+            module,
+        )
     own = [key for key in vars(module) if callable(getattr(type(module), key, None))]
     if own:
         raise NotCovered(

@@ -379,3 +379,16 @@ def test_half_precision_gives_maps_near_those_of_single(dtype):
     expected = legrad.LeGrad(single).relevance(images, texts)
     assert received.dtype == torch.float32
     assert relative_error(received, expected) < 8 * torch.finfo(dtype).eps
+
+
+def test_what_is_no_model_is_refused_with_what_was_expected():
+    for wrong in (nn.Sequential(), nn.Linear(2, 2)):
+        with pytest.raises(legrad.UnsupportedModelError, match="expected an open_clip model with a `visual`"):
+            legrad.LeGrad(wrong)
+
+
+def test_what_accelerate_has_placed_is_refused_with_the_way_out():
+    model = tiny_hf_clip()
+    model.vision_model.encoder.layers[0]._hf_hook = object()
+    with pytest.raises(legrad.UnsupportedModelError, match="remove_hook_from_submodules"):
+        legrad.LeGrad(model)
