@@ -385,7 +385,8 @@ def load_failure(name: str, pretrained: str | None, error: Exception) -> str:
         asked = f"transformers could not make {name!r}"
     cause = " ".join(str(error).split()) or type(error).__name__
     if find_spec("transformers") is None and (isinstance(error, ImportError) or "transformers" in cause):
-        return f"{name} needs the text tower or tokenizer of Hugging Face: pip install 'legrad-pipeline[hf]'"
+        part = "" if names_transformers(name) else "the text tower or tokenizer of "
+        return f"{name} needs {part}Hugging Face transformers: pip install 'legrad-pipeline[hf]'"
     tag = pretrained or ("null" if ":" in name else "TAG")
     fetch = f"legrad models --fetch {name} {tag}"
     advice = next((advice for link in _chain(error) if (advice := _advice(link, fetch))), None)
