@@ -89,10 +89,9 @@ class LeGrad:
 
         Args:
             model: a model of open_clip; a CLIPModel, SiglipModel or Siglip2Model of transformers; or a model
-                of OpenAI's clip. Its vision tower decides whether it is supported. Or the state (weights by
-                name) of a model of OpenAI's clip, or its TorchScript archive as torch.jit.load returns it,
-                whose state decides and whose code is not run: an open_clip model that shares the weights is
-                explained.
+                of OpenAI's clip. Its vision tower decides whether it is supported. Or one of OpenAI's
+                TorchScript archives as torch.jit.load returns it, or its state_dict(): the state decides, no
+                code is run, and an open_clip model that shares the weights is explained.
             tokenizer: only needed by `embed_text`: of open_clip, or of transformers for its models. None:
                 that of the processor; OpenAI's for its models.
             processor: processor or image processor of a model of transformers, which decides how images

@@ -60,7 +60,7 @@ def without_archive(
 
     Args:
         model: a model, which is returned itself; a TorchScript archive of OpenAI's clip, as `torch.jit.load`
-            returns it, none of whose code is run; or the state of a model of OpenAI's clip.
+            returns it, none of whose code is run; or the state of such an archive.
         tokenizer: the one that the caller passed; None: for a state, OpenAI's.
 
     Raises:

@@ -7,7 +7,6 @@ from typing import Any
 
 import open_clip
 import torch
-from jaxtyping import Float
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU
@@ -35,7 +34,8 @@ SUPPORTED = "the vision transformers of OpenAI's clip package"
 EXPECTED = "explain the model that clip.load returns"
 HEAD_WIDTH = 64  # of all of OpenAI's models
 VOCABULARY = 49408  # of OpenAI's tokenizer
-# Numbers that archives hold beside the weights.
+# Numbers that OpenAI's archives hold beside the weights. Weights that open_clip trained have the same names and
+# shapes, but lack these.
 _SETTINGS = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -166,26 +166,29 @@ def own_tokenizer(model: Any) -> Tokenizer | None:
     return SimpleTokenizer(context_length=int(model.context_length))
 
 
-def model_of_state(state: Mapping[str, Float[Tensor, "..."]]) -> nn.Module:
+def model_of_state(state: Mapping[str, Tensor]) -> nn.Module:
     """Return open_clip's own model with the weights of one of OpenAI's, which it shares.
 
     Args:
-        state: `state_dict()` of a model of OpenAI's clip, or of its TorchScript archive as `torch.jit.load`
-            returns it. Names and shapes decide; no code that an archive holds is run.
+        state: `state_dict()` of one of OpenAI's TorchScript archives as `torch.jit.load` returns it. Names
+            and shapes decide; no code that an archive holds is run.
 
     Raises:
         UnsupportedModelError: names or shapes are not those of a vision transformer of OpenAI's clip.
     """
     weights = {name: tensor for name, tensor in state.items() if name not in _SETTINGS}
     try:
+        if missing := [name for name in _SETTINGS if name not in state]:
+            raise KeyError(missing[0])
         model = _empty_model(weights)
         model.load_state_dict(weights, strict=True, assign=True)
-    except (KeyError, IndexError, RuntimeError, AttributeError) as error:
+    except (KeyError, IndexError, RuntimeError, AttributeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(
             "a state (a mapping of names to weights, or a TorchScript module): expected the names and shapes "
-            f"of a vision transformer of OpenAI's clip, which it does not have ({type(error).__name__}: "
-            f"{reason[:300]}). Way out: load the weights into a model of your library, and explain that"
+            "of an archive of OpenAI's clip with a vision transformer, which it does not have "
+            f"({type(error).__name__}: {reason[:300]}). Without {', '.join(_SETTINGS)} it may be of a model "
+            "with another activation. Way out: load the weights into a model of your library, and explain that"
         ) from error
     return model.eval()
 

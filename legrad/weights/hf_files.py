@@ -97,29 +97,32 @@ def find_transformers_files(name: str) -> TransformersFiles:
     config_file = _required(folder, CONFIG_FILE)
     config = read_config(config_file)
     refuse_code_in_transformers_model(config, str(config_file))
-    processors = [folder / found for found in PROCESSOR_FILES if (folder / found).is_file()]
-    if not processors:
+    index = [folder / INDEX_FILE] if (folder / INDEX_FILE).is_file() else []
+    small_files = (
+        config_file,
+        *_processor_files(folder, config["model_type"]),
+        *index,
+        *tokenizer_files(folder),
+    )
+    weights: dict[str, WeightsFile] = {}
+    for found in _indexed(index[0]) if index else (WEIGHTS_FILE,):
+        weights[found] = HubWeights(repository, (found,))
+        if local is not None:
+            weights[found] = LocalWeights(_or_way_out(partial(_required, folder, found)))
+    return TransformersFiles(config, tuple(dict.fromkeys(small_files)), weights)
+
+
+def _processor_files(folder: Path, model_type: str) -> list[Path]:
+    """Return the files that say how images are prepared; refuse those that name code or other processors."""
+    paths = [folder / found for found in PROCESSOR_FILES if (folder / found).is_file()]
+    if not paths:
         raise ModelLoadError(
             f"{folder} has neither {' nor '.join(PROCESSOR_FILES)}, which say how images are prepared; "
             "the processor's save_pretrained writes one"
         )
-    for path in processors:
-        refuse_code_in_processor(read_config(path), str(path), config["model_type"])
-    index = folder / INDEX_FILE
-    names = _indexed(index) if index.is_file() else (WEIGHTS_FILE,)
-    if local is not None:
-        for found in names:
-            _or_way_out(partial(_required, folder, found))
-    others = (config_file, *processors, *((index,) if index.is_file() else ()))
-    small_files = dict.fromkeys((*others, *tokenizer_files(folder)))
-    return TransformersFiles(
-        config,
-        tuple(small_files),
-        {
-            found: LocalWeights(folder / found) if local is not None else HubWeights(repository, (found,))
-            for found in names
-        },
-    )
+    for path in paths:
+        refuse_code_in_processor(read_config(path), str(path), model_type)
+    return paths
 
 
 def _required(folder: Path, filename: str) -> Path:

@@ -56,6 +56,10 @@ def _with_tensors_of(module: nn.Module) -> nn.Module:
     return copied
 
 
+def _state_of_archive(model: nn.Module) -> dict[str, torch.Tensor]:
+    return model.state_dict() | {name: torch.tensor(number) for name, number in SETTINGS.items()}
+
+
 def _inputs(dtype=torch.float64, size=(SIDE, SIDE)):
     return tiny_images(2, size=size, dtype=dtype), unit_texts(2, 3, dtype=dtype)
 
@@ -73,9 +77,9 @@ def test_an_archive_is_explained_by_its_state_and_none_of_its_code_is_run():
 
 
 def test_a_state_shares_its_weights_with_the_explained_model():
-    state = _in_open_clip().double().state_dict()
+    state = _state_of_archive(_in_open_clip().double())
     images, texts = _inputs(size=(3 * PATCH, 5 * PATCH))
-    explainer = legrad.LeGrad(state | {name: torch.tensor(value) for name, value in SETTINGS.items()})
+    explainer = legrad.LeGrad(state)
     before = explainer.relevance(images, texts)
     assert explainer.model.visual.proj.data_ptr() == state["visual.proj"].data_ptr()
     state["visual.proj"].mul_(torch.linspace(0.5, 2, EMBED_DIM))
@@ -87,14 +91,18 @@ def test_a_state_in_half_precision_stays_as_it_is():
     images, texts = _inputs(torch.float32)
     expected = legrad.LeGrad(model).relevance(images, texts)
     open_clip.model.convert_weights_to_lp(model, torch.float16)
-    explainer = legrad.LeGrad(model.state_dict())
+    explainer = legrad.LeGrad(_state_of_archive(model))
     assert explainer.dtype == torch.float16
     assert relative_error(explainer.relevance(images.half(), texts), expected) < 0.01
 
 
 STATES = {
-    "something else": ({"weight": torch.zeros(2)}, "KeyError: 'visual.conv1.weight'"),
-    "empty": ({}, "KeyError"),
+    "something else": (
+        {name: torch.tensor(1) for name in (*SETTINGS, "weight")},
+        "KeyError: 'visual.conv1.weight'",
+    ),
+    "empty": ({}, "KeyError: 'input_resolution'"),
+    "of no archive": (_in_open_clip().state_dict(), "'input_resolution'.*another activation"),
 }
 
 
@@ -107,7 +115,7 @@ def test_another_state_is_refused_with_the_way_out(case):
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
 def test_a_state_whose_names_or_shapes_do_not_fit_is_refused(change):
-    state = _in_open_clip().state_dict()
+    state = _state_of_archive(_in_open_clip())
     if change == "missing":
         del state["visual.ln_post.weight"]
     elif change == "unexpected":
@@ -136,14 +144,14 @@ def test_a_model_of_the_package_equals_autograd(package, monkeypatch):
     model = _of_package(package).double()
     images, texts = _inputs()
     received = legrad.LeGrad(model, layers="all").relevance(images, texts, per_layer=True).flatten(-2)
-    same = legrad.LeGrad(model.state_dict()).model
+    same = legrad.LeGrad(_state_of_archive(model)).model
     assert relative_error(received, oracle_relevance(same, images, texts, LAYERS)) < 1e-12
 
 
 def test_a_model_of_the_package_gives_the_maps_and_texts_of_its_state(package):
     model = _of_package(package)
     images, texts = _inputs(torch.float32)
-    explainer, by_state = legrad.LeGrad(model), legrad.LeGrad(model.state_dict())
+    explainer, by_state = legrad.LeGrad(model), legrad.LeGrad(_state_of_archive(model))
     assert relative_error(explainer.heatmaps(images, texts), by_state.heatmaps(images, texts)) < 1e-5
     assert relative_error(explainer.embed_text(NAMES), by_state.embed_text(NAMES)) < 1e-5
     features = nn.functional.normalize(model.encode_image(images), dim=-1)
