@@ -202,7 +202,9 @@ def test_python_runs_and_gives_the_shapes_in_its_comments(page, checkout):
     namespace = {}
     for block in blocks(page):
         # test_queries.py and test_table_formats.py run queries of stores, hubs and table formats
-        if block.language != "python" or re.search("s3://|load_dataset|pyiceberg|deltalake|from_pretrained", block.text):
+        if block.language != "python" or re.search(
+            "s3://|load_dataset|pyiceberg|deltalake|from_pretrained", block.text
+        ):
             continue
         text, sizes = on_the_demo_model(block.text)
         for name in re.findall(r'"([\w-]+\.jpg)"', text):

@@ -34,8 +34,8 @@ SUPPORTED = "the vision transformers of OpenAI's clip package"
 EXPECTED = "explain the model that clip.load returns"
 HEAD_WIDTH = 64  # of all of OpenAI's models
 VOCABULARY = 49408  # of OpenAI's tokenizer
-# Numbers that OpenAI's archives hold beside the weights. Weights that open_clip trained have the same names and
-# shapes, but lack these.
+# Numbers that OpenAI's archives hold beside the weights. Weights that open_clip trained have the same names
+# and shapes, but lack these.
 _SETTINGS = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -187,8 +187,9 @@ def model_of_state(state: Mapping[str, Tensor]) -> nn.Module:
         raise UnsupportedModelError(
             "a state (a mapping of names to weights, or a TorchScript module): expected the names and shapes "
             "of an archive of OpenAI's clip with a vision transformer, which it does not have "
-            f"({type(error).__name__}: {reason[:300]}). Without {', '.join(_SETTINGS)} it may be of a model "
-            "with another activation. Way out: load the weights into a model of your library, and explain that"
+            f"({type(error).__name__}: {reason[:300]}). Without {', '.join(_SETTINGS)} it may be of "
+            "a model with another activation. Way out: load the weights into a model of your library, and "
+            "explain that"
         ) from error
     return model.eval()
 
