@@ -11,6 +11,15 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
+from legrad.classes import (
+    ClassIndex,
+    check_class_names,
+    check_classifier,
+    check_compares_texts,
+    find_class,
+    logits_of,
+    rows_of_prompts,
+)
 from legrad.errors import LeGradError
 from legrad.families import source_of, without_archive
 from legrad.families.faithful import Snapshot, describe_model
@@ -45,7 +54,7 @@ _DERIVED = ("tower", "scoring", "_layers", "_relevance_grids", "_snapshot", "_so
 
 
 class LeGrad:
-    """Compute relevance maps of a model: how much each patch of an image contributes to a text.
+    """Compute relevance maps of a model: how much each patch of an image contributes to a text or a class.
 
     The model is never changed: weights, gradient and training flags and the random state stay as they are. It
     may be in training mode; patch dropout is skipped.
@@ -64,6 +73,7 @@ class LeGrad:
         tower: description of its vision tower.
         tokenizer: tokenizer that `embed_text` uses, or None.
         processor: processor of a model of transformers, or None.
+        class_names: name of each class of a classifier, or None.
         transform: preprocessing of images.
         scoring: how the output of a layer is compared with a text; set by `pool`.
 
@@ -78,6 +88,7 @@ class LeGrad:
         *,
         tokenizer: Tokenizer | None = None,
         processor: Any = None,
+        class_names: Sequence[str] | None = None,
         layers: int | Literal["all"] = 2,
         pool: Literal["reference", "model"] = "reference",
         affinity: Affinity = "none",
@@ -88,15 +99,17 @@ class LeGrad:
         """Prepare to explain a model.
 
         Args:
-            model: a model of open_clip; a CLIPModel, SiglipModel or Siglip2Model of transformers; or a model
-                of OpenAI's clip. Its vision tower decides whether it is supported. Or one of OpenAI's
-                TorchScript archives as torch.jit.load returns it, or its state_dict(): the state decides, no
-                code is run, and an open_clip model that shares the weights is explained.
+            model: a model of open_clip; a CLIPModel, SiglipModel or Siglip2Model of transformers; a model of
+                OpenAI's clip; or a vision transformer of timm or torchvision with a classifier. Its vision
+                tower decides whether it is supported. Or one of OpenAI's TorchScript archives as
+                torch.jit.load returns it, or its state_dict(): the state decides, no code is run, and an
+                open_clip model that shares the weights is explained.
             tokenizer: only needed by `embed_text`: of open_clip, or of transformers for its models. None:
                 that of the processor; OpenAI's for its models.
             processor: processor or image processor of a model of transformers, which decides how images
                 are prepared (resized without cropping). None: as usual for the family: CLIP's or SigLIP's
                 mean and standard deviation, at the model's own size.
+            class_names: name of each class of a classifier, which `find_class` looks up.
             layers: number of last blocks to explain, or "all".
             pool: how a layer is scored. "reference": as the authors do, by the mean over all tokens, or with
                 the block's tokens fed directly to the attentional pooler; "model": with the model's own norm,
@@ -125,11 +138,13 @@ class LeGrad:
         """
         self.model, tokenizer = without_archive(model, tokenizer)
         self.processor = processor
+        self.class_names: tuple[str, ...] | None = None
         self._compile = compile
         self._options = Options(layers, check_pool(pool), check_affinity(affinity), image_size, fit)
         self._own_transform: ImageTransform | None = None
         self._describe()
         self.tokenizer = self._source.as_tokenizer(tokenizer)
+        self.class_names = check_class_names(class_names, self.tower)
 
     def _describe(self) -> None:
         """Describe the model as it is now, and resolve the options for it."""
@@ -304,7 +319,7 @@ class LeGrad:
 
     @property
     def embed_dim(self) -> int:
-        """Dimension of the joint image-text space."""
+        """Dimension of the joint image-text space; for a classifier, the number of its classes."""
         return self.tower.embed_dim
 
     @property
@@ -360,6 +375,7 @@ class LeGrad:
             InputError: the text tower is in training mode with active dropout, or a single string is given
                 instead of a list.
         """
+        check_compares_texts(self.tower, "embed_text")
         return embed_texts(self.model, require_tokenizer(self.tokenizer), texts, self.embed_dim, self.device)
 
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Trace:
@@ -391,9 +407,10 @@ class LeGrad:
     def relevance(
         self,
         images: Float[Tensor, "batch 3 height width"] | Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts | None = None,
         image_index: Int[Tensor, " prompts"] | None = None,
         *,
+        class_index: ClassIndex | None = None,
         per_layer: bool = False,
     ) -> Float[Tensor, "*maps grid_height grid_width"]:
         """Compute raw relevance grids: non-negative, on the patch grid, not normalised.
@@ -405,6 +422,9 @@ class LeGrad:
                 for each image. Rows need not have unit length, only a length above zero. Or prompts that
                 `legrad.inputs` has prepared, which are used without another check.
             image_index: for each prompt, the row of its image.
+            class_index: of a classifier, which takes it instead of text embeddings: one class; [classes]:
+                every class for every image; [batch, classes]: the classes of each image; or [classes] with
+                `image_index`. The relevance is that for the logit of the class.
             per_layer: return one grid for each layer instead of their sum.
 
         Returns:
@@ -421,7 +441,11 @@ class LeGrad:
         prompts = (
             text_embeddings
             if isinstance(text_embeddings, RaggedPrompts)
-            else as_ragged(self._features_like(images), text_embeddings, image_index)
+            else as_ragged(
+                features := self._features_like(images),
+                rows_of_prompts(self.tower, features, text_embeddings, class_index, image_index),
+                image_index,
+            )
         )
         trace = self._as_trace(images)
         with self._failures_described():
@@ -441,9 +465,10 @@ class LeGrad:
     def heatmaps(
         self,
         images: Float[Tensor, "batch 3 height width"] | Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"],
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | None = None,
         image_index: Int[Tensor, " prompts"] | None = None,
         *,
+        class_index: ClassIndex | None = None,
         neutral_embedding: Float[Tensor, "*one embed_dim"] | None = None,
         neutral_threshold: float = 0.8,
         as_authors: bool = False,
@@ -454,6 +479,7 @@ class LeGrad:
             images: as in `relevance`.
             text_embeddings: as in `relevance`.
             image_index: as in `relevance`.
+            class_index: as in `relevance`.
             neutral_embedding: one embedding of a text that names no object, such as "a photo of a". Where the
                 min-max normalised map of this text exceeds `neutral_threshold`, every prompt's grid is set to
                 zero before it is normalised. None: no correction.
@@ -479,8 +505,9 @@ class LeGrad:
         if neutral_embedding is None and neutral_text is not None:
             neutral_embedding = self.embed_text([neutral_text])
         trace = explainer._as_trace(images)
-        grids = explainer.relevance(trace, text_embeddings, image_index)
+        grids = explainer.relevance(trace, text_embeddings, image_index, class_index=class_index)
         if neutral_embedding is not None:
+            check_compares_texts(self.tower, "neutral_embedding")
             neutral_grids = explainer.relevance(trace, neutral_embedding.reshape(1, -1))
             neutral = neutral_patches(neutral_grids, neutral_threshold)
             rows = None if image_index is None else image_index.to(neutral.device, torch.int64)
@@ -507,7 +534,45 @@ class LeGrad:
         Raises:
             InputError: shapes, dtypes, devices or indices do not fit.
         """
+        check_compares_texts(self.tower, "similarity")
         return cosines(trace.image_features, text_embeddings, image_index)
+
+    def logits(
+        self,
+        images: Float[Tensor, "batch 3 height width"] | Trace,
+        class_index: ClassIndex | None = None,
+        image_index: Int[Tensor, " classes"] | None = None,
+    ) -> Float[Tensor, "*logits"]:
+        """Return a classifier's own logits; their softmax gives the probabilities of its classes.
+
+        Args:
+            images: as in `relevance`.
+            class_index: as in `relevance`; None: all classes.
+            image_index: as in `relevance`.
+
+        Returns:
+            [batch, classes], or with `image_index` [classes].
+
+        Raises:
+            InputError: the model is no classifier, or shapes, dtypes, devices or indices do not fit.
+        """
+        self._follow_changes()
+        check_classifier(self.tower, "logits")
+        return logits_of(self._as_trace(images).image_features, class_index, image_index)
+
+    def find_class(self, name: str | int) -> int:
+        """Return the index of a class of a classifier, given its name in `class_names`, or its index.
+
+        Args:
+            name: the name, or one of the synonyms that it lists between commas, in upper or lower case; or
+                an index, also in digits.
+
+        Raises:
+            InputError: the model is no classifier, or no class or several classes have this name; the message
+                lists the nearest ones.
+        """
+        check_classifier(self.tower, "find_class")
+        return find_class(name, self.embed_dim, self.class_names)
 
     def _features_like(
         self, images: Float[Tensor, "batch 3 height width"] | Trace

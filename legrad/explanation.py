@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,10 +32,11 @@ class Explanation:
         image: the original image, RGB.
         texts: the texts, in the order of all other attributes.
         heatmaps: one for each text, from 0 to 1, at the pixel size of the model's input.
-        similarities: cosine similarity of the image and each text.
+        similarities: cosine similarity of the image and each text; of a classifier, the logit of each class.
         layer_grids: raw relevance on the patch grid for each layer; `heatmaps` are made from their sum.
         layer_indices: index in the tower of each layer of `layer_grids`, 0 first.
         normalisation: when grids of this model family are normalised; see `legrad.heatmaps_of`.
+        score_name: what `similarities` are: "similarity", or "logit" of a classifier.
     """
 
     image: Image.Image
@@ -44,6 +46,7 @@ class Explanation:
     layer_grids: Float[Tensor, "layers texts grid_height grid_width"]
     layer_indices: tuple[int, ...]
     normalisation: Normalisation
+    score_name: Literal["similarity", "logit"] = "similarity"
 
     @property
     def overlays(self) -> tuple[Image.Image, ...]:
@@ -64,7 +67,7 @@ class Explanation:
         photo = np.asarray(fitted(self.image, panel_side))
         heats = [heat_over(photo, heatmap) for heatmap in self.heatmaps]
         labels = [
-            (text, f"similarity {similarity:.3f}")
+            (text, f"{self.score_name} {similarity:.3f}")
             for text, similarity in zip(self.texts, self.similarities.tolist(), strict=True)
         ]
         return draw_panels([("image",), *labels], [photo, *heats], per_line=PANELS_PER_LINE)
@@ -104,7 +107,7 @@ def explain_image(
     Args:
         explainer: explainer of the model.
         image: of any size and mode.
-        texts: at least one text.
+        texts: at least one text; for a classifier, names of classes, or indices in digits.
         as_authors: compute the maps of the authors' package. They differ from the default for SigLIP and
             PE-Core only; see `LeGrad.heatmaps`.
         resize: see `LeGrad.preprocess`.
@@ -113,17 +116,24 @@ def explain_image(
         Heat maps at the size of the model's input, similarities and the raw grids of every layer, on the CPU.
 
     Raises:
-        InputError: no text, a single string instead of a list, or an unknown `resize`.
+        InputError: no text, a single string instead of a list, an unknown class or an unknown `resize`.
         TokenizerError: the explainer was made without a tokenizer.
     """
     if isinstance(texts, str) or not texts:
         raise InputError(f"texts: expected a list of at least one text, received {texts!r}")
     if as_authors:
         explainer = explainer._by_authors()
+    is_classifier = explainer.tower.is_classifier
+    class_index = [explainer.find_class(text) for text in texts] if is_classifier else None
     pixels = explainer.preprocess([image], resize=resize)
     trace = explainer.encode(pixels)
-    embeddings = explainer.embed_text(texts)
-    grids = explainer.relevance(trace, embeddings, per_layer=True)[:, 0]
+    embeddings = None if is_classifier else explainer.embed_text(texts)
+    grids = explainer.relevance(trace, embeddings, class_index=class_index, per_layer=True)[:, 0]
+    scores = (
+        explainer.logits(trace, class_index)
+        if embeddings is None
+        else explainer.similarity(trace, embeddings)
+    )
     neutral_text = explainer.tower.authors_neutral_text
     if as_authors and neutral_text is not None:
         neutral_grids = explainer.relevance(trace, explainer.embed_text([neutral_text]))
@@ -132,12 +142,22 @@ def explain_image(
     normalisation = explainer.tower.normalisation
     return Explanation(
         image=image.convert("RGB"),
-        texts=tuple(texts),
+        texts=tuple(texts) if class_index is None else _class_labels(explainer, texts, class_index),
         heatmaps=heatmaps_of(grids.sum(dim=0), pixels.shape[2], pixels.shape[3], normalisation),
-        similarities=explainer.similarity(trace, embeddings)[0].float().cpu(),
+        similarities=scores[0].float().cpu(),
         layer_grids=grids,
         layer_indices=tuple(layer.index for layer in trace.layers),
         normalisation=normalisation,
+        score_name="logit" if is_classifier else "similarity",
+    )
+
+
+def _class_labels(explainer: LeGrad, texts: Sequence[str], class_index: Sequence[int]) -> tuple[str, ...]:
+    """Return the texts, with the names of classes that were given by index."""
+    names = explainer.class_names
+    return tuple(
+        f"{text}: {names[index]}" if names is not None and text.strip() == str(index) else text
+        for text, index in zip(texts, class_index, strict=True)
     )
 
 

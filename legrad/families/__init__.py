@@ -28,6 +28,8 @@ _SMALLEST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, 
 # Where the models of other libraries are described, by the name of the library's Python package.
 _ELSEWHERE = {
     "clip": "legrad.families.openai_clip",
+    "timm": "legrad.families.classifiers",
+    "torchvision": "legrad.families.classifiers",
     "transformers": "legrad.families.hugging_face",
 }
 

@@ -93,7 +93,7 @@ def _check_features(source: Source, tower: Tower) -> None:
     noise = torch.randn(1, 3, *tower.native_size, generator=_seeded(), device="cpu")
     images = noise.to(parameter.device, parameter.dtype)
     name = qualified_name(type(source.model))
-    own = _own_pass(source, images)
+    own = _own_pass(source, images, is_unit=tower.own.is_unit)
     if not bool(own.features.isfinite().all()):
         return
     try:
@@ -108,7 +108,7 @@ def _check_features(source: Source, tower: Tower) -> None:
             f"({type(error).__name__}: {error}). Way out: put the model's own modules back"
         ) from error
     tolerance = TOLERANCES.get(parameter.dtype, max(TOLERANCES.values()))
-    distance = float((received.image_features.to(own.features.dtype) - own.features).norm())
+    distance = _relative_distance(own.features, received.image_features)
     block = _first_different_block(own, received, TOKEN_SLACK * tolerance)
     if distance <= tolerance and block is None:
         return
@@ -132,7 +132,7 @@ class _OwnPass:
     """What the model itself computes for an image.
 
     Attributes:
-        features: one unit row.
+        features: one row; of unit length, except the logits of a classifier.
         blocks: path, module and output tokens of each block, in the order in which they ran.
     """
 
@@ -140,7 +140,7 @@ class _OwnPass:
     blocks: list[tuple[str, nn.Module, Tensor]]
 
 
-def _own_pass(source: Source, images: Tensor) -> _OwnPass:
+def _own_pass(source: Source, images: Tensor, *, is_unit: bool) -> _OwnPass:
     dtypes = {parameter.dtype for parameter in source.visual.parameters()}
     # In half precision open_clip keeps some parameters in float32, and dtypes do not always match.
     autocast = len(dtypes) > 1 and images.dtype in (torch.float16, torch.bfloat16)
@@ -166,8 +166,8 @@ def _own_pass(source: Source, images: Tensor) -> _OwnPass:
     finally:
         for handle in handles:
             handle.remove()
-    unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    return _OwnPass(unit, outputs)
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return _OwnPass(F.normalize(features, dim=-1) if is_unit else features, outputs)
 
 
 def _first_different_block(own: _OwnPass, received: Trace, tolerance: float) -> str | None:

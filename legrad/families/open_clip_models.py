@@ -14,7 +14,7 @@ from legrad.errors import UnsupportedModelError
 from legrad.families import clip, eva, relpos, timm_vit
 from legrad.families.modules import IN_OPEN_CLIP, PLAIN_WAY_OUT, check_modules, located, way_out
 from legrad.families.open_clip_texts import text_encoder_of
-from legrad.families.parts import NotCovered, qualified_name
+from legrad.families.parts import NotCovered, qualified_name, why_not_covered
 from legrad.families.source import Source
 from legrad.images import transform_of
 from legrad.method.towers import Tower
@@ -22,16 +22,10 @@ from legrad.method.towers import Tower
 SUPPORTED = "open_clip's vision transformers, its own and timm's (`legrad models` lists them)"
 EXPECTED = "explain the model that open_clip.create_model returns"
 
-_TIMM: dict[type[nn.Module], Callable[[TimmModel], Tower]] = {
+_TIMM: dict[type[nn.Module], Callable[[Any, nn.Module], Tower]] = {
     timm.models.vision_transformer.VisionTransformer: timm_vit.describe,
     timm.models.eva.Eva: eva.describe,
     timm.models.vision_transformer_relpos.VisionTransformerRelPos: relpos.describe,
-}
-_WHY_NOT = {
-    "ModifiedResNet": "is convolutional: its only attention pools a feature map at the end",
-    "ConvNeXt": "is convolutional and has no attention",
-    "FastVit": "puts convolutions after its attention, which mix the patches again",
-    "SwinTransformer": "attends within windows and merges patches from stage to stage",
 }
 # The original methods of open_clip's models, which apply `visual` and at most a normalisation.
 _ENCODE_IMAGE = (CLIP.encode_image, CustomTextCLIP.encode_image, CoCa.encode_image)
@@ -47,8 +41,9 @@ def source(model: nn.Module) -> Source:
     if not isinstance(visual, nn.Module):
         advice = way_out(model) if isinstance(model, nn.Module) else PLAIN_WAY_OUT
         raise UnsupportedModelError(
-            f"{qualified_name(type(model))}: expected an open_clip model with a `visual` tower, or a CLIP or "
-            "SigLIP model of Hugging Face transformers or OpenAI's clip. "
+            f"{qualified_name(type(model))}: expected an open_clip model with a `visual` tower, a CLIP or "
+            "SigLIP model of Hugging Face transformers, OpenAI's clip, or a vision transformer of timm or "
+            "torchvision with a classifier. "
             f"Way out: {EXPECTED if advice == PLAIN_WAY_OUT else advice}"
         )
     return Source(
@@ -87,8 +82,8 @@ def _description(visual: nn.Module) -> Callable[[Any], Tower]:
         return clip.describe
     trunk: Any = visual.trunk if type(visual) is TimmModel else visual
     if trunk is not visual and type(trunk) in _TIMM:
-        return _TIMM[type(trunk)]
-    why = next((_WHY_NOT[kind.__name__] for kind in type(trunk).__mro__ if kind.__name__ in _WHY_NOT), None)
+        return lambda visual: _TIMM[type(trunk)](visual.trunk, visual.head)
+    why = why_not_covered(trunk)
     reason = f"a {_class_name(visual)} {why or 'is not covered'}"
     raise NotCovered(reason, None if why else trunk)
 

@@ -43,19 +43,6 @@ def whole_context(token_ids: Int[Tensor, "texts context"], _is_causal: IsCausal)
 
 
 @dataclass(frozen=True)
-class Classes:
-    """The last layer of a classifier: the logit of a class is weight[class] @ features + bias[class].
-
-    Attributes:
-        weight: returns the current matrix [classes, embed_dim].
-        bias: returns the current bias [classes], or None.
-    """
-
-    weight: Callable[[], Float[Tensor, "classes embed_dim"]]
-    bias: Callable[[], Float[Tensor, " classes"] | None]
-
-
-@dataclass(frozen=True)
 class Source:
     """One model, and everything about it that depends on its library.
 
@@ -72,15 +59,14 @@ class Source:
         known: the modules that the description covers.
         entry: (names, functions): methods of the model that compute image features. None of the names may be
             replaced on the model itself, and the first, taken from its class, must be one of the functions.
-        own_features: images -> image features [batch, embed_dim] as the model itself computes them, for a
-            classifier those before its last layer; not normalised.
+        own_features: images -> image features [batch, embed_dim] as the model itself computes them, not
+            normalised; for a classifier its logits.
         block_paths: returns the path, in the model, of every block, first to last.
         transform: returns the model's own preprocessing.
         expected: what to explain instead of a model that was changed, for error messages.
         supported: models that are covered, for error messages.
         others: modules outside of the vision tower that image features pass, by path.
-        texts: returns how texts are embedded; None: the model has no text tower.
-        classes: the last layer of a classifier, or None.
+        texts: returns how texts are embedded; None: the model is a classifier.
         as_tokenizer: the tokenizer that the caller passed, or None -> a callable that returns the token ids
             of texts, or None.
     """
@@ -100,5 +86,4 @@ class Source:
     supported: str
     others: Mapping[str, nn.Module] = field(default_factory=dict)
     texts: Callable[[], TextEncoder] | None = None
-    classes: Classes | None = None
     as_tokenizer: Callable[[Tokenizer | None], Tokenizer | None] = lambda tokenizer: tokenizer

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import legrad
+from legrad.classes import ClassIndex, rows_of_prompts
 from legrad.inputs import RaggedPrompts, as_ragged
 from legrad.quality.dense_baselines import DENSE_BASELINES
 from pipeline.annotate.annotator import ShardAnnotator
@@ -55,9 +56,10 @@ class BaselineExplainer(legrad.LeGrad):
     def relevance(
         self,
         images: Float[Tensor, "batch 3 height width"] | legrad.Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts | None = None,
         image_index: Int[Tensor, " prompts"] | None = None,
         *,
+        class_index: ClassIndex | None = None,
         per_layer: bool = False,
     ) -> Float[Tensor, "*maps grid_height grid_width"]:
         """Return cosines on the patch grid, from -1 to 1; the arguments are those of `LeGrad.relevance`."""
@@ -67,7 +69,11 @@ class BaselineExplainer(legrad.LeGrad):
         prompts = (
             text_embeddings
             if isinstance(text_embeddings, RaggedPrompts)
-            else as_ragged(trace.image_features, text_embeddings, image_index)
+            else as_ragged(
+                features := trace.image_features,
+                rows_of_prompts(self.tower, features, text_embeddings, class_index, image_index),
+                image_index,
+            )
         )
         grids = self._baseline(self.tower, trace, prompts.unit_rows, prompts.image_index)
         return grids.reshape(*prompts.leading, *grids.shape[-2:])
