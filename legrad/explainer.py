@@ -20,6 +20,7 @@ from legrad.classes import (
     logits_of,
     rows_of_prompts,
 )
+from legrad.classifier_loading import load_classifier
 from legrad.errors import LeGradError
 from legrad.families import source_of, without_archive
 from legrad.families.faithful import Snapshot, describe_model
@@ -316,6 +317,64 @@ class LeGrad:
             fit=fit,
             compile=compile,
         )
+
+    @classmethod
+    def from_classifier(
+        cls,
+        name: str,
+        checkpoint: str | None = None,
+        *,
+        layers: int | Literal["all"] = 2,
+        pool: Literal["reference", "model"] = "reference",
+        affinity: Affinity = "none",
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        image_size: int | tuple[int, int] | None = None,
+        fit: Fit = "stretch",
+        compile: bool = False,
+    ) -> "LeGrad":
+        """Load a classifier of timm or torchvision, with the names of its classes, and prepare to explain it.
+
+        Args:
+            name: `timm:NAME.TAG` or `torchvision:NAME.WEIGHTS`, such as
+                `timm:vit_base_patch16_224.augreg_in1k` or `torchvision:vit_b_16.IMAGENET1K_V1`; without a tag
+                or weights, the library's default weights.
+            checkpoint: path of a file with weights of this model and any number of classes, saved by
+                torch.save or safetensors; no code in it is run. None: the named weights, downloaded if they
+                are not in this machine's cache.
+            layers: see `LeGrad`.
+            pool: see `LeGrad`.
+            affinity: see `LeGrad`.
+            device: None: CUDA if available, otherwise CPU.
+            precision: fp32, fp16, bf16, or auto, which is bf16 on a GPU that computes it, otherwise fp32.
+            image_size: see `LeGrad`.
+            fit: see `LeGrad`.
+            compile: see `LeGrad`.
+
+        Returns:
+            The explainer, with the model in evaluation mode on its device, and the names of its classes, if
+            the library knows those of the weights.
+
+        Raises:
+            ModelLoadError: there is no such model, or its weights are missing, damaged, of another model or
+                not finite.
+            UnsupportedModelError: the structure of the model is not covered; this is found before weights are
+                downloaded.
+            InputError: an option does not fit the model.
+        """
+        loaded = load_classifier(name, checkpoint, precision=precision, device=device)
+        explainer = cls(
+            loaded.model,
+            class_names=loaded.class_names,
+            layers=layers,
+            pool=pool,
+            affinity=affinity,
+            image_size=image_size,
+            fit=fit,
+            compile=compile,
+        )
+        explainer.transform = loaded.transform_like(explainer.transform)
+        return explainer
 
     @property
     def embed_dim(self) -> int:

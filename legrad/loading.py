@@ -130,7 +130,7 @@ def _loaded_by_transformers(
             files.digest({key: file_sha256(path) for key, path in weights.items()}), expected_digest
         )
     model, tokenizer, processor = hf_loading.made(files, weights, precision, device)
-    _check_finite(model, precision)
+    check_finite(model, precision)
     for path, state in before.items():
         if _state_of(path) != state:
             raise ModelLoadError(f"{path} changed while it was loaded")
@@ -301,7 +301,7 @@ def _made(files: ModelFiles, checkpoint: Path | None, precision: str, device: to
     if checkpoint is not None:
         _fill_with_nan(model)
         open_clip.load_checkpoint(model, str(checkpoint), strict=True, weights_only=True, device="cpu")
-        _check_finite(model, precision)
+        check_finite(model, precision)
     return LoadedModel(model, tokenizer)
 
 
@@ -330,7 +330,8 @@ def _fill_with_nan(model: nn.Module) -> None:
             tensor.fill_(float("nan"))
 
 
-def _check_finite(model: nn.Module, precision: str) -> None:
+def check_finite(model: nn.Module, precision: str) -> None:
+    """Raise a ModelLoadError if weights of a model are NaN or infinite."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ModelLoadError(
@@ -389,10 +390,20 @@ def load_failure(name: str, pretrained: str | None, error: Exception) -> str:
         return f"{name} needs {part}Hugging Face transformers: pip install 'legrad-pipeline[hf]'"
     tag = pretrained or ("null" if ":" in name else "TAG")
     fetch = f"legrad models --fetch {name} {tag}"
-    advice = next((advice for link in _chain(error) if (advice := _advice(link, fetch))), None)
+    advice = failure_advice(error, fetch)
     if isinstance(error, ModelLoadError):  # its message already says what to do
         return f"{asked}: {'; '.join(filter(None, (cause, advice)))}"
-    return f"{asked}: {advice or _shortened(cause)}"
+    return f"{asked}: {advice or shortened(cause)}"
+
+
+def failure_advice(error: Exception, fetch: str) -> str | None:
+    """Return what to do about an error of a hub or a reader of checkpoints, or None if it is not known.
+
+    Args:
+        error: the exception; its causes are considered too.
+        fetch: command that downloads the files ahead of time.
+    """
+    return next((advice for link in _chain(error) if (advice := _advice(link, fetch))), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -414,7 +425,7 @@ def _advice(error: BaseException, fetch: str) -> str | None:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         return (
             "its files are not in this machine's cache, and the Hugging Face hub does not give them now: "
-            f"{_shortened(str(error.__cause__))}; try again later, or run `{fetch}` ahead of the job"
+            f"{shortened(str(error.__cause__))}; try again later, or run `{fetch}` ahead of the job"
         )
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | URLError):
         return (
@@ -422,13 +433,13 @@ def _advice(error: BaseException, fetch: str) -> str | None:
             f"`{fetch}` where it can, with HF_HOME on storage that this machine sees"
         )
     if isinstance(error, EntryNotFoundError):
-        return f"its repository on the Hugging Face hub lacks a file: {_shortened(str(error))}"
+        return f"its repository on the Hugging Face hub lacks a file: {shortened(str(error))}"
     if isinstance(error, HfHubHTTPError):
-        return f"the Hugging Face hub refused a file: {_shortened(str(error))}"
+        return f"the Hugging Face hub refused a file: {shortened(str(error))}"
     return None
 
 
-def _shortened(cause: str) -> str:
+def shortened(cause: str) -> str:
     """Return a message in one line, cut between words."""
     words = " ".join(cause.split())
     if len(words) <= MAX_CAUSE_LENGTH:
