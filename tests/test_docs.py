@@ -12,6 +12,7 @@ from typing import Annotated
 import click
 import open_clip
 import pytest
+import timm
 import typer
 import yaml
 from pydantic import TypeAdapter
@@ -192,6 +193,8 @@ def checkout(tmp_path, monkeypatch):
     with tarfile.open(assets.demo_shard_paths("heldout")[0]) as tar:
         picture = next(member for member in tar if member.name.endswith(".jpg"))
         (tmp_path / "picture").write_bytes(tar.extractfile(picture).read())
+    make = timm.create_model  # without the hub
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **sizes: make(name, **sizes))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
