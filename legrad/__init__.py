@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     )
     from legrad.explainer import LeGrad
     from legrad.explanation import Explanation, explain_image, layer_strip
-    from legrad.families import ModelSupport, supported_models
     from legrad.heatmaps import heatmaps_of, minmax_normalise, upsample_grid
     from legrad.images import ImageTransform
     from legrad.masks.cleaning import Cleaning
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from legrad.masks.thresholds import MaskRule, otsu_threshold
     from legrad.method.trace import LayerTrace, Trace
     from legrad.pictures import overlay
+    from legrad.support import ModelSupport, supported_models
     from legrad.views import view_relevance
 
 __version__ = "0.1.0"
@@ -98,7 +98,6 @@ _MODULES = {
     ],
     "legrad.explainer": ["LeGrad"],
     "legrad.explanation": ["Explanation", "explain_image", "layer_strip"],
-    "legrad.families": ["ModelSupport", "supported_models"],
     "legrad.heatmaps": ["heatmaps_of", "minmax_normalise", "upsample_grid"],
     "legrad.images": ["ImageTransform"],
     "legrad.masks.cleaning": ["Cleaning"],
@@ -110,6 +109,7 @@ _MODULES = {
     "legrad.masks.thresholds": ["MaskRule", "otsu_threshold"],
     "legrad.method.trace": ["LayerTrace", "Trace"],
     "legrad.pictures": ["overlay"],
+    "legrad.support": ["ModelSupport", "supported_models"],
     "legrad.views": ["view_relevance"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

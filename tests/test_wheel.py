@@ -48,6 +48,7 @@ def test_the_wheel_has_the_demos_files_and_type_marks_but_not_what_made_the_demo
     assert wheel.name == f"legrad_pipeline-{legrad.__version__}-py3-none-any.whl"
     assert {
         "legrad/py.typed",
+        "legrad/supported_models.json",
         "pipeline/py.typed",
         "pipeline/prompts/background.txt",
         "pipeline/demo/legrad_demo_clip.safetensors",
