@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Names of the authors' package. `pipeline.installation` recognises this file by the name of its distribution.
+_OF_LEGRAD_TORCH = ("LePreprocess", "LeWrapper", "list_pretrained")
+_DISTRIBUTION = "legrad-pipeline"
+
 __all__ = [
     "Cleaning",
     "Explanation",
@@ -117,6 +121,13 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 if not TYPE_CHECKING:  # type checkers would take any name for one of this package's
 
     def __getattr__(name: str) -> Any:
+        if name in _OF_LEGRAD_TORCH:
+            # not an AttributeError, whose message `from legrad import ...` would replace by its own
+            raise ImportError(
+                f"this `legrad` is the library of {_DISTRIBUTION}; {name} belongs to the authors' package, "
+                "legrad_torch, which installs a folder of the same name. Install each in an environment of "
+                "its own; here, `legrad.LeGrad` explains a model"
+            )
         if name not in _MODULE_OF:
             raise AttributeError(f"module 'legrad' has no attribute {name!r}")
         value = getattr(import_module(_MODULE_OF[name]), name)
