@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     )
     from legrad.explainer import LeGrad
     from legrad.explanation import Explanation, explain_image, layer_strip
-    from legrad.families import ModelSupport, supported_models
     from legrad.heatmaps import heatmaps_of, minmax_normalise, upsample_grid
     from legrad.images import ImageTransform
     from legrad.masks.cleaning import Cleaning
@@ -40,9 +39,14 @@ if TYPE_CHECKING:
     from legrad.masks.thresholds import MaskRule, otsu_threshold
     from legrad.method.trace import LayerTrace, Trace
     from legrad.pictures import overlay
+    from legrad.support import ModelSupport, supported_models
     from legrad.views import view_relevance
 
 __version__ = "0.1.0"
+
+# Names of the authors' package. `pipeline.installation` recognises this file by the name of its distribution.
+_OF_LEGRAD_TORCH = ("LePreprocess", "LeWrapper", "list_pretrained")
+_DISTRIBUTION = "legrad-pipeline"
 
 __all__ = [
     "Cleaning",
@@ -98,7 +102,6 @@ _MODULES = {
     ],
     "legrad.explainer": ["LeGrad"],
     "legrad.explanation": ["Explanation", "explain_image", "layer_strip"],
-    "legrad.families": ["ModelSupport", "supported_models"],
     "legrad.heatmaps": ["heatmaps_of", "minmax_normalise", "upsample_grid"],
     "legrad.images": ["ImageTransform"],
     "legrad.masks.cleaning": ["Cleaning"],
@@ -110,6 +113,7 @@ _MODULES = {
     "legrad.masks.thresholds": ["MaskRule", "otsu_threshold"],
     "legrad.method.trace": ["LayerTrace", "Trace"],
     "legrad.pictures": ["overlay"],
+    "legrad.support": ["ModelSupport", "supported_models"],
     "legrad.views": ["view_relevance"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -117,6 +121,13 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 if not TYPE_CHECKING:  # type checkers would take any name for one of this package's
 
     def __getattr__(name: str) -> Any:
+        if name in _OF_LEGRAD_TORCH:
+            # not an AttributeError, whose message `from legrad import ...` would replace by its own
+            raise ImportError(
+                f"this `legrad` is the library of {_DISTRIBUTION}; {name} belongs to the authors' package, "
+                "legrad_torch, which installs a folder of the same name. Install each in an environment of "
+                "its own; here, `legrad.LeGrad` explains a model"
+            )
         if name not in _MODULE_OF:
             raise AttributeError(f"module 'legrad' has no attribute {name!r}")
         value = getattr(import_module(_MODULE_OF[name]), name)

@@ -26,11 +26,12 @@ from huggingface_hub.errors import (
 from torch import nn
 
 from legrad.errors import ModelLoadError, UnsupportedModelError
-from legrad.families import model_support, support_of, visual_without_weights
 from legrad.families.open_clip_models import SUPPORTED, describe_visual
+from legrad.families.support import built_support, visual_without_weights
 from legrad.heatmaps import Normalisation
 from legrad.images import Fit, ImageTransform, transform_from
 from legrad.inputs import fitted_transform
+from legrad.support import model_support
 from legrad.tokens import Tokenizer
 from legrad.weights.checkpoint import check_checkpoint, check_safetensors
 from legrad.weights.hf_files import names_transformers
@@ -276,7 +277,7 @@ def check_request(name: str, precision: str) -> None:
 
 def _supported_files(name: str, pretrained: str | None) -> ModelFiles:
     files = find_model_files(name, pretrained)
-    reason = support_of(files.model_config).reason
+    reason = built_support(files.model_config).reason
     if reason is not None:
         raise UnsupportedModelError(f"{name}: {reason}. Supported: {SUPPORTED}")
     return files

@@ -30,7 +30,6 @@ MEDIUM = (
     "tests/legrad/test_kernels.py::test_the_kernel_equals_the_whole_product_in_tritons_interpreter",
     "tests/legrad/test_explainer.py::test_what_does_not_fit",
     "tests/legrad/test_package.py",
-    "tests/legrad/test_towers.py::test_every_model_that_open_clip_knows",
     "tests/pipeline/test_annotate.py",
     "tests/pipeline/test_attempts.py",
     "tests/pipeline/test_annotate_views.py",

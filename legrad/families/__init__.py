@@ -1,29 +1,21 @@
-"""Describe the vision towers of models, by library and family, and list which models are supported.
+"""Describe the vision towers of models, by library and family.
 
 The structure of a tower decides its family, never its name.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
 from legrad.errors import UnsupportedModelError
 from legrad.families import open_clip_models, openai_clip
-from legrad.families.open_clip_models import describe_visual
 from legrad.families.parts import NotCovered
 from legrad.families.source import Source
 from legrad.method.towers import Tower
 from legrad.tokens import Tokenizer
-
-_SMALLEST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
-
 
 # Where the models of other libraries are described, by the name of the library's Python package.
 _ELSEWHERE = {
@@ -94,62 +86,3 @@ def describe_source(source: Source) -> Tower:
         return source.describe()
     except NotCovered as reason:
         raise UnsupportedModelError(f"{source.name}: {reason}. Supported: {source.supported}") from None
-
-
-@dataclass(frozen=True)
-class ModelSupport:
-    """Whether one open_clip model can be explained.
-
-    Attributes:
-        family: name of the model family; None if the model is not supported.
-        reason: why the model is not supported, or None.
-        blocks: number of transformer blocks, each of which can be explained; None if not supported.
-        takes_any_grid: whether images of other sizes than the model's own are possible.
-    """
-
-    family: str | None
-    reason: str | None
-    blocks: int | None = None
-    takes_any_grid: bool = False
-
-
-def supported_models() -> dict[str, ModelSupport]:
-    """List all models of open_clip by name, with their family or the reason why they are not supported.
-
-    Nothing is downloaded. The vision towers are built without memory for weights; the first call takes
-    seconds.
-    """
-    return {name: model_support(name) for name in open_clip.list_models()}
-
-
-def model_support(name: str) -> ModelSupport:
-    """Return whether the open_clip model of this name is supported, from its configuration only."""
-    config = open_clip.get_model_config(name)
-    if config is None:
-        return ModelSupport(None, f"open_clip has no model named {name!r}")
-    return support_of(config)
-
-
-def support_of(model_config: Mapping[str, Any]) -> ModelSupport:
-    """Return whether a model with this configuration, open_clip's `model_cfg`, is supported."""
-    return _vision_support(model_config["embed_dim"], json.dumps(model_config["vision_cfg"], sort_keys=True))
-
-
-def visual_without_weights(model_config: Mapping[str, Any]) -> nn.Module:
-    """Return the vision tower of a model with this configuration, open_clip's `model_cfg`, without memory."""
-    vision = model_config["vision_cfg"] | {"timm_model_pretrained": False}
-    with torch.device("meta"):
-        model: Any = open_clip.CLIP(model_config["embed_dim"], vision, _SMALLEST_TEXT)
-    visual: nn.Module = model.visual
-    return visual
-
-
-@cache
-def _vision_support(embed_dim: int, vision_json: str) -> ModelSupport:
-    # Cached by vision tower, as many models differ only in their text towers.
-    visual = visual_without_weights({"embed_dim": embed_dim, "vision_cfg": json.loads(vision_json)})
-    try:
-        tower = describe_visual(visual)
-        return ModelSupport(tower.family, None, len(tower.blocks), tower.takes_any_grid)
-    except NotCovered as reason:
-        return ModelSupport(None, str(reason))

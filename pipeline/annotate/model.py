@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 
 import open_clip
@@ -14,7 +13,6 @@ import torch
 import legrad
 from legrad.canvases import Views
 from legrad.errors import InputError, LeGradError
-from legrad.families import model_support
 from legrad.images import ImageTransform
 from legrad.loading import check_files, computes_bf16, load_model, model_digest
 from legrad.loading import model_facts as legrad_facts
@@ -22,6 +20,7 @@ from legrad.views import check_views
 from legrad.weights.hf_files import folder_named, names_transformers
 from legrad.weights.model_files import TRANSFORMERS_PREFIX, plain_name
 from pipeline import storage
+from pipeline.annotate.architecture import check_architecture
 from pipeline.config.schema import ADDRESS_PREFIXES, DEMO, JobConfig, ModelConfig
 from pipeline.demo import assets
 from pipeline.errors import UserError
@@ -112,9 +111,7 @@ def check_model(model: ModelConfig, scales: tuple[float, ...] = (1.0,)) -> None:
     name = plain_name(_open_clip_name(model))
     if name.startswith(ADDRESS_PREFIXES):
         return
-    support = model_support(name)
-    if support.reason is not None:
-        raise UserError(f"model.name {model.name}: {support.reason}{_nearest_names(name)}")
+    support = check_architecture(name, "model.name")
     if model.layers != "all" and model.layers > (support.blocks or 0):
         raise UserError(f"model.layers: {model.name} has {support.blocks} blocks, got {model.layers}")
     if not support.takes_any_grid and (model.fit == "keep" or scales != (1.0,)):
@@ -151,12 +148,6 @@ def check_model_files(model: ModelConfig) -> None:
     is_checkpoint = model.pretrained is not None and not is_built_in(model) and _is_path(model.pretrained)
     if is_checkpoint and not Path(storage.absolute(str(model.pretrained))).is_file():
         raise UserError(f"model.pretrained: there is no file {model.pretrained}")
-
-
-def _nearest_names(name: str) -> str:
-    known = open_clip.list_models()
-    nearest = [] if name in known else get_close_matches(name, known)
-    return f"; nearest: {', '.join(nearest)}" if nearest else "; `legrad models` lists the supported models"
 
 
 def weights_digest(model: ModelConfig) -> str:

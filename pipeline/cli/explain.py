@@ -130,7 +130,8 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
         settings: further keys of the section.
 
     Raises:
-        UserError: the model needs a tag and has none, or a setting is out of range.
+        UserError: the model is unknown or not supported, needs a tag and has none, or a setting is out of
+            range.
     """
     from pydantic import ValidationError
 
@@ -145,6 +146,7 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
     elif name == DEFAULT_MODEL:
         tag = tag or DEFAULT_TAG
     if tag is None and not name.startswith(ADDRESS_PREFIXES):
+        _check_architecture(name)
         raise UserError(f"--pretrained: --model {name} needs a pretrained tag, or the path of a checkpoint")
     try:
         model = ModelConfig.model_validate({"name": name, "pretrained": tag, **settings})
@@ -157,7 +159,17 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
         ) from None
     if model.fit == "tile":
         raise UserError("--fit: expected stretch or keep, got 'tile', which is for legrad annotate only")
+    _check_architecture(name)
     return model
+
+
+def _check_architecture(name: str) -> None:
+    from pipeline.annotate.architecture import check_architecture
+    from pipeline.config.schema import ADDRESS_PREFIXES
+    from pipeline.demo import assets
+
+    if not name.startswith(ADDRESS_PREFIXES) and name != assets.DEMO_MODEL_NAME:
+        check_architecture(name, "--model")
 
 
 def explain_file(

@@ -10,8 +10,8 @@ from timm.layers import Attention, HybridEmbed, RmsNorm, SwiGLU
 from torch import nn
 
 import legrad
-from legrad.families import model_support
 from legrad.heatmaps import heatmaps_of
+from legrad.support import model_support
 from tests.helpers.timm_models import relevance_by_autograd, resized, tiny_timm_clip
 from tests.helpers.tiny_models import (
     GRID_HEIGHT,

@@ -9,7 +9,7 @@ from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import nn
 
 import legrad
-from legrad.families import model_support
+from legrad.support import model_support
 from tests.helpers.timm_models import relevance_by_autograd, tiny_timm_clip
 from tests.helpers.tiny_models import LAYERS, relative_error, tiny_images, unit_texts
 

@@ -1,5 +1,8 @@
 """Which towers are supported and which are refused, by their structure."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -9,7 +12,8 @@ import torch
 from torch import nn
 
 import legrad
-from legrad.families import ModelSupport, model_support
+from legrad.families.support import built_table
+from legrad.support import TABLE, ModelSupport, model_support
 from tests.helpers.tiny_models import EMBED_DIM, TEXT, tiny_clip
 
 # Every name that open_clip 3.3.0 has: a name that another release adds needs a family or a reason here.
@@ -159,17 +163,52 @@ def test_a_subclass_of_a_known_trunk_is_refused():
         legrad.LeGrad(model)
 
 
+def shipped_models():
+    """Names of open_clip's own models; other tests of the same process may have registered further ones."""
+    return {path.stem for path in (Path(open_clip.__file__).parent / "model_configs").glob("*.json")}
+
+
 def test_every_model_that_open_clip_knows_has_the_family_or_the_reason_written_here():
     expected = {name: family for family, names in FAMILIES.items() for name in names.split()}
     reasons = {name: reason for reason, names in REFUSED.items() for name in names.split()}
     models = legrad.supported_models()
     assert list(models) == open_clip.list_models()
-    # other tests of the same process may have registered models of their own
-    shipped = {path.stem for path in (Path(open_clip.__file__).parent / "model_configs").glob("*.json")}
-    models = {name: support for name, support in models.items() if name in shipped}
+    models = {name: support for name, support in models.items() if name in shipped_models()}
     assert {name: support.family for name, support in models.items() if support.family} == expected
     assert {name for name, support in models.items() if support.reason} == set(reasons)
     assert [name for name, reason in reasons.items() if reason not in models[name].reason] == []
+
+
+@pytest.mark.medium
+def test_the_table_of_models_is_what_the_installed_libraries_build():
+    renewed = "run `python -m legrad.families.support` to renew legrad/supported_models.json"
+    found = {key: entry for key, entry in built_table().items() if entry["model"] in shipped_models()}
+    assert json.loads(TABLE.read_text("utf-8")) == found, renewed
+
+
+def test_models_are_listed_as_open_clip_lists_them_where_it_is_not_imported():
+    program = (
+        "import sys; from legrad.support import model_configs\n"
+        "listed = model_configs(); assert 'open_clip' not in sys.modules\n"
+        "import open_clip; names = open_clip.list_models()\n"
+        "assert list(listed) == names == list(model_configs())\n"
+        "assert listed == model_configs()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_model_that_the_table_lacks_is_built(tmp_path):
+    config = open_clip.get_model_config("ViT-B-32")
+    config["vision_cfg"]["layers"] = 3
+    (tmp_path / "ViT-of-tomorrow.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    assert model_support("ViT-of-tomorrow") == ModelSupport("clip", None, 3, takes_any_grid=True)
+
+
+def test_a_name_with_a_slash_is_the_one_that_open_clip_reads_in_it():
+    assert model_support("ViT-B/32") == model_support("ViT-B-32")
+    assert model_support("ViT-B/32").family == "clip"
 
 
 def test_a_name_that_open_clip_does_not_know_has_a_reason():

@@ -157,6 +157,8 @@ def test_an_image_that_cannot_be_opened_is_an_input_error(tmp_path, content):
         (["page.jpg", "a dog", "--out", "page.jpg"], "is a file, and a folder is expected"),
         (["page.jpg", "a dog", "--layers", "0"], "--layers"),
         (["page.jpg", "a dog", "--model", "ViT-L-14"], "--pretrained"),
+        (["page.jpg", "a dog", "--model", "RN50"], "--model RN50: a ModifiedResNet is convolutional"),
+        (["page.jpg", "a dog", "--model", "ViT-B/33", "--pretrained", "x"], "nearest: ViT-B-32"),
     ],
 )
 def test_all_arguments_are_checked_before_a_model_library_is_imported(tmp_path, arguments, message):

@@ -37,6 +37,13 @@ def test_help_loads_neither_model_nor_data_libraries(arguments):
     assert not packages & (MODEL_LIBRARIES | DATA_LIBRARIES)
 
 
+def test_the_list_of_models_is_printed_without_importing_a_model_library():
+    code, shown, packages = packages_imported("-m", "pipeline", "models", "--refused")
+    assert code == 0
+    assert "RN50" in shown
+    assert not packages & (MODEL_LIBRARIES | {"huggingface_hub"})
+
+
 def test_the_status_of_an_output_folder_loads_no_model_library(tmp_path):
     out = write_job(tmp_path, [varied_rows(3)], errors=[error()])
     code, shown, packages = packages_imported("-m", "pipeline", "status", str(out))
