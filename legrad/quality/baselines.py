@@ -117,6 +117,8 @@ def baseline_grids(
         InputError: as `baseline`.
         UnsupportedModelError: as `baseline`.
     """
+    if isinstance(methods, str):
+        raise InputError(f"methods: expected a list of keys of legrad.BASELINES, received {methods!r}")
     chosen = {name: _baseline_named(name) for name in (BASELINES if methods is None else methods)}
     pairs, leading = _pairs(explainer, chosen, images, text_embeddings, image_index, generator=generator)
     return {name: each.compute(pairs).reshape(*leading, *pairs.grid) for name, each in chosen.items()}
@@ -133,7 +135,7 @@ def title_of(method: str, explainer: LeGrad) -> str:
 
 
 def _baseline_named(name: str) -> Baseline:
-    if name in BASELINES:
+    if isinstance(name, str) and name in BASELINES:
         return BASELINES[name]
     nearest = get_close_matches(str(name), BASELINES, n=1)
     hint = f"; nearest: {nearest[0]}" if nearest else ""

@@ -13,7 +13,7 @@ from pipeline.cli.common import INCOMPLETE, checked_folder, open_console
 if TYPE_CHECKING:
     from pipeline.config.schema import ModelConfig
     from pipeline.console import PatientConsole
-    from pipeline.reproduce.owners_data import Found
+    from pipeline.reproduce.owners_data import Found, Missing
     from pipeline.reproduce.run import Listener, Reproduced
 
 LINE_INTERVAL_S = 30
@@ -75,13 +75,17 @@ def reproduce(
     console = open_console()
     result = _run(looked, chosen.model_copy(update={"image_size": size}), to, limit, console)
     for line in _result_lines(result, to):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _print(console, line)
     if not result.is_complete:
         raise typer.Exit(INCOMPLETE)
 
 
 def _run(
-    looked: dict[str, object], model: ModelConfig, to: str, limit: int | None, console: PatientConsole
+    looked: dict[str, Found | Missing],
+    model: ModelConfig,
+    to: str,
+    limit: int | None,
+    console: PatientConsole,
 ) -> Reproduced:
     import torch
 
@@ -91,9 +95,12 @@ def _run(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return reproduce(looked, model, device, to, limit=limit, listener=_listener(console))  # type: ignore[arg-type]
+        return reproduce(looked, model, device, to, limit=limit, listener=_listener(console))
     except LeGradError as error:
         raise UserError(str(error)) from error
+    except KeyboardInterrupt:
+        _print(console, "Interrupted. Run the same command again to resume.")
+        raise
 
 
 def _listener(console: PatientConsole) -> Listener:

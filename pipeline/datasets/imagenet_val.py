@@ -42,7 +42,8 @@ def open_imagenet_val(root: str | Path) -> TruthDataset:
             skipped.add("not_a_class_folder", path.name)
     if not names:
         raise UserError(
-            f"{folder}: expected class folders with images, named by WordNet ids such as n01440764; found none"
+            f"{folder}: expected class folders with images, named by WordNet ids such as n01440764; found "
+            "none"
         )
 
     def read(name: str) -> TruthSample:

@@ -120,9 +120,10 @@ def _check_settings(line: bytes, path: Path, settings: Mapping[str, Any]) -> Non
     different = [key for key in expected if earlier.get(key) != expected[key]]
     if different:
         key = different[0]
+        was, now = json.dumps(earlier.get(key)), json.dumps(expected[key])
         raise UserError(
-            f"{path}: holds results of other settings: {key} was {json.dumps(earlier.get(key))!s:.100} and is "
-            f"{json.dumps(expected[key])!s:.100}; choose another --to, or remove the file"
+            f"{path}: holds results of other settings: {key} was {was:.100} and is {now:.100}; choose "
+            "another --to, or remove the file"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,11 +104,11 @@ class Methods:
 
     def heatmaps(
         self, maps: Mapping[str, Tensor], pair: int, height: int, width: int
-    ) -> dict[str, Float[Tensor, "height width"]]:
-        """Return the heat maps of one pair by every method, in a frame of pixels."""
-        grids = torch.stack([grids[pair] for grids in maps.values()])
-        found = legrad.heatmaps_of(grids, height, width, self.explainer.tower.normalisation)
-        return dict(zip(maps, found, strict=True))
+    ) -> Iterator[tuple[str, Float[Tensor, "height width"]]]:
+        """Yield the heat map of one pair by each method, in a frame of pixels, one at a time."""
+        for name, grids in maps.items():
+            heat = legrad.heatmaps_of(grids[pair], height, width, self.explainer.tower.normalisation)
+            yield name, heat
 
 
 Measure = Callable[[Methods, Sequence[ReadSample]], list[Record]]

@@ -7,8 +7,9 @@ out are missing.
 
 Protocol: a map of each class in the image, cut at 0.5 (segmentation, points); positive and negative deletion
 from 0 to 90 % (perturbation), as configs/protocol describes them. 448 px and "a photo of a" are those of
-the authors' example (https://github.com/WalBouss/LeGrad, README). Metrics: the code of Chefer et al., "Transformer
-Interpretability Beyond Attention Visualization", CVPR 2021
+the authors' example (https://github.com/WalBouss/LeGrad, README).
+
+Metrics: the code of Chefer et al., "Transformer Interpretability Beyond Attention Visualization", CVPR 2021
 (https://github.com/hila-chefer/Transformer-Explainability), which has the metrics that the note names; the
 authors of LeGrad have published no code of their evaluation.
 """

@@ -17,7 +17,10 @@ METRICS = {"point_mean_iou": "p-mIoU"}
 
 
 def measure(methods: Methods, batch: Sequence[ReadSample]) -> list[Record]:
-    """Return, for each class in each image and each method, points of the object, in the mask, and in both."""
+    """Return three counts of points for each class in each image and each method.
+
+    They are the points of the object, those in the mask, and those that are both.
+    """
     maps = methods.maps_of_classes(batch)
     pair = 0
     records = []
@@ -25,10 +28,10 @@ def measure(methods: Methods, batch: Sequence[ReadSample]) -> list[Record]:
         points = _points(sample)
         found = []
         for class_id in sample.class_ids:
-            heatmaps = methods.heatmaps(maps, pair, sample.image.image_height, sample.image.image_width)
+            height, width = sample.image.image_height, sample.image.image_width
             counts = {
                 name: count_points(points[class_id], heat.numpy() > paper.THRESHOLD)
-                for name, heat in heatmaps.items()
+                for name, heat in methods.heatmaps(maps, pair, height, width)
             }
             found.append({"class_id": class_id, "methods": counts})
             pair += 1

@@ -71,9 +71,9 @@ KINDS = {
         perturbation.measure,
         perturbation.score,
         perturbation.METRICS,
-        "Area under the accuracy while 0 to 90 % of the pixels are blackened, least relevant first (negative, "
-        "higher is better) or most relevant first (positive, lower is better); maps of the class that the "
-        "model names (predicted) or of the right one (target).",
+        "Area under the accuracy while 0 to 90 % of the pixels are blackened, least relevant first "
+        "(negative, higher is better) or most relevant first (positive, lower is better); maps of the class "
+        "that the model names (predicted) or of the right one (target).",
     ),
 }
 
@@ -129,7 +129,7 @@ def look_for(root: Path, only: str | None) -> dict[str, Found | Missing]:
 
 
 def missing_lines(missing: dict[str, Missing]) -> list[str]:
-    """Return what is said of the tables whose data is missing."""
+    """Return two lines for each table whose data is missing: where it was looked for, where to get it."""
     return [
         f"  {name}: looked for {'; '.join(each.looked_for)}\n    get it from {each.get}"
         for name, each in missing.items()
@@ -153,7 +153,7 @@ def reproduce(
         device: device of the model.
         out_dir: local folder for the results of images and the tables.
         limit: largest number of images of a table, a random sample; None: all.
-        listener: told of progress.
+        listener: receives what happens.
 
     Raises:
         UserError: the data is not laid out as its owners ship it, the model cannot be loaded, or the folder

@@ -38,10 +38,9 @@ def _localised(
 ) -> dict[str, list[float | None]]:
     label_map = sample.label_map
     truth, valid = label_map == class_id, label_map != IGNORED
-    heatmaps = methods.heatmaps(maps, pair, *label_map.shape)
     return {
         name: list(astuple(legrad.map_localisation(heat, truth, valid, threshold=paper.THRESHOLD)))
-        for name, heat in heatmaps.items()
+        for name, heat in methods.heatmaps(maps, pair, *label_map.shape)
     }
 
 

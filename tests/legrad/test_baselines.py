@@ -248,3 +248,16 @@ def test_the_model_is_left_as_it_was_found_and_no_map_needs_a_gradient(model, im
     assert fingerprint(model) == before
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name]), name
+
+
+def test_in_half_precision_every_map_is_close_to_that_in_single(images, texts):
+    model = tiny_clip()
+    single = all_grids(model, images.float(), texts.float())
+    half = all_grids(model.bfloat16(), images.bfloat16(), texts.bfloat16())
+    for name, grids in half.items():
+        assert grids.dtype == torch.float32
+        # cosines and attention; the others are gradients, whose rounding is relative to their size
+        scale = (
+            max(1.0, single[name].abs().max().item()) if legrad.BASELINES[name].high else single[name].max()
+        )
+        assert (grids - single[name]).abs().max() < 0.1 * scale, name

@@ -17,6 +17,10 @@ REFUSALS = {
         "gradcam"
     ),
     "baseline(explainer, None, images, texts)": "method: expected one of gradcam, ",
+    "baseline(explainer, ['gradcam'], images, texts)": "method: expected one of gradcam, ",
+    "baseline_grids(explainer, images, texts, methods='gradcam')": (
+        "methods: expected a list of keys of legrad.BASELINES, received 'gradcam'"
+    ),
     "baseline(explainer, 'gradcam', images, texts[:, :7])": (
         "text_embeddings: expected [batch, prompts, 24] or [prompts, 24], received [3, 7]"
     ),
