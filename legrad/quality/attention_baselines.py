@@ -90,7 +90,7 @@ def chefercam(pairs: Pairs) -> PairGrids:
     """
     images, tokens = pairs.given_images(), pairs.trace.layers[-1].block_outputs.shape[1]
     rows = torch.zeros(len(pairs.unit_rows), tokens, device=images.device)
-    for image in pairs.image_index.unique().tolist():
+    for image in set(pairs.image_index.tolist()):
         of_image = pairs.image_index == image
         rows[of_image] = _relevancy(pairs, images[image : image + 1], pairs.unit_rows[of_image])
     return pairs.patch_grids(rows)
@@ -168,4 +168,5 @@ def _attention_weights(
 ) -> Float[Tensor, "batch heads queries keys"]:
     logits = queries.float() @ keys.float().mT / queries.shape[-1] ** 0.5
     bias = block.bias()
-    return (logits if bias is None else logits + bias.float()).softmax(dim=-1)
+    weights: Tensor = (logits if bias is None else logits + bias.float()).softmax(dim=-1)
+    return weights

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from legrad.errors import InputError
@@ -157,9 +156,8 @@ def localisation_scores(maps: Iterable[MapLocalisation]) -> LocalisationScores:
     )
 
 
-def _array(values: NDArray[np.generic] | Tensor) -> NDArray[np.generic]:
-    array: NDArray[np.generic] = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-    return array
+def _array(values: np.ndarray | Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 
 def _check(heat: np.ndarray, mask: np.ndarray, counted: np.ndarray) -> None:

@@ -116,7 +116,7 @@ def insertion_deletion(
     explainer._follow_changes()
     check_images(explainer.tower, images)
     steps = _checked_shares(shares)
-    _check_options(tests, filling)
+    _check_options(tests, filling, batch_size)
     prompts = as_ragged(images.new_empty(len(images), explainer.embed_dim), text_embeddings, image_index)
     grids = _checked_grids(relevance_grids, prompts.leading, images).to(images.device)
     classes = _checked_classes(class_embeddings, class_index, rivals, prompts.leading, explainer.embed_dim)
@@ -179,12 +179,14 @@ class _Classes:
         return own_scores > others.amax(dim=1)
 
 
-def _check_options(tests: Sequence[str], filling: str) -> None:
+def _check_options(tests: Sequence[str], filling: str, batch_size: int) -> None:
     unknown = [name for name in tests if name not in TESTS]
     if unknown or isinstance(tests, str):
         raise InputError(f"tests: expected some of {', '.join(TESTS)}, received {unknown or tests!r}")
     if filling not in ("mean", "black"):
         raise InputError(f"filling: expected 'mean' or 'black', received {filling!r}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size: expected a number of images from 1 on, received {batch_size!r}")
 
 
 def _checked_shares(shares: Sequence[float]) -> Float[np.ndarray, " shares"]:

@@ -60,6 +60,9 @@ REFUSALS = {
     "insertion_deletion(explainer, images, grids, texts, filling='grey')": (
         "filling: expected 'mean' or 'black', received 'grey'"
     ),
+    "insertion_deletion(explainer, images, grids, texts, batch_size=0)": (
+        "batch_size: expected a number of images from 1 on, received 0"
+    ),
     "insertion_deletion(explainer, images, grids, texts, class_embeddings=texts)": (
         "class_embeddings, class_index: expected both or none, received one of them"
     ),
