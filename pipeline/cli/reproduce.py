@@ -127,16 +127,25 @@ def _print(console: PatientConsole, line: str) -> None:
 
 def _result_lines(result: Reproduced, to: str) -> list[str]:
     from pipeline import storage
-    from pipeline.reproduce.run import JSON_FILE, MARKDOWN_FILE, MAX_ERROR_SHARE, missing_lines
+    from pipeline.reproduce.run import (
+        JSON_SUFFIX,
+        MARKDOWN_SUFFIX,
+        MAX_ERROR_SHARE,
+        RESULTS_SUFFIX,
+        missing_lines,
+    )
 
-    lines = ["", *(table.as_markdown() for table in result.tables)]
     shown = storage.shown_url(to)
-    lines.append(f"written: {storage.join_url(shown, MARKDOWN_FILE)}, {storage.join_url(shown, JSON_FILE)}")
+    lines = [""]
+    for table in result.tables:
+        files = (f"{table.name}{suffix}" for suffix in (MARKDOWN_SUFFIX, JSON_SUFFIX))
+        written = ", ".join(storage.join_url(shown, file) for file in files)
+        lines += [table.as_markdown(), f"written: {written}", ""]
     if result.missing:
         lines += ["Not made, because data is missing:", *missing_lines(result.missing)]
     for name in result.failing:
         lines.append(
             f"{name}: more than {MAX_ERROR_SHARE:.0%} of the images cannot be read, or none can be used; see "
-            f"{storage.join_url(shown, f'{name}.jsonl')}"
+            f"{storage.join_url(shown, f'{name}{RESULTS_SUFFIX}')}"
         )
     return lines

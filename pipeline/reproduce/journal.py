@@ -71,7 +71,11 @@ def open_journal(
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{path}: another run is writing it; wait, or choose another --to") from None
-        yield Journal(stream, path, _resume(stream, path, settings, names, batch_size))
+        try:
+            done = _resume(stream, path, settings, names, batch_size)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        yield Journal(stream, path, done)
 
 
 def read_records(path: Path, count: int) -> Iterator[dict[str, Any]]:

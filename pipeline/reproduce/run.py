@@ -31,10 +31,10 @@ from pipeline.reproduce.measuring import (
     measure_batch,
 )
 from pipeline.reproduce.owners_data import FINDERS, Found, Missing
-from pipeline.reproduce.tables import Counts, Table, as_json, rows_of
+from pipeline.reproduce.tables import Counts, Table, rows_of
 from pipeline.storage.urls import is_local
 
-MARKDOWN_FILE, JSON_FILE = "tables.md", "tables.json"
+RESULTS_SUFFIX, MARKDOWN_SUFFIX, JSON_SUFFIX = ".images.jsonl", ".md", ".json"
 ORDER_SEED = 0
 MAX_ERROR_SHARE = 0.2  # as run.error_budget by default
 
@@ -169,10 +169,10 @@ def reproduce(
     settings = _settings(model, digest, methods)
     tables, failing = [], []
     for name, dataset in datasets.items():
-        path = Path(storage.absolute(out_dir)) / f"{name}.jsonl"
         names = _in_order(dataset)
         wanted = names[:limit]
         header = {"table": name, **settings, "images": len(names), "names": _digest(names)}
+        path = Path(storage.absolute(out_dir)) / f"{name}{RESULTS_SUFFIX}"
         with open_journal(path, header, wanted, BATCH_SIZE) as journal:
             listener.found(name, found[name], len(wanted), journal.done)
             while journal.done < len(wanted):
@@ -184,7 +184,7 @@ def reproduce(
                 failing.append(name)
             if counts.used:
                 tables.append(_table(name, found[name], model, methods=methods, counts=counts, path=path))
-    _write(out_dir, tables, settings)
+                _write(out_dir, tables[-1], settings)
     missing = {name: each for name, each in looked.items() if isinstance(each, Missing)}
     return Reproduced(tables, missing, failing)
 
@@ -251,8 +251,7 @@ def _table(
     )
 
 
-def _write(out_dir: str, tables: Sequence[Table], settings: dict[str, Any]) -> None:
-    markdown = "\n".join(table.as_markdown() for table in tables)
-    storage.publish(out_dir, MARKDOWN_FILE, markdown.encode())
-    document = json.dumps(as_json(tables, settings), indent=1) + "\n"
-    storage.publish(out_dir, JSON_FILE, document.encode())
+def _write(out_dir: str, table: Table, settings: dict[str, Any]) -> None:
+    storage.publish(out_dir, f"{table.name}{MARKDOWN_SUFFIX}", table.as_markdown().encode())
+    document = json.dumps(table.as_document(settings), indent=1) + "\n"
+    storage.publish(out_dir, f"{table.name}{JSON_SUFFIX}", document.encode())

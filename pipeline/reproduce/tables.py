@@ -107,6 +107,30 @@ class Table:
         ]
         return "\n".join(lines) + "\n"
 
+    def as_document(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the table as a document, with everything that its results depend on."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "model": self.model,
+            "data": printable(self.data),
+            "unit": "percent",
+            "images": {
+                "total": self.counts.total,
+                "wanted": self.counts.wanted,
+                "used": self.counts.used,
+                "skipped": dict(self.counts.skipped),
+                "errors": dict(self.counts.errors),
+            },
+            "rows": [
+                {"method": row.title, "values": dict(row.values), "paper": dict(row.paper)}
+                for row in self.rows
+            ],
+            "notes": list(self.notes),
+            "paper": {"id": "arXiv:2404.03214", "figures": paper.FIGURES_SOURCE},
+            "settings": dict(settings),
+        }
+
 
 def rows_of(
     scores: Mapping[str, Mapping[str, float]], figures: Mapping[str, Mapping[str, float]]
@@ -129,36 +153,6 @@ def rows_of(
         Row(f"{method} (not computed here)", {}, _of(figures, method)) for method in dict.fromkeys(others)
     ]
     return rows
-
-
-def as_json(tables: Sequence[Table], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all tables as a document."""
-    return {
-        "paper": {"id": "arXiv:2404.03214", "figures": paper.FIGURES_SOURCE},
-        "settings": dict(settings),
-        "tables": [
-            {
-                "name": table.name,
-                "title": table.title,
-                "model": table.model,
-                "data": printable(table.data),
-                "unit": "percent",
-                "images": {
-                    "total": table.counts.total,
-                    "wanted": table.counts.wanted,
-                    "used": table.counts.used,
-                    "skipped": dict(table.counts.skipped),
-                    "errors": dict(table.counts.errors),
-                },
-                "rows": [
-                    {"method": row.title, "values": dict(row.values), "paper": dict(row.paper)}
-                    for row in table.rows
-                ],
-                "notes": list(table.notes),
-            }
-            for table in tables
-        ],
-    }
 
 
 def _of(figures: Mapping[str, Mapping[str, float]], method: str) -> dict[str, float]:

@@ -111,8 +111,8 @@ def tables(root, tmp_path_factory):
 
 
 def document(out):
-    found = json.loads((out / "tables.json").read_text())
-    return {table["name"]: table for table in found["tables"]}
+    found = (json.loads(path.read_text()) for path in sorted(out.glob("*.json")))
+    return {table["name"]: table for table in found}
 
 
 def values(out, table: str, method: str) -> dict[str, float]:
@@ -230,7 +230,7 @@ def test_images_that_cannot_be_used_are_counted_with_the_reason(tables):
         "errors": {"decode/truncated": 1},
     }
     assert document(tables)["openimages-v7"]["images"]["skipped"] == {"no_class": 1}
-    page = (tables / "tables.md").read_text()
+    page = (tables / "imagenet-s.md").read_text()
     assert "6 images: 4 used, 1 skipped (no_class 1), 1 errors (decode/truncated 1)." in page
 
 
@@ -248,14 +248,14 @@ def test_an_interrupted_run_resumes_to_the_same_table(root, tables, tmp_path, mo
     assert run_legrad(monkeypatch, *arguments) == 130
     assert "Run the same command again to resume" in capsys.readouterr().out
     # as if the machine had stopped while it wrote the next batch
-    results = tmp_path / "imagenet-s.jsonl"
-    finished = (tables / "imagenet-s.jsonl").read_bytes().splitlines(keepends=True)
+    results = tmp_path / "imagenet-s.images.jsonl"
+    finished = (tables / "imagenet-s.images.jsonl").read_bytes().splitlines(keepends=True)
     assert results.read_bytes().splitlines(keepends=True) == finished[:3]
     with results.open("ab") as stream:
         stream.write(finished[3] + finished[4][:50])
     assert run_legrad(monkeypatch, *arguments) == 0
     assert len(batches) == 4
-    assert results.read_bytes() == (tables / "imagenet-s.jsonl").read_bytes()
+    assert results.read_bytes() == (tables / "imagenet-s.images.jsonl").read_bytes()
     assert document(tmp_path)["imagenet-s"] == document(tables)["imagenet-s"]
 
 
@@ -263,13 +263,13 @@ def test_a_limit_takes_a_sample_that_a_later_run_extends(root, tables, tmp_path,
     arguments = ("reproduce", str(root), "--only", "imagenet-s", "--model", "demo", "--to", str(tmp_path))
     assert run_legrad(monkeypatch, *arguments, "--limit", "3") == 0
     assert document(tmp_path)["imagenet-s"]["images"]["wanted"] == 3
-    assert "3 images (a random sample of 6)" in (tmp_path / "tables.md").read_text()
+    assert "3 images (a random sample of 6)" in (tmp_path / "imagenet-s.md").read_text()
     assert run_legrad(monkeypatch, *arguments) == 0
     assert document(tmp_path)["imagenet-s"] == document(tables)["imagenet-s"]
 
 
 def test_results_of_other_settings_are_refused(root, tables, tmp_path, monkeypatch, capsys):
-    shutil.copy(tables / "openimages-v7.jsonl", tmp_path)
+    shutil.copy(tables / "openimages-v7.images.jsonl", tmp_path)
     arguments = ("reproduce", str(root), "--only", "openimages-v7", "--model", "demo", "--to", str(tmp_path))
     assert run_legrad(monkeypatch, *arguments, "--image-size", "64") == 1
     said = capsys.readouterr().err
