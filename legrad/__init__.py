@@ -39,6 +39,14 @@ if TYPE_CHECKING:
     from legrad.masks.thresholds import MaskRule, otsu_threshold
     from legrad.method.trace import LayerTrace, Trace
     from legrad.pictures import overlay
+    from legrad.quality.baselines import BASELINES, Baseline, baseline, baseline_grids
+    from legrad.quality.localisation import (
+        LocalisationScores,
+        MapLocalisation,
+        localisation_scores,
+        map_localisation,
+    )
+    from legrad.quality.perturbation import PerturbationCurve, insertion_deletion
     from legrad.support import ModelSupport, supported_models
     from legrad.views import view_relevance
 
@@ -49,6 +57,8 @@ _OF_LEGRAD_TORCH = ("LePreprocess", "LeWrapper", "list_pretrained")
 _DISTRIBUTION = "legrad-pipeline"
 
 __all__ = [
+    "BASELINES",
+    "Baseline",
     "Cleaning",
     "Explanation",
     "ImageMasks",
@@ -57,10 +67,13 @@ __all__ = [
     "LayerTrace",
     "LeGrad",
     "LeGradError",
+    "LocalisationScores",
+    "MapLocalisation",
     "MaskError",
     "MaskRule",
     "ModelLoadError",
     "ModelSupport",
+    "PerturbationCurve",
     "Refinement",
     "Rle",
     "RleError",
@@ -68,6 +81,8 @@ __all__ = [
     "Trace",
     "UnsupportedModelError",
     "Views",
+    "baseline",
+    "baseline_grids",
     "contrasted_grids",
     "decode_rle",
     "dilations_for_patch",
@@ -75,7 +90,10 @@ __all__ = [
     "explain_image",
     "grid_to_masks",
     "heatmaps_of",
+    "insertion_deletion",
     "layer_strip",
+    "localisation_scores",
+    "map_localisation",
     "mask_area",
     "mask_bbox_xywh",
     "minmax_normalise",
@@ -114,6 +132,14 @@ _MODULES = {
     "legrad.method.trace": ["LayerTrace", "Trace"],
     "legrad.pictures": ["overlay"],
     "legrad.support": ["ModelSupport", "supported_models"],
+    "legrad.quality.baselines": ["BASELINES", "Baseline", "baseline", "baseline_grids"],
+    "legrad.quality.localisation": [
+        "LocalisationScores",
+        "MapLocalisation",
+        "localisation_scores",
+        "map_localisation",
+    ],
+    "legrad.quality.perturbation": ["PerturbationCurve", "insertion_deletion"],
     "legrad.views": ["view_relevance"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

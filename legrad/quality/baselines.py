@@ -1,11 +1,15 @@
-"""Baseline maps to compare LeGrad with, from the same forward pass of the same model.
+"""Baseline maps to compare LeGrad with, on the same model: `baseline`, `baseline_grids` and `BASELINES`.
 
-All are raw grids on the patch grid, one for each prompt, so that upsampling, normalisation and thresholds are
-the same as for LeGrad. They are computed from a `Trace`; its last block is run again where its attention or
-gradient is needed. The model is not changed.
+All are raw grids on the patch grid, one for each (image, text), so that upsampling, normalisation and
+thresholds are the same as for LeGrad. The model is not changed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -13,160 +17,166 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from legrad.errors import InputError
-from legrad.method.towers import Block, Tower
-from legrad.method.trace import Trace, run_normed_block, score_features
-from legrad.quality.dense_baselines import DENSE_BASELINES, last_block_input, token_text_cosines
+from legrad.explainer import LeGrad
+from legrad.inputs import RaggedPrompts, as_ragged, check_images
+from legrad.method.trace import Trace, run_normed_block, score_features, trace_images
+from legrad.quality.attention_baselines import (
+    attention_rollout,
+    chefercam,
+    mean_query_attention,
+    raw_attention,
+)
+from legrad.quality.dense_baselines import maskclip, naclip, patch_text_similarity, sclip
+from legrad.quality.pairs import PairGrids, Pairs
 
 CENTRE_PRIOR_SIGMA = 0.25  # standard deviation of the centre prior, as a share of each side
 
 
-def baseline_grids(
-    tower: Tower,
-    trace: Trace,
-    text_embeddings: Float[Tensor, "prompts embed_dim"],
-    image_index: Int[Tensor, " prompts"],
+@dataclass(frozen=True)
+class Baseline:
+    """A method to compare LeGrad with.
+
+    Attributes:
+        title: its name in tables.
+        depends_on_text: whether the map differs between texts.
+        low: lowest value that a cell can have.
+        high: highest value, or None if there is no bound.
+        source: paper that defines it, or what it is.
+        blocks: number of last blocks that a trace must hold; None: all.
+        needs_images: whether a trace is not enough.
+    """
+
+    title: str
+    depends_on_text: bool
+    low: float
+    high: float | None
+    source: str
+    blocks: int | None = 2
+    needs_images: bool = False
+    compute: Callable[[Pairs], PairGrids] = field(kw_only=True, repr=False)
+
+
+def baseline(
+    explainer: LeGrad,
+    method: str,
+    images: Float[Tensor, "batch 3 height width"] | Trace,
+    text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
+    image_index: Int[Tensor, " prompts"] | None = None,
     *,
-    generator: torch.Generator,
-    images: Float[Tensor, "batch 3 height width"] | None = None,
-) -> dict[str, Float[Tensor, "prompts grid_height grid_width"]]:
-    """Compute every baseline for the given (image, prompt) pairs.
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*maps grid_height grid_width"]:
+    """Compute the raw maps of one baseline; the arguments are those of `LeGrad.relevance`.
 
     Args:
-        tower: description of the tower that made the trace.
-        trace: the encoded images, with at least the last two blocks.
-        text_embeddings: unit rows, one for each prompt.
-        image_index: for each prompt, the row of its image in the trace.
-        generator: generator of the random grids, on the CPU.
-        images: the images that the trace encodes. If they are given and the tower has a class token,
-            attention rollout is included, and the trace must hold every block.
+        explainer: the model; its options `layers`, `pool` and `affinity` are not used.
+        method: a key of `legrad.BASELINES`.
+        images: preprocessed images; or, for methods that do not need the images, their trace.
+        text_embeddings: as in `LeGrad.relevance`; ignored by methods that do not depend on the text, except
+            for the number of maps.
+        image_index: for each prompt, the row of its image.
+        generator: generator of the method "random", on the CPU; None: a new one with the seed 0.
 
     Returns:
-        Grids by name of the baseline, in float32.
+        [batch, prompts, grid_height, grid_width], or with `image_index` [prompts, grid_height, grid_width];
+        float32, in the range of `legrad.BASELINES[method]`. `legrad.heatmaps_of` makes heat maps of them.
 
     Raises:
-        InputError: the trace holds fewer blocks than needed.
+        InputError: the method is unknown or needs what was not given; shapes, dtypes, devices or indices do
+            not fit.
+        UnsupportedModelError: the model was changed into one that cannot be explained.
     """
-    grid = (trace.grid_height, trace.grid_width)
-    device = image_index.device
-    return {
-        "GradCAM, last block": gradcam(tower, trace, text_embeddings, image_index),
-        "patch-text similarity": patch_text_similarity(tower, trace, text_embeddings, image_index),
-        **{
-            name: dense(tower, trace, text_embeddings, image_index) for name, dense in DENSE_BASELINES.items()
-        },
-        "mean-query attention": mean_query_attention(tower, trace)[image_index],
-        **{name: grids[image_index] for name, grids in _pooling_attention(tower, trace, images).items()},
-        "centre prior": centre_prior(*grid).to(device).expand(len(image_index), *grid),
-        "random": random_grids(len(image_index), *grid, generator=generator).to(device),
-    }
-
-
-def _pooling_attention(tower: Tower, trace: Trace, images: Tensor | None) -> dict[str, Tensor]:
-    """Return the attention from the pooled token to the patches, if the tower pools by attention."""
-    if tower.own.pooler is not None:
-        return {"pooler attention": pooler_attention(tower.own.pooler, tower, trace)}
-    if not tower.prefix_tokens:
-        return {}
-    last = {"CLS attention": cls_attention(tower, trace)}
-    return last if images is None else last | {"attention rollout": attention_rollout(tower, trace, images)}
-
-
-def random_grids(
-    prompts: int, grid_height: int, grid_width: int, *, generator: torch.Generator
-) -> Float[Tensor, "prompts grid_height grid_width"]:
-    """Return independent uniform noise in every cell."""
-    return torch.rand(prompts, grid_height, grid_width, generator=generator)
-
-
-def centre_prior(grid_height: int, grid_width: int) -> Float[Tensor, "grid_height grid_width"]:
-    """Return a centred Gaussian with a standard deviation of 1/4 side; independent of image and prompt."""
-    rows, columns = (
-        ((torch.arange(cells) + 0.5) / cells - 0.5) / CENTRE_PRIOR_SIGMA
-        for cells in (grid_height, grid_width)
+    grids = baseline_grids(
+        explainer, images, text_embeddings, image_index, methods=[method], generator=generator
     )
-    return torch.exp(-(rows[:, None] ** 2 + columns[None, :] ** 2) / 2)
+    return grids[method]
 
 
-def cls_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_height grid_width"]:
-    """Return the class token's attention to each patch in the last block, averaged over heads.
-
-    It does not depend on the prompt.
-
-    Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, figure 1
-        (there one map for each head).
-    """
-    return _patch_grid(_last_attention(tower, trace)[:, 0], tower, trace)
-
-
-@torch.no_grad()
-def attention_rollout(
-    tower: Tower, trace: Trace, images: Float[Tensor, "batch 3 height width"]
-) -> Float[Tensor, "batch grid_height grid_width"]:
-    """Compute attention rollout: the share of each patch in the class token, if only attention mixed tokens.
-
-    Each block's attention, averaged over heads, is averaged with the identity for the residual; the result is
-    the class token's row of the product over all blocks. It does not depend on the prompt. Blocks are
-    multiplied from last to first, so that only one row and one attention matrix are in memory at a time.
+def baseline_grids(
+    explainer: LeGrad,
+    images: Float[Tensor, "batch 3 height width"] | Trace,
+    text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
+    image_index: Int[Tensor, " prompts"] | None = None,
+    *,
+    methods: Sequence[str] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Float[Tensor, "*maps grid_height grid_width"]]:
+    """Compute the raw maps of several baselines from one forward pass.
 
     Args:
-        tower: description of the tower that made the trace.
-        trace: the encoded images, with every block.
-        images: the same images; their embedding enters the first block.
+        explainer: as in `baseline`.
+        images: as in `baseline`.
+        text_embeddings: as in `baseline`.
+        image_index: as in `baseline`.
+        methods: keys of `legrad.BASELINES`; None: all of them.
+        generator: as in `baseline`.
+
+    Returns:
+        The maps by method, as `baseline` returns them.
 
     Raises:
-        InputError: the trace lacks blocks.
-
-    Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, section 3.
+        InputError: as `baseline`.
+        UnsupportedModelError: as `baseline`.
     """
-    if len(trace.layers) != len(tower.blocks):
-        raise InputError(
-            f"attention rollout: expected a trace of all {len(tower.blocks)} blocks, "
-            f"received {len(trace.layers)}"
-        )
-    with torch.autocast(images.device.type, enabled=False):
-        inputs = [tower.embed(images).tokens, *(layer.block_outputs for layer in trace.layers[:-1])]
-    reaching = F.one_hot(torch.zeros(len(images), dtype=torch.long), inputs[0].shape[1])
-    rows = reaching.to(images.device, torch.float32)[:, None]
-    for block, tokens in zip(reversed(tower.blocks), reversed(inputs), strict=True):
-        rows = (rows @ _attention(block, tokens, trace.rotary) + rows) / 2
-    return _patch_grid(rows[:, 0], tower, trace)
+    if isinstance(methods, str):
+        raise InputError(f"methods: expected a list of keys of legrad.BASELINES, received {methods!r}")
+    chosen = {name: _baseline_named(name) for name in (BASELINES if methods is None else methods)}
+    pairs, leading = _pairs(explainer, chosen, images, text_embeddings, image_index, generator=generator)
+    return {name: each.compute(pairs).reshape(*leading, *pairs.grid) for name, each in chosen.items()}
 
 
-def pooler_attention(
-    pooler: Block, tower: Tower, trace: Trace
-) -> Float[Tensor, "batch grid_height grid_width"]:
-    """Return an attentional pooler's attention to each patch, averaged over heads; no prompt is used."""
-    attention = _attention(pooler, trace.layers[-1].block_outputs, None)
-    return _patch_grid(attention[:, 0], tower, trace)
+def title_of(method: str, explainer: LeGrad) -> str:
+    """Return the name of a baseline in tables, which for raw attention says whose attention it is."""
+    if method != "raw_attention":
+        return _baseline_named(method).title
+    own = explainer.tower.own
+    if own.pooler is not None:
+        return "pooler attention"
+    return "CLS attention" if own.pooled_tokens == slice(0, 1) else "attention of pooled tokens"
 
 
-def mean_query_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch grid_height grid_width"]:
-    """Return the attention to each patch in the last block, averaged over heads and queries."""
-    return _patch_grid(_last_attention(tower, trace).mean(dim=1), tower, trace)
+def _baseline_named(name: str) -> Baseline:
+    if isinstance(name, str) and name in BASELINES:
+        return BASELINES[name]
+    nearest = get_close_matches(str(name), BASELINES, n=1)
+    hint = f"; nearest: {nearest[0]}" if nearest else ""
+    raise InputError(f"method: expected one of {', '.join(BASELINES)}, received {name!r}{hint}")
 
 
-def patch_text_similarity(
-    tower: Tower,
-    trace: Trace,
-    text_embeddings: Float[Tensor, "prompts embed_dim"],
-    image_index: Int[Tensor, " prompts"],
-) -> Float[Tensor, "prompts grid_height grid_width"]:
-    """Return the cosine of the text and each output patch token after the model's final norm and projection.
+def _pairs(
+    explainer: LeGrad,
+    chosen: Mapping[str, Baseline],
+    images: Tensor | Trace,
+    text_embeddings: Tensor | RaggedPrompts,
+    image_index: Tensor | None,
+    *,
+    generator: torch.Generator | None,
+) -> tuple[Pairs, tuple[int, ...]]:
+    """Return checked pairs with a trace that holds enough, and the leading shape of the caller's prompts."""
+    if isinstance(images, Trace):
+        needing = [name for name, each in chosen.items() if each.needs_images]
+        if needing:
+            raise InputError(
+                f"images: {', '.join(needing)} expected preprocessed images, received a trace, which lacks "
+                "the tokens that enter the first block"
+            )
+        trace, given = explainer._as_trace(images), None
+    else:
+        explainer._follow_changes()
+        check_images(explainer.tower, images)
+        depth = len(explainer.tower.blocks)
+        blocks = max([depth if each.blocks is None else each.blocks for each in chosen.values()], default=1)
+        trace, given = trace_images(explainer.tower, images, min(blocks, depth), explainer.tower.own), images
+    prompts = (
+        text_embeddings
+        if isinstance(text_embeddings, RaggedPrompts)
+        else as_ragged(trace.image_features, text_embeddings, image_index)
+    )
+    generator = generator or torch.Generator().manual_seed(0)
+    pairs = Pairs(explainer.tower, trace, prompts.unit_rows, prompts.image_index, generator, given)
+    return pairs, prompts.leading
 
-    Source: the unmodified dense features that Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022,
-        start from; their method (`legrad.quality.dense_baselines`) also changes the last attention.
-    """
-    with torch.no_grad():
-        tokens = trace.layers[-1].block_outputs
-        return token_text_cosines(tower, trace, tokens, text_embeddings, image_index)
 
-
-def gradcam(
-    tower: Tower,
-    trace: Trace,
-    text_embeddings: Float[Tensor, "prompts embed_dim"],
-    image_index: Int[Tensor, " prompts"],
-) -> Float[Tensor, "prompts grid_height grid_width"]:
+def gradcam(pairs: Pairs) -> PairGrids:
     """Compute GradCAM of the model's own image-text cosine at the normalised input of the last block.
 
     The activations are those after the block's first norm: for a model that pools its class token, the last
@@ -176,37 +186,129 @@ def gradcam(
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, equations 1 and 2; the layer is the usual choice for
         vision transformers (Gildenblat et al., pytorch-grad-cam).
     """
-    block = tower.blocks[-1]
-    residual = last_block_input(trace)[image_index]
+    tower, block = pairs.tower, pairs.tower.blocks[-1]
+    residual = pairs.last_block_input[pairs.image_index]
     with torch.enable_grad():
         activations = block.norm(residual).detach().requires_grad_()
-        layer = run_normed_block(block, residual, activations, trace.rotary)
+        layer = run_normed_block(block, residual, activations, pairs.trace.rotary)
         features = score_features(tower.own, layer.outputs)
-        score = (F.normalize(features.float(), dim=-1) * text_embeddings.float()).sum()
+        score = (F.normalize(features.float(), dim=-1) * pairs.unit_rows.float()).sum()
         gradient = torch.autograd.grad(score, activations)[0]
     channel_weights = gradient[:, tower.prefix_tokens :].float().mean(dim=1)
     weighted_sum = torch.einsum("ptc,pc->pt", activations.detach().float(), channel_weights)
-    return _patch_grid(weighted_sum.relu(), tower, trace)
+    return pairs.patch_grids(weighted_sum.relu())
 
 
-def _last_attention(tower: Tower, trace: Trace) -> Float[Tensor, "batch queries keys"]:
-    return _attention(tower.blocks[-1], last_block_input(trace), trace.rotary)
+def centre_prior(pairs: Pairs) -> PairGrids:
+    """Return a centred Gaussian with a standard deviation of 1/4 side; independent of image and text."""
+    rows, columns = (((torch.arange(cells) + 0.5) / cells - 0.5) / CENTRE_PRIOR_SIGMA for cells in pairs.grid)
+    prior = torch.exp(-(rows[:, None] ** 2 + columns[None, :] ** 2) / 2)
+    return prior.to(pairs.unit_rows.device).repeat(len(pairs.unit_rows), 1, 1)
 
 
-@torch.no_grad()
-def _attention(
-    block: Block, tokens: Float[Tensor, "batch tokens width"], rotary: Tensor | None
-) -> Float[Tensor, "batch queries keys"]:
-    """Return a block's attention matrix, averaged over heads."""
-    queries, keys, _ = block.project(block.norm(tokens), rotary)
-    logits = queries.float() @ keys.float().mT / queries.shape[-1] ** 0.5
-    bias = block.bias()
-    weights = (logits if bias is None else logits + bias.float()).softmax(dim=-1)
-    mean_of_heads: Tensor = weights.mean(dim=1)
-    return mean_of_heads
+def random_grids(pairs: Pairs) -> PairGrids:
+    """Return independent uniform noise in every cell."""
+    grids = torch.rand(len(pairs.unit_rows), *pairs.grid, generator=pairs.generator)
+    return grids.to(pairs.unit_rows.device)
 
 
-def _patch_grid(
-    per_token: Float[Tensor, "maps tokens"], tower: Tower, trace: Trace
-) -> Float[Tensor, "maps grid_height grid_width"]:
-    return per_token[:, tower.prefix_tokens :].reshape(-1, trace.grid_height, trace.grid_width)
+# The order is that of tables.
+BASELINES: Mapping[str, Baseline] = MappingProxyType(
+    {
+        "gradcam": Baseline(
+            "GradCAM, last block",
+            depends_on_text=True,
+            low=0.0,
+            high=None,
+            source="Selvaraju et al., ICCV 2017, https://arxiv.org/abs/1610.02391",
+            compute=gradcam,
+        ),
+        "patch_text": Baseline(
+            "patch-text similarity",
+            depends_on_text=True,
+            low=-1.0,
+            high=1.0,
+            source="the dense features that MaskCLIP starts from, https://arxiv.org/abs/2112.01071",
+            blocks=1,
+            compute=patch_text_similarity,
+        ),
+        "maskclip": Baseline(
+            "MaskCLIP",
+            depends_on_text=True,
+            low=-1.0,
+            high=1.0,
+            source="Zhou et al., ECCV 2022, https://arxiv.org/abs/2112.01071",
+            compute=maskclip,
+        ),
+        "sclip": Baseline(
+            "SCLIP",
+            depends_on_text=True,
+            low=-1.0,
+            high=1.0,
+            source="Wang et al., ECCV 2024, https://arxiv.org/abs/2312.01597",
+            compute=sclip,
+        ),
+        "naclip": Baseline(
+            "NACLIP",
+            depends_on_text=True,
+            low=-1.0,
+            high=1.0,
+            source="Hajimiri et al., WACV 2025, https://arxiv.org/abs/2404.08181",
+            compute=naclip,
+        ),
+        "chefercam": Baseline(
+            "CheferCAM",
+            depends_on_text=True,
+            low=0.0,
+            high=None,
+            source="Chefer et al., ICCV 2021, https://arxiv.org/abs/2103.15679",
+            blocks=1,
+            needs_images=True,
+            compute=chefercam,
+        ),
+        "mean_query_attention": Baseline(
+            "mean-query attention",
+            depends_on_text=False,
+            low=0.0,
+            high=1.0,
+            source="attention of the last block, averaged over heads and queries",
+            compute=mean_query_attention,
+        ),
+        "raw_attention": Baseline(
+            "raw attention",
+            depends_on_text=False,
+            low=0.0,
+            high=1.0,
+            source="Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294",
+            compute=raw_attention,
+        ),
+        "rollout": Baseline(
+            "attention rollout",
+            depends_on_text=False,
+            low=0.0,
+            high=1.0,
+            source="Abnar and Zuidema, ACL 2020, https://arxiv.org/abs/2005.00928",
+            blocks=None,
+            needs_images=True,
+            compute=attention_rollout,
+        ),
+        "centre_prior": Baseline(
+            "centre prior",
+            depends_on_text=False,
+            low=0.0,
+            high=1.0,
+            source="a Gaussian in the middle of the image",
+            blocks=1,
+            compute=centre_prior,
+        ),
+        "random": Baseline(
+            "random",
+            depends_on_text=False,
+            low=0.0,
+            high=1.0,
+            source="uniform noise",
+            blocks=1,
+            compute=random_grids,
+        ),
+    }
+)

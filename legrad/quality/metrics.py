@@ -117,7 +117,7 @@ def average_precision(
         raise ValueError(
             f"expected at least one valid pixel of the object, received none in {valid.sum()} valid pixels"
         )
-    return _average_precision(labels, heatmap[valid])
+    return average_precision_of(labels, heatmap[valid])
 
 
 def own_object_preference(
@@ -191,7 +191,7 @@ def mean_average_precision(
             f"expected a class that occurs, received {present.shape[1]} classes without any image"
         )
     columns = np.flatnonzero(occurring)
-    return float(np.mean([_average_precision(present[:, column], scores[:, column]) for column in columns]))
+    return float(np.mean([average_precision_of(present[:, column], scores[:, column]) for column in columns]))
 
 
 def presence_auroc(
@@ -283,7 +283,7 @@ def draws_per_image(image_count: int, resamples: int, seed: int) -> Int[np.ndarr
     return generator.multinomial(image_count, np.full(image_count, 1.0 / image_count), size=resamples)
 
 
-def _average_precision(labels: Bool[np.ndarray, " items"], scores: Float[np.ndarray, " items"]) -> float:
+def average_precision_of(labels: Bool[np.ndarray, " items"], scores: Float[np.ndarray, " items"]) -> float:
     """Return the average precision of a ranking with at least one positive label; ties share a precision."""
     positives, negatives = np.sort(scores[labels]), np.sort(scores[~labels])
     true_alarms = len(positives) - np.searchsorted(positives, positives, side="left")

@@ -6,20 +6,261 @@ in which 0 is the mean colour of its training data.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from legrad.errors import InputError
+from legrad.explainer import LeGrad
+from legrad.inputs import as_ragged, check_images
+from legrad.method.trace import trace_images
+
 Test = Literal["deletion", "insertion"]
 Order = Literal["positive", "negative"]
+Filling = Literal["mean", "black"]
 
+TESTS: dict[str, tuple[Test, Order]] = {
+    "deletion_positive": ("deletion", "positive"),
+    "deletion_negative": ("deletion", "negative"),
+    "insertion_positive": ("insertion", "positive"),
+    "insertion_negative": ("insertion", "negative"),
+}
 SHARES = np.arange(10) / 10  # 0 to 90 %
 BLUR_SIGMA = 5 / 224  # blur of the image that insertion starts from, as a share of the shorter side
+
+
+@dataclass(frozen=True)
+class PerturbationCurve:
+    """The output of the model for one test as more and more patches are hidden, or shown.
+
+    Attributes:
+        shares: share of the patches that is deleted or inserted at each step, ascending.
+        cosine: similarity of each map's text and its perturbed image.
+        is_right: whether the class of each map scores highest; None without classes.
+    """
+
+    shares: Float[np.ndarray, " shares"]
+    cosine: Float[np.ndarray, "*maps shares"]
+    is_right: Bool[np.ndarray, "*maps shares"] | None
+
+    @property
+    def cosine_area(self) -> Float[np.ndarray, "*maps"]:
+        """Area under each map's cosine, divided by the range of the shares."""
+        return area_under_curve(self.cosine, self.shares)
+
+    @property
+    def accuracy(self) -> Float[np.ndarray, " shares"] | None:
+        """Share of the maps whose class scores highest, at each step."""
+        return None if self.is_right is None else self.is_right.reshape(-1, len(self.shares)).mean(axis=0)
+
+    @property
+    def accuracy_area(self) -> float | None:
+        """Area under `accuracy`, divided by the range of the shares."""
+        return None if self.accuracy is None else float(area_under_curve(self.accuracy, self.shares))
+
+
+def insertion_deletion(
+    explainer: LeGrad,
+    images: Float[Tensor, "batch 3 height width"],
+    relevance_grids: Float[Tensor, "*maps grid_height grid_width"],
+    text_embeddings: Float[Tensor, "*leading embed_dim"],
+    image_index: Int[Tensor, " prompts"] | None = None,
+    *,
+    tests: Sequence[str] = tuple(TESTS),
+    shares: Sequence[float] = tuple(SHARES.tolist()),
+    filling: Filling = "mean",
+    class_embeddings: Float[Tensor, "classes embed_dim"] | None = None,
+    class_index: Int[Tensor, "*maps"] | None = None,
+    rivals: Bool[Tensor, "*maps classes"] | None = None,
+    batch_size: int = 64,
+) -> dict[str, PerturbationCurve]:
+    """Hide, or show, the patches of images in the order of their relevance, and run the model again.
+
+    For a faithful map the score falls early under positive deletion, late under negative deletion, and rises
+    early under positive insertion.
+
+    Args:
+        explainer: the model.
+        images: preprocessed images.
+        relevance_grids: a map of any method for each prompt, as `LeGrad.relevance` and `legrad.baseline`
+            return them; or heat maps at the size of the images, to perturb pixel by pixel.
+        text_embeddings: as in `LeGrad.relevance`.
+        image_index: as in `LeGrad.relevance`.
+        tests: keys of the result: "deletion_positive" and "deletion_negative" hide the most, or the least,
+            relevant patches first; "insertion_positive" and "insertion_negative" show them in a blurred
+            image.
+        shares: shares of the patches, ascending, from 0 to 1; each is rounded to a whole number of patches.
+        filling: what deletion hides patches by: the mean colour of the model's training data, or black.
+        class_embeddings: unit rows of all classes, for `PerturbationCurve.accuracy`.
+        class_index: for each map, the class that is right.
+        rivals: for each map, the classes that its own class must exceed; None: all others.
+        batch_size: number of images that are run at a time.
+
+    Returns:
+        One curve for each test; its arrays have the shape of the maps, and the shares as last axis.
+
+    Raises:
+        InputError: shapes, dtypes, devices, indices or options do not fit.
+
+    Source: positive and negative deletion: Chefer et al., "Transformer Interpretability Beyond Attention
+        Visualization", CVPR 2021, section 4, taken over by LeGrad (arXiv:2404.03214); insertion into a
+        blurred image: Petsiuk et al., "RISE", BMVC 2018, section 4.3.
+    """
+    explainer._follow_changes()
+    check_images(explainer.tower, images)
+    steps = _checked_shares(shares)
+    _check_options(tests, filling, batch_size)
+    prompts = as_ragged(images.new_empty(len(images), explainer.embed_dim), text_embeddings, image_index)
+    grids = _checked_grids(relevance_grids, prompts.leading, images).to(images.device)
+    classes = _checked_classes(class_embeddings, class_index, rivals, prompts.leading, explainer.embed_dim)
+    shape = (len(tests), len(grids), len(steps))
+    cosine, is_right = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+    for start in range(0, len(grids), batch_size):
+        maps = slice(start, start + batch_size)
+        batch = images[prompts.image_index[maps]]
+        for row, name in enumerate(tests):
+            perturbed = _perturbed_features(
+                explainer, batch, grids[maps], TESTS[name], shares=steps, filling=filling
+            )
+            for step, features in enumerate(perturbed):
+                cosines = (features * prompts.unit_rows[maps].float()).sum(dim=-1)
+                cosine[row, maps, step] = cosines.cpu().numpy()
+                if classes is not None:
+                    is_right[row, maps, step] = classes.right(features, maps).cpu().numpy()
+    of_caller = (len(tests), *prompts.leading, len(steps))
+    cosine, is_right = cosine.reshape(of_caller), is_right.reshape(of_caller)
+    return {
+        name: PerturbationCurve(steps, cosine[row], None if classes is None else is_right[row])
+        for row, name in enumerate(tests)
+    }
+
+
+def _perturbed_features(
+    explainer: LeGrad,
+    images: Float[Tensor, "maps 3 height width"],
+    grids: Float[Tensor, "maps grid_height grid_width"],
+    kind: tuple[Test, Order],
+    *,
+    shares: Float[np.ndarray, " shares"],
+    filling: Filling,
+) -> Iterator[Float[Tensor, "maps embed_dim"]]:
+    """Yield the features of the images with each share of the patches hidden, or shown."""
+    test, order = kind
+    ranks = patch_ranks(grids, order)
+    is_black = filling == "black" and test == "deletion"
+    replacement = _black(explainer, images) if is_black else filling_of(images, test)
+    for share in shares.tolist():
+        shown = _perturbed(images, replacement, ranks < _patches(share, ranks), test)
+        yield trace_images(explainer.tower, shown, 1, explainer.scoring).image_features.float()
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The classes that a map's own class competes with."""
+
+    unit_rows: Tensor
+    own: Tensor
+    rivals: Tensor | None
+
+    def right(self, features: Tensor, maps: slice) -> Tensor:
+        """Return whether the own class of each map scores above its rivals."""
+        scores, own = features @ self.unit_rows.float().T, self.own[maps, None]
+        own_scores = scores.gather(1, own)[:, 0]
+        others = scores.scatter(1, own, -torch.inf)
+        if self.rivals is not None:
+            others = others.masked_fill(~self.rivals[maps], -torch.inf)
+        return own_scores > others.amax(dim=1)
+
+
+def _check_options(tests: Sequence[str], filling: str, batch_size: int) -> None:
+    unknown = [name for name in tests if name not in TESTS]
+    if unknown or isinstance(tests, str):
+        raise InputError(f"tests: expected some of {', '.join(TESTS)}, received {unknown or tests!r}")
+    if filling not in ("mean", "black"):
+        raise InputError(f"filling: expected 'mean' or 'black', received {filling!r}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size: expected a number of images from 1 on, received {batch_size!r}")
+
+
+def _checked_shares(shares: Sequence[float]) -> Float[np.ndarray, " shares"]:
+    steps = np.asarray(shares, dtype=np.float64)
+    if (
+        steps.ndim != 1
+        or len(steps) < 2
+        or not ((steps >= 0) & (steps <= 1)).all()
+        or (np.diff(steps) <= 0).any()
+    ):
+        raise InputError(
+            f"shares: expected two or more from 0 to 1, ascending, received {list(shares)!r:.200}"
+        )
+    return steps
+
+
+def _checked_grids(
+    grids: Tensor, leading: tuple[int, ...], images: Tensor
+) -> Float[Tensor, "maps height width"]:
+    height, width = images.shape[-2:]
+    shape = tuple(grids.shape)
+    if shape[:-2] != leading or len(shape) < 2 or not 0 < shape[-2] <= height or not 0 < shape[-1] <= width:
+        raise InputError(
+            f"relevance_grids: expected {[*leading, 'grid_height', 'grid_width']}, one map for each prompt "
+            f"with at most {height} x {width} cells, received {list(shape)}"
+        )
+    if not grids.is_floating_point() or not bool(grids.isfinite().all()):
+        raise InputError("relevance_grids: expected finite floating-point values, received others")
+    return grids.detach().reshape(-1, *shape[-2:])
+
+
+def _checked_classes(
+    embeddings: Tensor | None,
+    index: Tensor | None,
+    rivals: Tensor | None,
+    leading: tuple[int, ...],
+    embed_dim: int,
+) -> _Classes | None:
+    if embeddings is None or index is None:
+        if embeddings is not None or index is not None or rivals is not None:
+            raise InputError("class_embeddings, class_index: expected both or none, received one of them")
+        return None
+    if embeddings.ndim != 2 or embeddings.shape[1] != embed_dim:
+        raise InputError(
+            f"class_embeddings: expected [classes, {embed_dim}], received {list(embeddings.shape)}"
+        )
+    if tuple(index.shape) != leading or index.is_floating_point() or index.dtype == torch.bool:
+        raise InputError(
+            f"class_index: expected whole numbers {list(leading)}, received {index.dtype} {list(index.shape)}"
+        )
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(embeddings):
+        raise InputError(
+            f"class_index: expected rows from 0 to {len(embeddings) - 1}, received {int(index.min())} to "
+            f"{int(index.max())}"
+        )
+    if rivals is not None and (
+        rivals.dtype != torch.bool or tuple(rivals.shape) != (*leading, len(embeddings))
+    ):
+        raise InputError(
+            f"rivals: expected truth values {[*leading, len(embeddings)]}, received {rivals.dtype} "
+            f"{list(rivals.shape)}"
+        )
+    device = embeddings.device
+    flat_rivals = None if rivals is None else rivals.reshape(-1, len(embeddings)).to(device)
+    return _Classes(embeddings, index.reshape(-1).to(device, torch.int64), flat_rivals)
+
+
+def _black(explainer: LeGrad, images: Tensor) -> Tensor:
+    """Return black images as the model takes them."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in (explainer.transform.mean, explainer.transform.std)
+    )
+    return (-mean / std).to(images)[None, :, None, None].expand_as(images)
 
 
 def perturbed_images(
@@ -49,7 +290,10 @@ def perturbed_images(
         Visualization", CVPR 2021, section 4, taken over by LeGrad (arXiv:2404.03214); insertion into a
         blurred image: Petsiuk et al., "RISE", BMVC 2018, section 4.3 (there pixels, here patches).
     """
-    chosen = first_patches(relevance_grids, share, order)
+    return _perturbed(images, filling, first_patches(relevance_grids, share, order), test)
+
+
+def _perturbed(images: Tensor, filling: Tensor, chosen: Tensor, test: Test) -> Tensor:
     pixels = F.interpolate(chosen[:, None].to(images.dtype), size=images.shape[-2:], mode="nearest") > 0
     return torch.where(pixels if test == "insertion" else ~pixels, images, filling)
 
@@ -71,11 +315,23 @@ def first_patches(
         share: from 0 to 1.
         order: "positive": the most relevant first; "negative": the least relevant first.
     """
+    ranks = patch_ranks(relevance_grids, order)
+    return ranks < _patches(share, ranks)
+
+
+def patch_ranks(
+    relevance_grids: Float[Tensor, "maps grid_height grid_width"], order: Order
+) -> Int[Tensor, "maps grid_height grid_width"]:
+    """Return the place of each patch in the order of its map, from 0; ties are in row-major order."""
     flat = relevance_grids.flatten(1)
     ranked = flat.argsort(dim=1, descending=order == "positive", stable=True)
-    count = round(share * flat.shape[1])
-    chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, ranked[:, :count], True)
-    return chosen.reshape(relevance_grids.shape)
+    places = torch.arange(flat.shape[1], device=flat.device).expand_as(ranked)
+    return torch.empty_like(ranked).scatter_(1, ranked, places).reshape(relevance_grids.shape)
+
+
+def _patches(share: float, ranks: Tensor) -> int:
+    """Return a share of the patches of a grid as a whole number of them."""
+    return round(share * ranks[0].numel()) if len(ranks) else 0
 
 
 def blurred(images: Float[Tensor, "maps 3 height width"]) -> Float[Tensor, "maps 3 height width"]:

@@ -26,6 +26,7 @@ from pipeline.cli.init import init
 from pipeline.cli.models import models
 from pipeline.cli.remask import remask
 from pipeline.cli.report import report
+from pipeline.cli.reproduce import reproduce
 from pipeline.cli.shards import shards_app
 from pipeline.cli.status import status
 from pipeline.cli.tune import tune
@@ -50,6 +51,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     status: "Show progress: shards, samples and errors.",
     report: "Write an HTML page with pictures and statistics.",
     evaluate: "Score masks and heat maps against ground truth.",
+    reproduce: "Reproduce the paper's tables from the owners' data.",
     export: "Convert masks to COCO, VOC, YOLO and others.",
     compact: "Copy a job's rows to fewer, larger files.",
     explain: "Draw heat maps of one image for some texts.",

@@ -63,7 +63,7 @@ def open_imagenet_s(
         raise UserError(f"split: {failure.message}") from None
     label_maps = require_folder(folder / f"{split}-segmentation", "label maps")
     wordnet_ids = _wordnet_ids(images, label_maps, variant, categories_file)
-    class_names = _class_names(wordnet_ids)
+    class_names = imagenet_class_names(wordnet_ids)
     files = _files(images, wordnet_ids)
     names = sorted({*files, *_files(label_maps, wordnet_ids)})
 
@@ -94,13 +94,18 @@ def _wordnet_ids(
     return tuple(sorted(found))
 
 
-def _class_names(wordnet_ids: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names that open_clip's zero-shot classifier uses."""
-    from open_clip import IMAGENET_CLASSNAMES
+def imagenet_wordnet_ids() -> tuple[str, ...]:
+    """Return the WordNet ids of the 1,000 classes of ImageNet-1k, in their order, which is sorted."""
     from timm.data.imagenet_info import ImageNetInfo
 
-    in_order = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
-    rank = {wordnet_id: index for index, wordnet_id in enumerate(in_order)}
+    return tuple(ImageNetInfo("imagenet-1k").label_names())  # type: ignore[no-untyped-call]
+
+
+def imagenet_class_names(wordnet_ids: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names that open_clip's zero-shot classifier uses; raise a UserError for other classes."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    rank = {wordnet_id: index for index, wordnet_id in enumerate(imagenet_wordnet_ids())}
     unknown = [wordnet_id for wordnet_id in wordnet_ids if wordnet_id not in rank]
     if unknown:
         raise UserError(f"expected classes of ImageNet-1k, got {', '.join(unknown[:5])}")

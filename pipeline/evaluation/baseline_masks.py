@@ -13,9 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import legrad
-from legrad.classes import ClassIndex, rows_of_prompts
-from legrad.inputs import RaggedPrompts, as_ragged
-from legrad.quality.dense_baselines import DENSE_BASELINES
+from legrad.inputs import RaggedPrompts
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.model import load_explainer, weights_digest
 from pipeline.config.load import config_hash
@@ -26,6 +24,7 @@ from pipeline.prompts.sample_prompts import with_files_read
 from pipeline.storage import ShardSource
 
 LAYERS = 2  # blocks that a trace must hold for the dense baselines
+DENSE_BASELINES = {legrad.BASELINES[name].title: name for name in ("maskclip", "sclip", "naclip")}
 
 
 class BaselineExplainer(legrad.LeGrad):
@@ -33,7 +32,7 @@ class BaselineExplainer(legrad.LeGrad):
 
     Args:
         explainer: the model, with its size and fit of images.
-        baseline: name of one of `legrad.quality.dense_baselines.DENSE_BASELINES`.
+        baseline: title of one of DENSE_BASELINES.
 
     Raises:
         UserError: there is no such baseline.
@@ -65,18 +64,7 @@ class BaselineExplainer(legrad.LeGrad):
         """Return cosines on the patch grid, from -1 to 1; the arguments are those of `LeGrad.relevance`."""
         if per_layer:
             raise UserError("a baseline of dense features has no layers")
-        trace = images if isinstance(images, legrad.Trace) else self.encode(images)
-        prompts = (
-            text_embeddings
-            if isinstance(text_embeddings, RaggedPrompts)
-            else as_ragged(
-                features := trace.image_features,
-                rows_of_prompts(self.tower, features, text_embeddings, class_index, image_index),
-                image_index,
-            )
-        )
-        grids = self._baseline(self.tower, trace, prompts.unit_rows, prompts.image_index)
-        return grids.reshape(*prompts.leading, *grids.shape[-2:])
+        return legrad.baseline(self, self._baseline, images, text_embeddings, image_index)
 
 
 def write_baseline_masks(

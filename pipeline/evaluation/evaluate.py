@@ -53,7 +53,7 @@ class EvaluationOptions:
         label: name of the model in tables and plots.
         seed: of the random maps and of the bootstrap.
         perturbed_scenes: number of scenes, the first ones, for which the perturbation tests run. Each scene
-            takes 36 forward passes per method and prompt.
+            takes 40 forward passes per method and prompt.
     """
 
     layers: tuple[int, ...] = (1, 2, 4)

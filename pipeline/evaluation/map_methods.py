@@ -15,11 +15,14 @@ from legrad.inputs import as_ragged
 from legrad.method.affinity import Affinity, spread_along_keys
 from legrad.method.relevance import relevance_grids
 from legrad.method.trace import Trace, trace_images
-from legrad.quality.baselines import baseline_grids
+from legrad.quality.baselines import BASELINES, title_of
 from pipeline.errors import UserError
 from pipeline.evaluation.map_scores import DecodedScene, MapMetrics, measure_maps
 from pipeline.evaluation.perturbation import PerturbedOutputs, joined_outputs, perturb
 from pipeline.shards.ground_truth import Scene
+
+# Not CheferCAM: it runs backward through every block, once for each text.
+MEASURED_BASELINES = [name for name in BASELINES if name != "chefercam"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,21 @@ def legrad_grids(
         spread = spread_along_keys(from_last[spread_layers - 1], trace.unit_keys, prompts.image_index)
         maps[legrad_name(spread_layers, depth, "keys")] = spread
     return maps
+
+
+def named_baselines(
+    explainer: legrad.LeGrad,
+    images: Float[Tensor, "batch 3 height width"],
+    texts: Float[Tensor, "pairs embed_dim"],
+    image_index: Int[Tensor, " pairs"],
+    *,
+    generator: torch.Generator,
+) -> dict[str, Float[Tensor, "pairs grid_height grid_width"]]:
+    """Compute the baselines that evaluations compare LeGrad with, by their titles."""
+    grids = legrad.baseline_grids(
+        explainer, images, texts, image_index, methods=MEASURED_BASELINES, generator=generator
+    )
+    return {title_of(name, explainer): maps for name, maps in grids.items()}
 
 
 class MapEvaluator:
@@ -176,9 +194,7 @@ class MapEvaluator:
         maps = legrad_grids(
             explainer, trace, texts, image_index, self._layer_counts, spread_layers=self._spread_layers
         )
-        return maps | baseline_grids(
-            explainer.tower, trace, texts, image_index, generator=self._generator, images=images
-        )
+        return maps | named_baselines(explainer, images, texts, image_index, generator=self._generator)
 
 
 def _present(scene: Scene, class_count: int) -> Bool[np.ndarray, " classes"]:

@@ -186,11 +186,12 @@ def _point_counts(
         )
         for rule, cuts in enumerate((torch.full((len(heat),), 0.5), otsu_threshold(heat))):
             for method, (heatmap, cut) in enumerate(zip(heat.numpy(), cuts.tolist(), strict=True)):
-                counts[method, pair, rule] = _count_points(points, heatmap > cut)
+                counts[method, pair, rule] = count_points(points, heatmap > cut)
     return counts
 
 
-def _count_points(points: Sequence[PointLabel], mask: Bool[np.ndarray, "height width"]) -> list[int]:
+def count_points(points: Sequence[PointLabel], mask: Bool[np.ndarray, "height width"]) -> list[int]:
+    """Count positive points, points in the mask, and points that are both; the points are of one class."""
     if not points:
         return [0, 0, 0]
     found = point_overlap(

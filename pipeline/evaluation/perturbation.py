@@ -6,22 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import legrad
-from legrad.method.trace import trace_images
 from legrad.quality import metrics
-from legrad.quality.perturbation import SHARES, Order, Test, area_under_curve, filling_of, perturbed_images
+from legrad.quality.perturbation import SHARES, TESTS, area_under_curve
 from pipeline.evaluation.result import PerturbationCurve, PerturbationScores
-
-TESTS: tuple[tuple[Test, Order], ...] = (
-    ("deletion", "positive"),
-    ("deletion", "negative"),
-    ("insertion", "positive"),
-    ("insertion", "negative"),
-)
-IMAGES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -65,24 +57,23 @@ def perturb(
     """
     shape = (len(grids), len(TESTS), len(SHARES), len(texts))
     found = PerturbedOutputs(np.full(shape, np.nan), np.full(shape, np.nan), scene_of_pair)
-    for start in range(0, len(texts), IMAGES_AT_ONCE):
-        pairs = slice(start, start + IMAGES_AT_ONCE)
-        fillings = {test: filling_of(images[pairs], test) for test, _ in TESTS}
-        for (method, kind), share in _steps(len(grids)):
-            test, order = TESTS[kind]
-            shown = perturbed_images(
-                images[pairs], fillings[test], grids[method, pairs], SHARES[share], test=test, order=order
-            )
-            features = trace_images(explainer.tower, shown, 1, explainer.scoring).image_features.float()
-            found.cosines[method, kind, share, pairs] = (features * texts[pairs].float()).sum(-1).cpu()
-            if len(class_embeddings):
-                found.hits[method, kind, share, pairs] = _hits(
-                    (features @ class_embeddings.float().T).cpu().numpy(),
-                    class_of_pair[pairs],
-                    present[pairs],
-                )
-    # before the first patch every method has the same image
-    found.cosines[1:, :, 0], found.hits[1:, :, 0] = found.cosines[:1, :, 0], found.hits[:1, :, 0]
+    every_image = torch.arange(len(texts), device=texts.device)
+    has_classes = len(class_embeddings) > 0
+    for method, maps in enumerate(grids):
+        curves = legrad.insertion_deletion(
+            explainer,
+            images,
+            maps,
+            texts,
+            every_image,
+            class_embeddings=class_embeddings if has_classes else None,
+            class_index=torch.from_numpy(class_of_pair - 1) if has_classes else None,
+            rivals=torch.from_numpy(~present) if has_classes else None,
+        )
+        for row, curve in enumerate(curves.values()):
+            found.cosines[method, row] = curve.cosine.T
+            if curve.is_right is not None:
+                found.hits[method, row] = curve.is_right.T
     return found
 
 
@@ -93,28 +84,6 @@ def joined_outputs(batches: Sequence[PerturbedOutputs]) -> PerturbedOutputs:
         np.concatenate([outputs.hits for outputs in batches], axis=-1),
         np.concatenate([outputs.scene_of_pair for outputs in batches]),
     )
-
-
-def _steps(methods: int) -> list[tuple[tuple[int, int], int]]:
-    """Return (method, test) and share, without the steps that are the same for every method."""
-    return [
-        ((method, test), share)
-        for method in range(methods)
-        for test in range(len(TESTS))
-        for share in range(len(SHARES))
-        if share or not method
-    ]
-
-
-def _hits(
-    class_scores: Float[np.ndarray, "pairs classes"],
-    class_of_pair: Int[np.ndarray, " pairs"],
-    present: Bool[np.ndarray, "pairs classes"],
-) -> Bool[np.ndarray, " pairs"]:
-    own = class_scores[np.arange(len(class_scores)), class_of_pair - 1]
-    rivals = np.where(present, -np.inf, class_scores).max(axis=1)
-    hits: np.ndarray = own > rivals
-    return hits
 
 
 def score_perturbation(
@@ -141,7 +110,7 @@ def score_perturbation(
                     scene_of_pair=found.scene_of_pair,
                     seed=seed,
                 )
-                for kind, (test, order) in enumerate(TESTS)
+                for kind, (test, order) in enumerate(TESTS.values())
             ),
         )
         for row, method in enumerate(methods)

@@ -10,7 +10,6 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, ValidationError
 
-from legrad.quality.dense_baselines import DENSE_BASELINES
 from legrad.quality.metrics import Estimate
 from pipeline import storage
 from pipeline.config.load import load_config
@@ -18,6 +17,7 @@ from pipeline.config.schema import JobConfig
 from pipeline.config.section import Line, Section
 from pipeline.config.yaml_text import parse_yaml
 from pipeline.errors import UserError
+from pipeline.evaluation.baseline_masks import DENSE_BASELINES
 from pipeline.evaluation.mask_scores import WrittenMasks, summed_metrics
 
 MAX_FILE_BYTES = 2**20

@@ -32,11 +32,10 @@ from legrad.masks.contrast import contrasted_by_image, distances_by_image
 from legrad.masks.smoothing import smoothed_grids
 from legrad.method.relevance import relevance_grids
 from legrad.method.trace import Trace, trace_images
-from legrad.quality.baselines import baseline_grids
 from pipeline.config.masks import MasksConfig
 from pipeline.config.schema import InputConfig
 from pipeline.demo import assets
-from pipeline.evaluation.map_methods import legrad_grids
+from pipeline.evaluation.map_methods import legrad_grids, named_baselines
 from pipeline.evaluation.perturbation import PerturbedOutputs, joined_outputs, perturb, score_perturbation
 from pipeline.prompts.sample_prompts import default_background
 from pipeline.shards.ground_truth import Scene, list_truth_shards, read_scenes
@@ -198,13 +197,8 @@ def maps_of(model: Model, trace: Trace, images: Tensor, pairs: Pairs) -> dict[st
         explainer, trace, pairs.texts, pairs.image_index, (1, 2, LAYERS, depth), spread_layers=LAYERS
     )
     contrasted = {f"LeGrad, last {LAYERS}, contrast": contrasted_relevance(model, trace, pairs)}
-    others = baseline_grids(
-        explainer.tower,
-        trace,
-        pairs.texts,
-        pairs.image_index,
-        generator=torch.Generator().manual_seed(0),
-        images=images,
+    others = named_baselines(
+        explainer, images, pairs.texts, pairs.image_index, generator=torch.Generator().manual_seed(0)
     )
     return own | contrasted | others
 

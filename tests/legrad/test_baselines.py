@@ -7,119 +7,141 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from legrad.errors import InputError
-from legrad.families import describe_tower
-from legrad.method.trace import Trace, trace_images
-from legrad.quality.baselines import (
-    attention_rollout,
-    baseline_grids,
-    centre_prior,
-    cls_attention,
-    gradcam,
-    mean_query_attention,
-    patch_text_similarity,
-)
+import legrad
+from legrad.inputs import as_ragged
+from tests.helpers.timm_models import tiny_timm_clip
+from tests.helpers.tiny_models import EMBED_DIM, GRID_HEIGHT, GRID_WIDTH, tiny_clip, tiny_images, unit_texts
 
-DIM, WIDTH, HEADS, GRID = 6, 16, 4, (2, 3)
+GRID, HEADS, HEAD_DIM = (GRID_HEIGHT, GRID_WIDTH), 4, 8
 IMAGE_INDEX = torch.tensor([0, 2, 2, 1])
+POOLINGS = {
+    "class token": {},
+    "mean of patches, norm after": {"pool_type": "avg", "final_ln_after_pool": True},
+}
+FAMILIES = {
+    "clip": tiny_clip,
+    "coca": lambda: tiny_clip(attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=6),
+    "siglip": lambda: tiny_timm_clip("ViT-B-16-SigLIP"),
+    "timm-vit": lambda: tiny_timm_clip("vit_medium_patch16_gap_256"),
+    "eva": lambda: tiny_timm_clip("EVA02-B-16"),
+    "eva, post-norm": lambda: tiny_timm_clip("EVA02-E-14"),
+    "pe": lambda: tiny_timm_clip("PE-Core-B-16", attn_pool_num_heads=4),
+    "relpos": lambda: tiny_timm_clip("vit_relpos_medium_patch16_cls_224"),
+}
 
 
-class TinyClip(nn.Module):
-    """Only what the baselines look at: an image tower under the name that open_clip gives it."""
-
-    def __init__(self, seed: int = 0, **settings):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.visual = VisionTransformer(
-            image_size=(8, 12),
-            patch_size=4,
-            width=WIDTH,
-            layers=3,
-            heads=HEADS,
-            mlp_ratio=2,
-            output_dim=DIM,
-            **settings,
-        )
-        for parameter in self.visual.parameters():
-            nn.init.normal_(parameter, std=0.3)
-
-
-@pytest.fixture(params=["class token", "mean of patches, norm after"])
-def model(request) -> TinyClip:
-    mean = request.param != "class token"
-    return TinyClip(pool_type="avg" if mean else "tok", final_ln_after_pool=mean).eval().double()
+@pytest.fixture(params=POOLINGS)
+def model(request) -> nn.Module:
+    return tiny_clip(**POOLINGS[request.param]).double()
 
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(3, 3, 8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return tiny_images(3, dtype=torch.float64)
 
 
 @pytest.fixture
 def texts() -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return F.normalize(torch.randn(4, DIM, generator=generator, dtype=torch.float64), dim=-1)
+    return unit_texts(4, dtype=torch.float64)
 
 
-def explicit_attention(block: nn.Module, normalised: Tensor) -> Tensor:
-    """Attention matrices [batch, heads, queries, keys] from the weights alone."""
-    query, key, _ = F.linear(normalised, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
-    query, key = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (query, key))
-    return (query @ key.mT / (WIDTH / HEADS) ** 0.5).softmax(dim=-1)
+def pooled_rows(model: nn.Module, rows: Tensor) -> Tensor:
+    """The row of the class token, or the mean of those of the patches: what the model pools."""
+    return rows[:, 0] if model.visual.pool_type == "tok" else rows[:, 1:].mean(dim=1)
 
 
-def traced(model: nn.Module, images: Tensor) -> Trace:
-    tower = describe_tower(model)
-    return trace_images(tower, images, 2, tower.reference)
+def explicit_attention(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention matrices [batch, heads, queries, keys] from the weights alone, and the block's output."""
+    joint = F.linear(block.ln_1(tokens), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in joint.chunk(3, dim=-1))
+    attention = (query @ key.mT / HEAD_DIM**0.5).softmax(dim=-1)
+    attended = tokens + block.attn.out_proj((attention @ value).transpose(1, 2).flatten(2))
+    return attention, attended + block.mlp(block.ln_2(attended))
 
 
-def test_rollout_is_the_product_of_every_blocks_attention_halved_with_the_identity(model, images):
-    visual = model.visual
-    tokens, rollout = visual._embeds(images), torch.eye(1 + GRID[0] * GRID[1], dtype=torch.float64)
-    for block in visual.transformer.resblocks:
-        attention = explicit_attention(block, block.ln_1(tokens)).mean(dim=1)
-        rollout = (attention + torch.eye(attention.shape[-1])) / 2 @ rollout
-        tokens = block(tokens)
-    tower = describe_tower(model)
-    trace = trace_images(tower, images, 3, tower.reference)
-    expected = rollout[:, 0, 1:].reshape(3, *GRID).float()
-    torch.testing.assert_close(attention_rollout(tower, trace, images), expected)
+def explicit_attentions(model: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Attention of every block, and the last block's output."""
+    tokens, attentions = model.visual._embeds(images), []
+    for block in model.visual.transformer.resblocks:
+        attention, tokens = explicit_attention(block, tokens)
+        attentions.append(attention)
+    return attentions, tokens
 
 
-def test_rollout_wants_every_block(model, images):
-    with pytest.raises(InputError, match="all 3 blocks, received 2"):
-        attention_rollout(describe_tower(model), traced(model, images), images)
+def maps_of(model: nn.Module, method: str, images: Tensor, texts: Tensor) -> Tensor:
+    return legrad.baseline(legrad.LeGrad(model), method, images, texts, IMAGE_INDEX)
 
 
-def test_rollout_is_a_baseline_where_the_images_are_given(model, images, texts):
-    tower = describe_tower(model)
-    trace = trace_images(tower, images, 3, tower.reference)
-    names = [
-        set(baseline_grids(tower, trace, texts, IMAGE_INDEX, generator=torch.Generator(), images=given))
-        for given in (images, None)
-    ]
-    assert names[0] - names[1] == {"attention rollout"}
+def test_rollout_is_the_product_of_every_blocks_attention_halved_with_the_identity(model, images, texts):
+    attentions, _ = explicit_attentions(model, images)
+    rollout = torch.eye(attentions[0].shape[-1], dtype=torch.float64)
+    for attention in attentions:
+        rollout = (attention.mean(dim=1) + torch.eye(attention.shape[-1])) / 2 @ rollout
+    expected = pooled_rows(model, rollout)[:, 1:].reshape(3, *GRID).float()
+    torch.testing.assert_close(maps_of(model, "rollout", images, texts), expected[IMAGE_INDEX])
 
 
-def test_attention_maps_are_rows_of_the_explicit_attention_matrix(model, images):
-    visual = model.visual
-    first, second, last = visual.transformer.resblocks
-    tokens = last.ln_1(second(first(visual._embeds(images))))
-    attention = explicit_attention(last, tokens).mean(dim=1)
-    tower, trace = describe_tower(model), traced(model, images)
-    for grids, expected in (
-        (cls_attention(tower, trace), attention[:, 0, 1:]),
-        (mean_query_attention(tower, trace), attention.mean(dim=1)[:, 1:]),
+def test_raw_attention_is_that_of_the_pooled_token_in_the_last_block(model, images, texts):
+    attention = explicit_attentions(model, images)[0][-1].mean(dim=1)
+    for method, rows in (
+        ("raw_attention", pooled_rows(model, attention)),
+        ("mean_query_attention", attention.mean(dim=1)),
     ):
-        torch.testing.assert_close(grids, expected.reshape(3, *GRID).float())
+        expected = rows[:, 1:].reshape(3, *GRID).float()[IMAGE_INDEX]
+        torch.testing.assert_close(maps_of(model, method, images, texts), expected)
+
+
+def test_in_siglip_raw_attention_is_the_poolers_and_the_first_factor_of_rollout():
+    model = tiny_timm_clip("ViT-B-16-SigLIP").double()
+    trunk, images = model.visual.trunk, tiny_images(3, dtype=torch.float64)
+    pool, heads = trunk.attn_pool, trunk.attn_pool.num_heads
+
+    def weights(queries, keys):
+        split = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (queries, keys)]
+        return (split[0] @ split[1].mT / split[0].shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
+
+    tokens = trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(images)))
+    attentions = []
+    for block in trunk.blocks:
+        heads = block.attn.num_heads
+        attentions.append(weights(*block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)[:2]))
+        tokens = block(tokens)
+    heads, normed = pool.num_heads, trunk.norm(tokens)
+    row = weights(pool.q(pool.latent.expand(3, -1, -1)), pool.kv(normed).chunk(2, dim=-1)[0])
+    explainer = legrad.LeGrad(model)
+    texts = torch.ones(3, explainer.embed_dim, dtype=torch.float64)
+    index = torch.arange(3)
+    raw = legrad.baseline(explainer, "raw_attention", images, texts, index)
+    torch.testing.assert_close(raw, row[:, 0].reshape(3, *GRID).float())
+    for attention in reversed(attentions):
+        row = row @ (attention + torch.eye(attention.shape[-1])) / 2
+    rollout = legrad.baseline(explainer, "rollout", images, texts, index)
+    torch.testing.assert_close(rollout, row[:, 0].reshape(3, *GRID).float())
+
+
+def test_chefercam_is_its_update_of_relevancies_by_autograd_on_explicit_attention(model, images, texts):
+    maps = maps_of(model, "chefercam", images, texts)
+    assert (maps > 0).any()
+    visual = model.visual
+    for prompt, image in enumerate(IMAGE_INDEX.tolist()):
+        attentions, tokens = explicit_attentions(model, images[image : image + 1])
+        if visual.pool_type == "tok":
+            feature = visual.ln_post(tokens)[0, 0] @ visual.proj
+        else:
+            feature = visual.ln_post(tokens[0, 1:].mean(dim=0)) @ visual.proj
+        gradients = torch.autograd.grad(F.cosine_similarity(feature, texts[prompt], dim=0), attentions)
+        relevancy = torch.eye(tokens.shape[1], dtype=torch.float64)[None]
+        for attention, gradient in zip(attentions, gradients, strict=True):
+            relevancy = relevancy + (attention * gradient).relu().mean(dim=1) @ relevancy
+        expected = pooled_rows(model, relevancy)[0, 1:].reshape(GRID).float()
+        torch.testing.assert_close(maps[prompt], expected)
 
 
 def test_patch_text_similarity_is_the_cosine_of_each_patch_token(model, images, texts):
     tokens = model.visual.transformer(model.visual._embeds(images))
-    grids = patch_text_similarity(describe_tower(model), traced(model, images), texts, IMAGE_INDEX)
+    grids = maps_of(model, "patch_text", images, texts)
     for prompt, image in enumerate(IMAGE_INDEX.tolist()):
         patches = model.visual.ln_post(tokens[image, 1:]) @ model.visual.proj
         expected = F.cosine_similarity(patches, texts[prompt][None]).reshape(GRID)
@@ -127,7 +149,7 @@ def test_patch_text_similarity_is_the_cosine_of_each_patch_token(model, images, 
 
 
 def test_gradcam_weighs_channels_by_gradients_of_the_models_own_score(model, images, texts):
-    grids = gradcam(describe_tower(model), traced(model, images), texts, IMAGE_INDEX)
+    grids = maps_of(model, "gradcam", images, texts)
     assert (grids > 0).any()
     for prompt, image in enumerate(IMAGE_INDEX.tolist()):
         activations: list[Tensor] = []
@@ -141,48 +163,72 @@ def test_gradcam_weighs_channels_by_gradients_of_the_models_own_score(model, ima
         torch.testing.assert_close(grids[prompt], expected.float())
 
 
-def test_the_centre_prior_is_highest_in_the_middle_and_symmetric():
-    prior = centre_prior(3, 5)
+def test_the_centre_prior_is_highest_in_the_middle_and_symmetric(images, texts):
+    prior = maps_of(tiny_clip().double(), "centre_prior", images, texts)[0]
     assert prior.argmax() == 7
     torch.testing.assert_close(prior, prior.flip(0).flip(1))
     assert prior[0, 0] < prior[0, 2] < prior[1, 2]
 
 
-def all_grids(
-    model: nn.Module, images: Tensor, texts: Tensor, index: Tensor, seed: int = 0
-) -> dict[str, Tensor]:
+def all_grids(model: nn.Module, images: Tensor, texts: Tensor, index: Tensor = IMAGE_INDEX, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    return baseline_grids(describe_tower(model), traced(model, images), texts, index, generator=generator)
+    return legrad.baseline_grids(legrad.LeGrad(model), images, texts, index, generator=generator)
 
 
-def test_every_baseline_has_one_finite_grid_a_prompt(model, images, texts):
-    grids = all_grids(model, images, texts, IMAGE_INDEX)
-    assert len(grids) == 9
-    for grid in grids.values():
-        assert grid.shape == (4, *GRID)
-        assert grid.dtype == torch.float32
-        assert grid.isfinite().all()
-
-
-def test_a_batch_gives_what_its_images_give_one_by_one(model, images, texts):
-    batched = all_grids(model, images, texts, IMAGE_INDEX)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_every_baseline_in_its_range_and_a_batch_gives_what_its_images_give(family):
+    model, images = FAMILIES[family](), tiny_images(3)
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randn(4, legrad.LeGrad(model).embed_dim, generator=generator)
+    batched = all_grids(model, images, texts)
+    assert list(batched) == list(legrad.BASELINES)
+    for name, grids in batched.items():
+        method = legrad.BASELINES[name]
+        assert grids.shape == (4, *GRID)
+        assert grids.dtype == torch.float32
+        assert grids.min() >= method.low - 1e-6, name
+        assert method.high is None or grids.max() <= method.high + 1e-6, name
+        if name != "random":
+            assert torch.allclose(grids[1], grids[2]) != method.depends_on_text, name
     for prompt, image in enumerate(IMAGE_INDEX.tolist()):
-        single = all_grids(
-            model, images[image : image + 1], texts[prompt : prompt + 1], torch.zeros(1, dtype=torch.long)
-        )
+        single = all_grids(model, images[image, None], texts[prompt, None], torch.zeros(1, dtype=torch.long))
         for name in set(batched) - {"random"}:
-            torch.testing.assert_close(batched[name][prompt], single[name][0], msg=name)
+            torch.testing.assert_close(batched[name][prompt], single[name][0], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_random_grids_follow_the_seed_alone(model, images, texts):
-    first, again, other = (all_grids(model, images, texts, IMAGE_INDEX, seed)["random"] for seed in (3, 3, 4))
+def test_the_forms_of_prompts_are_those_of_relevance(model, images, texts):
+    explainer = legrad.LeGrad(model)
+    flat = legrad.baseline(
+        explainer, "gradcam", images, texts.repeat(3, 1), torch.arange(3).repeat_interleave(4)
+    )
+    every = legrad.baseline(explainer, "gradcam", images, texts)
+    assert every.shape == explainer.relevance(images, texts).shape == (3, 4, *GRID)
+    torch.testing.assert_close(every.flatten(0, 1), flat)
+    own = legrad.baseline(explainer, "gradcam", images, 2 * texts.expand(3, -1, -1))
+    torch.testing.assert_close(own, every)
+    prepared = as_ragged(explainer.encode(images).image_features, texts, None)
+    torch.testing.assert_close(legrad.baseline(explainer, "gradcam", images, prepared), every)
+
+
+def test_a_trace_gives_the_same_maps_as_its_images(model, images, texts):
+    explainer = legrad.LeGrad(model)
+    trace = explainer.encode(images)
+    for name, method in legrad.BASELINES.items():
+        if not method.needs_images:
+            expected = legrad.baseline(explainer, name, images, texts)
+            torch.testing.assert_close(legrad.baseline(explainer, name, trace, texts), expected, msg=name)
+
+
+def test_random_grids_follow_the_generator_alone(model, images, texts):
+    first, again, other = (all_grids(model, images, texts, seed=seed)["random"] for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    assert torch.equal(maps_of(model, "random", images, texts), all_grids(model, images, texts)["random"])
 
 
 def test_no_prompts_give_no_grids(model, images):
     grids = all_grids(
-        model, images, torch.empty(0, DIM, dtype=torch.float64), torch.empty(0, dtype=torch.long)
+        model, images, torch.empty(0, EMBED_DIM, dtype=torch.float64), torch.empty(0, dtype=torch.long)
     )
     assert {grid.shape for grid in grids.values()} == {(0, *GRID)}
 
@@ -196,23 +242,22 @@ def fingerprint(model: nn.Module) -> tuple:
     return hooks, gradients, flags, model.training, [type(module) for module in model.modules()]
 
 
-def test_the_model_is_left_as_it_was_found(model, images, texts):
+def test_the_model_is_left_as_it_was_found_and_no_map_needs_a_gradient(model, images, texts):
     before, weights = fingerprint(model), copy.deepcopy(model.state_dict())
-    all_grids(model, images, texts, IMAGE_INDEX)
+    assert not any(grids.requires_grad for grids in all_grids(model, images, texts).values())
     assert fingerprint(model) == before
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name]), name
 
 
-def test_a_text_of_another_dimension_fails_and_leaves_the_model_as_it_was(model, images):
-    before = fingerprint(model)
-    with pytest.raises(RuntimeError):
-        all_grids(model, images, torch.ones(4, DIM + 1, dtype=torch.float64), IMAGE_INDEX)
-    assert fingerprint(model) == before
-
-
-def test_a_trace_of_one_block_is_refused(model, images, texts):
-    tower = describe_tower(model)
-    trace = trace_images(tower, images, 1, tower.reference)
-    with pytest.raises(InputError, match="at least 2 blocks, received 1"):
-        gradcam(describe_tower(model), trace, texts, IMAGE_INDEX)
+def test_in_half_precision_every_map_is_close_to_that_in_single(images, texts):
+    model = tiny_clip()
+    single = all_grids(model, images.float(), texts.float())
+    half = all_grids(model.bfloat16(), images.bfloat16(), texts.bfloat16())
+    for name, grids in half.items():
+        assert grids.dtype == torch.float32
+        # cosines and attention; the others are gradients, whose rounding is relative to their size
+        scale = (
+            max(1.0, single[name].abs().max().item()) if legrad.BASELINES[name].high else single[name].max()
+        )
+        assert (grids - single[name]).abs().max() < 0.1 * scale, name

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import auc
 
+import legrad
 from legrad.quality.perturbation import (
     SHARES,
     area_under_curve,
@@ -17,6 +18,7 @@ from legrad.quality.perturbation import (
     first_patches,
     perturbed_images,
 )
+from tests.helpers.tiny_models import tiny_clip, tiny_images, unit_texts
 
 PATCH, GRID = 4, (2, 3)
 shares = st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])
@@ -104,3 +106,106 @@ def test_a_map_that_knows_what_the_score_reads_beats_its_own_reverse():
     assert (area(weight, "deletion", "positive") < area(-weight, "deletion", "positive")).all()
     assert (area(weight, "deletion", "negative") > area(weight, "deletion", "positive")).all()
     assert (area(weight, "insertion", "positive") > area(-weight, "insertion", "positive")).all()
+
+
+def brute_force(explainer, image, grid, text, name, *, filling):
+    """The cosines of one map's curve, patch by patch with plain loops and the model's own forward pass."""
+    height, width = grid.shape
+    rows, columns = image.shape[1] // height, image.shape[2] // width
+    sign = -1 if name.endswith("positive") else 1
+    order = sorted(range(height * width), key=lambda cell: (sign * grid.flatten()[cell].item(), cell))
+    curve = []
+    for share in SHARES:
+        first = order[: round(share * height * width)]
+        shown = image.clone() if name.startswith("deletion") else blurred(image[None])[0]
+        for cell in first:
+            row, column = divmod(cell, width)
+            place = np.s_[:, row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+            shown[place] = filling.expand_as(shown)[place] if name.startswith("deletion") else image[place]
+        feature = explainer.model.encode_image(shown[None], normalize=True)[0]
+        curve.append(float(feature @ text))
+    return curve
+
+
+@pytest.fixture(scope="module")
+def explainer() -> legrad.LeGrad:
+    return legrad.LeGrad(tiny_clip().double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("filling", ["mean", "black"])
+def test_the_curves_of_insertion_and_deletion_are_those_of_a_loop_over_patches(explainer, filling):
+    shown, texts = tiny_images(2, dtype=torch.float64), unit_texts(3, dtype=torch.float64)
+    index = torch.tensor([1, 0, 1])
+    grids = explainer.relevance(shown, texts, index)
+    transform = explainer.transform
+    black = -torch.tensor(transform.mean).double() / torch.tensor(transform.std).double()
+    value = torch.zeros(3, dtype=torch.float64) if filling == "mean" else black
+    curves = legrad.insertion_deletion(explainer, shown, grids, texts, index, filling=filling, batch_size=2)
+    assert list(curves) == [
+        "deletion_positive",
+        "deletion_negative",
+        "insertion_positive",
+        "insertion_negative",
+    ]
+    for name, curve in curves.items():
+        expected = [
+            brute_force(explainer, shown[image], grid, text, name, filling=value[:, None, None])
+            for image, grid, text in zip(index.tolist(), grids, texts, strict=True)
+        ]
+        np.testing.assert_allclose(curve.cosine, expected, atol=1e-6)
+        np.testing.assert_allclose(
+            curve.cosine_area, [auc(SHARES, each) / 0.9 for each in expected], atol=1e-6
+        )
+        assert curve.accuracy is None
+        assert curve.accuracy_area is None
+
+
+@torch.no_grad()
+def test_a_heat_map_of_pixels_hides_pixel_by_pixel(explainer):
+    shown, texts = tiny_images(1, dtype=torch.float64), unit_texts(1, dtype=torch.float64)
+    pixels = torch.rand(1, 1, 12, 20, dtype=torch.float64)
+    curves = legrad.insertion_deletion(explainer, shown, pixels, texts, tests=["deletion_positive"])
+    expected = brute_force(
+        explainer, shown[0], pixels[0, 0], texts[0], "deletion_positive", filling=torch.zeros(3, 1, 1)
+    )
+    np.testing.assert_allclose(curves["deletion_positive"].cosine[0, 0], expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_accuracy_counts_the_maps_whose_class_scores_above_its_rivals(explainer):
+    shown, texts = tiny_images(2, dtype=torch.float64), unit_texts(3, dtype=torch.float64)
+    classes, shares = unit_texts(5, dtype=torch.float64, seed=7), [0.0, 0.5, 1.0]
+    grids = explainer.relevance(shown, texts)
+    own = torch.tensor([[0, 1, 2], [3, 4, 0]])
+    rivals = torch.rand(2, 3, 5) > 0.5
+    for some in (None, rivals):
+        curves = legrad.insertion_deletion(
+            explainer,
+            shown,
+            grids,
+            texts,
+            shares=shares,
+            tests=["deletion_negative"],
+            class_embeddings=classes,
+            class_index=own,
+            rivals=some,
+        )
+        curve = curves["deletion_negative"]
+        assert curve.is_right.shape == (2, 3, 3)
+        for (image, prompt, step), is_right in np.ndenumerate(curve.is_right):
+            hidden = perturbed_images(
+                shown[image, None],
+                torch.zeros(1, 3, 12, 20),
+                grids[image, prompt, None],
+                shares[step],
+                test="deletion",
+                order="negative",
+            )
+            scores = (explainer.model.encode_image(hidden, normalize=True)[0] @ classes.T).tolist()
+            best = scores.pop(own[image, prompt])
+            counted = range(5) if some is None else some[image, prompt].nonzero().flatten().tolist()
+            others = [row for row in range(5) if row != own[image, prompt]]
+            assert is_right == all(best > scores[others.index(row)] for row in counted if row in others)
+        np.testing.assert_allclose(curve.accuracy, curve.is_right.mean(axis=(0, 1)))
+        assert curve.accuracy_area == pytest.approx(auc(shares, curve.accuracy))

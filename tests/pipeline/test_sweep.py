@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import legrad
-from legrad.quality.dense_baselines import naclip
 from legrad.quality.metrics import Estimate
 from pipeline.annotate.model import load_explainer
 from pipeline.config.load import parse_config
@@ -94,7 +93,7 @@ def test_the_explainer_of_a_baseline_returns_its_cosines_for_any_form_of_prompts
     plain = legrad.LeGrad(tiny_clip())
     explainer, images, texts = BaselineExplainer(plain, "NACLIP"), tiny_images(2), unit_texts(3)
     trace, rows = explainer.encode(images), torch.tensor([1, 0, 1])
-    expected = naclip(plain.tower, trace, texts, rows)
+    expected = legrad.baseline(plain, "naclip", images, texts, rows)
     torch.testing.assert_close(explainer.relevance(trace, texts, rows), expected)
     assert explainer.relevance(images, texts).shape == (2, 3, 3, 5)
     torch.testing.assert_close(explainer.relevance(images, texts)[1, 0], expected[0])

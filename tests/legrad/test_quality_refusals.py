@@ -1,0 +1,128 @@
+"""What the calls that measure and compare maps say of arguments that do not fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.processes import REPOSITORY
+
+REFUSALS = {
+    "baseline(explainer, 'grad-cam', images, texts)": (
+        "method: expected one of gradcam, patch_text, maskclip, sclip, naclip, chefercam, "
+        "mean_query_attention, raw_attention, rollout, centre_prior, random, received 'grad-cam'; nearest: "
+        "gradcam"
+    ),
+    "baseline(explainer, None, images, texts)": "method: expected one of gradcam, ",
+    "baseline(explainer, ['gradcam'], images, texts)": "method: expected one of gradcam, ",
+    "baseline_grids(explainer, images, texts, methods='gradcam')": (
+        "methods: expected a list of keys of legrad.BASELINES, received 'gradcam'"
+    ),
+    "baseline(explainer, 'gradcam', images, texts[:, :7])": (
+        "text_embeddings: expected [batch, prompts, 24] or [prompts, 24], received [3, 7]"
+    ),
+    "baseline(explainer, 'rollout', images, texts, torch.tensor([0, 1, 2]))": (
+        "image_index: expected rows from 0 to 1, received 0 to 2"
+    ),
+    "baseline(explainer, 'rollout', images.double(), texts)": "images: expected torch.float32",
+    "baseline(explainer, 'rollout', images[0], texts)": "images: expected [batch, 3, height, width]",
+    "baseline(explainer, 'rollout', trace, texts)": (
+        "images: rollout expected preprocessed images, received a trace, which lacks the tokens that enter "
+        "the first block"
+    ),
+    "baseline(explainer, 'gradcam', LeGrad(model, layers=1).encode(images), texts)": (
+        "trace: expected at least 2 blocks, received 1"
+    ),
+    "baseline(explainer, 'gradcam', LeGrad(tiny_clip()).encode(images), texts)": (
+        "trace: made by another model"
+    ),
+    "insertion_deletion(explainer, images, grids[0], texts)": (
+        "relevance_grids: expected [2, 3, 'grid_height', 'grid_width'], one map for each prompt with at most "
+        "12 x 20 cells, received [3, 3, 5]"
+    ),
+    "insertion_deletion(explainer, images, torch.rand(2, 3, 13, 20), texts)": (
+        "relevance_grids: expected [2, 3, 'grid_height', 'grid_width']"
+    ),
+    "insertion_deletion(explainer, images, grids / 0, texts)": "relevance_grids: expected finite",
+    "insertion_deletion(explainer, images, grids, texts, shares=[0.5, 0.2])": (
+        "shares: expected two or more from 0 to 1, ascending, received [0.5, 0.2]"
+    ),
+    "insertion_deletion(explainer, images, grids, texts, tests=['deletion'])": (
+        "tests: expected some of deletion_positive, deletion_negative, insertion_positive, "
+        "insertion_negative, received ['deletion']"
+    ),
+    "insertion_deletion(explainer, images, grids, texts, tests='deletion_positive')": (
+        "tests: expected some of deletion_positive"
+    ),
+    "insertion_deletion(explainer, images, grids, texts, filling='grey')": (
+        "filling: expected 'mean' or 'black', received 'grey'"
+    ),
+    "insertion_deletion(explainer, images, grids, texts, batch_size=0)": (
+        "batch_size: expected a number of images from 1 on, received 0"
+    ),
+    "insertion_deletion(explainer, images, grids, texts, class_embeddings=texts)": (
+        "class_embeddings, class_index: expected both or none, received one of them"
+    ),
+    "insertion_deletion(explainer, images, grids, texts, **classes | {'class_index': own + 3})": (
+        "class_index: expected rows from 0 to 2, received 3 to 3"
+    ),
+    "insertion_deletion(explainer, images, grids, texts, **classes | {'class_index': own[0]})": (
+        "class_index: expected whole numbers [2, 3], received torch.int64 [3]"
+    ),
+    "insertion_deletion(explainer, images, grids, texts, **classes | {'class_embeddings': texts[:, :5]})": (
+        "class_embeddings: expected [classes, 24], received [3, 5]"
+    ),
+    "insertion_deletion(explainer, images, grids, texts, **classes, rivals=own)": (
+        "rivals: expected truth values [2, 3, 3], received torch.int64 [2, 3]"
+    ),
+    "map_localisation(heat, truth.T)": (
+        "heatmap, truth, valid: expected [height, width] of one size, received [2, 3], [3, 2] and [3, 2]"
+    ),
+    "map_localisation(heat[None], truth[None])": "heatmap, truth, valid: expected [height, width]",
+    "map_localisation(heat, truth.long())": "truth, valid: expected truth values, received int64 and bool",
+    "map_localisation(heat, truth, truth)": "valid: expected at least one valid pixel, received none",
+    "map_localisation(heat * 3, truth)": "heatmap: expected floating-point values from 0 to 1",
+    "map_localisation(heat / 0, truth)": "heatmap: expected floating-point values from 0 to 1",
+    "map_localisation(truth, truth)": "heatmap: expected floating-point values from 0 to 1",
+    "localisation_scores([])": "maps: expected at least one map, received none",
+}
+
+
+@pytest.fixture(scope="module")
+def messages() -> dict[str, str]:
+    """What each call of REFUSALS says, in one run where shapes are not checked, as for users."""
+    program = """
+import json, sys, torch
+from legrad import *
+from tests.helpers.tiny_models import *
+
+model, images, texts = tiny_clip(), tiny_images(2), unit_texts(3)
+explainer = LeGrad(model)
+trace, grids, own = explainer.encode(images), torch.rand(2, 3, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+classes = {"class_embeddings": texts, "class_index": own}
+heat, truth = torch.full((2, 3), 0.5), torch.zeros(2, 3, dtype=torch.bool)
+said = {}
+for call in json.load(sys.stdin):
+    try:
+        exec(call)
+    except InputError as error:
+        said[call] = str(error)
+print(json.dumps(said))
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(list(REFUSALS)),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+    )
+    return json.loads(finished.stdout)
+
+
+@pytest.mark.parametrize("call", REFUSALS)
+def test_what_does_not_fit_is_refused_with_what_was_expected_and_received(call, messages):
+    assert messages.get(call, "nothing was refused").startswith(REFUSALS[call])
