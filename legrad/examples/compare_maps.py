@@ -55,7 +55,7 @@ def main() -> None:
 def save(arguments: argparse.Namespace) -> None:
     """Write input, text embeddings and maps, with what they were made with."""
     try:
-        from legrad import LeWrapper  # noqa: F401
+        from legrad import LeWrapper  # type: ignore[attr-defined]  # noqa: F401
     except ImportError:
         explain, package = explain_here, "legrad-pipeline"
     else:
@@ -71,7 +71,7 @@ def save(arguments: argparse.Namespace) -> None:
         "texts": arguments.text,
         "images_sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in arguments.image],
     }
-    np.savez_compressed(arguments.out, case=np.array(json.dumps(case)), **arrays)
+    np.savez_compressed(arguments.out, allow_pickle=False, case=np.array(json.dumps(case)), **arrays)
     print(f"{arguments.out}: {arrays['maps'].shape} maps of {case['package']}, open_clip {case['open_clip']}")
 
 
@@ -115,7 +115,7 @@ def explain_by_authors(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     import torch
     from PIL import Image
 
-    from legrad import LePreprocess, LeWrapper
+    from legrad import LePreprocess, LeWrapper  # type: ignore[attr-defined]
 
     model, preprocess, tokenizer = load(arguments)
     preprocess = LePreprocess(preprocess=preprocess, image_size=arguments.image_size)

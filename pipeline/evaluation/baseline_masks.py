@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import legrad
+from legrad.classes import ClassIndex
 from legrad.inputs import RaggedPrompts
 from pipeline.annotate.annotator import ShardAnnotator
 from pipeline.annotate.model import load_explainer, weights_digest
@@ -64,6 +65,8 @@ class BaselineExplainer(legrad.LeGrad):
         """Return cosines on the patch grid, from -1 to 1; the arguments are those of `LeGrad.relevance`."""
         if per_layer:
             raise UserError("a baseline of dense features has no layers")
+        if text_embeddings is None or class_index is not None:
+            raise UserError("a baseline of dense features explains texts, not classes by their number")
         return legrad.baseline(self, self._baseline, images, text_embeddings, image_index)
 
 
