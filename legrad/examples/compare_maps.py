@@ -71,7 +71,7 @@ def save(arguments: argparse.Namespace) -> None:
         "texts": arguments.text,
         "images_sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in arguments.image],
     }
-    np.savez_compressed(arguments.out, allow_pickle=False, case=np.array(json.dumps(case)), **arrays)
+    np.savez_compressed(arguments.out, case=np.array(json.dumps(case)), **arrays)  # type: ignore[arg-type]
     print(f"{arguments.out}: {arrays['maps'].shape} maps of {case['package']}, open_clip {case['open_clip']}")
 
 
