@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from legrad.masks.thresholds import MaskRule, otsu_threshold
     from legrad.method.trace import LayerTrace, Trace
     from legrad.pictures import overlay
+    from legrad.trace_files import load_trace, save_trace
     from legrad.views import view_relevance
 
 __version__ = "0.1.0"
@@ -72,12 +73,14 @@ __all__ = [
     "grid_to_masks",
     "heatmaps_of",
     "layer_strip",
+    "load_trace",
     "mask_area",
     "mask_bbox_xywh",
     "minmax_normalise",
     "otsu_threshold",
     "overlay",
     "refine_heatmaps",
+    "save_trace",
     "smoothed_grids",
     "supported_models",
     "text_distances",
@@ -110,6 +113,7 @@ _MODULES = {
     "legrad.masks.thresholds": ["MaskRule", "otsu_threshold"],
     "legrad.method.trace": ["LayerTrace", "Trace"],
     "legrad.pictures": ["overlay"],
+    "legrad.trace_files": ["load_trace", "save_trace"],
     "legrad.views": ["view_relevance"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
+from legrad.checks import fitted_transform
 from legrad.errors import ModelLoadError, UnsupportedModelError
 from legrad.families import (
     SUPPORTED,
@@ -35,7 +36,6 @@ from legrad.families import (
 )
 from legrad.heatmaps import Normalisation
 from legrad.images import Fit, ImageTransform, transform_from
-from legrad.inputs import fitted_transform
 from legrad.tokens import Tokenizer
 from legrad.weights.checkpoint import check_checkpoint
 from legrad.weights.hub_files import file_sha256

@@ -1,6 +1,6 @@
 """Embed texts as unit vectors: each text once, in batches of similar length, with little padding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from legrad.arguments import as_texts
 from legrad.errors import InputError, TokenizerError
 from legrad.families.modules import GLOBAL_HOOKS, HOOKS
 from legrad.memory import uploaded
@@ -34,14 +35,14 @@ CPU_BATCH_SIZE, DEVICE_BATCH_SIZE = 16, 256
 
 
 def embed_texts(
-    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], embed_dim: int, device: torch.device
+    model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], embed_dim: int, device: torch.device
 ) -> Float[Tensor, "prompts embed_dim"]:
     """Embed texts with a model's text tower, in batches; a text that repeats is embedded once.
 
     Args:
         model: an open_clip model.
         tokenizer: as returned by `open_clip.get_tokenizer`; it truncates texts at its context length.
-        texts: any number of texts, including none.
+        texts: any number of texts, including none; see `legrad.arguments.as_texts`.
         embed_dim: dimension of the joint space.
         device: of the model.
 
@@ -51,10 +52,9 @@ def embed_texts(
 
     Raises:
         InputError: the text tower is in training mode with active dropout, so that embeddings would be
-            random; the tokenizer is not the model's; or a single string is passed instead of a list.
+            random; the tokenizer is not the model's; or `texts` is no collection of texts.
     """
-    if isinstance(texts, str):  # also a sequence of strings
-        raise InputError(f"embed_text: expected a list of texts, received the text {texts!r}")
+    texts = as_texts(texts)
     refuse_active_dropout(model)
     if not texts:
         return torch.zeros(0, embed_dim, device=device)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from legrad.errors import InputError
 from legrad.method.stages import run_stages
 from legrad.method.towers import Block, Scoring, Tower
-from legrad.method.trace import Trace, run_block
+from legrad.method.trace import Trace, in_words, run_block
 
 # Standard deviation of NACLIP's neighbourhood in patches, the authors' default.
 NEIGHBOURHOOD_SIGMA = 5.0
@@ -156,8 +156,9 @@ def token_text_cosines(
 
 def last_block_input(trace: Trace) -> Float[Tensor, "batch tokens width"]:
     """Return the tokens that enter the last block; raise an InputError if the trace does not hold them."""
-    if len(trace.layers) < 2:
-        raise InputError(f"baselines: expected a trace of at least 2 blocks, received {len(trace.layers)}")
+    held = trace.layer_indices
+    if len(held) < 2 or held[-2] != held[-1] - 1:
+        raise InputError(f"baselines: expected a trace of the last 2 blocks, received {in_words(held)}")
     return trace.layers[-2].block_outputs
 
 

@@ -214,5 +214,5 @@ def test_a_text_of_another_dimension_fails_and_leaves_the_model_as_it_was(model,
 def test_a_trace_of_one_block_is_refused(model, images, texts):
     tower = describe_tower(model)
     trace = trace_images(tower, images, 1, tower.reference)
-    with pytest.raises(InputError, match="at least 2 blocks, received 1"):
+    with pytest.raises(InputError, match="the last 2 blocks, received block 2"):
         gradcam(describe_tower(model), trace, texts, IMAGE_INDEX)

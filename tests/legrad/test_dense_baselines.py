@@ -135,7 +135,7 @@ def test_a_trace_of_one_block_is_refused(baseline):
     model = tiny_clip()
     tower = describe_tower(model)
     trace = trace_images(tower, tiny_images(), 1, tower.own)
-    with pytest.raises(InputError, match="at least 2 blocks, received 1"):
+    with pytest.raises(InputError, match="the last 2 blocks, received block 2"):
         baseline(tower, trace, unit_texts(1), torch.tensor([0]))
 
 

@@ -9,8 +9,8 @@ from open_clip import image_transform
 from PIL import Image
 
 import legrad
+from legrad.checks import check_resize
 from legrad.images import ImageTransform, fast_resize, transform_of
-from legrad.inputs import check_resize
 from tests.helpers.tiny_models import tiny_clip, unit_texts
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
