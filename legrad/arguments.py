@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
@@ -107,7 +106,7 @@ def as_image(image: Any, where: str = "image") -> Image.Image:
     return _of_8_bits(image, where)
 
 
-def as_index(image_index: Any) -> Int[Tensor, "..."] | Float[Tensor, "..."] | None:
+def as_index(image_index: Any) -> Tensor | None:
     """Return an index of images as a tensor; lists, arrays and Series of whole numbers are converted.
 
     Raises:

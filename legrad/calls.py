@@ -265,8 +265,7 @@ def joined(call: Call, pieces: Iterable[tuple[Part, Tensor]]) -> Tensor:
         if result is None:
             layers = piece.shape[: piece.ndim - 2 - len(part.place)]
             result = _empty_maps(piece, (*layers, *call.leading), piece.shape[-2], piece.shape[-1])
-        places = tuple(rows if isinstance(rows, slice) else rows.to(result.device) for rows in part.place)
-        result[(..., *places, slice(None), slice(None))] = piece
+        result[(..., *_on(result.device, part.place), slice(None), slice(None))] = piece
     if result is None:
         raise ValueError("a call has at least one part")
     return result
@@ -277,7 +276,7 @@ def joined_by_image(
     pieces: Iterable[tuple[Part, Tensor]],
     sizes: Sequence[tuple[int, int]],
     normalisation: Normalisation,
-) -> list[Float[Tensor, "prompts _height _width"]]:
+) -> list[Float[Tensor, "_prompts _height _width"]]:
     """Return heat maps of one size for each image, in the order of its prompts.
 
     Args:
@@ -293,7 +292,7 @@ def joined_by_image(
             results = [_empty_maps(piece, (count,), *size) for count, size in zip(counts, sizes, strict=True)]
         grids = piece.reshape(-1, *piece.shape[-2:])
         owners = part.prompts.image_index.cpu() + part.images.start
-        own_places = places[part.place].flatten()
+        own_places = places[_on(places.device, part.place)].flatten()
         for image in owners.unique().tolist():
             here = (owners == image).nonzero().flatten()
             maps = heatmaps_of(grids[here.to(grids.device)], *sizes[image], normalisation)
@@ -312,6 +311,10 @@ def _places_of_prompts(call: Call) -> tuple[list[int], Int[Tensor, "*leading"]]:
     places = torch.empty_like(owners)
     places[order] = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners[order]]
     return counts.tolist(), places
+
+
+def _on(device: torch.device, place: tuple[Rows, ...]) -> tuple[Rows, ...]:
+    return tuple(rows if isinstance(rows, slice) else rows.to(device) for rows in place)
 
 
 def _empty_maps(like: Tensor, leading: tuple[int, ...], height: int, width: int) -> Tensor:

@@ -419,9 +419,7 @@ class LeGrad:
             )
         merged = grids if per_layer else self._layers.merged(grids)
         if self._options.affinity == "keys" and trace.unit_keys is not None:
-            merged = spread_along_keys(
-                merged, trace.unit_keys, prompts.image_index, strip_bytes=step_bytes
-            )
+            merged = spread_along_keys(merged, trace.unit_keys, prompts.image_index, strip_bytes=step_bytes)
         return merged.reshape(*merged.shape[:-3], *prompts.leading, *merged.shape[-2:])
 
     @overload
@@ -450,7 +448,7 @@ class LeGrad:
         as_authors: bool = False,
         output_size: Sequence[tuple[int, int]],
         memory_budget_bytes: int | None = None,
-    ) -> list[Float[Tensor, "prompts _height _width"]]: ...
+    ) -> list[Float[Tensor, "_prompts _height _width"]]: ...
 
     def heatmaps(
         self,

@@ -127,7 +127,7 @@ def check_text_embeddings(features: Float[Tensor, "batch embed_dim"], text_embed
             f"received {text_embeddings.device}"
         )
     dtype = accumulation_dtype(features.dtype)
-    lengths = torch.linalg.vector_norm(text_embeddings.detach(), dim=-1, dtype=dtype)
+    lengths = torch.linalg.vector_norm(text_embeddings.detach().to(dtype), dim=-1)
     has_direction = (lengths > 0) & lengths.isfinite()
     if not bool(has_direction.all()):
         rows = (~has_direction).nonzero().tolist()
