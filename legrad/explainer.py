@@ -28,6 +28,7 @@ from legrad.heatmaps import heatmaps_of
 from legrad.images import Fit, ImageTransform, Resize, resized_batch, transform_of
 from legrad.inputs import (
     RaggedPrompts,
+    as_ragged,
     check_neutral,
     cosines,
     neutral_patches,
@@ -524,7 +525,9 @@ class LeGrad:
             trace = self._as_trace(call.images_at(images_of_part))
             neutral = None
             if neutral_row is not None:
-                neutral = neutral_patches(self.relevance(trace, neutral_row), threshold)
+                prompts = as_ragged(trace.image_features, neutral_row, None)
+                grids = self.relevance(trace, prompts, memory_budget_bytes=call.steps.step_bytes)
+                neutral = neutral_patches(grids, threshold)
             for part in call.parts(images_of_part, trace):
                 grids = self.relevance(trace, part.prompts, memory_budget_bytes=call.steps.step_bytes)
                 if neutral is not None:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from legrad.arguments import kind_of
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.method.relevance import relevance_grids
@@ -40,6 +41,8 @@ def save_trace(explainer: LeGrad, trace: Trace, path: str | os.PathLike[str]) ->
     Raises:
         InputError: the trace was made by another model, or the file cannot be written.
     """
+    if not isinstance(trace, Trace):
+        raise InputError(f"trace: expected a trace, received {kind_of(trace)}; pass explainer.encode(images)")
     explainer._as_trace(trace)  # raises an error for a trace of another model
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}

@@ -70,7 +70,7 @@ def test_a_trace_of_more_layers_is_explained_for_the_chosen_ones():
 
 def test_the_authors_map_has_no_weights_of_layers():
     model, images, texts = tiny_clip(), tiny_images(2), unit_texts(3)
-    weighted = legrad.LeGrad(model, layer_weights=[1, 0])
+    weighted = legrad.LeGrad(model, layer_weights=[1.0, 0.0])
     expected = legrad.LeGrad(model).heatmaps(images, texts)
     assert torch.equal(weighted.heatmaps(images, texts, as_authors=True), expected)
     assert not torch.equal(weighted.heatmaps(images, texts), expected)
@@ -141,7 +141,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("call", CALLS)
 def test_parts_give_what_all_at_once_gives(call, form):
-    explainer = legrad.LeGrad(tiny_clip().double(), layers=[0, 2], layer_weights=[1, 2])
+    explainer = legrad.LeGrad(tiny_clip().double(), layers=[0, 2], layer_weights=[1.0, 2.0])
     images = tiny_images(5, dtype=DOUBLE)
     texts, rows = FORMS[form]
     whole = CALLS[call](explainer, images, texts, rows)
@@ -157,7 +157,7 @@ def test_parts_give_what_all_at_once_gives(call, form):
 @pytest.mark.parametrize("call", ["relevance of each layer", "heat maps"])
 def test_memory_beside_arguments_and_result_stays_within_the_budget(call, affinity, vision):
     explainer = legrad.LeGrad(tiny_clip(**vision).double(), layers="all", affinity=affinity)
-    images, texts = tiny_images(8, dtype=DOUBLE), unit_texts(30, dtype=DOUBLE)
+    images, texts = tiny_images(16, dtype=DOUBLE), unit_texts(15, dtype=DOUBLE)
     budget = 2 * bytes_of_image(explainer.tower, explainer.scoring, 15, LAYERS)
     with LiveMemory() as unlimited:
         result = CALLS[call](explainer, images, texts, None)
