@@ -50,8 +50,7 @@ def _scaled(values: np.ndarray, mode: str) -> np.ndarray:
             f"image of mode {mode} has values from {lowest:g} to {highest:g}; expected 0 to 255 (8 bits) or "
             "0 to 65535 (16 bits)"
         )
-    if mode == "F" and highest <= 1:
-        return np.rint(values * _LEVELS).astype(np.uint8)
-    if highest <= _LEVELS:
-        return np.rint(values).astype(np.uint8)
-    return (values.astype(np.int32) >> 8).astype(np.uint8)
+    if highest > _LEVELS:
+        return (values.astype(np.int32) >> 8).astype(np.uint8)
+    levels: np.ndarray = values * _LEVELS if mode == "F" and highest <= 1 else values
+    return np.rint(levels).astype(np.uint8)
