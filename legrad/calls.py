@@ -228,10 +228,10 @@ def checked_call(
         InputError: an argument does not fit.
     """
     budget, patch = check_budget(memory_budget_bytes), tower.patch_size
+    like = features_like(tower, images)
     if isinstance(images, Trace):
-        like, grid = images.image_features, (images.grid_height, images.grid_width)
+        grid = (images.grid_height, images.grid_width)
     else:
-        like = images.new_empty(len(images), tower.embed_dim)
         grid = (images.shape[2] // patch, images.shape[3] // patch)
     check_text_embeddings(like, text_embeddings)
     if image_index is not None:
@@ -249,6 +249,13 @@ def checked_call(
         map_pixels=largest if is_of_maps else 0,
     )
     return Call(images, text_embeddings, image_index, sizes, steps)
+
+
+def features_like(tower: Tower, images: Tensor | Trace) -> Float[Tensor, "batch embed_dim"]:
+    """Return a tensor of the shape, dtype and device of the images' features."""
+    if isinstance(images, Trace):
+        return images.image_features
+    return images.new_empty(len(images), tower.embed_dim)
 
 
 def joined(call: Call, pieces: Iterable[tuple[Part, Tensor]]) -> Tensor:
