@@ -152,6 +152,7 @@ def test_parts_give_what_all_at_once_gives(call, form):
             assert parts.stride() == whole.stride() or not parts.numel()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("vision", [{}, {"attentional_pool": True, "attn_pooler_heads": 4}])
 @pytest.mark.parametrize("affinity", ["none", "keys"])
 @pytest.mark.parametrize("call", ["relevance of each layer", "heat maps"])

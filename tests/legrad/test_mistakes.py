@@ -8,6 +8,8 @@ import pytest
 
 from tests.helpers.processes import REPOSITORY
 
+pytestmark = pytest.mark.medium  # starts a process
+
 MISTAKES = {
     # models and options
     "LeGrad('ViT-B-16')": (
