@@ -1,6 +1,6 @@
 """Check options, images and traces of callers against the tower that they are for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -203,8 +203,8 @@ def check_trace(
 
 
 def require_model(model: object, tokenizer: object) -> None:
-    """Raise an InputError if a model is no module, or a tokenizer cannot be called."""
-    if not isinstance(model, nn.Module):
+    """Raise an InputError if a model is neither a module nor a state, or a tokenizer cannot be called."""
+    if not isinstance(model, nn.Module | Mapping):
         way = (
             "legrad.LeGrad.from_open_clip(name, pretrained)" if isinstance(model, str) else "the model alone"
         )

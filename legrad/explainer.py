@@ -1,7 +1,7 @@
-"""`LeGrad`, the class that explains an open_clip model."""
+"""`LeGrad`, the class that explains a model."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, overload
@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from legrad.arguments import ImageInput
-from legrad.calls import Call, Part, checked_call, joined, joined_by_image
+from legrad.arguments import ImageInput, as_index
+from legrad.calls import Call, Part, checked_call, features_like, joined, joined_by_image
 from legrad.checks import (
     Options,
     check_affinity,
@@ -22,10 +22,21 @@ from legrad.checks import (
     check_trace,
     require_model,
 )
+from legrad.classes import (
+    ClassIndex,
+    check_class_names,
+    check_classifier,
+    check_compares_texts,
+    find_class,
+    logits_of,
+    rows_of_prompts,
+)
+from legrad.classifier_loading import load_classifier
 from legrad.errors import LeGradError
+from legrad.families import source_of, without_archive
 from legrad.families.faithful import Snapshot, describe_model
 from legrad.heatmaps import heatmaps_of
-from legrad.images import Fit, ImageTransform, Resize, resized_batch, transform_of
+from legrad.images import Fit, ImageTransform, Resize, resized_batch
 from legrad.inputs import (
     RaggedPrompts,
     as_ragged,
@@ -41,13 +52,14 @@ from legrad.method.relevance import relevance_grids
 from legrad.method.trace import Trace, in_words, trace_images
 from legrad.text import embed_texts, require_tokenizer
 from legrad.tokens import Tokenizer
+from legrad.weights.model_files import TRANSFORMERS_PREFIX
 
 # Derived from the model again after a deep copy or unpickling, as they hold functions of its modules.
-_DERIVED = ("tower", "scoring", "_layers", "_relevance_grids", "_snapshot")
+_DERIVED = ("tower", "scoring", "_layers", "_relevance_grids", "_snapshot", "_source")
 
 
 class LeGrad:
-    """Compute relevance maps of an open_clip model: how much each patch of an image contributes to a text.
+    """Compute relevance maps of a model: how much each patch of an image contributes to a text or a class.
 
     The model is never changed: weights, gradient and training flags and the random state stay as they are. It
     may be in training mode; patch dropout is skipped.
@@ -68,6 +80,8 @@ class LeGrad:
         model: the explained model.
         tower: description of its vision tower.
         tokenizer: tokenizer that `embed_text` uses, or None.
+        processor: processor of a model of transformers, or None.
+        class_names: name of each class of a classifier, or None.
         transform: preprocessing of images.
         scoring: how the output of a layer is compared with a text; set by `pool`.
 
@@ -78,9 +92,11 @@ class LeGrad:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, Tensor],
         *,
         tokenizer: Tokenizer | None = None,
+        processor: Any = None,
+        class_names: Sequence[str] | None = None,
         layers: Layers = 2,
         layer_weights: Sequence[float] | None = None,
         pool: Literal["reference", "model"] = "reference",
@@ -92,8 +108,17 @@ class LeGrad:
         """Prepare to explain a model.
 
         Args:
-            model: an open_clip model; its vision tower decides whether it is supported.
-            tokenizer: only needed by `embed_text`.
+            model: a model of open_clip; a CLIPModel, SiglipModel or Siglip2Model of transformers; a model of
+                OpenAI's clip; or a vision transformer of timm or torchvision with a classifier. Its vision
+                tower decides whether it is supported. Or the state (weights by name) of a model of OpenAI's
+                clip, or its TorchScript archive as torch.jit.load returns it, whose state decides and whose
+                code is not run: an open_clip model that shares the weights is explained.
+            tokenizer: only needed by `embed_text`: of open_clip, or of transformers for its models. None:
+                that of the processor; OpenAI's for its models.
+            processor: processor or image processor of a model of transformers, which decides how images
+                are prepared (resized without cropping). None: as usual for the family: CLIP's or SigLIP's
+                mean and standard deviation, at the model's own size.
+            class_names: name of each class of a classifier, which `find_class` looks up.
             layers: the blocks to explain. A number k: the last k; a list of indices, such as [6, 9] or [-1]:
                 these, 0 the first block and -1 the last; or "all". The order of a list does not matter:
                 results per layer are from first to last, see `layer_indices`.
@@ -125,8 +150,9 @@ class LeGrad:
         passes of one image, once.
         """
         require_model(model, tokenizer)
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, tokenizer = without_archive(model, tokenizer)
+        self.processor = processor
+        self.class_names: tuple[str, ...] | None = None
         self._compile = compile
         self._options = Options(
             repeatable(layers),
@@ -138,12 +164,15 @@ class LeGrad:
         )
         self._own_transform: ImageTransform | None = None
         self._describe()
+        self.tokenizer = self._source.as_tokenizer(tokenizer)
+        self.class_names = check_class_names(class_names, self.tower)
 
     def _describe(self) -> None:
         """Describe the model as it is now, and resolve the options for it."""
-        options, tower = self._options, describe_model(self.model)
+        source = source_of(self.model, self.processor)
+        options, tower = self._options, describe_model(source)
         layers = chosen_layers(options.layers, options.layer_weights, len(tower.blocks))
-        own_transform = transform_of(self.model.visual)  # type: ignore[arg-type]
+        own_transform = source.transform()
         # A transform that the caller has set stays as long as the model's own does not change.
         is_same = own_transform == self._own_transform
         transform = self.transform if is_same else options.transform_for(tower, own_transform)
@@ -153,12 +182,11 @@ class LeGrad:
         ways = {"reference": tower.reference, "model": tower.own, "authors": tower.authors}
         self.scoring = ways[options.pool]
         self._relevance_grids = torch.compile(relevance_grids) if self._compile else relevance_grids
-        self._snapshot = Snapshot.of(self.model)
+        self._source, self._snapshot = source, Snapshot.of(source)
 
     def _follow_changes(self) -> None:
-        visual: Any = self.model.visual if self._snapshot.is_of(self.model) else None
         # The preprocessing is in a dict, which may have been changed in place.
-        if visual is None or transform_of(visual) != self._own_transform:
+        if not self._snapshot.is_of(self.model) or self._source.transform() != self._own_transform:
             self._describe()
 
     @contextmanager
@@ -257,6 +285,126 @@ class LeGrad:
             compile=compile,
         )
 
+    @classmethod
+    def from_hugging_face(
+        cls,
+        name: str,
+        *,
+        layers: Layers = 2,
+        layer_weights: Sequence[float] | None = None,
+        pool: Literal["reference", "model"] = "reference",
+        affinity: Affinity = "none",
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        image_size: int | tuple[int, int] | None = None,
+        fit: Fit = "stretch",
+        compile: bool = False,
+    ) -> "LeGrad":
+        """Load a CLIP or SigLIP model of transformers with its processor and prepare to explain it.
+
+        Needs the extra `hf`: transformers. Code that comes with a model is never run, weights are read from
+        safetensors files only, and weights that are missing or not used are an error.
+
+        Args:
+            name: repository on the Hugging Face hub, such as `openai/clip-vit-large-patch14`, or a folder
+                that `save_pretrained` of model and processor has written.
+            layers: see `LeGrad`.
+            layer_weights: see `LeGrad`.
+            pool: see `LeGrad`.
+            affinity: see `LeGrad`.
+            device: None: CUDA if available, otherwise CPU.
+            precision: of all weights: fp32, fp16 or bf16; or auto, which is bf16 on a GPU that computes it,
+                otherwise fp32.
+            image_size: see `LeGrad`.
+            fit: see `LeGrad`.
+            compile: see `LeGrad`.
+
+        Returns:
+            The explainer, with the model in evaluation mode on its device, its tokenizer and image processor.
+
+        Raises:
+            ModelLoadError: there is no such model, a file is missing or damaged, weights do not belong to
+                the configuration or are not finite, or a file names code.
+            UnsupportedModelError: the structure of the vision tower is not covered; this is found before
+                weights are downloaded.
+            InputError: an option does not fit the model.
+        """
+        address = name.removeprefix(TRANSFORMERS_PREFIX)
+        loaded = load_model(f"{TRANSFORMERS_PREFIX}{address}", None, precision=precision, device=device)
+        return cls(
+            loaded.model,
+            tokenizer=loaded.tokenizer,
+            processor=loaded.processor,
+            layers=layers,
+            layer_weights=layer_weights,
+            pool=pool,
+            affinity=affinity,
+            image_size=image_size,
+            fit=fit,
+            compile=compile,
+        )
+
+    @classmethod
+    def from_classifier(
+        cls,
+        name: str,
+        checkpoint: str | None = None,
+        *,
+        layers: Layers = 2,
+        layer_weights: Sequence[float] | None = None,
+        pool: Literal["reference", "model"] = "reference",
+        affinity: Affinity = "none",
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+        image_size: int | tuple[int, int] | None = None,
+        fit: Fit = "stretch",
+        compile: bool = False,
+    ) -> "LeGrad":
+        """Load a classifier of timm or torchvision, with the names of its classes, and prepare to explain it.
+
+        Args:
+            name: `timm:NAME.TAG` or `torchvision:NAME.WEIGHTS`, such as
+                `timm:vit_base_patch16_224.augreg_in1k` or `torchvision:vit_b_16.IMAGENET1K_V1`; without a tag
+                or weights, the library's default weights.
+            checkpoint: path of a file with weights of this model and any number of classes, saved by
+                torch.save or safetensors; no code in it is run. None: the named weights, downloaded if they
+                are not in this machine's cache.
+            layers: see `LeGrad`.
+            layer_weights: see `LeGrad`.
+            pool: see `LeGrad`.
+            affinity: see `LeGrad`.
+            device: None: CUDA if available, otherwise CPU.
+            precision: fp32, fp16, bf16, or auto, which is bf16 on a GPU that computes it, otherwise fp32.
+            image_size: see `LeGrad`.
+            fit: see `LeGrad`.
+            compile: see `LeGrad`.
+
+        Returns:
+            The explainer, with the model in evaluation mode on its device, and the names of its classes, if
+            the library knows those of the weights.
+
+        Raises:
+            ModelLoadError: there is no such model, or its weights are missing, damaged, of another model or
+                not finite.
+            UnsupportedModelError: the structure of the model is not covered; this is found before weights are
+                downloaded.
+            InputError: an option does not fit the model.
+        """
+        loaded = load_classifier(name, checkpoint, precision=precision, device=device)
+        explainer = cls(
+            loaded.model,
+            class_names=loaded.class_names,
+            layers=layers,
+            layer_weights=layer_weights,
+            pool=pool,
+            affinity=affinity,
+            image_size=image_size,
+            fit=fit,
+            compile=compile,
+        )
+        explainer.transform = loaded.transform_like(explainer.transform)
+        return explainer
+
     @property
     def layer_indices(self) -> tuple[int, ...]:
         """Indices of the explained blocks, from first to last; 0 is the tower's first block."""
@@ -264,7 +412,7 @@ class LeGrad:
 
     @property
     def embed_dim(self) -> int:
-        """Dimension of the joint image-text space."""
+        """Dimension of the joint image-text space; for a classifier, the number of its classes."""
         return self.tower.embed_dim
 
     @property
@@ -331,6 +479,7 @@ class LeGrad:
             InputError: an element is no text, a single string is given instead of a list, or the text tower
                 is in training mode with active dropout.
         """
+        check_compares_texts(self.tower, "embed_text")
         return embed_texts(self.model, require_tokenizer(self.tokenizer), texts, self.embed_dim, self.device)
 
     def encode(self, images: Float[Tensor, "batch 3 height width"], *, check_pixels: bool = True) -> Trace:
@@ -363,9 +512,10 @@ class LeGrad:
     def relevance(
         self,
         images: Float[Tensor, "batch 3 height width"] | Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts | None = None,
         image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
         *,
+        class_index: ClassIndex | None = None,
         per_layer: bool = False,
         memory_budget_bytes: int | None = None,
     ) -> Float[Tensor, "*maps grid_height grid_width"]:
@@ -378,6 +528,9 @@ class LeGrad:
                 for each image. Rows need not have unit length, only a length above zero. Or prompts that
                 `legrad.inputs` has prepared, which are used without another check, all at once.
             image_index: for each prompt, the row of its image.
+            class_index: of a classifier, which takes it instead of text embeddings: one class; [classes]:
+                every class for every image; [batch, classes]: the classes of each image; or [classes] with
+                `image_index`. The relevance is that for the logit of the class.
             per_layer: return one grid for each layer, without `layer_weights`, instead of their sum.
             memory_budget_bytes: bound on the memory that the call takes beside its arguments and its result:
                 images are encoded and prompts are computed in parts that fit, by an estimate from the
@@ -396,7 +549,13 @@ class LeGrad:
         self._follow_changes()
         if isinstance(text_embeddings, RaggedPrompts):
             return self._grids(self._as_trace(images), text_embeddings, per_layer, memory_budget_bytes)
-        call = self._call(images, text_embeddings, image_index, memory_budget_bytes=memory_budget_bytes)
+        call = self._call(
+            images,
+            text_embeddings,
+            image_index,
+            class_index=class_index,
+            memory_budget_bytes=memory_budget_bytes,
+        )
         pieces = (
             (part, self._grids(trace, part.prompts, per_layer, call.steps.step_bytes))
             for rows in call.images_of_parts()
@@ -427,9 +586,10 @@ class LeGrad:
     def heatmaps(
         self,
         images: Float[Tensor, "batch 3 height width"] | Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"],
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | None = None,
         image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
         *,
+        class_index: ClassIndex | None = None,
         neutral_embedding: Float[Tensor, "*one embed_dim"] | None = None,
         neutral_threshold: float = 0.8,
         as_authors: bool = False,
@@ -441,9 +601,10 @@ class LeGrad:
     def heatmaps(
         self,
         images: Float[Tensor, "batch 3 height width"] | Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"],
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | None = None,
         image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
         *,
+        class_index: ClassIndex | None = None,
         neutral_embedding: Float[Tensor, "*one embed_dim"] | None = None,
         neutral_threshold: float = 0.8,
         as_authors: bool = False,
@@ -454,9 +615,10 @@ class LeGrad:
     def heatmaps(
         self,
         images: Float[Tensor, "batch 3 _height _width"] | Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"],
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | None = None,
         image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
         *,
+        class_index: ClassIndex | None = None,
         neutral_embedding: Float[Tensor, "*one embed_dim"] | None = None,
         neutral_threshold: float = 0.8,
         as_authors: bool = False,
@@ -469,6 +631,7 @@ class LeGrad:
             images: as in `relevance`.
             text_embeddings: as in `relevance`.
             image_index: as in `relevance`.
+            class_index: as in `relevance`.
             neutral_embedding: one embedding of a text that names no object, such as "a photo of a". Where the
                 min-max normalised map of this text exceeds `neutral_threshold`, every prompt's grid is set to
                 zero before it is normalised. None: no correction.
@@ -499,11 +662,14 @@ class LeGrad:
         neutral_text = explainer.tower.authors_neutral_text if as_authors else None
         if neutral_embedding is None and neutral_text is not None:
             neutral_embedding = self.embed_text([neutral_text])
+        if neutral_embedding is not None:
+            check_compares_texts(self.tower, "neutral_embedding")
         neutral_row, threshold = check_neutral(neutral_embedding, neutral_threshold, self.embed_dim)
         call = explainer._call(
             images,
             text_embeddings,
             image_index,
+            class_index=class_index,
             memory_budget_bytes=memory_budget_bytes,
             output_size=output_size,
             is_of_maps=True,
@@ -554,6 +720,7 @@ class LeGrad:
             InputError: shapes, dtypes, devices or indices do not fit.
             UnsupportedModelError: the model was changed into one that cannot be explained.
         """
+        check_compares_texts(self.tower, "similarity")
         if isinstance(images, Trace):
             return cosines(images.image_features, text_embeddings, image_index)
         self._follow_changes()
@@ -561,11 +728,51 @@ class LeGrad:
         features = [self._as_trace(images[rows]).image_features for rows in call.images_of_parts()]
         return cosines(torch.cat(features), text_embeddings, call.image_index)
 
+    def logits(
+        self,
+        images: Float[Tensor, "batch 3 height width"] | Trace,
+        class_index: ClassIndex | None = None,
+        image_index: Int[Tensor, " classes"] | Sequence[int] | None = None,
+    ) -> Float[Tensor, "*logits"]:
+        """Return a classifier's own logits; their softmax gives the probabilities of its classes.
+
+        Args:
+            images: as in `relevance`.
+            class_index: as in `relevance`; None: all classes.
+            image_index: as in `relevance`.
+
+        Returns:
+            [batch, classes], or with `image_index` [classes].
+
+        Raises:
+            InputError: the model is no classifier, or shapes, dtypes, devices or indices do not fit.
+        """
+        self._follow_changes()
+        check_classifier(self.tower, "logits")
+        trace = self._as_trace(images) if isinstance(images, Trace) else self.encode(images)
+        return logits_of(trace.image_features, class_index, as_index(image_index))
+
+    def find_class(self, name: str | int) -> int:
+        """Return the index of a class of a classifier, given its name in `class_names`, or its index.
+
+        Args:
+            name: the name, or one of the synonyms that it lists between commas, in upper or lower case; or
+                an index, also in digits.
+
+        Raises:
+            InputError: the model is no classifier, or no class or several classes have this name; the message
+                lists the nearest ones.
+        """
+        check_classifier(self.tower, "find_class")
+        return find_class(name, self.embed_dim, self.class_names)
+
     def _call(
         self,
         images: Float[Tensor, "batch 3 height width"] | Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"],
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | None,
         image_index: Int[Tensor, " prompts"] | Sequence[int] | None,
+        *,
+        class_index: ClassIndex | None = None,
         **options: Any,
     ) -> Call:
         """Check all arguments before a forward pass: on a GPU this waits for kernels launched before it."""
@@ -573,11 +780,13 @@ class LeGrad:
             images = self._as_trace(images)
         else:
             check_images(self.tower, images)
+        features = features_like(self.tower, images)
+        image_index = as_index(image_index)
         return checked_call(
             self.tower,
             self.scoring,
             images,
-            text_embeddings,
+            rows_of_prompts(self.tower, features, text_embeddings, class_index, image_index),
             image_index,
             layers=len(self.layer_indices),
             **options,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,11 +34,12 @@ class Explanation:
         image: the original image, RGB; a file's, upright.
         texts: the texts, in the order of all other attributes.
         heatmaps: one for each text, from 0 to 1, at the pixel size of the model's input.
-        similarities: cosine similarity of the image and each text.
+        similarities: cosine similarity of the image and each text; of a classifier, the logit of each class.
         layer_grids: raw relevance on the patch grid for each layer, not weighted.
         layer_indices: index in the tower of each layer of `layer_grids`, 0 first.
         normalisation: when grids of this model family are normalised; see `legrad.heatmaps_of`.
         layer_weights: of the layers in the sum that `heatmaps` are made from; None: all 1.
+        score_name: what `similarities` are: "similarity", or "logit" of a classifier.
     """
 
     image: Image.Image
@@ -48,6 +50,7 @@ class Explanation:
     layer_indices: tuple[int, ...]
     normalisation: Normalisation
     layer_weights: tuple[float, ...] | None = None
+    score_name: Literal["similarity", "logit"] = "similarity"
 
     def __repr__(self) -> str:
         """Return sizes and texts in a line."""
@@ -76,7 +79,7 @@ class Explanation:
         photo = np.asarray(fitted(self.image, panel_side))
         heats = [heat_over(photo, heatmap) for heatmap in self.heatmaps]
         labels = [
-            (text, f"similarity {similarity:.3f}")
+            (text, f"{self.score_name} {similarity:.3f}")
             for text, similarity in zip(self.texts, self.similarities.tolist(), strict=True)
         ]
         return draw_panels([("image",), *labels], [photo, *heats], per_line=PANELS_PER_LINE)
@@ -119,7 +122,8 @@ def explain_image(
     Args:
         explainer: explainer of the model.
         image: a PIL image of any size and mode, the path of a file, or an array; see `LeGrad.preprocess`.
-        texts: at least one text, in a list, array, Series or generator.
+        texts: at least one text, in a list, array, Series or generator; for a
+            classifier, names of classes, or indices in digits.
         as_authors: compute the maps of the authors' package. They differ from the default for SigLIP and
             PE-Core only; see `LeGrad.heatmaps`.
         resize: see `LeGrad.preprocess`.
@@ -129,8 +133,8 @@ def explain_image(
 
     Raises:
         ImageFileError: the file is no image of a format that is read, or damaged.
-        InputError: no text, a single string instead of a list, an element that is no text, no image, or an
-            unknown `resize`.
+        InputError: no text, a single string instead of a list, an element that is no text, no image, an
+            unknown class or an unknown `resize`.
         TokenizerError: the explainer was made without a tokenizer.
     """
     if not isinstance(explainer, LeGrad):
@@ -142,10 +146,17 @@ def explain_image(
         raise InputError("texts: expected a list of at least one text, received none")
     if as_authors:
         explainer = explainer._by_authors()
+    is_classifier = explainer.tower.is_classifier
+    class_index = [explainer.find_class(text) for text in texts] if is_classifier else None
     pixels = explainer.preprocess([image], resize=resize)
     trace = explainer.encode(pixels)
-    embeddings = explainer.embed_text(texts)
-    grids = explainer.relevance(trace, embeddings, per_layer=True)[:, 0]
+    embeddings = None if is_classifier else explainer.embed_text(texts)
+    grids = explainer.relevance(trace, embeddings, class_index=class_index, per_layer=True)[:, 0]
+    scores = (
+        explainer.logits(trace, class_index)
+        if embeddings is None
+        else explainer.similarity(trace, embeddings)
+    )
     neutral_text = explainer.tower.authors_neutral_text
     if as_authors and neutral_text is not None:
         neutral_grids = explainer.relevance(trace, explainer.embed_text([neutral_text]))
@@ -155,13 +166,23 @@ def explain_image(
     normalisation = explainer.tower.normalisation
     return Explanation(
         image=image.convert("RGB"),
-        texts=tuple(texts),
+        texts=tuple(texts) if class_index is None else _class_labels(explainer, texts, class_index),
         heatmaps=heatmaps_of(layers.merged(grids), pixels.shape[2], pixels.shape[3], normalisation),
-        similarities=explainer.similarity(trace, embeddings)[0].float().cpu(),
+        similarities=scores[0].float().cpu(),
         layer_grids=grids,
         layer_indices=layers.indices,
         normalisation=normalisation,
         layer_weights=layers.weights,
+        score_name="logit" if is_classifier else "similarity",
+    )
+
+
+def _class_labels(explainer: LeGrad, texts: Sequence[str], class_index: Sequence[int]) -> tuple[str, ...]:
+    """Return the texts, with the names of classes that were given by index."""
+    names = explainer.class_names
+    return tuple(
+        f"{text}: {names[index]}" if names is not None and text.strip() == str(index) else text
+        for text, index in zip(texts, class_index, strict=True)
     )
 
 

@@ -1,4 +1,4 @@
-"""Load a model of open_clip with its weights, or explain in one line why that is not possible."""
+"""Load a model of open_clip or transformers with its weights, or say in one line why that is not possible."""
 
 import json
 import logging
@@ -27,17 +27,13 @@ from torch import nn
 
 from legrad.checks import fitted_transform
 from legrad.errors import ModelLoadError, UnsupportedModelError
-from legrad.families import (
-    SUPPORTED,
-    describe_visual,
-    model_support,
-    support_of,
-    visual_without_weights,
-)
+from legrad.families import model_support, support_of, visual_without_weights
+from legrad.families.open_clip_models import SUPPORTED, describe_visual
 from legrad.heatmaps import Normalisation
 from legrad.images import Fit, ImageTransform, transform_from
 from legrad.tokens import Tokenizer
-from legrad.weights.checkpoint import check_checkpoint
+from legrad.weights.checkpoint import check_checkpoint, check_safetensors
+from legrad.weights.hf_files import names_transformers
 from legrad.weights.hub_files import file_sha256
 from legrad.weights.model_files import (
     CONFIG_FILE,
@@ -59,10 +55,11 @@ MAX_CAUSE_LENGTH = 300
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model of open_clip in evaluation mode, and its own tokenizer."""
+    """A model in evaluation mode, its own tokenizer, and for a model of transformers its image processor."""
 
     model: nn.Module
     tokenizer: Tokenizer
+    processor: Any = None
 
 
 def load_model(
@@ -73,15 +70,16 @@ def load_model(
     device: str | torch.device | None = None,
     expected_digest: str | None = None,
 ) -> LoadedModel:
-    """Load a model of open_clip with exactly the weights that are named.
+    """Load a model of open_clip or transformers with exactly the weights that are named.
 
-    All files are located before the weights are read: configuration, then tokenizer, then weights. open_clip
-    only gets these files, so that it cannot fall back to random weights or download anything itself.
+    All files are located before the weights are read: configuration, then tokenizer, then weights. The
+    library only gets these files, so that it cannot fall back to random weights or download anything itself.
 
     Args:
-        name: name of an open_clip model, `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`.
-        pretrained: tag or path of a checkpoint. None: random weights; required for an `hf-hub:` or
-            `local-dir:` name, which includes its weights.
+        name: name of an open_clip model, `hf-hub:ORGANISATION/NAME` or `local-dir:FOLDER`; or
+            `hf:ORGANISATION/NAME` or `hf:FOLDER` for a CLIP or SigLIP model of transformers.
+        pretrained: tag or path of a checkpoint. None: random weights; required for an `hf-hub:`,
+            `local-dir:` or `hf:` name, which includes its weights.
         precision: one of `PRECISIONS`; auto: see `device_precision`.
         device: None: CUDA if available, otherwise CPU.
         expected_digest: digest that `model_digest` returned when the job started; files with another digest
@@ -99,7 +97,11 @@ def load_model(
     check_request(name, precision)
     if pretrained is None and not brings_weights(name):
         logger.warning("%s gets random weights, as pretrained is None: its maps mean nothing", name)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    resolved = device_precision(where) if precision == "auto" else precision
     with _explained_failure(name, pretrained), _quiet():
+        if names_transformers(name):
+            return _loaded_by_transformers(name, pretrained, resolved, where, expected_digest)
         files = _supported_files(name, pretrained)
         checkpoint = None if files.weights is None else files.weights.fetch()
         before = None if checkpoint is None else _state_of(checkpoint)
@@ -107,12 +109,37 @@ def load_model(
             check_checkpoint(checkpoint, files)
             if expected_digest is not None:
                 _check_digest(files.digest(file_sha256(checkpoint)), expected_digest)
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        resolved = device_precision(where) if precision == "auto" else precision
         loaded = _made(files, checkpoint, resolved, where)
         if checkpoint is not None and _state_of(checkpoint) != before:
             raise ModelLoadError(f"{checkpoint} changed while it was loaded")
         return loaded
+
+
+def _loaded_by_transformers(
+    name: str, pretrained: str | None, precision: str, device: torch.device, expected_digest: str | None
+) -> LoadedModel:
+    # Imported here, as transformers is optional.
+    from legrad import hf_loading
+
+    _refuse_pretrained(pretrained)
+    files, _ = hf_loading.supported_files(name)
+    weights = files.fetch_weights()
+    before = {path: _state_of(path) for path in weights.values()}
+    if expected_digest is not None:
+        _check_digest(
+            files.digest({key: file_sha256(path) for key, path in weights.items()}), expected_digest
+        )
+    model, tokenizer, processor = hf_loading.made(files, weights, precision, device)
+    check_finite(model, precision)
+    for path, state in before.items():
+        if _state_of(path) != state:
+            raise ModelLoadError(f"{path} changed while it was loaded")
+    return LoadedModel(model, tokenizer, processor)
+
+
+def _refuse_pretrained(pretrained: str | None) -> None:
+    if pretrained is not None:
+        raise ModelLoadError("the name brings its own weights, so pretrained would be ignored; omit it")
 
 
 def device_precision(device: torch.device | str) -> Literal["bf16", "fp32"]:
@@ -143,6 +170,15 @@ def model_digest(name: str, pretrained: str | None) -> str:
     """
     check_request(name, "fp32")
     with _explained_failure(name, pretrained), _quiet():
+        if names_transformers(name):
+            from legrad import hf_loading
+
+            _refuse_pretrained(pretrained)
+            found, _ = hf_loading.supported_files(name)
+            for weights in found.weights.values():
+                if isinstance(weights, LocalWeights):
+                    check_safetensors(weights.path)
+            return found.digest(found.weights_sha256())
         files = _supported_files(name, pretrained)
         if files.weights is None:
             raise ModelLoadError("random weights have no digest; set pretrained to a tag or a checkpoint")
@@ -184,10 +220,16 @@ def model_facts(
         InputError: an option does not fit the model.
     """
     with _explained_failure(name, pretrained), _quiet():
-        files = _supported_files(name, pretrained)
-        visual: Any = visual_without_weights(files.model_config)
-    tower = describe_visual(visual)
-    own_transform = transform_from(visual.image_size, files.preprocess_config)
+        if names_transformers(name):
+            from legrad import hf_loading
+
+            _, source = hf_loading.supported_files(name)
+            tower, own_transform = source.describe(), source.transform()
+        else:
+            files = _supported_files(name, pretrained)
+            visual: Any = visual_without_weights(files.model_config)
+            tower = describe_visual(visual)
+            own_transform = transform_from(visual.image_size, files.preprocess_config)
     return ModelFacts(fitted_transform(own_transform, tower, image_size, fit), tower.normalisation)
 
 
@@ -203,7 +245,13 @@ def check_files(name: str, pretrained: str | None) -> None:
     """
     check_request(name, "fp32")
     with _explained_failure(name, pretrained), _quiet():
-        _supported_files(name, pretrained)
+        if names_transformers(name):
+            from legrad import hf_loading
+
+            _refuse_pretrained(pretrained)
+            hf_loading.supported_files(name)
+        else:
+            _supported_files(name, pretrained)
 
 
 def check_request(name: str, precision: str) -> None:
@@ -253,7 +301,7 @@ def _made(files: ModelFiles, checkpoint: Path | None, precision: str, device: to
     if checkpoint is not None:
         _fill_with_nan(model)
         open_clip.load_checkpoint(model, str(checkpoint), strict=True, weights_only=True, device="cpu")
-        _check_finite(model, precision)
+        check_finite(model, precision)
     return LoadedModel(model, tokenizer)
 
 
@@ -282,7 +330,8 @@ def _fill_with_nan(model: nn.Module) -> None:
             tensor.fill_(float("nan"))
 
 
-def _check_finite(model: nn.Module, precision: str) -> None:
+def check_finite(model: nn.Module, precision: str) -> None:
+    """Raise a ModelLoadError if weights of a model are NaN or infinite."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ModelLoadError(
@@ -333,15 +382,28 @@ def load_failure(name: str, pretrained: str | None, error: Exception) -> str:
         error: the exception of open_clip; its causes are considered too.
     """
     asked = f"open_clip could not make {name!r} with pretrained={pretrained!r}"
+    if names_transformers(name):
+        asked = f"transformers could not make {name!r}"
     cause = " ".join(str(error).split()) or type(error).__name__
     if find_spec("transformers") is None and (isinstance(error, ImportError) or "transformers" in cause):
-        return f"{name} needs the text tower or tokenizer of Hugging Face: pip install 'legrad-pipeline[hf]'"
+        part = "" if names_transformers(name) else "the text tower or tokenizer of "
+        return f"{name} needs {part}Hugging Face transformers: pip install 'legrad-pipeline[hf]'"
     tag = pretrained or ("null" if ":" in name else "TAG")
     fetch = f"legrad models --fetch {name} {tag}"
-    advice = next((advice for link in _chain(error) if (advice := _advice(link, fetch))), None)
+    advice = failure_advice(error, fetch)
     if isinstance(error, ModelLoadError):  # its message already says what to do
         return f"{asked}: {'; '.join(filter(None, (cause, advice)))}"
-    return f"{asked}: {advice or _shortened(cause)}"
+    return f"{asked}: {advice or shortened(cause)}"
+
+
+def failure_advice(error: Exception, fetch: str) -> str | None:
+    """Return what to do about an error of a hub or a reader of checkpoints, or None if it is not known.
+
+    Args:
+        error: the exception; its causes are considered too.
+        fetch: command that downloads the files ahead of time.
+    """
+    return next((advice for link in _chain(error) if (advice := _advice(link, fetch))), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -363,7 +425,7 @@ def _advice(error: BaseException, fetch: str) -> str | None:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         return (
             "its files are not in this machine's cache, and the Hugging Face hub does not give them now: "
-            f"{_shortened(str(error.__cause__))}; try again later, or run `{fetch}` ahead of the job"
+            f"{shortened(str(error.__cause__))}; try again later, or run `{fetch}` ahead of the job"
         )
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | URLError):
         return (
@@ -371,13 +433,13 @@ def _advice(error: BaseException, fetch: str) -> str | None:
             f"`{fetch}` where it can, with HF_HOME on storage that this machine sees"
         )
     if isinstance(error, EntryNotFoundError):
-        return f"its repository on the Hugging Face hub lacks a file: {_shortened(str(error))}"
+        return f"its repository on the Hugging Face hub lacks a file: {shortened(str(error))}"
     if isinstance(error, HfHubHTTPError):
-        return f"the Hugging Face hub refused a file: {_shortened(str(error))}"
+        return f"the Hugging Face hub refused a file: {shortened(str(error))}"
     return None
 
 
-def _shortened(cause: str) -> str:
+def shortened(cause: str) -> str:
     """Return a message in one line, cut between words."""
     words = " ".join(cause.split())
     if len(words) <= MAX_CAUSE_LENGTH:

@@ -1,4 +1,4 @@
-"""Tokenise texts as open_clip's tokenizers do, wherever the tokens are needed: here or in another process."""
+"""Tokenise texts as a model's own tokenizer does, here or in another process."""
 
 import pickle
 import threading
@@ -31,14 +31,65 @@ class TokenRow(NamedTuple):
     is_truncated: bool
 
 
+class ProcessorTokenizer:
+    """Tokenise texts with a tokenizer of transformers, padded and truncated to a model's context length.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        context_length: number of tokens of each text.
+        lower_case: whether texts are put in lower case first, unless the tokenizer's own `do_lower_case` is
+            False. The tokenizer does all other cleaning.
+
+    Attributes:
+        tokenizer: the same.
+        context_length: the same.
+        clean_fn: what is done to a text before it is tokenised.
+    """
+
+    def __init__(self, tokenizer: Any, context_length: int, *, lower_case: bool) -> None:
+        self.tokenizer, self.context_length = tokenizer, context_length
+        lowers = lower_case and tokenizer.init_kwargs.get("do_lower_case", True)
+        self.clean_fn = str.lower if lowers else str
+
+    def __call__(self, texts: Sequence[str]) -> Int[Tensor, "texts context"]:
+        """Return the token ids of texts."""
+        rows = self.tokenizer(
+            [self.clean_fn(text) for text in texts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.context_length,
+            return_attention_mask=False,
+        )["input_ids"]
+        return torch.tensor(rows)
+
+
+def tokenizer_of_transformers(
+    tokenizer: Tokenizer | None, processor: Any, context_length: int, *, lower_case: bool
+) -> Tokenizer | None:
+    """Return a callable that makes the token ids of a model, or None.
+
+    Args:
+        tokenizer: a tokenizer of transformers, or a callable that gives token ids; None: that of the
+            processor, if it has one.
+        processor: of transformers, or None.
+        context_length: of the model.
+        lower_case: whether the model was trained with texts in lower case.
+    """
+    found = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
+    is_of_transformers = hasattr(found, "model_max_length") and hasattr(found, "pad_token_id")
+    if not is_of_transformers:
+        return found
+    return ProcessorTokenizer(found, context_length, lower_case=lower_case)
+
+
 class RowTokenizer:
-    """Tokenises texts as one of open_clip's tokenizers does; thread-safe.
+    """Tokenises texts as a tokenizer of open_clip, or a `ProcessorTokenizer`, does; thread-safe.
 
     For `SimpleTokenizer` the time is bounded by the context length instead of the text length, and the
     tokenizer itself keeps nothing. It can be pickled if the tokenizer can.
 
     Args:
-        tokenizer: as returned by `open_clip.get_tokenizer`.
+        tokenizer: as returned by `open_clip.get_tokenizer`, or a `ProcessorTokenizer`.
 
     Attributes:
         tokenizer: the same.

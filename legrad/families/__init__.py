@@ -1,118 +1,99 @@
-"""Describe the vision towers of open_clip's models, by family, and list which models are supported.
+"""Describe the vision towers of models, by library and family, and list which models are supported.
 
 The structure of a tower decides its family, never its name.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import open_clip
-import timm
 import torch
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from legrad.errors import UnsupportedModelError
-from legrad.families import clip, eva, relpos, timm_vit
-from legrad.families.modules import PLAIN_WAY_OUT, check_modules, way_out
-from legrad.families.parts import NotCovered, qualified_name
+from legrad.families import open_clip_models, openai_clip
+from legrad.families.open_clip_models import describe_visual
+from legrad.families.parts import NotCovered
+from legrad.families.source import Source
 from legrad.method.towers import Tower
+from legrad.tokens import Tokenizer
 
-SUPPORTED = "open_clip's vision transformers, its own and timm's (`legrad models` lists them)"
 _SMALLEST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
-_TIMM: dict[type[nn.Module], Callable[[TimmModel], Tower]] = {
-    timm.models.vision_transformer.VisionTransformer: timm_vit.describe,
-    timm.models.eva.Eva: eva.describe,
-    timm.models.vision_transformer_relpos.VisionTransformerRelPos: relpos.describe,
+# Where the models of other libraries are described, by the name of the library's Python package.
+_ELSEWHERE = {
+    "clip": "legrad.families.openai_clip",
+    "timm": "legrad.families.classifiers",
+    "torchvision": "legrad.families.classifiers",
+    "transformers": "legrad.families.hugging_face",
 }
 
 
-_WHY_NOT = {
-    "ModifiedResNet": "is convolutional: its only attention pools a feature map at the end",
-    "ConvNeXt": "is convolutional and has no attention",
-    "FastVit": "puts convolutions after its attention, which mix the patches again",
-    "SwinTransformer": "attends within windows and merges patches from stage to stage",
-}
+def source_of(model: nn.Module, processor: Any = None) -> Source:
+    """Return what of a model depends on its library, which the Python package of its class decides.
+
+    A library is only imported if the model is of one of its classes, or of a subclass.
+
+    Args:
+        model: see `legrad.LeGrad`. It is not changed.
+        processor: see `legrad.LeGrad`.
+
+    Raises:
+        UnsupportedModelError: the model is of no known kind.
+    """
+    kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
+    packages = (kind.__module__.partition(".")[0] for kind in kinds)
+    module = next((_ELSEWHERE[package] for package in packages if package in _ELSEWHERE), None)
+    if module is None:
+        return open_clip_models.source(model)
+    found: Source = import_module(module).source(model, processor)
+    return found
+
+
+def without_archive(
+    model: nn.Module | Mapping[str, Tensor], tokenizer: Tokenizer | None
+) -> tuple[nn.Module, Tokenizer | None]:
+    """Return a model and its tokenizer; for a state of OpenAI's clip, a model of open_clip with its weights.
+
+    Args:
+        model: a model, which is returned itself; a TorchScript archive of OpenAI's clip, as `torch.jit.load`
+            returns it, none of whose code is run; or the state of such an archive.
+        tokenizer: the one that the caller passed; None: for a state, OpenAI's.
+
+    Raises:
+        UnsupportedModelError: it is a state, but not one of OpenAI's clip.
+    """
+    state = model.state_dict() if isinstance(model, torch.jit.ScriptModule) else model
+    if not isinstance(state, Mapping):
+        return state, tokenizer
+    made = openai_clip.model_of_state(state)
+    return made, tokenizer or openai_clip.own_tokenizer(made)
 
 
 def describe_tower(model: nn.Module) -> Tower:
-    """Describe the vision tower of an open_clip model.
+    """Describe the vision tower of a model.
 
     Args:
-        model: a model with a `visual` tower, as `open_clip.create_model` returns it. It is not changed.
+        model: see `legrad.LeGrad`. It is not changed.
 
     Raises:
         UnsupportedModelError: the structure of the tower is not covered; the message names model, tower, the
             module that is not covered, and the way out.
     """
-    visual = getattr(model, "visual", None)
-    if not isinstance(visual, nn.Module):
-        advice = way_out(model)
-        if advice == PLAIN_WAY_OUT:
-            advice = "explain the model that `open_clip.create_model` returns"
-        raise UnsupportedModelError(
-            f"{qualified_name(type(model))}: expected an open_clip model with a `visual` tower. "
-            f"Way out: {advice}"
-        )
+    return describe_source(source_of(model))
+
+
+def describe_source(source: Source) -> Tower:
+    """Describe the vision tower of a model whose source is known; see `describe_tower`."""
     try:
-        return describe_visual(visual)
+        return source.describe()
     except NotCovered as reason:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} with a vision tower {_class_name(visual)}: {reason}. "
-            f"Supported: {SUPPORTED}"
-        ) from None
-
-
-def describe_visual(visual: nn.Module) -> Tower:
-    """Describe a vision tower.
-
-    Raises:
-        NotCovered: its structure is not covered; the message is the reason.
-    """
-    try:
-        describe = _description(visual)
-        check_modules(visual)
-        return describe(visual)
-    except NotCovered as reason:
-        raise NotCovered(_located(visual, reason)) from None
-    except AttributeError as error:  # a module was replaced by one without the expected attributes
-        raise NotCovered(f"one of its modules lacks an expected attribute: {error}") from error
-
-
-def _description(visual: nn.Module) -> Callable[[Any], Tower]:
-    """Choose the description by exact class, as a subclass may compute something else."""
-    if type(visual) is VisionTransformer:
-        return clip.describe
-    trunk: Any = visual.trunk if type(visual) is TimmModel else visual
-    if trunk is not visual and type(trunk) in _TIMM:
-        return _TIMM[type(trunk)]
-    why = next((_WHY_NOT[kind.__name__] for kind in type(trunk).__mro__ if kind.__name__ in _WHY_NOT), None)
-    reason = f"a {_class_name(visual)} {why or 'is not covered'}"
-    raise NotCovered(reason, None if why else trunk)
-
-
-def _located(visual: nn.Module, reason: NotCovered) -> str:
-    """Add to a reason the path of the module that is not covered, and the way out if it is missing."""
-    if reason.module is None:
-        return str(reason)
-    paths = (path for path, module in visual.named_modules() if module is reason.module)
-    place = ".".join(["visual", *filter(None, paths)])
-    named = f"{reason} ({place}, a {qualified_name(type(reason.module))})"
-    return named if "Way out" in named else f"{named}. Way out: {way_out(reason.module)}"
-
-
-def _class_name(visual: nn.Module) -> str:
-    return (
-        f"TimmModel({type(visual.trunk).__name__})"
-        if isinstance(visual, TimmModel)
-        else type(visual).__name__
-    )
+        raise UnsupportedModelError(f"{source.name}: {reason}. Supported: {source.supported}") from None
 
 
 @dataclass(frozen=True)

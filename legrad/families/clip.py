@@ -61,7 +61,7 @@ def describe(visual: VisionTransformer) -> Tower:
         embed_dim=visual.proj.shape[1],
         prefix_tokens=PREFIX_TOKENS,
         normalisation="upsampled",
-        embed=partial(_embed, visual),
+        embed=partial(embed, visual, visual.grid_size),
         blocks=describe_blocks(visual.transformer.resblocks, _describe_block),
         reference=reference,
         authors=reference,
@@ -89,6 +89,17 @@ def _check_attention(attention: Any) -> None:
 def _check_block(block: Any) -> None:
     if type(block) is not ResidualAttentionBlock:
         raise NotCovered(f"it is {class_name(block)}, not a ResidualAttentionBlock", block)
+    check_block_parts(block)
+    for name in ("ls_1", "ls_2"):
+        _check_kind(block, name, nn.Identity, LayerScale)
+
+
+def check_block_parts(block: Any) -> None:
+    """Check the parts that blocks of open_clip and of OpenAI's clip have in common.
+
+    Raises:
+        NotCovered: a part is of another class, or has other settings.
+    """
     _check_attention(block.attn)
     if block.attn.in_proj_weight is None:
         raise NotCovered("its queries, keys and values have no joint projection", block.attn)
@@ -97,24 +108,21 @@ def _check_block(block: Any) -> None:
         raise NotCovered(f"its MLP is made of {parts}, not ['c_fc', 'gelu', 'c_proj']", block.mlp)
     check_affine_norm(block.ln_1, "ln_1")
     check_affine_norm(block.ln_2, "ln_2")
-    linear = (nn.Linear, NonDynamicallyQuantizableLinear)
-    kinds: list[tuple[str, Any, tuple[type[nn.Module], ...]]] = [
-        ("attn.out_proj", block.attn.out_proj, linear),
-        ("mlp.c_fc", block.mlp.c_fc, linear),
-        ("mlp.c_proj", block.mlp.c_proj, linear),
-        ("ls_1", block.ls_1, (nn.Identity, LayerScale)),
-        ("ls_2", block.ls_2, (nn.Identity, LayerScale)),
-    ]
-    for name, module, allowed in kinds:
-        if type(module) not in allowed:
-            raise NotCovered(f"its {name} is {class_name(module)}", module)
+    for name in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
+        _check_kind(block, name, nn.Linear, NonDynamicallyQuantizableLinear)
+
+
+def _check_kind(block: nn.Module, name: str, *allowed: type[nn.Module]) -> None:
+    module = block.get_submodule(name)
+    if type(module) not in allowed:
+        raise NotCovered(f"its {name} is {class_name(module)}", module)
 
 
 def _describe_block(block: Any) -> Block:
     _check_block(block)
     return Block(
         norm=block.ln_1,
-        project=partial(_project, block.attn),
+        project=partial(project, block.attn),
         out=(Linear.of(block.attn.out_proj), *_layer_scale(block.ls_1)),
         mlp=(
             Norm(block.ln_2),
@@ -130,9 +138,10 @@ def _layer_scale(module: nn.Module) -> tuple[Stage, ...]:
     return (Scale(lambda: module.gamma),) if isinstance(module, LayerScale) else ()
 
 
-def _project(
+def project(
     attention: nn.MultiheadAttention, tokens: Float[Tensor, "batch tokens width"], _rotary: Tensor | None
 ) -> QueriesKeysValues:
+    """Project tokens to queries, keys and values by torch's attention."""
     joint = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
     return split_heads(joint, attention.num_heads)
 
@@ -197,7 +206,9 @@ def _pooler_project(
     return queries, keys, values
 
 
-def _embed(visual: VisionTransformer, images: Float[Tensor, "batch 3 height width"]) -> EmbeddedImages:
+def embed(
+    visual: Any, native_grid: tuple[int, int], images: Float[Tensor, "batch 3 height width"]
+) -> EmbeddedImages:
     """Embed patches of images of any size, without the patch dropout of training."""
     patches = visual.conv1(images)
     class_token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
@@ -205,7 +216,7 @@ def _embed(visual: VisionTransformer, images: Float[Tensor, "batch 3 height widt
     grid_height, grid_width = patches.shape[-2:]
     positions = resample_positions(
         visual.positional_embedding,
-        visual.grid_size,
+        native_grid,
         (grid_height, grid_width),
         prefix_tokens=PREFIX_TOKENS,
     )

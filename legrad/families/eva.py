@@ -1,4 +1,4 @@
-"""Describe timm's Eva inside open_clip's TimmModel: EVA01, EVA02 and the Perception Encoder (PE-Core)."""
+"""Describe timm's Eva: EVA01, EVA02 and the Perception Encoder (PE-Core)."""
 
 import copy
 from functools import partial
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from open_clip.timm_model import TimmModel
 from timm.layers.attention import AttentionRope
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
@@ -34,13 +33,16 @@ from legrad.method.stages import Scale
 from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Scoring, Tower
 
 
-def describe(visual: TimmModel) -> Tower:
+def describe(trunk: Any, projection: nn.Module) -> Tower:
     """Describe a tower whose trunk is timm's Eva.
+
+    Args:
+        trunk: the transformer.
+        projection: applied to its output, such as the projection to a joint space; or an identity.
 
     Raises:
         NotCovered: a part of it is not covered.
     """
-    trunk = visual.trunk
     check_covered(
         other_patches(trunk, PatchEmbed),
         (
@@ -48,14 +50,14 @@ def describe(visual: TimmModel) -> Tower:
             trunk.attn_pool is None and trunk.global_pool not in ("token", "avg"),
         ),
     )
-    reference, authors, own = _scorings(visual)
+    reference, authors, own = _scorings(trunk, projection)
     return Tower(
         family="eva" if trunk.attn_pool is None else "pe",
         patch_size=square_patch_size(trunk.patch_embed),
         native_grid=tuple(trunk.patch_embed.grid_size),
         native_size=tuple(trunk.patch_embed.img_size),
         takes_any_grid=True,
-        embed_dim=embed_dim(visual),
+        embed_dim=embed_dim(trunk, projection),
         prefix_tokens=trunk.num_prefix_tokens,
         normalisation="upsampled",
         embed=partial(_embed, trunk),
@@ -67,17 +69,16 @@ def describe(visual: TimmModel) -> Tower:
     )
 
 
-def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring, Scoring]:
+def _scorings(trunk: Any, projection: nn.Module) -> tuple[Scoring, Scoring, Scoring]:
     """Describe three ways of scoring a layer: the reference, the authors' package, and the model's own.
 
     The authors' package does not cover these families. With a pooler the reference is the model's own path:
     its final norm, then the pooler. Their package would skip the norm, as it does for SigLIP.
     """
-    trunk = visual.trunk
     if trunk.attn_pool is None:
-        reference, own = mean_scorings(visual)
+        reference, own = mean_scorings(trunk, projection)
         return reference, reference, own
-    head = head_stages(trunk, visual.head)
+    head = head_stages(trunk, projection)
     pooled = Scoring((), slice(0, 1), head, describe_pooler(trunk.attn_pool, trunk.norm))
     straight = Scoring((), slice(0, 1), head, describe_pooler(trunk.attn_pool, nn.Identity()))
     return pooled, straight, pooled

@@ -1,7 +1,7 @@
 """Verify that the description of a model computes what the model computes, and notice later changes of it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import is_
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.transformer import QuickGELU
 from timm.layers import activations
 from torch import Tensor, nn
@@ -17,9 +16,17 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from legrad.errors import LeGradError, UnsupportedModelError
-from legrad.families import describe_tower
-from legrad.families.modules import ACTIVATION_NAMES, GLOBAL_HOOKS, HOOKS, way_out, written_out
+from legrad.families import describe_source
+from legrad.families.modules import (
+    GLOBAL_HOOKS,
+    HOOKS,
+    KnownModules,
+    acting_hooks,
+    way_out,
+    written_out,
+)
 from legrad.families.parts import qualified_name
+from legrad.families.source import Source
 from legrad.memory import is_out_of_memory
 from legrad.method.stages import Activation, Norm
 from legrad.method.towers import Tower
@@ -30,12 +37,6 @@ from legrad.method.trace import Trace, trace_images
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 # Tokens are not normalised, so rounding adds up to more than in unit features.
 TOKEN_SLACK = 5
-# The original methods of open_clip's models, which apply `visual` and at most a normalisation.
-_ENCODE_IMAGE: tuple[Callable[..., Any], ...] = (
-    CLIP.encode_image,
-    CustomTextCLIP.encode_image,
-    CoCa.encode_image,
-)
 _ELEMENTWISE = (
     nn.GELU,
     nn.SiLU,
@@ -50,11 +51,11 @@ _GLOBAL_HOOKS = tuple(getattr(torch_module, name) for name in GLOBAL_HOOKS)
 _UNKNOWN = object()
 
 
-def describe_model(model: nn.Module) -> Tower:
-    """Describe the vision tower of an open_clip model, and verify that the description matches the model.
+def describe_model(source: Source) -> Tower:
+    """Describe the vision tower of a model, and verify that the description matches the model.
 
     The classes of its modules are compared with those that are covered. Then one seeded image of noise, of
-    the tower's own size, is encoded both by `model.encode_image` and by the closed form, which costs two
+    the tower's own size, is encoded both by the model itself and by the closed form, which costs two
     forward passes of one image; features and the tokens after every block are compared. The derivatives of
     norms and activations are compared with those of autograd. For a tower on the meta device, or one whose
     features are not finite, only the classes are compared. The model is not changed.
@@ -63,32 +64,36 @@ def describe_model(model: nn.Module) -> Tower:
         UnsupportedModelError: description and model differ; the message names the module, its class, and the
             way out.
     """
-    tower = describe_tower(model)
-    _check_encode_image(model)
-    if not any(tensor.is_meta for tensor in (*model.visual.parameters(), *model.visual.buffers())):  # type: ignore[union-attr]
-        with _as_if_evaluated(model):
-            _check_activations(model, tower)
-            _check_features(model, tower)
-            _check_derivatives(model)
+    tower = describe_source(source)
+    _check_entry(source)
+    if not any(tensor.is_meta for tensor in (*source.visual.parameters(), *source.visual.buffers())):
+        with _as_if_evaluated(source):
+            _check_activations(source, tower)
+            _check_features(source, tower)
+            _check_derivatives(source)
     return tower
 
 
-def _check_encode_image(model: nn.Module) -> None:
-    own = [name for name in ("encode_image", "_encode_image") if name in vars(model)]
-    changed = getattr(type(model), "encode_image", None) not in _ENCODE_IMAGE
+def _check_entry(source: Source) -> None:
+    names, functions = source.entry
+    model = source.model
+    own = [name for name in names if name in vars(model)]
+    changed = getattr(type(model), names[0], None) not in functions
     if own or changed:
+        kinds = " or ".join(dict.fromkeys(qualified_name(function) for function in functions))
         raise UnsupportedModelError(
-            f"{qualified_name(type(model))}: expected a model with the `encode_image` of open_clip's CLIP, "
-            f"CustomTextCLIP or CoCa, received a replaced one. Way out: {way_out(model)}, or explain the "
-            "open_clip model inside"
+            f"{qualified_name(type(model))}: expected a model whose `{names[0]}` is {kinds}, received a "
+            f"replaced one. Way out: {way_out(model, source.known)}, or explain the {source.library} model "
+            "inside"
         )
 
 
-def _check_features(model: Any, tower: Tower) -> None:
+def _check_features(source: Source, tower: Tower) -> None:
     parameter = tower.parameter()
     noise = torch.randn(1, 3, *tower.native_size, generator=_seeded(), device="cpu")
     images = noise.to(parameter.device, parameter.dtype)
-    own = _own_pass(model, images)
+    name = qualified_name(type(source.model))
+    own = _own_pass(source, images, is_unit=tower.own.is_unit)
     if not bool(own.features.isfinite().all()):
         return
     try:
@@ -99,21 +104,21 @@ def _check_features(model: Any, tower: Tower) -> None:
         if is_out_of_memory(error):
             raise
         raise UnsupportedModelError(
-            f"{qualified_name(type(model))}: the model encodes an image, its description does not "
+            f"{name}: the model encodes an image, its description does not "
             f"({type(error).__name__}: {error}). Way out: put the model's own modules back"
         ) from error
     tolerance = TOLERANCES.get(parameter.dtype, max(TOLERANCES.values()))
-    distance = float((received.image_features.to(own.features.dtype) - own.features).norm())
+    distance = _relative_distance(own.features, received.image_features)
     block = _first_different_block(own, received, TOKEN_SLACK * tolerance)
     if distance <= tolerance and block is None:
         return
     tokens_only = distance <= tolerance
     what = "tokens differ" if tokens_only else f"features differ by {distance:.2g} (limit {tolerance:g})"
-    place = block or f"outside of its blocks, in visual, a {qualified_name(type(model.visual))}"
+    tower_name = f"{source.visual_path or 'the model'}, a {qualified_name(type(source.visual))}"
     raise UnsupportedModelError(
-        f"{qualified_name(type(model))}: for a test image, the model's own {what} from those that would be "
-        f"explained. They first differ in {place}. A module does not compute what its class defines. "
-        "Way out: explain the model that open_clip.create_model returns"
+        f"{name}: for a test image, the model's own {what} from those that would be explained. They first "
+        f"differ in {block or f'outside of its blocks, in {tower_name}'}. A module does not compute what its "
+        f"class defines. Way out: {source.expected}"
     )
 
 
@@ -127,7 +132,7 @@ class _OwnPass:
     """What the model itself computes for an image.
 
     Attributes:
-        features: one unit row.
+        features: one row; of unit length, except the logits of a classifier.
         blocks: path, module and output tokens of each block, in the order in which they ran.
     """
 
@@ -135,40 +140,34 @@ class _OwnPass:
     blocks: list[tuple[str, nn.Module, Tensor]]
 
 
-def _own_pass(model: Any, images: Tensor) -> _OwnPass:
-    dtypes = {parameter.dtype for parameter in model.visual.parameters()}
+def _own_pass(source: Source, images: Tensor, *, is_unit: bool) -> _OwnPass:
+    dtypes = {parameter.dtype for parameter in source.visual.parameters()}
     # In half precision open_clip keeps some parameters in float32, and dtypes do not always match.
     autocast = len(dtypes) > 1 and images.dtype in (torch.float16, torch.bfloat16)
-    paths, outputs = _block_paths(model.visual), list[tuple[str, nn.Module, Tensor]]()
-    handles = [
-        block.register_forward_hook(lambda block, _, tokens: outputs.append((paths[block], block, tokens)))
-        for block in paths
-    ]
+    # The first path of a block that is used at several places.
+    paths = {source.model.get_submodule(path): path for path in reversed(source.block_paths())}
+    outputs: list[tuple[str, nn.Module, Tensor]] = []
+
+    def keep(block: nn.Module, _inputs: object, output: Any) -> None:
+        outputs.append((paths[block], block, output[0] if isinstance(output, tuple) else output))
+
+    handles = [block.register_forward_hook(keep) for block in paths]
     try:
         with torch.autocast(images.device.type, dtype=images.dtype if autocast else None, enabled=autocast):
-            features = model.encode_image(images)
+            features = source.own_features(images)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise UnsupportedModelError(
-            f"{qualified_name(type(model))}: the model itself cannot encode an image [1, 3, "
+            f"{qualified_name(type(source.model))}: the model itself cannot encode an image [1, 3, "
             f"{images.shape[2]}, {images.shape[3]}] of {images.dtype} ({type(error).__name__}: {error}). "
-            "Way out: explain the model that open_clip.create_model returns, on one device, in one precision"
+            f"Way out: {source.expected}, on one device, in one precision"
         ) from error
     finally:
         for handle in handles:
             handle.remove()
-    features = features[0] if isinstance(features, tuple) else features
-    unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    return _OwnPass(unit, outputs)
-
-
-def _block_paths(visual: Any) -> dict[nn.Module, str]:
-    if hasattr(visual, "trunk"):
-        blocks, path = visual.trunk.blocks, "visual.trunk.blocks"
-    else:
-        blocks, path = visual.transformer.resblocks, "visual.transformer.resblocks"
-    return {block: f"{path}.{index}" for index, block in reversed(list(enumerate(blocks)))}
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return _OwnPass(F.normalize(features, dim=-1) if is_unit else features, outputs)
 
 
 def _first_different_block(own: _OwnPass, received: Trace, tolerance: float) -> str | None:
@@ -185,16 +184,17 @@ def _relative_distance(tensor: Tensor, other: Tensor) -> float:
     return float((tensor - other).norm() / tensor.norm().clamp(min=torch.finfo(tensor.dtype).tiny))
 
 
-def _check_derivatives(model: Any) -> None:
+def _check_derivatives(source: Source) -> None:
     """Raise an error for a class whose derivative is not the one that its `forward` has.
 
     One module of each class is checked: its class may have been changed since it was defined.
     """
-    parameter = next(model.visual.parameters())
-    one_of_each = {type(module): (path, module) for path, module in written_out(model.visual)}
+    parameter = next(source.visual.parameters())
+    one_of_each = {type(module): (path, module) for path, module in written_out(source.visual, source.known)}
     for kind, (path, module) in one_of_each.items():
-        if isinstance(module, nn.GELU | QuickGELU):
-            is_own = _has_derivative(module, Activation(module), parameter.new_empty(1, 5, 16))
+        if isinstance(module, nn.GELU | QuickGELU) or kind in source.known.same_as:
+            stage = Activation(source.known.same_as.get(kind, module))
+            is_own = _has_derivative(module, stage, parameter.new_empty(1, 5, 16))
         elif isinstance(module, nn.LayerNorm):
             is_own = _has_derivative(
                 module, Norm(module), module.weight.new_empty(1, 5, *module.normalized_shape)
@@ -203,21 +203,27 @@ def _check_derivatives(model: Any) -> None:
             continue
         if not is_own:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: visual.{path}, a {qualified_name(kind)}, has another derivative "
-                f"than its class defines: its `forward` was replaced. Way out: restore it"
+                f"{type(source.model).__name__}: {_in_model(source, path)}, a {qualified_name(kind)}, has "
+                "another derivative than its class defines: its `forward` was replaced. Way out: restore it"
             )
 
 
-def _check_activations(model: Any, tower: Tower) -> None:
+def _check_activations(source: Source, tower: Tower) -> None:
     """Raise an error for an activation of an unknown class that does not act on each element separately."""
     parameter = tower.parameter()
-    for path, module in written_out(model.visual):
-        is_known = path.rpartition(".")[2] not in ACTIVATION_NAMES or type(module) in _ELEMENTWISE
-        if not is_known and (reason := _why_not_elementwise(module, parameter)):
+    for path, module in written_out(source.visual, source.known):
+        is_activation = path.rpartition(".")[2] in source.known.activations
+        if not is_activation or type(module) in _ELEMENTWISE:
+            continue
+        if reason := _why_not_elementwise(module, parameter):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: visual.{path}, a {qualified_name(type(module))}, {reason}. "
-                f"Way out: {way_out(module)}"
+                f"{type(source.model).__name__}: {_in_model(source, path)}, a "
+                f"{qualified_name(type(module))}, {reason}. Way out: {way_out(module, source.known)}"
             )
+
+
+def _in_model(source: Source, path: str) -> str:
+    return ".".join(filter(None, (source.visual_path, path)))
 
 
 def _has_derivative(module: nn.Module, stage: Activation | Norm, like: Tensor) -> bool:
@@ -271,16 +277,16 @@ def _train(module: nn.Module, mode: bool) -> None:
 
 
 @contextmanager
-def _as_if_evaluated(model: Any) -> Iterator[None]:
+def _as_if_evaluated(source: Source) -> Iterator[None]:
     """Disable gradients, dropout, autocast and compilation, then restore flags and random state."""
-    flags = {module: module.training for module in model.visual.modules()}
-    device = next(model.visual.parameters()).device
+    flags = {module: module.training for module in source.visual.modules()}
+    device = next(source.visual.parameters()).device
     compiled = any(module._compiled_call_impl is not None for module in flags)
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     cuda = [device] if device.type == "cuda" else []
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.random.fork_rng(cuda), eager:
-            _train(model.visual, False)
+            _train(source.visual, False)
             yield
     finally:
         for module, flag in flags.items():
@@ -318,8 +324,9 @@ class _Part:
             and all(map(is_, children, self.children))
         )
 
-    def has_hooks(self) -> bool:
-        return any(map(vars(self.module).__getitem__, HOOKS))
+    def has_hooks(self, known: KnownModules) -> bool:
+        hooks = map(vars(self.module).__getitem__, HOOKS)
+        return any(of_kind and acting_hooks(of_kind, known) for of_kind in hooks)
 
     def _differs_in_training_alone(self, now: dict[str, object]) -> bool:
         then = self.attributes
@@ -338,27 +345,36 @@ class Snapshot:
 
     identity: int
     model: _Part
-    called: tuple[tuple[nn.Module, type[nn.Module]], ...]
+    called: tuple[tuple[nn.Module, type[nn.Module], tuple[nn.Module, ...]], ...]
     parts: tuple[_Part, ...]
     classes: tuple[tuple[type, dict[str, object]], ...]
+    known: KnownModules
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Snapshot":
-        """Record the state of a model with a `visual` tower."""
-        visual: Any = model.visual
+    def of(cls, source: Source) -> "Snapshot":
+        """Record the state of a model."""
+        roots = (source.visual, *source.others.values())
         parts = tuple(
-            _Part.of(module) for module in dict.fromkeys(module for _, module in written_out(visual))
+            _Part.of(module)
+            for module in dict.fromkeys(
+                module for root in roots for _, module in written_out(root, source.known)
+            )
         )
         own = {part.module for part in parts}
-        called = tuple((module, type(module)) for module in visual.modules() if module not in own)
+        called = tuple(
+            (module, type(module), tuple(module.children()))
+            for module in source.visual.modules()
+            if module not in own
+        )
         kinds = dict.fromkeys(kind for part in parts for kind in part.kind.__mro__ if kind is not object)
-        kinds |= dict.fromkeys(kind for kind in type(model).__mro__ if kind is not object)
+        kinds |= dict.fromkeys(kind for kind in type(source.model).__mro__ if kind is not object)
         return cls(
             hash(tuple(id(part.module) for part in parts)),
-            _Part.of(model),
+            _Part.of(source.model),
             called,
             parts,
             tuple((kind, dict(vars(kind))) for kind in kinds),
+            source.known,
         )
 
     def is_of(self, model: nn.Module) -> bool:
@@ -367,8 +383,11 @@ class Snapshot:
             model is self.model.module
             and not any(_GLOBAL_HOOKS)
             and self.model.is_as_it_was()
-            and all(part.is_as_it_was() and not part.has_hooks() for part in self.parts)
-            and all(type(module) is kind for module, kind in self.called)
+            and all(part.is_as_it_was() and not part.has_hooks(self.known) for part in self.parts)
+            and all(
+                type(module) is kind and tuple(module.children()) == children
+                for module, kind, children in self.called
+            )
             and all(_is_same_class(kind, names) for kind, names in self.classes)
         )
 

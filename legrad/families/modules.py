@@ -5,7 +5,9 @@ itself. This is the model's own computation only if each module has exactly a kn
 changes its forward pass: no replaced method, no hook, no parametrization.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import timm.layers
 import timm.models.eva
@@ -58,12 +60,6 @@ WRITTEN_OUT: frozenset[type[nn.Module]] = frozenset(
     }
     | ({getattr(timm.layers.norm, "LayerNormFp32", nn.LayerNorm)})
 )
-# Modules that embed patches: called by the closed form and never differentiated, so hooks on them act.
-_CALLED = ("conv1", "trunk.patch_embed.proj")
-_CALLED_WITH_CHILDREN = "trunk.patch_embed.backbone"
-# Activations: called too, and differentiated element by element; `legrad.families.faithful` tests those of
-# unknown types.
-ACTIVATION_NAMES = ("gelu", "act", "bias_act")
 PLAIN_WAY_OUT = "put the model's own module back in its place"
 HOOKS = {
     "_forward_hooks": "forward hook",
@@ -79,45 +75,120 @@ GLOBAL_HOOKS = {
 }
 
 
-def written_out(visual: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+@dataclass(frozen=True)
+class KnownModules:
+    """The modules that the descriptions of a library's vision towers cover.
+
+    Attributes:
+        written_out: exact classes that the closed form computes itself.
+        dropouts: exact classes that only act in training; the closed form skips them. Their names in a tower
+            contain "drop".
+        called: paths of the convolutions that embed patches: called by the closed form and never
+            differentiated, so hooks on them act.
+        called_with_children: path of a module that is called likewise, whatever it contains; or None.
+        activations: names of activations in a tower: called too, and differentiated element by element;
+            `legrad.families.faithful` tests those of unknown classes.
+        idle_hooks: qualified names of hooks that the library itself leaves on modules, and that change
+            nothing.
+        same_as: activations with a fast derivative, by the exact class that computes the same.
+    """
+
+    written_out: frozenset[type[nn.Module]]
+    called: tuple[str, ...]
+    activations: tuple[str, ...]
+    dropouts: frozenset[type[nn.Module]] = DROPOUTS
+    called_with_children: str | None = None
+    idle_hooks: frozenset[str] = frozenset()
+    same_as: Mapping[type[nn.Module], nn.Module] = field(default_factory=dict)
+
+
+IN_OPEN_CLIP = KnownModules(
+    WRITTEN_OUT,
+    called=("conv1", "trunk.patch_embed.proj"),
+    activations=("gelu", "act", "bias_act"),
+    called_with_children="trunk.patch_embed.backbone",
+)
+
+
+def written_out(visual: nn.Module, known: KnownModules = IN_OPEN_CLIP) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of a vision tower that the closed form computes itself, each with its path."""
+    called = known.called_with_children
     for path, module in visual.named_modules(remove_duplicate=False):
-        if path not in _CALLED and not f"{path}.".startswith(f"{_CALLED_WITH_CHILDREN}."):
+        is_within = called is not None and f"{path}.".startswith(f"{called}.")
+        if path not in known.called and not is_within:
             yield path, module
 
 
-def check_modules(visual: nn.Module) -> None:
+def check_modules(visual: nn.Module, known: KnownModules = IN_OPEN_CLIP) -> None:
     """Raise `NotCovered` for a module that may compute something else than the closed form.
 
     The tower is not run. The message names the module, its class and the way out.
     """
-    for path in _CALLED:
+    for path in known.called:
         called = _submodule(visual, path)
         if called is not None and type(called) not in (nn.Conv2d, nn.Identity):
             raise NotCovered("its patches are not made by a plain convolution", called)
-    for path, module in written_out(visual):
-        _check_type(path, module)
-        _check_nothing_hangs_on(module)
+    for path, module in written_out(visual, known):
+        _check_type(path, module, known)
+        check_nothing_hangs_on(module, known)
     for name, kind in GLOBAL_HOOKS.items():
         if hooks := getattr(torch_module, name, None):
             raise NotCovered(
-                f"a {kind} is registered for all modules ({_names(hooks)}), which the explanation would "
-                "ignore. Way out: remove it first, with its handle's `remove()`"
+                f"a {kind} is registered for all modules ({_names(hooks.values())}), which the explanation "
+                "would ignore. Way out: remove it first, with its handle's `remove()`"
             )
 
 
-def _check_type(path: str, module: nn.Module) -> None:
+@contextmanager
+def located(roots: Mapping[str, nn.Module], known: KnownModules = IN_OPEN_CLIP) -> Iterator[None]:
+    """Add to a `NotCovered` the path of the module that is not covered, and the way out if it is missing.
+
+    Args:
+        roots: the modules in which it is looked for, by their path in the model.
+        known: the modules that are covered.
+    """
+    try:
+        yield
+    except NotCovered as reason:
+        raise NotCovered(_with_place(reason, roots, known)) from None
+    except AttributeError as error:  # a module was replaced by one without the expected attributes
+        raise NotCovered(f"one of its modules lacks an expected attribute: {error}") from error
+
+
+def _with_place(reason: NotCovered, roots: Mapping[str, nn.Module], known: KnownModules) -> str:
+    if reason.module is None:
+        return str(reason)
+    paths = (
+        ".".join(filter(None, (root, path)))
+        for root, visual in roots.items()
+        for path, module in visual.named_modules()
+        if module is reason.module
+    )
+    place = next(paths, next(iter(roots)))
+    where = ", ".join(filter(None, (place, f"a {qualified_name(type(reason.module))}")))
+    named = f"{reason} ({where})"
+    return named if "Way out" in named else f"{named}. Way out: {way_out(reason.module, known)}"
+
+
+def _check_type(path: str, module: nn.Module, known: KnownModules) -> None:
     parts = path.split(".")
-    if type(module) is nn.Identity or not {*ACTIVATION_NAMES}.isdisjoint(parts):
+    if type(module) is nn.Identity or not {*known.activations}.isdisjoint(parts):
         return
-    known = DROPOUTS if "drop" in parts[-1] else WRITTEN_OUT
-    if type(module) not in known:
+    if type(module) not in (known.dropouts if "drop" in parts[-1] else known.written_out):
         raise NotCovered(f"its {path} is {class_name(module)}, which may compute something else", module)
 
 
-def _check_nothing_hangs_on(module: nn.Module) -> None:
+def check_nothing_hangs_on(module: nn.Module, known: KnownModules) -> None:
+    """Raise `NotCovered` for a replaced method, a hook, parametrized weights or quantised parameters."""
     if parametrize.is_parametrized(module):
         raise NotCovered(f"{class_name(module)} has parametrized weights", module)
+    if "_hf_hook" in vars(module):
+        raise NotCovered(
+            "accelerate has placed it on a device of its own choice (`device_map`) and replaced its "
+            "`forward`. Way out: load the model without `device_map`, or call "
+            "`accelerate.hooks.remove_hook_from_submodules(model)` first",
+            module,
+        )
     own = [key for key in vars(module) if callable(getattr(type(module), key, None))]
     if own:
         raise NotCovered(
@@ -126,7 +197,7 @@ def _check_nothing_hangs_on(module: nn.Module) -> None:
             module,
         )
     for name, kind in HOOKS.items():
-        if hooks := getattr(module, name):
+        if hooks := acting_hooks(getattr(module, name), known):
             raise NotCovered(
                 f"a {kind} is registered ({_names(hooks)}), which the explanation would ignore. Way out: "
                 "remove it first, with its handle's `remove()`, or with remove_weight_norm, "
@@ -142,12 +213,17 @@ def _check_nothing_hangs_on(module: nn.Module) -> None:
             )
 
 
-def _names(hooks: dict[int, object]) -> str:
-    return ", ".join(
-        dict.fromkeys(
-            qualified_name(hook if hasattr(hook, "__qualname__") else type(hook)) for hook in hooks.values()
-        )
-    )
+def acting_hooks(hooks: Mapping[int, object], known: KnownModules) -> list[object]:
+    """Return the hooks of a module that may change what it computes."""
+    return [hook for hook in hooks.values() if _name(hook) not in known.idle_hooks]
+
+
+def _names(hooks: Iterable[object]) -> str:
+    return ", ".join(dict.fromkeys(map(_name, hooks)))
+
+
+def _name(hook: object) -> str:
+    return qualified_name(hook if hasattr(hook, "__qualname__") else type(hook))
 
 
 def _submodule(visual: nn.Module, path: str) -> nn.Module | None:
@@ -157,7 +233,7 @@ def _submodule(visual: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def way_out(module: nn.Module) -> str:
+def way_out(module: nn.Module, known: KnownModules = IN_OPEN_CLIP) -> str:
     """Say what to do about a module of a class that is not covered."""
     kinds = [qualified_name(kind).lower() for kind in type(module).__mro__]
     if "_orig_mod" in module._modules:
@@ -173,7 +249,7 @@ def way_out(module: nn.Module) -> str:
         )
     if "module" in module._modules:
         return "it wraps the model: use its `model.module` instead"
-    plain = next((kind for kind in type(module).__mro__ if kind in WRITTEN_OUT | DROPOUTS), None)
+    plain = next((kind for kind in type(module).__mro__ if kind in known.written_out | known.dropouts), None)
     if plain is not None and plain is not type(module):
         return f"replace it by a {qualified_name(plain)} with the same weights, if its forward is the same"
     return PLAIN_WAY_OUT

@@ -11,6 +11,14 @@ from torch.nn import functional as F
 from legrad.errors import LeGradError
 from legrad.method.towers import Block, QueriesKeysValues
 
+_WHY_NOT = {
+    "ModifiedResNet": "is convolutional: its only attention pools a feature map at the end",
+    "ResNet": "is convolutional and has no attention",
+    "ConvNeXt": "is convolutional and has no attention",
+    "FastVit": "puts convolutions after its attention, which mix the patches again",
+    "SwinTransformer": "attends within windows and merges patches from stage to stage",
+}
+
 
 class NotCovered(LeGradError):
     """A part of a vision tower is not covered by any description; the message is the reason.
@@ -33,6 +41,11 @@ def qualified_name(thing: Any) -> str:
 def class_name(module: nn.Module) -> str:
     """Return the class name of a module with an article; error messages add its full name and path."""
     return f"a {type(module).__name__}"
+
+
+def why_not_covered(tower: nn.Module) -> str | None:
+    """Return why an architecture cannot be explained, or None if nothing is known about it."""
+    return next((_WHY_NOT[kind.__name__] for kind in type(tower).__mro__ if kind.__name__ in _WHY_NOT), None)
 
 
 def check_covered(*checks: tuple[str, bool]) -> None:

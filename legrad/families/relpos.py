@@ -1,4 +1,4 @@
-"""Describe timm's VisionTransformerRelPos inside open_clip's TimmModel: relative position biases."""
+"""Describe timm's VisionTransformerRelPos: relative position biases."""
 
 import copy
 from functools import partial
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from open_clip.timm_model import TimmModel
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed_rel import RelPosBias, RelPosMlp
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
@@ -27,25 +26,28 @@ from legrad.families.timm_parts import (
 from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Tower
 
 
-def describe(visual: TimmModel) -> Tower:
+def describe(trunk: Any, projection: nn.Module) -> Tower:
     """Describe a tower whose trunk is timm's VisionTransformerRelPos.
+
+    Args:
+        trunk: the transformer.
+        projection: applied to its output, such as the projection to a joint space; or an identity.
 
     Raises:
         NotCovered: a part of it is not covered.
     """
-    trunk = visual.trunk
     check_covered(
         other_patches(trunk, PatchEmbed),
         (f"its pooling is {trunk.global_pool!r}", trunk.global_pool not in ("token", "avg")),
     )
-    reference, own = mean_scorings(visual)
+    reference, own = mean_scorings(trunk, projection)
     return Tower(
         family="relpos",
         patch_size=square_patch_size(trunk.patch_embed),
         native_grid=tuple(trunk.patch_embed.grid_size),
         native_size=tuple(trunk.patch_embed.img_size),
         takes_any_grid=False,
-        embed_dim=embed_dim(visual),
+        embed_dim=embed_dim(trunk, projection),
         prefix_tokens=trunk.num_prefix_tokens,
         normalisation="upsampled",
         embed=partial(_embed, trunk),

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from open_clip.timm_model import TimmModel
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
@@ -18,6 +17,7 @@ from legrad.method.stages import Activation, Gate, Linear, Norm, Scale, Stage
 from legrad.method.towers import Block, QueriesKeysValues, Scoring
 
 Stages = tuple[Stage, ...]
+HEAD_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh)
 
 
 def norm_stages(module: nn.Module) -> Stages:
@@ -79,9 +79,20 @@ def side_by_side(first: nn.Linear, second: nn.Linear) -> Linear:
     return Linear(lambda: torch.cat([first.weight, second.weight]), bias)
 
 
+def layer_stages(head: nn.Module) -> Stages:
+    """Describe the layers of a classifier's head: linear, norms, activations; dropouts are skipped."""
+    if type(head) is nn.Sequential:
+        return tuple(stage for layer in head for stage in layer_stages(layer))
+    if type(head) is nn.Dropout:
+        return ()
+    if type(head) is nn.LayerNorm:
+        return norm_stages(head)
+    return (Activation(head),) if type(head) in HEAD_ACTIVATIONS else linear_stages(head)
+
+
 def head_stages(trunk: nn.Module, head: nn.Module) -> Stages:
     """Describe what follows pooling: the trunk's last norm and linear layer, and open_clip's projection."""
-    stages = (*norm_stages(trunk.fc_norm), *linear_stages(trunk.head))  # type: ignore[arg-type]
+    stages = (*norm_stages(trunk.fc_norm), *layer_stages(trunk.head))  # type: ignore[arg-type]
     # A Sequential in all models that open_clip makes.
     parts = head.named_children() if type(head) is nn.Sequential else [("head", head)]
     for name, module in parts:
@@ -98,14 +109,13 @@ def check_no_gate(attention: nn.Module) -> None:
     check_covered(("its attention has a gate", getattr(attention, "gate", None) is not None))
 
 
-def mean_scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
+def mean_scorings(trunk: Any, projection: nn.Module) -> tuple[Scoring, Scoring]:
     """Describe two ways of scoring a layer of a tower without pooler: the reference, and the model's own.
 
     The reference is the authors' way, adapted to the norms of the tower: the mean over all tokens, then norms
     and head.
     """
-    trunk = visual.trunk
-    norm, head = norm_stages(trunk.norm), head_stages(trunk, visual.head)
+    norm, head = norm_stages(trunk.norm), head_stages(trunk, projection)
     own_tokens = slice(0, 1) if trunk.global_pool == "token" else slice(trunk.num_prefix_tokens, None)
     return Scoring((), slice(0, None), (*norm, *head)), Scoring(norm, own_tokens, head)
 
@@ -143,11 +153,11 @@ def _pooler_project(
     return pooler.q_norm(queries), pooler.k_norm(keys), values
 
 
-def embed_dim(visual: TimmModel) -> int:
+def embed_dim(trunk: Any, projection: nn.Module) -> int:
     """Return the dimension of a tower's features: that of its last projection, otherwise of its trunk."""
-    heads = (visual.trunk.head, *visual.head.modules())
+    heads = (*trunk.head.modules(), *projection.modules())
     projections = [module for module in heads if isinstance(module, nn.Linear)]
-    return projections[-1].out_features if projections else int(visual.trunk.num_features)
+    return projections[-1].out_features if projections else int(trunk.num_features)
 
 
 def other_patches(trunk: Any, *kinds: type) -> tuple[str, bool]:
@@ -180,7 +190,7 @@ def patch_tokens(
 def add_prefix_and_positions(
     trunk: Any, patches: Float[Tensor, "batch patches width"], grid: tuple[int, int]
 ) -> Float[Tensor, "batch tokens width"]:
-    """Prepend the class and register tokens to the patches, and add the learned positions, if any.
+    """Prepend the class, distillation and register tokens to the patches, and add learned positions, if any.
 
     Args:
         trunk: a trunk of timm with the usual attribute names for tokens and positions.
@@ -189,7 +199,7 @@ def add_prefix_and_positions(
     """
     prefix = [
         token.expand(len(patches), -1, -1)
-        for token in (trunk.cls_token, trunk.reg_token)
+        for token in (trunk.cls_token, getattr(trunk, "dist_token", None), trunk.reg_token)
         if token is not None
     ]
     tokens = torch.cat([*prefix, patches], dim=1)

@@ -1,10 +1,9 @@
-"""Describe timm's VisionTransformer inside open_clip's TimmModel: SigLIP, ViTamin, MobileCLIP and similar."""
+"""Describe timm's VisionTransformer: SigLIP, ViTamin, MobileCLIP and similar."""
 
 from functools import partial
 from typing import Any
 
 from jaxtyping import Float
-from open_clip.timm_model import TimmModel
 from timm.layers.attention import Attention
 from timm.layers.drop import DropPath
 from timm.layers.hybrid_embed import HybridEmbed
@@ -36,13 +35,16 @@ from legrad.method.towers import Block, EmbeddedImages, QueriesKeysValues, Scori
 AUTHORS_NEUTRAL_TEXT = "a photo of a"
 
 
-def describe(visual: TimmModel) -> Tower:
+def describe(trunk: VisionTransformer, projection: nn.Module) -> Tower:
     """Describe a tower whose trunk is timm's VisionTransformer.
+
+    Args:
+        trunk: the transformer.
+        projection: applied to its output, such as the projection to a joint space; or an identity.
 
     Raises:
         NotCovered: a part of it is not covered.
     """
-    trunk = visual.trunk
     patches = trunk.patch_embed
     check_covered(
         other_patches(trunk, PatchEmbed, HybridEmbed),
@@ -60,14 +62,14 @@ def describe(visual: TimmModel) -> Tower:
     patch_height, patch_width = patches.feat_ratio(as_scalar=False)
     if patch_height != patch_width:
         raise NotCovered(f"its patches are not square: {patch_height} x {patch_width}")
-    reference, own = _scorings(visual)
+    reference, own = _scorings(trunk, projection)
     return Tower(
         family=_family(trunk),
         patch_size=patch_height,
         native_grid=tuple(patches.grid_size),
         native_size=tuple(patches.img_size),
         takes_any_grid=True,
-        embed_dim=embed_dim(visual),
+        embed_dim=embed_dim(trunk, projection),
         prefix_tokens=trunk.num_prefix_tokens,
         normalisation="grid" if trunk.attn_pool is not None else "upsampled",
         embed=partial(_embed, trunk),
@@ -86,12 +88,11 @@ def _family(trunk: VisionTransformer) -> str:
     return "timm-hybrid" if isinstance(trunk.patch_embed, HybridEmbed) else "timm-vit"
 
 
-def _scorings(visual: TimmModel) -> tuple[Scoring, Scoring]:
+def _scorings(trunk: VisionTransformer, projection: nn.Module) -> tuple[Scoring, Scoring]:
     """Describe two ways of scoring a layer: the authors' (or the closest to it), and the model's own."""
-    trunk = visual.trunk
     if trunk.attn_pool is None:
-        return mean_scorings(visual)
-    head = head_stages(trunk, visual.head)
+        return mean_scorings(trunk, projection)
+    head = head_stages(trunk, projection)
     straight = describe_pooler(trunk.attn_pool, nn.Identity())
     normed = describe_pooler(trunk.attn_pool, trunk.norm)
     return Scoring((), slice(0, 1), head, straight), Scoring((), slice(0, 1), head, normed)

@@ -1,6 +1,6 @@
 """Stages: the operations between the attention and the score, each with its forward pass and its pullback.
 
-A stage acts on each token separately, and has
+A stage acts on each token separately, on all of them alike (`EachToken` alone tells them apart), and has
 
     is_linear                   True: the pullback needs no inputs, so none are stored for it
     forward(inputs)             tokens [..., in] -> [..., out], in the dtype of the inputs
@@ -175,7 +175,38 @@ class Gate:
         return pull
 
 
-Stage = Linear | Scale | Norm | Activation | Gate
+@dataclass(frozen=True)
+class EachToken:
+    """A linear layer of its own for each token, such as the two heads of a distilled classifier.
+
+    Attributes:
+        layers: first token to last.
+    """
+
+    layers: tuple[Linear, ...]
+
+    is_linear = True
+
+    def forward(self, inputs: Float[Tensor, "batch tokens in"]) -> Float[Tensor, "batch tokens out"]:
+        """Apply the stage."""
+        by_token = zip(self.layers, inputs.unbind(dim=-2), strict=True)
+        return torch.stack([layer.forward(token) for layer, token in by_token], dim=-2)
+
+    def pullback(self, _inputs: Tensor | None, dtype: torch.dtype) -> Pullback:
+        """Linearise the stage."""
+        pullbacks = [layer.pullback(None, dtype) for layer in self.layers]
+
+        def pull(gradients: Tensor, rows: Rows) -> Tensor:
+            by_token = gradients.expand(-1, len(pullbacks), -1).unbind(dim=1)
+            return torch.stack(
+                [pullback(gradient, rows) for pullback, gradient in zip(pullbacks, by_token, strict=True)],
+                dim=1,
+            )
+
+        return pull
+
+
+Stage = Linear | Scale | Norm | Activation | Gate | EachToken
 
 
 def run_stages(stages: Sequence[Stage], inputs: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -62,7 +62,8 @@ class Scoring:
         pooled_tokens: the tokens that are averaged.
         head: applied to the mean.
         pooler: attentional pooler applied first, or None; if there is one, its attention is explained.
-        is_unit: True: the score is the cosine; False: the dot product of the feature and the unit text.
+        is_unit: True: the score is the cosine; False: the dot product of the feature and the unit text, which
+            for a classifier is one logit.
     """
 
     token_stages: tuple[Stage, ...]
@@ -82,7 +83,7 @@ class Tower:
         native_grid: rows and columns of patches at the size that the tower was trained for.
         native_size: (height, width) of that size in pixels; patches may not cover it completely.
         takes_any_grid: whether other grids are possible; otherwise images must have the native size.
-        embed_dim: dimension of the joint image-text space.
+        embed_dim: dimension of the joint image-text space; for a classifier, the number of its classes.
         prefix_tokens: number of tokens before the patches (class and register tokens).
         normalisation: whether the authors min-max normalise maps of this family after ("upsampled") or before
             ("grid") upsampling.
@@ -94,6 +95,7 @@ class Tower:
         own: the model's own pooling and head, which computes the image feature from the last block.
         parameter: returns a parameter of the patch embedding; images must have its dtype and device.
         authors_neutral_text: text whose map the authors use to correct every map of this family, or None.
+        is_classifier: the features are the logits of classes, and no texts are compared with them.
     """
 
     family: str
@@ -111,3 +113,4 @@ class Tower:
     own: Scoring
     parameter: Callable[[], Tensor]
     authors_neutral_text: str | None = None
+    is_classifier: bool = False

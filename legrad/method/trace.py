@@ -88,7 +88,8 @@ class Trace:
 
     Attributes:
         layers: the explained blocks, first to last.
-        image_features: unit rows, as returned by `model.encode_image(images, normalize=True)`.
+        image_features: unit rows, as returned by `model.encode_image(images, normalize=True)`; for a
+            classifier its logits, as returned by `model(images)`.
         grid_height: rows of patches.
         grid_width: columns of patches.
         rotary: the rotary position embedding that the blocks used, or None.
@@ -256,7 +257,9 @@ def trace_images(
                 pooled = layer if scoring.pooler is None else run_block(scoring.pooler, tokens, None, index)
                 # a copy, as the view would also keep queries and keys in memory
                 kept.append(replace(pooled, values=pooled.values.contiguous(), block_outputs=tokens))
-        features = F.normalize(score_features(tower.own, tokens), dim=-1)
+        features = score_features(tower.own, tokens)
+        if tower.own.is_unit:
+            features = F.normalize(features, dim=-1)
     height, width = images.shape[-2:]
     grid_height, grid_width = height // tower.patch_size, width // tower.patch_size
     return Trace(

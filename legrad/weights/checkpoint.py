@@ -56,6 +56,31 @@ def check_checkpoint(path: Path, files: ModelFiles) -> None:
             _check_rounding(path, tensors, files)
 
 
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint of torch.save or safetensors, by name; code in it is never run.
+
+    Raises:
+        ModelLoadError: the file is damaged, holds more than weights or no floating-point weights.
+        OSError: it cannot be read.
+    """
+    _check_first_bytes(path)
+    with _opened(path) as tensors:
+        _check_dtypes(path, tensors)
+        return {key: tensors.read(key) for key in tensors.keys}
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a file that is not a sound safetensors file of weights in a dtype that can be computed with.
+
+    Raises:
+        ModelLoadError: the file is refused.
+        OSError: it cannot be read.
+    """
+    _check_first_bytes(path)
+    with _opened(path) as tensors:
+        _check_dtypes(path, tensors)
+
+
 @dataclass(frozen=True)
 class _Tensors:
     """The names of a checkpoint's tensors, and functions that read one of them, or the name of its dtype."""

@@ -40,6 +40,12 @@ TOKENIZER_CLASSES = frozenset({
     "Siglip", "Siglip2", "T5", "XGLM", "XLMRoberta", "XLNet",
 })
 # fmt: on
+# Image processors, by the type of a model of transformers, without "Fast" and "Pil".
+IMAGE_PROCESSORS = {
+    "clip": frozenset({"CLIPImageProcessor", "CLIPFeatureExtractor"}),
+    "siglip": frozenset({"SiglipImageProcessor"}),
+    "siglip2": frozenset({"Siglip2ImageProcessor"}),
+}
 # If no class is named, transformers chooses one by the model type.
 TOKENIZER_MODEL_TYPES = frozenset(arch_dict) | {"clip", "siglip", "siglip2", "t5", "gemma", "gpt2", "llama"}
 
@@ -112,6 +118,44 @@ def refuse_code_in_text_model(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+def refuse_code_in_transformers_model(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a configuration of a model of transformers that names code or another kind of model.
+
+    Raises:
+        ModelLoadError: it does.
+    """
+    _refuse_names_of_code(config, where)
+    _refuse_depth(config, where)
+    if config.get("model_type") not in IMAGE_PROCESSORS:
+        raise ModelLoadError(
+            f"{where}: model_type is {config.get('model_type')!r:.80}; expected one of "
+            f"{_listed(set(IMAGE_PROCESSORS))}, of CLIPModel, SiglipModel and Siglip2Model"
+        )
+
+
+def refuse_code_in_processor(config: Mapping[str, Any], where: str, model_type: str) -> None:
+    """Refuse the configuration of a processor that names code, or an image processor of another model.
+
+    Args:
+        config: contents of `preprocessor_config.json` or `processor_config.json`.
+        where: file, for the error message.
+        model_type: of the model.
+
+    Raises:
+        ModelLoadError: it does.
+    """
+    _refuse_names_of_code(config, where)
+    images = config.get("image_processor")
+    settings = images if isinstance(images, Mapping) else config
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    expected = IMAGE_PROCESSORS[model_type]
+    if named is not None and str(named).removesuffix("Fast").removesuffix("Pil") not in expected:
+        raise ModelLoadError(
+            f"{where}: the image processor is {named!r:.80}; for model_type {model_type} expected "
+            f"{_listed(expected)}"
+        )
+
+
 def refuse_code_in_tokenizer(folder: Path) -> None:
     """Refuse the files of a Hugging Face tokenizer that name code or a class not known to be safe.
 
@@ -149,7 +193,7 @@ def _refuse_names_of_code(config: Mapping[str, Any], where: str) -> None:
     if found is not None:
         raise ModelLoadError(
             f"{where} has the key {found}: code that comes with a model is never run. If the model works "
-            "without it, remove the key in a copy, and load that as local-dir:FOLDER"
+            "without it, remove the key in a copy, and load that as local-dir:FOLDER (hf:FOLDER)"
         )
 
 

@@ -23,6 +23,8 @@ from legrad.weights.foreign_config import (
 from legrad.weights.hub_files import file_sha256, hub_file, hub_file_sha256, hub_folder
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
+# Of models of transformers, see `legrad.weights.hf_files`; all others are models of open_clip.
+TRANSFORMERS_PREFIX = "hf:"
 CONFIG_FILE = "open_clip_config.json"
 SAFE_WEIGHTS_FILE, WEIGHTS_FILE = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 # In open_clip's order.
@@ -131,8 +133,8 @@ class ModelFiles:
 
 
 def brings_weights(name: str) -> bool:
-    """Return whether a name includes weights: `local-dir:` and `hf-hub:` names do."""
-    return name.startswith((HUB_PREFIX, FOLDER_PREFIX))
+    """Return whether a name includes weights: `local-dir:`, `hf-hub:` and `hf:` names do."""
+    return name.startswith((HUB_PREFIX, FOLDER_PREFIX, TRANSFORMERS_PREFIX))
 
 
 def plain_name(name: str) -> str:
@@ -172,7 +174,7 @@ def _in_folder(name: str, folder: Path) -> ModelFiles:
         model_config,
         preprocess_config,
         LocalWeights(_weights_in(folder)),
-        tokenizer_files=() if tokenizer is None else _tokenizer_files(tokenizer),
+        tokenizer_files=() if tokenizer is None else tokenizer_files(tokenizer),
         text_model_config=_text_model_config(model_config),
     )
 
@@ -296,19 +298,24 @@ def _hub_tokenizer_files(model_config: Mapping[str, Any]) -> tuple[Path, ...]:
         return ()
     folder = Path(str(named))
     try:
-        return _tokenizer_files(folder if folder.is_dir() else hub_folder(str(named), TOKENIZER_PATTERNS))
+        return tokenizer_files(folder if folder.is_dir() else hub_folder(str(named), TOKENIZER_PATTERNS))
     except LocalEntryNotFoundError as error:
         raise ModelLoadError(f"its tokenizer, {named}, is missing") from error
 
 
-def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files of the Hugging Face tokenizer in a folder.
+
+    Raises:
+        ModelLoadError: there is no vocabulary, or a file names code.
+    """
     files = sorted(
         path for path in folder.iterdir() if path.is_file() and _matches(path.name, TOKENIZER_PATTERNS)
     )
     if not any(_matches(path.name, VOCABULARY_PATTERNS) for path in files):
         raise ModelLoadError(
             f"{folder} has no vocabulary of a tokenizer ({', '.join(VOCABULARY_PATTERNS)}), "
-            "which text_cfg.hf_tokenizer_name requires"
+            "which the model's configuration requires"
         )
     refuse_code_in_tokenizer(folder)
     return tuple(files)

@@ -19,7 +19,8 @@ from legrad.images import ImageTransform
 from legrad.loading import check_files, computes_bf16, load_model, model_digest
 from legrad.loading import model_facts as legrad_facts
 from legrad.views import check_views
-from legrad.weights.model_files import plain_name
+from legrad.weights.hf_files import folder_named, names_transformers
+from legrad.weights.model_files import TRANSFORMERS_PREFIX, plain_name
 from pipeline import storage
 from pipeline.config.schema import ADDRESS_PREFIXES, DEMO, JobConfig, ModelConfig
 from pipeline.demo import assets
@@ -59,6 +60,7 @@ def load_explainer(
         return legrad.LeGrad(
             loaded.model,
             tokenizer=loaded.tokenizer,
+            processor=loaded.processor,
             layers=model.layers,
             affinity=model.affinity,
             image_size=model.image_size,
@@ -223,6 +225,10 @@ def resolved(model: ModelConfig) -> ModelConfig:
     if model.name.startswith(FOLDER_PREFIX):
         folder = storage.absolute(model.name.removeprefix(FOLDER_PREFIX))
         return model.model_copy(update={"name": f"{FOLDER_PREFIX}{folder}"})
+    if names_transformers(model.name):
+        local = folder_named(model.name)
+        named = model.name if local is None else f"{TRANSFORMERS_PREFIX}{storage.absolute(str(local))}"
+        return model.model_copy(update={"name": named})
     model = model.model_copy(update={"name": plain_name(model.name)})
     if model.pretrained is None or is_built_in(model) or not _is_path(model.pretrained):
         return model

@@ -1,4 +1,4 @@
-"""The `explain` command: heat maps of one image for several texts, in files of safe names."""
+"""The `explain` command: heat maps of one image for several texts or classes, in files of safe names."""
 
 from __future__ import annotations
 
@@ -22,9 +22,25 @@ if TYPE_CHECKING:
     from pipeline.config.schema import ModelConfig
 
 DEFAULT_MODEL, DEFAULT_TAG = "ViT-B-16", "laion2b_s34b_b88k"
+CLASSIFIER_PREFIXES = ("timm:", "torchvision:")
 SIDE_BY_SIDE_FILE = "side-by-side.png"
 MAX_TEXTS = 100
 MAX_SLUG = 40
+
+
+@dataclass(frozen=True)
+class ClassifierModel:
+    """A classifier, and how it is explained.
+
+    Attributes:
+        name: `timm:NAME` or `torchvision:NAME`, see `legrad.LeGrad.from_classifier`.
+        checkpoint: path of its weights, or None for those that the name stands for.
+        settings: layers, fit and precision.
+    """
+
+    name: str
+    checkpoint: str | None
+    settings: ModelConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ class ExplainedText:
 
     Attributes:
         text: what the heat maps are of.
-        similarity: cosine of image and text.
+        similarity: cosine of image and text; of a classifier, the logit of the class.
         overlay: file name of the heat map over the image.
         layers: file name of the heat maps of the layers, side by side.
     """
@@ -42,6 +58,7 @@ class ExplainedText:
     similarity: float
     overlay: str
     layers: str
+    score_name: str = "similarity"
 
 
 def explain(
@@ -49,16 +66,23 @@ def explain(
         str, typer.Argument(metavar="IMAGE", help="Path or URL of a JPEG, PNG, WebP, BMP or GIF.")
     ],
     texts: Annotated[
-        list[str], typer.Argument(metavar="TEXT...", help="Texts to draw a heat map for, such as 'a dog'.")
+        list[str],
+        typer.Argument(
+            metavar="TEXT...",
+            help="Texts to draw a heat map for, such as 'a dog'; with a classifier, names or numbers of its "
+            "classes.",
+        ),
     ],
     *,
     model: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Name of an open_clip model, hf-hub:..., local-dir:..., or demo, the bundled model, which "
-            "knows 64 things and needs no download. Default: ViT-B-16 with laion2b_s34b_b88k, 600 MB from "
-            "the hub the first time.",
+            help="Name of an open_clip model, hf-hub:..., local-dir:...; hf:REPOSITORY or hf:./FOLDER for a "
+            "model of Hugging Face transformers; demo, the bundled model, which knows 64 things and needs no "
+            "download; or a classifier, such as timm:vit_base_patch16_224.augreg_in1k or "
+            "torchvision:vit_b_16. Default: ViT-B-16 with laion2b_s34b_b88k, 600 MB from the hub the first "
+            "time.",
         ),
     ] = None,
     pretrained: Annotated[
@@ -85,7 +109,12 @@ def explain(
     ] = "fp32",
 ) -> None:
     """Draw a heat map of the image for each text: over the image, layer by layer, and side by side."""
-    chosen = model_named(model, pretrained, layers=layers, fit=fit, precision=precision)
+    settings = {"layers": layers, "fit": fit, "precision": precision}
+    chosen: ModelConfig | ClassifierModel
+    if model is not None and model.startswith(CLASSIFIER_PREFIXES):
+        chosen = ClassifierModel(model, pretrained, model_named("demo", None, **settings))
+    else:
+        chosen = model_named(model, pretrained, **settings)
     explained = explain_file(image, texts, chosen, out)
     for line in explained_lines(explained, out):
         open_console().print(line, soft_wrap=True)
@@ -132,13 +161,13 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
 
 
 def explain_file(
-    image_url: str, texts: Sequence[str], model: ModelConfig, folder: str
+    image_url: str, texts: Sequence[str], model: ModelConfig | ClassifierModel, folder: str
 ) -> list[ExplainedText]:
     """Explain an image for several texts, and write the pictures.
 
     Args:
         image_url: a path or URL; the formats are those that a job takes.
-        texts: at most MAX_TEXTS.
+        texts: at most MAX_TEXTS; for a classifier, names or numbers of its classes.
         model: the model, and how it explains.
         folder: for the pictures; made if needed.
 
@@ -146,7 +175,7 @@ def explain_file(
         The pictures of each text, in the order of the texts; SIDE_BY_SIDE_FILE holds all of them.
 
     Raises:
-        UserError: the image cannot be read, a text is empty or too long, or there is no such model.
+        UserError: the image cannot be read, a text is empty or too long, or there is no such model or class.
         OutputError: the pictures cannot be written.
     """
     # everything that needs no model comes before the imports of one, which take seconds
@@ -165,13 +194,19 @@ def explain_file(
         raise UserError(str(error)) from error
     explained = []
     pictures = zip(
-        texts, explanation.similarities.tolist(), explanation.overlays, explanation.layer_strips, strict=True
+        explanation.texts,
+        explanation.similarities.tolist(),
+        explanation.overlays,
+        explanation.layer_strips,
+        strict=True,
     )
     for number, (text, similarity, overlay, strip) in enumerate(pictures):
         stem = f"{number:02d}-{slug(text)}"
         _publish(folder, f"{stem}.png", overlay)
         _publish(folder, f"{stem}-layers.png", strip)
-        explained.append(ExplainedText(text, similarity, f"{stem}.png", f"{stem}-layers.png"))
+        explained.append(
+            ExplainedText(text, similarity, f"{stem}.png", f"{stem}-layers.png", explanation.score_name)
+        )
     _publish(folder, SIDE_BY_SIDE_FILE, explanation.side_by_side())
     return explained
 
@@ -182,7 +217,7 @@ def explained_lines(explained: Sequence[ExplainedText], folder: str) -> list[str
 
     shown = storage.shown_url(folder)
     lines = [
-        f"similarity {found.similarity:+.3f}  {printable(found.text)}\n"
+        f"{found.score_name} {found.similarity:+.3f}  {printable(found.text)}\n"
         f"  {storage.join_url(shown, found.overlay)}\n  {storage.join_url(shown, found.layers)}"
         for found in explained
     ]
@@ -210,7 +245,9 @@ def _check_folder(folder: str) -> None:
         raise UserError(problem.replace("output.dir", "--out", 1))
 
 
-def _load(model: ModelConfig) -> legrad.LeGrad:
+def _load(model: ModelConfig | ClassifierModel) -> legrad.LeGrad:
+    if isinstance(model, ClassifierModel):
+        return _load_classifier(model)
     import torch
 
     from pipeline.annotate.model import load_explainer
@@ -221,6 +258,23 @@ def _load(model: ModelConfig) -> legrad.LeGrad:
     except UserError as error:
         hint = "" if model.pretrained == DEMO else "\n  Offline, use the bundled model: --model demo"
         raise UserError(f"{error}{hint}") from error
+
+
+def _load_classifier(model: ClassifierModel) -> legrad.LeGrad:
+    import legrad
+    from legrad.errors import LeGradError
+
+    settings = model.settings
+    try:
+        return legrad.LeGrad.from_classifier(
+            model.name,
+            model.checkpoint,
+            layers=settings.layers,
+            fit="keep" if settings.fit == "keep" else "stretch",
+            precision=settings.precision,
+        )
+    except (LeGradError, OSError) as error:
+        raise UserError(f"--model {model.name}: {error}") from error
 
 
 def _read_content(url: str) -> bytes:

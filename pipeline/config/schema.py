@@ -15,7 +15,7 @@ from pipeline.storage import MIN_READ_BYTES_PER_S
 
 MEBIBYTE = 1 << 20
 # names of models that are addresses: of a repository on a hub, or of a folder
-ADDRESS_PREFIXES = ("hf-hub:", "local-dir:")
+ADDRESS_PREFIXES = ("hf-hub:", "local-dir:", "hf:")
 # name of the bundled weights, in place of a tag
 DEMO = "demo"
 SMALLEST_GPU_SHARE = 0.01
@@ -71,7 +71,8 @@ class ModelConfig(Section):
 
     name: Line = Field(
         description="Name of an open_clip model (`legrad models` lists them); or hf-hub:ORGANISATION/NAME or "
-        "local-dir:FOLDER, which bring their own weights."
+        "local-dir:FOLDER for other models of open_clip, or hf:ORGANISATION/NAME or hf:./FOLDER for CLIP and "
+        "SigLIP models of Hugging Face transformers, which bring their own weights."
     )
     pretrained: Line | None = Field(
         None,

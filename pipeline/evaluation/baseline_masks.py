@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import legrad
+from legrad.classes import ClassIndex, rows_of_prompts
 from legrad.inputs import RaggedPrompts, as_ragged
 from legrad.quality.dense_baselines import DENSE_BASELINES
 from pipeline.annotate.annotator import ShardAnnotator
@@ -45,6 +46,7 @@ class BaselineExplainer(legrad.LeGrad):
         super().__init__(
             explainer.model,
             tokenizer=explainer.tokenizer,
+            processor=explainer.processor,
             layers=LAYERS,
             image_size=(transform.height, transform.width),
             fit=transform.fit,
@@ -54,9 +56,10 @@ class BaselineExplainer(legrad.LeGrad):
     def relevance(
         self,
         images: Float[Tensor, "batch 3 height width"] | legrad.Trace,
-        text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
+        text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts | None = None,
         image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
         *,
+        class_index: ClassIndex | None = None,
         per_layer: bool = False,
         memory_budget_bytes: int | None = None,  # noqa: ARG002
     ) -> Float[Tensor, "*maps grid_height grid_width"]:
@@ -67,7 +70,11 @@ class BaselineExplainer(legrad.LeGrad):
         prompts = (
             text_embeddings
             if isinstance(text_embeddings, RaggedPrompts)
-            else as_ragged(trace.image_features, text_embeddings, image_index)
+            else as_ragged(
+                features := trace.image_features,
+                rows_of_prompts(self.tower, features, text_embeddings, class_index, image_index),
+                image_index,
+            )
         )
         grids = self._baseline(self.tower, trace, prompts.unit_rows, prompts.image_index)
         return grids.reshape(*prompts.leading, *grids.shape[-2:])

@@ -54,22 +54,22 @@ def relevance_by_autograd(
     trunk, outputs, maps = visual.trunk, [], []
     for block in trunk.blocks:
         block.register_forward_hook(lambda _module, _inputs, tokens: outputs.append(tokens))
-    with _attention_matrices() as of_blocks:
+    with attention_matrices() as of_blocks:
         trunk.forward_features(images)
     for tokens, matrix in zip(outputs, of_blocks, strict=True):
-        with _attention_matrices() as of_pooler:
+        with attention_matrices() as of_pooler:
             if reference:
                 features = visual.head(trunk.head(trunk.fc_norm(trunk.norm(tokens.mean(dim=1)))))
             else:
                 features = visual.head(trunk.forward_head(trunk.norm(tokens)))
         scores = nn.functional.normalize(features, dim=-1).unsqueeze(1) * texts
         explained = of_pooler[0] if of_pooler else matrix
-        maps.append(torch.stack([_rectified(score.sum(), explained) for score in scores.unbind(1)], dim=1))
+        maps.append(torch.stack([rectified(score.sum(), explained) for score in scores.unbind(1)], dim=1))
     return torch.stack(maps)[..., prefix_tokens:]
 
 
 @contextmanager
-def _attention_matrices() -> Iterator[list[Tensor]]:
+def attention_matrices() -> Iterator[list[Tensor]]:
     """Note every softmax that is taken."""
     matrices: list[Tensor] = []
     softmax = torch.Tensor.softmax
@@ -82,7 +82,7 @@ def _attention_matrices() -> Iterator[list[Tensor]]:
         yield matrices
 
 
-def _rectified(score: Tensor, matrix: Tensor) -> Tensor:
+def rectified(score: Tensor, matrix: Tensor) -> Tensor:
     # Images do not mix, so the gradient of the batch's sum holds each image's own.
     (gradient,) = torch.autograd.grad(score, matrix, retain_graph=True)
     return gradient.relu().mean(dim=(1, 2))

@@ -1,9 +1,12 @@
 """The same numbers on a CUDA device as on the CPU."""
 
+import copy
+
 import pytest
 import torch
 
 import legrad
+from tests.helpers.classifiers import tiny_timm_classifier
 from tests.helpers.tiny_models import relative_error, tiny_clip, tiny_images, unit_texts
 
 pytestmark = [
@@ -25,6 +28,18 @@ def test_grids_and_features_on_cuda_equal_those_on_the_cpu(pool):
         received = explainer.relevance(trace, texts.cuda(), index)
         assert received.device == trace.image_features.device
         assert relative_error(received.cpu(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("pool", ["reference", "model"])
+def test_maps_and_logits_of_a_classifier_on_cuda_equal_those_on_the_cpu(pool):
+    model, images = tiny_timm_classifier("deit_base_distilled_patch16_224"), tiny_images(3)
+    pairs = {"image_index": torch.tensor([2, 0, 0, 1]), "class_index": [6, 1, 1, 0]}
+    on_cpu = legrad.LeGrad(model, pool=pool)
+    expected, logits = on_cpu.relevance(images, **pairs), on_cpu.logits(images)
+    explainer = legrad.LeGrad(copy.deepcopy(model).cuda(), pool=pool)
+    trace = explainer.encode(images.cuda())
+    assert relative_error(explainer.relevance(trace, **pairs).cpu(), expected) < 1e-5
+    assert relative_error(explainer.logits(trace).cpu(), logits) < 1e-5
 
 
 def test_relevance_spread_along_keys_on_cuda_equals_that_on_the_cpu():

@@ -30,7 +30,7 @@ class TextModel(nn.Module):
 
     def __init__(self, text: nn.Module) -> None:
         super().__init__()
-        self.text = text
+        self.visual, self.text = nn.Identity(), text
 
     def encode_text(self, tokens, normalize=False):
         embeddings = self.text(tokens)

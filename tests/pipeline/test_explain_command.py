@@ -8,6 +8,8 @@ import tarfile
 from functools import partial
 
 import pytest
+import timm
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,6 +17,7 @@ from PIL import Image
 from pipeline.cli.explain import DEFAULT_MODEL, DEFAULT_TAG, explain_file, model_named
 from pipeline.demo import assets
 from pipeline.errors import UserError
+from tests.helpers.tiny_models import fill
 
 HOSTILE = "../../etc/passwd\x1b[31m <img src=x onerror=alert(1)>"
 
@@ -62,6 +65,45 @@ def test_each_text_gets_an_overlay_and_a_strip_and_all_get_one_picture(explain, 
     similarities = [float(found) for found in re.findall(r"similarity ([+-]\d\.\d{3})", printed)]
     assert len(similarities) == 4
     assert min(similarities[0], similarities[2]) > similarities[3], "the scene shows a banana and a panda"
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A checkpoint of timm's smallest transformer with three classes."""
+    model = fill(timm.create_model("test_vit", num_classes=3))
+    torch.save(model.state_dict(), tmp_path / "tuned.pt")
+    return tmp_path / "tuned.pt"
+
+
+def test_a_classifier_is_explained_by_the_number_of_a_class(explain, scene, tuned, tmp_path):
+    out = tmp_path / "out"
+    options = ["--model", "timm:test_vit", "--pretrained", tuned, "--layers", "all", "--out", out]
+    code, printed, _ = explain(scene, "2", "0", *options)
+    assert code == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["00-2-layers.png", "00-2.png", "01-0-layers.png", "01-0.png", "side-by-side.png"]
+    assert len(re.findall(r"logit [+-]\d+\.\d{3}  [20]", printed)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["3"], "class 3: the model has 3 classes, from 0 to 2"),
+        (["a cat"], "the names of this model's classes are not known: give an index from 0 to 2"),
+        (["0", "--model", "timm:test_vti"], "timm has no model named 'test_vti'; nearest: test_vit"),
+        (["0", "--model", "timm:test_resnet"], "ResNet is convolutional"),
+        (["0", "--layers", "7"], "layers: expected"),
+        (["0", "--layers", "none"], "--layers"),
+        (["0", "--pretrained", "gone.pt"], "gone.pt"),
+    ],
+)
+def test_a_class_or_classifier_that_is_not_there_is_the_users_mistake(
+    explain, scene, tuned, arguments, message
+):
+    code, _, errors = explain(scene, "--model", "timm:test_vit", "--pretrained", tuned, *arguments)
+    assert code == 1
+    assert message in " ".join(errors.split())
+    assert "Traceback" not in errors
 
 
 def test_the_default_model_is_a_real_one_and_demo_is_the_shipped_one():
