@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     )
     from legrad.quality.perturbation import PerturbationCurve, insertion_deletion
     from legrad.support import ModelSupport, supported_models
+    from legrad.trace_files import load_trace, save_trace
     from legrad.views import view_relevance
 
 __version__ = "0.1.0"
@@ -92,6 +93,7 @@ __all__ = [
     "heatmaps_of",
     "insertion_deletion",
     "layer_strip",
+    "load_trace",
     "localisation_scores",
     "map_localisation",
     "mask_area",
@@ -100,6 +102,7 @@ __all__ = [
     "otsu_threshold",
     "overlay",
     "refine_heatmaps",
+    "save_trace",
     "smoothed_grids",
     "supported_models",
     "text_distances",
@@ -140,6 +143,7 @@ _MODULES = {
         "map_localisation",
     ],
     "legrad.quality.perturbation": ["PerturbationCurve", "insertion_deletion"],
+    "legrad.trace_files": ["load_trace", "save_trace"],
     "legrad.views": ["view_relevance"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

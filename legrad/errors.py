@@ -3,7 +3,8 @@
 LeGradError
  ├── UnsupportedModelError   the structure of the vision tower is not covered
  ├── ModelLoadError          no model could be made from a name, tag or checkpoint
- ├── InputError              a tensor, index or option does not fit the model or the other inputs
+ ├── InputError              an argument is of another kind, or does not fit the model or other arguments
+ │    └── ImageFileError     a file holds no image that is read
  ├── TokenizerError          texts were passed to an explainer that has no tokenizer
  └── MaskError               no masks can be made from the grids, masks or rule
       └── RleError           a run-length encoding is invalid
@@ -23,7 +24,24 @@ class ModelLoadError(LeGradError):
 
 
 class InputError(LeGradError):
-    """A tensor, an index or an option does not fit the model or the other inputs."""
+    """An argument is of another kind than expected, or does not fit the model or the other arguments."""
+
+
+class ImageFileError(InputError):
+    """A file holds no image that is read.
+
+    Attributes:
+        kind: empty, format_not_allowed, too_many_pixels, side_too_long, too_many_parts, animated,
+            unsupported_mode, truncated, corrupt (checks find the file damaged) or unreadable (its decoder
+            fails).
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class TokenizerError(LeGradError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,11 +13,13 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from legrad.arguments import ImageInput, as_image, as_texts
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
 from legrad.images import Resize
 from legrad.inputs import neutral_patches
+from legrad.method.trace import in_words
 from legrad.pictures import draw_panels, fitted, heat_over, overlay
 
 PANELS_PER_LINE = 4
@@ -29,13 +31,14 @@ class Explanation:
     """Heat maps of one image for several texts; a notebook displays `side_by_side`.
 
     Attributes:
-        image: the original image, RGB.
+        image: the original image, RGB; a file's, upright.
         texts: the texts, in the order of all other attributes.
         heatmaps: one for each text, from 0 to 1, at the pixel size of the model's input.
         similarities: cosine similarity of the image and each text; of a classifier, the logit of each class.
-        layer_grids: raw relevance on the patch grid for each layer; `heatmaps` are made from their sum.
+        layer_grids: raw relevance on the patch grid for each layer, not weighted.
         layer_indices: index in the tower of each layer of `layer_grids`, 0 first.
         normalisation: when grids of this model family are normalised; see `legrad.heatmaps_of`.
+        layer_weights: of the layers in the sum that `heatmaps` are made from; None: all 1.
         score_name: what `similarities` are: "similarity", or "logit" of a classifier.
     """
 
@@ -46,7 +49,16 @@ class Explanation:
     layer_grids: Float[Tensor, "layers texts grid_height grid_width"]
     layer_indices: tuple[int, ...]
     normalisation: Normalisation
+    layer_weights: tuple[float, ...] | None = None
     score_name: Literal["similarity", "logit"] = "similarity"
+
+    def __repr__(self) -> str:
+        """Return sizes and texts in a line."""
+        size = f"{self.image.width} x {self.image.height} pixels"
+        named = ", ".join([*(f"{text[:24]!r}" for text in self.texts[:3]), "..."][: len(self.texts)])
+        plural = "text" if len(self.texts) == 1 else "texts"
+        blocks = in_words(self.layer_indices)
+        return f"Explanation(image of {size}, {len(self.texts)} {plural}: {named}; {blocks})"
 
     @property
     def overlays(self) -> tuple[Image.Image, ...]:
@@ -73,7 +85,10 @@ class Explanation:
         return draw_panels([("image",), *labels], [photo, *heats], per_line=PANELS_PER_LINE)
 
     def _layer_strip(self, number: int, panel_side: int) -> Image.Image:
-        grids = self.layer_grids[:, number]
+        weights = torch.ones(len(self.layer_indices))
+        if self.layer_weights is not None:
+            weights = torch.tensor(self.layer_weights)
+        grids = self.layer_grids[:, number] * weights[:, None, None]
         shares = grids.sum(dim=(-2, -1)) / grids.sum().clamp(min=torch.finfo(grids.dtype).tiny)
         photo = np.asarray(fitted(self.image, panel_side))
         height, width = photo.shape[:2]
@@ -96,8 +111,8 @@ class Explanation:
 
 def explain_image(
     explainer: LeGrad,
-    image: Image.Image,
-    texts: Sequence[str],
+    image: ImageInput,
+    texts: Iterable[str],
     *,
     as_authors: bool = False,
     resize: Resize = "exact",
@@ -106,8 +121,9 @@ def explain_image(
 
     Args:
         explainer: explainer of the model.
-        image: of any size and mode.
-        texts: at least one text; for a classifier, names of classes, or indices in digits.
+        image: a PIL image of any size and mode, the path of a file, or an array; see `LeGrad.preprocess`.
+        texts: at least one text, in a list, array, Series or generator; for a
+            classifier, names of classes, or indices in digits.
         as_authors: compute the maps of the authors' package. They differ from the default for SigLIP and
             PE-Core only; see `LeGrad.heatmaps`.
         resize: see `LeGrad.preprocess`.
@@ -116,11 +132,18 @@ def explain_image(
         Heat maps at the size of the model's input, similarities and the raw grids of every layer, on the CPU.
 
     Raises:
-        InputError: no text, a single string instead of a list, an unknown class or an unknown `resize`.
+        ImageFileError: the file is no image of a format that is read, or damaged.
+        InputError: no text, a single string instead of a list, an element that is no text, no image, an
+            unknown class or an unknown `resize`.
         TokenizerError: the explainer was made without a tokenizer.
     """
-    if isinstance(texts, str) or not texts:
-        raise InputError(f"texts: expected a list of at least one text, received {texts!r}")
+    if not isinstance(explainer, LeGrad):
+        raise InputError(
+            f"explainer: expected a LeGrad, received {type(explainer).__name__}; pass LeGrad(model)"
+        )
+    texts, image = as_texts(texts), as_image(image)
+    if not texts:
+        raise InputError("texts: expected a list of at least one text, received none")
     if as_authors:
         explainer = explainer._by_authors()
     is_classifier = explainer.tower.is_classifier
@@ -139,15 +162,17 @@ def explain_image(
         neutral_grids = explainer.relevance(trace, explainer.embed_text([neutral_text]))
         grids = grids.masked_fill(neutral_patches(neutral_grids, AUTHORS_NEUTRAL_THRESHOLD), 0)
     grids = grids.float().cpu()
+    layers = explainer._layers
     normalisation = explainer.tower.normalisation
     return Explanation(
         image=image.convert("RGB"),
         texts=tuple(texts) if class_index is None else _class_labels(explainer, texts, class_index),
-        heatmaps=heatmaps_of(grids.sum(dim=0), pixels.shape[2], pixels.shape[3], normalisation),
+        heatmaps=heatmaps_of(layers.merged(grids), pixels.shape[2], pixels.shape[3], normalisation),
         similarities=scores[0].float().cpu(),
         layer_grids=grids,
-        layer_indices=tuple(layer.index for layer in trace.layers),
+        layer_indices=layers.indices,
         normalisation=normalisation,
+        layer_weights=layers.weights,
         score_name="logit" if is_classifier else "similarity",
     )
 
@@ -161,15 +186,15 @@ def _class_labels(explainer: LeGrad, texts: Sequence[str], class_index: Sequence
     )
 
 
-def layer_strip(explainer: LeGrad, image: Image.Image, text: str, *, panel_side: int = 224) -> Image.Image:
+def layer_strip(explainer: LeGrad, image: ImageInput, text: str, *, panel_side: int = 224) -> Image.Image:
     """Draw the contribution of each layer: one panel for each explained block, and one for their sum.
 
     All blocks share one colour scale, so the panel of a block that contributes little is pale; its label
-    gives the block's share of the total relevance, in per cent.
+    gives the block's share of the total relevance, in per cent. Weights of layers count.
 
     Args:
         explainer: made with the `layers` to show.
-        image: of any size and mode.
+        image: as in `explain_image`.
         text: the text to explain.
         panel_side: longer side of a panel, in pixels.
 

@@ -6,7 +6,7 @@ instructions; levels differ by one here and there. tests/bench/README.md says wh
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -16,6 +16,10 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
+
+from legrad.arguments import ImageInput, each_image
+from legrad.errors import InputError
+from legrad.image_files.levels import as_8_bits
 
 Interpolation = Literal["bicubic", "bilinear"]
 Fit = Literal["stretch", "keep"]
@@ -74,6 +78,7 @@ class ImageTransform:
         """Resize an image of any mode to its `input_size`, as RGB.
 
         Resampling comes before the conversion to RGB, as in open_clip: palette images are resampled by index.
+        Grey of more than 8 bits is scaled to 8 before, see `legrad.image_files.levels.as_8_bits`.
 
         Args:
             image: of any size and mode.
@@ -95,7 +100,7 @@ class ImageTransform:
         Returns:
             Values from 0 to 255.
         """
-        resized = image.resize((width, height), _RESAMPLING[self.interpolation])
+        resized = as_8_bits(image).resize((width, height), _RESAMPLING[self.interpolation])
         return np.array(resized.convert("RGB"))
 
     def normalise(
@@ -125,6 +130,26 @@ def _constants(
             torch.tensor(values, dtype=torch.float32, device=device) for values in (255, mean, std)
         )
     return most, by_channel[0].view(3, 1, 1), by_channel[1].view(3, 1, 1)
+
+
+def resized_batch(
+    images: Iterable[ImageInput], transform: ImageTransform, resize: Resize
+) -> UInt8[Tensor, "batch height width 3"]:
+    """Resize images of any kind that `legrad.arguments.as_image` takes, one by one, to one input size.
+
+    Raises:
+        InputError: an element is no image, or images get different input sizes.
+    """
+    pixels = [transform.resize(image, resize) for image in each_image(images)]
+    sizes = sorted({each.shape[:2] for each in pixels})
+    if len(sizes) > 1:
+        raise InputError(
+            "images: expected images of one input size, as a batch is one tensor; with fit='keep' these get "
+            + ", ".join(f"{height} x {width}" for height, width in sizes)
+        )
+    if not pixels:
+        return torch.empty(0, transform.height, transform.width, 3, dtype=torch.uint8)
+    return torch.from_numpy(np.stack(pixels))
 
 
 def fast_pixels(image: Image.Image) -> np.ndarray | None:

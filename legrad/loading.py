@@ -25,12 +25,12 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
+from legrad.checks import fitted_transform
 from legrad.errors import ModelLoadError, UnsupportedModelError
 from legrad.families.open_clip_models import SUPPORTED, describe_visual
 from legrad.families.support import built_support, visual_without_weights
 from legrad.heatmaps import Normalisation
 from legrad.images import Fit, ImageTransform, transform_from
-from legrad.inputs import fitted_transform
 from legrad.support import model_support
 from legrad.tokens import Tokenizer
 from legrad.weights.checkpoint import check_checkpoint, check_safetensors

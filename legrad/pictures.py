@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from legrad.arguments import ImageInput, as_image, shown
+from legrad.errors import InputError
 from legrad.heatmaps import upsample_grid
 
 COLORMAP = "turbo"
@@ -20,19 +24,40 @@ PAPER, INK = (255, 255, 255), (17, 24, 39)
 
 
 def overlay(
-    image: Image.Image, heatmap: Float[Tensor, "height width"] | Float[np.ndarray, "height width"]
+    image: ImageInput,
+    heatmap: Float[Tensor, "*ones height width"] | Float[np.ndarray, "*ones height width"],
 ) -> Image.Image:
     """Lay a heat map over a greyed image.
 
     Args:
-        image: of any size and mode.
-        heatmap: values from 0 (blue) to 1 (red), a grid or pixels; interpolated to the image's size.
+        image: a PIL image of any size and mode, the path of a file, or an array; see `LeGrad.preprocess`.
+        heatmap: values from 0 (blue) to 1 (red), a grid or pixels, on any device; interpolated to the image's
+            size. Leading axes of length one are ignored.
 
     Returns:
         RGB, of the image's size.
+
+    Raises:
+        InputError: there is no image, or not exactly one map of finite values.
     """
-    photo = np.asarray(image.convert("RGB"))
-    return Image.fromarray(heat_over(photo, torch.as_tensor(heatmap)))
+    photo = np.asarray(as_image(image).convert("RGB"))
+    return Image.fromarray(heat_over(photo, _one_map(heatmap)))
+
+
+def _one_map(heatmap: Any) -> Float[Tensor, "height width"]:
+    """Return one map of a caller's tensor or array."""
+    if not isinstance(heatmap, Tensor | np.ndarray):
+        raise InputError(f"heatmap: expected a tensor or an array [height, width], received {shown(heatmap)}")
+    if isinstance(heatmap, np.ndarray) and heatmap.dtype.kind not in "fiub":
+        raise InputError(f"heatmap: expected numbers, received {heatmap.dtype}")
+    values = torch.as_tensor(heatmap).detach().float()
+    shape = list(values.shape)
+    if values.ndim < 2 or math.prod(shape[:-2]) != 1 or not values.numel():
+        hint = "; pass one of them, such as heatmaps[0]" if values.ndim > 2 and values.numel() else ""
+        raise InputError(f"heatmap: expected one map [height, width], received {shape}{hint}")
+    if not values.isfinite().all():
+        raise InputError("heatmap: expected values from 0 to 1, received NaN or infinity")
+    return values.reshape(shape[-2:])
 
 
 def heat_over(

@@ -1,12 +1,13 @@
 """Embed texts as unit vectors: each text once, in batches of similar length, with little padding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from legrad.arguments import as_texts
 from legrad.errors import InputError, TokenizerError
 from legrad.families import source_of
 from legrad.families.source import IsCausal, TextEncoder
@@ -18,14 +19,14 @@ CPU_BATCH_SIZE, DEVICE_BATCH_SIZE = 16, 256
 
 
 def embed_texts(
-    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], embed_dim: int, device: torch.device
+    model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], embed_dim: int, device: torch.device
 ) -> Float[Tensor, "prompts embed_dim"]:
     """Embed texts with a model's text tower, in batches; a text that repeats is embedded once.
 
     Args:
         model: see `legrad.LeGrad`.
         tokenizer: as returned by `open_clip.get_tokenizer`; it truncates texts at its context length.
-        texts: any number of texts, including none.
+        texts: any number of texts, including none; see `legrad.arguments.as_texts`.
         embed_dim: dimension of the joint space.
         device: of the model.
 
@@ -35,10 +36,9 @@ def embed_texts(
 
     Raises:
         InputError: the text tower is in training mode with active dropout, so that embeddings would be
-            random; the tokenizer is not the model's; or a single string is passed instead of a list.
+            random; the tokenizer is not the model's; or `texts` is no collection of texts.
     """
-    if isinstance(texts, str):  # also a sequence of strings
-        raise InputError(f"embed_text: expected a list of texts, received the text {texts!r}")
+    texts = as_texts(texts)
     refuse_active_dropout(model)
     if not texts:
         return torch.zeros(0, embed_dim, device=device)

@@ -11,15 +11,15 @@ from itertools import groupby
 
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from legrad.arguments import ImageInput, each_image
 from legrad.canvases import Grid, View, Views, canvas_pixels, views_of
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.images import Resize
-from legrad.inputs import RaggedPrompts, as_ragged, ragged_unit_rows
+from legrad.inputs import RaggedPrompts, as_ragged, check_text_embeddings, ragged_unit_rows
 from legrad.method.towers import Tower
 from legrad.method.trace import Trace
 
@@ -75,7 +75,7 @@ def merge_grids(
 
 def view_relevance(
     explainer: LeGrad,
-    images: Sequence[Image.Image],
+    images: Iterable[ImageInput],
     text_embeddings: Float[Tensor, "prompts embed_dim"],
     *,
     views: Views,
@@ -85,7 +85,7 @@ def view_relevance(
 
     Args:
         explainer: explainer of the model.
-        images: images of any size and mode.
+        images: of any sizes; as in `LeGrad.preprocess`.
         text_embeddings: every prompt for every image; rows need not have unit length.
         views: the views to merge.
         resize: see `LeGrad.preprocess`.
@@ -94,17 +94,18 @@ def view_relevance(
         For each image raw relevance as in `LeGrad.relevance`, on the grid of the image's finest canvas.
 
     Raises:
-        InputError: the model cannot encode a view, or embeddings do not fit.
+        InputError: the model cannot encode a view, an element is no image, or embeddings do not fit.
     """
     check_views(views, explainer.tower)
     merged = []
-    for image in images:
+    for image in each_image(images):
         canvases = [
             torch.from_numpy(pixels)[None]
             for pixels in canvas_pixels(views, explainer.transform, image, resize)
         ]
         trace = explainer.encode(preprocessed(explainer, canvases[0]))
-        image_index = torch.zeros(len(text_embeddings), dtype=torch.int64)
+        check_text_embeddings(trace.image_features, text_embeddings)
+        image_index = torch.zeros(text_embeddings.shape[-2], dtype=torch.int64)
         prompts = as_ragged(trace.image_features, text_embeddings, image_index)
         merged.append(merged_relevance(explainer, trace, canvases, prompts, views=views))
     return merged

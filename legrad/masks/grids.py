@@ -38,6 +38,15 @@ class ImageMasks:
     thresholds_low: Float32[np.ndarray, " prompts"] | None = None
     ignores: Sequence[Rle] = ()
 
+    def __repr__(self) -> str:
+        """Return the number of masks and their sizes in a line."""
+        if not self.rles:
+            return "ImageMasks(0 masks)"
+        height, width = self.rles[0]["size"]
+        areas = ", ".join([*map(str, self.areas[:6].tolist()), "..."][: len(self.areas)])
+        plural = "mask" if len(self.rles) == 1 else "masks"
+        return f"ImageMasks({len(self.rles)} {plural} of {width} x {height} pixels, areas {areas})"
+
 
 @dataclass(frozen=True)
 class HeatmapStack:

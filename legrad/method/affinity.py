@@ -82,14 +82,14 @@ def spread_along_keys(
         grids: raw relevance.
         unit_keys: as `joined_keys` returns them.
         image_index: for each prompt, the row of its image; in any order.
-        strip_bytes: bound on the memory of a strip, which has at least one row. None: a default for the
-            device.
+        strip_bytes: bound on the memory of a strip, which has at least one row; a device has its own bound
+            as well.
 
     Returns:
         Grids of the same shape and dtype; non-negative, and a constant grid stays constant.
     """
-    if strip_bytes is None:
-        strip_bytes = CPU_STRIP_BYTES if grids.device.type == "cpu" else DEVICE_STRIP_BYTES
+    most = CPU_STRIP_BYTES if grids.device.type == "cpu" else DEVICE_STRIP_BYTES
+    strip_bytes = most if strip_bytes is None else min(strip_bytes, most)
     rows = grids.flatten(-2).movedim(-2, 0)
     spread = torch.empty_like(rows)
     counts = image_index.bincount(minlength=len(unit_keys)).tolist()

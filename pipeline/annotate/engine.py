@@ -231,7 +231,7 @@ class Engine:
         ]
         tokens = {text: row for sample in samples for text, row in sample.tokens.items()}
         with self.clock.work():
-            trace = explainer.encode(preprocessed(explainer, canvases[0]))
+            trace = explainer.encode(preprocessed(explainer, canvases[0]), check_pixels=False)
             with self._streams.ordered():
                 embedded = self._texts.embed([sample.prompts for sample in samples], tokens)
             cosines = unit_row_cosines(trace.image_features, embedded.unit_rows)

@@ -15,8 +15,9 @@ from jaxtyping import Bool, UInt16
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from legrad.errors import ImageFileError
+from legrad.image_files.png import check_png, check_png_rows, png_without_texts
 from pipeline.errors import SampleFailure, UserError
-from pipeline.shards.image_files.png import check_png, check_png_rows, png_without_texts
 from pipeline.shards.images import open_image, upright_transpose
 from pipeline.text import printable
 
@@ -200,10 +201,10 @@ def read_png(data: bytes, stored: StoredImage, modes: Collection[str]) -> np.nda
         check_png(data)
         check_png_rows(data)
         return np.array(header)
-    except SampleFailure as failure:
-        if failure.stage == "read":
-            raise
-        raise SampleFailure("read", "bad_label_map", failure.message) from failure
+    except SampleFailure:
+        raise
+    except ImageFileError as error:
+        raise SampleFailure("read", "bad_label_map", str(error)) from error
     # decoders may raise any type on crafted bytes
     except Exception as error:
         raise SampleFailure("read", "bad_label_map", f"{type(error).__name__}: {error}") from error

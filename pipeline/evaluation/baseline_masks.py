@@ -57,10 +57,11 @@ class BaselineExplainer(legrad.LeGrad):
         self,
         images: Float[Tensor, "batch 3 height width"] | legrad.Trace,
         text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts | None = None,
-        image_index: Int[Tensor, " prompts"] | None = None,
+        image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
         *,
         class_index: ClassIndex | None = None,
         per_layer: bool = False,
+        memory_budget_bytes: int | None = None,  # noqa: ARG002
     ) -> Float[Tensor, "*maps grid_height grid_width"]:
         """Return cosines on the patch grid, from -1 to 1; the arguments are those of `LeGrad.relevance`."""
         if per_layer:

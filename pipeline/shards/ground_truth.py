@@ -29,11 +29,12 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8, UInt16
 from PIL import Image
 
+from legrad.errors import ImageFileError
+from legrad.image_files.png import check_png, check_png_rows, png_without_texts
 from pipeline.config.schema import InputConfig
 from pipeline.errors import SampleFailure
 from pipeline.shards.captions import MAX_CAPTIONS, check_caption
 from pipeline.shards.fields import describe_fields, find_field
-from pipeline.shards.image_files.png import check_png, check_png_rows, png_without_texts
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource, list_shards, open_shard
@@ -291,8 +292,8 @@ def read_label_map(data: bytes, field: str = LABEL_MAP_FIELD) -> LabelMap:
             if image.mode in GREY_16_BIT_MODES:
                 return np.array(image).astype(np.uint16)
             mode = image.mode
-    except SampleFailure as failure:
-        raise _bad_truth(f"{field}: {failure.message}") from failure
+    except ImageFileError as error:
+        raise _bad_truth(f"{field}: {error}") from error
     # decoders raise about any type on crafted bytes
     except Exception as error:
         raise _bad_truth(f"{field} is unreadable: {error}") from error

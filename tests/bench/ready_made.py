@@ -37,7 +37,7 @@ class ReadyMadeLeGrad(legrad.LeGrad):
         super().__init__(*arguments, **options)
         self.transform = ReadyMadeTransform(**vars(self.transform))
 
-    def encode(self, images: Tensor) -> Any:
+    def encode(self, images: Tensor, **_: Any) -> Any:
         """Return ready-made features of as many images."""
         return SimpleNamespace(image_features=_rows(MOST_MAPS)[: len(images)])
 

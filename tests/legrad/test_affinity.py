@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import legrad
+from legrad.checks import check_affinity
 from legrad.errors import InputError
-from legrad.inputs import check_affinity
 from legrad.method.affinity import spread_along_keys
 from tests.helpers.timm_models import tiny_timm_clip
 from tests.helpers.tiny_models import (

@@ -265,7 +265,7 @@ REFUSALS = {
         "neutral_threshold: expected a value from 0 to 1, received 1.5"
     ),
     "explainer.heatmaps(trace, texts, neutral_embedding=texts[0, :5])": (
-        "text_embeddings: expected [batch, prompts, 24] or [prompts, 24], received [1, 5]"
+        "neutral_embedding: expected one embedding [24] or [1, 24], received [5]"
     ),
 }
 

@@ -94,7 +94,7 @@ def test_for_clip_the_authors_map_is_the_default(explainer, image, explanation):
 
 @pytest.mark.parametrize("texts", ["a dog", []])
 def test_what_is_no_list_of_texts_is_refused(explainer, image, texts):
-    with pytest.raises(legrad.InputError, match="list of at least one text"):
+    with pytest.raises(legrad.InputError, match="expected a list of"):
         legrad.explain_image(explainer, image, texts)
 
 

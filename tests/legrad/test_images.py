@@ -9,8 +9,9 @@ from open_clip import image_transform
 from PIL import Image
 
 import legrad
+from legrad.checks import check_resize
+from legrad.image_files.levels import as_8_bits
 from legrad.images import ImageTransform, fast_resize, transform_of
-from legrad.inputs import check_resize
 from tests.helpers.tiny_models import tiny_clip, unit_texts
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -195,3 +196,48 @@ def test_preprocess_resizes_exactly_unless_asked_to_be_fast():
     assert torch.equal(fast, explainer.transform.normalise(torch.from_numpy(expected), torch.float32))
     with pytest.raises(legrad.InputError, match="'exact' or 'fast', received 'cheap'"):
         check_resize("cheap")
+
+
+LEVELS_16 = np.arange(12 * 20, dtype=np.uint16).reshape(12, 20) * 257 + 100
+
+
+def _of_16_bits(mode: str) -> Image.Image:
+    if mode == "I;16B":
+        return Image.frombytes(mode, (20, 12), LEVELS_16.astype(">u2").tobytes())
+    return Image.fromarray(LEVELS_16.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+
+
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_grey_of_16_bits_is_scaled_to_8_bits_however_it_is_passed(mode, resize, tmp_path):
+    explainer = legrad.LeGrad(tiny_clip())
+    expected = explainer.preprocess([Image.fromarray((LEVELS_16 >> 8).astype(np.uint8))])
+    image = _of_16_bits(mode)
+    assert image.mode == mode
+    assert torch.equal(explainer.preprocess([image], resize=resize), expected)
+    assert torch.equal(
+        torch.from_numpy(explainer.transform.resize(image))[None], _pixels(explainer, LEVELS_16)
+    )
+    Image.fromarray(LEVELS_16).save(tmp_path / "a.png")
+    assert torch.equal(explainer.preprocess([tmp_path / "a.png"], resize=resize), expected)
+    assert torch.equal(explainer.preprocess([LEVELS_16], resize=resize), expected)
+
+
+def _pixels(explainer: legrad.LeGrad, levels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(explainer.transform.resize(Image.fromarray((levels >> 8).astype(np.uint8))))[None]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.linspace(0, 1, 256, dtype=np.float32), range(256)),
+        (np.arange(256, dtype=np.float32), range(256)),
+        (np.arange(256, dtype=np.int32), range(256)),
+        (np.full(256, 65535, np.int32), [255] * 256),
+        (np.zeros(256, np.float32), [0] * 256),
+    ],
+)
+def test_grey_without_a_range_of_its_own_has_the_smallest_that_holds_all_values(values, expected):
+    image = as_8_bits(Image.fromarray(values.reshape(16, 16)))
+    assert image.mode == "L"
+    assert np.asarray(image).flatten().tolist() == list(expected)

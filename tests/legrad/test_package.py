@@ -1,6 +1,8 @@
 """The public names of the package, and what importing it loads."""
 
+import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -60,12 +62,14 @@ def test_the_public_names_are_these():
         "layer_strip",
         "localisation_scores",
         "map_localisation",
+        "load_trace",
         "mask_area",
         "mask_bbox_xywh",
         "minmax_normalise",
         "otsu_threshold",
         "overlay",
         "refine_heatmaps",
+        "save_trace",
         "smoothed_grids",
         "supported_models",
         "text_distances",
@@ -75,9 +79,16 @@ def test_the_public_names_are_these():
     assert all(hasattr(legrad, name) for name in legrad.__all__)
 
 
-def test_no_public_name_is_also_the_name_of_a_submodule():
-    submodules = {module.name for module in pkgutil.iter_modules(legrad.__path__)}
-    assert not submodules & set(legrad.__all__)
+def test_no_name_of_a_package_is_also_the_name_of_one_of_its_submodules():
+    # Importing a submodule would put it in the place of the function.
+    packages = [legrad]
+    for found in pkgutil.walk_packages(legrad.__path__, "legrad."):
+        if found.ispkg:
+            packages.append(importlib.import_module(found.name))
+    for package in packages:
+        submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        names = {name for name, value in vars(package).items() if not inspect.ismodule(value)}
+        assert not submodules & (names | set(getattr(package, "__all__", ())))
 
 
 def test_the_version_is_the_one_of_the_installed_distribution():

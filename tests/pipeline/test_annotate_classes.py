@@ -66,10 +66,10 @@ class Counter:
             self.texts += texts
             return explainer.tokenizer(texts, **options)
 
-        def encode(images):
+        def encode(images, **options):
             self.images += len(images)
             self.batches += 1
-            return explainer.encode(images)
+            return explainer.encode(images, **options)
 
         def relevance(images, texts, image_index=None, **options):
             grids = explainer.relevance(images, texts, image_index, **options)

@@ -87,7 +87,7 @@ class Device:
         self._lock, self._inside = threading.Lock(), 0
         self.calls, self.done, self.most_at_once, self.refused = 0, [], 0, 0
 
-    def encode(self, images):
+    def encode(self, images, **options):
         with self._lock:
             self._inside += len(images)
             self.most_at_once = max(self.most_at_once, self._inside)
@@ -99,7 +99,7 @@ class Device:
                 if self._inside > self._fits or self.calls - 1 in self._fails_at:
                     self.refused += 1
                     raise self._error
-            trace = self._encode(images)
+            trace = self._encode(images, **options)
             self.done.append(len(images))
             return trace
         finally:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from pipeline.shards.image_files.jpeg import MAX_JPEG_SCANS
+from legrad.image_files.jpeg import MAX_JPEG_SCANS
 from pipeline.shards.images import open_image
 from tests.helpers.pictures import (
     GIF,

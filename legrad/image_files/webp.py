@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.shards.image_files.failures import corrupt, too_many_parts, truncated
+from legrad.image_files.failures import corrupt, too_many_parts, truncated
 
 MAX_CHUNKS = 2**12
 _HEADER_BYTES, _FRAME_HEADER_BYTES = 8, 16
@@ -25,7 +25,7 @@ def check_webp(data: bytes, image_pixels: int) -> None:
         image_pixels: height times width.
 
     Raises:
-        SampleFailure: kind `truncated`, `corrupt` or `too_many_parts`.
+        ImageFileError: kind `truncated`, `corrupt` or `too_many_parts`.
     """
     end = check_webp_length(data)
     lossy = _ZEROS_LOSSY + image_pixels // _MACROBLOCK_PIXELS // _MACROBLOCKS_PER_ZERO_BYTE
@@ -37,7 +37,7 @@ def check_webp(data: bytes, image_pixels: int) -> None:
 
 
 def check_webp_length(data: bytes) -> int:
-    """Where the container ends; raises SampleFailure, kind `truncated`, where that is behind the data."""
+    """Where the container ends; raises ImageFileError, kind `truncated`, where that is behind the data."""
     end = _HEADER_BYTES + int.from_bytes(data[4:8], "little")
     if end > len(data):
         raise truncated(f"the WebP has {len(data)} bytes; its header says {end}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pipeline.shards.image_files.failures import truncated
+from legrad.image_files.failures import truncated
 
 
 def check_bmp(data: bytes) -> None:
     """Compare the file's size with the one in its header, where 0 means unknown.
 
     Raises:
-        SampleFailure: kind `truncated`.
+        ImageFileError: kind `truncated`.
     """
     size_bytes = int.from_bytes(data[2:6], "little")
     if size_bytes > len(data):

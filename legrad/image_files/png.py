@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.shards.image_files.failures import corrupt, too_many_parts, truncated
+from legrad.image_files.failures import corrupt, too_many_parts, truncated
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # encoders write pixels in chunks of at least some kilobytes
@@ -36,7 +36,7 @@ def png_without_texts(data: bytes) -> bytes:
     are known before the pixels are decoded.
 
     Raises:
-        SampleFailure: kind `too_many_parts`.
+        ImageFileError: kind `too_many_parts`.
     """
     chunks = list(_chunks(data))
     if all(chunk.kind in _KEPT and chunk.kind != b"eXIf" for chunk in chunks):
@@ -51,7 +51,7 @@ def check_png(data: bytes) -> None:
     """Check every chunk up to the end chunk; what follows is of no interest.
 
     Raises:
-        SampleFailure: kind `truncated`, `corrupt` or `too_many_parts`.
+        ImageFileError: kind `truncated`, `corrupt` or `too_many_parts`.
     """
     if not data.startswith(SIGNATURE):
         raise corrupt(f"expected a PNG, received bytes that begin with {data[:12]!r}")
@@ -77,7 +77,7 @@ def check_png_palette(data: bytes) -> None:
     """Check that there is a palette where colours need one; colours beyond its end are not looked for.
 
     Raises:
-        SampleFailure: kind `corrupt` or `too_many_parts`.
+        ImageFileError: kind `corrupt` or `too_many_parts`.
     """
     needs_palette = False
     for chunk in _chunks(data):
@@ -96,7 +96,7 @@ def check_png_rows(data: bytes) -> None:
         data: a file's content, of a size that was found small enough.
 
     Raises:
-        SampleFailure: kind `truncated`, `corrupt` or `too_many_parts`.
+        ImageFileError: kind `truncated`, `corrupt` or `too_many_parts`.
     """
     inflater, left_bytes = zlib.decompressobj(), 0
     for chunk in _chunks(data):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline.shards.image_files.failures import corrupt, too_many_parts, truncated
+from legrad.image_files.failures import corrupt, too_many_parts, truncated
 
 # each scan of a progressive JPEG costs a pass over the whole image; encoders write about ten
 MAX_JPEG_SCANS = 64
@@ -158,7 +158,7 @@ def check_jpeg(data: bytes) -> int | None:
         Where the data end, of a picture that is decoded while it is read; None where all is read first.
 
     Raises:
-        SampleFailure: kind `truncated`, `corrupt` or `too_many_parts`.
+        ImageFileError: kind `truncated`, `corrupt` or `too_many_parts`.
     """
     try:
         return _check_segments(data)
