@@ -219,9 +219,10 @@ def _elements(values: Any, where: str, what: str) -> Iterable[Any]:
     if isinstance(values, Mapping | Set | bytes | str):
         raise InputError(f"{where}: expected a list of {what}, received a {kind}")
     try:
-        return iter(values)
+        elements: Iterable[Any] = iter(values)
     except TypeError:
         raise InputError(f"{where}: expected a list of {what}, received {shown(values)}") from None
+    return elements
 
 
 def _as_no_image(value: Any) -> str:

@@ -302,7 +302,8 @@ def joined_by_image(
         own_places = places[_on(places.device, part.place)].flatten()
         for image in owners.unique().tolist():
             here = (owners == image).nonzero().flatten()
-            maps = heatmaps_of(grids[here.to(grids.device)], *sizes[image], normalisation)
+            height, width = sizes[image]
+            maps = heatmaps_of(grids[here.to(grids.device)], height, width, normalisation)
             results[image][own_places[here].to(maps.device)] = maps
     return results
 

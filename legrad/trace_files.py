@@ -121,7 +121,8 @@ def tower_fingerprint(explainer: LeGrad) -> str:
 def _sampled(values: Tensor) -> Tensor:
     """Return the bytes of some of many values, evenly spaced."""
     last = max(0, len(values) - 1)
-    places = torch.linspace(0, last, SAMPLED_VALUES, dtype=torch.float64).long().unique()[: len(values)]
+    places = torch.linspace(0, last, SAMPLED_VALUES, dtype=torch.float64).long()
+    places = torch.unique_consecutive(places)[: len(values)]
     return values[places.to(values.device)].cpu().view(torch.uint8)
 
 

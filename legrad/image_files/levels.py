@@ -51,6 +51,8 @@ def _scaled(values: np.ndarray, mode: str) -> np.ndarray:
             "0 to 65535 (16 bits)"
         )
     if highest > _LEVELS:
-        return (values.astype(np.int32) >> 8).astype(np.uint8)
+        high_bytes: np.ndarray = (values.astype(np.int32) >> 8).astype(np.uint8)
+        return high_bytes
     levels: np.ndarray = values * _LEVELS if mode == "F" and highest <= 1 else values
-    return np.rint(levels).astype(np.uint8)
+    nearest: np.ndarray = np.rint(levels).astype(np.uint8)
+    return nearest

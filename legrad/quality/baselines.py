@@ -18,7 +18,8 @@ from torch import Tensor
 
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
-from legrad.inputs import RaggedPrompts, as_ragged, check_images
+from legrad.checks import check_images
+from legrad.inputs import RaggedPrompts, as_ragged
 from legrad.method.trace import Trace, run_normed_block, score_features, trace_images
 from legrad.quality.attention_baselines import (
     attention_rollout,
@@ -61,7 +62,7 @@ def baseline(
     method: str,
     images: Float[Tensor, "batch 3 height width"] | Trace,
     text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
-    image_index: Int[Tensor, " prompts"] | None = None,
+    image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
     *,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*maps grid_height grid_width"]:
@@ -95,7 +96,7 @@ def baseline_grids(
     explainer: LeGrad,
     images: Float[Tensor, "batch 3 height width"] | Trace,
     text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
-    image_index: Int[Tensor, " prompts"] | None = None,
+    image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
     *,
     methods: Sequence[str] | None = None,
     generator: torch.Generator | None = None,
@@ -147,7 +148,7 @@ def _pairs(
     chosen: Mapping[str, Baseline],
     images: Tensor | Trace,
     text_embeddings: Tensor | RaggedPrompts,
-    image_index: Tensor | None,
+    image_index: Tensor | Sequence[int] | None,
     *,
     generator: torch.Generator | None,
 ) -> tuple[Pairs, tuple[int, ...]]:

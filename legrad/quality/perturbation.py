@@ -19,7 +19,8 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
-from legrad.inputs import as_ragged, check_images
+from legrad.checks import check_images
+from legrad.inputs import as_ragged
 from legrad.method.trace import trace_images
 
 Test = Literal["deletion", "insertion"]
@@ -71,7 +72,7 @@ def insertion_deletion(
     images: Float[Tensor, "batch 3 height width"],
     relevance_grids: Float[Tensor, "*maps grid_height grid_width"],
     text_embeddings: Float[Tensor, "*leading embed_dim"],
-    image_index: Int[Tensor, " prompts"] | None = None,
+    image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
     *,
     tests: Sequence[str] = tuple(TESTS),
     shares: Sequence[float] = tuple(SHARES.tolist()),
