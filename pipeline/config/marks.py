@@ -94,6 +94,13 @@ class Marks:
             )
         return (entry is not None) == (self.keep == "good")
 
+    def is_within(self, earlier: Marks) -> bool:
+        """Return whether every row that these marks keep is one that earlier marks keep too."""
+        rows, earlier_rows = self.acting.keys(), earlier.acting.keys()
+        if self.keep == "good":
+            return rows <= earlier_rows if earlier.keep == "good" else rows.isdisjoint(earlier_rows)
+        return earlier.keep == "not-bad" and earlier_rows <= rows
+
 
 def read_marks(url: str, keep: Keep = "not-bad") -> Marks:
     """Read a file of marks as a filter.

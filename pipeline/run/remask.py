@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.annotate.stored_maps import facts_of, reads_images
 from pipeline.config.load import config_hash, parse_config, with_overrides
-from pipeline.config.marks import require_marked_shards
+from pipeline.config.marks import Marks, marks_of, require_marked_shards
 from pipeline.config.schema import JobConfig
 from pipeline.errors import UserError
 from pipeline.output.folder import JOB_FILE, OutputFolder
@@ -18,7 +18,7 @@ from pipeline.output.image_shards import locate_shards
 from pipeline.output.records import JobRecord, JobStamp, installed_versions
 from pipeline.output.schema import ShardRow
 from pipeline.output.status import FolderState, read_state
-from pipeline.prompts.sample_prompts import with_files_read
+from pipeline.prompts.sample_prompts import job_marks, with_files_read
 from pipeline.run.destination import check_destination
 from pipeline.run.job import Job, opened_folder, opened_job
 from pipeline.storage import ShardSource
@@ -152,6 +152,12 @@ def _problems(before: JobConfig, now: JobConfig) -> Iterator[str]:
     """Yield why the maps of a job do not suffice for other settings."""
     if now.masks.segmenter is not None:
         yield "masks.segmenter needs a model, which is not run: set masks.segmenter=null, or annotate again"
+    earlier_marks, marks = _marks(before), _marks(now)
+    if not marks.is_within(earlier_marks):
+        yield (
+            "prompts.marks: keeps prompts that the marks of the job did not keep, which have no maps; use "
+            "stricter marks, or annotate again"
+        )
     if before.rows_written == "all":
         return
     acting = list(_acting(before, {**EARLY_FILTERS, **LEAD_FILTER, "min_area": 0}))
@@ -159,6 +165,10 @@ def _problems(before: JobConfig, now: JobConfig) -> Iterator[str]:
     if acting and now.rows_written == "all":
         named = ", ".join(f"masks.{key}" for key in acting)
         yield f"output.rows=all: the rows of prompts that {named} rejected were not written; {again}"
+    if not earlier_marks.is_within(marks) and (deciding := {"min_lead", "min_area"}.intersection(acting)):
+        # a prompt that is no longer there takes no pixels, and leads no other
+        named = " and ".join(f"masks.{key}" for key in sorted(deciding))
+        yield f"prompts.marks: which rows {named} left out depends on the other prompts; {again}"
     if "min_area" in acting and before.masks != now.masks:
         yield (
             f"masks.min_area was {before.masks.min_area}, and rows of smaller masks were not written: by any "
@@ -179,6 +189,10 @@ def _problems(before: JobConfig, now: JobConfig) -> Iterator[str]:
                 f"masks.{key}: expected at least {limit}, got {new_limit}: rows below {limit} were not "
                 f"written; {again}"
             )
+
+
+def _marks(config: JobConfig) -> Marks:
+    return job_marks(config.prompts) or marks_of((), "not-bad")
 
 
 def _acting(config: JobConfig, filters: Mapping[str, float]) -> Iterator[str]:

@@ -297,6 +297,44 @@ def test_marks_keep_the_same_prompts_as_in_a_direct_run(tmp_path, corpus, explai
     assert counts_of(new).annotated == counts_of(direct).annotated
 
 
+@pytest.mark.parametrize(
+    ("before", "masks", "now", "message"),
+    [
+        ((("bad", 0),), {}, "prompts.marks=null", "keeps prompts that the marks of the job did not keep"),
+        ((("bad", 0),), {}, "prompts.keep_marked=good", ""),
+        (
+            (("good", 0),),
+            {},
+            "prompts.keep_marked=not-bad",
+            "keeps prompts that the marks of the job did not",
+        ),
+        ((("bad", 0),), {}, "masks.value=0.5", ""),
+        ((), {"min_lead": 0.1}, "bad", "which rows masks.min_lead left out depends on the other prompts"),
+        ((), {"min_area": 0.1}, "bad", "which rows masks.min_area left out depends on the other prompts"),
+        ((), {"min_similarity": 0.1}, "bad", ""),
+    ],
+    ids=str,
+)
+def test_marks_that_would_need_rows_that_were_dropped_are_refused(
+    tmp_path, corpus, before, masks, now, message
+):
+    from pipeline.run.job import prepare_job
+
+    url = storage.list_shards([str(corpus)])[0].canonical_url
+    mark = {"shard": url, "key": "scene0", "prompt_index": 0, "mark": "bad"}
+    marks = [{**mark, "mark": name, "prompt_index": index} for name, index in before]
+    keep = "good" if ("good", 0) in before else "not-bad"
+    prompts = {"marks": marks or None, "keep_marked": keep}
+    config = scenes_job([corpus], tmp_path / "out", masks=masks, prompts=prompts, output={"rows": "accepted"})
+    out = prepare_job(config).folder.url
+    overrides = [f"prompts.marks={json.dumps([mark])}" if now == "bad" else now]
+    if not message:
+        prepare_remask(out, str(tmp_path / "new"), overrides)
+        return
+    with pytest.raises(UserError, match=message):
+        prepare_remask(out, str(tmp_path / "new"), overrides)
+
+
 def test_marks_of_other_prompts_or_of_another_corpus_are_refused(tmp_path, corpus, explainer):
     url = storage.list_shards([str(corpus)])[0].canonical_url
     out = annotated(explainer, scenes_job([corpus], tmp_path / "out"))
