@@ -428,7 +428,7 @@ def _scenes_with_maps(task: ShardTask, omitted: Counter[str]) -> Iterator[tuple[
 def _item_of(
     item: StoredItem | None, scene: Scene, image: RawSample | None, shard: ShardSource
 ) -> StoredItem:
-    """Return the stored maps of a scene, without rows if the job has none of it; raise ShardError otherwise."""
+    """Return the stored maps of a scene, without rows if there are none; raise ShardError if keys differ."""
     if item is None or item.index != scene.sample_index:
         return StoredItem(scene.key, scene.sample_index)
     if item.key != scene.key:
