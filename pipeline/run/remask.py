@@ -14,7 +14,7 @@ from pipeline.config.marks import Marks, marks_of, require_marked_shards
 from pipeline.config.schema import JobConfig
 from pipeline.errors import UserError
 from pipeline.output.folder import JOB_FILE, OutputFolder
-from pipeline.output.image_shards import locate_shards
+from pipeline.output.image_shards import LocatedShards, locate_shards
 from pipeline.output.records import JobRecord, JobStamp, installed_versions
 from pipeline.output.schema import ShardRow
 from pipeline.output.status import FolderState, read_state
@@ -22,6 +22,7 @@ from pipeline.prompts.sample_prompts import job_marks, with_files_read
 from pipeline.run.destination import check_destination
 from pipeline.run.job import Job, opened_folder, opened_job
 from pipeline.storage import ShardSource
+from pipeline.storage.urls import WEB_SCHEMES, split_url
 from pipeline.text import first_few, received
 
 SECTIONS = ("masks", "output", "run")
@@ -224,8 +225,25 @@ def _located(source: StoredJob, config: JobConfig, given: Sequence[str]) -> list
             f"masks.refine {config.masks.refine} reads the images again, and those of {len(missing):,} "
             f"shard(s) cannot be found: {named}; name where they are with --shards, or set masks.refine=none"
         )
+    _require_unchanged_on_servers(rows, located)
     places = {name: shard.url for name, shard in located.sources.items()}
     return [_shard(row, places.get(row["shard_id"], row["shard"])) for row in rows]
+
+
+def _require_unchanged_on_servers(rows: Sequence[ShardRow], located: LocatedShards) -> None:
+    """Check the versions that web servers have just announced: workers do not ask again."""
+    changed = []
+    for row in rows:
+        found = located.sources.get(row["shard_id"])
+        if found is None or found.canonical_url != row["shard"]:
+            continue
+        if split_url(found.url).scheme in WEB_SCHEMES:
+            changed += [row["shard"]] * found.version.differs_from(_shard(row, found.url).version)
+    if changed:
+        raise UserError(
+            f"{len(changed):,} shard(s) have changed since they were annotated: {first_few(changed)}; "
+            "annotate them again, or set masks.refine=none, which reads no images"
+        )
 
 
 def _shard(row: ShardRow, url: str) -> ShardSource:
