@@ -36,14 +36,18 @@ def only_kept(
         joined: samples and their rows.
         marks: the filter.
         shard: canonical URL of the shard, as the rows of the job have it.
-        counts: takes `rows_marked_out`, the number of rows that are not kept.
+        counts: takes `rows_marked_out`, the number of rows that are not kept, and `marks_without_row`, the
+            number of marks of this shard, among those that decide, whose row was not met.
 
     Raises:
         UserError: a mark is of another prompt than the row that it names.
     """
+    not_met = set(marks.acting_by_shard.get(shard, ()))
     for sample in joined:
+        not_met -= {(shard, row["key"], row["prompt_index"]) for row in sample.rows}
         rows = tuple(
             row for row in sample.rows if marks.keeps(shard, row["key"], row["prompt_index"], row["prompt"])
         )
         counts["rows_marked_out"] += len(sample.rows) - len(rows)
         yield replace(sample, rows=rows)
+    counts["marks_without_row"] += len(not_met)

@@ -51,6 +51,12 @@ def test_only_rows_that_the_marks_keep_are_exported(tmp_path, job, keep, kept, r
     assert "without_mask" not in totals.counts
 
 
+def test_marks_whose_row_is_not_there_are_counted(tmp_path, job):
+    marks = write_marks(tmp_path, *MARKS, ("000", 0, "thing 0", "bad"), ("key001", 7, "thing 0", "bad"))
+    totals = export_job(str(job), str(tmp_path / "coco"), ExportOptions("coco", marks_file=marks))
+    assert (totals.counts["rows_marked_out"], totals.counts["marks_without_row"]) == (3, 2)
+
+
 def test_an_export_goes_on_with_the_same_marks_only(tmp_path, job):
     marks = write_marks(tmp_path, *MARKS)
     for path in (marks, write_marks(tmp_path, *MARKS, name="copy.json")):
