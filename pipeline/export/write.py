@@ -35,6 +35,7 @@ from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
 from pipeline.export.yolo import YoloExport
 from pipeline.output.folder import OutputFolder
+from pipeline.output.image_shards import name_in_rows
 from pipeline.output.joining import ShardPair, Share, Source, pair_shards
 from pipeline.output.row_classes import RowClasses
 from pipeline.text import received
@@ -305,7 +306,7 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     class_names: dict[int | None, str] = {}
     joined = source.read(Share(pair), lambda outcome, count: joins.update({outcome: count}))
     if export.marks is not None:
-        joined = only_kept(joined, export.marks, pair.listed["shard"], counts)
+        joined = only_kept(joined, export.marks, name_in_rows(pair.listed), counts)
     samples = export_samples(joined, settings, export.row_classes, counts)
     samples = _noting_classes(samples, class_names, export.given_names)
     with removed_on_failure(export.dest, shard_id) as files:

@@ -10,11 +10,11 @@ from typing import Any
 from pipeline import storage
 from pipeline.annotate.stored_maps import facts_of, reads_images
 from pipeline.config.load import config_hash, parse_config, with_overrides
-from pipeline.config.marks import Marks, marks_of, require_marked_shards
+from pipeline.config.marks import Marks, marks_of
 from pipeline.config.schema import JobConfig
 from pipeline.errors import UserError
 from pipeline.output.folder import JOB_FILE, OutputFolder
-from pipeline.output.image_shards import LocatedShards, locate_shards
+from pipeline.output.image_shards import LocatedShards, locate_shards, marks_of_job
 from pipeline.output.records import JobRecord, JobStamp, installed_versions
 from pipeline.output.schema import ShardRow
 from pipeline.output.status import FolderState, read_state
@@ -118,9 +118,11 @@ def remask_config(source: StoredJob, new: str, overrides: Sequence[str] = ()) ->
         where=storage.join_url(source.folder.url, JOB_FILE),
         overrides=overrides,
     )
-    config = config.model_copy(update={"prompts": with_files_read(config.prompts)})
-    if isinstance(config.prompts.marks, tuple):
-        require_marked_shards(config.prompts.marks, {row["shard"] for row in source.state.listed.values()})
+    prompts = with_files_read(config.prompts)
+    if isinstance(prompts.marks, tuple):
+        named = marks_of_job(prompts.marks, source.state.listed.values())
+        prompts = prompts.model_copy(update={"marks": named})
+    config = config.model_copy(update={"prompts": prompts})
     if problems := list(_problems(source.config, config)):
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(
@@ -169,7 +171,7 @@ def _problems(before: JobConfig, now: JobConfig) -> Iterator[str]:
     if not earlier_marks.is_within(marks) and (deciding := {"min_lead", "min_area"}.intersection(acting)):
         # a prompt that is no longer there takes no pixels, and leads no other
         named = " and ".join(f"masks.{key}" for key in sorted(deciding))
-        yield f"prompts.marks: which rows {named} left out depends on the other prompts; {again}"
+        yield f"prompts.marks: which rows {named} omitted depends on the other prompts; {again}"
     if "min_area" in acting and before.masks != now.masks:
         yield (
             f"masks.min_area was {before.masks.min_area}, and rows of smaller masks were not written: by any "
@@ -181,7 +183,7 @@ def _problems(before: JobConfig, now: JobConfig) -> Iterator[str]:
         if _limit(before, key) != _limit(now, key):
             yield (
                 f"masks.{key}: expected {_limit(before, key)} as before, got {_limit(now, key)}: which rows "
-                f"masks.min_lead={before.masks.min_lead} left out depends on it; {again}"
+                f"masks.min_lead={before.masks.min_lead} omitted depends on it; {again}"
             )
     for key in set(_acting(before, EARLY_FILTERS)) - set(must_stay):
         limit, new_limit = _limit(before, key), _limit(now, key)
