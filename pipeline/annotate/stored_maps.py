@@ -104,9 +104,11 @@ def reads_images(config: JobConfig) -> bool:
 def _item_bytes(item: StoredItem | SampleError | SampleRows) -> int:
     if not isinstance(item, StoredItem):
         return 0
-    levels = sum(len(row["heatmap"] or b"") for row in item.rows)
-    # a grid is read in 16 bits and restored in 32; background texts have about as many
-    return 6 * levels + (0 if item.image is None else fields_bytes(item.image))
+    context = [entry for row in item.rows for entry in row["context_heatmaps"] or () if entry]
+    levels = sum(len(entry["heatmap"] or b"") for entry in (*item.rows, *context))
+    # a grid is read in 16 bits and restored in 32, and a distance is stored once, of two in the matrix
+    distances = sum(len(row["text_distances"] or b"") for row in item.rows)
+    return 3 * (levels + distances) + (0 if item.image is None else fields_bytes(item.image))
 
 
 class StoredMaps:

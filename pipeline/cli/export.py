@@ -28,6 +28,7 @@ MEANINGS = {
     "rows_without_class": "rows skipped: the prompt mentions no class",
     "rows_several_classes": "rows skipped: the prompt mentions several classes",
     "rows_marked_out": "rows skipped: not kept by --marks",
+    "marks_without_row": "marks not used: the job has no such row, or its sample was skipped",
     "rows_without_sample": "rows skipped: the shard has no such sample",
     "parts_below_min_area": "annotations or objects skipped: fewer pixels than --min-area",
     "objects_beyond_254": "objects skipped: more than 254 in the image, the smallest are void",

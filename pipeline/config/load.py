@@ -25,7 +25,7 @@ MAX_FILE_BYTES = 1 << 20
 REPORTED_PROBLEMS = 20
 # more than `received` shows
 SHOWN_ITEMS = 10
-URL_KEYS = ("input.shards", "input.maps", "output.dir", "prompts.classes")
+URL_KEYS = ("input.shards", "input.maps", "output.dir", "prompts.classes", "prompts.marks")
 RENAMED_KEYS = {
     "masks.min_contrast": "masks.min_foreground_contrast",
     "masks.refine_contrast": "masks.refine_sharpness",

@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -74,6 +76,14 @@ class Marks:
         rows = sorted(map(list, self.acting))
         return hashlib.sha256(json.dumps([self.keep, rows]).encode()).hexdigest()
 
+    @cached_property
+    def acting_by_shard(self) -> Mapping[str, frozenset[tuple[str, str, int]]]:
+        """The rows of `acting` by their shard."""
+        by_shard: dict[str, set[tuple[str, str, int]]] = defaultdict(set)
+        for row in self.acting:
+            by_shard[row[0]].add(row)
+        return {shard: frozenset(rows) for shard, rows in by_shard.items()}
+
     def keeps(self, shard: str, key: str, prompt_index: int, prompt: str | None = None) -> bool:
         """Return whether a row is kept.
 
@@ -93,6 +103,13 @@ class Marks:
                 f"marked {entry.mark} as {received(entry.prompt)}; use marks of a job with the same prompts"
             )
         return (entry is not None) == (self.keep == "good")
+
+    def is_within(self, earlier: Marks) -> bool:
+        """Return whether every row that these marks keep is one that earlier marks keep too."""
+        rows, earlier_rows = self.acting.keys(), earlier.acting.keys()
+        if self.keep == "good":
+            return rows <= earlier_rows if earlier.keep == "good" else rows.isdisjoint(earlier_rows)
+        return earlier.keep == "not-bad" and earlier_rows <= rows
 
 
 def read_marks(url: str, keep: Keep = "not-bad") -> Marks:

@@ -38,7 +38,9 @@ def problems_of(
         return [f"0 of {found.samples:,} samples can be read: {_most_common_failure(found.findings)}"]
     image_problem = _image_problem(config, found, read, contents)
     prompt_problem = _prompt_problem(config, sample_prompts, found, read, contents)
-    if image_problem is None and prompt_problem is None and not any(map(_may_be_annotated, read)):
+    # prompts that marks keep may be in other samples
+    is_expected = config.prompts.marks is not None or any(map(_may_be_annotated, read))
+    if image_problem is None and prompt_problem is None and not is_expected:
         return [f"none of {len(read):,} samples has both a usable image and a prompt"]
     return [problem for problem in (image_problem, prompt_problem) if problem is not None]
 
@@ -85,7 +87,8 @@ def notes_of(config: JobConfig, found: Probe) -> list[str]:
         )
     empty = sum(not (finding.prompts or finding.fails) for finding in found.findings)
     if empty:
-        notes.append(f"{_share(empty, total)} have no prompt, and would count as empty")
+        kept = "" if config.prompts.marks is None else " that prompts.marks keeps"
+        notes.append(f"{_share(empty, total)} have no prompt{kept}, and would count as empty")
     failing = sum(finding.fails for finding in found.findings)
     if failing > config.run.error_budget * total:
         notes.append(
@@ -142,11 +145,11 @@ def _prompt_problem(
     read: Sequence[Finding],
     contents: Callable[[], Contents],
 ) -> str | None:
-    if any(finding.prompts for finding in read):
+    failures = [finding.prompt_failure for finding in read if finding.prompt_failure is not None]
+    if any(finding.prompts for finding in read) or (config.prompts.marks is not None and not failures):
         return None
     if sample_prompts.field is None:
         return "the list of classes is empty"
-    failures = [finding.prompt_failure for finding in read if finding.prompt_failure is not None]
     kinds = {failure.kind for failure in failures}
     if not failures and config.prompts.source == "classes":
         return _nothing_mentioned(sample_prompts, len(read), contents())

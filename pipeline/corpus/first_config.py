@@ -116,7 +116,7 @@ def _caption(contents: Contents) -> Iterator[str]:
     yield f"  # In {found.samples:,} of {contents.samples:,} samples, such as {_example(found)}."
     others = [field.spec for field in contents.texts if field is not found and not field.is_class]
     if others:
-        yield f"  # Other fields with texts: {', '.join(others[:6])}."
+        yield f"  # Other fields with texts: {', '.join(map(printable, others[:6]))}."
     yield f"  caption: {_scalar(found.spec)}"
 
 

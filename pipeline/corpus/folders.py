@@ -17,7 +17,13 @@ from pipeline.storage.urls import is_local, local_path
 MOST_FILES = 10_000
 THEN_INIT = "; then: legrad init DEST"
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
+# also of formats that are not read, so that each such image is counted with that reason
+IMAGE_ENDINGS = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
+        *(".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2"),
+    }
+)
 _CAPTION_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "captions.csv", "captions.jsonl")
 
 
@@ -42,7 +48,7 @@ class FolderContents:
     @property
     def images(self) -> int:
         """Number of images."""
-        return sum(count for suffix, count in self.suffixes.items() if suffix in _IMAGE_SUFFIXES)
+        return sum(count for suffix, count in self.suffixes.items() if suffix in IMAGE_ENDINGS)
 
     @property
     def parquet_files(self) -> int:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.corpus.folders import IMAGE_ENDINGS
 from pipeline.datasets.captioned import Scalar
-from pipeline.datasets.folder_walk import IMAGE_ENDINGS
 from pipeline.datasets.parquet_rows import is_text_list, opened_parquet, rows_of_parquet, scalar_columns
 from pipeline.errors import SampleFailure, UserError
 from pipeline.text import first_few, printable

@@ -9,16 +9,10 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.corpus.folders import IMAGE_ENDINGS
 from pipeline.datasets.truth_dataset import SkippedRecords
 from pipeline.errors import UserError
 
-# also of formats that are not read, so that each such image is counted with that reason
-IMAGE_ENDINGS = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
-        *(".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2"),
-    }
-)
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TEXT_ENDINGS = (".txt", ".TXT")
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet")

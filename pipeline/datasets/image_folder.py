@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from pipeline.corpus.folders import is_named_tar
+from pipeline.corpus.folders import IMAGE_ENDINGS, is_named_tar
 from pipeline.datasets.caption_tables import CaptionTable, TableRow, open_caption_table
 from pipeline.datasets.captioned import Scalar, sample_members
 from pipeline.datasets.conversion import Item, Members, SampleSource
 from pipeline.datasets.folder_walk import (
-    IMAGE_ENDINGS,
     TEXT_ENDINGS,
     Survey,
     images_below,

@@ -121,9 +121,18 @@ def _values(batch: pa.RecordBatch, row: int) -> Values:
 
 
 def _value(column: pa.Array, row: int) -> Any:
-    if _is_spelled_out(column.type):
-        return pc.cast(column.slice(row, 1), pa.string())[0].as_py()
-    return column[row].as_py()
+    return _spelled_out(column.slice(row, 1)) if _is_spelled_out(column.type) else column[row].as_py()
+
+
+def _spelled_out(value: pa.Array) -> str | None:
+    """Return a time or decimal as text; a time of an unknown time zone in UTC."""
+    try:
+        text: str | None = pc.cast(value, pa.string())[0].as_py()
+    except pa.ArrowInvalid:
+        if not types.is_timestamp(value.type):
+            raise
+        text = pc.cast(pc.cast(value, pa.timestamp(value.type.unit, "UTC")), pa.string())[0].as_py()
+    return text
 
 
 def _raise_damage(message: str) -> Values:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from pipeline.corpus.folders import IMAGE_ENDINGS
 from pipeline.datasets.caption_tables import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -17,7 +18,6 @@ from pipeline.datasets.caption_tables import (
     header_advice,
     readings_of_table,
 )
-from pipeline.datasets.folder_walk import IMAGE_ENDINGS
 from pipeline.errors import UserError
 from pipeline.text import printable
 

@@ -27,7 +27,7 @@ from pipeline.annotate.stored_maps import StoredMaps, facts_of, reads_images, st
 from pipeline.annotate.stored_samples import StoredItem, StoredSample, StoredWork
 from pipeline.config.schema import JobConfig
 from pipeline.config.yaml_text import parse_yaml
-from pipeline.errors import UserError
+from pipeline.errors import ShardError, UserError
 from pipeline.evaluation.mask_scores import SummedMetric, WrittenMasks, summed_metrics
 from pipeline.evaluation.scene_masks import SceneScores, score_scene
 from pipeline.output.folder import ANNOTATIONS, OutputFolder
@@ -38,7 +38,7 @@ from pipeline.shards.ground_truth import INSTANCE_MAP_FIELD, LABEL_MAP_FIELD, Sc
 from pipeline.shards.sample_error import SampleError
 from pipeline.shards.samples import RawSample, read_samples
 from pipeline.storage import ShardSource
-from pipeline.text import first_few, received
+from pipeline.text import first_few, printable, received
 
 # The keys that are tried unless others are named, in this order: first what changes maps, then where they
 # are cut, because the best cut depends on the maps.
@@ -407,22 +407,35 @@ def _scenes_with_maps(task: ShardTask, omitted: Counter[str]) -> Iterator[tuple[
     folder, settings = OutputFolder(task.folder_url), task.configs[0].input
     footer = folder.own_footer(task.shard_id, task.maps_hash)
     require_annotated_version(task.shard, footer)
-    with folder.open(ANNOTATIONS, task.shard_id) as table:
-        items = {item.index: item for item in stored_items(table, {})}
     wanted = [*settings.image.lower().split(";"), LABEL_MAP_FIELD, INSTANCE_MAP_FIELD, "json"]
-    with storage.open_shard(task.shard) as stream:
+    with (
+        folder.open(ANNOTATIONS, task.shard_id) as table,
+        storage.open_shard(task.shard) as stream,
+    ):
+        items = stored_items(table, {})
+        item = next(items, None)
         for sample in read_samples(stream, max_member_bytes=settings.max_member_bytes, wanted_fields=wanted):
             scene = sample if isinstance(sample, SampleError) else scene_of(sample, settings.image)
             if isinstance(scene, SampleError):
                 omitted[f"{scene.stage}/{scene.kind}"] += 1
             elif isinstance(sample, RawSample):
-                yield scene, _item_of(items, scene, sample if needs_images else None)
+                # both are in the order of their ordinals
+                while item is not None and item.index < scene.sample_index:
+                    item = next(items, None)
+                yield scene, _item_of(item, scene, sample if needs_images else None, task.shard)
 
 
-def _item_of(items: Mapping[int, StoredItem], scene: Scene, image: RawSample | None) -> StoredItem:
-    item = items.get(scene.sample_index)
-    if item is None or item.key != scene.key:
+def _item_of(
+    item: StoredItem | None, scene: Scene, image: RawSample | None, shard: ShardSource
+) -> StoredItem:
+    """Return the stored maps of a scene, without rows if there are none; raise ShardError if keys differ."""
+    if item is None or item.index != scene.sample_index:
         return StoredItem(scene.key, scene.sample_index)
+    if item.key != scene.key:
+        raise ShardError(
+            f"{shard.canonical_url}: sample number {scene.sample_index} is {printable(scene.key)}, and the "
+            f"job has annotated {printable(str(item.key))} there: name the shards that were annotated"
+        )
     return StoredItem(item.key, item.index, item.rows, image=image)
 
 

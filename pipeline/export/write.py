@@ -35,6 +35,7 @@ from pipeline.export.voc import VocExport
 from pipeline.export.webdataset import WebDatasetExport
 from pipeline.export.yolo import YoloExport
 from pipeline.output.folder import OutputFolder
+from pipeline.output.image_shards import name_in_rows
 from pipeline.output.joining import ShardPair, Share, Source, pair_shards
 from pipeline.output.row_classes import RowClasses
 from pipeline.text import received
@@ -218,6 +219,13 @@ class _Export:
     def row_classes(self) -> RowClasses | None:
         return RowClasses(self.classes) if self.classes else None
 
+    @property
+    def given_names(self) -> dict[int, str] | None:
+        """Names of classes by id in the file of --classes; None where none is given."""
+        if self.options.classes_file is None:
+            return None
+        return {entry.class_id: entry.name for entry in self.classes}
+
     @cached_property
     def exporter(self) -> Exporter:
         options, parts = self.options, Parts(self.options.kind, self.options.min_area)
@@ -298,8 +306,9 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
     class_names: dict[int | None, str] = {}
     joined = source.read(Share(pair), lambda outcome, count: joins.update({outcome: count}))
     if export.marks is not None:
-        joined = only_kept(joined, export.marks, pair.listed["shard"], counts)
-    samples = _noting_classes(export_samples(joined, settings, export.row_classes, counts), class_names)
+        joined = only_kept(joined, export.marks, name_in_rows(pair.listed), counts)
+    samples = export_samples(joined, settings, export.row_classes, counts)
+    samples = _noting_classes(samples, class_names, export.given_names)
     with removed_on_failure(export.dest, shard_id) as files:
         try:
             written = export.exporter.export_shard(number, samples, files)
@@ -318,8 +327,9 @@ def _export_shard(export: _Export, number: int, pair: ShardPair) -> ShardRecord:
 
 
 def _noting_classes(
-    samples: Iterable[ExportSample], class_names: dict[int | None, str]
+    samples: Iterable[ExportSample], class_names: dict[int | None, str], given: Mapping[int, str] | None
 ) -> Iterator[ExportSample]:
+    """Yield the samples, and note their classes; raise UserError if --classes gives a class another name."""
     for sample in samples:
         for row in sample.rows:
             class_id, name = row["class_id"], row["class_name"]
@@ -330,6 +340,12 @@ def _noting_classes(
                         check_class(class_id, name)
                 except ValueError as error:
                     raise UserError(str(error)) from None
+                if given is not None and class_id is not None and given.get(class_id) != name:
+                    named = received(given[class_id]) if class_id in given else "no class"
+                    raise UserError(
+                        f"--classes: class {class_id} of the job is {received(name)}, and {named} in the "
+                        "file; prompts from classes have ids of their own: leave --classes out"
+                    )
         yield sample
 
 

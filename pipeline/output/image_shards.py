@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+from pipeline.config.marks import MarkEntry, require_marked_shards
 from pipeline.errors import MismatchError, UserError
 from pipeline.output.records import FooterRecord
 from pipeline.output.schema import ShardRow
@@ -106,6 +107,27 @@ def content_digest(shard: ShardSource) -> str:
         while digested.read(READAHEAD_BYTES):
             pass
     return digested.digest()
+
+
+def name_in_rows(listed: ShardRow) -> str:
+    """Return the name of a shard in its annotation rows: the first one, where it has moved since."""
+    return listed["moved_from"] or listed["shard"]
+
+
+def marks_of_job(marks: Sequence[MarkEntry], listed: Collection[ShardRow]) -> tuple[MarkEntry, ...]:
+    """Return marks with the names that shards have in rows, wherever the shards are now.
+
+    Args:
+        marks: as read from a file.
+        listed: the rows of OUT/shards.parquet.
+
+    Raises:
+        UserError: none of the marks is about any of the shards.
+    """
+    names = {row["shard"]: name_in_rows(row) for row in listed}
+    named = tuple(mark.model_copy(update={"shard": names.get(mark.shard, mark.shard)}) for mark in marks)
+    require_marked_shards(named, set(names.values()))
+    return named
 
 
 def parse_move(text: str, listed: Sequence[ShardRow]) -> tuple[str, str] | None:

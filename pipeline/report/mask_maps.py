@@ -72,7 +72,9 @@ class MaskMaps:
         self._input_pixels = facts.input_height * facts.input_width
         self._refinable_values = MAX_REFINED_VALUES
         views = Views(tile=config.model.fit == "tile", **config.views.model_dump())
-        self._work = StoredWork(WorkSettings(config, transform_of_facts(facts), views, None))
+        # the rows are those that marks have kept
+        unmarked = config.model_copy(update={"prompts": config.prompts.model_copy(update={"marks": None})})
+        self._work = StoredWork(WorkSettings(unmarked, transform_of_facts(facts), views, None))
         # refined afterwards, because the page shows few of a sample's prompts
         unrefined = config.model_copy(update={"masks": config.masks.model_copy(update={"refine": "none"})})
         self._steps = StoredMaps(unrefined, facts, torch.device("cpu"))

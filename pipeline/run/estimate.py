@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from pipeline import storage
 from pipeline.annotate.annotator_parts import wanted_fields
 from pipeline.annotate.model import check_model, check_model_files
+from pipeline.config.marks import require_marked_shards
 from pipeline.config.schema import JobConfig
 from pipeline.corpus.contents import first_middle_last, look_at_contents
 from pipeline.corpus.diagnosis import notes_of, problems_of
@@ -26,7 +27,7 @@ from pipeline.output.folder import FolderIds, OutputFolder
 from pipeline.output.former_results import former_job, is_to_be_deleted, rows_of_unlisted_files
 from pipeline.output.runs import RunState
 from pipeline.output.schema import ShardRow
-from pipeline.prompts.sample_prompts import SamplePrompts
+from pipeline.prompts.sample_prompts import SamplePrompts, with_files_read
 from pipeline.run import job as jobs
 from pipeline.run.destination import check_destination, destination_problem, files_beside
 from pipeline.run.job import Job
@@ -89,6 +90,7 @@ def dry_run(config: JobConfig, moves: Sequence[str] = ()) -> DryRun:
     probe = probe_shards(config, sample_prompts, probed, wanted_fields(config.input, sample_prompts))
     contents = partial(look_at_contents, probed, max_member_bytes=config.input.max_member_bytes)
     of_samples = problems_of(config, sample_prompts, probe, contents) if probed else []
+    of_samples += _message_of(partial(_check_marks, config, shards))
     notes = [*([] if of_samples else notes_of(config, probe)), *_notes_on_names(shards)]
     notes += [] if problems else files_beside(out)
     problems += of_samples
@@ -103,6 +105,12 @@ def _message_of(check: Callable[[], Any]) -> list[str]:
     except (UserError, OutputError) as error:
         return [str(error)]
     return []
+
+
+def _check_marks(config: JobConfig, shards: Sequence[ShardSource]) -> None:
+    marks = with_files_read(config.prompts).marks
+    if isinstance(marks, tuple):
+        require_marked_shards(marks, {shard.canonical_url for shard in shards})
 
 
 def _notes_on_names(shards: Sequence[ShardSource]) -> list[str]:

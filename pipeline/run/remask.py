@@ -10,18 +10,19 @@ from typing import Any
 from pipeline import storage
 from pipeline.annotate.stored_maps import facts_of, reads_images
 from pipeline.config.load import config_hash, parse_config, with_overrides
-from pipeline.config.marks import require_marked_shards
+from pipeline.config.marks import Marks, marks_of
 from pipeline.config.schema import JobConfig
 from pipeline.errors import UserError
 from pipeline.output.folder import JOB_FILE, OutputFolder
-from pipeline.output.image_shards import locate_shards
+from pipeline.output.image_shards import LocatedShards, locate_shards, marks_of_job
 from pipeline.output.records import JobRecord, JobStamp, installed_versions
 from pipeline.output.schema import ShardRow
 from pipeline.output.status import FolderState, read_state
-from pipeline.prompts.sample_prompts import with_files_read
+from pipeline.prompts.sample_prompts import job_marks, with_files_read
 from pipeline.run.destination import check_destination
 from pipeline.run.job import Job, opened_folder, opened_job
 from pipeline.storage import ShardSource
+from pipeline.storage.urls import WEB_SCHEMES, split_url
 from pipeline.text import first_few, received
 
 SECTIONS = ("masks", "output", "run")
@@ -117,9 +118,11 @@ def remask_config(source: StoredJob, new: str, overrides: Sequence[str] = ()) ->
         where=storage.join_url(source.folder.url, JOB_FILE),
         overrides=overrides,
     )
-    config = config.model_copy(update={"prompts": with_files_read(config.prompts)})
-    if isinstance(config.prompts.marks, tuple):
-        require_marked_shards(config.prompts.marks, {row["shard"] for row in source.state.listed.values()})
+    prompts = with_files_read(config.prompts)
+    if isinstance(prompts.marks, tuple):
+        named = marks_of_job(prompts.marks, source.state.listed.values())
+        prompts = prompts.model_copy(update={"marks": named})
+    config = config.model_copy(update={"prompts": prompts})
     if problems := list(_problems(source.config, config)):
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(
@@ -152,6 +155,12 @@ def _problems(before: JobConfig, now: JobConfig) -> Iterator[str]:
     """Yield why the maps of a job do not suffice for other settings."""
     if now.masks.segmenter is not None:
         yield "masks.segmenter needs a model, which is not run: set masks.segmenter=null, or annotate again"
+    earlier_marks, marks = _marks(before), _marks(now)
+    if not marks.is_within(earlier_marks):
+        yield (
+            "prompts.marks: keeps prompts that the marks of the job did not keep, which have no maps; use "
+            "stricter marks, or annotate again"
+        )
     if before.rows_written == "all":
         return
     acting = list(_acting(before, {**EARLY_FILTERS, **LEAD_FILTER, "min_area": 0}))
@@ -159,6 +168,10 @@ def _problems(before: JobConfig, now: JobConfig) -> Iterator[str]:
     if acting and now.rows_written == "all":
         named = ", ".join(f"masks.{key}" for key in acting)
         yield f"output.rows=all: the rows of prompts that {named} rejected were not written; {again}"
+    if not earlier_marks.is_within(marks) and (deciding := {"min_lead", "min_area"}.intersection(acting)):
+        # a prompt that is no longer there takes no pixels, and leads no other
+        named = " and ".join(f"masks.{key}" for key in sorted(deciding))
+        yield f"prompts.marks: which rows {named} omitted depends on the other prompts; {again}"
     if "min_area" in acting and before.masks != now.masks:
         yield (
             f"masks.min_area was {before.masks.min_area}, and rows of smaller masks were not written: by any "
@@ -170,7 +183,7 @@ def _problems(before: JobConfig, now: JobConfig) -> Iterator[str]:
         if _limit(before, key) != _limit(now, key):
             yield (
                 f"masks.{key}: expected {_limit(before, key)} as before, got {_limit(now, key)}: which rows "
-                f"masks.min_lead={before.masks.min_lead} left out depends on it; {again}"
+                f"masks.min_lead={before.masks.min_lead} omitted depends on it; {again}"
             )
     for key in set(_acting(before, EARLY_FILTERS)) - set(must_stay):
         limit, new_limit = _limit(before, key), _limit(now, key)
@@ -179,6 +192,10 @@ def _problems(before: JobConfig, now: JobConfig) -> Iterator[str]:
                 f"masks.{key}: expected at least {limit}, got {new_limit}: rows below {limit} were not "
                 f"written; {again}"
             )
+
+
+def _marks(config: JobConfig) -> Marks:
+    return job_marks(config.prompts) or marks_of((), "not-bad")
 
 
 def _acting(config: JobConfig, filters: Mapping[str, float]) -> Iterator[str]:
@@ -210,8 +227,25 @@ def _located(source: StoredJob, config: JobConfig, given: Sequence[str]) -> list
             f"masks.refine {config.masks.refine} reads the images again, and those of {len(missing):,} "
             f"shard(s) cannot be found: {named}; name where they are with --shards, or set masks.refine=none"
         )
+    _require_unchanged_on_servers(rows, located)
     places = {name: shard.url for name, shard in located.sources.items()}
     return [_shard(row, places.get(row["shard_id"], row["shard"])) for row in rows]
+
+
+def _require_unchanged_on_servers(rows: Sequence[ShardRow], located: LocatedShards) -> None:
+    """Check the versions that web servers have just announced: workers do not ask again."""
+    changed = []
+    for row in rows:
+        found = located.sources.get(row["shard_id"])
+        if found is None or found.canonical_url != row["shard"]:
+            continue
+        if split_url(found.url).scheme in WEB_SCHEMES:
+            changed += [row["shard"]] * found.version.differs_from(_shard(row, found.url).version)
+    if changed:
+        raise UserError(
+            f"{len(changed):,} shard(s) have changed since they were annotated: {first_few(changed)}; "
+            "annotate them again, or set masks.refine=none, which reads no images"
+        )
 
 
 def _shard(row: ShardRow, url: str) -> ShardSource:

@@ -309,6 +309,18 @@ def test_listed_files_that_are_no_tars_by_name_are_noted(dry_run, tmp_path):
     assert "note: 2 of 5 listed files are no tars by their names (1 .parquet, 1 .json)" in out
 
 
+def test_marks_of_other_samples_are_no_problem_and_those_of_another_corpus_are(dry_run, tmp_path):
+    shard = one_shard(tmp_path, txt=CAPTION.encode())
+    mark = {"shard": shard.as_uri(), "key": "later", "prompt_index": 0, "mark": "good"}
+    code, out, _ = dry_run(prompts={"marks": [mark], "keep_marked": "good"})
+    assert code == 0
+    assert "4 of 4 samples (100 %) have no prompt that prompts.marks keeps" in " ".join(out.split())
+    elsewhere = {**mark, "shard": "s3://bucket/0.tar"}
+    code, _, err = dry_run(prompts={"marks": [elsewhere], "keep_marked": "good"})
+    assert code == 1
+    assert "none of the 1 mark(s) is about a shard of this job" in " ".join(err.split())
+
+
 def test_an_output_folder_that_cannot_be_made_is_refused(dry_run, tmp_path):
     one_shard(tmp_path)
     (tmp_path / "file").write_text("in the way")

@@ -203,6 +203,19 @@ def test_a_classes_file_gives_captions_their_class(tmp_path):
         assert set(np.unique(np.array(image))) == {0, 2}
 
 
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [("dog\nfox\ndog-like\n", "'dog-like' in the file"), ("dog\n", "no class in the file")],
+)
+def test_a_classes_file_that_names_the_jobs_own_classes_otherwise_is_refused(job, tmp_path, names, found):
+    (tmp_path / "classes.txt").write_text(names)
+    options = ExportOptions("coco", classes_file=str(tmp_path / "classes.txt"))
+    with pytest.raises(UserError, match=f"class 3 of the job is 'cat', and {found}"):
+        export_job(str(job), str(tmp_path / "to"), options)
+    (tmp_path / "classes.txt").write_text("dog\nfox\ncat\n")
+    assert export_job(str(job), str(tmp_path / "to"), options).class_names == {1: "dog", 3: "cat"}
+
+
 def test_more_classes_than_a_byte_holds_are_refused_before_anything_is_written(job, tmp_path):
     classes = tmp_path / "classes.txt"
     classes.write_text("".join(f"class {number}\n" for number in range(1, 256)))

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
 from pipeline.errors import UserError
 from pipeline.export.write import ExportOptions, export_job
+from pipeline.output.tables import shard_list_bytes
 from tests.helpers.report_jobs import row, write_job
 
 
@@ -49,6 +52,25 @@ def test_only_rows_that_the_marks_keep_are_exported(tmp_path, job, keep, kept, r
     assert images_of(tmp_path / "coco") == kept
     assert (totals.counts["rows_marked_out"], totals.counts["marked_out"]) == (rows, samples)
     assert "without_mask" not in totals.counts
+
+
+def test_marks_whose_row_is_not_there_are_counted(tmp_path, job):
+    marks = write_marks(tmp_path, *MARKS, ("000", 0, "thing 0", "bad"), ("key001", 7, "thing 0", "bad"))
+    totals = export_job(str(job), str(tmp_path / "coco"), ExportOptions("coco", marks_file=marks))
+    assert (totals.counts["rows_marked_out"], totals.counts["marks_without_row"]) == (3, 2)
+
+
+@pytest.mark.parametrize("place", ["job", "moved"])
+def test_marks_name_a_shard_that_moved_by_its_place_in_the_rows_or_now(tmp_path, job, place):
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "job" / "0.tar").rename(tmp_path / "moved" / "0.tar")
+    listed = pq.read_table(f"{job}/shards.parquet").to_pylist()
+    (old,) = (row["shard"] for row in listed)
+    listed[0] |= {"shard": f"file://{tmp_path}/moved/0.tar", "moved_from": old}
+    (Path(job) / "shards.parquet").write_bytes(shard_list_bytes(listed))
+    marks = write_marks(tmp_path, *MARKS, shard=f"file://{tmp_path}/{place}/0.tar")
+    totals = export_job(str(job), str(tmp_path / "coco"), ExportOptions("coco", marks_file=marks))
+    assert totals.counts["rows_marked_out"] == len(MARKS)
 
 
 def test_an_export_goes_on_with_the_same_marks_only(tmp_path, job):

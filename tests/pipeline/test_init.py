@@ -131,7 +131,7 @@ def test_an_existing_file_is_overwritten_only_with_force(legrad, tmp_path):
     ("names", "message"),
     [
         (
-            ["a.jpg", "sub/b.png"],
+            ["a.jpg", "sub/b.JFIF"],
             "it holds 2 image(s) and no tar; write shards first: legrad shards images {0} DEST",
         ),
         (["a.jpg", "metadata.csv"], "DEST --captions {0}/metadata.csv; then: legrad init DEST"),

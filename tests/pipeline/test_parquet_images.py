@@ -60,6 +60,13 @@ def test_a_column_of_bytes_is_an_image_and_other_columns_are_in_the_json(tmp_pat
     }
 
 
+def test_a_time_in_a_time_zone_that_is_not_known_here_is_written_in_utc(tmp_path):
+    times = pa.array([0], pa.timestamp("ms", tz="Nowhere/Zone"))
+    table = pa.table({"image": pa.array(IMAGES[:1]), "caption": ["a dog"], "when": times})
+    (sample,) = convert(parquet(tmp_path / "a.parquet", table), tmp_path / "out").values()
+    assert sample["json"]["when"] == "1970-01-01 00:00:00.000Z"
+
+
 def test_what_the_datasets_library_writes_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     from datasets.table import embed_table_storage

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import torch
 import legrad
 from pipeline import storage
 from pipeline.annotate.model import load_explainer
+from pipeline.annotate.stored_maps import parts_from_maps
 from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME, demo_shard_paths
 from pipeline.errors import ShardError, UserError
@@ -20,6 +22,7 @@ from pipeline.run.remask import prepare_remask
 from pipeline.shards.samples import read_samples
 from tests.helpers.compacted_jobs import compacted
 from tests.helpers.corpus import captions_json, sample, write_shard
+from tests.helpers.object_servers import FolderHandler, serving
 from tests.helpers.remasking import (
     annotated,
     assert_same_masks,
@@ -157,6 +160,21 @@ def test_no_model_is_loaded_and_no_image_read_unless_masks_are_refined(stored, c
     assert rows_in(found).keys() == rows_in(stored).keys()
 
 
+def test_the_bytes_counted_for_a_sample_include_those_of_its_background_texts(stored, tmp_path):
+    class Attempt:
+        def counted(self, samples, _stream):
+            return samples
+
+    job = prepare_remask(stored, str(tmp_path / "new"))
+    parts = parts_from_maps(job.config, job.stamp.maps_hash, torch.device("cpu"), None)
+    items = [item for item in parts.read(job.shards[0], Attempt()) if getattr(item, "rows", ())]
+    assert len(items) == SCENES + 1
+    for item in items:
+        (ready,) = parts.work.prepare([item])
+        assert ready.backgrounds > len(ready.prompts)
+        assert ready.held_bytes < parts.size_bytes(item) < 3 * ready.held_bytes
+
+
 def test_images_that_moved_are_read_where_they_are_now(stored, corpus, tmp_path):
     moved = shutil.copy(corpus, tmp_path / corpus.name)
     here = remasked(stored, tmp_path / "here", "masks.refine=par")
@@ -174,6 +192,22 @@ def test_a_shard_that_has_changed_is_refused(corpus, explainer, tmp_path):
     copy = write_shard(tmp_path / "copy" / "scenes.tar", [sample("other", 7)])
     with pytest.raises(ShardError, match=r"sample number 0 is other; expected scene0"):
         remasked(stored, tmp_path / "copied", "masks.refine=par", shards=[str(copy)])
+
+
+def test_a_shard_that_has_changed_on_a_web_server_is_refused_before_anything_is_started(corpus, tmp_path):
+    from pipeline.run.job import prepare_job
+
+    (tmp_path / "served").mkdir()
+    shard = Path(shutil.copy(corpus, tmp_path / "served" / "scenes.tar"))
+    with serving(partial(FolderHandler, directory=str(tmp_path / "served"))) as port:
+        url = f"http://127.0.0.1:{port}/scenes.tar"
+        out = prepare_job(scenes_job([url], tmp_path / "out")).folder.url
+        refined = ["masks.refine=par"]
+        prepare_remask(out, str(tmp_path / "same"), refined, [url])
+        shard.write_bytes(shard.read_bytes() + bytes(512))
+        with pytest.raises(UserError, match=r"1 shard\(s\) have changed since they were annotated: http"):
+            prepare_remask(out, str(tmp_path / "new"), refined, [url])
+        prepare_remask(out, str(tmp_path / "unrefined"), ["masks.refine=none"])
 
 
 def test_a_damaged_shard_stays_damaged_and_a_missing_one_stays_left(corpus, explainer, tmp_path):
@@ -295,6 +329,44 @@ def test_marks_keep_the_same_prompts_as_in_a_direct_run(tmp_path, corpus, explai
         assert found[place]["status"] == row["status"]
         assert iou(found[place]["mask"], row["mask"]) >= 0.995, place
     assert counts_of(new).annotated == counts_of(direct).annotated
+
+
+@pytest.mark.parametrize(
+    ("before", "masks", "now", "message"),
+    [
+        ((("bad", 0),), {}, "prompts.marks=null", "keeps prompts that the marks of the job did not keep"),
+        ((("bad", 0),), {}, "prompts.keep_marked=good", ""),
+        (
+            (("good", 0),),
+            {},
+            "prompts.keep_marked=not-bad",
+            "keeps prompts that the marks of the job did not",
+        ),
+        ((("bad", 0),), {}, "masks.value=0.5", ""),
+        ((), {"min_lead": 0.1}, "bad", "which rows masks.min_lead omitted depends on the other prompts"),
+        ((), {"min_area": 0.1}, "bad", "which rows masks.min_area omitted depends on the other prompts"),
+        ((), {"min_similarity": 0.1}, "bad", ""),
+    ],
+    ids=str,
+)
+def test_marks_that_would_need_rows_that_were_dropped_are_refused(
+    tmp_path, corpus, before, masks, now, message
+):
+    from pipeline.run.job import prepare_job
+
+    url = storage.list_shards([str(corpus)])[0].canonical_url
+    mark = {"shard": url, "key": "scene0", "prompt_index": 0, "mark": "bad"}
+    marks = [{**mark, "mark": name, "prompt_index": index} for name, index in before]
+    keep = "good" if ("good", 0) in before else "not-bad"
+    prompts = {"marks": marks or None, "keep_marked": keep}
+    config = scenes_job([corpus], tmp_path / "out", masks=masks, prompts=prompts, output={"rows": "accepted"})
+    out = prepare_job(config).folder.url
+    overrides = [f"prompts.marks={json.dumps([mark])}" if now == "bad" else now]
+    if not message:
+        prepare_remask(out, str(tmp_path / "new"), overrides)
+        return
+    with pytest.raises(UserError, match=message):
+        prepare_remask(out, str(tmp_path / "new"), overrides)
 
 
 def test_marks_of_other_prompts_or_of_another_corpus_are_refused(tmp_path, corpus, explainer):

@@ -16,7 +16,7 @@ from pipeline.annotate.model import load_explainer
 from pipeline.annotate.stored_maps import facts_of
 from pipeline.config.schema import ModelConfig
 from pipeline.demo.assets import DEMO_MODEL_NAME, demo_shard_paths
-from pipeline.errors import UserError
+from pipeline.errors import ShardError, UserError
 from pipeline.evaluation.mask_scores import collect_written_masks
 from pipeline.evaluation.tuning import (
     ShardTask,
@@ -193,6 +193,13 @@ def test_too_little_ground_truth_and_shards_of_another_job_are_refused(out, corp
     small = annotated(explainer, scenes_job([few], tmp_path / "small"))
     with pytest.raises(UserError, match="3 samples of these shards have ground truth; tune needs 10 or more"):
         tune(stored_job(small), shards_of([few]), {"value": [0.4]})
+
+
+def test_a_copy_with_its_samples_in_another_order_is_refused(out, tmp_path):
+    # its masks would be scored as missing
+    copy = write_scenes(tmp_path / "scenes-0.tar", 1, SCENES // 2)
+    with pytest.raises(ShardError, match="sample number 0 is scene1, and the job has annotated scene0 there"):
+        tune(stored_job(out), shards_of([copy]), {"value": [0.4]})
 
 
 @pytest.mark.slow
