@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from legrad.checks import check_images
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
-from legrad.checks import check_images
 from legrad.inputs import RaggedPrompts, as_ragged
 from legrad.method.trace import Trace, run_normed_block, score_features, trace_images
 from legrad.quality.attention_baselines import (

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from legrad.checks import check_images
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
-from legrad.checks import check_images
 from legrad.inputs import as_ragged
 from legrad.method.trace import trace_images
 
