@@ -267,7 +267,7 @@ def test_a_list_named_again_is_read_once_and_that_is_said(tmp_path):
 
 def test_a_list_that_is_no_text_or_never_ends_is_reported(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe0\0.\0t\0")
-    assert "list.txt: cannot be read" in refusal(f"@{tmp_path}/list.txt")
+    assert "list.txt: is not text in UTF-8" in refusal(f"@{tmp_path}/list.txt")
     monkeypatch.setattr(patterns, "read_text", functools.partial(patterns.read_text, max_bytes=1 << 20))
     assert "more than 1048576 bytes" in refusal("@/dev/zero")
 

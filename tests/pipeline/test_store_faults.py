@@ -180,13 +180,15 @@ def test_a_configuration_and_the_list_of_shards_it_names_are_read_from_s3(
     assert "shards: 1 in total," in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["gone.yaml", "odd.yaml"])
-def test_a_configuration_that_cannot_be_read_is_an_input_error_and_shows_no_secret(name, served):
+@pytest.mark.parametrize(
+    ("name", "problem"), [("gone.yaml", "cannot be read: "), ("odd.yaml", "is not text in UTF-8: ")]
+)
+def test_a_configuration_that_cannot_be_read_is_an_input_error_and_shows_no_secret(name, problem, served):
     handler, port = served
     handler.content = b"\xff"
     with (
         faulty_proxy(port, Fault("GET", "gone", status=404)) as (proxy_port, _),
-        pytest.raises(UserError, match=rf"^http://127[^ ]*/{name}: cannot be read: ") as error,
+        pytest.raises(UserError, match=rf"^http://127[^ ]*/{name}: {problem}") as error,
     ):
         load_config(f"http://127.0.0.1:{proxy_port}/{name}?X-Amz-Signature=hunter2")
     assert "hunter2" not in str(error.value)
