@@ -27,7 +27,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from legrad.explainer import LeGrad
+    from legrad.explaining import explain_images
     from legrad.explanation import Explanation, explain_image, layer_strip
+    from legrad.explanations import Explanations
     from legrad.families import ModelSupport, supported_models
     from legrad.heatmaps import heatmaps_of, minmax_normalise, upsample_grid
     from legrad.images import ImageTransform
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Cleaning",
     "Explanation",
+    "Explanations",
     "ImageMasks",
     "ImageTransform",
     "InputError",
@@ -69,6 +72,7 @@ __all__ = [
     "dilations_for_patch",
     "encode_rle",
     "explain_image",
+    "explain_images",
     "grid_to_masks",
     "heatmaps_of",
     "layer_strip",
@@ -97,7 +101,9 @@ _MODULES = {
         "UnsupportedModelError",
     ],
     "legrad.explainer": ["LeGrad"],
+    "legrad.explaining": ["explain_images"],
     "legrad.explanation": ["Explanation", "explain_image", "layer_strip"],
+    "legrad.explanations": ["Explanations"],
     "legrad.families": ["ModelSupport", "supported_models"],
     "legrad.heatmaps": ["heatmaps_of", "minmax_normalise", "upsample_grid"],
     "legrad.images": ["ImageTransform"],

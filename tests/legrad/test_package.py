@@ -25,6 +25,7 @@ def test_the_public_names_are_these():
     assert sorted(legrad.__all__) == [
         "Cleaning",
         "Explanation",
+        "Explanations",
         "ImageMasks",
         "ImageTransform",
         "InputError",
@@ -47,6 +48,7 @@ def test_the_public_names_are_these():
         "dilations_for_patch",
         "encode_rle",
         "explain_image",
+        "explain_images",
         "grid_to_masks",
         "heatmaps_of",
         "layer_strip",
