@@ -8,6 +8,13 @@
 Names are imported when they are first used, so that modules without a model, such as `legrad.masks.rle`, load
 neither torch nor open_clip.
 
+The docstring of each name has an example. Examples use `legrad`, numpy as `np`, `torch`, and these names:
+
+    explainer   a LeGrad of the bundled demo model: 96 x 96 pixels, patches of 8, 6 blocks, 2 explained
+    image       a PIL image of a banana, a cactus and a panda
+    grids       relevance grids of the image for the texts "a banana" and "a panda", [2, 12, 12]
+    folder      an empty folder, as a pathlib.Path
+
 Source: Bousselham et al., "LeGrad: An Explainability Method for Vision Transformers via Feature Formation
 Sensitivity", https://arxiv.org/abs/2404.03214.
 """

@@ -71,6 +71,14 @@ def explain_images(
             does not have one for each; a file that cannot be read; or an option out of range.
         TokenizerError: the explainer was made without a tokenizer.
         UnsupportedModelError: the model was changed into one that cannot be explained.
+
+    Example:
+        >>> frames = (image.rotate(angle) for angle in (0, 5, 10))
+        >>> explanations = legrad.explain_images(explainer, frames, ["a panda"], neutral="a photo of a")
+        >>> torch.stack(list(explanations.maps)).shape
+        torch.Size([3, 1, 96, 96])
+        >>> explanations.to_dataframe()["text"].tolist()
+        ['a panda', 'a panda', 'a panda']
     """
     _check_counts(batch_size=batch_size, picture_side=picture_side)
     check_resize(resize)

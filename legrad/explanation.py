@@ -35,6 +35,12 @@ class Explanation:
         layer_grids: raw relevance on the patch grid for each layer; `heatmaps` are made from their sum.
         layer_indices: index in the tower of each layer of `layer_grids`, 0 first.
         normalisation: when grids of this model family are normalised; see `legrad.heatmaps_of`.
+
+    Example:
+        >>> explanation = legrad.explain_image(explainer, image, ["a banana", "a panda"])
+        >>> explanation.heatmaps.shape
+        torch.Size([2, 96, 96])
+        >>> explanation.side_by_side().save(folder / "panda.png")
     """
 
     image: Image.Image
@@ -115,6 +121,13 @@ def explain_image(
     Raises:
         InputError: no text, a single string instead of a list, or an unknown `resize`.
         TokenizerError: the explainer was made without a tokenizer.
+
+    Example:
+        >>> explanation = legrad.explain_image(explainer, image, ["a panda", "a rocket"])
+        >>> bool(explanation.similarities[0] > explanation.similarities[1])
+        True
+        >>> explanation.overlays[0].size == image.size
+        True
     """
     if isinstance(texts, str) or not texts:
         raise InputError(f"texts: expected a list of at least one text, received {texts!r}")
@@ -157,5 +170,9 @@ def layer_strip(explainer: LeGrad, image: Image.Image, text: str, *, panel_side:
         The panels in one line, first block to last, the sum at the end.
 
     Source: the per-layer maps of https://arxiv.org/abs/2404.03214, section 3.3.
+
+    Example:
+        >>> strip = legrad.layer_strip(explainer, image, "a panda", panel_side=100)
+        >>> strip.save(folder / "layers.png")  # two blocks and their sum
     """
     return explain_image(explainer, image, [text])._layer_strip(0, panel_side)

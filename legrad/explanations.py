@@ -90,6 +90,16 @@ class Explanations:
         normalisation: when grids of this model family are normalised; see `legrad.heatmaps_of`.
         made_by: what the maps were made with, as `save` writes it: versions, model, SHA-256 of its weights,
             preprocessing, layers, neutral text.
+
+    Example:
+        >>> images, texts = [image, image.rotate(90)], ["a banana", "a panda"]
+        >>> explanations = legrad.explain_images(explainer, images, texts)
+        >>> explanations
+        Explanations(2 images, 4 heat maps)
+        >>> explanations.masks("otsu")[1].rles[0]["size"] == [image.height, image.width]
+        True
+        >>> legrad.Explanations.load(explanations.save(folder / "pandas")).texts[0]
+        ('a banana', 'a panda')
     """
 
     images: tuple[ExplainedImage, ...]

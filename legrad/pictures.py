@@ -30,6 +30,10 @@ def overlay(
 
     Returns:
         RGB, of the image's size.
+
+    Example:
+        >>> heatmap = legrad.minmax_normalise(grids[0])
+        >>> legrad.overlay(image, heatmap).save(folder / "overlay.png")
     """
     photo = np.asarray(image.convert("RGB"))
     return Image.fromarray(heat_over(photo, torch.as_tensor(heatmap)))

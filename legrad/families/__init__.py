@@ -124,6 +124,11 @@ class ModelSupport:
         reason: why the model is not supported, or None.
         blocks: number of transformer blocks, each of which can be explained; None if not supported.
         takes_any_grid: whether images of other sizes than the model's own are possible.
+
+    Example:
+        >>> support = legrad.supported_models()["ViT-B-16"]
+        >>> support.family, support.blocks, support.reason
+        ('clip', 12, None)
     """
 
     family: str | None
@@ -137,6 +142,11 @@ def supported_models() -> dict[str, ModelSupport]:
 
     Nothing is downloaded. The vision towers are built without memory for weights; the first call takes
     seconds.
+
+    Example:
+        >>> models = legrad.supported_models()
+        >>> models["ViT-B-16"].family, models["RN50"].family
+        ('clip', None)
     """
     return {name: model_support(name) for name in open_clip.list_models()}
 
