@@ -29,6 +29,7 @@ MEDIUM = (
     "tests/legrad/test_eva.py::test_all_of_open_clips_models",
     "tests/legrad/test_golden.py",
     "tests/legrad/test_kernels.py::test_the_kernel_equals_the_whole_product_in_tritons_interpreter",
+    "tests/legrad/test_examples.py",
     "tests/legrad/test_explainer.py::test_what_does_not_fit",
     "tests/legrad/test_package.py",
     "tests/legrad/test_towers.py::test_every_model_that_open_clip_knows",
