@@ -84,6 +84,10 @@ def explain_images(
     check_resize(resize)
     if neutral is not None and not isinstance(neutral, str):
         raise InputError(f"neutral: expected a text or None, received {neutral!r:.80}")
+    if not 0 <= neutral_threshold <= 1:
+        raise InputError(
+            f"neutral_threshold: expected a value from 0 to 1, received {neutral_threshold!r:.80}"
+        )
     chosen = _TextsOfImages.of(texts)
     if as_authors:
         explainer = explainer._by_authors()
