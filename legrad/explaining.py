@@ -48,7 +48,8 @@ def explain_images(
 
     Memory is bounded: images are taken from an iterator, a few batches at a time, and only their grids and
     reduced pictures are kept. With `fit="keep"`, images of one input size share a batch; the order of the
-    results is that of the images. The size of batches changes results by rounding errors only.
+    results is that of the images. The size of batches changes results by rounding errors only. Each call
+    reads all weights once, for their SHA-256.
 
     Args:
         explainer: explainer of the model.

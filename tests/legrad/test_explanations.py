@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import os
+import weakref
 import zipfile
 
 import numpy as np
@@ -127,6 +128,31 @@ def test_images_are_read_a_few_batches_ahead_at_most(explainer, images, monkeypa
     assert len(explanations) == len(images) * 8
     ahead = [taken - sum(count for _, count in encoded[:number]) for number, (taken, _) in enumerate(encoded)]
     assert max(ahead) <= 4 * 2
+
+
+def test_original_images_are_not_kept(explainer):
+    alive = []
+
+    def frames():
+        for seed in range(40):
+            frame = noise(30, 50, seed)
+            alive.append(weakref.ref(frame))
+            yield frame
+            del frame
+            assert sum(each() is not None for each in alive) <= 2
+
+    explanations = legrad.explain_images(explainer, frames(), TEXTS, batch_size=2, picture_side=10)
+    assert {image.picture.size for image in explanations.images} == {(10, 6)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_maps(images, explanations):
+    explainer = legrad.LeGrad(tiny_clip().cuda(), tokenizer=Lengths())
+    received = legrad.explain_images(explainer, images, TEXTS, batch_size=4)
+    for mine, other in zip(received.maps, explanations.maps, strict=True):
+        assert mine.device.type == "cpu"
+        torch.testing.assert_close(mine, other, atol=1e-3, rtol=1e-3)
 
 
 def test_paths_are_opened_upright_and_name_the_images(explainer, images, tmp_path):
