@@ -8,6 +8,13 @@
 Names are imported when they are first used, so that modules without a model, such as `legrad.masks.rle`, load
 neither torch nor open_clip.
 
+The docstring of each name has an example. Examples use `legrad`, numpy as `np`, `torch`, and these names:
+
+    explainer   a LeGrad of the bundled demo model: 96 x 96 pixels, patches of 8, 6 blocks, 2 explained
+    image       a PIL image of a banana, a cactus and a panda
+    grids       relevance grids of the image for the texts "a banana" and "a panda", [2, 12, 12]
+    folder      an empty folder, as a pathlib.Path
+
 Source: Bousselham et al., "LeGrad: An Explainability Method for Vision Transformers via Feature Formation
 Sensitivity", https://arxiv.org/abs/2404.03214.
 """
@@ -27,7 +34,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from legrad.explainer import LeGrad
+    from legrad.explaining import explain_images
     from legrad.explanation import Explanation, explain_image, layer_strip
+    from legrad.explanations import Explanations
     from legrad.heatmaps import heatmaps_of, minmax_normalise, upsample_grid
     from legrad.images import ImageTransform
     from legrad.masks.cleaning import Cleaning
@@ -62,6 +71,7 @@ __all__ = [
     "Baseline",
     "Cleaning",
     "Explanation",
+    "Explanations",
     "ImageMasks",
     "ImageTransform",
     "InputError",
@@ -89,6 +99,7 @@ __all__ = [
     "dilations_for_patch",
     "encode_rle",
     "explain_image",
+    "explain_images",
     "grid_to_masks",
     "heatmaps_of",
     "insertion_deletion",
@@ -122,7 +133,9 @@ _MODULES = {
         "UnsupportedModelError",
     ],
     "legrad.explainer": ["LeGrad"],
+    "legrad.explaining": ["explain_images"],
     "legrad.explanation": ["Explanation", "explain_image", "layer_strip"],
+    "legrad.explanations": ["Explanations"],
     "legrad.heatmaps": ["heatmaps_of", "minmax_normalise", "upsample_grid"],
     "legrad.images": ["ImageTransform"],
     "legrad.masks.cleaning": ["Cleaning"],

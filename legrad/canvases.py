@@ -41,6 +41,12 @@ class Views:
 
     Raises:
         InputError: a value is out of range.
+
+    Example:
+        >>> views = legrad.Views(flip=True, scales=(1.0, 1.5))
+        >>> grids = legrad.view_relevance(explainer, [image], explainer.embed_text(["a panda"]), views=views)
+        >>> grids[0].shape
+        torch.Size([1, 18, 18])
     """
 
     flip: bool = False

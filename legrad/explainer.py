@@ -86,6 +86,14 @@ class LeGrad:
         scoring: how the output of a layer is compared with a text; set by `pool`.
 
     Source: Bousselham et al., https://arxiv.org/abs/2404.03214.
+
+    Example:
+        >>> trace = explainer.encode(explainer.preprocess([image]))
+        >>> text_embeddings = explainer.embed_text(["a banana", "a panda"])
+        >>> explainer.relevance(trace, text_embeddings).shape
+        torch.Size([1, 2, 12, 12])
+        >>> explainer.heatmaps(trace, text_embeddings).shape
+        torch.Size([1, 2, 96, 96])
     """
 
     transform: ImageTransform

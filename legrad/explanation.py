@@ -40,6 +40,12 @@ class Explanation:
         normalisation: when grids of this model family are normalised; see `legrad.heatmaps_of`.
         layer_weights: of the layers in the sum that `heatmaps` are made from; None: all 1.
         score_name: what `similarities` are: "similarity", or "logit" of a classifier.
+
+    Example:
+        >>> explanation = legrad.explain_image(explainer, image, ["a banana", "a panda"])
+        >>> explanation.heatmaps.shape
+        torch.Size([2, 96, 96])
+        >>> explanation.side_by_side().save(folder / "panda.png")
     """
 
     image: Image.Image
@@ -136,6 +142,13 @@ def explain_image(
         InputError: no text, a single string instead of a list, an element that is no text, no image, an
             unknown class or an unknown `resize`.
         TokenizerError: the explainer was made without a tokenizer.
+
+    Example:
+        >>> explanation = legrad.explain_image(explainer, image, ["a panda", "a rocket"])
+        >>> bool(explanation.similarities[0] > explanation.similarities[1])
+        True
+        >>> explanation.overlays[0].size == image.size
+        True
     """
     if not isinstance(explainer, LeGrad):
         raise InputError(
@@ -202,5 +215,9 @@ def layer_strip(explainer: LeGrad, image: ImageInput, text: str, *, panel_side: 
         The panels in one line, first block to last, the sum at the end.
 
     Source: the per-layer maps of https://arxiv.org/abs/2404.03214, section 3.3.
+
+    Example:
+        >>> strip = legrad.layer_strip(explainer, image, "a panda", panel_side=100)
+        >>> strip.save(folder / "layers.png")  # two blocks and their sum
     """
     return explain_image(explainer, image, [text])._layer_strip(0, panel_side)

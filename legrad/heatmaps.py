@@ -24,6 +24,10 @@ def minmax_normalise(maps: Float[Tensor, "*leading height width"]) -> Float[Tens
         maps: grids or heat maps of any range.
 
     Source: LeGrad (arXiv:2404.03214), section 3.3: the merged map is min-max normalised.
+
+    Example:
+        >>> legrad.minmax_normalise(torch.tensor([[1.0, 2.0], [3.0, 5.0]])).tolist()
+        [[0.0, 0.25], [0.5, 1.0]]
     """
     lowest = maps.amin(dim=(-2, -1), keepdim=True)
     span = maps.amax(dim=(-2, -1), keepdim=True) - lowest
@@ -46,6 +50,10 @@ def upsample_grid(
 
     Raises:
         MaskError: the frame has no pixels.
+
+    Example:
+        >>> legrad.upsample_grid(torch.tensor([[0.0, 1.0]]), height=1, width=4).tolist()
+        [[0.0, 0.25, 0.75, 1.0]]
     """
     _require_pixels(height, width)
     leading = relevance_grid.shape[:-2]
@@ -85,6 +93,11 @@ def heatmaps_of(
         MaskError: the frame has no pixels.
 
     Source: `legrad_torch` 1.1, `LeWrapper.compute_legrad`.
+
+    Example:
+        >>> heatmaps = legrad.heatmaps_of(grids, image.height, image.width, explainer.tower.normalisation)
+        >>> heatmaps.amin(dim=(-2, -1)), heatmaps.amax(dim=(-2, -1))
+        (tensor([0., 0.]), tensor([1., 1.]))
     """
     if normalisation == "grid":
         return upsample_grid(minmax_normalise(relevance_grid), height, width)

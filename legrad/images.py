@@ -48,6 +48,12 @@ class ImageTransform:
         fit: "stretch": every image becomes height x width; "keep": an image keeps its aspect ratio, rounded
             to whole patches, and gets about as many patches as height x width has.
         patch_size: side of a patch in pixels; "keep" rounds to its multiples.
+
+    Example:
+        >>> half = (0.5, 0.5, 0.5)
+        >>> transform = legrad.ImageTransform(224, 224, half, half, fit="keep", patch_size=16)
+        >>> transform.input_size(480, 640)  # height and width
+        (192, 256)
     """
 
     height: int

@@ -39,6 +39,10 @@ def overlay(
 
     Raises:
         InputError: there is no image, or not exactly one map of finite values.
+
+    Example:
+        >>> heatmap = legrad.minmax_normalise(grids[0])
+        >>> legrad.overlay(image, heatmap).save(folder / "overlay.png")
     """
     photo = np.asarray(as_image(image).convert("RGB"))
     return Image.fromarray(heat_over(photo, _one_map(heatmap)))

@@ -31,6 +31,11 @@ class ModelSupport:
         reason: why the model is not supported, or None.
         blocks: number of transformer blocks, each of which can be explained; None if not supported.
         takes_any_grid: whether images of other sizes than the model's own are possible.
+
+    Example:
+        >>> support = legrad.supported_models()["ViT-B-16"]
+        >>> support.family, support.blocks, support.reason
+        ('clip', 12, None)
     """
 
     family: str | None
@@ -44,6 +49,11 @@ def supported_models() -> dict[str, ModelSupport]:
 
     Nothing is downloaded, and no model library is imported. Only models that the table of this release
     lacks, as those of a newer open_clip, take a fraction of a second each.
+
+    Example:
+        >>> models = legrad.supported_models()
+        >>> models["ViT-B-16"].family, models["RN50"].family
+        ('clip', None)
     """
     return {name: _support_of(config) for name, config in model_configs().items()}
 

@@ -40,6 +40,13 @@ def save_trace(explainer: LeGrad, trace: Trace, path: str | os.PathLike[str]) ->
 
     Raises:
         InputError: the trace was made by another model, or the file cannot be written.
+
+    Example:
+        >>> trace = explainer.encode(explainer.preprocess([image]))
+        >>> legrad.save_trace(explainer, trace, folder / "panda.safetensors")
+        >>> loaded = legrad.load_trace(explainer, folder / "panda.safetensors")
+        >>> bool((explainer.relevance(loaded, explainer.embed_text(["a panda"])) > 0).any())
+        True
     """
     if not isinstance(trace, Trace):
         raise InputError(f"trace: expected a trace, received {kind_of(trace)}; pass explainer.encode(images)")
@@ -75,6 +82,12 @@ def load_trace(explainer: LeGrad, path: str | os.PathLike[str]) -> Trace:
 
     Raises:
         InputError: the file cannot be read, is no trace, or one of another tower or of other weights.
+
+    Example:
+        >>> trace = explainer.encode(explainer.preprocess([image]))
+        >>> legrad.save_trace(explainer, trace, folder / "trace.safetensors")
+        >>> legrad.load_trace(explainer, folder / "trace.safetensors").layer_indices
+        (4, 5)
     """
     shown = os.fspath(path)
     if not Path(path).is_file():

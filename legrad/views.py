@@ -95,6 +95,12 @@ def view_relevance(
 
     Raises:
         InputError: the model cannot encode a view, an element is no image, or embeddings do not fit.
+
+    Example:
+        >>> views = legrad.Views(flip=True)
+        >>> text_embeddings = explainer.embed_text(["a banana", "a panda"])
+        >>> [each.shape for each in legrad.view_relevance(explainer, [image], text_embeddings, views=views)]
+        [torch.Size([2, 12, 12])]
     """
     check_views(views, explainer.tower)
     merged = []

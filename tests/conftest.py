@@ -25,9 +25,11 @@ hypothesis.settings.load_profile("untimed")
 # processes, or one test takes more than half a second of CPU time.
 MEDIUM = (
     "tests/fuzz/",
+    "tests/legrad/test_doc_examples.py",
     "tests/legrad/test_eva.py::test_all_of_open_clips_models",
     "tests/legrad/test_golden.py",
     "tests/legrad/test_kernels.py::test_the_kernel_equals_the_whole_product_in_tritons_interpreter",
+    "tests/legrad/test_examples.py",
     "tests/legrad/test_explainer.py::test_what_does_not_fit",
     "tests/legrad/test_package.py",
     "tests/legrad/test_quality_refusals.py",

@@ -52,7 +52,7 @@ def installed(wheel):
     return {**os.environ, "PYTHONPATH": str(target)}
 
 
-def test_the_wheel_has_the_demos_files_and_type_marks_but_not_what_made_the_demo(wheel):
+def test_the_wheel_has_the_demos_files_and_type_marks_but_neither_examples_nor_what_made_the_demo(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name == f"legrad_pipeline-{legrad.__version__}-py3-none-any.whl"
     assert {
@@ -64,7 +64,7 @@ def test_the_wheel_has_the_demos_files_and_type_marks_but_not_what_made_the_demo
         "pipeline/demo/shards/heldout-000000.tar",
     } <= set(names)
     assert any(name.startswith("pipeline/report/templates/") for name in names)
-    assert not any(name.startswith(("pipeline/demo/making", "tests")) for name in names)
+    assert not any(name.startswith(("pipeline/demo/making", "legrad/examples", "tests")) for name in names)
 
 
 def test_the_installed_wheel_imports_and_reports_its_version(installed, tmp_path):

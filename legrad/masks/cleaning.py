@@ -25,6 +25,13 @@ class Cleaning:
 
     Raises:
         MaskError: a value is out of range.
+
+    Example:
+        >>> ring = torch.ones(1, 5, 5)
+        >>> ring[0, 2, 2] = 0
+        >>> rule, cleaning = legrad.MaskRule("fixed"), legrad.Cleaning(max_hole=0.1)
+        >>> legrad.grid_to_masks(ring, 5, 5, rule, cleaning=cleaning).areas.tolist()
+        [25]
     """
 
     smooth: float = 0.0

@@ -46,6 +46,11 @@ def contrasted_grids(
 
     Source: this project; measured in tests/bench/README.md. The idea that classes compete on unnormalised
         maps is that of CLIP-ES (arXiv:2212.09506), section 3.2, where a softmax over classes acts on scores.
+
+    Example:
+        >>> contrasted = legrad.contrasted_grids(grids, share=0.6)
+        >>> bool((contrasted <= grids).all() and (contrasted >= 0).all())
+        True
     """
     if not 0 <= share <= 1:
         raise InputError(f"share: expected a value from 0 to 1, received {share!r}")
@@ -101,6 +106,10 @@ def text_distances(
 
     Returns:
         Symmetric distances in float32, zero on the diagonal.
+
+    Example:
+        >>> legrad.text_distances(explainer.embed_text(["a dog", "a dog", "a rocket"]))[0].tolist()
+        [0.0, 0.0, 1.0]
     """
     # in float64, so that a batch's size, which changes the order of sums, does not change the rounded result
     rows = unit_rows.double()

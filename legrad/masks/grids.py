@@ -29,6 +29,13 @@ class ImageMasks:
         thresholds_low: with rule `band`, the threshold below which a pixel is background; None otherwise.
         ignores: with rule `band`, masks of the pixels that are neither foreground nor background: one for
             each prompt, or a single one for the image if prompts compete. Empty with other rules.
+
+    Example:
+        >>> masks = legrad.grid_to_masks(grids, image.height, image.width, legrad.MaskRule("otsu"))
+        >>> masks.bboxes_xywh.shape
+        (2, 4)
+        >>> bool(legrad.decode_rle(masks.rles[0]).sum() == masks.areas[0])
+        True
     """
 
     rles: list[Rle]
@@ -112,6 +119,11 @@ def grid_to_masks(
         MaskError: a grid holds NaN or infinity, or the frame has no pixels.
 
     Source: thresholded heat maps as pseudo-masks: CAM (arXiv:1512.04150), section 4.1; see also `MaskRule`.
+
+    Example:
+        >>> masks = legrad.grid_to_masks(torch.eye(2)[None], 4, 4, legrad.MaskRule("fixed", value=0.6))
+        >>> legrad.decode_rle(masks.rles[0]).astype(int).tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
     relevance_grids = smoothed_grids(relevance_grids, cleaning.smooth)
     has_room = min(height, width) > 0 and height * width <= MAX_CHUNK_PIXELS

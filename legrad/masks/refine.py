@@ -35,6 +35,10 @@ def dilations_for_patch(patch_pixels: int) -> tuple[int, ...]:
     Returns:
         Distinct steps in pixels, ascending. The dilations of the papers, up to 24 pixels, are meant for maps
         of convolutional networks.
+
+    Example:
+        >>> legrad.dilations_for_patch(16)
+        (4, 8, 16, 32)
     """
     steps = {max(1, patch_pixels // 4), max(1, patch_pixels // 2), patch_pixels, 2 * patch_pixels}
     return tuple(sorted(steps))
@@ -60,6 +64,11 @@ class Refinement:
     Source: pamr: Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels" (CVPR 2020),
         section 3.3. par: Ru et al., "Learning Affinity from Attention" (CVPR 2022), section on
         pixel-adaptive refinement. Iterations and dilations: chosen on scenes of the demo's held-out set.
+
+    Example:
+        >>> refinement = legrad.Refinement(dilations=legrad.dilations_for_patch(explainer.patch_size))
+        >>> refinement.dilations, refinement.unit_sharpness
+        ((2, 4, 8, 16), 0.3)
     """
 
     kernel: str = "par"
@@ -120,6 +129,12 @@ def refine_heatmaps(
         InputError: heat maps and images differ in size, or the index does not fit.
 
     Source: see `Refinement`.
+
+    Example:
+        >>> pixels = explainer.preprocess([image])
+        >>> heatmaps = explainer.heatmaps(pixels, explainer.embed_text(["a panda"]))
+        >>> legrad.refine_heatmaps(pixels, heatmaps, refinement=legrad.Refinement(iterations=2)).shape
+        torch.Size([1, 1, 96, 96])
     """
     index = _checked_index(images, heatmaps, image_index)
     maps = heatmaps.reshape(-1, *heatmaps.shape[-2:])

@@ -39,6 +39,11 @@ class Rle(TypedDict):
     Attributes:
         size: [height, width] in pixels.
         counts: run lengths in column-major order, as COCO's compressed string.
+
+    Example:
+        >>> rle: legrad.Rle = {"size": [2, 2], "counts": "13"}  # one background pixel, then three others
+        >>> legrad.decode_rle(rle).tolist()
+        [[False, True], [True, True]]
     """
 
     size: list[int]
@@ -55,6 +60,10 @@ def encode_rle(masks: Shaped[Any, "prompts height width"]) -> list[Rle]:
         One encoding for each mask, in order.
 
     Source: `encode` of pycocotools.
+
+    Example:
+        >>> legrad.encode_rle(np.ones((1, 2, 3), dtype=bool))
+        [{'size': [2, 3], 'counts': '06'}]
     """
     # Imported here, as programs that only read masks do not need it.
     import torch
@@ -123,6 +132,10 @@ def decode_rle(rle: Rle, *, max_pixels: int = MAX_MASK_PIXELS) -> Bool[np.ndarra
 
     Raises:
         RleError: `rle` does not encode a mask of its size, or the mask is too large.
+
+    Example:
+        >>> legrad.decode_rle({"size": [2, 3], "counts": "24"}).tolist()
+        [[False, True, True], [False, True, True]]
     """
     stack = _parsed([rle], max_pixels)
     return _pixels(stack.lengths, *stack.sizes[0].tolist())
@@ -169,6 +182,10 @@ def mask_area(rles: Sequence[Rle], *, max_pixels: int = MAX_MASK_PIXELS) -> Int6
 
     Raises:
         RleError: one of them does not encode a mask of its size, or the mask is too large.
+
+    Example:
+        >>> legrad.mask_area(legrad.encode_rle(np.eye(3)[None])).tolist()
+        [3]
     """
     stack = _parsed(rles, max_pixels)
     return stack.sums(stack.lengths * stack.is_foreground)
@@ -188,6 +205,12 @@ def mask_bbox_xywh(
 
     Raises:
         RleError: see `mask_area`.
+
+    Example:
+        >>> mask = np.zeros((1, 4, 6), dtype=bool)
+        >>> mask[0, 1:3, 2:5] = True
+        >>> legrad.mask_bbox_xywh(legrad.encode_rle(mask)).tolist()
+        [[2.0, 1.0, 3.0, 2.0]]
     """
     return _parsed(rles, max_pixels).bboxes_xywh()
 

@@ -27,6 +27,11 @@ def smoothed_grids(
 
     Source: `scipy.ndimage.gaussian_filter` with its default mode, to which the result is equal but for
         rounding.
+
+    Example:
+        >>> peak = torch.zeros(1, 5, 5).index_fill(1, torch.tensor(2), 1.0)
+        >>> legrad.smoothed_grids(peak, sigma_cells=1.0)[0, :, 0].tolist()
+        [0.06, 0.24, 0.39, 0.24, 0.06]
     """
     if not sigma_cells:
         return relevance_grids

@@ -43,6 +43,12 @@ class MaskRule:
         where it is a share of the maximum. otsu: see `otsu_threshold`. band: two thresholds with an ignored
         region between them: SEC (arXiv:1603.06098) trains on confident seeds only; AffinityNet
         (arXiv:1803.10464), section 3.2, and IRNet (arXiv:1904.05044), section 3.4, ignore the region.
+
+    Example:
+        >>> rule = legrad.MaskRule("band", low=0.3, high=0.6)
+        >>> masks = legrad.grid_to_masks(grids, image.height, image.width, rule)
+        >>> len(masks.rles), len(masks.ignores)
+        (2, 2)
     """
 
     rule: str = "fixed"
@@ -113,6 +119,11 @@ def otsu_threshold(
 
     Source: Otsu, "A threshold selection method from gray-level histograms" (1979): the threshold with the
         greatest between-class variance.
+
+    Example:
+        >>> heatmap = torch.tensor([[0.0, 0.08], [0.9, 1.0]])
+        >>> (heatmap > legrad.otsu_threshold(heatmap)).tolist()
+        [[False, False], [True, True]]
     """
     leading = heatmaps.shape[:-2]
     if not leading.numel():

@@ -32,6 +32,11 @@ class LayerTrace:
         mlp_inputs: inputs of each stage of `mlp`, None for linear stages.
         outputs: z, the tokens that are scored: those of the block, or the pooler's one token.
         block_outputs: output tokens of the block.
+
+    Example:
+        >>> layer = explainer.encode(explainer.preprocess([image])).layers[-1]
+        >>> layer.index, layer.values.shape
+        (5, torch.Size([1, 3, 145, 64]))
     """
 
     index: int
@@ -96,6 +101,13 @@ class Trace:
         pool: the choice of `pool` that the trace was made for; "authors" for `as_authors`, if that differs.
         structure: identifies the modules that made the trace; None in a copy or if it is not known.
         unit_keys: keys of the patches in the last blocks, see `legrad.method.affinity`; None: not kept.
+
+    Example:
+        >>> trace = explainer.encode(explainer.preprocess([image, image]))
+        >>> trace.batch_size, trace.grid_height, trace.grid_width
+        (2, 12, 12)
+        >>> explainer.similarity(trace, explainer.embed_text(["a panda"])).shape
+        torch.Size([2, 1])
     """
 
     layers: tuple[LayerTrace, ...]

@@ -45,6 +45,11 @@ class Baseline:
         source: paper that defines it, or what it is.
         blocks: number of last blocks that a trace must hold; None: all.
         needs_images: whether a trace is not enough.
+
+    Example:
+        >>> method = legrad.BASELINES["gradcam"]
+        >>> method.depends_on_text, method.low, method.high
+        (True, 0.0, None)
     """
 
     title: str
@@ -85,6 +90,11 @@ def baseline(
         InputError: the method is unknown or needs what was not given; shapes, dtypes, devices or indices do
             not fit.
         UnsupportedModelError: the model was changed into one that cannot be explained.
+
+    Example:
+        >>> pixels, texts = explainer.preprocess([image]), explainer.embed_text(["a banana", "a panda"])
+        >>> legrad.baseline(explainer, "gradcam", pixels, texts).shape
+        torch.Size([1, 2, 12, 12])
     """
     grids = baseline_grids(
         explainer, images, text_embeddings, image_index, methods=[method], generator=generator
@@ -117,6 +127,12 @@ def baseline_grids(
     Raises:
         InputError: as `baseline`.
         UnsupportedModelError: as `baseline`.
+
+    Example:
+        >>> pixels, texts = explainer.preprocess([image]), explainer.embed_text(["a banana", "a panda"])
+        >>> maps = legrad.baseline_grids(explainer, pixels, texts, methods=["rollout", "patch_text"])
+        >>> {method: tuple(grids.shape) for method, grids in maps.items()}
+        {'rollout': (1, 2, 12, 12), 'patch_text': (1, 2, 12, 12)}
     """
     if isinstance(methods, str):
         raise InputError(f"methods: expected a list of keys of legrad.BASELINES, received {methods!r}")

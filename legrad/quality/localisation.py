@@ -35,6 +35,12 @@ class MapLocalisation:
             rest, as one ranking.
         is_pointing_hit: whether the hottest pixel lies on the object; among equal ones, the first in
             row-major order.
+
+    Example:
+        >>> heatmap = torch.tensor([[0.9, 0.8], [0.2, 0.0]])
+        >>> measured = legrad.map_localisation(heatmap, heatmap > 0.85)
+        >>> measured.iou, measured.is_pointing_hit
+        (0.5, True)
     """
 
     true_positives: int
@@ -68,6 +74,12 @@ class LocalisationScores:
         Visualization", CVPR 2021, section 4, as their code computes them
         (https://github.com/hila-chefer/Transformer-Explainability, `utils/metrices.py`). Pointing game: Zhang
         et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016, section 4.1, without margin.
+
+    Example:
+        >>> truth = torch.tensor([[True, False], [True, False]])
+        >>> scores = legrad.localisation_scores([legrad.map_localisation(truth.float(), truth)])
+        >>> scores.maps, scores.pixel_accuracy, scores.mean_iou, scores.pointing_game
+        (1, 1.0, 1.0, 1.0)
     """
 
     maps: int
@@ -100,6 +112,13 @@ def map_localisation(
     Raises:
         InputError: shapes or dtypes differ from those expected, a value is not from 0 to 1, or no pixel is
             valid.
+
+    Example:
+        >>> heatmap = torch.tensor([[0.9, 0.8], [0.2, 0.0]])
+        >>> truth = torch.tensor([[True, False], [False, False]])
+        >>> measured = legrad.map_localisation(heatmap, truth, threshold=0.5)
+        >>> measured.true_positives, measured.false_positives
+        (1, 1)
     """
     heat, mask = _array(heatmap), _array(truth)
     counted = np.ones(mask.shape, dtype=bool) if valid is None else _array(valid)
@@ -127,6 +146,13 @@ def localisation_scores(maps: Iterable[MapLocalisation]) -> LocalisationScores:
 
     Raises:
         InputError: there is no map.
+
+    Example:
+        >>> heatmaps = legrad.minmax_normalise(grids)
+        >>> truths = grids > 0.5 * grids.amax(dim=(1, 2), keepdim=True)
+        >>> measured = map(legrad.map_localisation, heatmaps, truths)  # one map at a time
+        >>> legrad.localisation_scores(measured).pointing_game
+        1.0
     """
     count, with_object = 0, 0
     pixels = np.zeros(4, dtype=np.int64)

@@ -45,6 +45,14 @@ class PerturbationCurve:
         shares: share of the patches that is deleted or inserted at each step, ascending.
         cosine: similarity of each map's text and its perturbed image.
         is_right: whether the class of each map scores highest; None without classes.
+
+    Example:
+        >>> pixels, text = explainer.preprocess([image]), explainer.embed_text(["a panda"])
+        >>> relevance = explainer.relevance(pixels, text)
+        >>> tests = ["deletion_positive"]
+        >>> curves = legrad.insertion_deletion(explainer, pixels, relevance, text, tests=tests)
+        >>> curves["deletion_positive"].cosine.shape, curves["deletion_positive"].cosine_area.shape
+        ((1, 1, 10), (1, 1))
     """
 
     shares: Float[np.ndarray, " shares"]
@@ -113,6 +121,13 @@ def insertion_deletion(
     Source: positive and negative deletion: Chefer et al., "Transformer Interpretability Beyond Attention
         Visualization", CVPR 2021, section 4, taken over by LeGrad (arXiv:2404.03214); insertion into a
         blurred image: Petsiuk et al., "RISE", BMVC 2018, section 4.3.
+
+    Example:
+        >>> pixels, text = explainer.preprocess([image]), explainer.embed_text(["a panda"])
+        >>> curves = legrad.insertion_deletion(explainer, pixels, explainer.relevance(pixels, text), text)
+        >>> relevant, irrelevant = curves["deletion_positive"], curves["deletion_negative"]
+        >>> bool(relevant.cosine_area < irrelevant.cosine_area)  # relevant patches count more
+        True
     """
     explainer._follow_changes()
     check_images(explainer.tower, images)

@@ -9,19 +9,10 @@ from PIL import Image
 
 import legrad
 from legrad.pictures import draw_panels
+from tests.helpers.text_lengths import Lengths
 from tests.helpers.tiny_models import LAYERS, tiny_clip
 
 TEXTS = ("a dog", "a red cactus!", "sky")
-
-
-class Lengths:
-    """A tokenizer that knows of a text no more than its length."""
-
-    def __call__(self, texts):
-        tokens = torch.zeros(len(texts), 16, dtype=torch.int64)
-        for row, text in zip(tokens, texts, strict=True):
-            row[0], row[1] = 1 + len(text) % 7, 9
-        return tokens
 
 
 @pytest.fixture(scope="module")

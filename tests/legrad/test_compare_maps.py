@@ -1,4 +1,4 @@
-"""The programs in `legrad/examples/` run."""
+"""The program that compares our maps with those of the authors' package."""
 
 import json
 import subprocess
