@@ -6,6 +6,8 @@ python legrad/examples/classifier.py [FOLDER]
 # %% The bundled model as a classifier of timm for its 64 things. The head's rows embed their names.
 # A real one: legrad.LeGrad.from_classifier("timm:vit_base_patch16_224.augreg_in1k"). With
 # MODEL = ("ViT-B-16", "laion2b_s34b_b88k") the sizes in `classifier` must be that model's.
+from typing import Any
+
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -25,11 +27,14 @@ image = Image.open(path)
 def classifier(class_names: list[str]) -> nn.Module:
     """Return the vision tower of the demo model with a head for classes."""
     clip = load(MODEL, device="cpu")
-    shape = {"img_size": 96, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3, "pre_norm": True}
-    model = VisionTransformer(**shape, num_classes=len(class_names)).eval()
+    visual: Any = clip.model.visual
+    classes = len(class_names)
+    model = VisionTransformer(
+        img_size=96, patch_size=8, embed_dim=192, depth=6, num_heads=3, pre_norm=True, num_classes=classes
+    ).eval()
     weights = checkpoint_filter_fn(clip.model.state_dict(), model)
-    head = clip.embed_text([f"a {name}" for name in class_names]) @ clip.model.visual.proj.T
-    model.load_state_dict({**weights, "head.weight": head, "head.bias": torch.zeros(len(class_names))})
+    head = clip.embed_text([f"a {name}" for name in class_names]) @ visual.proj.T
+    model.load_state_dict({**weights, "head.weight": head, "head.bias": torch.zeros(classes)})
     return model
 
 
