@@ -1,7 +1,8 @@
 """Baseline maps from attention matrices: raw attention, attention rollout and gradient-weighted attention.
 
-A model compares its *pooled token* with a text: the class token, the mean over some tokens, or the one token
-of an attentional pooler. Raw attention and rollout are those of the pooled token, and ignore the text.
+A model scores a text, or a class, by its *pooled token*: the class token, the mean over some tokens, or the
+one token of an attentional pooler. Raw attention and rollout are those of the pooled token, and ignore text
+and class.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def raw_attention(pairs: Pairs) -> PairGrids:
     """
     pooler = pairs.tower.own.pooler
     if pooler is not None:
-        rows = _mean_attention(pooler, pairs.trace.layers[-1].block_outputs, None)[:, 0]
+        rows = _mean_attention(pooler, pairs.last_block_output, None)[:, 0]
     else:
         rows = _last_attention(pairs)[:, pairs.tower.own.pooled_tokens].mean(dim=1)
     return pairs.patch_grids(rows)[pairs.image_index]
@@ -74,13 +74,14 @@ def attention_rollout(pairs: Pairs) -> PairGrids:
 
 
 def chefercam(pairs: Pairs) -> PairGrids:
-    """Compute the relevancy of Chefer et al. for the model's own cosine of image and text.
+    """Compute the relevancy of Chefer et al. for the model's own score: a cosine, or a classifier's logit.
 
-    With A the attention of a block and G the gradient of the cosine with respect to it, the mean over heads
+    With A the attention of a block and G the gradient of the score with respect to it, the mean over heads
     of relu(A * G), M, updates the relevancy of all tokens: R <- R + M R, from R = identity. The result is
     the pooled token's row of R; for an attentional pooler, its own M is multiplied with R.
 
-    Every image runs forward once, and backward once for each text, with all attention matrices in memory.
+    Every image runs forward once, and backward once for each text or class, with all attention matrices in
+    memory.
 
     Raises:
         InputError: the images are missing.
@@ -88,7 +89,7 @@ def chefercam(pairs: Pairs) -> PairGrids:
     Source: Chefer, Gur and Wolf, "Generic Attention-model Explainability for Interpreting Bi-Modal and
         Encoder-Decoder Transformers", ICCV 2021, equations 5 and 6.
     """
-    images, tokens = pairs.given_images(), pairs.trace.layers[-1].block_outputs.shape[1]
+    images, tokens = pairs.given_images(), pairs.last_block_output.shape[1]
     rows = torch.zeros(len(pairs.unit_rows), tokens, device=images.device)
     for image in set(pairs.image_index.tolist()):
         of_image = pairs.image_index == image
@@ -99,7 +100,7 @@ def chefercam(pairs: Pairs) -> PairGrids:
 def _relevancy(
     pairs: Pairs, image: Float[Tensor, "one 3 height width"], unit_rows: Float[Tensor, "texts embed_dim"]
 ) -> Float[Tensor, "texts tokens"]:
-    """Return the pooled token's row of the relevancy of one image, for each text."""
+    """Return the pooled token's row of the relevancy of one image, for each text or class."""
     own = pairs.tower.own
     with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
         embedded = pairs.tower.embed(image)
@@ -112,7 +113,7 @@ def _relevancy(
         if own.pooler is not None:
             tokens, attention = _run_with_attention(own.pooler, tokens, None)
             attentions.append(attention)
-        features = F.normalize(score_features(replace(own, pooler=None), tokens).float(), dim=-1)
+        features = pairs.compared(score_features(replace(own, pooler=None), tokens))
         scores = (features @ unit_rows.float().T)[0]
         rows = []
         for score in scores:

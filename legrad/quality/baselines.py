@@ -1,7 +1,7 @@
 """Baseline maps to compare LeGrad with, on the same model: `baseline`, `baseline_grids` and `BASELINES`.
 
-All are raw grids on the patch grid, one for each (image, text), so that upsampling, normalisation and
-thresholds are the same as for LeGrad. The model is not changed.
+All are raw grids on the patch grid, one for each image and text, or class of a classifier, so that
+upsampling, normalisation and thresholds are the same as for LeGrad. The model is not changed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from legrad.checks import check_images
+from legrad.classes import ClassIndex
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
-from legrad.inputs import RaggedPrompts, as_ragged
+from legrad.inputs import RaggedPrompts
 from legrad.method.trace import Trace, run_normed_block, score_features, trace_images
 from legrad.quality.attention_baselines import (
     attention_rollout,
@@ -28,7 +28,7 @@ from legrad.quality.attention_baselines import (
     raw_attention,
 )
 from legrad.quality.dense_baselines import maskclip, naclip, patch_text_similarity, sclip
-from legrad.quality.pairs import PairGrids, Pairs
+from legrad.quality.pairs import PairGrids, Pairs, as_prompts
 
 CENTRE_PRIOR_SIGMA = 0.25  # standard deviation of the centre prior, as a share of each side
 
@@ -37,9 +37,12 @@ CENTRE_PRIOR_SIGMA = 0.25  # standard deviation of the centre prior, as a share 
 class Baseline:
     """A method to compare LeGrad with.
 
+    The range holds for models that compare images with texts. Of a classifier, the maps of "patch_text",
+    "maskclip", "sclip" and "naclip" are logits, which have no bounds; all others keep their range.
+
     Attributes:
         title: its name in tables.
-        depends_on_text: whether the map differs between texts.
+        depends_on_text: whether the map differs between texts, or classes.
         low: lowest value that a cell can have.
         high: highest value, or None if there is no bound.
         source: paper that defines it, or what it is.
@@ -61,9 +64,10 @@ def baseline(
     explainer: LeGrad,
     method: str,
     images: Float[Tensor, "batch 3 height width"] | Trace,
-    text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
+    text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts | None = None,
     image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
     *,
+    class_index: ClassIndex | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*maps grid_height grid_width"]:
     """Compute the raw maps of one baseline; the arguments are those of `LeGrad.relevance`.
@@ -75,6 +79,8 @@ def baseline(
         text_embeddings: as in `LeGrad.relevance`; ignored by methods that do not depend on the text, except
             for the number of maps.
         image_index: for each prompt, the row of its image.
+        class_index: of a classifier, which takes it instead of text embeddings, in the forms of
+            `LeGrad.relevance`; the score is then the logit of the class, not a cosine.
         generator: generator of the method "random", on the CPU; None: a new one with the seed 0.
 
     Returns:
@@ -82,12 +88,18 @@ def baseline(
         float32, in the range of `legrad.BASELINES[method]`. `legrad.heatmaps_of` makes heat maps of them.
 
     Raises:
-        InputError: the method is unknown or needs what was not given; shapes, dtypes, devices or indices do
-            not fit.
+        InputError: the method is unknown or needs what was not given; texts for a classifier, or classes for
+            another model; shapes, dtypes, devices or indices do not fit.
         UnsupportedModelError: the model was changed into one that cannot be explained.
     """
     grids = baseline_grids(
-        explainer, images, text_embeddings, image_index, methods=[method], generator=generator
+        explainer,
+        images,
+        text_embeddings,
+        image_index,
+        class_index=class_index,
+        methods=[method],
+        generator=generator,
     )
     return grids[method]
 
@@ -95,9 +107,10 @@ def baseline(
 def baseline_grids(
     explainer: LeGrad,
     images: Float[Tensor, "batch 3 height width"] | Trace,
-    text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts,
+    text_embeddings: Float[Tensor, "*leading embed_dim"] | RaggedPrompts | None = None,
     image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
     *,
+    class_index: ClassIndex | None = None,
     methods: Sequence[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Float[Tensor, "*maps grid_height grid_width"]]:
@@ -108,6 +121,7 @@ def baseline_grids(
         images: as in `baseline`.
         text_embeddings: as in `baseline`.
         image_index: as in `baseline`.
+        class_index: as in `baseline`.
         methods: keys of `legrad.BASELINES`; None: all of them.
         generator: as in `baseline`.
 
@@ -121,8 +135,26 @@ def baseline_grids(
     if isinstance(methods, str):
         raise InputError(f"methods: expected a list of keys of legrad.BASELINES, received {methods!r}")
     chosen = {name: _baseline_named(name) for name in (BASELINES if methods is None else methods)}
-    pairs, leading = _pairs(explainer, chosen, images, text_embeddings, image_index, generator=generator)
-    return {name: each.compute(pairs).reshape(*leading, *pairs.grid) for name, each in chosen.items()}
+    explainer._follow_changes()
+    tower = explainer.tower
+    if isinstance(images, Trace):
+        explainer._as_trace(images)  # raises unless it fits
+    else:
+        check_images(tower, images)
+    prompts = (
+        text_embeddings
+        if isinstance(text_embeddings, RaggedPrompts)
+        else as_prompts(tower, images, text_embeddings, class_index, image_index)
+    )
+    pairs = Pairs(
+        tower,
+        _traced(explainer, chosen, images),
+        prompts.unit_rows,
+        prompts.image_index,
+        generator or torch.Generator().manual_seed(0),
+        None if isinstance(images, Trace) else images,
+    )
+    return {name: each.compute(pairs).reshape(*prompts.leading, *pairs.grid) for name, each in chosen.items()}
 
 
 def title_of(method: str, explainer: LeGrad) -> str:
@@ -143,16 +175,10 @@ def _baseline_named(name: str) -> Baseline:
     raise InputError(f"method: expected one of {', '.join(BASELINES)}, received {name!r}{hint}")
 
 
-def _pairs(
-    explainer: LeGrad,
-    chosen: Mapping[str, Baseline],
-    images: Tensor | Trace,
-    text_embeddings: Tensor | RaggedPrompts,
-    image_index: Tensor | Sequence[int] | None,
-    *,
-    generator: torch.Generator | None,
-) -> tuple[Pairs, tuple[int, ...]]:
-    """Return checked pairs with a trace that holds enough, and the leading shape of the caller's prompts."""
+def _traced(
+    explainer: LeGrad, chosen: Mapping[str, Baseline], images: Float[Tensor, "batch 3 height width"] | Trace
+) -> Trace:
+    """Return the trace of checked images with the blocks that methods need; or a trace that was passed."""
     if isinstance(images, Trace):
         needing = [name for name, each in chosen.items() if each.needs_images]
         if needing:
@@ -160,25 +186,14 @@ def _pairs(
                 f"images: {', '.join(needing)} expected preprocessed images, received a trace, which lacks "
                 "the tokens that enter the first block"
             )
-        trace, given = explainer._as_trace(images), None
-    else:
-        explainer._follow_changes()
-        check_images(explainer.tower, images)
-        depth = len(explainer.tower.blocks)
-        blocks = max([depth if each.blocks is None else each.blocks for each in chosen.values()], default=1)
-        trace, given = trace_images(explainer.tower, images, min(blocks, depth), explainer.tower.own), images
-    prompts = (
-        text_embeddings
-        if isinstance(text_embeddings, RaggedPrompts)
-        else as_ragged(trace.image_features, text_embeddings, image_index)
-    )
-    generator = generator or torch.Generator().manual_seed(0)
-    pairs = Pairs(explainer.tower, trace, prompts.unit_rows, prompts.image_index, generator, given)
-    return pairs, prompts.leading
+        return images
+    tower, depth = explainer.tower, len(explainer.tower.blocks)
+    blocks = max([depth if each.blocks is None else each.blocks for each in chosen.values()], default=1)
+    return trace_images(tower, images, min(blocks, depth), tower.own)
 
 
 def gradcam(pairs: Pairs) -> PairGrids:
-    """Compute GradCAM of the model's own image-text cosine at the normalised input of the last block.
+    """Compute GradCAM of the model's own cosine or logit at the normalised input of the last block.
 
     The activations are those after the block's first norm: for a model that pools its class token, the last
     ones in which the score depends on the patches. A channel's weight is its gradient averaged over the
@@ -193,7 +208,7 @@ def gradcam(pairs: Pairs) -> PairGrids:
         activations = block.norm(residual).detach().requires_grad_()
         layer = run_normed_block(block, residual, activations, pairs.trace.rotary)
         features = score_features(tower.own, layer.outputs)
-        score = (F.normalize(features.float(), dim=-1) * pairs.unit_rows.float()).sum()
+        score = (pairs.compared(features) * pairs.unit_rows.float()).sum()
         gradient = torch.autograd.grad(score, activations)[0]
     channel_weights = gradient[:, tower.prefix_tokens :].float().mean(dim=1)
     weighted_sum = torch.einsum("ptc,pc->pt", activations.detach().float(), channel_weights)

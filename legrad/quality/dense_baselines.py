@@ -1,7 +1,8 @@
 """Training-free dense CLIP features as baseline maps: patch-text similarity, MaskCLIP, SCLIP and NACLIP.
 
 The last three replace the attention of the last block. All send every patch token on its own through the
-model's final norm and head, and take its cosine with the text. q, k and v are the queries, keys and values of
+model's final norm and head, and take its score: the cosine with the text, or for a classifier the logit of
+the class. q, k and v are the queries, keys and values of
 the last block, for each head, with position embeddings and biases as the block has them, and s = 1 /
 sqrt(head_dim).
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from legrad.method.stages import run_stages
-from legrad.method.towers import Block, Scoring
+from legrad.method.towers import Block, Tower
 from legrad.method.trace import run_block
 from legrad.quality.pairs import PairGrids, Pairs
 
@@ -27,17 +28,17 @@ NEIGHBOURHOOD_SIGMA = 5.0
 
 @torch.no_grad()
 def patch_text_similarity(pairs: Pairs) -> PairGrids:
-    """Return the cosine of the text and each output patch token after the model's final norm and projection.
+    """Return the score of each output patch token after the model's final norm and projection.
 
     Source: the unmodified dense features that Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022,
         start from; their method, `maskclip`, also changes the last attention.
     """
-    return _token_text_cosines(pairs, pairs.trace.layers[-1].block_outputs)
+    return _token_scores(pairs, pairs.last_block_output)
 
 
 @torch.no_grad()
 def maskclip(pairs: Pairs) -> PairGrids:
-    """Compute the cosine of the text and out(v), the value of each patch: attention is the identity.
+    """Compute the score of out(v), the value of each patch: attention is the identity.
 
     Residual and MLP are omitted, as in `naclip`.
 
@@ -46,12 +47,12 @@ def maskclip(pairs: Pairs) -> PairGrids:
     """
     block = pairs.tower.blocks[-1]
     _, _, values = _projections(block, pairs)
-    return _token_text_cosines(pairs, _branch(block, values))
+    return _token_scores(pairs, _branch(block, values))
 
 
 @torch.no_grad()
 def sclip(pairs: Pairs) -> PairGrids:
-    """Compute the cosine of the text and the block's output with correlative self-attention.
+    """Compute the score of each patch of the block's output with correlative self-attention.
 
     The attention is softmax(s q q^T) + softmax(s k k^T); residual and MLP stay.
 
@@ -66,12 +67,12 @@ def sclip(pairs: Pairs) -> PairGrids:
     )
     attended = pairs.last_block_input + _branch(block, by_queries + by_keys)
     outputs = attended + run_stages(block.mlp, attended)[0]
-    return _token_text_cosines(pairs, outputs)
+    return _token_scores(pairs, outputs)
 
 
 @torch.no_grad()
 def naclip(pairs: Pairs) -> PairGrids:
-    """Compute the cosine of the text and each patch after neighbourhood-aware attention.
+    """Compute the score of each patch after neighbourhood-aware attention.
 
     The attention is softmax(s k k^T + w) with w[i, j] = exp(-d^2 / (2 sigma^2)) for patches at a distance of
     d patches, sigma = 5, and 0 where a token before the patches is involved; without residual and MLP.
@@ -85,7 +86,7 @@ def naclip(pairs: Pairs) -> PairGrids:
     bias = block.bias()
     mask = logits if bias is None else logits + bias
     mixed = F.scaled_dot_product_attention(keys, keys, values, attn_mask=mask)
-    return _token_text_cosines(pairs, _branch(block, mixed))
+    return _token_scores(pairs, _branch(block, mixed))
 
 
 def neighbourhood(grid_height: int, grid_width: int, prefix_tokens: int) -> Float[Tensor, "tokens tokens"]:
@@ -96,12 +97,12 @@ def neighbourhood(grid_height: int, grid_width: int, prefix_tokens: int) -> Floa
     return F.pad(patches, (prefix_tokens, 0, prefix_tokens, 0))
 
 
-def _token_text_cosines(pairs: Pairs, tokens: Float[Tensor, "batch tokens width"]) -> PairGrids:
-    """Return the cosine of the text and the feature that the model computes from each patch token alone."""
-    features = _token_features(pairs.tower.own, tokens[:, pairs.tower.prefix_tokens :])
-    unit_features = F.normalize(features.float(), dim=-1)[pairs.image_index]
-    cosines = torch.einsum("ptd,pd->pt", unit_features, pairs.unit_rows.float())
-    return cosines.reshape(-1, *pairs.grid)
+def _token_scores(pairs: Pairs, tokens: Float[Tensor, "batch tokens width"]) -> PairGrids:
+    """Return the score of the feature that the model computes from each patch token alone."""
+    features = _token_features(pairs.tower, tokens[:, pairs.tower.prefix_tokens :])
+    compared = pairs.compared(features)[pairs.image_index]
+    scores = torch.einsum("ptd,pd->pt", compared, pairs.unit_rows.float())
+    return scores.reshape(-1, *pairs.grid)
 
 
 def _projections(block: Block, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,9 +115,11 @@ def _branch(block: Block, mixed: Float[Tensor, "batch heads tokens head_dim"]) -
 
 
 def _token_features(
-    scoring: Scoring, tokens: Float[Tensor, "batch tokens width"]
+    tower: Tower, tokens: Float[Tensor, "batch tokens width"]
 ) -> Float[Tensor, "batch tokens embed_dim"]:
     """Return the feature that the model computes from each token on its own."""
+    # Both are the same for one token of a classifier, but a DeiT's own has one head for each prefix token.
+    scoring = tower.reference if tower.is_classifier else tower.own
     if scoring.pooler is not None:
         pooled = run_block(scoring.pooler, tokens.flatten(0, 1)[:, None], None).outputs
         tokens = torch.unflatten(pooled[:, 0], 0, tokens.shape[:2])

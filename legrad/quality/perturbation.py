@@ -18,10 +18,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from legrad.checks import check_images
+from legrad.classes import ClassIndex, check_compares_texts
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
-from legrad.inputs import as_ragged
+from legrad.method.towers import Tower
 from legrad.method.trace import trace_images
+from legrad.quality.pairs import as_prompts, compared_features
 
 Test = Literal["deletion", "insertion"]
 Order = Literal["positive", "negative"]
@@ -43,22 +45,22 @@ class PerturbationCurve:
 
     Attributes:
         shares: share of the patches that is deleted or inserted at each step, ascending.
-        cosine: similarity of each map's text and its perturbed image.
-        is_right: whether the class of each map scores highest; None without classes.
+        score: cosine of each map's text and its perturbed image; of a classifier, the logit of its class.
+        is_right: whether the right class of each map scores highest; None if right classes were not passed.
     """
 
     shares: Float[np.ndarray, " shares"]
-    cosine: Float[np.ndarray, "*maps shares"]
+    score: Float[np.ndarray, "*maps shares"]
     is_right: Bool[np.ndarray, "*maps shares"] | None
 
     @property
-    def cosine_area(self) -> Float[np.ndarray, "*maps"]:
-        """Area under each map's cosine, divided by the range of the shares."""
-        return area_under_curve(self.cosine, self.shares)
+    def score_area(self) -> Float[np.ndarray, "*maps"]:
+        """Area under each map's score, divided by the range of the shares."""
+        return area_under_curve(self.score, self.shares)
 
     @property
     def accuracy(self) -> Float[np.ndarray, " shares"] | None:
-        """Share of the maps whose class scores highest, at each step."""
+        """Share of the maps whose right class scores highest, at each step."""
         return None if self.is_right is None else self.is_right.reshape(-1, len(self.shares)).mean(axis=0)
 
     @property
@@ -71,14 +73,15 @@ def insertion_deletion(
     explainer: LeGrad,
     images: Float[Tensor, "batch 3 height width"],
     relevance_grids: Float[Tensor, "*maps grid_height grid_width"],
-    text_embeddings: Float[Tensor, "*leading embed_dim"],
+    text_embeddings: Float[Tensor, "*leading embed_dim"] | None = None,
     image_index: Int[Tensor, " prompts"] | Sequence[int] | None = None,
     *,
+    class_index: ClassIndex | None = None,
     tests: Sequence[str] = tuple(TESTS),
     shares: Sequence[float] = tuple(SHARES.tolist()),
     filling: Filling = "mean",
     class_embeddings: Float[Tensor, "classes embed_dim"] | None = None,
-    class_index: Int[Tensor, "*maps"] | None = None,
+    right_class: Int[Tensor, "*maps"] | None = None,
     rivals: Bool[Tensor, "*maps classes"] | None = None,
     batch_size: int = 64,
 ) -> dict[str, PerturbationCurve]:
@@ -92,37 +95,45 @@ def insertion_deletion(
         images: preprocessed images.
         relevance_grids: a map of any method for each prompt, as `LeGrad.relevance` and `legrad.baseline`
             return them; or heat maps at the size of the images, to perturb pixel by pixel.
-        text_embeddings: as in `LeGrad.relevance`.
+        text_embeddings: as in `LeGrad.relevance`; the score is the cosine.
         image_index: as in `LeGrad.relevance`.
+        class_index: of a classifier, in place of text embeddings, as in `LeGrad.relevance`: the class that
+            each map explains, whose logit is the score.
         tests: keys of the result: "deletion_positive" and "deletion_negative" hide the most, or the least,
             relevant patches first; "insertion_positive" and "insertion_negative" show them in a blurred
             image.
         shares: shares of the patches, ascending, from 0 to 1; each is rounded to a whole number of patches.
         filling: what deletion hides patches by: the mean colour of the model's training data, or black.
-        class_embeddings: unit rows of all classes, for `PerturbationCurve.accuracy`.
-        class_index: for each map, the class that is right.
-        rivals: for each map, the classes that its own class must exceed; None: all others.
+        class_embeddings: unit rows of all classes, for `PerturbationCurve.accuracy`; None for a classifier,
+            whose logits take their place.
+        right_class: for each map, the class that is right, which may differ from the one that it explains: a
+            row of `class_embeddings`, or a class of the classifier.
+        rivals: for each map, the classes that its right class must exceed; None: all others.
         batch_size: number of images that are run at a time.
 
     Returns:
         One curve for each test; its arrays have the shape of the maps, and the shares as last axis.
 
     Raises:
-        InputError: shapes, dtypes, devices, indices or options do not fit.
+        InputError: texts for a classifier, or classes for another model; shapes, dtypes, devices, indices or
+            options do not fit.
 
     Source: positive and negative deletion: Chefer et al., "Transformer Interpretability Beyond Attention
         Visualization", CVPR 2021, section 4, taken over by LeGrad (arXiv:2404.03214); insertion into a
         blurred image: Petsiuk et al., "RISE", BMVC 2018, section 4.3.
     """
     explainer._follow_changes()
-    check_images(explainer.tower, images)
+    tower = explainer.tower
+    check_images(tower, images)
     steps = _checked_shares(shares)
     _check_options(tests, filling, batch_size)
-    prompts = as_ragged(images.new_empty(len(images), explainer.embed_dim), text_embeddings, image_index)
+    prompts = as_prompts(tower, images, text_embeddings, class_index, image_index)
     grids = _checked_grids(relevance_grids, prompts.leading, images).to(images.device)
-    classes = _checked_classes(class_embeddings, class_index, rivals, prompts.leading, explainer.embed_dim)
+    classes = _checked_classes(
+        tower, class_embeddings, right_class, rivals, leading=prompts.leading, device=images.device
+    )
     shape = (len(tests), len(grids), len(steps))
-    cosine, is_right = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+    score, is_right = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
     for start in range(0, len(grids), batch_size):
         maps = slice(start, start + batch_size)
         batch = images[prompts.image_index[maps]]
@@ -131,14 +142,14 @@ def insertion_deletion(
                 explainer, batch, grids[maps], TESTS[name], shares=steps, filling=filling
             )
             for step, features in enumerate(perturbed):
-                cosines = (features * prompts.unit_rows[maps].float()).sum(dim=-1)
-                cosine[row, maps, step] = cosines.cpu().numpy()
+                scores = (features * prompts.unit_rows[maps].float()).sum(dim=-1)
+                score[row, maps, step] = scores.cpu().numpy()
                 if classes is not None:
                     is_right[row, maps, step] = classes.right(features, maps).cpu().numpy()
     of_caller = (len(tests), *prompts.leading, len(steps))
-    cosine, is_right = cosine.reshape(of_caller), is_right.reshape(of_caller)
+    score, is_right = score.reshape(of_caller), is_right.reshape(of_caller)
     return {
-        name: PerturbationCurve(steps, cosine[row], None if classes is None else is_right[row])
+        name: PerturbationCurve(steps, score[row], None if classes is None else is_right[row])
         for row, name in enumerate(tests)
     }
 
@@ -152,32 +163,40 @@ def _perturbed_features(
     shares: Float[np.ndarray, " shares"],
     filling: Filling,
 ) -> Iterator[Float[Tensor, "maps embed_dim"]]:
-    """Yield the features of the images with each share of the patches hidden, or shown."""
+    """Yield the features, or logits, of the images with each share of the patches hidden, or shown."""
     test, order = kind
     ranks = patch_ranks(grids, order)
     is_black = filling == "black" and test == "deletion"
     replacement = _black(explainer, images) if is_black else filling_of(images, test)
     for share in shares.tolist():
         shown = _perturbed(images, replacement, ranks < _patches(share, ranks), test)
-        yield trace_images(explainer.tower, shown, 1, explainer.scoring).image_features.float()
+        features = trace_images(explainer.tower, shown, 1, explainer.scoring).image_features
+        yield compared_features(explainer.tower, features)
 
 
 @dataclass(frozen=True)
 class _Classes:
-    """The classes that a map's own class competes with."""
+    """The classes that the right class of each map competes with.
 
-    unit_rows: Tensor
-    own: Tensor
-    rivals: Tensor | None
+    Attributes:
+        unit_rows: an embedding for each class; None: the features are the logits of the classes.
+        right_class: for each map, the class that is right.
+        rivals: for each map, the classes that the right one must exceed; None: all others.
+    """
 
-    def right(self, features: Tensor, maps: slice) -> Tensor:
-        """Return whether the own class of each map scores above its rivals."""
-        scores, own = features @ self.unit_rows.float().T, self.own[maps, None]
-        own_scores = scores.gather(1, own)[:, 0]
-        others = scores.scatter(1, own, -torch.inf)
+    unit_rows: Float[Tensor, "classes embed_dim"] | None
+    right_class: Int[Tensor, " maps"]
+    rivals: Bool[Tensor, "maps classes"] | None
+
+    def right(self, features: Tensor, maps: slice) -> Bool[Tensor, " maps"]:
+        """Return whether the right class of each map scores above its rivals."""
+        scores = features if self.unit_rows is None else features @ self.unit_rows.float().T
+        right = self.right_class[maps, None]
+        others = scores.scatter(1, right, -torch.inf)
         if self.rivals is not None:
             others = others.masked_fill(~self.rivals[maps], -torch.inf)
-        return own_scores > others.amax(dim=1)
+        is_above: Tensor = scores.gather(1, right)[:, 0] > others.amax(dim=1)
+        return is_above
 
 
 def _check_options(tests: Sequence[str], filling: str, batch_size: int) -> None:
@@ -220,39 +239,55 @@ def _checked_grids(
 
 
 def _checked_classes(
+    tower: Tower,
     embeddings: Tensor | None,
-    index: Tensor | None,
+    right_class: Tensor | None,
     rivals: Tensor | None,
+    *,
     leading: tuple[int, ...],
-    embed_dim: int,
+    device: torch.device,
 ) -> _Classes | None:
-    if embeddings is None or index is None:
-        if embeddings is not None or index is not None or rivals is not None:
-            raise InputError("class_embeddings, class_index: expected both or none, received one of them")
+    if embeddings is not None:
+        check_compares_texts(tower, "class_embeddings")
+    if right_class is None or (embeddings is None and not tower.is_classifier):
+        if any(each is not None for each in (embeddings, right_class, rivals)):
+            raise InputError(
+                "rivals: expected right_class with them, received none"
+                if tower.is_classifier
+                else "class_embeddings, right_class: expected both or none, and both with rivals, received others"
+            )
         return None
-    if embeddings.ndim != 2 or embeddings.shape[1] != embed_dim:
+    if embeddings is not None and (embeddings.ndim != 2 or embeddings.shape[1] != tower.embed_dim):
         raise InputError(
-            f"class_embeddings: expected [classes, {embed_dim}], received {list(embeddings.shape)}"
+            f"class_embeddings: expected [classes, {tower.embed_dim}], received {list(embeddings.shape)}"
         )
-    if tuple(index.shape) != leading or index.is_floating_point() or index.dtype == torch.bool:
+    classes = tower.embed_dim if embeddings is None else len(embeddings)
+    _check_right_class(right_class, leading, classes)
+    if rivals is not None and (rivals.dtype != torch.bool or tuple(rivals.shape) != (*leading, classes)):
         raise InputError(
-            f"class_index: expected whole numbers {list(leading)}, received {index.dtype} {list(index.shape)}"
-        )
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(embeddings):
-        raise InputError(
-            f"class_index: expected rows from 0 to {len(embeddings) - 1}, received {int(index.min())} to "
-            f"{int(index.max())}"
-        )
-    if rivals is not None and (
-        rivals.dtype != torch.bool or tuple(rivals.shape) != (*leading, len(embeddings))
-    ):
-        raise InputError(
-            f"rivals: expected truth values {[*leading, len(embeddings)]}, received {rivals.dtype} "
+            f"rivals: expected truth values {[*leading, classes]}, received {rivals.dtype} "
             f"{list(rivals.shape)}"
         )
-    device = embeddings.device
-    flat_rivals = None if rivals is None else rivals.reshape(-1, len(embeddings)).to(device)
-    return _Classes(embeddings, index.reshape(-1).to(device, torch.int64), flat_rivals)
+    flat_rivals = None if rivals is None else rivals.reshape(-1, classes).to(device)
+    unit_rows = None if embeddings is None else embeddings.to(device)
+    return _Classes(unit_rows, right_class.reshape(-1).to(device, torch.int64), flat_rivals)
+
+
+def _check_right_class(right_class: Tensor, leading: tuple[int, ...], classes: int) -> None:
+    if (
+        tuple(right_class.shape) != leading
+        or right_class.is_floating_point()
+        or right_class.dtype == torch.bool
+    ):
+        raise InputError(
+            f"right_class: expected whole numbers {list(leading)}, received {right_class.dtype} "
+            f"{list(right_class.shape)}"
+        )
+    if right_class.numel() and not 0 <= int(right_class.min()) <= int(right_class.max()) < classes:
+        raise InputError(
+            f"right_class: expected classes from 0 to {classes - 1}, received {int(right_class.min())} to "
+            f"{int(right_class.max())}"
+        )
 
 
 def _black(explainer: LeGrad, images: Tensor) -> Tensor:

@@ -67,11 +67,11 @@ def perturb(
             texts,
             every_image,
             class_embeddings=class_embeddings if has_classes else None,
-            class_index=torch.from_numpy(class_of_pair - 1) if has_classes else None,
+            right_class=torch.from_numpy(class_of_pair - 1) if has_classes else None,
             rivals=torch.from_numpy(~present) if has_classes else None,
         )
         for row, curve in enumerate(curves.values()):
-            found.cosines[method, row] = curve.cosine.T
+            found.cosines[method, row] = curve.score.T
             if curve.is_right is not None:
                 found.hits[method, row] = curve.is_right.T
     return found

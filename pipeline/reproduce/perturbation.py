@@ -52,7 +52,7 @@ def measure(methods: Methods, batch: Sequence[ReadSample]) -> list[Record]:
             tests=list(TESTS.values()),
             filling="black",
             class_embeddings=classes,
-            class_index=target[rows],
+            right_class=target[rows],
         )
         for row, texts in enumerate(found):
             for kind, pair in (("target", row), ("predicted", int(pair_of_predicted[row]))):

@@ -261,3 +261,17 @@ def test_in_half_precision_every_map_is_close_to_that_in_single(images, texts):
             max(1.0, single[name].abs().max().item()) if legrad.BASELINES[name].high else single[name].max()
         )
         assert (grids - single[name]).abs().max() < 0.1 * scale, name
+
+
+def test_a_trace_of_chosen_blocks_gives_the_maps_of_the_last_ones_or_is_refused(model, images, texts):
+    every = legrad.LeGrad(model, layers="all").encode(images)
+    explainer = legrad.LeGrad(model, layers=[0, -1])
+    for name in ("gradcam", "naclip", "patch_text", "raw_attention"):
+        expected = legrad.baseline(explainer, name, images, texts)
+        torch.testing.assert_close(legrad.baseline(explainer, name, every, texts), expected, msg=name)
+    torch.testing.assert_close(
+        legrad.baseline(explainer, "patch_text", explainer.encode(images), texts),
+        legrad.baseline(explainer, "patch_text", images, texts),
+    )
+    with pytest.raises(legrad.InputError, match="expected one with block 2, received blocks 0, 3"):
+        legrad.baseline(explainer, "gradcam", explainer.encode(images), texts)

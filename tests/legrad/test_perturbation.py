@@ -153,9 +153,9 @@ def test_the_curves_of_insertion_and_deletion_are_those_of_a_loop_over_patches(e
             brute_force(explainer, shown[image], grid, text, name, filling=value[:, None, None])
             for image, grid, text in zip(index.tolist(), grids, texts, strict=True)
         ]
-        np.testing.assert_allclose(curve.cosine, expected, atol=1e-6)
+        np.testing.assert_allclose(curve.score, expected, atol=1e-6)
         np.testing.assert_allclose(
-            curve.cosine_area, [auc(SHARES, each) / 0.9 for each in expected], atol=1e-6
+            curve.score_area, [auc(SHARES, each) / 0.9 for each in expected], atol=1e-6
         )
         assert curve.accuracy is None
         assert curve.accuracy_area is None
@@ -169,7 +169,7 @@ def test_a_heat_map_of_pixels_hides_pixel_by_pixel(explainer):
     expected = brute_force(
         explainer, shown[0], pixels[0, 0], texts[0], "deletion_positive", filling=torch.zeros(3, 1, 1)
     )
-    np.testing.assert_allclose(curves["deletion_positive"].cosine[0, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(curves["deletion_positive"].score[0, 0], expected, atol=1e-6)
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def test_accuracy_counts_the_maps_whose_class_scores_above_its_rivals(explainer)
             shares=shares,
             tests=["deletion_negative"],
             class_embeddings=classes,
-            class_index=own,
+            right_class=own,
             rivals=some,
         )
         curve = curves["deletion_negative"]

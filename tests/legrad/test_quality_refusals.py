@@ -34,7 +34,8 @@ REFUSALS = {
         "the first block"
     ),
     "baseline(explainer, 'gradcam', LeGrad(model, layers=1).encode(images), texts)": (
-        "trace: expected at least 2 blocks, received 1"
+        "trace: expected one with block 2, received block 3; pass the images, or their trace by an explainer "
+        "with layers=2"
     ),
     "baseline(explainer, 'gradcam', LeGrad(tiny_clip()).encode(images), texts)": (
         "trace: made by another model"
@@ -64,19 +65,50 @@ REFUSALS = {
         "batch_size: expected a number of images from 1 on, received 0"
     ),
     "insertion_deletion(explainer, images, grids, texts, class_embeddings=texts)": (
-        "class_embeddings, class_index: expected both or none, received one of them"
+        "class_embeddings, right_class: expected both or none, and both with rivals, received others"
     ),
-    "insertion_deletion(explainer, images, grids, texts, **classes | {'class_index': own + 3})": (
-        "class_index: expected rows from 0 to 2, received 3 to 3"
+    "insertion_deletion(explainer, images, grids, texts, **classes | {'right_class': own + 3})": (
+        "right_class: expected classes from 0 to 2, received 3 to 3"
     ),
-    "insertion_deletion(explainer, images, grids, texts, **classes | {'class_index': own[0]})": (
-        "class_index: expected whole numbers [2, 3], received torch.int64 [3]"
+    "insertion_deletion(explainer, images, grids, texts, **classes | {'right_class': own[0]})": (
+        "right_class: expected whole numbers [2, 3], received torch.int64 [3]"
     ),
     "insertion_deletion(explainer, images, grids, texts, **classes | {'class_embeddings': texts[:, :5]})": (
         "class_embeddings: expected [classes, 24], received [3, 5]"
     ),
     "insertion_deletion(explainer, images, grids, texts, **classes, rivals=own)": (
         "rivals: expected truth values [2, 3, 3], received torch.int64 [2, 3]"
+    ),
+    "baseline(explainer, 'gradcam', images)": "expected text_embeddings, received neither texts nor classes",
+    "baseline(explainer, 'rollout', images, class_index=0)": (
+        "class_index: this model (clip) compares images with texts and has no classes; pass text_embeddings"
+    ),
+    "insertion_deletion(explainer, images, grids, class_index=[0, 1, 2])": (
+        "class_index: this model (clip) compares images with texts and has no classes; pass text_embeddings"
+    ),
+    "baseline(classifier, 'rollout', images, texts)": (
+        "text_embeddings: this model (timm-classifier) is a classifier and has no text tower; explain one of "
+        "its 7 classes with class_index=..."
+    ),
+    "baseline(classifier, 'gradcam', images)": "expected class_index=..., as this model is a classifier",
+    "baseline(classifier, 'gradcam', images, class_index=7)": (
+        "class_index: expected whole numbers from 0 to 6, as the model has 7 classes, received 7"
+    ),
+    "baseline(classifier, 'gradcam', images, image_index=[0, 2], class_index=[0, 1])": (
+        "image_index: expected rows from 0 to 1, received others"
+    ),
+    "insertion_deletion(classifier, images, grids, texts)": "text_embeddings: this model (timm-classifier)",
+    "insertion_deletion(classifier, images, grids[:, :2], class_index=[0, 1, 2])": (
+        "relevance_grids: expected [2, 3, 'grid_height', 'grid_width']"
+    ),
+    "insertion_deletion(classifier, images, grids, class_index=[0, 1, 2], **classes)": (
+        "class_embeddings: this model (timm-classifier) is a classifier"
+    ),
+    "insertion_deletion(classifier, images, grids, class_index=[0, 1, 2], right_class=own + 7)": (
+        "right_class: expected classes from 0 to 6, received 7 to 7"
+    ),
+    "insertion_deletion(classifier, images, grids, class_index=[0, 1, 2], rivals=own > 0)": (
+        "rivals: expected right_class with them, received none"
     ),
     "map_localisation(heat, truth.T)": (
         "heatmap, truth, valid: expected [height, width] of one size, received [2, 3], [3, 2] and [3, 2]"
@@ -97,12 +129,14 @@ def messages() -> dict[str, str]:
     program = """
 import json, sys, torch
 from legrad import *
+from tests.helpers.classifiers import tiny_timm_classifier
 from tests.helpers.tiny_models import *
 
+classifier = LeGrad(tiny_timm_classifier("vit_base_patch16_224"))
 model, images, texts = tiny_clip(), tiny_images(2), unit_texts(3)
 explainer = LeGrad(model)
 trace, grids, own = explainer.encode(images), torch.rand(2, 3, 3, 5), torch.zeros(2, 3, dtype=torch.long)
-classes = {"class_embeddings": texts, "class_index": own}
+classes = {"class_embeddings": texts, "right_class": own}
 heat, truth = torch.full((2, 3), 0.5), torch.zeros(2, 3, dtype=torch.bool)
 said = {}
 for call in json.load(sys.stdin):
