@@ -61,8 +61,8 @@ class Pairs:
             if layer.index == index:
                 return layer.block_outputs
         raise InputError(
-            f"trace: expected one with block {index}, received {in_words(self.trace.layer_indices)}; pass the "
-            "images, or their trace by an explainer with layers=2"
+            f"trace: expected one with block {index}, received {in_words(self.trace.layer_indices)}; pass "
+            "the images, or their trace by an explainer with layers=2"
         )
 
     def given_images(self) -> Float[Tensor, "batch 3 height width"]:

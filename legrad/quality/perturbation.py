@@ -254,7 +254,7 @@ def _checked_classes(
             raise InputError(
                 "rivals: expected right_class with them, received none"
                 if tower.is_classifier
-                else "class_embeddings, right_class: expected both or none, and both with rivals, received others"
+                else "class_embeddings, right_class: expected both or none, and with rivals both"
             )
         return None
     if embeddings is not None and (embeddings.ndim != 2 or embeddings.shape[1] != tower.embed_dim):

@@ -273,5 +273,5 @@ def test_a_trace_of_chosen_blocks_gives_the_maps_of_the_last_ones_or_is_refused(
         legrad.baseline(explainer, "patch_text", explainer.encode(images), texts),
         legrad.baseline(explainer, "patch_text", images, texts),
     )
-    with pytest.raises(legrad.InputError, match="expected one with block 2, received blocks 0, 3"):
+    with pytest.raises(legrad.InputError, match="expected one with block 1, received blocks 0, 2"):
         legrad.baseline(explainer, "gradcam", explainer.encode(images), texts)

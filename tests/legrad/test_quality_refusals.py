@@ -34,7 +34,7 @@ REFUSALS = {
         "the first block"
     ),
     "baseline(explainer, 'gradcam', LeGrad(model, layers=1).encode(images), texts)": (
-        "trace: expected one with block 2, received block 3; pass the images, or their trace by an explainer "
+        "trace: expected one with block 1, received block 2; pass the images, or their trace by an explainer "
         "with layers=2"
     ),
     "baseline(explainer, 'gradcam', LeGrad(tiny_clip()).encode(images), texts)": (
@@ -65,7 +65,7 @@ REFUSALS = {
         "batch_size: expected a number of images from 1 on, received 0"
     ),
     "insertion_deletion(explainer, images, grids, texts, class_embeddings=texts)": (
-        "class_embeddings, right_class: expected both or none, and both with rivals, received others"
+        "class_embeddings, right_class: expected both or none, and with rivals both"
     ),
     "insertion_deletion(explainer, images, grids, texts, **classes | {'right_class': own + 3})": (
         "right_class: expected classes from 0 to 2, received 3 to 3"
