@@ -34,6 +34,9 @@ REFUSALS = {
         "the first block"
     ),
     "baseline(explainer, 'gradcam', LeGrad(model, layers=1).encode(images), texts)": (
+        "trace: expected blocks 1, 2, received block 2; encode the images with this explainer"
+    ),
+    "(lambda few: baseline(few, 'gradcam', few.encode(images), texts))(LeGrad(model, layers=1))": (
         "trace: expected one with block 1, received block 2; pass the images, or their trace by an explainer "
         "with layers=2"
     ),
