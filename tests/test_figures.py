@@ -35,7 +35,10 @@ TABLE = re.compile(r"^\|.*\n\|[-|: ]+\n(?:\|.*\n?)+", re.MULTILINE)
 # a cell that is a figure: a number, perhaps signed, with a unit or an interval
 NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(e-?\d+)?( ?(±|/|to|%|ms|s|GB|MB|MiB|kB) ?[\d.,e-]*)*")
 # headers of tables of numbers that no program measures, and what the numbers are
-NOT_MEASURED_HERE = {"| what | value | why |": "values of configuration keys"}
+NOT_MEASURED_HERE = {
+    "| what | value | why |": "values of configuration keys",
+    "| key | method | depends on the text | range of a cell |": "lowest and highest values by definition",
+}
 
 
 def tables_outside_of_regions(text):

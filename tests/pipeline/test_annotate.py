@@ -334,11 +334,11 @@ def test_a_map_that_is_not_finite_is_an_error_row(explainer, tmp_path, annotate)
 def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(explainer, tmp_path, caplog):
     sizes = []
 
-    def two_images_at_most(images):
+    def two_images_at_most(images, **options):
         sizes.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return explainer.encode(images)
+        return explainer.encode(images, **options)
 
     small = copy.copy(explainer)
     small.encode = two_images_at_most

@@ -75,9 +75,9 @@ def test_on_a_cpu_auto_is_a_fixed_size(tmp_path):
     explainer = load_explainer(config.model, "cpu")
     encode, sizes = explainer.encode, []
 
-    def counted(images):
+    def counted(images, **options):
         sizes.append(len(images))
-        return encode(images)
+        return encode(images, **options)
 
     explainer.encode = counted
     annotator = ShardAnnotator(config, explainer, decode_threads=1, metadata={})
