@@ -146,16 +146,20 @@ def _is_in_working_directory(folder: str) -> bool:
     return Path(folder).resolve().is_relative_to(Path().resolve())
 
 
-def shared_folder_note(output_dir: str, machines: int) -> str:
-    """Return what a local output folder requires of a cluster of several machines; empty otherwise.
+def shared_folder_notes(output_dir: str, maps: str | None, machines: int) -> list[str]:
+    """Return what the local folders of a job require of a cluster of several machines.
 
     Args:
-        output_dir: absolute path or URL.
+        output_dir: output folder, an absolute path or URL.
+        maps: folder with the stored maps that `legrad remask` reads, or None.
         machines: machines of the cluster.
     """
-    if machines < 2 or not is_local(output_dir):
-        return ""
-    return (
-        f"{output_dir} must be the same folder on each of the {machines:,} machines, such as a network file "
-        "system: every worker writes there"
-    )
+    if machines < 2:
+        return []
+    used = [(output_dir, "writes"), *([] if maps is None else [(maps, "reads")])]
+    return [
+        f"{folder} must be the same folder on each of the {machines:,} machines, such as a network file "
+        f"system: every worker {use} there"
+        for folder, use in used
+        if is_local(folder)
+    ]

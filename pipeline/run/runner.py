@@ -12,7 +12,7 @@ from pipeline.output.survey import spread_evenly
 from pipeline.process import SIGTERM_EXIT_CODE, sigterm_noted
 from pipeline.run import cluster
 from pipeline.run import job as jobs
-from pipeline.run.destination import drain_s_after_sigterm, shared_folder_note
+from pipeline.run.destination import drain_s_after_sigterm, shared_folder_notes
 from pipeline.run.dispatcher import Dispatcher
 from pipeline.run.job import Job
 from pipeline.run.outcome import JobResult, RunTally, concluded, first_state
@@ -70,7 +70,7 @@ def _run_once(job: Job, progress: Progress, factory: AnnotatorFactory, max_shard
     with cluster.ray_session() as session, sigterm_noted() as is_terminated:
         shards = spread_evenly(job.todo, max_shards)
         machines = cluster.machines_alive()
-        if note := shared_folder_note(job.config.output.dir, len(machines)):
+        for note in shared_folder_notes(job.config.output.dir, job.config.input.maps, len(machines)):
             progress.say(note)
         cpus_only = cluster.cpus_only(session, machines, run)
         check_precision(job, cpus_only=cpus_only)

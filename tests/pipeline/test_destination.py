@@ -9,7 +9,7 @@ from pipeline.run.destination import (
     JOB_VARIABLE,
     check_destination,
     drain_s_after_sigterm,
-    shared_folder_note,
+    shared_folder_notes,
 )
 
 
@@ -62,10 +62,18 @@ def test_outside_a_submitted_job_a_relative_folder_is_accepted(here, environ):
 
 
 def test_a_local_folder_on_several_machines_is_one_that_all_must_see():
-    assert shared_folder_note("/data/out", 3).startswith(
-        "/data/out must be the same folder on each of the 3 "
+    (note,) = shared_folder_notes("/data/out", None, 3)
+    assert note.startswith("/data/out must be the same folder on each of the 3 machines")
+    assert shared_folder_notes("/data/out", "/data/maps", 1) == []
+    assert shared_folder_notes("s3://bucket/out", "s3://bucket/maps", 3) == []
+
+
+def test_so_is_a_local_folder_with_the_maps_of_a_remask():
+    (note,) = shared_folder_notes("s3://bucket/new", "/data/maps", 2)
+    assert note == (
+        "/data/maps must be the same folder on each of the 2 machines, such as a network file system: every "
+        "worker reads there"
     )
-    assert shared_folder_note("/data/out", 1) == shared_folder_note("s3://bucket/out", 3) == ""
 
 
 @pytest.mark.parametrize(
