@@ -30,19 +30,22 @@ _CHANNELS = (1, 3, 4)
 _IMAGE_FORMS = "a PIL image, a path, or a uint8 array [height, width, 3]"
 
 
-def as_texts(texts: Any, where: str = "texts") -> list[str]:
+def as_texts(texts: Any, where: str = "texts", *, numbers_too: bool = False) -> list[str]:
     """Return texts from a list, tuple, Series, array or generator, in order.
 
     Args:
         texts: of the caller.
         where: name of the argument; messages begin with it.
+        numbers_too: also take whole numbers, such as the indices of classes; they become their digits.
 
     Raises:
         InputError: a single text, no ordered collection, or an element that is no text.
     """
     if isinstance(texts, str):
         raise InputError(f"{where}: expected a list of texts, received the text {texts!r}; pass [{texts!r}]")
-    listed = list(_elements(texts, where, "texts"))
+    listed = list(elements(texts, where, "texts"))
+    if numbers_too:
+        listed = [str(each) if _is_whole(each) else each for each in listed]
     for position, text in enumerate(listed):
         place = f"{where}[{position}]"
         if isinstance(text, bytes):
@@ -59,8 +62,22 @@ def as_texts(texts: Any, where: str = "texts") -> list[str]:
     return [str(text) for text in listed]
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def each_image(images: Any, where: str = "images") -> Iterator[Image.Image]:
     """Yield the images of a list, array, Series or generator, one after the other, as `as_image` does."""
+    for position, image in enumerate(each_of_images(images, where)):
+        yield as_image(image, f"{where}[{position}]")
+
+
+def each_of_images(images: Any, where: str = "images") -> Iterable[Any]:
+    """Return what a list, array, Series or generator of images iterates over, not yet decoded.
+
+    Raises:
+        InputError: a tensor, one image, or no ordered collection.
+    """
     if isinstance(images, Tensor):
         raise InputError(
             f"{where}: expected a list of images, received a tensor {list(images.shape)}; `encode` takes "
@@ -69,8 +86,7 @@ def each_image(images: Any, where: str = "images") -> Iterator[Image.Image]:
     is_one_array = isinstance(images, np.ndarray) and images.ndim in (2, 3) and images.dtype != object
     if isinstance(images, str | os.PathLike | Image.Image) or is_one_array:
         raise InputError(f"{where}: expected a list of images, received one image; pass [image]")
-    for position, image in enumerate(_elements(images, where, "images")):
-        yield as_image(image, f"{where}[{position}]")
+    return elements(images, where, "images")
 
 
 def as_image(image: Any, where: str = "image") -> Image.Image:
@@ -114,7 +130,7 @@ def as_index(image_index: Any) -> Tensor | None:
     """
     if image_index is None or isinstance(image_index, Tensor):
         return image_index
-    rows = _elements(image_index, "image_index", "rows of images, one for each prompt")
+    rows = elements(image_index, "image_index", "rows of images, one for each prompt")
     try:
         array = np.asarray(list(rows))
     except ValueError as error:  # lists of several lengths
@@ -211,7 +227,7 @@ def kind_of(value: Any) -> str:
     return shown(value)
 
 
-def _elements(values: Any, where: str, what: str) -> Iterable[Any]:
+def elements(values: Any, where: str, what: str) -> Iterable[Any]:
     """Return what an ordered collection of any kind iterates over."""
     kind = type(values).__name__
     if hasattr(values, "columns"):
@@ -219,10 +235,10 @@ def _elements(values: Any, where: str, what: str) -> Iterable[Any]:
     if isinstance(values, Mapping | Set | bytes | str):
         raise InputError(f"{where}: expected a list of {what}, received a {kind}")
     try:
-        elements: Iterable[Any] = iter(values)
+        each: Iterable[Any] = iter(values)
     except TypeError:
         raise InputError(f"{where}: expected a list of {what}, received {shown(values)}") from None
-    return elements
+    return each
 
 
 def _as_no_image(value: Any) -> str:

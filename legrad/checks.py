@@ -197,7 +197,7 @@ def check_trace(
     if scoring.pooler is not None and trace.pool != expected:
         raise InputError(
             f"trace: expected one made with pool={expected!r}, as this tower pools by attention, "
-            f"received one made with pool={trace.pool!r}"
+            f"received one made with pool={trace.pool!r}; pass the images instead of their trace"
         )
     return trace if trace.layer_indices == tuple(layers) else trace.only(layers)
 

@@ -1,6 +1,6 @@
 """The classes of a classifier: found by index or name, and as rows that take the place of text embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from legrad.arguments import shown
 from legrad.errors import InputError
 from legrad.method.stages import accumulation_dtype
 from legrad.method.towers import Tower
@@ -189,10 +190,11 @@ def check_class_names(class_names: Any, tower: Tower) -> tuple[str, ...] | None:
         return None
     check_classifier(tower, "class_names")
     classes = tower.embed_dim
-    names = () if isinstance(class_names, str) else tuple(class_names)
+    is_list = isinstance(class_names, Iterable) and not isinstance(class_names, str | Set | Mapping)
+    names = tuple(class_names) if is_list else ()
     found = None
-    if isinstance(class_names, str):
-        found = "a single string"
+    if not is_list:
+        found = "a single string" if isinstance(class_names, str) else shown(class_names)
     elif not all(isinstance(name, str) for name in names):
         found = "others than strings among them"
     elif len(names) != classes:
@@ -221,6 +223,11 @@ def find_class(wanted: str | int, classes: int, class_names: Sequence[str] | Non
         if int(digits) < classes:
             return int(digits)
         raise InputError(f"class {digits}: the model has {classes} classes, from 0 to {classes - 1}")
+    if not isinstance(wanted, str):
+        raise InputError(
+            f"class {wanted!r}: expected a name, or an index from 0 to {classes - 1}, received "
+            f"{shown(wanted)}"
+        )
     if class_names is None:
         raise InputError(
             f"class {wanted!r}: the names of this model's classes are not known: give an index from 0 to "
@@ -235,6 +242,22 @@ def find_class(wanted: str | int, classes: int, class_names: Sequence[str] | Non
     if found:
         raise InputError(f"class {wanted!r} is the name of several classes: {_listed(found, class_names)}")
     raise InputError(f"no class is named {wanted!r}; {_nearest(key, by_name, class_names)}")
+
+
+def class_labels(
+    wanted: Sequence[str], class_index: Sequence[int], class_names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return labels of classes: what was asked for, and the name of each class that was given by index.
+
+    Args:
+        wanted: names, or indices in digits.
+        class_index: what `find_class` found for each.
+        class_names: name of each class, or None if they are not known.
+    """
+    return tuple(
+        f"{text}: {class_names[index]}" if class_names is not None and text.strip() == str(index) else text
+        for text, index in zip(wanted, class_index, strict=True)
+    )
 
 
 def _indices_by_name(class_names: Sequence[str]) -> dict[str, list[int]]:

@@ -17,13 +17,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from legrad import __version__
-from legrad.arguments import ImageInput, as_image, as_texts
+from legrad.arguments import ImageInput, as_image, as_texts, check_share, each_of_images, elements, shown
 from legrad.checks import check_resize
+from legrad.classes import check_compares_texts, class_labels
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.explanations import ExplainedImage, Explanations
 from legrad.images import Resize
 from legrad.inputs import neutral_patches
+from legrad.method.trace import Trace
 from legrad.pictures import fitted
 from legrad.views import preprocessed
 
@@ -36,7 +38,7 @@ PAIRS_AT_ONCE = 256
 def explain_images(
     explainer: LeGrad,
     images: Iterable[ImageInput],
-    texts: Iterable[str] | Iterable[Iterable[str]],
+    texts: Iterable[str | int] | Iterable[Iterable[str | int]],
     neutral: str | None = None,
     *,
     neutral_threshold: float = 0.8,
@@ -56,7 +58,8 @@ def explain_images(
         explainer: explainer of the model.
         images: PIL images of any sizes and modes, paths of JPEG, PNG, WebP, BMP or GIF files, or arrays, see
             `LeGrad.preprocess`; a list or any iterable, such as a generator of the frames of a video.
-        texts: a list of texts for every image, or a list with a list of texts for each image.
+        texts: a list of texts for every image, or a list with a list of texts for each image; for a
+            classifier, names or indices of classes.
         neutral: a text that names no object, such as "a photo of a": where its map is high, all maps of the
             image are zero; see `neutral_embedding` of `LeGrad.heatmaps`. None: no correction.
         neutral_threshold: threshold in [0, 1] for the neutral text's map.
@@ -66,11 +69,12 @@ def explain_images(
         picture_side: longer side, in pixels, to which the kept picture of an image is reduced.
 
     Returns:
-        Grids, heat maps and similarities of all images, on the CPU.
+        Grids, heat maps and similarities (of a classifier, logits) of all images, on the CPU.
 
     Raises:
         InputError: no image or no text; a single one instead of a list; a list of texts for each image that
-            does not have one for each; a file that cannot be read; or an option out of range.
+            does not have one for each; a file that cannot be read; an unknown class; a neutral text for a
+            classifier; or an option out of range.
         TokenizerError: the explainer was made without a tokenizer.
         UnsupportedModelError: the model was changed into one that cannot be explained.
 
@@ -82,21 +86,23 @@ def explain_images(
         >>> explanations.to_dataframe()["text"].tolist()
         ['a panda', 'a panda', 'a panda']
     """
+    if not isinstance(explainer, LeGrad):
+        raise InputError(f"explainer: expected a LeGrad, received {shown(explainer)}; pass LeGrad(model)")
     _check_counts(batch_size=batch_size, picture_side=picture_side)
     check_resize(resize)
     if neutral is not None and not isinstance(neutral, str):
         raise InputError(f"neutral: expected a text or None, received {neutral!r:.80}")
-    if not 0 <= neutral_threshold <= 1:
-        raise InputError(
-            f"neutral_threshold: expected a value from 0 to 1, received {neutral_threshold!r:.80}"
-        )
-    chosen = _TextsOfImages.of(texts)
+    neutral_threshold = check_share(neutral_threshold, "neutral_threshold")
+    if neutral is not None:
+        check_compares_texts(explainer.tower, "neutral")
+    chosen = _TextsOfImages.of(texts, numbers_too=explainer.tower.is_classifier)
     if as_authors:
         explainer = explainer._by_authors()
         neutral = neutral or explainer.tower.authors_neutral_text
     explainer._follow_changes()
     prompts = _Prompts.of(explainer, chosen.unique, neutral, neutral_threshold)
     made_by = _facts(explainer, resize=resize) | {
+        "score": "logit" if explainer.tower.is_classifier else "similarity",
         "neutral": neutral,
         "neutral_threshold": neutral_threshold,
         "as_authors": as_authors,
@@ -130,17 +136,23 @@ class _TextsOfImages:
     is_shared: bool
 
     @classmethod
-    def of(cls, texts: Any) -> _TextsOfImages:
+    def of(cls, texts: Any, *, numbers_too: bool) -> _TextsOfImages:
         if isinstance(texts, str):
-            raise InputError(
-                f"texts: expected a list of texts, received the text {texts!r}; pass [{texts!r}]"
-            )
-        listed = list(texts)
-        is_shared = all(isinstance(each, str) for each in listed)
+            as_texts(texts)
+        listed = list(elements(texts, "texts", "texts"))
         if not listed:
             raise InputError("texts: expected a list of at least one text, received none")
-        lists = [listed] if is_shared else [_texts_at(position, each) for position, each in enumerate(listed)]
-        return cls(tuple(map(tuple, lists)), is_shared)
+        lists_of_images = [_is_list(each) for each in listed]
+        if not any(lists_of_images):
+            return cls((tuple(as_texts(listed, numbers_too=numbers_too)),), is_shared=True)
+        lists = [
+            as_texts(each, f"texts[{position}]", numbers_too=numbers_too)
+            for position, each in enumerate(listed)
+        ]
+        if [] in lists:
+            place = f"texts[{lists.index([])}]"
+            raise InputError(f"{place}: expected a list of at least one text, received none")
+        return cls(tuple(map(tuple, lists)), is_shared=False)
 
     @property
     def unique(self) -> list[str]:
@@ -167,20 +179,27 @@ class _TextsOfImages:
             )
 
 
-def _texts_at(position: int, texts: Any) -> list[str]:
-    place = f"texts[{position}]"
-    listed = as_texts(texts, place)
-    if not listed:
-        raise InputError(f"{place}: expected a list of at least one text, received none")
-    return listed
+def _is_list(texts: Any) -> bool:
+    return (
+        isinstance(texts, Iterable) and not isinstance(texts, str | bytes) and getattr(texts, "ndim", 1) > 0
+    )
 
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Embeddings of all texts, and of the neutral text."""
+    """What all texts are explained by, and the neutral text.
+
+    Attributes:
+        rows: embedding of each text; of a classifier, the index of each class.
+        row_of: row of each text.
+        labels: what each text is called in the results.
+        neutral_row: embedding of the neutral text, or None.
+        neutral_threshold: of its map.
+    """
 
     rows: Tensor
     row_of: Mapping[str, int]
+    labels: Mapping[str, str]
     neutral_row: Tensor | None
     neutral_threshold: float
 
@@ -188,9 +207,24 @@ class _Prompts:
     def of(
         cls, explainer: LeGrad, texts: list[str], neutral: str | None, neutral_threshold: float
     ) -> _Prompts:
-        neutral_row = None if neutral is None else explainer.embed_text([neutral])
         row_of = {text: row for row, text in enumerate(texts)}
-        return cls(explainer.embed_text(texts), row_of, neutral_row, neutral_threshold)
+        if explainer.tower.is_classifier:
+            classes = [explainer.find_class(text) for text in texts]
+            labels = dict(zip(texts, class_labels(texts, classes, explainer.class_names), strict=True))
+            return cls(torch.tensor(classes), row_of, labels, None, neutral_threshold)
+        neutral_row = None if neutral is None else explainer.embed_text([neutral])
+        labels = {text: text for text in texts}
+        return cls(explainer.embed_text(texts), row_of, labels, neutral_row, neutral_threshold)
+
+    def explained(
+        self, explainer: LeGrad, trace: Trace, rows: Tensor, images: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the relevance and the score of each pair of a row and an image."""
+        chosen = self.rows[rows]
+        if explainer.tower.is_classifier:
+            relevance = explainer.relevance(trace, image_index=images, class_index=chosen)
+            return relevance, explainer.logits(trace, chosen, images)
+        return explainer.relevance(trace, chosen, images), explainer.similarity(trace, chosen, images)
 
 
 @dataclass(frozen=True)
@@ -207,10 +241,7 @@ class _Prepared:
 
 def _each_image(images: Any) -> Iterator[tuple[str, Image.Image]]:
     """Yield the path (or an empty name) and the decoded image of each element."""
-    is_one_array = isinstance(images, np.ndarray) and images.ndim in (2, 3) and images.dtype != object
-    if isinstance(images, str | os.PathLike | Image.Image) or is_one_array:
-        raise InputError("images: expected a list of images, received one image; pass [image]")
-    for position, image in enumerate(images):
+    for position, image in enumerate(each_of_images(images)):
         is_path = isinstance(image, str | os.PathLike)
         name = os.fspath(image) if is_path else str(getattr(image, "filename", ""))
         yield name, as_image(image, f"images[{position}]")
@@ -259,11 +290,11 @@ def _explained_batch(
     images = torch.tensor([place for place, image in enumerate(batch) for _ in image.texts], device=device)
     grids, similarities = [], []
     for row, image in zip(torch.split(rows, PAIRS_AT_ONCE), torch.split(images, PAIRS_AT_ONCE), strict=True):
-        relevance = explainer.relevance(trace, prompts.rows[row], image)
+        relevance, scores = prompts.explained(explainer, trace, row, image)
         grids.append(
             (relevance if neutral is None else relevance.masked_fill(neutral[image], 0)).float().cpu()
         )
-        similarities.append(explainer.similarity(trace, prompts.rows[row], image).float().cpu())
+        similarities.append(scores.float().cpu())
     counts = [len(image.texts) for image in batch]
     return [
         ExplainedImage(
@@ -271,7 +302,7 @@ def _explained_batch(
             image.height,
             image.width,
             (image.pixels.shape[0], image.pixels.shape[1]),
-            image.texts,
+            tuple(prompts.labels[text] for text in image.texts),
             own_grids.clone(),
             own_similarities.clone(),
             image.picture,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from legrad.arguments import ImageInput, as_image, as_texts
+from legrad.classes import class_labels
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.heatmaps import Normalisation, heatmaps_of, minmax_normalise, upsample_grid
@@ -118,7 +119,7 @@ class Explanation:
 def explain_image(
     explainer: LeGrad,
     image: ImageInput,
-    texts: Iterable[str],
+    texts: Iterable[str | int],
     *,
     as_authors: bool = False,
     resize: Resize = "exact",
@@ -129,7 +130,7 @@ def explain_image(
         explainer: explainer of the model.
         image: a PIL image of any size and mode, the path of a file, or an array; see `LeGrad.preprocess`.
         texts: at least one text, in a list, array, Series or generator; for a
-            classifier, names of classes, or indices in digits.
+            classifier, names or indices of classes.
         as_authors: compute the maps of the authors' package. They differ from the default for SigLIP and
             PE-Core only; see `LeGrad.heatmaps`.
         resize: see `LeGrad.preprocess`.
@@ -154,16 +155,16 @@ def explain_image(
         raise InputError(
             f"explainer: expected a LeGrad, received {type(explainer).__name__}; pass LeGrad(model)"
         )
-    texts, image = as_texts(texts), as_image(image)
-    if not texts:
+    is_classifier = explainer.tower.is_classifier
+    named, image = as_texts(texts, numbers_too=is_classifier), as_image(image)
+    if not named:
         raise InputError("texts: expected a list of at least one text, received none")
     if as_authors:
         explainer = explainer._by_authors()
-    is_classifier = explainer.tower.is_classifier
-    class_index = [explainer.find_class(text) for text in texts] if is_classifier else None
+    class_index = [explainer.find_class(text) for text in named] if is_classifier else None
     pixels = explainer.preprocess([image], resize=resize)
     trace = explainer.encode(pixels)
-    embeddings = None if is_classifier else explainer.embed_text(texts)
+    embeddings = None if is_classifier else explainer.embed_text(named)
     grids = explainer.relevance(trace, embeddings, class_index=class_index, per_layer=True)[:, 0]
     scores = (
         explainer.logits(trace, class_index)
@@ -179,7 +180,9 @@ def explain_image(
     normalisation = explainer.tower.normalisation
     return Explanation(
         image=image.convert("RGB"),
-        texts=tuple(texts) if class_index is None else _class_labels(explainer, texts, class_index),
+        texts=tuple(named)
+        if class_index is None
+        else class_labels(named, class_index, explainer.class_names),
         heatmaps=heatmaps_of(layers.merged(grids), pixels.shape[2], pixels.shape[3], normalisation),
         similarities=scores[0].float().cpu(),
         layer_grids=grids,
@@ -190,16 +193,9 @@ def explain_image(
     )
 
 
-def _class_labels(explainer: LeGrad, texts: Sequence[str], class_index: Sequence[int]) -> tuple[str, ...]:
-    """Return the texts, with the names of classes that were given by index."""
-    names = explainer.class_names
-    return tuple(
-        f"{text}: {names[index]}" if names is not None and text.strip() == str(index) else text
-        for text, index in zip(texts, class_index, strict=True)
-    )
-
-
-def layer_strip(explainer: LeGrad, image: ImageInput, text: str, *, panel_side: int = 224) -> Image.Image:
+def layer_strip(
+    explainer: LeGrad, image: ImageInput, text: str | int, *, panel_side: int = 224
+) -> Image.Image:
     """Draw the contribution of each layer: one panel for each explained block, and one for their sum.
 
     All blocks share one colour scale, so the panel of a block that contributes little is pale; its label
@@ -208,7 +204,7 @@ def layer_strip(explainer: LeGrad, image: ImageInput, text: str, *, panel_side: 
     Args:
         explainer: made with the `layers` to show.
         image: as in `explain_image`.
-        text: the text to explain.
+        text: the text to explain; for a classifier, the name or the index of a class.
         panel_side: longer side of a panel, in pixels.
 
     Returns:

@@ -38,7 +38,7 @@ class ExplainedImage:
         input_size: (height, width) in pixels to which it was resized for the model.
         texts: the texts that it was explained for.
         grids: raw relevance on the patch grid, summed over layers; zero where a neutral text's map was high.
-        similarities: cosine similarity of the image and each text.
+        similarities: cosine similarity of the image and each text; of a classifier, each logit.
         picture: the image as RGB, reduced to the side that `explain_images` was given.
     """
 
@@ -130,8 +130,13 @@ class Explanations:
 
     @property
     def similarities(self) -> tuple[Float[Tensor, " _texts"], ...]:
-        """Cosine similarities of each image and its texts."""
+        """Cosine similarities of each image and its texts; of a classifier, logits."""
         return tuple(image.similarities for image in self.images)
+
+    @property
+    def score_name(self) -> str:
+        """What `similarities` are: "similarity", or "logit" of a classifier."""
+        return "logit" if self.made_by.get("score") == "logit" else "similarity"
 
     @property
     def texts(self) -> tuple[tuple[str, ...], ...]:
@@ -172,7 +177,7 @@ class Explanations:
 
         Returns:
             Columns: `image` (position), `name` (path, or empty), `height` and `width` of the original image,
-            `text`, `similarity`, `peak` (largest raw relevance), and for each rule `area_NAME`, the pixels of
+            `text`, `similarity` (of a classifier, `logit`), `peak` (largest raw relevance), and for each rule `area_NAME`, the pixels of
             the mask at the original image's size.
 
         Raises:
@@ -194,7 +199,7 @@ class Explanations:
                 "height": image.height,
                 "width": image.width,
                 "text": text,
-                "similarity": float(image.similarities[number]),
+                self.score_name: float(image.similarities[number]),
                 "peak": float(image.grids[number].max()),
                 **{f"area_{name}": int(areas[name][position][number]) for name in named},
             }
@@ -237,7 +242,7 @@ class Explanations:
         yield (_last_part(image.name) or f"image {position}",), _centred(photo, side)
         drawn = self.maps[position][: columns - 1]
         for text, similarity, heatmap in zip(image.texts, image.similarities.tolist(), drawn, strict=False):
-            yield (text, f"similarity {similarity:.3f}"), _centred(heat_over(photo, heatmap), side)
+            yield (text, f"{self.score_name} {similarity:.3f}"), _centred(heat_over(photo, heatmap), side)
         for _ in range(columns - 1 - len(drawn)):
             yield ("",), _centred(photo[:0, :0], side)
 

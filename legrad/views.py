@@ -14,8 +14,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from legrad.arguments import ImageInput, each_image
+from legrad.arguments import ImageInput, each_image, shown
 from legrad.canvases import Grid, View, Views, canvas_pixels, views_of
+from legrad.classes import rows_of_prompts
 from legrad.errors import InputError
 from legrad.explainer import LeGrad
 from legrad.images import Resize
@@ -76,9 +77,10 @@ def merge_grids(
 def view_relevance(
     explainer: LeGrad,
     images: Iterable[ImageInput],
-    text_embeddings: Float[Tensor, "prompts embed_dim"],
+    text_embeddings: Float[Tensor, "prompts embed_dim"] | None = None,
     *,
     views: Views,
+    class_index: int | Sequence[int] | None = None,
     resize: Resize = "exact",
 ) -> list[Float[Tensor, "prompts grid_height grid_width"]]:
     """Explain images of any sizes by several views each.
@@ -88,13 +90,15 @@ def view_relevance(
         images: of any sizes; as in `LeGrad.preprocess`.
         text_embeddings: every prompt for every image; rows need not have unit length.
         views: the views to merge.
+        class_index: of a classifier, in place of text embeddings: one class, or several for every image.
         resize: see `LeGrad.preprocess`.
 
     Returns:
         For each image raw relevance as in `LeGrad.relevance`, on the grid of the image's finest canvas.
 
     Raises:
-        InputError: the model cannot encode a view, an element is no image, or embeddings do not fit.
+        InputError: the model cannot encode a view, an element is no image, or embeddings or classes do not
+            fit.
 
     Example:
         >>> views = legrad.Views(flip=True)
@@ -110,9 +114,10 @@ def view_relevance(
             for pixels in canvas_pixels(views, explainer.transform, image, resize)
         ]
         trace = explainer.encode(preprocessed(explainer, canvases[0]))
-        check_text_embeddings(trace.image_features, text_embeddings)
-        image_index = torch.zeros(text_embeddings.shape[-2], dtype=torch.int64)
-        prompts = as_ragged(trace.image_features, text_embeddings, image_index)
+        rows = rows_of_prompts(explainer.tower, trace.image_features, text_embeddings, class_index, None)
+        check_text_embeddings(trace.image_features, rows)
+        image_index = torch.zeros(rows.shape[-2], dtype=torch.int64)
+        prompts = as_ragged(trace.image_features, rows, image_index)
         merged.append(merged_relevance(explainer, trace, canvases, prompts, views=views))
     return merged
 
@@ -181,6 +186,8 @@ def preprocessed(
 
 def check_views(views: Views, tower: Tower) -> Views:
     """Return the views; raise an InputError if the tower cannot encode one of them."""
+    if not isinstance(views, Views):
+        raise InputError(f"views: expected legrad.Views(...), received {shown(views)}")
     if not tower.takes_any_grid and views.scales != (1.0,):
         raise InputError(
             f"scales: the positions of this tower ({tower.family}) are bound to one size, "

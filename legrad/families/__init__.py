@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from legrad.errors import UnsupportedModelError
+from legrad.errors import InputError, UnsupportedModelError
 from legrad.families import open_clip_models, openai_clip
 from legrad.families.parts import NotCovered
 from legrad.families.source import Source
@@ -37,10 +37,16 @@ def source_of(model: nn.Module, processor: Any = None) -> Source:
 
     Raises:
         UnsupportedModelError: the model is of no known kind.
+        InputError: there is a processor for a model of another library than transformers.
     """
     kinds = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module))
     packages = (kind.__module__.partition(".")[0] for kind in kinds)
     module = next((_ELSEWHERE[package] for package in packages if package in _ELSEWHERE), None)
+    if processor is not None and module != _ELSEWHERE["transformers"]:
+        raise InputError(
+            f"processor: expected None, as only models of transformers have one and this is a "
+            f"{type(model).__name__}; set explainer.transform for another preprocessing"
+        )
     if module is None:
         return open_clip_models.source(model)
     found: Source = import_module(module).source(model, processor)

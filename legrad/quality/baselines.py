@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from legrad.arguments import shown
 from legrad.checks import check_images
 from legrad.classes import ClassIndex
 from legrad.errors import InputError
@@ -188,7 +189,7 @@ def _baseline_named(name: str) -> Baseline:
         return BASELINES[name]
     nearest = get_close_matches(str(name), BASELINES, n=1)
     hint = f"; nearest: {nearest[0]}" if nearest else ""
-    raise InputError(f"method: expected one of {', '.join(BASELINES)}, received {name!r}{hint}")
+    raise InputError(f"method: expected one of {', '.join(BASELINES)}, received {shown(name)}{hint}")
 
 
 def _traced(

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from legrad.arguments import kind_of, shown
 from legrad.checks import check_images
 from legrad.classes import ClassIndex, check_compares_texts
 from legrad.errors import InputError
@@ -89,7 +90,7 @@ def insertion_deletion(
     shares: Sequence[float] = tuple(SHARES.tolist()),
     filling: Filling = "mean",
     class_embeddings: Float[Tensor, "classes embed_dim"] | None = None,
-    right_class: Int[Tensor, "*maps"] | None = None,
+    right_class: Int[Tensor, "*maps"] | ClassIndex | None = None,
     rivals: Bool[Tensor, "*maps classes"] | None = None,
     batch_size: int = 64,
 ) -> dict[str, PerturbationCurve]:
@@ -143,9 +144,19 @@ def insertion_deletion(
     steps = _checked_shares(shares)
     _check_options(tests, filling, batch_size)
     prompts = as_prompts(tower, images, text_embeddings, class_index, image_index)
+    if not isinstance(relevance_grids, Tensor):
+        raise InputError(
+            f"relevance_grids: expected a tensor, received {kind_of(relevance_grids)}; pass "
+            "torch.as_tensor(grids)"
+        )
     grids = _checked_grids(relevance_grids, prompts.leading, images).to(images.device)
     classes = _checked_classes(
-        tower, class_embeddings, right_class, rivals, leading=prompts.leading, device=images.device
+        tower,
+        class_embeddings,
+        _as_classes(right_class),
+        rivals,
+        leading=prompts.leading,
+        device=images.device,
     )
     shape = (len(tests), len(grids), len(steps))
     score, is_right = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
@@ -286,6 +297,15 @@ def _checked_classes(
     flat_rivals = None if rivals is None else rivals.reshape(-1, classes).to(device)
     unit_rows = None if embeddings is None else embeddings.to(device)
     return _Classes(unit_rows, right_class.reshape(-1).to(device, torch.int64), flat_rivals)
+
+
+def _as_classes(right_class: object) -> Tensor | None:
+    if right_class is None:
+        return None
+    try:
+        return torch.as_tensor(right_class)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"right_class: expected whole numbers, received {shown(right_class)}") from error
 
 
 def _check_right_class(right_class: Tensor, leading: tuple[int, ...], classes: int) -> None:

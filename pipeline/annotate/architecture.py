@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from legrad.support import ModelSupport, model_configs, model_support
 from pipeline.errors import UserError
 
+CLASSIFIER_PREFIXES = ("timm:", "torchvision:")
+
 
 def check_architecture(name: str, where: str) -> ModelSupport:
     """Return what is known of the open_clip model of this name.
@@ -18,6 +20,11 @@ def check_architecture(name: str, where: str) -> ModelSupport:
     Raises:
         UserError: there is no such model, or its architecture is not supported.
     """
+    if name.startswith(CLASSIFIER_PREFIXES):
+        raise UserError(
+            f"{where} {name}: a classifier has no texts to compare images with, which a job needs; "
+            f"`legrad explain IMAGE CLASS --model {name}` explains its classes"
+        )
     support = model_support(name)
     if support.reason is None:
         return support

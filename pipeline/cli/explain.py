@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.annotate.architecture import CLASSIFIER_PREFIXES
 from pipeline.cli.common import open_console
 from pipeline.errors import SampleFailure, UserError
 from pipeline.text import printable
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from pipeline.config.schema import ModelConfig
 
 DEFAULT_MODEL, DEFAULT_TAG = "ViT-B-16", "laion2b_s34b_b88k"
-CLASSIFIER_PREFIXES = ("timm:", "torchvision:")
 SIDE_BY_SIDE_FILE = "side-by-side.png"
 MAX_TEXTS = 100
 MAX_SLUG = 40
