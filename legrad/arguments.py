@@ -45,7 +45,7 @@ def as_texts(texts: Any, where: str = "texts", *, numbers_too: bool = False) -> 
         raise InputError(f"{where}: expected a list of texts, received the text {texts!r}; pass [{texts!r}]")
     listed = list(elements(texts, where, "texts"))
     if numbers_too:
-        listed = [str(each) if _is_whole(each) else each for each in listed]
+        listed = [str(operator.index(each)) if _is_whole(each) else each for each in listed]
     for position, text in enumerate(listed):
         place = f"{where}[{position}]"
         if isinstance(text, bytes):
@@ -63,6 +63,8 @@ def as_texts(texts: Any, where: str = "texts", *, numbers_too: bool = False) -> 
 
 
 def _is_whole(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not (value.is_floating_point() or value.is_complex())
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -138,6 +140,21 @@ def as_index(image_index: Any) -> Tensor | None:
     if array.size and array.dtype.kind not in "iu":
         raise InputError(f"image_index: expected whole numbers, received {shown(image_index)}")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def as_path(path: Any, where: str) -> Path:
+    """Return a path; raise an InputError for what is none."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise InputError(f"{where}: expected a path, received {shown(path)}") from None
+
+
+def as_model_name(name: Any) -> str:
+    """Return the name of a model, or the path of its folder, as text; raise an InputError for others."""
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"name: expected the name of a model, received {shown(name)}")
+    return name if isinstance(name, str) else os.path.abspath(name)
 
 
 def sides_of(size: Any, where: str) -> tuple[int, int]:

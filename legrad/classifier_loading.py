@@ -13,6 +13,7 @@ import torch
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from legrad.arguments import as_path
 from legrad.errors import LeGradError, ModelLoadError, UnsupportedModelError
 from legrad.families import describe_tower
 from legrad.images import ImageTransform
@@ -77,6 +78,11 @@ def load_classifier(
     resolved = device_precision(where) if precision == "auto" else precision
     if resolved not in _DTYPES:
         raise ModelLoadError(f"precision: expected {', '.join(_DTYPES)} or auto, received {precision!r}")
+    if checkpoint is not None and not as_path(checkpoint, "checkpoint").is_file():
+        raise ModelLoadError(
+            f"checkpoint: there is no file {checkpoint}; weights of a tag are named "
+            f"{name.partition('.')[0]}.TAG"
+        )
     load = _load_timm if name.startswith(TIMM) else _load_torchvision
     with _explained_failure(name):
         loaded = load(name.partition(":")[2], None if checkpoint is None else Path(checkpoint))

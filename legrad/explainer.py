@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from legrad.arguments import ImageInput, as_index
+from legrad.arguments import ImageInput, as_index, as_model_name
 from legrad.calls import Call, Part, checked_call, features_like, joined, joined_by_image
 from legrad.checks import (
     Options,
@@ -32,7 +32,7 @@ from legrad.classes import (
     rows_of_prompts,
 )
 from legrad.classifier_loading import load_classifier
-from legrad.errors import LeGradError
+from legrad.errors import LeGradError, ModelLoadError
 from legrad.families import source_of, without_archive
 from legrad.families.faithful import Snapshot, describe_model
 from legrad.heatmaps import heatmaps_of
@@ -280,7 +280,7 @@ class LeGrad:
                 weights are downloaded.
             InputError: an option does not fit the model.
         """
-        loaded = load_model(name, pretrained, precision=precision, device=device)
+        loaded = load_model(as_model_name(name), pretrained, precision=precision, device=device)
         return cls(
             loaded.model,
             tokenizer=loaded.tokenizer,
@@ -337,7 +337,9 @@ class LeGrad:
                 weights are downloaded.
             InputError: an option does not fit the model.
         """
-        address = name.removeprefix(TRANSFORMERS_PREFIX)
+        address = as_model_name(name).removeprefix(TRANSFORMERS_PREFIX)
+        if not address:
+            raise ModelLoadError("name: expected ORGANISATION/NAME or the path of a folder, received ''")
         loaded = load_model(f"{TRANSFORMERS_PREFIX}{address}", None, precision=precision, device=device)
         return cls(
             loaded.model,
@@ -398,7 +400,7 @@ class LeGrad:
                 downloaded.
             InputError: an option does not fit the model.
         """
-        loaded = load_classifier(name, checkpoint, precision=precision, device=device)
+        loaded = load_classifier(as_model_name(name), checkpoint, precision=precision, device=device)
         explainer = cls(
             loaded.model,
             class_names=loaded.class_names,

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from legrad import __version__
-from legrad.arguments import ImageInput, as_image, as_texts, check_share, each_of_images, elements, shown
+from legrad.arguments import ImageInput, as_image, as_texts, check_share, each_of_images, elements
 from legrad.checks import check_resize
 from legrad.classes import check_compares_texts, class_labels
 from legrad.errors import InputError
@@ -87,7 +87,9 @@ def explain_images(
         ['a panda', 'a panda', 'a panda']
     """
     if not isinstance(explainer, LeGrad):
-        raise InputError(f"explainer: expected a LeGrad, received {shown(explainer)}; pass LeGrad(model)")
+        raise InputError(
+            f"explainer: expected a LeGrad, received {type(explainer).__name__}; pass LeGrad(model)"
+        )
     _check_counts(batch_size=batch_size, picture_side=picture_side)
     check_resize(resize)
     if neutral is not None and not isinstance(neutral, str):

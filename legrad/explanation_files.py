@@ -22,6 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from legrad.arguments import as_path
 from legrad.errors import InputError
 from legrad.explanations import ExplainedImage, Explanations, png_bytes
 
@@ -59,7 +60,7 @@ def save_explanations(
     Raises:
         InputError: the folder is not empty, or a file cannot be written.
     """
-    target = Path(folder)
+    target = as_path(folder, "folder")
     try:
         _clear(target, overwrite)
         files = {}
@@ -82,7 +83,7 @@ def load_explanations(folder: str | os.PathLike[str]) -> Explanations:
     Raises:
         InputError: the folder is not complete, or a file is damaged.
     """
-    source = Path(folder)
+    source = as_path(folder, "folder")
     manifest = _read_manifest(source)
     try:
         for name, facts in manifest["files"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from legrad.arguments import shown
 from legrad.errors import InputError
 from legrad.heatmaps import Normalisation, heatmaps_of
 from legrad.masks.cleaning import NO_CLEANING, Cleaning
@@ -157,6 +158,11 @@ class Explanations:
             MaskError: there is no such rule.
         """
         chosen = MaskRule(rule) if isinstance(rule, str) else rule
+        if not isinstance(chosen, MaskRule):
+            raise InputError(
+                f"rule: expected the name of a rule or a legrad.MaskRule, received {shown(rule)}; "
+                "a threshold of your own is MaskRule('fixed', value=0.4)"
+            )
         return [
             grid_to_masks(
                 image.grids,
@@ -177,8 +183,8 @@ class Explanations:
 
         Returns:
             Columns: `image` (position), `name` (path, or empty), `height` and `width` of the original image,
-            `text`, `similarity` (of a classifier, `logit`), `peak` (largest raw relevance), and for each rule `area_NAME`, the pixels of
-            the mask at the original image's size.
+            `text`, `similarity` (of a classifier, `logit`), `peak` (largest raw relevance), and for each rule
+            `area_NAME`, the pixels of the mask at the original image's size.
 
         Raises:
             InputError: `rules` is a single name, or pandas is not installed.
@@ -188,7 +194,7 @@ class Explanations:
             import pandas as pd
         except ModuleNotFoundError as error:
             raise InputError("to_dataframe needs pandas; install it with: pip install pandas") from error
-        if isinstance(rules, str | MaskRule):
+        if isinstance(rules, str | MaskRule) or not isinstance(rules, Iterable):
             raise InputError(f"rules: expected a list of names, received {rules!r}; pass [{rules!r}]")
         named = rules if isinstance(rules, Mapping) else {name: MaskRule(name) for name in rules}
         areas = {name: [masks.areas for masks in self.masks(rule)] for name, rule in named.items()}
@@ -224,8 +230,9 @@ class Explanations:
         Raises:
             InputError: there are no images, or a number is below 1.
         """
-        if min(panel_side, max_images, max_texts) < 1:
-            raise InputError("grid: expected panel_side, max_images and max_texts of at least 1")
+        sizes = (panel_side, max_images, max_texts)
+        if not all(isinstance(size, int | np.integer) and size >= 1 for size in sizes):
+            raise InputError("grid: expected whole panel_side, max_images and max_texts of at least 1")
         if not self.images:
             raise InputError("grid: there are no images")
         shown = self.images[:max_images]
@@ -250,8 +257,13 @@ class Explanations:
         """Return the heat maps of one image over its greyed, reduced picture.
 
         Args:
-            position: of the image.
+            position: of the image, from 0 on.
+
+        Raises:
+            InputError: there is no image at this position.
         """
+        if position not in range(len(self)):
+            raise InputError(f"position: expected 0 to {len(self) - 1}, received {position!r}")
         return tuple(overlay(self.images[position].picture, heatmap) for heatmap in self.maps[position])
 
     def save(

@@ -266,6 +266,8 @@ def check_request(name: str, precision: str) -> None:
         raise ModelLoadError(f"precision: expected one of {', '.join(PRECISIONS)}, received {precision!r}")
     if brings_weights(name):
         return
+    if name.startswith(("timm:", "torchvision:")):
+        raise ModelLoadError(f"{name} is a classifier; load it with LeGrad.from_classifier({name!r})")
     known = open_clip.list_models()
     if plain_name(name) not in known:
         nearest = ", ".join(get_close_matches(plain_name(name), known)) or "none is similar"

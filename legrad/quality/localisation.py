@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from legrad.arguments import elements, shown
 from legrad.errors import InputError
 from legrad.quality.metrics import average_precision_of
 
@@ -157,7 +158,9 @@ def localisation_scores(maps: Iterable[MapLocalisation]) -> LocalisationScores:
     count, with_object = 0, 0
     pixels = np.zeros(4, dtype=np.int64)
     sums = np.zeros(4)
-    for each in maps:
+    for each in elements(maps, "maps", "measurements"):
+        if not isinstance(each, MapLocalisation):
+            raise InputError(f"maps[{count}]: expected what map_localisation returns, received {shown(each)}")
         count += 1
         with_object += each.average_precision is not None
         pixels += (each.true_positives, each.false_positives, each.false_negatives, each.true_negatives)
@@ -183,6 +186,8 @@ def localisation_scores(maps: Iterable[MapLocalisation]) -> LocalisationScores:
 
 
 def _array(values: np.ndarray | Tensor) -> np.ndarray:
+    if not isinstance(values, Tensor | np.ndarray):
+        raise InputError(f"heatmap, truth, valid: expected tensors or arrays, received {shown(values)}")
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 

@@ -275,6 +275,9 @@ def _checked_classes(
 ) -> _Classes | None:
     if embeddings is not None:
         check_compares_texts(tower, "class_embeddings")
+    for name, each in (("class_embeddings", embeddings), ("rivals", rivals)):
+        if each is not None and not isinstance(each, Tensor):
+            raise InputError(f"{name}: expected a tensor, received {kind_of(each)}")
     if right_class is None or (embeddings is None and not tower.is_classifier):
         if any(each is not None for each in (embeddings, right_class, rivals)):
             raise InputError(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from legrad.support import ModelSupport, model_configs, model_support
+from pipeline.config.schema import CLASSIFIER_PREFIXES
 from pipeline.errors import UserError
-
-CLASSIFIER_PREFIXES = ("timm:", "torchvision:")
 
 
 def check_architecture(name: str, where: str) -> ModelSupport:
@@ -30,5 +29,7 @@ def check_architecture(name: str, where: str) -> ModelSupport:
         return support
     known = list(model_configs())
     nearest = [] if name in known else get_close_matches(name, known)
+    if "/" in name and not nearest:
+        nearest = [f"hf:{name} of transformers", f"hf-hub:{name} of open_clip"]
     advice = f"nearest: {', '.join(nearest)}" if nearest else "`legrad models` lists the supported models"
     raise UserError(f"{where} {name}: {support.reason}; {advice}")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.annotate.architecture import CLASSIFIER_PREFIXES
 from pipeline.cli.common import open_console
 from pipeline.errors import SampleFailure, UserError
 from pipeline.text import printable
@@ -111,6 +110,8 @@ def explain(
     """Draw a heat map of the image for each text: over the image, layer by layer, and side by side."""
     settings = {"layers": layers, "fit": fit, "precision": precision}
     chosen: ModelConfig | ClassifierModel
+    from pipeline.config.schema import CLASSIFIER_PREFIXES
+
     if model is not None and model.startswith(CLASSIFIER_PREFIXES):
         chosen = ClassifierModel(model, pretrained, model_named("demo", None, **settings))
     else:
@@ -120,13 +121,22 @@ def explain(
         open_console().print(line, soft_wrap=True)
 
 
-def model_named(name: str | None, tag: str | None, **settings: object) -> ModelConfig:
+def model_named(
+    name: str | None,
+    tag: str | None,
+    *,
+    tag_option: str = "--pretrained",
+    without_tag: str = "omit --pretrained",
+    **settings: object,
+) -> ModelConfig:
     """Return the model section of a configuration for the options of a command.
 
     Args:
         name: an open_clip name, ``demo`` for the bundled model, or None for the default.
         tag: a pretrained tag or a checkpoint's path; None for the default model, and for names that bring
             their own weights.
+        tag_option: option that gives the tag, for messages.
+        without_tag: how the command is run without a tag, for messages.
         settings: further keys of the section.
 
     Raises:
@@ -139,7 +149,14 @@ def model_named(name: str | None, tag: str | None, **settings: object) -> ModelC
     from pipeline.demo import assets
     from pipeline.text import received
 
+    if tag is not None and name is not None and name.startswith(ADDRESS_PREFIXES):
+        raise UserError(f"{tag_option}: {name} brings its own weights; {without_tag}")
     if DEMO in (name, tag):
+        if name not in (None, DEMO, assets.DEMO_MODEL_NAME) or tag not in (None, DEMO):
+            raise UserError(
+                f"{tag_option}: the bundled model goes with its own weights only, got model {name} with "
+                f"{tag}; {without_tag}"
+            )
         name, tag = assets.DEMO_MODEL_NAME, DEMO
     elif name is None:
         name, tag = DEFAULT_MODEL, tag or DEFAULT_TAG

@@ -34,7 +34,9 @@ def _fetch(name: str, tag: str | None) -> None:
     from pipeline.annotate.model import load_explainer
     from pipeline.cli.explain import model_named
 
-    explainer = load_explainer(model_named(name, tag), "cpu")
+    explainer = load_explainer(
+        model_named(name, tag, tag_option="--fetch", without_tag="pass null as TAG"), "cpu"
+    )
     open_console().print(f"{name} {tag or 'null'}: {explainer.tower.family}; its files are downloaded")
 
 

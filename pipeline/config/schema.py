@@ -16,6 +16,8 @@ from pipeline.storage import MIN_READ_BYTES_PER_S
 MEBIBYTE = 1 << 20
 # names of models that are addresses: of a repository on a hub, or of a folder
 ADDRESS_PREFIXES = ("hf-hub:", "local-dir:", "hf:")
+# Of models that `legrad explain` takes and a job refuses, see `pipeline.annotate.architecture`.
+CLASSIFIER_PREFIXES = ("timm:", "torchvision:")
 # name of the bundled weights, in place of a tag
 DEMO = "demo"
 SMALLEST_GPU_SHARE = 0.01
@@ -114,7 +116,7 @@ class ModelConfig(Section):
             return pretrained
         if name.startswith(ADDRESS_PREFIXES) and pretrained is not None:
             raise ValueError(f"must be null, because {name} brings its own weights")
-        if not name.startswith(ADDRESS_PREFIXES) and not pretrained:
+        if not name.startswith((*ADDRESS_PREFIXES, *CLASSIFIER_PREFIXES)) and not pretrained:
             raise ValueError(
                 f"required, because {name} brings no weights: a tag, a checkpoint's path, or demo"
             )

@@ -188,6 +188,74 @@ MISTAKES = {
     "explainer.relevance(trace, texts, memory_budget_bytes=0)": (
         "memory_budget_bytes: expected a positive whole number"
     ),
+    "explainer.relevance(trace)": "expected text_embeddings, received neither texts nor classes",
+    "explainer.relevance(trace, class_index=0)": "class_index: this model (clip) compares images with texts",
+    # classifiers
+    "classifier.relevance(pixels)": "expected class_index=..., as this model is a classifier",
+    "classifier.relevance(pixels, texts)": "text_embeddings: this model (timm-classifier) is a classifier",
+    "classifier.relevance(pixels, class_index=-1)": "class_index: expected whole numbers from 0 to 6, as the",
+    "classifier.relevance(pixels, class_index='a cat')": "class_index: expected whole numbers, one class",
+    "classifier.relevance(pixels, class_index=True)": "class_index: expected whole numbers from 0 to 6",
+    "classifier.find_class(-1)": "class -1: expected a name, or an index from 0 to 6, received -1 (int)",
+    "classifier.find_class(None)": "class None: expected a name, or an index from 0 to 6, received None",
+    "LeGrad(vit, class_names=3)": (
+        "class_names: expected a list of 7 names, one for each class, received 3 (int)"
+    ),
+    "LeGrad(vit, processor=object())": "processor: expected None, as only models of transformers have one",
+    "LeGrad(model, processor=object())": "processor: expected None, as only models of transformers have one",
+    "legrad.explain_image(classifier, image, [-1])": "class '-1': the names of this model's classes",
+    "legrad.explain_image(classifier, image, [True])": "texts[0]: expected a text (str), received True (bool)",
+    "legrad.explain_images(classifier, [image], [99])": "class 99: the model has 7 classes, from 0 to 6",
+    "legrad.explain_images(classifier, [image], ['1'], 'a photo of a')": (
+        "neutral: this model (timm-classifier) is a classifier and has no text tower"
+    ),
+    "legrad.view_relevance(classifier, [image], texts, views=legrad.Views())": (
+        "text_embeddings: this model (timm-classifier) is a classifier"
+    ),
+    "LeGrad.from_classifier(3)": "name: expected the name of a model, received 3 (int)",
+    "LeGrad.from_hugging_face(3)": "name: expected the name of a model, received 3 (int)",
+    "LeGrad.from_open_clip(None)": "name: expected the name of a model, received None",
+    # many images
+    "legrad.explain_images(model, [image], ['a cat'])": "explainer: expected a LeGrad, received CLIP",
+    "legrad.explain_images(explainer, [image], 'a cat')": "texts: expected a list of texts, received the text",
+    "legrad.explain_images(explainer, [image], None)": "texts: expected a list of texts, received None",
+    "legrad.explain_images(explainer, [image], [7])": "texts[0]: expected a text (str), received 7 (int)",
+    "legrad.explain_images(explainer, [image], [['a cat'], []])": (
+        "texts[1]: expected a list of at least one text, received none"
+    ),
+    "legrad.explain_images(explainer, [image], [['a cat'], 'a'])": "texts[1]: expected a list of texts, received",
+    "legrad.explain_images(explainer, None, ['a cat'])": "images: expected a list of images, received None",
+    "legrad.explain_images(explainer, images, ['a cat'])": "images: expected a list of images, received a tensor",
+    "legrad.explain_images(explainer, {'a': image}, ['a cat'])": "images: expected a list of images",
+    "legrad.explain_images(explainer, [image], ['a cat'], neutral_threshold='x')": (
+        "neutral_threshold: expected a value from 0 to 1, received 'x'"
+    ),
+    "explained.save(3)": "folder: expected a path, received 3 (int)",
+    "legrad.Explanations.load(None)": "folder: expected a path, received None",
+    "explained.masks(0.4)": "rule: expected the name of a rule or a legrad.MaskRule, received 0.4 (float)",
+    "explained.to_dataframe(3)": "rules: expected a list of names, received 3",
+    "explained.grid(panel_side='big')": "grid: expected whole panel_side",
+    "explained.overlays(9)": "position: expected 0 to 0, received 9",
+    # metrics and views
+    "legrad.view_relevance(explainer, [image], texts, views=3)": (
+        "views: expected legrad.Views(...), received 3 (int)"
+    ),
+    "legrad.baseline(explainer, images, 'rollout')": "method: expected one of gradcam",
+    "legrad.insertion_deletion(explainer, images, grids.numpy(), texts)": (
+        "relevance_grids: expected a tensor, received a ndarray [2, 3, 3, 5]; pass torch.as_tensor"
+    ),
+    "legrad.insertion_deletion(explainer, images, grids, texts, class_embeddings=texts, right_class=[0])": (
+        "right_class: expected whole numbers [2, 3], received torch.int64 [1]"
+    ),
+    "legrad.insertion_deletion(explainer, images, grids, texts, class_embeddings=texts, right_class=['a'])": (
+        "right_class: expected whole numbers, received ['a']"
+    ),
+    "legrad.insertion_deletion(explainer, images, grids, texts, class_embeddings=[1], right_class=[0])": (
+        "class_embeddings: expected a tensor, received a list of 1"
+    ),
+    "legrad.map_localisation(torch.eye(3), None)": "heatmap, truth, valid: expected tensors or arrays",
+    "legrad.localisation_scores(3)": "maps: expected a list of measurements, received 3",
+    "legrad.localisation_scores([3])": "maps[0]: expected what map_localisation returns, received 3",
     # traces
     "LeGrad(model, layers=[0]).relevance(trace, texts)": (
         "trace: expected block 0, received blocks 1, 2; encode the images with this explainer"
@@ -256,6 +324,15 @@ MEANT = {
     "torch.from_numpy(np.array(legrad.overlay(png_file, np.eye(3)[None])))": (
         "torch.from_numpy(np.array(legrad.overlay(image, torch.eye(3))))"
     ),
+    "legrad.explain_image(classifier, image, [1, 2]).heatmaps": (
+        "legrad.explain_image(classifier, image, ['1', '2']).heatmaps"
+    ),
+    "legrad.explain_images(classifier, [image], np.array([1, 2])).maps[0]": (
+        "legrad.explain_images(classifier, [image], ['1', '2']).maps[0]"
+    ),
+    "legrad.explain_images(classifier, [image], torch.tensor([1, 2])).maps[0]": (
+        "legrad.explain_images(classifier, [image], [['1', '2']]).maps[0]"
+    ),
     "legrad.explain_image(explainer, png_file, pd.Series(['a cat'])).heatmaps": (
         "legrad.explain_image(explainer, image, ['a cat']).heatmaps"
     ),
@@ -268,6 +345,7 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 import legrad
 from legrad import LeGrad
+from tests.helpers.classifiers import tiny_timm_classifier
 from tests.helpers.tiny_models import *
 
 class Tokenizer:
@@ -278,6 +356,9 @@ folder = Path(tempfile.mkdtemp())
 model, images, texts = tiny_clip(), tiny_images(2), unit_texts(3)
 explainer = LeGrad(model, tokenizer=Tokenizer())
 trace = explainer.encode(images)
+grids = explainer.relevance(trace, texts)
+vit = tiny_timm_classifier("vit_base_patch16_224")
+classifier, pixels = LeGrad(vit), tiny_images(2)
 image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
 png_file, text_file, cut_file = folder / "a.png", folder / "a.txt", folder / "cut.png"
 turned_file = folder / "turned.png"
@@ -289,6 +370,7 @@ text_file.write_text("no image")
 cut_file.write_bytes(png_file.read_bytes()[:500])
 with Image.open(png_file) as closed:
     pass
+explained = legrad.explain_images(explainer, [image], ["a cat"])
 with_nan = images.clone()
 with_nan[1, 0, 0, :2] = float("nan")
 calls, pairs = json.load(sys.stdin)
