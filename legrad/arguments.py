@@ -154,7 +154,7 @@ def as_model_name(name: Any) -> str:
     """Return the name of a model, or the path of its folder, as text; raise an InputError for others."""
     if not isinstance(name, str | os.PathLike):
         raise InputError(f"name: expected the name of a model, received {shown(name)}")
-    return name if isinstance(name, str) else os.path.abspath(name)
+    return name if isinstance(name, str) else str(Path(name).absolute())
 
 
 def sides_of(size: Any, where: str) -> tuple[int, int]:

@@ -459,3 +459,31 @@ def test_one_image_is_explained_for_classes_by_name_and_by_number():
     assert explanation.side_by_side().width > explanation.layer_strips[0].width / 3
     with pytest.raises(legrad.InputError, match="no class is named 'bird'"):
         legrad.explain_image(explainer, image, ["bird"])
+
+
+def test_many_images_are_explained_for_names_and_numbers_of_classes(tmp_path):
+    names = ["cat", "dog, hound", "eel", "fox", "gnu", "hen", "ibex"]
+    explainer = legrad.LeGrad(tiny("torchvision").float(), class_names=names, affinity="keys")
+    images = [Image.effect_noise((40, 30), 80), Image.effect_noise((20, 50), 80)]
+    explanations = legrad.explain_images(explainer, images, [["Hound", 0], ["gnu"]])
+    assert explanations.texts == (("Hound", "0: cat"), ("gnu",))
+    for image, texts, maps, logits in zip(
+        images, (["dog", "cat"], [4]), explanations.maps, explanations.similarities, strict=True
+    ):
+        alone = legrad.explain_image(explainer, image, texts)
+        torch.testing.assert_close(maps, alone.heatmaps)
+        torch.testing.assert_close(logits, alone.similarities)
+    table = legrad.Explanations.load(explanations.save(tmp_path / "saved")).to_dataframe()
+    assert table["logit"].tolist() == torch.cat(explanations.similarities).tolist()
+    assert "similarity" not in table
+
+
+def test_views_are_merged_for_classes():
+    explainer = legrad.LeGrad(tiny("class token").float())
+    image = Image.effect_noise((40, 30), 80)
+    (alone,) = legrad.view_relevance(explainer, [image], class_index=[1, 0], views=legrad.Views())
+    pixels = explainer.preprocess([image])
+    torch.testing.assert_close(alone, explainer.relevance(pixels, class_index=[1, 0])[0])
+    (merged,) = legrad.view_relevance(explainer, [image], class_index=1, views=legrad.Views(flip=True))
+    mirrored = explainer.relevance(pixels.flip(-1), class_index=1).flip(-1)
+    torch.testing.assert_close(merged, (alone[:1] + mirrored[0]) / 2)

@@ -94,7 +94,7 @@ def test_a_classifier_is_explained_by_the_number_of_a_class(explain, scene, tune
         (["0", "--model", "timm:test_resnet"], "ResNet is convolutional"),
         (["0", "--layers", "7"], "layers: expected"),
         (["0", "--layers", "none"], "--layers"),
-        (["0", "--pretrained", "gone.pt"], "gone.pt"),
+        (["0", "--pretrained", "gone.pt"], "there is no file gone.pt; weights of a tag are named"),
     ],
 )
 def test_a_class_or_classifier_that_is_not_there_is_the_users_mistake(
@@ -124,6 +124,16 @@ def test_the_default_model_is_a_real_one_and_demo_is_the_shipped_one():
         (["--model", "demo", "--fit", "tile"], "--fit"),
         (["--model", "demo", "--precision", "int3"], "--precision"),
         (["--model", "no-such-model", "--pretrained", "x"], "no-such-model"),
+        (
+            ["--model", "demo", "--pretrained", "x"],
+            "--pretrained: the bundled model goes with its own weights",
+        ),
+        (
+            ["--model", "ViT-L-14", "--pretrained", "demo"],
+            "--pretrained: the bundled model goes with its own",
+        ),
+        (["--model", "hf:./x", "--pretrained", "x"], "--pretrained: hf:./x brings its own weights; omit"),
+        (["--model", "openai/clip-x", "--pretrained", "x"], "nearest: hf:openai/clip-x of transformers"),
     ],
 )
 def test_options_that_cannot_be_are_reported_on_one_screen(explain, scene, tmp_path, options, printed):

@@ -41,6 +41,10 @@ def test_models_with_known_tags_checkpoints_and_hub_addresses_pass(tmp_path):
     ("wrong", "expected_message"),
     [
         (model("ViT-B-33"), "model.name ViT-B-33: .*nearest: ViT-B-32"),
+        (
+            model("timm:vit_base_patch16_224"),
+            "model.name timm:.*: a classifier has no texts .*legrad explain",
+        ),
         (model("RN50"), "model.name RN50: .*convolutional.*legrad models"),
         (model(pretrained="opnai"), "model.pretrained: .* for ViT-B-32 one of openai, .*got 'opnai'"),
         (model(layers=13), "model.layers: ViT-B-32 has 12 blocks, got 13"),
