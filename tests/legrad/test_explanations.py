@@ -386,7 +386,7 @@ def test_arrays_larger_than_the_manifest_says_are_not_decompressed(saved):
         ({"texts": ["a", ["b"]]}, r"texts\[0\]: expected a list of texts.* received .*'a'"),
         ({"texts": [["a"]] * 5}, "received 5 lists and more images"),
         ({"texts": [["a"]] * 7}, "a list for each of 6 images, received 7 lists"),
-        ({"texts": [None]}, r"texts\[0\]: expected .*list of texts, received None"),
+        ({"texts": [None]}, r"texts\[0\]: expected a text \(str\), received None"),
         ({"images": []}, "at least one image, received none"),
         ({"images": "a.jpg"}, r"received one image; pass \[image\]"),
         ({"images": ["no-such.jpg"]}, r"images\[0\]: cannot read .*no-such\.jpg"),
