@@ -189,7 +189,8 @@ def _baseline_named(name: str) -> Baseline:
         return BASELINES[name]
     nearest = get_close_matches(str(name), BASELINES, n=1)
     hint = f"; nearest: {nearest[0]}" if nearest else ""
-    raise InputError(f"method: expected one of {', '.join(BASELINES)}, received {shown(name)}{hint}")
+    found = repr(name) if isinstance(name, str) else shown(name)
+    raise InputError(f"method: expected one of {', '.join(BASELINES)}, received {found}{hint}")
 
 
 def _traced(
