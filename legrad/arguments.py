@@ -142,6 +142,22 @@ def as_index(image_index: Any) -> Tensor | None:
     return torch.from_numpy(array.astype(np.int64))
 
 
+def check_rows_of_images(image_index: Tensor, batch: int) -> None:
+    """Raise an InputError unless an index holds whole numbers that name images of a batch.
+
+    Args:
+        image_index: for each prompt or class the row of its image.
+        batch: number of images.
+    """
+    if image_index.is_floating_point() or image_index.is_complex() or image_index.dtype == torch.bool:
+        raise InputError(f"image_index: expected an integer dtype, received {image_index.dtype}")
+    if not len(image_index):
+        return
+    lowest, highest = (int(extreme) for extreme in image_index.aminmax())
+    if lowest < 0 or highest >= batch:
+        raise InputError(f"image_index: expected rows from 0 to {batch - 1}, received {lowest} to {highest}")
+
+
 def as_path(path: Any, where: str) -> Path:
     """Return a path; raise an InputError for what is none."""
     try:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from legrad.arguments import shown
+from legrad.arguments import check_rows_of_images, shown
 from legrad.errors import InputError
 from legrad.method.stages import accumulation_dtype
 from legrad.method.towers import Tower
@@ -173,10 +173,7 @@ def check_image_index(index: Tensor, image_index: Tensor, batch: int) -> None:
             "image_index: expected class_index [classes] and image_index [classes], received "
             f"{list(index.shape)} and {list(image_index.shape)}"
         )
-    if image_index.is_floating_point() or image_index.is_complex() or image_index.dtype == torch.bool:
-        raise InputError(f"image_index: expected an integer dtype, received {image_index.dtype}")
-    if len(image_index) and not 0 <= int(image_index.min()) <= int(image_index.max()) < batch:
-        raise InputError(f"image_index: expected rows from 0 to {batch - 1}, received others")
+    check_rows_of_images(image_index, batch)
 
 
 def check_class_names(class_names: Any, tower: Tower) -> tuple[str, ...] | None:

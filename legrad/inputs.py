@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from legrad.arguments import as_index, check_share, kind_of
+from legrad.arguments import as_index, check_rows_of_images, check_share, kind_of
 from legrad.errors import InputError
 from legrad.heatmaps import minmax_normalise
 from legrad.method.stages import accumulation_dtype
@@ -213,13 +213,7 @@ def check_image_index(image_index: Any, text_embeddings: Tensor, batch: int) -> 
             "image_index: expected text_embeddings [prompts, embed_dim] and image_index [prompts], "
             f"received {_shape(text_embeddings)} and {None if index is None else _shape(index)}"
         )
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise InputError(f"image_index: expected an integer dtype, received {index.dtype}")
-    if not len(index):
-        return index.to(torch.int64)
-    lowest, highest = (int(extreme) for extreme in index.aminmax())
-    if lowest < 0 or highest >= batch:
-        raise InputError(f"image_index: expected rows from 0 to {batch - 1}, received {lowest} to {highest}")
+    check_rows_of_images(index, batch)
     return index.to(torch.int64)
 
 

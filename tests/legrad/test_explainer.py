@@ -1,9 +1,5 @@
 """The class LeGrad: its results, its errors, and that it does not change the model."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +8,7 @@ from torch.nn import functional as F
 import legrad
 from legrad.inputs import as_ragged
 from tests.helpers.oracle import oracle_relevance
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.refusals import messages_of
 from tests.helpers.tiny_models import (
     EMBED_DIM,
     GRID_HEIGHT,
@@ -273,31 +269,16 @@ REFUSALS = {
 @pytest.fixture(scope="module")
 def messages() -> dict[str, str]:
     """What each call of REFUSALS says, in one run where shapes are not checked, as for users."""
-    program = """
-import json, sys, torch
+    setup = """
+import torch
 from legrad import InputError, LeGrad
 from tests.helpers.tiny_models import *
 
 model, images, texts = tiny_clip(), tiny_images(2), unit_texts(3)
 explainer = LeGrad(model)
 trace = explainer.encode(images)
-said = {}
-for call in json.load(sys.stdin):
-    try:
-        exec(call)
-    except InputError as error:
-        said[call] = str(error)
-print(json.dumps(said))
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", program],
-        input=json.dumps(list(REFUSALS)),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=REPOSITORY,
-    )
-    return json.loads(finished.stdout)
+    return messages_of(REFUSALS, setup)
 
 
 @pytest.mark.parametrize("call", REFUSALS)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.refusals import messages_of
 
 REFUSALS = {
     "baseline(explainer, 'grad-cam', images, texts)": (
@@ -98,7 +94,7 @@ REFUSALS = {
         "class_index: expected whole numbers from 0 to 6, as the model has 7 classes, received 7"
     ),
     "baseline(classifier, 'gradcam', images, image_index=[0, 2], class_index=[0, 1])": (
-        "image_index: expected rows from 0 to 1, received others"
+        "image_index: expected rows from 0 to 1, received 0 to 2"
     ),
     "insertion_deletion(classifier, images, grids, texts)": "text_embeddings: this model (timm-classifier)",
     "insertion_deletion(classifier, images, grids[:, :2], class_index=[0, 1, 2])": (
@@ -129,8 +125,8 @@ REFUSALS = {
 @pytest.fixture(scope="module")
 def messages() -> dict[str, str]:
     """What each call of REFUSALS says, in one run where shapes are not checked, as for users."""
-    program = """
-import json, sys, torch
+    setup = """
+import torch
 from legrad import *
 from tests.helpers.classifiers import tiny_timm_classifier
 from tests.helpers.tiny_models import *
@@ -141,23 +137,8 @@ explainer = LeGrad(model)
 trace, grids, own = explainer.encode(images), torch.rand(2, 3, 3, 5), torch.zeros(2, 3, dtype=torch.long)
 classes = {"class_embeddings": texts, "right_class": own}
 heat, truth = torch.full((2, 3), 0.5), torch.zeros(2, 3, dtype=torch.bool)
-said = {}
-for call in json.load(sys.stdin):
-    try:
-        exec(call)
-    except InputError as error:
-        said[call] = str(error)
-print(json.dumps(said))
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", program],
-        input=json.dumps(list(REFUSALS)),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=REPOSITORY,
-    )
-    return json.loads(finished.stdout)
+    return messages_of(REFUSALS, setup)
 
 
 @pytest.mark.parametrize("call", REFUSALS)
