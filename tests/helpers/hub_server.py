@@ -8,6 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import huggingface_hub.constants
+import pytest
+
 COMMIT = "0" * 39 + "1"
 
 
@@ -42,6 +45,19 @@ def hub_server(root: Path) -> Iterator[HubServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def hub_for_client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Serve `folder/hub` to the hub's client, whose cache on this machine is empty, while the block runs."""
+    constants = huggingface_hub.constants
+    with hub_server(folder / "hub") as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own retries
+        yield server
 
 
 class _Handler(BaseHTTPRequestHandler):

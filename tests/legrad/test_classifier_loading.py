@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import legrad
-from tests.helpers.hub_server import hub_server
+from tests.helpers.hub_server import hub_for_client
 from tests.helpers.tiny_models import fill
 
 NAME = "test_vit.r160_in1k"  # timm's smallest
@@ -24,12 +24,7 @@ def hub(tmp_path, monkeypatch):
     folder = tmp_path / "hub" / "timm" / NAME
     folder.mkdir(parents=True)
     save_file(fill(timm.create_model("test_vit")).state_dict(), folder / "model.safetensors")
-    with hub_server(tmp_path / "hub") as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own retries
+    with hub_for_client(tmp_path, monkeypatch) as server:
         yield server
 
 

@@ -24,7 +24,7 @@ from tests.helpers.hf_models import (
     tiny_siglip,
     tiny_siglip2,
 )
-from tests.helpers.hub_server import hub_server
+from tests.helpers.hub_server import hub_for_client
 from tests.helpers.tiny_models import relative_error, tiny_images, unit_texts
 
 MODELS = {
@@ -53,12 +53,7 @@ def folder(tmp_path, quiet_transformers) -> Path:
 def hub(tmp_path, monkeypatch, quiet_transformers):
     """A hub with org/tiny on it, and an empty cache on this machine."""
     save_hf_folder(tmp_path / "hub" / "org" / "tiny", tiny_hf_clip(), clip_processor())
-    with hub_server(tmp_path / "hub") as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own retries
+    with hub_for_client(tmp_path, monkeypatch) as server:
         yield server
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import legrad
 from legrad.loading import load_model, model_digest
-from tests.helpers.hub_server import hub_server
+from tests.helpers.hub_server import hub_for_client
 from tests.helpers.local_hub import VOCABULARY, save_random_weights, save_text_model_like, tokenizer_like
 from tests.helpers.tiny_models import EMBED_DIM, TEXT, VISION, fill, tiny_images, unit_texts
 
@@ -49,12 +49,7 @@ def hub(tmp_path, monkeypatch):
     """A hub with org/tiny on it, and an empty cache on this machine."""
     write_model(tmp_path / "hub" / "org" / "tiny", hf_tokenizer="org/tiny")
     (tmp_path / "hub" / "org" / "bare").mkdir()
-    with hub_server(tmp_path / "hub") as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own retries
+    with hub_for_client(tmp_path, monkeypatch) as server:
         yield server
 
 
